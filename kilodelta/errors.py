@@ -1,0 +1,118 @@
+"""Every error a user can meet: what happened, and what to do about it.
+
+Each class has its own exit code, which the command line returns:
+
+===  ==========================  =====================================================
+ 3   `FileError`                 a `.kd` file breaks the format
+ 4   `CheckpointError`           a model's files cannot be read
+ 5   `BaseMismatchError`         the model is not the one the file was made for
+ 6   `ProofError`                a digest or a parity check does not come out
+ 7   `MissingPackageError`       an optional package is not installed
+ 8   `OutputError`               a result cannot be written
+ 9   `InputError`                an argument, an option or an input is wrong
+10   `SelfTestError`             this machine's kernels do not reproduce the golden values
+11   `ExportError`               a model cannot be exported or an engine not be built
+12   `QualityError`              a result is worse than the caller allowed
+===  ==========================  =====================================================
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import ClassVar
+
+
+class KiloDeltaError(Exception):
+    """What happened, with the tensor's name and both values, and what to do (`fix`)."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, what: str, *, fix: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  fix: {self.fix}"
+
+
+class FileError(KiloDeltaError):
+    """A `.kd` file breaks a rule of the format."""
+
+    exit_code = 3
+
+
+class CheckpointError(KiloDeltaError):
+    """A model's files are missing, damaged or of an unknown kind."""
+
+    exit_code = 4
+
+
+class BaseMismatchError(KiloDeltaError):
+    """The model given is not the base that the file was made for."""
+
+    exit_code = 5
+
+
+class ProofError(KiloDeltaError):
+    """A result differs from what the file says it must be."""
+
+    exit_code = 6
+
+
+class MissingPackageError(KiloDeltaError):
+    """An optional package is needed and not installed."""
+
+    exit_code = 7
+
+
+class OutputError(KiloDeltaError):
+    """A result cannot be written where it was asked for."""
+
+    exit_code = 8
+
+
+class InputError(KiloDeltaError):
+    """An argument, an option or an input does not make sense."""
+
+    exit_code = 9
+
+
+class SelfTestError(KiloDeltaError):
+    """This machine's kernels do not reproduce the golden values."""
+
+    exit_code = 10
+
+
+class ExportError(KiloDeltaError):
+    """A model cannot be exported, or an engine cannot be built from it."""
+
+    exit_code = 11
+
+
+class QualityError(KiloDeltaError):
+    """A result is worse than the caller allowed."""
+
+    exit_code = 12
+
+
+def require(package: str, *, extra: str, why: str) -> ModuleType:
+    """Import an optional package where it is used.
+
+    Raises:
+        MissingPackageError: naming the extra that brings the package.
+
+    Example:
+        >>> require("json", extra="cpu", why="read JSON").__name__
+        'json'
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package.partition(".")[0]:
+            raise
+        raise MissingPackageError(
+            f"{package} is not installed; it is needed to {why}",
+            fix=f"pip install 'kilodelta[{extra}]'",
+        ) from None
