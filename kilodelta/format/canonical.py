@@ -6,7 +6,7 @@ import json
 from typing import Any, NoReturn
 
 
-class NotCanonical(ValueError):
+class NotCanonicalError(ValueError):
     """The text is not JSON, or breaks a rule that this project's JSON obeys."""
 
 
@@ -20,30 +20,28 @@ def dumps(value: Any) -> str:
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise NotCanonical("a key stands twice in one object")
+        raise NotCanonicalError("a key stands twice in one object")
     return found
 
 
 def _constant(text: str) -> NoReturn:
-    raise NotCanonical(f"{text} is not JSON")
+    raise NotCanonicalError(f"{text} is not JSON")
 
 
 def loads(text: bytes) -> Any:
     """Parse UTF-8 JSON.
 
     Raises:
-        NotCanonical: not UTF-8, not JSON, a repeated key, NaN or infinity, nested too deeply, or
+        NotCanonicalError: not UTF-8, not JSON, a repeated key, NaN or infinity, nested too deeply, or
             a lone surrogate in a string.
     """
     try:
-        value = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_pairs, parse_constant=_constant
-        )
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_pairs, parse_constant=_constant)
         dumps(value).encode("utf-8")
-    except NotCanonical:
+    except NotCanonicalError:
         raise
     except RecursionError:
-        raise NotCanonical("it is nested too deeply") from None
+        raise NotCanonicalError("it is nested too deeply") from None
     except ValueError as error:
-        raise NotCanonical(str(error)) from None
+        raise NotCanonicalError(str(error)) from None
     return value

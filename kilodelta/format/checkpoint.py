@@ -94,9 +94,7 @@ class Checkpoint:
 
     def info(self, name: str) -> TensorInfo:
         _, entry = self.entry(name)
-        return TensorInfo(
-            name=name, dtype=entry.dtype, shape=entry.shape, nbytes=entry.nbytes
-        )
+        return TensorInfo(name=name, dtype=entry.dtype, shape=entry.shape, nbytes=entry.nbytes)
 
     def data(self, name: str) -> npt.NDArray[np.uint8]:
         """The tensor's raw little-endian bytes, a read-only view of the mapped file."""
@@ -153,9 +151,9 @@ def _open_sharded(folder: Path) -> Checkpoint:
     found = {entry.name: s.path.name for s in shards for entry in s.layout.entries}
     count = sum(len(s.layout.entries) for s in shards)
     if found != weight_map or count != len(found):
-        wrong = sorted(set(found.items()) ^ set(weight_map.items())) or ["a tensor in two shards"]
+        wrong = sorted({n for n, _ in set(found.items()) ^ set(weight_map.items())})
         raise CheckpointError(
-            f"{folder / INDEX} and its shards disagree about {wrong[0]}",
+            f"{folder / INDEX} and its shards disagree about {wrong[0] if wrong else 'a tensor in two'}",
             fix="the folder is incomplete or mixed from two models: fetch it again",
         )
     return Checkpoint(folder, shards, index=text)
@@ -174,10 +172,10 @@ def _read_index(path: Path) -> bytes:
 def _weight_map(path: Path, text: bytes) -> dict[str, str]:
     try:
         table: Any = canonical.loads(text)
-    except canonical.NotCanonical as problem:
+    except canonical.NotCanonicalError as problem:
         raise CheckpointError(f"{path} is not JSON: {problem}", fix="fetch it again") from None
     weights = table.get("weight_map") if isinstance(table, dict) else None
-    if not isinstance(weights, dict) or not weights or not all(map(_is_file_name, weights.values())):
+    if not (isinstance(weights, dict) and weights and all(map(_is_file_name, weights.values()))):
         raise CheckpointError(
             f"{path} has no weight_map of tensor names to files beside it",
             fix="fetch the index again",

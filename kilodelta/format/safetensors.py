@@ -124,7 +124,7 @@ class _Fault:
 def _parse(header: bytes, fault: _Fault) -> dict[str, Any]:
     try:
         table = canonical.loads(header)
-    except canonical.NotCanonical as problem:
+    except canonical.NotCanonicalError as problem:
         raise fault(f"the header is not valid JSON: {problem}") from None
     if not isinstance(table, dict):
         raise fault("the header is not a JSON object")

@@ -1,0 +1,115 @@
+"""Random bases by coordinates: any slice, in any order, gives the same integers.
+
+docs/format.md, section 5. A `Stream` is one delta's seed; its methods draw slices of the bases of
+a role, on the kernels of `kilodelta.format.philox`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kilodelta.format import philox
+
+Ints = npt.NDArray[Any]
+
+BLOCK = 128
+"""Sign bases that one Philox call serves."""
+
+
+class Role(IntEnum):
+    """The counter's fourth word: which random matrix of which method (format, section 5)."""
+
+    NOLA_A = 0
+    NOLA_B = 1
+    RANDLORA_A = 2
+    RANDLORA_B = 3
+    VERA_A = 4
+    VERA_B = 5
+    UNILORA_ANCHOR = 6
+    UNILORA_U = 7
+    UNILORA_V = 8
+
+
+def _u32(*numbers: int) -> tuple[np.uint32, ...]:
+    return tuple(np.uint32(number) for number in numbers)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """All random bases of one 64-bit seed."""
+
+    seed: int
+
+    @property
+    def key(self) -> tuple[np.uint32, ...]:
+        """Low word, high word."""
+        return _u32(self.seed & 0xFFFFFFFF, self.seed >> 32)
+
+    def words(self, role: int, rows: range, columns: range, blocks: range) -> Ints:
+        """Raw Philox words, uint32 (rows, columns, blocks, 4): packed sign bases, 128 a block."""
+        out = np.empty((len(rows), len(columns), len(blocks), 4), np.uint32)
+        place = _u32(role, rows.start, columns.start, blocks.start)
+        philox.draw(*self.key, *place, out)
+        return out
+
+    def mix(self, role: int, coefficients: Ints, rows: range, columns: range) -> Ints:
+        """sum_i q_i S_i over sign bases, int64 (rows, columns); sum |q_i| below 2^31."""
+        out = np.empty((len(rows), len(columns)), np.int64)
+        planes, flips = _bit_planes(coefficients)
+        total = np.int64(np.abs(coefficients.astype(np.int64)).sum())
+        place = _u32(role, rows.start, columns.start)
+        philox.mix(*self.key, *place, planes, flips, total, out)
+        return out
+
+    def signs(self, role: int, values: Ints, rows: range, columns: range) -> Ints:
+        """values[j, column] S_j[row, column] for sign bases j: (rows, columns, n).
+
+        `values` is (n, width) with width beyond every column asked for; its type is the result's.
+        """
+        out = np.empty((len(rows), len(columns), values.shape[0]), values.dtype)
+        place = _u32(role, rows.start, columns.start)
+        philox.signs(*self.key, *place, np.ascontiguousarray(values), out)
+        return out
+
+    def ternary(self, role: int, sparsity: int, values: Ints, rows: range, columns: range) -> Ints:
+        """The same for ternary bases of a sparsity: (rows, columns, n)."""
+        out = np.empty((len(rows), len(columns), values.shape[0]), values.dtype)
+        place = _u32(role, rows.start, columns.start)
+        philox.ternary(*self.key, *place, sparsity, np.ascontiguousarray(values), out)
+        return out
+
+    def sign(self, role: int, base: int, rows: range, columns: range) -> Ints:
+        """Sign basis `base` itself, int8 (rows, columns) of -1 and +1."""
+        block, bit = divmod(base, BLOCK)
+        words = self.words(role, rows, columns, range(block, block + 1))
+        drawn = (words[:, :, 0, bit // 32] >> np.uint32(bit % 32)) & np.uint32(1)
+        return (1 - 2 * drawn.astype(np.int8)).astype(np.int8)
+
+    def pick(self, role: int, target: int, theta: Ints, rows: range, columns: range) -> Ints:
+        """Uni-LoRA's signed picks from theta (k,), of theta's type: (rows, columns)."""
+        out = np.empty((len(rows), len(columns)), theta.dtype)
+        place = _u32(role, rows.start, columns.start, target)
+        philox.pick(*self.key, *place, np.ascontiguousarray(theta), out)
+        return out
+
+
+def _bit_planes(coefficients: Ints) -> tuple[Ints, Ints]:
+    """Magnitudes as bit planes uint32 (P, blocks, 4), and the negative ones (blocks, 4)."""
+    k = coefficients.size
+    padded = np.zeros(-(-k // BLOCK) * BLOCK, np.int64)
+    padded[:k] = coefficients
+    sizes = np.abs(padded)
+    count = int(sizes.max(initial=0)).bit_length()
+    planes = [_packed((sizes >> p) & 1) for p in range(count)]
+    stacked = np.array(planes, np.uint32).reshape(count, -1, 4)
+    return stacked, _packed(padded < 0).reshape(-1, 4)
+
+
+def _packed(bits: Ints) -> Ints:
+    """Bits to uint32 words, lowest bit first."""
+    return np.packbits(bits.astype(np.uint8), bitorder="little").view("<u4").astype(np.uint32)

@@ -1,0 +1,77 @@
+"""Which tensors of a base a delta changes, and how each is seen as a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import prod
+
+from kilodelta.format import dtypes
+from kilodelta.format.checkpoint import TensorInfo, in_name_order
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patterns:
+    """Case-sensitive shell globs over tensor names; `*` matches dots too.
+
+    A target is a tensor that matches a glob of `include` and none of `exclude`; one that matches
+    a glob of `transposed` is stored (in, out).
+    """
+
+    include: tuple[str, ...]
+    exclude: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One tensor that a delta changes; `index` is its position among the targets."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    transposed: bool
+    index: int
+
+    @property
+    def stored(self) -> Shape:
+        """The stored tensor as a matrix: everything behind the first dimension flattened."""
+        return self.shape[0], prod(self.shape[1:])
+
+    @property
+    def matrix(self) -> Shape:
+        """(D, d) = (out, in)."""
+        return self.stored[::-1] if self.transposed else self.stored
+
+
+def matches(name: str, globs: Iterable[str]) -> bool:
+    """Whether a name matches one of the globs."""
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
+def select(tensors: Iterable[TensorInfo], patterns: Patterns) -> tuple[Target, ...]:
+    """The targets in a model: float tensors of two or more dimensions, in name order."""
+    chosen = {info.name: info for info in tensors if _is_target(info, patterns)}
+    return tuple(
+        Target(
+            name=name,
+            dtype=chosen[name].dtype,
+            shape=chosen[name].shape,
+            transposed=matches(name, patterns.transposed),
+            index=index,
+        )
+        for index, name in enumerate(in_name_order(chosen))
+    )
+
+
+def _is_target(info: TensorInfo, patterns: Patterns) -> bool:
+    return (
+        info.dtype in dtypes.TARGETS
+        and len(info.shape) >= 2
+        and prod(info.shape) > 0
+        and matches(info.name, patterns.include)
+        and not matches(info.name, patterns.exclude)
+    )
