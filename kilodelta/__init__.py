@@ -1,1 +1,42 @@
-"""kilodelta."""
+"""kilodelta: a fine-tuned model as base digest + seed + integer coefficients.
+
+Everything here is loaded when it is first used; importing kilodelta imports nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kilodelta.export.merge import merge as merge
+    from kilodelta.format.checkpoint import Checkpoint as Checkpoint
+    from kilodelta.format.delta import Delta as Delta
+    from kilodelta.format.file import load as load
+    from kilodelta.format.identity import digest as digest
+    from kilodelta.format.inspect import inspect as inspect
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Checkpoint": "kilodelta.format.checkpoint",
+    "Delta": "kilodelta.format.delta",
+    "digest": "kilodelta.format.identity",
+    "inspect": "kilodelta.format.inspect",
+    "load": "kilodelta.format.file",
+    "merge": "kilodelta.export.merge",
+}
+
+__all__ = ["Checkpoint", "Delta", "digest", "inspect", "load", "merge"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "train":
+        return importlib.import_module("kilodelta.compress.train")
+    if name not in _WHERE:
+        raise AttributeError(f"module 'kilodelta' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_WHERE, "train"])

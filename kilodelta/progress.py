@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from threading import Lock
 from types import MappingProxyType
 
 
@@ -23,3 +24,34 @@ Progress = Callable[[Event], None]
 
 def silent(event: Event) -> None:
     """The default: tell nobody."""
+
+
+class StoppedError(Exception):
+    """Work was told to stop; raised inside its threads, never seen by a caller."""
+
+
+class Meter:
+    """Adds up the work of several threads, reports it, and can tell all of them to stop."""
+
+    def __init__(self, stage: str, total: int, unit: str, progress: Progress) -> None:
+        self._stage, self._total, self._unit, self._progress = stage, total, unit, progress
+        self._done = 0
+        self._lock = Lock()
+        self._stopped = False
+
+    def add(self, count: int) -> None:
+        """Report `count` more units.
+
+        Raises:
+            StoppedError: `stop` was called.
+        """
+        with self._lock:
+            if self._stopped:
+                raise StoppedError
+            self._done += count
+            event = Event(stage=self._stage, done=self._done, total=self._total, unit=self._unit)
+            self._progress(event)
+
+    def stop(self) -> None:
+        """Make every later `add` raise."""
+        self._stopped = True

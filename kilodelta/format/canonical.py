@@ -32,8 +32,8 @@ def loads(text: bytes) -> Any:
     """Parse UTF-8 JSON.
 
     Raises:
-        NotCanonicalError: not UTF-8, not JSON, a repeated key, NaN or infinity, nested too deeply, or
-            a lone surrogate in a string.
+        NotCanonicalError: not UTF-8, not JSON, a repeated key, NaN or infinity, nested too
+            deeply, or a lone surrogate in a string.
     """
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_pairs, parse_constant=_constant)

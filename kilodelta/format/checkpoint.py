@@ -151,9 +151,9 @@ def _open_sharded(folder: Path) -> Checkpoint:
     found = {entry.name: s.path.name for s in shards for entry in s.layout.entries}
     count = sum(len(s.layout.entries) for s in shards)
     if found != weight_map or count != len(found):
-        wrong = sorted({n for n, _ in set(found.items()) ^ set(weight_map.items())})
+        wrong = [n for n, _ in sorted(set(found.items()) ^ set(weight_map.items()))] or ["a tensor"]
         raise CheckpointError(
-            f"{folder / INDEX} and its shards disagree about {wrong[0] if wrong else 'a tensor in two'}",
+            f"{folder / INDEX} and its shards disagree about {wrong[0]}",
             fix="the folder is incomplete or mixed from two models: fetch it again",
         )
     return Checkpoint(folder, shards, index=text)

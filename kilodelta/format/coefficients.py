@@ -136,6 +136,13 @@ def scale_above(step: float, c_max: int = 255) -> Scale:
     return Scale(c, e)
 
 
+def scale_near(value: float, c_max: int = 255) -> Scale:
+    """The scale nearest to a positive number."""
+    above = scale_above(value, c_max)
+    below = Scale(max(1, above.c - 1), above.e)
+    return min(above, below, key=lambda scale: abs(scale.value - value))
+
+
 def quantise(values: Floats, bits: int, c_max: int = 255) -> Quantised:
     """Round a group of floats to integers with the scale that errs least in the mean square.
 

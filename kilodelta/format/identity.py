@@ -10,19 +10,18 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kilodelta.errors import InputError
-from kilodelta.format import digest_cache, dtypes
+from kilodelta.format import digest_cache, dtypes, parallel
 from kilodelta.format.checkpoint import Checkpoint, Shard, in_name_order
-from kilodelta.progress import Event, Progress, silent
+from kilodelta.format.safetensors import Entry
+from kilodelta.progress import Meter, Progress, silent
 
 CHUNK = 16 << 20
 """Bytes hashed between two reports of progress."""
@@ -93,7 +92,7 @@ def _of_checkpoint(
     known = {s.path: digest_cache.load(s.path) if cache else None for s in checkpoint.shards}
     missing = [shard for shard in checkpoint.shards if known[shard.path] is None]
     before = {shard.path: digest_cache.key(shard.path) for shard in missing}
-    fresh = _hash_shards(missing, threads or os.cpu_count() or 1, progress)
+    fresh = _hash_shards(missing, threads, progress)
     for path, tensors in fresh.items():
         digest_cache.store(path, before[path], tensors)
     found = {**{path: t for path, t in known.items() if t is not None}, **fresh}
@@ -101,26 +100,25 @@ def _of_checkpoint(
 
 
 def _hash_shards(
-    shards: list[Shard], threads: int, progress: Progress
+    shards: list[Shard], threads: int | None, progress: Progress
 ) -> dict[Path, dict[str, str]]:
     work = [(shard, entry) for shard in shards for entry in shard.layout.entries]
-    work.sort(key=lambda item: -item[1].nbytes)
-    meter = _Meter(sum(entry.nbytes for _, entry in work), progress)
+    meter = Meter("hash", sum(entry.nbytes for _, entry in work), "B", progress)
+    digests = parallel.run(
+        lambda item: hash_mapped(*item, meter),
+        work,
+        meter,
+        threads=threads,
+        weight=lambda item: item[1].nbytes,
+    )
     found: dict[Path, dict[str, str]] = {shard.path: {} for shard in shards}
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        jobs = [
-            (shard, entry, pool.submit(_hash_mapped, shard, entry, meter)) for shard, entry in work
-        ]
-        try:
-            for shard, entry, job in jobs:
-                found[shard.path][entry.name] = job.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    for (shard, entry), text in zip(work, digests, strict=True):
+        found[shard.path][entry.name] = text
     return found
 
 
-def _hash_mapped(shard: Shard, entry: Any, meter: _Meter) -> str:
+def hash_mapped(shard: Shard, entry: Entry, meter: Meter) -> str:
+    """The digest of one tensor of a mapped file."""
     state = tensor_hash(entry.name, entry.dtype, entry.shape)
     view = memoryview(shard.data)[entry.begin : entry.end]
     for start in range(0, len(view), CHUNK):
@@ -128,18 +126,6 @@ def _hash_mapped(shard: Shard, entry: Any, meter: _Meter) -> str:
         state.update(part)
         meter.add(len(part))
     return "sha256:" + state.hexdigest()
-
-
-class _Meter:
-    """Adds up bytes from several threads and reports them."""
-
-    def __init__(self, total: int, progress: Progress) -> None:
-        self.done, self.total, self.progress, self.lock = 0, total, progress, Lock()
-
-    def add(self, count: int) -> None:
-        with self.lock:
-            self.done += count
-            self.progress(Event(stage="hash", done=self.done, total=self.total, unit="B"))
 
 
 def _of_memory(model: Any) -> Identity:

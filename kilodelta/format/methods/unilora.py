@@ -18,7 +18,7 @@ from kilodelta.format.targets import Target
 
 @dataclass(frozen=True, kw_only=True)
 class UniLora:
-    """dQ = V (a S + U): U (r, in) and V (out, r) signed picks from theta, S (r, in) a sign basis."""
+    """dQ = V (a S + U): U (r, in), V (out, r) signed picks from theta, S (r, in) a sign basis."""
 
     name: ClassVar[str] = "unilora"
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.00799"

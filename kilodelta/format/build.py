@@ -1,0 +1,206 @@
+"""Making a delta in memory: coefficients in, a checked delta with its proof out."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from kilodelta.errors import InputError
+from kilodelta.format import arithmetic
+from kilodelta.format.checkpoint import Checkpoint, in_name_order
+from kilodelta.format.coefficients import Floats, Group, Quantised, pack, quantise, scale_near
+from kilodelta.format.delta import Delta, Extra, exactness
+from kilodelta.format.identity import Identity, digest
+from kilodelta.format.manifest import Base, Manifest
+from kilodelta.format.manifest import parse as parse_manifest
+from kilodelta.format.methods import Method
+from kilodelta.format.targets import Patterns, Target, select
+from kilodelta.progress import Progress, silent
+
+FINGERPRINTED = 512
+"""Tensors up to which the manifest carries two bytes each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a delta is made of, before its coefficients: everything but the numbers."""
+
+    method: Method
+    patterns: Patterns
+    seed: int = 0
+    bits: int = 8
+    name: str = ""
+    extras: Mapping[str, Extra] = field(default_factory=lambda: MappingProxyType({}))
+    probes: Mapping[str, Extra] = field(default_factory=lambda: MappingProxyType({}))
+    made: Mapping[str, str | int | float | bool] = field(
+        default_factory=lambda: MappingProxyType({})
+    )
+
+
+def targets(base: str | os.PathLike[str] | Checkpoint, patterns: Patterns) -> tuple[Target, ...]:
+    """The targets that patterns choose in a base.
+
+    Raises:
+        InputError: they choose none.
+    """
+    checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
+    chosen = select((checkpoint.info(name) for name in checkpoint.names), patterns)
+    if not chosen:
+        raise InputError(
+            f"no float matrix of {checkpoint.path} matches {list(patterns.include)}",
+            fix="list the tensors with kilodelta digest --tensors, and mind that case counts",
+        )
+    return chosen
+
+
+def build(
+    base: str | os.PathLike[str] | Checkpoint,
+    recipe: Recipe,
+    coefficients: Mapping[str, Mapping[str, Quantised]],
+    shared: Mapping[str, Quantised] | None = None,
+    *,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Delta:
+    """A delta from integer coefficients, bound to its base, its result root computed.
+
+    Args:
+        coefficients: by target name, then by group name.
+        shared: the groups that the whole file has once, by name.
+
+    Raises:
+        InputError: a group is missing or has another shape, or the update cannot be exact.
+    """
+    checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
+    layout = targets(checkpoint, recipe.patterns)
+    _check_names(layout, coefficients, recipe)
+    groups = _in_order(recipe.method, layout, coefficients, shared or {})
+    known = digest(checkpoint, threads=threads, progress=progress)
+    draft = Delta(
+        manifest=_manifest(recipe, layout, groups, known),
+        blob=_blob(groups, recipe.bits),
+        extras=dict(recipe.extras),
+        probes=dict(recipe.probes),
+    ).bind(checkpoint)
+    root = arithmetic.result_root(draft, checkpoint, threads=threads, progress=progress)
+    manifest = replace(draft.manifest, result=root)
+    parse_manifest(manifest.text())
+    return replace(draft, manifest=manifest)
+
+
+def _check_names(
+    layout: Sequence[Target],
+    coefficients: Mapping[str, Mapping[str, Quantised]],
+    recipe: Recipe,
+) -> None:
+    wrong = {target.name for target in layout} ^ set(coefficients)
+    if wrong:
+        raise InputError(
+            f"the patterns and the coefficients disagree about {min(wrong)!r}",
+            fix="give coefficients for exactly the tensors that the patterns choose",
+        )
+
+
+def _in_order(
+    method: Method,
+    layout: Sequence[Target],
+    coefficients: Mapping[str, Mapping[str, Quantised]],
+    shared: Mapping[str, Quantised],
+) -> list[Quantised]:
+    found = [_take(group, shared, "the file") for group in method.shared()]
+    for target in layout:
+        own = coefficients[target.name]
+        found += [_take(group, own, target.name) for group in method.groups(target)]
+    return found
+
+
+def _take(group: Group, found: Mapping[str, Quantised], where: str) -> Quantised:
+    if group.name not in found:
+        raise InputError(f"{where} lacks group {group.name!r}", fix=f"its shape is {group.shape}")
+    if found[group.name].q.shape != group.shape:
+        raise InputError(
+            f"group {group.name!r} of {where} has shape {found[group.name].q.shape}",
+            fix=f"its shape must be {group.shape}",
+        )
+    return found[group.name]
+
+
+def _blob(groups: Sequence[Quantised], bits: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    return np.concatenate([np.empty(0, np.uint8), *(pack(group.q, bits) for group in groups)])
+
+
+def _manifest(
+    recipe: Recipe, layout: Sequence[Target], groups: Sequence[Quantised], known: Identity
+) -> Manifest:
+    return Manifest(
+        base=Base(
+            name=recipe.name,
+            root=known.root,
+            tensors=len(known.tensors),
+            fingerprints=fingerprints(known) if len(known.tensors) <= FINGERPRINTED else b"",
+        ),
+        method=recipe.method,
+        seed=recipe.seed,
+        patterns=recipe.patterns,
+        count=len(layout),
+        bits=recipe.bits,
+        scales=tuple(group.scale for group in groups),
+        extras=in_name_order(recipe.extras),
+        result="sha256:" + "0" * 64,
+        made=recipe.made,
+    )
+
+
+def fingerprints(known: Identity) -> bytes:
+    """Two bytes a tensor in name order: of its name's SHA-256 and of its digest, the first ones."""
+    return b"".join(
+        hashlib.sha256(name.encode("utf-8")).digest()[:1] + bytes.fromhex(text[7:9])
+        for name, text in known.tensors.items()
+    )
+
+
+def quantise_target(
+    method: Method,
+    values: Mapping[str, Floats],
+    bits: int,
+    shared: Mapping[str, Quantised] | None = None,
+) -> dict[str, Quantised]:
+    """Quantise a target's groups so that its update is exact: the finest scales that allow it.
+
+    Args:
+        values: float coefficients by group, each in its group's shape; for a group without
+            coefficients (Uni-LoRA's `size`) the positive number that its scale stands for.
+        shared: the file's shared groups, already quantised.
+
+    Raises:
+        InputError: not even scales with c = 1 keep the sums below 2^53.
+    """
+    problem = ""
+    for c_max in (255, 127, 63, 31, 15, 7, 3, 1):
+        own = {name: _quantise(value, bits, c_max) for name, value in values.items()}
+        problem = update_problem(method, {**(shared or {}), **own})
+        if not problem:
+            return own
+    raise InputError(f"the update cannot be exact: {problem}", fix="use fewer bits or fewer bases")
+
+
+def _quantise(value: Floats, bits: int, c_max: int) -> Quantised:
+    if np.ndim(value):
+        return quantise(value, bits, c_max)
+    return Quantised(q=np.empty(0, np.int8), scale=scale_near(float(value), c_max))
+
+
+def update_problem(method: Method, groups: Mapping[str, Quantised]) -> str:
+    """What keeps an update of these groups from being exact; empty if nothing."""
+    chosen = [groups[name].scale for name in method.scales()]
+    c, e = 1, 0
+    for scale in chosen:
+        c, e = c * scale.c, e + scale.e
+    return exactness(c * method.bound({name: group.q for name, group in groups.items()}), e)
+

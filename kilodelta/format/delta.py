@@ -1,0 +1,253 @@
+"""A delta: one fine-tune of one base, as the file holds it and as exact integer updates."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import ldexp, prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kilodelta.errors import BaseMismatchError, FileError, InputError
+from kilodelta.format import dtypes, exact
+from kilodelta.format.bases import Stream
+from kilodelta.format.checkpoint import Checkpoint
+from kilodelta.format.coefficients import Group, Ints, packed_size, unpack
+from kilodelta.format.manifest import Manifest
+from kilodelta.format.methods import Coefficients, Method
+from kilodelta.format.targets import Target, select
+
+EXACT = 1 << 53
+"""Every partial sum and every element of N stays below this in magnitude."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extra:
+    """A tensor stored whole: its safetensors dtype, shape and raw bytes, uint8 (n,)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """One target's update 2^e * (c * left @ right), (out, in); all letters are integers."""
+
+    left: Ints
+    right: Ints
+    c: int
+    e: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """A fine-tune: the manifest, the packed coefficients, the tensors stored whole.
+
+    A delta that was read alone knows its coefficients but not its targets' shapes; `bind` it to
+    the base before asking for updates.
+
+    Example:
+        >>> import kilodelta
+        >>> delta = kilodelta.load("task.kd", base="model/")  # doctest: +SKIP
+        >>> delta.expand("encoder.layer.0.attention.self.query.weight").dtype  # doctest: +SKIP
+        dtype('int64')
+    """
+
+    manifest: Manifest
+    blob: npt.NDArray[np.uint8]
+    extras: Mapping[str, Extra] = field(default_factory=lambda: MappingProxyType({}))
+    probes: Mapping[str, Extra] = field(default_factory=lambda: MappingProxyType({}))
+    layout: tuple[Target, ...] | None = None
+
+    @property
+    def method(self) -> Method:
+        return self.manifest.method
+
+    @property
+    def stream(self) -> Stream:
+        return Stream(self.manifest.seed)
+
+    def bind(self, base: str | os.PathLike[str] | Checkpoint) -> Delta:
+        """The same delta with its targets found in a base.
+
+        Only shapes and counts are checked here; `kilodelta.verify` and `kilodelta.merge` check the
+        base's digest.
+
+        Raises:
+            BaseMismatchError: the targets or the coefficients do not fit the base.
+            FileError: the coefficients break the exactness bound.
+        """
+        checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
+        layout = select((checkpoint.info(n) for n in checkpoint.names), self.manifest.patterns)
+        bound = replace(self, layout=layout)
+        _check_fit(bound)
+        for target in layout:
+            _check_exact(bound, target)
+        return bound
+
+    @cached_property
+    def targets(self) -> Mapping[str, Target]:
+        """The targets by name.
+
+        Raises:
+            InputError: the delta is not bound to a base.
+        """
+        if self.layout is None:
+            raise InputError(
+                "this delta does not know its targets' shapes yet",
+                fix="kilodelta.load(path, base=...), or delta.bind(base)",
+            )
+        return {target.name: target for target in self.layout}
+
+    def target(self, name: str) -> Target:
+        """One target.
+
+        Raises:
+            InputError: no target has that name.
+        """
+        if name not in self.targets:
+            raise InputError(
+                f"{name!r} is not a target of this delta", fix="its targets are in delta.targets"
+            )
+        return self.targets[name]
+
+    @cached_property
+    def _starts(self) -> tuple[int, ...]:
+        """Where the shared groups and each target's begin in the blob."""
+        starts, position = [0], _size(self.method.shared(), self.manifest.bits)
+        for target in self.targets.values():
+            starts.append(position)
+            position += _size(self.method.groups(target), self.manifest.bits)
+        return (*starts, position)
+
+    @cached_property
+    def _shared(self) -> Coefficients:
+        return self._read(self.method.shared(), 0)
+
+    def _read(self, groups: tuple[Group, ...], position: int) -> dict[str, Ints]:
+        found = {}
+        for group in groups:
+            size = packed_size(group.size, self.manifest.bits)
+            data = self.blob[position : position + size]
+            found[group.name] = unpack(data, group.size, self.manifest.bits).reshape(group.shape)
+            position += size
+        return found
+
+    def coefficients(self, name: str) -> Coefficients:
+        """A target's integer coefficients by group, int8 or int16, shared groups among them."""
+        target = self.target(name)
+        own = self._read(self.method.groups(target), self._starts[1 + target.index])
+        return {**self._shared, **own}
+
+    def scale(self, name: str) -> tuple[int, int]:
+        """(C, e) of a target: the product of its groups' c, the sum of their e."""
+        target = self.target(name)
+        shared, own = self.method.shared(), self.method.groups(target)
+        scales = dict(zip((group.name for group in shared), self.manifest.scales, strict=False))
+        start = len(shared) + target.index * len(own)
+        scales |= zip((group.name for group in own), self.manifest.scales[start:], strict=False)
+        chosen = [scales[group] for group in self.method.scales()]
+        return prod(scale.c for scale in chosen), sum(scale.e for scale in chosen)
+
+    def factors(self, name: str) -> Factors:
+        """A target's update as two integer factors, (out, K) and (K, in)."""
+        target, q = self.target(name), self.coefficients(name)
+        c, e = self.scale(name)
+        rows = range(target.matrix[0])
+        return Factors(
+            left=self.method.left(q, target, self.stream, rows),
+            right=self.method.right(q, target, self.stream),
+            c=c,
+            e=e,
+        )
+
+    def expand(self, name: str) -> npt.NDArray[np.int64]:
+        """The exact integer update dQ of a target, int64 (out, in); the weights change by
+        `2^e * C * dQ` with (C, e) from `scale`."""
+        factors = self.factors(name)
+        return exact.product(factors.left, factors.right).astype(np.int64)
+
+    def save(self, path: str | os.PathLike[str]) -> int:
+        """Write the file, in full or not at all; returns its bytes.
+
+        Raises:
+            OutputError: it cannot be written there.
+            InputError: the manifest outgrows the format's header.
+        """
+        from kilodelta.format import file
+
+        return file.write(self, Path(path))
+
+
+def _size(groups: tuple[Group, ...], bits: int) -> int:
+    return sum(packed_size(group.size, bits) for group in groups)
+
+
+def _check_fit(delta: Delta) -> None:
+    manifest, method = delta.manifest, delta.method
+    layout = delta.layout or ()
+    if len(layout) != manifest.count:
+        raise BaseMismatchError(
+            f"the patterns match {len(layout)} tensors of this model, not {manifest.count}",
+            fix=f"the file was made for {manifest.base.name!r}: give that model",
+        )
+    for target in layout:
+        if method.rank > max(target.matrix):
+            raise FileError(
+                f"rank {method.rank} is larger than both sides of {target.name} {target.shape}",
+                fix="the file is damaged or for another model: fetch it again",
+            )
+        if target.name in delta.extras:
+            raise FileError(
+                f"{target.name} is a target and an extra too",
+                fix="the file was not written by kilodelta: fetch it again",
+            )
+    needed = delta._starts[-1]
+    if delta.blob.size != needed:
+        raise BaseMismatchError(
+            f"the file holds {delta.blob.size} bytes of coefficients; this model needs {needed}",
+            fix=f"the file was made for {manifest.base.name!r}: give that model",
+        )
+
+
+def _check_exact(delta: Delta, target: Target) -> None:
+    c, e = delta.scale(target.name)
+    problem = exactness(c * delta.method.bound(delta.coefficients(target.name)), e)
+    if problem:
+        raise FileError(
+            f"the update of {target.name} cannot be exact: {problem}",
+            fix="the file was not written by kilodelta: fetch it again",
+        )
+
+
+def exactness(bound: int, e: int) -> str:
+    """What is wrong with an update 2^e N, |N| and all its partial sums <= bound; empty if nothing.
+
+    An update of zero is exact whatever its scale.
+    """
+    if bound == 0:
+        return ""
+    if bound >= EXACT:
+        return f"its sums can reach {bound:g}, 2^53 is the limit"
+    if e < -126:
+        return f"its unit is 2^{e}, 2^-126 is the smallest normal float32"
+    if e > 127 or ldexp(bound, e) >= 2.0**127:
+        return f"it can reach {bound:g} * 2^{e}, float32 ends at 2^128"
+    return ""
+
+
+def extra(value: Any) -> Extra:
+    """A tensor to be stored whole, from a numpy array or torch tensor."""
+    from kilodelta.format.identity import raw
+
+    dtype, shape, data = raw(value)
+    if dtype not in dtypes.BITS:
+        raise InputError(f"{dtype} cannot be stored", fix="convert the tensor first")
+    return Extra(dtype=dtype, shape=shape, data=data.copy())

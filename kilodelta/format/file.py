@@ -1,0 +1,167 @@
+"""The `.kd` file: a safetensors file with one canonical spelling and a digest over all of it.
+
+docs/format.md, section 2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from kilodelta.errors import FileError, InputError
+from kilodelta.format import atomic, dtypes, identity
+from kilodelta.format import manifest as manifests
+from kilodelta.format.checkpoint import Checkpoint, in_name_order
+from kilodelta.format.coefficients import packed_size
+from kilodelta.format.delta import Delta, Extra
+from kilodelta.format.manifest import Manifest
+from kilodelta.format.safetensors import header_bytes, map_file, read_layout
+from kilodelta.format.targets import Target
+
+HEADER_LIMIT = 1 << 20
+MANIFEST, DIGEST = "kilodelta", "kilodelta.digest"
+COEFFICIENTS, EXTRA, PROBE = "coefficients", "extra.", "probe."
+
+
+def write(delta: Delta, path: Path) -> int:
+    """Write a delta, in full or not at all; returns the bytes written.
+
+    Raises:
+        InputError: the header outgrows 1 MiB.
+        OutputError: it cannot be written there.
+    """
+    header, data = _encode(delta)
+    if len(header) - 8 > HEADER_LIMIT:
+        raise InputError(
+            f"the header takes {len(header) - 8} bytes; the format allows {HEADER_LIMIT}",
+            fix="use fewer target patterns or fewer extras",
+        )
+    atomic.write(path, header, *(part.data for part in data))
+    return len(header) + sum(part.nbytes for part in data)
+
+
+def size(delta: Delta) -> int:
+    """The bytes that `write` would write."""
+    header, data = _encode(delta)
+    return len(header) + sum(part.nbytes for part in data)
+
+
+def _encode(delta: Delta) -> tuple[bytes, list[npt.NDArray[np.uint8]]]:
+    tensors = _tensors(delta)
+    text = delta.manifest.text()
+    metadata = {MANIFEST: text, DIGEST: _digest(text, tensors)}
+    order = _data_order({name: (t.dtype, t.shape) for name, t in tensors.items()})
+    return header_bytes(order, metadata), [tensors[name].data for name, _, _ in order]
+
+
+def _tensors(delta: Delta) -> dict[str, Extra]:
+    blob = Extra(dtype="U8", shape=(delta.blob.size,), data=delta.blob)
+    extras = {EXTRA + name: tensor for name, tensor in delta.extras.items()}
+    probes = {PROBE + name: tensor for name, tensor in delta.probes.items()}
+    return {COEFFICIENTS: blob, **extras, **probes}
+
+
+def _data_order(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Wide types first, so that every tensor is aligned; then by name."""
+    names = sorted(in_name_order(tensors), key=lambda name: -dtypes.BITS[tensors[name][0]])
+    return [(name, *tensors[name]) for name in names]
+
+
+def _digest(text: str, tensors: Mapping[str, Extra]) -> str:
+    """Over the manifest and the root of all the file's tensors."""
+    root = identity.of_digests(
+        {n: identity.tensor_digest(n, t.dtype, t.shape, t.data) for n, t in tensors.items()}
+    ).root
+    state = hashlib.sha256(text.encode("utf-8") + b"\0" + root.encode("ascii"))
+    return "sha256:" + state.hexdigest()
+
+
+def load(
+    path: str | os.PathLike[str], base: str | os.PathLike[str] | Checkpoint | None = None
+) -> Delta:
+    """Read a `.kd` file and check every rule of the format; `base` binds it to its model.
+
+    Raises:
+        FileError: the file breaks a rule, or a bit of it has changed.
+        BaseMismatchError: the targets do not fit `base`.
+    """
+    delta = _read(Path(path))
+    return delta if base is None else delta.bind(base)
+
+
+def _fault(path: Path, what: str) -> FileError:
+    return FileError(
+        f"{path}: {what}", fix="the file is damaged or not written by kilodelta: fetch it again"
+    )
+
+
+def _read(path: Path) -> Delta:
+    data = map_file(path, FileError)
+    layout = read_layout(data, path, limit=HEADER_LIMIT, error=FileError)
+    if set(layout.metadata) != {MANIFEST, DIGEST}:
+        raise _fault(path, f"its metadata has not exactly the keys {MANIFEST!r} and {DIGEST!r}")
+    found = {
+        entry.name: Extra(
+            dtype=entry.dtype,
+            shape=entry.shape,
+            data=np.frombuffer(data, np.uint8, entry.nbytes, entry.begin),
+        )
+        for entry in layout.entries
+    }
+    order = _data_order({name: (t.dtype, t.shape) for name, t in found.items()})
+    if header_bytes(order, layout.metadata)[8:] != layout.header:
+        raise _fault(path, "its header is not in canonical form")
+    text = layout.metadata[MANIFEST]
+    if _digest(text, found) != layout.metadata[DIGEST]:
+        raise _fault(path, "its content does not match its digest")
+    return _assemble(path, manifests.parse(text), found)
+
+
+def _assemble(path: Path, manifest: Manifest, found: Mapping[str, Extra]) -> Delta:
+    blob = found.get(COEFFICIENTS)
+    if blob is None or blob.dtype != "U8" or len(blob.shape) != 1:
+        raise _fault(path, "it has no one-dimensional U8 tensor 'coefficients'")
+    extras, probes = _named(found, EXTRA), _named(found, PROBE)
+    if len(found) != 1 + len(extras) + len(probes):
+        known = {COEFFICIENTS, *(EXTRA + n for n in extras), *(PROBE + n for n in probes)}
+        raise _fault(path, f"it holds an unknown tensor {min(set(found) - known)!r:.80}")
+    if in_name_order(extras) != manifest.extras:
+        wrong = sorted(set(extras) ^ set(manifest.extras))
+        raise _fault(path, f"the manifest and the tensors disagree about extra {wrong[0]!r:.80}")
+    _check_counts(path, manifest, blob.data.size)
+    return Delta(manifest=manifest, blob=blob.data, extras=extras, probes=probes)
+
+
+def _named(found: Mapping[str, Extra], prefix: str) -> dict[str, Extra]:
+    return {n.removeprefix(prefix): t for n, t in found.items() if n.startswith(prefix)}
+
+
+def _check_counts(path: Path, manifest: Manifest, size: int) -> None:
+    """What can be checked without the base: the scales, and sizes that no shape changes."""
+    method = manifest.method
+    small, large = (_groups_bytes(manifest, _dummy(n)) for n in (1, 2))
+    shared = sum(packed_size(group.size, manifest.bits) for group in method.shared())
+    scales = len(method.shared()) + manifest.count * len(method.groups(_dummy(1)))
+    if len(manifest.scales) != scales:
+        raise _fault(path, f"it has {len(manifest.scales)} scales, but its targets need {scales}")
+    needed = shared + manifest.count * small
+    if small == large and size != needed:
+        raise _fault(path, f"it holds {size} bytes of coefficients, not {needed}")
+    if size < shared:
+        raise _fault(path, f"it holds {size} bytes of coefficients, fewer than {shared}")
+
+
+def _dummy(width: int) -> Target:
+    return Target(name="", dtype="F32", shape=(width, width), transposed=False, index=0)
+
+
+def _groups_bytes(manifest: Manifest, target: Target) -> int:
+    groups: Iterable[int] = (group.size for group in manifest.method.groups(target))
+    return sum(packed_size(count, manifest.bits) for count in groups)
