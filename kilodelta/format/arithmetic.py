@@ -101,14 +101,14 @@ def merged_digest(delta: Delta, target: Target, base: Bytes, meter: Meter) -> st
     return "sha256:" + state.hexdigest()
 
 
-def result_root(
+def target_digests(
     delta: Delta,
     checkpoint: Checkpoint,
     *,
     threads: int | None = None,
     progress: Progress = silent,
-) -> str:
-    """The root over a bound delta's merged targets, in target order, `sha256:<hex>`."""
+) -> dict[str, str]:
+    """The digests of a bound delta's merged targets, in target order."""
     targets = list(delta.targets.values())
     total = sum(checkpoint.info(target.name).nbytes for target in targets)
     meter = Meter("expand", total, "B", progress)
@@ -119,4 +119,4 @@ def result_root(
         weight=lambda target: checkpoint.info(target.name).nbytes,
         threads=threads,
     )
-    return identity.root(digests)
+    return dict(zip(delta.targets, digests, strict=True))

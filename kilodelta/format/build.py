@@ -16,10 +16,11 @@ from kilodelta.format import arithmetic
 from kilodelta.format.checkpoint import Checkpoint, in_name_order
 from kilodelta.format.coefficients import Floats, Group, Quantised, pack, quantise, scale_near
 from kilodelta.format.delta import Delta, Extra, exactness
-from kilodelta.format.identity import Identity, digest
+from kilodelta.format.identity import Identity, digest, root
 from kilodelta.format.manifest import Base, Manifest
 from kilodelta.format.manifest import parse as parse_manifest
 from kilodelta.format.methods import Method
+from kilodelta.format.selftest import require_good_kernels
 from kilodelta.format.targets import Patterns, Target, select
 from kilodelta.progress import Progress, silent
 
@@ -77,6 +78,7 @@ def build(
     Raises:
         InputError: a group is missing or has another shape, or the update cannot be exact.
     """
+    require_good_kernels()
     checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
     layout = targets(checkpoint, recipe.patterns)
     _check_names(layout, coefficients, recipe)
@@ -88,8 +90,8 @@ def build(
         extras=dict(recipe.extras),
         probes=dict(recipe.probes),
     ).bind(checkpoint)
-    root = arithmetic.result_root(draft, checkpoint, threads=threads, progress=progress)
-    manifest = replace(draft.manifest, result=root)
+    found = arithmetic.target_digests(draft, checkpoint, threads=threads, progress=progress)
+    manifest = replace(draft.manifest, result=root(found.values()))
     parse_manifest(manifest.text())
     return replace(draft, manifest=manifest)
 
@@ -203,4 +205,3 @@ def update_problem(method: Method, groups: Mapping[str, Quantised]) -> str:
     for scale in chosen:
         c, e = c * scale.c, e + scale.e
     return exactness(c * method.bound({name: group.q for name, group in groups.items()}), e)
-

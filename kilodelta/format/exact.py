@@ -68,6 +68,7 @@ def product(left: Matrix, right: Matrix) -> Matrix:
         if left.dtype == np.int8 and right.dtype == np.int8:
             return int8_product(left, right)
         found: Matrix = _float64(left) @ _float64(right)
+        found += 0.0  # BLAS may leave -0.0, which would keep a weight of -0.0 from becoming +0.0
         return found
 
 

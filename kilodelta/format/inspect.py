@@ -1,0 +1,100 @@
+"""What a file is, what it needs, and where its bytes go; no base is opened."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kilodelta.format.checkpoint import in_name_order
+from kilodelta.format.delta import Delta
+from kilodelta.format.file import load
+from kilodelta.format.manifest import method_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """A file at a glance; `nbytes` by part adds up to the file's size."""
+
+    path: Path
+    base: Mapping[str, str | int]
+    method: Mapping[str, str | int]
+    paper: str
+    seed: int
+    targets: Mapping[str, Any]
+    bits: int
+    coefficients: int
+    extras: Mapping[str, str]
+    probes: Mapping[str, str]
+    result: str
+    made: Mapping[str, str | int | float | bool]
+    nbytes: Mapping[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {name: _plain(value) for name, value in vars(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def inspect(path: str | os.PathLike[str]) -> Contents:
+    """Read a `.kd` file, check it, and say what is in it.
+
+    Raises:
+        FileError: the file breaks a rule of the format.
+    """
+    delta = load(path)
+    manifest, place = delta.manifest, Path(path)
+    patterns = manifest.patterns
+    return Contents(
+        path=place,
+        base={
+            "name": manifest.base.name,
+            "root": manifest.base.root,
+            "tensors": manifest.base.tensors,
+        },
+        method=method_options(manifest.method),
+        paper=manifest.method.paper,
+        seed=manifest.seed,
+        targets={
+            "count": manifest.count,
+            "include": patterns.include,
+            "exclude": patterns.exclude,
+            "transposed": patterns.transposed,
+        },
+        bits=manifest.bits,
+        coefficients=delta.blob.size * 8 // manifest.bits,
+        extras=_kinds(delta.extras),
+        probes=_kinds(delta.probes),
+        result=manifest.result,
+        made=manifest.made,
+        nbytes=_parts(delta, place.stat().st_size),
+    )
+
+
+def _kinds(tensors: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        name: f"{tensors[name].dtype} {list(tensors[name].shape)}"
+        for name in in_name_order(tensors)
+    }
+
+
+def _parts(delta: Delta, total: int) -> dict[str, int]:
+    coefficients = int(delta.blob.size)
+    extras = sum(int(tensor.data.size) for tensor in delta.extras.values())
+    probes = sum(int(tensor.data.size) for tensor in delta.probes.values())
+    return {
+        "coefficients": coefficients,
+        "extras": extras,
+        "probes": probes,
+        "header": total - coefficients - extras - probes,
+        "file": total,
+    }

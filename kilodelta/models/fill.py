@@ -1,0 +1,66 @@
+"""Loading a checkpoint's tensors into a module, by checkpoint name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kilodelta.errors import CheckpointError
+from kilodelta.format.checkpoint import Checkpoint
+
+TORCH = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""safetensors name to torch dtype, of the types that models compute with."""
+
+
+def fill(module: nn.Module, checkpoint: Checkpoint | str | Path, names: Mapping[str, str]) -> None:
+    """Copy tensors into a module, which keeps its own dtypes (bfloat16 to float32 is exact).
+
+    Args:
+        module: its tied tensors need one entry in `names`.
+        checkpoint: what holds the values: the base, a tuned model or a merge result.
+        names: checkpoint name to state name, as in `LoadedModel.names`.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape; the module may then be half
+            filled.
+    """
+    source, state = Checkpoint.open(checkpoint), module.state_dict()
+    for name, place in names.items():
+        values = tensor(source, name)
+        if values.shape != state[place].shape:
+            raise CheckpointError(
+                f"{source.path}: tensor {name} has shape {tuple(values.shape)}, "
+                f"the model's {place} has {tuple(state[place].shape)}",
+                fix="give a checkpoint of the same architecture",
+            )
+        state[place].copy_(values)
+
+
+def tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A copy of one tensor in its own dtype.
+
+    Raises:
+        CheckpointError: it is missing, or of a type that models do not compute with.
+    """
+    info = checkpoint.info(name)
+    if info.dtype not in TORCH:
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {name} is {info.dtype}, which is no type to compute with",
+            fix="give the checkpoint before quantisation",
+        )
+    flat = torch.from_numpy(checkpoint.data(name).copy())
+    return flat.view(TORCH[info.dtype]).reshape(info.shape)

@@ -1,0 +1,67 @@
+"""An opened model: the module, what reads its inputs, and the names of its tensors."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from kilodelta.models.heads import Pooling
+
+Kind = Literal["text", "image", "any"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A module in eval mode with float32 weights.
+
+    Two sets of names meet here. A *checkpoint* name is that of a tensor in the safetensors files,
+    which deltas use; a *state* name is a key of `module.state_dict()`.
+    """
+
+    source: str
+    """Where it came from: a folder, a hub id or `package.module:function`."""
+
+    module: nn.Module
+
+    kind: Kind
+    """What it takes: `text` (`input_ids`), `image` (`pixel_values`) or `any`thing."""
+
+    names: Mapping[str, str]
+    """Checkpoint name to state name, for every checkpoint tensor that the module has a place for;
+    of tied tensors, the state name that comes first."""
+
+    missing: tuple[str, ...] = ()
+    """State names that no checkpoint tensor filled (a new head): random values, from seed 0."""
+
+    unused: tuple[str, ...] = ()
+    """Checkpoint names that the module has no place for."""
+
+    tokenizer: Any = None
+    """A transformers tokenizer, or None."""
+
+    max_length: int | None = None
+    """The longest text in tokens, or None where nothing limits it."""
+
+    pooling: Pooling | None = None
+    """How token states become a sentence embedding (sentence-transformers), or None."""
+
+    @property
+    def accepts(self) -> tuple[str, ...]:
+        """The names of the inputs that the module's forward takes."""
+        return tuple(
+            name
+            for name, parameter in inspect.signature(self.module.forward).parameters.items()
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        )
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The inputs that a batch must hold."""
+        if self.kind != "any":
+            return ("input_ids" if self.kind == "text" else "pixel_values",)
+        parameters = inspect.signature(self.module.forward).parameters
+        return tuple(name for name in self.accepts if parameters[name].default is inspect._empty)

@@ -1,0 +1,87 @@
+"""Twins: unique random values in place of a model's weights, by which every tensor is recognised.
+
+Real weights cannot prove which tensor went where, because many are equal (norms at one, biases at
+zero). In a twin no two tensors, nor one and another's transpose, hold the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Spec = tuple[tuple[int, ...], torch.dtype]
+
+
+def content(array: npt.NDArray[Any]) -> str:
+    """A tensor's fingerprint: its shape and bytes."""
+    state = hashlib.sha256(repr(array.shape).encode())
+    state.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return state.hexdigest()
+
+
+def content_of(tensor: Tensor) -> str:
+    """The fingerprint of a torch tensor of any dtype; bfloat16 by its bits."""
+    return content(bits(tensor))
+
+
+def bits(tensor: Tensor) -> npt.NDArray[Any]:
+    """A tensor's bytes as unsigned integers of its item size, in its shape."""
+    kinds = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
+    flat = tensor.detach().cpu().contiguous()
+    found: npt.NDArray[Any] = flat.view(kinds[tensor.element_size()]).numpy()
+    return found
+
+
+def transposed(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A matrix's transpose; anything else as it is."""
+    return array.T if array.ndim == 2 else array
+
+
+def unique(specs: Mapping[str, Spec]) -> dict[str, Tensor]:
+    """Random tensors of the given shapes and dtypes, no two alike; the same ones every time.
+
+    Floats lie in [1, 2), so they suit variances too. A tensor too small to be unique by itself
+    (a bfloat16 scalar has 128 such values) is drawn until it is.
+    """
+    generator = torch.Generator().manual_seed(0)
+    seen: set[str] = set()
+    found = {}
+    for name, (shape, dtype) in sorted(specs.items(), key=lambda item: _size(item[1])):
+        found[name] = _fresh(shape, dtype, generator, seen)
+        seen.update(_prints(found[name]))
+    return found
+
+
+def _size(spec: Spec) -> int:
+    return int(np.prod(spec[0], dtype=np.int64))
+
+
+def _fresh(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, seen: set[str]
+) -> Tensor:
+    for attempt in range(1000):
+        tensor = _draw(shape, dtype, generator, attempt)
+        if tensor.numel() == 0 or seen.isdisjoint(_prints(tensor)):
+            break
+    return tensor
+
+
+def _draw(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, attempt: int
+) -> Tensor:
+    if not dtype.is_floating_point:
+        high = 2 if dtype == torch.bool else 127
+        return torch.randint(0, high, shape, generator=generator).to(dtype)
+    stretch = 2.0 ** (attempt // 100)
+    return (stretch * (1 + torch.rand(shape, generator=generator))).to(dtype)
+
+
+def _prints(tensor: Tensor) -> Iterable[str]:
+    array = bits(tensor)
+    return {content(array), content(transposed(array))}
