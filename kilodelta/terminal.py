@@ -1,0 +1,157 @@
+"""What the command line shows: tables and JSON on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from kilodelta.progress import Event, Progress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False))
+
+
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    right: Sequence[int] = (),
+) -> None:
+    """A table on stdout; `right` holds the numbers of the columns set flush right."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
+    for number, name in enumerate(columns):
+        justify = "right" if number in right else "left"
+        table.add_column(Text(name), justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    _stdout().print(table)
+
+
+def print_facts(rows: Sequence[tuple[str, object]]) -> None:
+    """Names and values on stdout, one a line."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
+def _stdout() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+
+
+def size(count: float) -> str:
+    """Bytes as a person reads them: 812 B, 9.5 KB, 2.1 GB (powers of 1000)."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+@contextmanager
+def progress(*, quiet: bool) -> Iterator[Progress]:
+    """A callback that draws bars on a terminal, a line a stage elsewhere, nothing when quiet."""
+    if quiet:
+        yield lambda event: None
+    elif sys.stderr.isatty():
+        with _bars() as bars:
+            yield _drawn(bars)
+    else:
+        lines = _Lines()
+        yield lines
+        lines.close()
+
+
+def _bars() -> Bars:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description:<8}"),
+        BarColumn(),
+        TextColumn("{task.fields[amount]:>22}"),
+        TextColumn("{task.fields[detail]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def _drawn(bars: Bars) -> Callable[[Event], None]:
+    tasks: dict[str, Any] = {}
+    shown: dict[str, float] = {}
+
+    def show(event: Event) -> None:
+        now = time.monotonic()
+        if event.done < event.total and now - shown.get(event.stage, 0.0) < 0.1:
+            return
+        shown[event.stage] = now
+        if event.stage not in tasks:
+            tasks[event.stage] = bars.add_task(event.stage, amount="", detail="")
+        bars.update(
+            tasks[event.stage],
+            completed=event.done,
+            total=event.total or None,
+            amount=_amount(event),
+            detail=_detail(event),
+        )
+
+    return show
+
+
+def _amount(event: Event) -> str:
+    if event.unit == "B":
+        return f"{size(event.done)} of {size(event.total)}"
+    return f"{event.done} of {event.total} {event.unit}" if event.total else f"{event.done}"
+
+
+def _detail(event: Event) -> str:
+    return "  ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in event.detail.items()
+    )
+
+
+class _Lines:
+    """Progress where no terminal is: a line when a stage ends, and every ten seconds."""
+
+    def __init__(self) -> None:
+        self.stage: Event | None = None
+        self.began = self.printed = time.monotonic()
+
+    def __call__(self, event: Event) -> None:
+        now = time.monotonic()
+        if self.stage is None or event.stage != self.stage.stage:
+            self.close()
+            self.began = self.printed = now
+        elif now - self.printed > 10:
+            self._print(event, now)
+        self.stage = event
+
+    def _print(self, event: Event, now: float) -> None:
+        self.printed = now
+        text = f"{event.stage}: {_amount(event)} after {now - self.began:.1f} s  {_detail(event)}"
+        print(text.rstrip(), file=sys.stderr)
+
+    def close(self) -> None:
+        if self.stage is not None:
+            self._print(self.stage, time.monotonic())
+        self.stage = None
+
+
+def print_error(what: str, fix: str) -> None:
+    """An error and its way out on stderr, as plain text."""
+    print(f"error: {what}\n  fix: {fix}", file=sys.stderr)
