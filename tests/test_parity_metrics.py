@@ -95,10 +95,9 @@ def test_a_masked_class_counts_nothing() -> None:
 
 def test_float64_is_used_whatever_comes_in() -> None:
     # 2049 is no float16 and the difference 1e-8 no float32: both need float64.
-    assert metrics(np.float32([1.0]), np.float64([1.0 + 1e-8])).max_abs == pytest.approx(
-        1e-8, rel=1e-7
-    )
-    assert metrics(np.float16([2048.0]), np.float64([2049.0])).max_abs == 1.0
+    single, half = np.array([1.0], np.float32), np.array([2048.0], np.float16)
+    assert metrics(single, [1.0 + 1e-8]).max_abs == pytest.approx(1e-8, rel=1e-7)
+    assert metrics(half, [2049.0]).max_abs == 1.0
 
 
 def test_huge_values_do_not_overflow() -> None:

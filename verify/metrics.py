@@ -137,8 +137,9 @@ def _top1(a: Float64, r: Float64, error: Float64) -> float:
 
 
 def _log_softmax(x: Float64) -> Float64:
-    shifted = x - x.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    shifted: Float64 = x - x.max(axis=-1, keepdims=True)
+    normaliser: Float64 = np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted - normaliser
 
 
 def _kl(a: Float64, r: Float64) -> float:
