@@ -7,7 +7,6 @@ names. Then the real values are filled in by those names.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,15 +14,16 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kilodelta.errors import CheckpointError, InputError, require
 from kilodelta.format.checkpoint import Checkpoint
 from kilodelta.models import sentence
 from kilodelta.models.fill import TORCH, fill
 from kilodelta.models.loaded import LoadedModel
+from kilodelta.models.names import match, unfilled
 from kilodelta.models.quiet import quiet
-from kilodelta.models.twin import content_of, unique
+from kilodelta.models.twin import unique
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
@@ -65,7 +65,7 @@ def open_folder(
     checkpoint = Checkpoint.open(folder if weights is None else weights)
     module, names = _load(kind, config, checkpoint)
     fill(module, checkpoint, names)
-    missing = _missing(module, names)
+    missing = unfilled(module, names)
     if weights is None and missing:
         raise CheckpointError(
             f"{checkpoint.path} lacks {_some(missing)}, which {kind.__name__} needs",
@@ -155,20 +155,6 @@ def _specs(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], torch.dty
     return specs
 
 
-def match(twin: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Checkpoint name to state name, by content; of tied state tensors the equal name, or the
-    first."""
-    places: dict[str, list[str]] = {}
-    for place, tensor in state.items():
-        places.setdefault(content_of(tensor), []).append(place)
-    found = {}
-    for name, tensor in twin.items():
-        there = places.get(content_of(tensor), [])
-        if there:
-            found[name] = name if name in there else there[0]
-    return found
-
-
 def _refuse_combined(
     module: nn.Module, names: Mapping[str, str], report: Mapping[str, Any], checkpoint: Checkpoint
 ) -> None:
@@ -191,16 +177,6 @@ def _refuse_combined(
 def _name(entry: Any) -> str:
     """The name in an entry of the loading report: a name, or a tuple that begins with it."""
     return str(entry[0] if isinstance(entry, (tuple, list)) else entry)
-
-
-def _missing(module: nn.Module, names: Mapping[str, str]) -> tuple[str, ...]:
-    state = module.state_dict()
-    filled = {state[place].data_ptr() for place in names.values()}
-    return tuple(
-        place
-        for place, tensor in state.items()
-        if tensor.is_floating_point() and tensor.numel() and tensor.data_ptr() not in filled
-    )
 
 
 def _kind(module: Any) -> Literal["text", "image", "any"]:

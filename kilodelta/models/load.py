@@ -13,9 +13,12 @@ from kilodelta.models import huggingface
 from kilodelta.models.entry import call_entry, is_entry
 from kilodelta.models.fill import fill
 from kilodelta.models.loaded import LoadedModel
+from kilodelta.models.names import unfilled
 
 
-def open_model(source: str | Path, *, weights: Checkpoint | str | Path | None = None) -> LoadedModel:
+def open_model(
+    source: str | Path, *, weights: Checkpoint | str | Path | None = None
+) -> LoadedModel:
     """Open a model in eval mode (dropout off) with float32 weights.
 
     Args:
@@ -52,35 +55,24 @@ def _open_function(spec: str, weights: Checkpoint | str | Path | None) -> Loaded
             f"{spec} returned a {type(module).__name__}", fix="return a torch.nn.Module"
         )
     module = module.eval().float()
-    names = {name: name for name in _untied(module)}
     if weights is None:
-        return _loaded(spec, module, names)
+        return _loaded(spec, module, {name: name for name in _untied(module)})
     checkpoint = Checkpoint.open(weights)
-    found = _in_checkpoint(module, names, checkpoint)
-    fill(module, checkpoint, found)
-    return _loaded(
-        spec,
-        module,
-        found,
-        missing=tuple(name for name in names if name not in found),
-        unused=tuple(name for name in checkpoint.names if name not in found),
-    )
+    names = _in_checkpoint(module, checkpoint)
+    fill(module, checkpoint, names)
+    unused = tuple(name for name in checkpoint.names if name not in names)
+    return _loaded(spec, module, names, unused)
 
 
 def _loaded(
-    spec: str,
-    module: nn.Module,
-    names: dict[str, str],
-    *,
-    missing: tuple[str, ...] = (),
-    unused: tuple[str, ...] = (),
+    spec: str, module: nn.Module, names: dict[str, str], unused: tuple[str, ...] = ()
 ) -> LoadedModel:
     return LoadedModel(
         source=spec,
         module=module,
         kind="any",
         names=MappingProxyType(names),
-        missing=missing,
+        missing=unfilled(module, names),
         unused=unused,
     )
 
@@ -96,15 +88,13 @@ def _untied(module: nn.Module) -> list[str]:
     return list(places.values())
 
 
-def _in_checkpoint(
-    module: nn.Module, names: dict[str, str], checkpoint: Checkpoint
-) -> dict[str, str]:
-    """The module's tensors that a checkpoint holds, under the tied name that it uses."""
+def _in_checkpoint(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """The tensors that checkpoint and module share, by their one name."""
     state = module.state_dict()
     found = {name: name for name in checkpoint.names if name in state}
     if not found:
         raise CheckpointError(
-            f"{checkpoint.path} holds none of the module's tensors, such as {next(iter(names), '')}",
+            f"{checkpoint.path} holds none of the module's tensors: {', '.join(list(state)[:3])}",
             fix="give a checkpoint saved from this module's state_dict",
         )
     return found

@@ -13,6 +13,12 @@ from kilodelta.models.heads import Pooling
 
 Kind = Literal["text", "image", "any"]
 
+_KNOWN: Mapping[Kind, tuple[str, ...] | None] = {
+    "text": ("input_ids", "attention_mask", "token_type_ids", "position_ids"),
+    "image": ("pixel_values",),
+    "any": None,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
@@ -51,11 +57,13 @@ class LoadedModel:
 
     @property
     def accepts(self) -> tuple[str, ...]:
-        """The names of the inputs that the module's forward takes."""
+        """The names of the tensors that the module's forward takes."""
+        known = _KNOWN[self.kind]
         return tuple(
             name
             for name, parameter in inspect.signature(self.module.forward).parameters.items()
             if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            and (known is None or name in known)
         )
 
     @property
@@ -64,4 +72,4 @@ class LoadedModel:
         if self.kind != "any":
             return ("input_ids" if self.kind == "text" else "pixel_values",)
         parameters = inspect.signature(self.module.forward).parameters
-        return tuple(name for name in self.accepts if parameters[name].default is inspect._empty)
+        return tuple(n for n in self.accepts if parameters[n].default is inspect.Parameter.empty)

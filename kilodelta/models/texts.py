@@ -1,0 +1,64 @@
+"""Reading texts from `.jsonl` and `.txt` files, one a line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from kilodelta.errors import InputError
+
+
+def read_texts(path: str | Path, *, field: str = "text", limit: int | None = None) -> list[str]:
+    """The texts of a file in their order; empty lines are skipped.
+
+    Args:
+        path: a `.jsonl` file of objects, or any other file of plain lines, UTF-8.
+        field: the key of the text in an object.
+        limit: read at most so many.
+
+    Raises:
+        InputError: the file is missing, empty or not UTF-8, or a line is not what it should be.
+    """
+    place = Path(path)
+    texts: list[str] = []
+    for number, line in enumerate(_lines(place), 1):
+        if limit is not None and len(texts) >= limit:
+            break
+        if line.strip():
+            is_record = place.suffix == ".jsonl"
+            texts.append(_text(line, field, f"{place}:{number}") if is_record else line.strip())
+    if not texts:
+        raise InputError(f"{place} holds no text", fix="give a file with one text a line")
+    return texts
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at {error.start}",
+            fix="convert it, for example with iconv -t utf-8",
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}", fix="check the path") from None
+
+
+def _text(line: str, field: str, place: str) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place} is not JSON: {error}", fix="write one object a line") from None
+    if not isinstance(record, dict):
+        raise InputError(
+            f"{place} is a {type(record).__name__}, not an object",
+            fix=f'write lines like {{"{field}": "..."}}',
+        )
+    text = record.get(field)
+    if not isinstance(text, str):
+        known = ", ".join(record) or "nothing"
+        what = "has no" if field not in record else "has no text in its"
+        raise InputError(
+            f"{place} {what} field {field!r}; it holds {known}", fix="name the field of the text"
+        )
+    return text
