@@ -17,7 +17,8 @@ from kilodelta.errors import MissingPackageError, ProofError
 from kilodelta.verify.bisect import first_departure, stops_of
 from kilodelta.verify.cases import cases
 from kilodelta.verify.parity import Truth, judge
-from kilodelta.verify.report import Report, Result
+from kilodelta.verify.report import Report
+from kilodelta.verify.result import Result
 from kilodelta.verify.run_onnx import OnnxRunner
 from kilodelta.verify.run_tensorrt import TensorrtRunner
 from kilodelta.verify.run_torch import TorchRunner
@@ -270,7 +271,8 @@ def test_what_cannot_run_is_reported(world: World, tmp_path: Path) -> None:
     passed = world.judge(world.file)
     assert Report(results=(passed, result)).failure() is None
     [table] = Report(results=(result,)).tables()
-    assert table.rows[0][-1].startswith("not run: tensorrt is not installed")
+    assert table.rows[0][:3] == ("model.engine", "tensorrt", "not run")
+    assert table.rows[0][3].startswith("tensorrt is not installed")
 
 
 def test_what_is_required_must_run(world: World, tmp_path: Path) -> None:

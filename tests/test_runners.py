@@ -20,7 +20,7 @@ from kilodelta.verify import bfloat16, cuda, run_tensorrt
 from kilodelta.verify.run_onnx import OnnxRunner, assert_provider
 from kilodelta.verify.run_tensorrt import TensorrtRunner, covering
 from kilodelta.verify.run_torch import TorchRunner, named_outputs
-from kilodelta.verify.runner import UnavailableError
+from kilodelta.verify.runner import UNIT_ROUNDOFF, UnavailableError
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -487,3 +487,100 @@ def test_without_a_gpu_both_flavours_say_so(flavour: str, engine_file: Path) -> 
     assert isinstance(reason, (MissingPackageError, UnavailableError))
     with pytest.raises(type(reason)):
         TensorrtRunner(engine_file, flavour=flavour).run({})
+
+
+gpu = pytest.mark.skipif(not has_gpu(), reason="no GPU")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("precision", ["float64", "float32", "float16", "bfloat16"])
+def test_torch_on_a_real_gpu(precision: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("this torch has no CUDA")
+    x, module = np.random.default_rng(0).standard_normal((5, 64)), torch.nn.Linear(64, 3)
+    found, exact = (
+        TorchRunner(module, ["y"], precision=p, device=d).run({"input": x})["y"]
+        for p, d in ((precision, "cuda"), ("float64", "cpu"))
+    )
+    assert_close(found, exact, module, x, precision)
+
+
+@pytest.mark.gpu
+@gpu
+def test_onnx_runtime_on_a_real_gpu() -> None:
+    if OnnxRunner(linear_model("float32"), device="cuda").available() is not None:
+        pytest.skip("this ONNX Runtime has no CUDA")
+    found = OnnxRunner(linear_model("float32"), device="cuda").run({"x": LINEAR_X})["y"]
+    assert_close(found, LINEAR_X @ LINEAR_W, None, LINEAR_X, "float32")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt_rtx"])
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+def test_tensorrt_on_a_real_gpu(flavour: str, precision: str, tmp_path: Path) -> None:
+    trt = pytest.importorskip(flavour)
+    [here, *_] = cuda.driver().gpus()
+    if flavour == "tensorrt_rtx" and not hasattr(trt.ComputeCapability, here.sm.upper()):
+        pytest.skip(f"TensorRT-RTX knows no {here.sm}")
+    path = tmp_path / "model.engine"
+    path.write_bytes(build(trt, linear_model(precision)))
+    runner = TensorrtRunner(path, flavour=flavour, capabilities=[here.sm])
+    assert runner.available() is None
+    for rows in (1, 4, 8):  # the first profile, its edge, the second profile
+        found = runner.run({"x": LINEAR_X[:rows]})["y"]
+        assert_close(found, LINEAR_X[:rows] @ LINEAR_W, None, LINEAR_X[:rows], precision)
+    with pytest.raises(ProofError, match="no profile"):
+        runner.run({"x": np.zeros((9, 64))})
+
+
+LINEAR_X = np.random.default_rng(1).standard_normal((8, 64)).astype(np.float16).astype(float)
+LINEAR_W = np.random.default_rng(2).standard_normal((64, 3)).astype(np.float16).astype(float)
+
+
+def linear_model(precision: str) -> bytes:
+    """y = x w with x (rows, 64) and w (64, 3) in one precision."""
+    kind = {"float32": "FLOAT"}.get(precision, precision.upper())
+    dtype, helper = getattr(onnx.TensorProto, kind), onnx.helper
+    words = bfloat16.pack(LINEAR_W) if precision == "bfloat16" else LINEAR_W.astype(precision)
+    weight = helper.make_tensor("w", dtype, [64, 3], words.tobytes(), raw=True)
+    infos = [
+        helper.make_tensor_value_info(name, dtype, ["rows", width])
+        for name, width in (("x", 64), ("y", 3))
+    ]
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    graph = helper.make_graph([node], "g", infos[:1], infos[1:], [weight])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    data: bytes = made.SerializeToString()
+    return data
+
+
+def build(trt: Any, model: bytes) -> bytes:
+    """A strongly typed engine for the GPU here, without TF32, with two profiles."""
+    log = run_tensorrt.logger(trt)
+    builder = trt.Builder(log)
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
+    parser = trt.OnnxParser(network, log)
+    assert parser.parse(model)
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)
+    for low, high in ((1, 4), (5, 8)):
+        profile = builder.create_optimization_profile()
+        profile.set_shape("x", (low, 64), (high, 64), (high, 64))
+        config.add_optimization_profile(profile)
+    return bytes(builder.build_serialized_network(network, config))
+
+
+def assert_close(found: Any, exact: Any, module: Any, x: Any, precision: str) -> None:
+    """A product of 64 terms is off by at most 64 + 3 roundings of the sum of magnitudes: inputs
+    and weights are rounded once each, products and sums 64 times, the result once."""
+    weights = LINEAR_W if module is None else module.weight.detach().double().numpy().T
+    bound = 67 * UNIT_ROUNDOFF[precision] * (np.abs(x) @ np.abs(weights) + 1)
+    assert (np.abs(found.astype(float) - exact) <= bound).all()
+
+
+def test_the_model_that_gpus_run_is_right() -> None:
+    found = OnnxRunner(linear_model("float32"), device="cpu").run({"x": LINEAR_X})["y"]
+    assert_close(found, LINEAR_X @ LINEAR_W, None, LINEAR_X, "float32")

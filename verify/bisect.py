@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from kilodelta.errors import require
 from kilodelta.verify.gate import limit
 from kilodelta.verify.metrics import compare
-from kilodelta.verify.report import Departure
+from kilodelta.verify.result import Departure
 from kilodelta.verify.run_onnx import OnnxRunner
 from kilodelta.verify.run_torch import TorchRunner
 from kilodelta.verify.runner import Arrays, Batch

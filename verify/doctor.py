@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 import kilodelta
 from kilodelta.verify.cuda import CudaError, Driver, Gpu, driver
 from kilodelta.verify.probe import Answer, ask, distributions, torch_cuda, version
-from kilodelta.verify.report import Json, Table
+from kilodelta.verify.result import Json
+from kilodelta.verify.tables import Table
 
 OK, MISSING, BROKEN, CONFLICT = "ok", "missing", "broken", "conflict"
 

@@ -18,7 +18,7 @@ from kilodelta.errors import KiloDeltaError, ProofError
 from kilodelta.verify.cases import Case, live
 from kilodelta.verify.gate import Limit, limit
 from kilodelta.verify.metrics import Metrics, compare
-from kilodelta.verify.report import Check, Departure, Result
+from kilodelta.verify.result import Check, Departure, Result
 from kilodelta.verify.run_torch import TorchRunner
 from kilodelta.verify.runner import Arrays, Runner, UnavailableError
 
