@@ -1,0 +1,32 @@
+"""LoRA in torch: the factors are the coefficients themselves.
+
+Source: Hu et al., https://arxiv.org/abs/2106.09685
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from kilodelta.compress.factors import Factors, Pair, Values, uniform
+from kilodelta.compress.trainables import Start
+from kilodelta.format.targets import Target
+
+
+class LoraFactors(Factors):
+    """update = B A, A (r, in) and B (out, r)."""
+
+    def start(self, target: Target, generator: torch.Generator) -> Mapping[str, Start]:
+        """A kaiming uniform, B zero, as in the paper's code."""
+        out, in_ = target.matrix
+        rank = self.method.rank
+        return {
+            "A": Start(values=uniform(generator, (rank, in_), 1 / sqrt(in_))),
+            "B": Start(values=torch.zeros(out, rank)),
+        }
+
+    def pair(self, prepared: tuple[Tensor, ...], values: Values, index: int) -> Pair:
+        return values.of(index, "B"), values.of(index, "A").t()

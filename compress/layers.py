@@ -1,0 +1,158 @@
+"""What an attached layer adds to its output: forward hooks, one kind a layer type.
+
+The base module stays what it is (same class, same names, same tensors). For the layers whose
+output is linear in the weight, the update is applied to the activations: x right left^T, never
+the matrix dW, unless dW is the cheaper way. Every other layer (grouped and transposed
+convolutions, attention's packed projections, parameters that a module uses by hand, subclasses
+with a forward pass of their own) computes with W + dW in place of W while it runs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kilodelta.compress.sites import Place, Site, is_conv1d
+
+Pair = tuple[Tensor, Tensor]
+"""left (out, K) and right (in, K): the update is left @ right^T."""
+
+
+class Source(Protocol):
+    """Who knows the updates."""
+
+    def pair(self, index: int) -> Pair:
+        """The factors of target `index`, float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """A site with its target's factors within reach; pickles and copies with the model."""
+
+    source: Source
+    index: int
+    site: Site
+    transposed: bool
+
+    def factors(self, like: Tensor) -> Pair:
+        """The factors where `like` lives; in its type too, unless autocast will choose one."""
+        left, right = self.source.pair(self.index)
+        dtype = left.dtype if torch.is_autocast_enabled(like.device.type) else like.dtype
+        return left.to(like.device, dtype), right.to(like.device, dtype)
+
+
+class _Added(_Layer, ABC):
+    """A layer whose output is linear in the weight: the update's output is added."""
+
+    def install(self) -> list[RemovableHandle]:
+        return [self.site.owner.register_forward_hook(self._hook, with_kwargs=True)]
+
+    def _hook(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        given = args[0] if args else next(iter(kwargs.values()))
+        return self.add(module, given, output)
+
+    @abstractmethod
+    def add(self, module: Any, given: Tensor, output: Tensor) -> Tensor:
+        """`output` with the update's own output of `given` added."""
+
+
+class AddLinear(_Added):
+    """`nn.Linear` and Conv1D: y + (x right) left^T, or y + x dW^T where there are many rows."""
+
+    def add(self, module: Any, given: Tensor, output: Tensor) -> Tensor:
+        left, right = self.factors(given)
+        rows = given.reshape(-1, given.shape[-1])
+        total = output.reshape(-1, output.shape[-1])
+        if dense_is_cheaper(rows.shape[0], left, right):
+            return torch.addmm(total, rows, right @ left.t()).view_as(output)
+        return torch.addmm(total, rows @ right, left.t()).view_as(output)
+
+
+class AddEmbedding(_Added):
+    """`nn.Embedding`: y + left[ids] right^T."""
+
+    def add(self, module: Any, given: Tensor, output: Tensor) -> Tensor:
+        left, right = self.factors(output)
+        return output + F.embedding(given, left) @ right.t()
+
+
+class AddConv2d(_Added):
+    """`nn.Conv2d` with one group and zero padding: K filters `right`, then 1 x 1 filters `left`."""
+
+    def add(self, module: Any, given: Tensor, output: Tensor) -> Tensor:
+        left, right = self.factors(given)
+        _, *kernel = module.weight.shape
+        options = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
+        if dense_is_cheaper(1 << 30, left, right):
+            return output + F.conv2d(given, (left @ right.t()).view(-1, *kernel), **options)
+        hidden = F.conv2d(given, right.t().reshape(-1, *kernel), **options)
+        return output + F.conv2d(hidden, left[:, :, None, None])
+
+
+class Swapped(_Layer):
+    """Any layer: it runs with W + dW, materialised, in place of W."""
+
+    def install(self) -> list[RemovableHandle]:
+        host = self.site.host
+        return [
+            host.register_forward_pre_hook(self._before),
+            host.register_forward_hook(self._after, always_call=True),
+        ]
+
+    def _before(self, module: nn.Module, args: Any) -> None:
+        weight: Any = self.site.owner._parameters[self.site.attribute]
+        left, right = (factor.to(weight.device) for factor in self.source.pair(self.index))
+        update = right @ left.t() if self.transposed else left @ right.t()
+        wide = torch.promote_types(weight.dtype, update.dtype)
+        merged = weight.to(wide) + update.view_as(weight)
+        # An instance attribute hides the parameter without touching it.
+        self.site.owner.__dict__[self.site.attribute] = merged.to(weight.dtype)
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.site.owner.__dict__.pop(self.site.attribute, None)
+
+
+def dense_is_cheaper(rows: int, left: Tensor, right: Tensor) -> bool:
+    """Whether dW = left right^T and one product with it cost fewer operations than two products
+    with the factors, for `rows` rows of input; three times as many in training, on both sides."""
+    out, inner = left.shape
+    in_ = right.shape[0]
+    return out * in_ * (rows + inner) < rows * inner * (out + in_)
+
+
+_Kind = type[AddLinear] | type[AddEmbedding] | type[AddConv2d] | type[Swapped]
+_BY_FORWARD: dict[Callable[..., Any], _Kind] = {
+    nn.Linear.forward: AddLinear,
+    nn.Embedding.forward: AddEmbedding,
+    nn.Conv2d.forward: AddConv2d,
+}
+"""A subclass with a forward pass of its own may do anything with its weight, so it is not here."""
+
+
+def _kind(site: Site) -> _Kind:
+    owner: Any = site.owner
+    if site.attribute != "weight" or site.host is not owner:
+        return Swapped
+    forward: Any = type(owner).forward
+    if is_conv1d(owner):
+        return AddLinear if forward.__qualname__ == "Conv1D.forward" else Swapped
+    kind = _BY_FORWARD.get(forward, Swapped)
+    if kind is AddConv2d and (owner.groups != 1 or owner.padding_mode != "zeros"):
+        return Swapped
+    return kind
+
+
+def install(source: Source, place: Place) -> list[RemovableHandle]:
+    """Let all sites of a target compute with its update; the handles undo it."""
+    target = place.target
+    handles: list[RemovableHandle] = []
+    for site in place.sites:
+        handles += _kind(site)(source, target.index, site, target.transposed).install()
+    return handles
