@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ldexp
 from typing import Any
@@ -11,16 +11,19 @@ import numpy as np
 import numpy.typing as npt
 
 from kilodelta.errors import CheckpointError, ProofError
-from kilodelta.format import exact, identity, parallel, rounding
+from kilodelta.format import exact, fused, identity, parallel, rounding
 from kilodelta.format.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.targets import Target
 from kilodelta.progress import Meter, Progress, silent
 
 CHUNK = 1 << 17
-"""Elements merged at a time: their float64 update, 1 MiB, stays in the second cache."""
+"""Elements merged at a time, written and hashed while they are in the second cache."""
 TALL = 512
 """Rows at a time where the product is a large one, so that it runs at full speed."""
+
+BAND = 1 << 15
+"""Elements of the left factor drawn at a time."""
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -56,27 +59,55 @@ def merged(delta: Delta, target: Target, base: Bytes) -> Iterator[Bytes]:
         CheckpointError: the base tensor holds NaN or infinity.
         ProofError: the update takes a finite weight out of its type's range.
     """
-    view, add = rounding.ADD[target.dtype]
+    view, _ = rounding.ADD[target.dtype]
     rows, columns = target.stored
     weights = base.view(view).reshape(rows, columns)
     left, right = _Update(delta, target).factors()
     c, e = delta.scale(target.name)
-    factor, scale = np.float64(c), np.float32(ldexp(1.0, max(e, -149)))
-    step = _step(columns, right.shape[0])
-    out = np.empty(min(step, rows) * columns, view)
-    for start in range(0, rows, step):
-        span = range(start, min(rows, start + step))
-        numbers = exact.product(left(span), right).reshape(-1)
-        part = out[: numbers.size]
-        chunk = weights[span.start : span.stop].reshape(-1)
-        if add(chunk, numbers, factor, scale, part):
-            raise _not_finite(target, chunk)
-        yield part.view(np.uint8)
+    add = _adder(target.dtype, right, np.float64(c), np.float32(ldexp(1.0, max(e, -149))))
+    step = min(rows, _step(columns, right.shape[0]))
+    out = np.empty((step, columns), view)
+    for span, factors in _bands(left, rows, step, right.shape[0]):
+        chunk, part = weights[span.start : span.stop], out[: len(span)]
+        if add(factors, chunk, part):
+            raise _not_finite(target, chunk.reshape(-1))
+        yield part.reshape(-1).view(np.uint8)
+
+
+def _adder(
+    dtype: str, right: Any, factor: np.float64, scale: np.float32
+) -> Callable[[Any, Any, Any], Any]:
+    """The function of (left rows, weights, out) that merges rows and says if one is not finite."""
+    if right.shape[0] <= fused.FEW:
+        floats, merge = np.ascontiguousarray(right, dtype=np.float64), fused.MERGE[dtype]
+        return lambda left, weights, out: merge(
+            left.astype(np.float64), floats, weights, factor, scale, out
+        )
+    _, add = rounding.ADD[dtype]
+    return lambda left, weights, out: add(
+        weights.reshape(-1),
+        exact.product(left, right).reshape(-1),
+        factor,
+        scale,
+        out.reshape(-1),
+    )
 
 
 def _step(columns: int, inner: int) -> int:
     rows = max(1, CHUNK // columns)
-    return rows if inner <= exact.FEW else max(rows, TALL)
+    return rows if inner <= fused.FEW else max(rows, TALL)
+
+
+def _bands(
+    left: Callable[[range], Any], rows: int, step: int, inner: int
+) -> Iterator[tuple[range, Any]]:
+    """Steps of rows with their left factors, which are drawn for many steps at once."""
+    tall = max(step, BAND // inner // step * step)
+    for top in range(0, rows, tall):
+        band = left(range(top, min(rows, top + tall)))
+        for start in range(0, len(band), step):
+            part = band[start : start + step]
+            yield range(top + start, top + start + len(part)), part
 
 
 def _not_finite(target: Target, chunk: npt.NDArray[Any]) -> Exception:

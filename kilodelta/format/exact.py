@@ -1,11 +1,11 @@
 """Exact products of integer matrices, by the fastest unit that provably makes no error.
 
-- few columns: float64 multiply-adds in numba (every partial sum stays below 2^53 by the format's
-  own bound);
 - int8 factors: `torch._int_mm` with int32 sums, where torch is installed and its self-test with
   extreme values passes (it saturates silently on x86 without VNNI); else float32 products split
   so that every sum of absolute products stays below 2^24;
-- the rest: float64 products by BLAS.
+- the rest: float64 products by BLAS; every partial sum stays below 2^53 by the format's own bound.
+
+Products with a small inner dimension never come here: `kilodelta.format.fused` merges them at once.
 
 This is the one module of the ground floor that uses torch, and only where it is there.
 """
@@ -20,39 +20,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 Matrix = npt.NDArray[Any]
 
-FEW = 32
-"""Inner dimension up to which the numba kernel is the fastest."""
+SPAN = 512
+"""Columns that the float32 product takes or leaves together."""
 
 _BLAS = Lock()  # BLAS and torch use all cores themselves; merging threads take turns
-
-
-@njit(nogil=True, cache=True)
-def _low_rank(left, right, out):  # type: ignore[no-untyped-def]
-    """`out` float64 (rows, d) = left float64 (rows, K) @ right float64 (K, d)."""
-    rank, d = right.shape
-    tile = 512
-    for start in range(0, d, tile):
-        n = min(tile, d - start)
-        for i in range(left.shape[0]):
-            acc = out[i, start : start + n]
-            acc[:] = 0.0
-            k = 0
-            while k + 4 <= rank:
-                r0, r1 = right[k, start : start + n], right[k + 1, start : start + n]
-                r2, r3 = right[k + 2, start : start + n], right[k + 3, start : start + n]
-                l0, l1, l2, l3 = left[i, k], left[i, k + 1], left[i, k + 2], left[i, k + 3]
-                for j in range(n):
-                    acc[j] += l0 * r0[j] + l1 * r1[j] + l2 * r2[j] + l3 * r3[j]
-                k += 4
-            while k < rank:
-                r0, l0 = right[k, start : start + n], left[i, k]
-                for j in range(n):
-                    acc[j] += l0 * r0[j]
-                k += 1
 
 
 def product(left: Matrix, right: Matrix) -> Matrix:
@@ -60,10 +34,6 @@ def product(left: Matrix, right: Matrix) -> Matrix:
 
     The caller vouches that every sum of absolute products stays below 2^53.
     """
-    if left.shape[1] <= FEW:
-        out = np.empty((left.shape[0], right.shape[1]), np.float64)
-        _low_rank(_float64(left), _float64(right), out)
-        return out
     with _BLAS:
         if left.dtype == np.int8 and right.dtype == np.int8:
             return int8_product(left, right)
@@ -92,23 +62,43 @@ def by_torch(left: Matrix, right: Matrix) -> Matrix:
     """By `torch._int_mm`: VNNI or AMX on x86, its own kernels elsewhere."""
     import torch
 
-    found = torch._int_mm(torch.from_numpy(left), torch.from_numpy(right))
+    found = torch._int_mm(torch.from_numpy(_writable(left)), torch.from_numpy(_writable(right)))
     return np.asarray(found.numpy())
+
+
+def _writable(matrix: Matrix) -> Matrix:
+    """torch warns of arrays it could not write to, such as a mapped file's."""
+    return np.require(matrix, requirements=["C", "W"])
 
 
 def by_float32(left: Matrix, right: Matrix) -> Matrix:
     """By float32 BLAS, the inner dimension cut so that no sum can reach 2^24."""
-    largest = _peak(left) * _peak(right)
-    step = max(1, (2**24 - 1) // max(1, largest))
     total: Matrix = np.zeros((left.shape[0], right.shape[1]), np.int32)
-    for k in range(0, left.shape[1], step):
-        part = left[:, k : k + step].astype(np.float32) @ right[k : k + step].astype(np.float32)
+    for span in float32_spans(left, right):
+        part = left[:, span].astype(np.float32) @ right[span].astype(np.float32)
         total += part.astype(np.int32)
     return total
 
 
-def _peak(matrix: Matrix) -> int:
-    return max(int(matrix.max(initial=0)), -int(matrix.min(initial=0)))
+def float32_spans(left: Matrix, right: Matrix) -> list[slice]:
+    """Runs of the inner dimension whose sums of absolute products stay below 2^24."""
+    spans, start = [], 0
+    reach = np.zeros(right.shape[1], np.float32)
+    for k in range(0, right.shape[0], SPAN):
+        added = _reach(left[:, k : k + SPAN], right[k : k + SPAN])
+        if float((reach + added).max()) >= 2**24:
+            spans.append(slice(start, k))
+            start, reach = k, added
+        else:
+            reach = reach + added
+    return [*spans, slice(start, right.shape[0])]
+
+
+def _reach(left: Matrix, right: Matrix) -> Matrix:
+    """What each column's sum can reach, float32; exact, because SPAN * 128^2 is below 2^24."""
+    peaks = np.maximum(left.max(axis=0).astype(np.float32), -left.min(axis=0).astype(np.float32))
+    found: Matrix = peaks @ np.abs(right.astype(np.float32))
+    return found
 
 
 def passes_self_test(unit: Callable[[Matrix, Matrix], Matrix]) -> bool:

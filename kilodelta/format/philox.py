@@ -14,7 +14,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 TILE = 256
-"""Columns that one pass keeps in the nearest cache."""
+"""Elements that one pass keeps in the nearest cache."""
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
@@ -71,14 +71,23 @@ def _philox(a, b, c, d, keys):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _fill(w0, w1, w2, w3, row, column, block, role, keys):  # type: ignore[no-untyped-def]
-    """The four words at (row, column + j, block, role) into four lines, uint32 (n,)."""
+def _fill(w0, w1, w2, w3, ys, xs, block, role, keys):  # type: ignore[no-untyped-def]
+    """The four words at (ys[j], xs[j], block, role) into four lines, uint32 (n,)."""
     for j in range(w0.size):
-        a, b, c, d = _philox(row, np.uint32(column + np.uint32(j)), block, role, keys)
+        a, b, c, d = _philox(ys[j], xs[j], block, role, keys)
         w0[j] = a
         w1[j] = b
         w2[j] = c
         w3[j] = d
+
+
+@njit(nogil=True, cache=True)
+def _place(start, row, column, columns, ys, xs):  # type: ignore[no-untyped-def]
+    """The coordinates of consecutive elements, row-major, from element `start` on."""
+    for j in range(ys.size):
+        y, x = divmod(start + j, columns)
+        ys[j] = np.uint32(row + y)
+        xs[j] = np.uint32(column + x)
 
 
 @njit(nogil=True, cache=True)
@@ -108,24 +117,22 @@ def mix(k0, k1, role, row, column, planes, flips, total, out):  # type: ignore[n
         flips: uint32 (blocks, 4), bit i set where q_i is negative.
         total: sum |q_i|, below 2^31.
     """
-    rows, columns = out.shape
     keys = _schedule(k0, k1)
-    words = np.empty((4, TILE), np.uint32)
-    sums = np.empty(TILE, np.uint32)
-    for i in range(rows):
-        for start in range(0, columns, TILE):
-            n = min(TILE, columns - start)
-            w0, w1, w2, w3 = words[0][:n], words[1][:n], words[2][:n], words[3][:n]
-            acc = sums[:n]
-            acc[:] = 0
-            y, x = np.uint32(row + i), np.uint32(column + start)
-            for b in range(flips.shape[0]):
-                _fill(w0, w1, w2, w3, y, x, np.uint32(b), role, keys)
-                for p in range(planes.shape[0]):
-                    _count(w0, w1, w2, w3, planes[p, b], flips[b], np.uint32(p), acc)
-            line = out[i, start : start + n]
-            for j in range(n):
-                line[j] = np.int64(total) - 2 * np.int64(acc[j])
+    flat = out.reshape(-1)
+    words = np.empty((7, TILE), np.uint32)
+    for start in range(0, flat.size, TILE):
+        n = min(TILE, flat.size - start)
+        w0, w1, w2, w3 = words[0][:n], words[1][:n], words[2][:n], words[3][:n]
+        ys, xs, acc = words[4][:n], words[5][:n], words[6][:n]
+        _place(start, row, column, out.shape[1], ys, xs)
+        acc[:] = 0
+        for b in range(flips.shape[0]):
+            _fill(w0, w1, w2, w3, ys, xs, np.uint32(b), role, keys)
+            for p in range(planes.shape[0]):
+                _count(w0, w1, w2, w3, planes[p, b], flips[b], np.uint32(p), acc)
+        line = flat[start : start + n]
+        for j in range(n):
+            line[j] = np.int64(total) - 2 * np.int64(acc[j])
 
 
 @njit(nogil=True, cache=True)

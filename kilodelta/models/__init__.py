@@ -4,6 +4,7 @@ Everything here needs torch, and Hugging Face folders need transformers (`pip in
 'kilodelta[hf]'`).
 """
 
+from kilodelta.models.example import example as example
 from kilodelta.models.fill import fill as fill
 from kilodelta.models.heads import Pooling as Pooling
 from kilodelta.models.heads import View as View
@@ -22,6 +23,7 @@ __all__ = [
     "Pooling",
     "View",
     "counted",
+    "example",
     "fill",
     "open_model",
     "outputs",

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -63,20 +63,21 @@ _POOL = {"mean": _mean, "cls": _cls, "lasttoken": _last}
 
 
 class View(nn.Module):
-    """A model as a function of positional tensors, its outputs a tuple: what exporters trace.
+    """A model as a function from named tensors to named outputs, those that matter.
 
-    `inputs` names the tensors in order; the outputs are those of `outputs`, in its order.
+    It shares the loaded module; runners and exporters take it in the module's place.
     """
 
-    def __init__(self, loaded: LoadedModel, inputs: Sequence[str]) -> None:
+    def __init__(self, loaded: LoadedModel) -> None:
         super().__init__()
-        self.module, self.pooling, self.inputs = loaded.module, loaded.pooling, tuple(inputs)
+        self.module, self.pooling = loaded.module, loaded.pooling
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.named(dict(zip(self.inputs, tensors, strict=True))).values())
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        """The outputs by name.
 
-    def named(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The outputs by name."""
+        Raises:
+            InputError: the module returns no tensors, or none that can be pooled.
+        """
         found = select(self.module(**batch))
         if self.pooling is None:
             return found
@@ -96,7 +97,8 @@ def outputs(loaded: LoadedModel, batch: Mapping[str, Tensor]) -> dict[str, Tenso
     Raises:
         InputError: the module returns no tensors.
     """
-    return View(loaded, tuple(batch)).named(batch)
+    found: dict[str, Tensor] = View(loaded)(**batch)
+    return found
 
 
 def counted(found: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,12 +12,9 @@ from torch import Tensor
 
 from kilodelta.errors import InputError
 from kilodelta.models.entry import call_entry, is_entry
+from kilodelta.models.loaded import Batch as Batch
 from kilodelta.models.loaded import LoadedModel
 from kilodelta.models.texts import read_texts as read_texts
-
-Batch: TypeAlias = dict[str, Tensor]
-"""Tensors by input name, all with the same first dimension: (batch, tokens) int64 for texts,
-(batch, channels, height, width) float32 for images."""
 
 _KINDS = ".jsonl, .txt, .npz or package.module:function"
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from kilodelta.models.heads import Pooling
+
+Batch: TypeAlias = dict[str, Tensor]
+"""Tensors by input name, all with the same first dimension: (batch, tokens) int64 for texts,
+(batch, channels, height, width) float32 for images."""
 
 Kind = Literal["text", "image", "any"]
 

@@ -1,0 +1,49 @@
+"""What a benchmark prints about the machine that it ran on, and how it times."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+PACKAGES = ("kilodelta", "numpy", "numba", "torch", "peft", "transformers", "onnxruntime")
+UNITS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+
+
+def describe() -> dict[str, str]:
+    """Processor, cores, its integer units, and the versions of the packages compared."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = next(
+        (line.split(":")[1].strip() for line in text.splitlines() if "model name" in line), ""
+    )
+    flags = set(text.split())
+    return {
+        "processor": model or platform.processor() or platform.machine(),
+        "cores": str(os.cpu_count()),
+        "units": " ".join(unit for unit in UNITS if unit in flags),
+        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "versions": ", ".join(f"{n} {v}" for n in PACKAGES if (v := _version(n))),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def side_by_side(runs: Mapping[str, Callable[[], object]], *, repeats: int = 5) -> dict[str, float]:
+    """The best of several turns of each, in seconds, taken in rotation after a warm-up."""
+    best = dict.fromkeys(runs, float("inf"))
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if turn:
+                best[name] = min(best[name], time.perf_counter() - began)
+    return best
