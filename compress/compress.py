@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from kilodelta.format.delta import Delta, Extra
 from kilodelta.format.identity import digest
 from kilodelta.format.inspect import inspect
 from kilodelta.format.manifest import Base, Manifest, method_options
-from kilodelta.format.methods import Lora, Method, UniLora
+from kilodelta.format.methods import METHODS, Lora, Method, UniLora
 from kilodelta.format.targets import Patterns, Target, select
 from kilodelta.models import (
     LoadedModel,
@@ -86,6 +86,44 @@ class Options:
 
 
 DEFAULT_BUDGET = 20_000
+
+
+def options_from(
+    *,
+    budget: str | None,
+    method: str | None,
+    rank: int | None,
+    bases: int | None,
+    bits: str | None,
+    lr: float | None,
+    **others: Any,
+) -> Options:
+    """Options from what a user types.
+
+    Raises:
+        InputError: a size that is none, or an option that the method does not have.
+    """
+    if method is None and (rank or bases):
+        raise InputError(
+            "--rank and --bases belong to a method", fix="add --method, or give --budget alone"
+        )
+    return Options(
+        budget=None if budget is None else budgets.parse_bytes(budget),
+        method=None if method is None else _method(method, rank=rank, bases=bases),
+        bits=None if bits is None else int(bits),
+        rate=lr,
+        **others,
+    )
+
+
+def _method(name: str, **wanted: int | None) -> Method:
+    kind: Any = METHODS[name]
+    given = {key: value for key, value in wanted.items() if value is not None}
+    known = {option.name for option in fields(kind)}
+    if unknown := sorted(set(given) - known):
+        raise InputError(f"{name} has no {unknown[0]}", fix=f"its options: {', '.join(known)}")
+    found: Method = kind(**given)
+    return found
 
 
 def compress(

@@ -177,7 +177,7 @@ class _Run:
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimiser.step()
-        return float(loss)
+        return loss.item()
 
     def _look(self) -> None:
         """Measure on the held-out inputs now and then, from the first rounded step on."""

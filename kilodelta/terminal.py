@@ -14,6 +14,8 @@ from kilodelta.progress import Event, Progress
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
+    from kilodelta.compress.report import Report
+
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
@@ -150,6 +152,52 @@ class _Lines:
         if self.stage is not None:
             self._print(self.stage, time.monotonic())
         self.stage = None
+
+
+def show_compression(report: Report, *, as_json: bool) -> None:
+    """What a compression kept and cost."""
+    if as_json:
+        print_json(report.to_json())
+        return
+    options = ", ".join(f"{k} {v}" for k, v in report.method.items() if k != "name")
+    whole = report.nbytes["file"]
+    rows: list[tuple[str, object]] = [
+        ("file", f"{report.path}, {size(whole)}: {report.tuned_bytes / whole:,.0f}x smaller"),
+        ("method", f"{report.method['name']}: {options}, {report.bits} bits"),
+        ("targets", f"{report.targets} tensors"),
+        *(("extra", name) for name in report.extras),
+    ]
+    if report.after is not None and report.before is not None:
+        rows += [
+            (
+                f"{report.kind}",
+                f"{report.after.agreement:.4f} with the tuned model on "
+                f"{report.held_out} held-out inputs; the base alone {report.before.agreement:.4f}",
+            ),
+            (
+                "divergence",
+                f"{report.after.divergence:.4f}, the base's {report.before.divergence:.4f}",
+            ),
+        ]
+    rows += [
+        ("weights", f"error {report.weight_error:.3f} of the change (1 is the base's)"),
+        (
+            "time",
+            f"{report.seconds:.0f} s, {report.steps} steps"
+            + (", interrupted: the best state so far" if report.interrupted else ""),
+        ),
+        *(("bytes", f"{count:>9}  {part}") for part, count in report.nbytes.items()),
+    ]
+    if report.dropped:
+        names = ", ".join(change.name for change in report.dropped[:3])
+        rows.append(
+            (
+                "not stored",
+                f"{len(report.dropped)} changed tensors with "
+                f"{report.dropped_energy:.1%} of the change ({names}, ...); see --extras",
+            )
+        )
+    print_facts([*rows, ("result", report.result)])
 
 
 def print_error(what: str, fix: str) -> None:
