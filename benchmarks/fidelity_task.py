@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,5 +133,5 @@ def train_teacher(task: Task, folder: Path, seed: int) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
+    shutil.copytree(base_folder(), folder)  # pooling and tokenizer, as sentence-transformers saves
     model.save_pretrained(folder)  # type: ignore[operator]
-    tokenizer.save_pretrained(folder)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kilodelta.errors import InputError
-from kilodelta.format.coefficients import packed_size
+from kilodelta.format.coefficients import groups_size
 from kilodelta.format.manifest import MAX_BASES
 from kilodelta.format.methods import Lora, Method, UniLora
 from kilodelta.format.targets import Target
@@ -47,9 +47,8 @@ def parse_bytes(text: str) -> int:
 
 def size_of(method: Method, targets: Sequence[Target], bits: int) -> int:
     """Bytes of a method's packed coefficients."""
-    shared = sum(packed_size(group.size, bits) for group in method.shared())
-    own = (packed_size(g.size, bits) for target in targets for g in method.groups(target))
-    return shared + sum(own)
+    own = (groups_size(method.groups(target), bits) for target in targets)
+    return groups_size(method.shared(), bits) + sum(own)
 
 
 def choose(budget: int, overhead: int, targets: Sequence[Target]) -> Choice:

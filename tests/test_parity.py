@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -253,6 +254,24 @@ def test_nan_fails(world: World) -> None:
     result = judge(Fixed(one_nan), world.truth, artefact="nan", precision="float32")
     assert result.status == "failed"
     assert "relative L2 inf" in result.reasons()[0]
+    assert result.update["logits"] == pytest.approx(1.0, abs=0.1)  # of what is finite
+
+
+def test_what_torch_cannot_compute_is_no_failure(world: World) -> None:
+    """Without a yardstick nothing can be said about the artefact."""
+
+    class NoHalf(Classifier):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+            if self.head.weight.dtype == torch.float16:
+                raise RuntimeError("\"mystery_kernel\" not implemented for 'Half'")
+            return super().forward(input_ids, attention_mask)
+
+    module = NoHalf().eval()
+    module.load_state_dict(world.merged.state_dict())
+    runner = OnnxRunner(world.half, device="cpu")
+    result = judge(runner, world.truth_of(module), artefact="half", precision="float16")
+    assert result.status == "not run"
+    assert "torch on cpu cannot compute in float16" in result.reasons()[0]
 
 
 def test_a_missing_output_is_a_failure(world: World) -> None:
@@ -306,6 +325,21 @@ def test_a_failure_names_everything_and_the_json_is_strict(world: World) -> None
 def test_bisecting_a_right_file_finds_nothing(world: World) -> None:
     batch = world.truth.cases[1].batch
     assert first_departure(world.file, world.merged, batch, precision="float32") is None
+
+
+def test_a_weight_may_be_transposed_first() -> None:
+    helper = onnx.helper
+    graph = SimpleNamespace(
+        initializer=[SimpleNamespace(name="fc.weight"), SimpleNamespace(name="fc.bias")],
+        node=[
+            helper.make_node("Transpose", ["fc.weight"], ["t"], name="turn"),
+            helper.make_node("MatMul", ["x", "t"], ["xw"], name="product"),
+            helper.make_node("Relu", ["xw"], ["r"], name="relu"),
+            helper.make_node("Add", ["r", "fc.bias"], ["y"], name="sum"),
+        ],
+    )
+    found = [(stop.layer, stop.node, stop.value) for stop in stops_of(graph)]
+    assert found == [("fc", "product", "xw"), ("fc", "sum", "y")]
 
 
 def test_every_layer_is_a_stop(world: World) -> None:

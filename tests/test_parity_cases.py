@@ -53,6 +53,12 @@ def test_equal_shapes_are_run_once() -> None:
     ]
 
 
+def test_only_the_usual_case_is_padded() -> None:
+    profile = {name: ((1, 2), (2, 5), (2, 6)) for name in BATCH}
+    live_tokens = {c.name: c.batch["attention_mask"].sum(1).tolist() for c in cases(BATCH, profile)}
+    assert live_tokens == {"smallest": [2], "usual": [3, 2], "largest": [6, 6]}
+
+
 def test_padding_is_not_compared() -> None:
     states = np.arange(2 * 5 * 3).reshape(2, 5, 3)
     assert (live(states, BATCH) == np.concatenate([states[0, :3], states[1, :2]])).all()

@@ -33,6 +33,7 @@ def test_bfloat16_equals_torch_on_every_kind_of_number() -> None:
     rng = np.random.default_rng(0)
     values = rng.integers(0, 2**32, size=20_000, dtype=np.uint32).view(np.float32)
     values[:5] = [np.nan, np.inf, -np.inf, 0.0, -0.0]
+    values.view(np.uint32)[5] = 0x7F800001  # a NaN whose upper half alone is infinity
     expected = torch.from_numpy(values).bfloat16().float().numpy()
     np.testing.assert_array_equal(bfloat16.unpack(bfloat16.pack(values)), expected)
 

@@ -1,4 +1,4 @@
-"""Proof by digests: the base is the one named, the file is whole, the result is the one promised."""
+"""Proof by digests: the base is the one named, the file is whole, the result as promised."""
 
 from __future__ import annotations
 

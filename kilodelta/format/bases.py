@@ -106,7 +106,7 @@ def _bit_planes(coefficients: Ints) -> tuple[Ints, Ints]:
     sizes = np.abs(padded)
     count = int(sizes.max(initial=0)).bit_length()
     planes = [_packed((sizes >> p) & 1) for p in range(count)]
-    stacked = np.array(planes, np.uint32).reshape(count, -1, 4)
+    stacked = np.array(planes, np.uint32).reshape(count, padded.size // BLOCK, 4)
     return stacked, _packed(padded < 0).reshape(-1, 4)
 
 

@@ -5,6 +5,7 @@ docs/format.md, section 6. A group is one array of coefficients that shares a sc
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil, frexp, ldexp, prod
 from typing import Any
@@ -69,6 +70,11 @@ def storage(bits: int) -> type[np.signedinteger[Any]]:
 def packed_size(count: int, bits: int) -> int:
     """Bytes of a packed group; each starts on a byte."""
     return (count * bits + 7) // 8
+
+
+def groups_size(groups: Iterable[Group], bits: int) -> int:
+    """Bytes of packed groups, one after the other."""
+    return sum(packed_size(group.size, bits) for group in groups)
 
 
 def pack(q: Ints, bits: int) -> Ints:

@@ -18,7 +18,7 @@ from kilodelta.errors import BaseMismatchError, FileError, InputError
 from kilodelta.format import dtypes, exact
 from kilodelta.format.bases import Stream
 from kilodelta.format.checkpoint import Checkpoint
-from kilodelta.format.coefficients import Group, Ints, packed_size, unpack
+from kilodelta.format.coefficients import Group, Ints, groups_size, packed_size, unpack
 from kilodelta.format.manifest import Manifest
 from kilodelta.format.methods import Coefficients, Method
 from kilodelta.format.targets import Target, select
@@ -121,10 +121,10 @@ class Delta:
     @cached_property
     def _starts(self) -> tuple[int, ...]:
         """Where the shared groups and each target's begin in the blob."""
-        starts, position = [0], _size(self.method.shared(), self.manifest.bits)
+        starts, position = [0], groups_size(self.method.shared(), self.manifest.bits)
         for target in self.targets.values():
             starts.append(position)
-            position += _size(self.method.groups(target), self.manifest.bits)
+            position += groups_size(self.method.groups(target), self.manifest.bits)
         return (*starts, position)
 
     @cached_property
@@ -184,10 +184,6 @@ class Delta:
         from kilodelta.format import file
 
         return file.write(self, Path(path))
-
-
-def _size(groups: tuple[Group, ...], bits: int) -> int:
-    return sum(packed_size(group.size, bits) for group in groups)
 
 
 def _check_fit(delta: Delta) -> None:

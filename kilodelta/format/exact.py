@@ -12,7 +12,6 @@ This is the one module of the ground floor that uses torch, and only where it is
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
 from threading import Lock
@@ -53,22 +52,25 @@ def int8_product(left: Matrix, right: Matrix) -> Matrix:
 
 @lru_cache(maxsize=1)
 def _int8_unit() -> Callable[[Matrix, Matrix], Matrix]:
-    if importlib.util.find_spec("torch") is not None and passes_self_test(by_torch):
-        return by_torch
-    return by_float32
+    try:
+        return by_torch if passes_self_test(by_torch) else by_float32
+    except ImportError:  # torch is not there, or does not load
+        return by_float32
 
 
 def by_torch(left: Matrix, right: Matrix) -> Matrix:
     """By `torch._int_mm`: VNNI or AMX on x86, its own kernels elsewhere."""
     import torch
 
-    found = torch._int_mm(torch.from_numpy(_writable(left)), torch.from_numpy(_writable(right)))
+    found = torch._int_mm(torch.from_numpy(_plain(left)), torch.from_numpy(_plain(right)))
     return np.asarray(found.numpy())
 
 
-def _writable(matrix: Matrix) -> Matrix:
-    """torch warns of arrays it could not write to, such as a mapped file's."""
-    return np.require(matrix, requirements=["C", "W"])
+def _plain(matrix: Matrix) -> Matrix:
+    """As torch wants it: writable (it warns of a mapped file's), and with the strides that its
+    shape implies. numpy lets the stride of a dimension of length 1 be anything, and `_int_mm`
+    would take it for the length of a row."""
+    return np.require(matrix, requirements=["C", "W"]).reshape(-1).reshape(matrix.shape)
 
 
 def by_float32(left: Matrix, right: Matrix) -> Matrix:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from kilodelta.errors import FileError, InputError
 from kilodelta.format import atomic, dtypes, identity
 from kilodelta.format import manifest as manifests
 from kilodelta.format.checkpoint import Checkpoint, in_name_order
-from kilodelta.format.coefficients import packed_size
+from kilodelta.format.coefficients import groups_size
 from kilodelta.format.delta import Delta, Extra
 from kilodelta.format.manifest import Manifest
 from kilodelta.format.safetensors import header_bytes, map_file, read_layout
@@ -146,13 +146,13 @@ def _named(found: Mapping[str, Extra], prefix: str) -> dict[str, Extra]:
 def _check_counts(path: Path, manifest: Manifest, size: int) -> None:
     """What can be checked without the base: the scales, and sizes that no shape changes."""
     method = manifest.method
-    small, large = (_groups_bytes(manifest, _dummy(n)) for n in (1, 2))
-    shared = sum(packed_size(group.size, manifest.bits) for group in method.shared())
-    scales = len(method.shared()) + manifest.count * len(method.groups(_dummy(1)))
+    groups, others = method.groups(_dummy(1)), method.groups(_dummy(64))
+    shared = groups_size(method.shared(), manifest.bits)
+    scales = len(method.shared()) + manifest.count * len(groups)
     if len(manifest.scales) != scales:
         raise _fault(path, f"it has {len(manifest.scales)} scales, but its targets need {scales}")
-    needed = shared + manifest.count * small
-    if small == large and size != needed:
+    needed = shared + manifest.count * groups_size(groups, manifest.bits)
+    if groups == others and size != needed:
         raise _fault(path, f"it holds {size} bytes of coefficients, not {needed}")
     if size < shared:
         raise _fault(path, f"it holds {size} bytes of coefficients, fewer than {shared}")
@@ -160,8 +160,3 @@ def _check_counts(path: Path, manifest: Manifest, size: int) -> None:
 
 def _dummy(width: int) -> Target:
     return Target(name="", dtype="F32", shape=(width, width), transposed=False, index=0)
-
-
-def _groups_bytes(manifest: Manifest, target: Target) -> int:
-    groups: Iterable[int] = (group.size for group in manifest.method.groups(target))
-    return sum(packed_size(count, manifest.bits) for count in groups)

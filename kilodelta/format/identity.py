@@ -164,7 +164,7 @@ def _place(value: Any) -> tuple[Any, ...] | None:
     if isinstance(value, np.ndarray):
         interface = value.__array_interface__
         return (interface["data"][0], value.shape, str(value.dtype)) if value.size else None
-    if value.numel() == 0:
+    if not hasattr(value, "data_ptr") or value.numel() == 0:
         return None
     return (value.data_ptr(), tuple(value.shape), str(value.dtype))
 

@@ -29,7 +29,7 @@ MAX_PATTERNS = 256
 MAX_TEXT = 1024
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
-_SEED = re.compile(r"0|[1-9][0-9]{0,19}\Z")
+_SEED = re.compile(r"(?:0|[1-9][0-9]{0,19})\Z")
 
 
 @dataclass(frozen=True, kw_only=True)

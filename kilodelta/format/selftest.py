@@ -12,8 +12,8 @@ from functools import lru_cache
 import numpy as np
 
 from kilodelta.errors import SelfTestError
-from kilodelta.format import exact, philox, rounding
-from kilodelta.format.bases import Role, Stream
+from kilodelta.format import exact, fused, philox, rounding
+from kilodelta.format.bases import Ints, Role, Stream
 
 KNOWN_ANSWERS = (
     (
@@ -81,12 +81,20 @@ BASES_DIGEST = "6fbbebf587ccf7caf1f4d3a4c93d0eace00d2a51ecc2514dbd1871cc76d529b4
 
 
 def _products_are_right() -> bool:
+    """Those without torch, which is not loaded for this: its unit is tested where it is chosen."""
     rng = np.random.default_rng(1)
-    left = rng.integers(-(2**20), 2**20, (5, 7))
-    right = rng.integers(-(2**20), 2**20, (7, 530))
-    return np.array_equal(exact.product(left, right), left @ right) and exact.passes_self_test(
-        exact.int8_product
-    )
+    left = rng.integers(-(2**20), 2**20, (5, 47))
+    right = rng.integers(-(2**20), 2**20, (47, 530))
+    wide = np.array_equal(exact.product(left, right), left @ right)
+    return wide and exact.passes_self_test(exact.by_float32) and _fused_is_right(left, right)
+
+
+def _fused_is_right(left: Ints, right: Ints) -> bool:
+    weights, out = np.zeros((5, 530), np.float32), np.empty((5, 530), np.float32)
+    few, most = left[:, :7].astype(np.float64), right[:7].astype(np.float64)
+    fused.merge_f32(few, most, weights, np.float64(3), np.float32(2.0**-9), out)
+    exact_sum = 3 * (left[:, :7] @ right[:7])
+    return np.array_equal(out, exact_sum.astype(np.float32) * np.float32(2.0**-9))
 
 
 ROUNDED = {

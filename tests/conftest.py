@@ -1,0 +1,36 @@
+"""What every test shares: the switches for long and GPU tests, and a digest cache of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes")
+
+
+def _has_cuda() -> bool:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return False
+    return torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slow = pytest.mark.skip(reason="takes minutes; run with --slow")
+    gpu = pytest.mark.skip(reason="needs a CUDA device; there is none")
+    cuda = any("gpu" in item.keywords for item in items) and _has_cuda()
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(slow)
+        if "gpu" in item.keywords and not cuda:
+            item.add_marker(gpu)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache: Path = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("KILODELTA_CACHE", str(cache))
