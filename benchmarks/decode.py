@@ -207,7 +207,7 @@ def randlora(threads: int) -> list[dict[str, Any]]:
 
     model = torch.nn.Sequential(torch.nn.Linear(D, D, bias=False))
     config = RandLoraConfig(r=RANDLORA_RANK, target_modules=["0"], randlora_alpha=1)
-    layer = get_peft_model(model, config).base_model.model[0]  # type: ignore[arg-type,index]
+    layer = get_peft_model(model, config).base_model.model[0]
     method = RandLora(rank=RANDLORA_RANK)
     target = Target(name="w", dtype="F32", shape=(D, D), transposed=False, index=0)
     rng = np.random.default_rng(2)

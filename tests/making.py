@@ -99,7 +99,7 @@ def numbers(
     shared = {g.name: quantise(rng.normal(size=g.shape), bits, 15) for g in method.shared()}
     own = {}
     for target in build.targets(base, patterns):
-        floats = {
+        floats: dict[str, Any] = {
             g.name: rng.normal(size=g.shape) * 0.05 if g.size else np.float64(0.01)
             for g in method.groups(target)
         }
@@ -152,7 +152,7 @@ def reforged(path: Path, source: Delta, change: Any) -> Path:
     """A delta's file with its manifest changed by a function of the parsed JSON."""
     table = json.loads(source.manifest.text())
     change(table)
-    tensors = {"coefficients": ("U8", (source.blob.size,), source.blob.tobytes())}
+    tensors: dict[str, Any] = {"coefficients": ("U8", (source.blob.size,), source.blob.tobytes())}
     for name, tensor in source.extras.items():
         tensors["extra." + name] = (tensor.dtype, tensor.shape, tensor.data.tobytes())
     return forge(path, tensors, canonical.dumps(table))

@@ -69,7 +69,7 @@ def test_threads_and_layouts_agree(tmp_path: Path) -> None:
     expected = contents(tmp_path / "one.safetensors")
     for other in ("two.safetensors", "three", "four.safetensors"):
         assert contents(tmp_path / other) == expected
-    with safe_open(tmp_path / "one.safetensors", framework="pt") as file:  # type: ignore[no-untyped-call]
+    with safe_open(tmp_path / "one.safetensors", framework="pt") as file:
         assert set(file.keys()) == set(expected)
         assert file.metadata() == {"format": "pt"}
 
@@ -122,7 +122,7 @@ def test_transformers_opens_the_result(tmp_path: Path) -> None:
     c, e = made.scale(name)
     update = made.expand(name).astype(np.float64) * c * 2.0**e
     expected = weights + update
-    # Two float32 roundings, of the update and of the sum: 2^-24 of each, and a little of second order.
+    # Two float32 roundings, of the update and of the sum: 2^-24 of each, and second order.
     limit = (np.abs(expected) + np.abs(update)) * 2.0**-24 * (1 + 2.0**-20)
     assert (np.abs(after.state_dict()[name].numpy() - expected) <= limit).all()
 

@@ -1,4 +1,4 @@
-"""Every method against the paper's formula as scalar loops, and merged bytes against scalar merging."""
+"""Every method against the paper's formula as scalar loops, and merged bytes likewise."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from making import METHODS, PATTERNS, delta, ids, model, write
 
 from kilodelta.errors import InputError
 from kilodelta.format import arithmetic, exact, fused, reference
+from kilodelta.format.bases import Ints
 from kilodelta.format.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.manifest import method_options
@@ -147,11 +148,12 @@ def test_strides_of_single_rows_do_not_mislead_the_int8_unit() -> None:
 
 
 def test_a_saturating_unit_is_found_out() -> None:
-    def saturating(left: np.ndarray, right: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    def saturating(left: Ints, right: Ints) -> Ints:
         # x86 without VNNI: unsigned times signed bytes, pairs added with saturation to 16 bits.
         raised, wide = left.astype(np.int64) + 128, right.astype(np.int64)
         pairs = raised[:, ::2, None] * wide[None, ::2] + raised[:, 1::2, None] * wide[None, 1::2]
-        return np.clip(pairs, -32768, 32767).sum(axis=1) - 128 * wide.sum(axis=0)
+        found: Ints = np.clip(pairs, -32768, 32767).sum(axis=1) - 128 * wide.sum(axis=0)
+        return found
 
     assert not exact.passes_self_test(saturating)
     assert exact.passes_self_test(exact.by_float32)
@@ -164,7 +166,7 @@ def test_a_delta_read_alone_says_that_it_needs_its_base(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="does not know its targets' shapes"):
         kilodelta.load(tmp_path / "task.kd").expand("tall.weight")
-    with pytest.raises(InputError, match="'norm.weight' is not a target"):
+    with pytest.raises(InputError, match=r"'norm\.weight' is not a target"):
         kilodelta.load(tmp_path / "task.kd", base=tmp_path / "base.safetensors").expand(
             "norm.weight"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -77,7 +79,7 @@ def test_rounding_to_integers_errs_by_half_a_step_or_clips(bits: int) -> None:
     assert inside.all() == (bits != 4)
 
 
-def merged(dtype: str, bits: np.ndarray, numbers: np.ndarray, c: int, e: int) -> list[int]:  # type: ignore[type-arg]
+def merged(dtype: str, bits: Any, numbers: Any, c: int, e: int) -> list[int]:
     view, add = rounding.ADD[dtype]
     weights = bits.astype(np.uint32 if dtype == "F32" else np.uint16).view(view)
     out = np.empty_like(weights)
@@ -124,15 +126,19 @@ def test_what_is_not_finite_is_reported(dtype: str) -> None:
     view, add = rounding.ADD[dtype]
     for value in (np.inf, -np.inf, np.nan):
         weights = np.array([1.0, value, 2.0], np.float32)
+        raw: Any = weights.astype(np.float16).view(np.uint16) if dtype == "F16" else weights
         if dtype == "BF16":
-            weights = (weights.view(np.uint32) >> 16).astype(np.uint16)  # type: ignore[assignment]
-        raw = weights.astype(np.float16).view(np.uint16) if dtype == "F16" else weights
+            raw = (weights.view(np.uint32) >> 16).astype(np.uint16)
         out = np.empty(3, view)
         zeros = np.zeros(3)
         assert add(raw.view(view), zeros, np.float64(1), np.float32(1), out)
         assert not add(raw[::2].copy().view(view), zeros[:2], np.float64(1), np.float32(1), out[:2])
     big = np.array([np.float32(3.3e38)]).view(np.uint32)
-    raw = {"F32": big.view(np.float32), "BF16": (big >> 16).astype(np.uint16), "F16": np.array([0x7BFF], np.uint16)}[dtype]  # fmt: skip
+    largest_weight: Any = {
+        "F32": big,
+        "BF16": (big >> 16).astype(np.uint16),
+        "F16": np.array([0x7BFF], np.uint16),
+    }[dtype]
     scale = np.float32(2.0**100 if dtype != "F16" else 1.0)
     numbers = np.array([2.0**27 if dtype != "F16" else 40.0])
-    assert add(raw.view(view), numbers, np.float64(1), scale, np.empty(1, view))
+    assert add(largest_weight.view(view), numbers, np.float64(1), scale, np.empty(1, view))

@@ -169,7 +169,7 @@ def fingerprints(known: Identity) -> bytes:
 
 def quantise_target(
     method: Method,
-    values: Mapping[str, Floats],
+    values: Mapping[str, Floats | float],
     bits: int,
     shared: Mapping[str, Quantised] | None = None,
 ) -> dict[str, Quantised]:
@@ -192,9 +192,9 @@ def quantise_target(
     raise InputError(f"the update cannot be exact: {problem}", fix="use fewer bits or fewer bases")
 
 
-def _quantise(value: Floats, bits: int, c_max: int) -> Quantised:
+def _quantise(value: Floats | float, bits: int, c_max: int) -> Quantised:
     if np.ndim(value):
-        return quantise(value, bits, c_max)
+        return quantise(np.asarray(value), bits, c_max)
     return Quantised(q=np.empty(0, np.int8), scale=scale_near(float(value), c_max))
 
 

@@ -170,7 +170,7 @@ def case(name: str, base: dict[str, tuple[str, tuple[int, ...], bytes]]) -> tupl
         "result": {"root": root(digests)},
         "made": {"tool": "golden", "agreement": 0.75},
     }
-    tensors = [
+    tensors: list[tuple[str, str, tuple[int, ...], bytes]] = [
         ("extra.norm.bias", "F32", (4,), extra),
         ("coefficients", "U8", (len(blob),), blob),
     ]
@@ -189,7 +189,7 @@ def main() -> None:
     folder = Path(__file__).parent / sys.argv[1]
     folder.mkdir()
     base = base_tensors()
-    tensors = [(n, *base[n]) for n in base]
+    tensors: list[Any] = [(n, *base[n]) for n in base]
     (folder / "base.safetensors").write_bytes(container(tensors, {"format": "pt"}))
     for name in CASES:
         file, expected = case(name, base)
