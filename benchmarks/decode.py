@@ -13,6 +13,7 @@ Prints ratios first. Run it with `--threads 1` and without. The opponents:
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import multiprocessing
 import os
@@ -99,9 +100,11 @@ def nola(threads: int) -> list[dict[str, Any]]:
             stream.mix(Role.NOLA_A, q["alpha"], range(NOLA_RANK), range(D))
             stream.mix(Role.NOLA_B, q["beta"], range(D), range(NOLA_RANK))
         else:
-            _both(
-                lambda: stream.mix(Role.NOLA_A, q["alpha"], range(NOLA_RANK), range(D)),
-                lambda: stream.mix(Role.NOLA_B, q["beta"], range(D), range(NOLA_RANK)),
+            _all(
+                [
+                    lambda: stream.mix(Role.NOLA_A, q["alpha"], range(NOLA_RANK), range(D)),
+                    lambda: stream.mix(Role.NOLA_B, q["beta"], range(D), range(NOLA_RANK)),
+                ]
             )
 
     def official() -> tuple[Any, Any]:
@@ -120,28 +123,32 @@ def nola(threads: int) -> list[dict[str, Any]]:
         tensor.add_((B @ A * 1e-3).to(tensor.dtype))
 
     def layer() -> None:
-        for _ in arithmetic.merged(delta, target, weights):
-            pass
+        """As many layers at a time as there are threads."""
+        _all([lambda: collections.deque(arithmetic.merged(delta, target, weights), 0)] * threads)
 
     factors = side_by_side({"ours": mix, "official": official}, repeats=5)
     whole = side_by_side({"ours": layer, "official": official_layer, "lora": lora_merge}, repeats=5)
+    ours = whole["ours"] / threads
     shape = f"D = d = {D}, r = {NOLA_RANK}, k = {NOLA_BASES}"
     return [
         _row(f"NOLA mixing, {shape}: official NOLA in torch", factors["ours"], factors["official"]),
         _row(
-            f"NOLA layer into bfloat16, {shape} (ours on 1 thread): official NOLA in torch",
-            whole["ours"],
+            f"NOLA layer into bfloat16, {shape} (a layer a thread): official NOLA in torch",
+            ours,
             whole["official"],
         ),
         _row(
-            f"the same (ours on 1 thread): torch LoRA merge r = {NOLA_RANK}",
-            whole["ours"],
+            f"the same (a layer a thread): torch LoRA merge r = {NOLA_RANK}",
+            ours,
             whole["lora"],
         ),
     ]
 
 
-def _both(*work: Any) -> None:
+def _all(work: list[Any]) -> None:
+    if len(work) == 1:
+        work[0]()
+        return
     running = [threading.Thread(target=one) for one in work]
     for one in running:
         one.start()
@@ -200,6 +207,7 @@ def randlora(threads: int) -> list[dict[str, Any]]:
     from peft import RandLoraConfig, get_peft_model
 
     from kilodelta.format import exact
+    from kilodelta.format.arithmetic import TALL
     from kilodelta.format.bases import Stream
     from kilodelta.format.coefficients import quantise
     from kilodelta.format.methods import RandLora
@@ -214,9 +222,11 @@ def randlora(threads: int) -> list[dict[str, Any]]:
     q = {g.name: quantise(rng.normal(size=g.shape), 8).q for g in method.groups(target)}
     stream = Stream(7)
 
-    def expand(unit: Any) -> Any:
-        left = method.left(q, target, stream, range(D))
-        return unit(left, method.right(q, target, stream))
+    def expand(unit: Any) -> None:
+        """All rows of dQ in the steps that a merge takes."""
+        multiply = unit(method.right(q, target, stream))
+        for start in range(0, D, TALL):
+            multiply(method.left(q, target, stream, range(start, start + TALL)))
 
     def peft() -> None:
         with torch.no_grad():
@@ -224,7 +234,7 @@ def randlora(threads: int) -> list[dict[str, Any]]:
 
     best = side_by_side(
         {
-            "unit": lambda: expand(exact.int8_product),
+            "unit": lambda: expand(exact._int8_unit()),
             "fallback": lambda: expand(exact.by_float32),
             "peft": peft,
         },

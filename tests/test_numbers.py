@@ -122,6 +122,12 @@ def test_float32_weights_ties_carries_subnormals() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_a_zero_with_a_minus_is_a_zero(dtype: str) -> None:
+    minus = 0x80000000 if dtype == "F32" else 0x8000
+    assert merged(dtype, np.array([minus]), np.array([-0.0]), 3, -4) == [0]
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_what_is_not_finite_is_reported(dtype: str) -> None:
     view, add = rounding.ADD[dtype]
     for value in (np.inf, -np.inf, np.nan):

@@ -84,9 +84,10 @@ def _adder(
             left.astype(np.float64), floats, weights, factor, scale, out
         )
     _, add = rounding.ADD[dtype]
+    multiply = exact.multiplier(right)
     return lambda left, weights, out: add(
         weights.reshape(-1),
-        exact.product(left, right).reshape(-1),
+        multiply(left).reshape(-1),
         factor,
         scale,
         out.reshape(-1),

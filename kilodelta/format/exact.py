@@ -21,6 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 Matrix = npt.NDArray[Any]
+Multiply = Callable[[Matrix], Matrix]
+Unit = Callable[[Matrix], Multiply]
+"""From a right factor to the function that multiplies left factors with it."""
 
 SPAN = 512
 """Columns that the float32 product takes or leaves together."""
@@ -29,41 +32,51 @@ _BLAS = Lock()  # BLAS and torch use all cores themselves; merging threads take 
 
 
 def product(left: Matrix, right: Matrix) -> Matrix:
-    """left (D, K) @ right (K, d), exact, as float64 or int32 (D, d).
+    """left (D, K) @ right (K, d), exact, as float64, float32 or int32 (D, d).
 
-    The caller vouches that every sum of absolute products stays below 2^53.
+    The caller vouches that every sum of absolute products stays below 2^53, and below 2^31 where
+    both are int8.
     """
-    with _BLAS:
-        if left.dtype == np.int8 and right.dtype == np.int8:
-            return int8_product(left, right)
-        found: Matrix = _float64(left) @ _float64(right)
-        found += 0.0  # BLAS may leave -0.0, which would keep a weight of -0.0 from becoming +0.0
-        return found
+    return multiplier(right)(left)
 
 
-def _float64(matrix: Matrix) -> Matrix:
-    return np.ascontiguousarray(matrix, dtype=np.float64)
+def multiplier(right: Matrix) -> Multiply:
+    """`product` for many left factors; int8 ones only, where `right` is int8."""
+    multiply = _int8_unit()(right) if right.dtype == np.int8 else by_float64(right)
+    wide = by_float64(right) if right.dtype == np.int8 else multiply
 
+    def in_turn(left: Matrix) -> Matrix:
+        with _BLAS:
+            return multiply(left) if left.dtype == np.int8 else wide(left)
 
-def int8_product(left: Matrix, right: Matrix) -> Matrix:
-    """The product of int8 matrices as int32 (D, d), inner dimension below 2^17."""
-    return _int8_unit()(left, right)
+    return in_turn
 
 
 @lru_cache(maxsize=1)
-def _int8_unit() -> Callable[[Matrix, Matrix], Matrix]:
+def _int8_unit() -> Unit:
     try:
         return by_torch if passes_self_test(by_torch) else by_float32
     except ImportError:  # torch is not there, or does not load
         return by_float32
 
 
-def by_torch(left: Matrix, right: Matrix) -> Matrix:
-    """By `torch._int_mm`: VNNI or AMX on x86, its own kernels elsewhere."""
+def by_float64(right: Matrix) -> Multiply:
+    """By float64 BLAS."""
+    floats = np.ascontiguousarray(right, dtype=np.float64)
+
+    def multiply(left: Matrix) -> Matrix:
+        found: Matrix = np.ascontiguousarray(left, dtype=np.float64) @ floats
+        return found
+
+    return multiply
+
+
+def by_torch(right: Matrix) -> Multiply:
+    """By `torch._int_mm`, int32: VNNI or AMX on x86, its own kernels elsewhere."""
     import torch
 
-    found = torch._int_mm(torch.from_numpy(_plain(left)), torch.from_numpy(_plain(right)))
-    return np.asarray(found.numpy())
+    held = torch.from_numpy(_plain(right))
+    return lambda left: np.asarray(torch._int_mm(torch.from_numpy(_plain(left)), held).numpy())
 
 
 def _plain(matrix: Matrix) -> Matrix:
@@ -73,22 +86,30 @@ def _plain(matrix: Matrix) -> Matrix:
     return np.require(matrix, requirements=["C", "W"]).reshape(-1).reshape(matrix.shape)
 
 
-def by_float32(left: Matrix, right: Matrix) -> Matrix:
-    """By float32 BLAS, the inner dimension cut so that no sum can reach 2^24."""
-    total: Matrix = np.zeros((left.shape[0], right.shape[1]), np.int32)
-    for span in float32_spans(left, right):
-        part = left[:, span].astype(np.float32) @ right[span].astype(np.float32)
-        total += part.astype(np.int32)
-    return total
+def by_float32(right: Matrix) -> Multiply:
+    """By float32 BLAS, the inner dimension cut so that no sum can reach 2^24; float32 where one
+    product does, else int32."""
+    floats, peaks = np.ascontiguousarray(right, dtype=np.float32), _peaks(right, 1)
+
+    def multiply(left: Matrix) -> Matrix:
+        if int(_peaks(left, 0) @ peaks) < 2**24:  # the cheap bound, which mostly does
+            found: Matrix = left.astype(np.float32) @ floats
+            return found
+        total: Matrix = np.zeros((left.shape[0], right.shape[1]), np.int32)
+        for span in float32_spans(left, right):
+            total += (left[:, span].astype(np.float32) @ floats[span]).astype(np.int32)
+        return total
+
+    return multiply
 
 
 def float32_spans(left: Matrix, right: Matrix) -> list[slice]:
     """Runs of the inner dimension whose sums of absolute products stay below 2^24."""
-    spans, start = [], 0
-    reach = np.zeros(right.shape[1], np.float32)
+    peaks, spans, start = _peaks(left, 0), [], 0
+    reach = np.zeros(right.shape[1], np.int64)
     for k in range(0, right.shape[0], SPAN):
-        added = _reach(left[:, k : k + SPAN], right[k : k + SPAN])
-        if float((reach + added).max()) >= 2**24:
+        added = peaks[k : k + SPAN] @ np.abs(right[k : k + SPAN].astype(np.int64))
+        if int((reach + added).max()) >= 2**24:
             spans.append(slice(start, k))
             start, reach = k, added
         else:
@@ -96,14 +117,14 @@ def float32_spans(left: Matrix, right: Matrix) -> list[slice]:
     return [*spans, slice(start, right.shape[0])]
 
 
-def _reach(left: Matrix, right: Matrix) -> Matrix:
-    """What each column's sum can reach, float32; exact, because SPAN * 128^2 is below 2^24."""
-    peaks = np.maximum(left.max(axis=0).astype(np.float32), -left.min(axis=0).astype(np.float32))
-    found: Matrix = peaks @ np.abs(right.astype(np.float32))
+def _peaks(matrix: Matrix, axis: int) -> Matrix:
+    """The largest magnitude along an axis, int64."""
+    top, bottom = matrix.max(axis=axis).astype(np.int64), matrix.min(axis=axis).astype(np.int64)
+    found: Matrix = np.maximum(top, -bottom)
     return found
 
 
-def passes_self_test(unit: Callable[[Matrix, Matrix], Matrix]) -> bool:
+def passes_self_test(unit: Unit) -> bool:
     """Whether a unit gets products of extreme int8 values right, at sizes that do not divide."""
     rng = np.random.default_rng(20100257)
     for rows, inner, columns in ((33, 64, 48), (40, 200, 24), (17, 130, 9), (64, 1040, 64)):
@@ -112,7 +133,7 @@ def passes_self_test(unit: Callable[[Matrix, Matrix], Matrix]) -> bool:
         left[0], right[:, 0] = 127, 127
         left[1], right[:, 1] = -127, 127
         try:
-            found = unit(left, right)
+            found = unit(right)(left)
         except RuntimeError:  # this build lacks the operation
             return False
         if not np.array_equal(found, left.astype(np.int64) @ right.astype(np.int64)):

@@ -19,8 +19,9 @@ _MAGIC_BITS = np.uint32(0x4B000000)
 
 @njit(nogil=True, cache=True)
 def _step(number, factor, scale):  # type: ignore[no-untyped-def]
-    """2^e float32(C dQ); C dQ is exact in float64."""
-    return scale * np.float32(np.float64(number) * factor)
+    """2^e float32(C dQ); C dQ is exact in float64. BLAS may leave a zero as -0.0, which would keep
+    a weight of -0.0 from becoming +0.0."""
+    return scale * np.float32(np.float64(number) * factor + 0.0)
 
 
 @njit(nogil=True, cache=True)
