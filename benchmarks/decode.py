@@ -207,7 +207,7 @@ def randlora(threads: int) -> list[dict[str, Any]]:
     from peft import RandLoraConfig, get_peft_model
 
     from kilodelta.format import exact
-    from kilodelta.format.arithmetic import TALL
+    from kilodelta.format.arithmetic import LARGE
     from kilodelta.format.bases import Stream
     from kilodelta.format.coefficients import quantise
     from kilodelta.format.methods import RandLora
@@ -224,9 +224,10 @@ def randlora(threads: int) -> list[dict[str, Any]]:
 
     def expand(unit: Any) -> None:
         """All rows of dQ in the steps that a merge takes."""
-        multiply = unit(method.right(q, target, stream))
-        for start in range(0, D, TALL):
-            multiply(method.left(q, target, stream, range(start, start + TALL)))
+        multiply = unit(method.right(q, target, stream), method.bound(q))
+        step = LARGE // D
+        for start in range(0, D, step):
+            multiply(method.left(q, target, stream, range(start, start + step)))
 
     def peft() -> None:
         with torch.no_grad():

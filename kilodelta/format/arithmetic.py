@@ -19,8 +19,8 @@ from kilodelta.progress import Meter, Progress, silent
 
 CHUNK = 1 << 17
 """Elements merged at a time, written and hashed while they are in the second cache."""
-TALL = 512
-"""Rows at a time where the product is a large one, so that it runs at full speed."""
+LARGE = 1 << 23
+"""Elements at a time where the product is a large one, so that it runs at full speed."""
 
 BAND = 1 << 15
 """Elements of the left factor drawn at a time."""
@@ -64,7 +64,9 @@ def merged(delta: Delta, target: Target, base: Bytes) -> Iterator[Bytes]:
     weights = base.view(view).reshape(rows, columns)
     left, right = _Update(delta, target).factors()
     c, e = delta.scale(target.name)
-    add = _adder(target.dtype, right, np.float64(c), np.float32(ldexp(1.0, max(e, -149))))
+    bound = delta.method.bound(delta.coefficients(target.name))
+    scale = np.float32(ldexp(1.0, max(e, -149)))
+    add = _adder(target.dtype, right, bound, np.float64(c), scale)
     step = min(rows, _step(columns, right.shape[0]))
     out = np.empty((step, columns), view)
     for span, factors in _bands(left, rows, step, right.shape[0]):
@@ -75,7 +77,7 @@ def merged(delta: Delta, target: Target, base: Bytes) -> Iterator[Bytes]:
 
 
 def _adder(
-    dtype: str, right: Any, factor: np.float64, scale: np.float32
+    dtype: str, right: Any, bound: int, factor: np.float64, scale: np.float32
 ) -> Callable[[Any, Any, Any], Any]:
     """The function of (left rows, weights, out) that merges rows and says if one is not finite."""
     if right.shape[0] <= fused.FEW:
@@ -84,7 +86,7 @@ def _adder(
             left.astype(np.float64), floats, weights, factor, scale, out
         )
     _, add = rounding.ADD[dtype]
-    multiply = exact.multiplier(right)
+    multiply = exact.multiplier(right, bound)
     return lambda left, weights, out: add(
         weights.reshape(-1),
         multiply(left).reshape(-1),
@@ -95,8 +97,7 @@ def _adder(
 
 
 def _step(columns: int, inner: int) -> int:
-    rows = max(1, CHUNK // columns)
-    return rows if inner <= fused.FEW else max(rows, TALL)
+    return max(1, (CHUNK if inner <= fused.FEW else LARGE) // columns)
 
 
 def _bands(

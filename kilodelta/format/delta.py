@@ -172,7 +172,8 @@ class Delta:
         """The exact integer update dQ of a target, int64 (out, in); the weights change by
         `2^e * C * dQ` with (C, e) from `scale`."""
         factors = self.factors(name)
-        return exact.product(factors.left, factors.right).astype(np.int64)
+        bound = self.method.bound(self.coefficients(name))
+        return exact.product(factors.left, factors.right, bound).astype(np.int64)
 
     def save(self, path: str | os.PathLike[str]) -> int:
         """Write the file, in full or not at all; returns its bytes.

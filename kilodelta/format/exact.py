@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 Matrix = npt.NDArray[Any]
 Multiply = Callable[[Matrix], Matrix]
-Unit = Callable[[Matrix], Multiply]
-"""From a right factor to the function that multiplies left factors with it."""
+Unit = Callable[[Matrix, int], Multiply]
+"""From a right factor and the bound of all sums to the multiplication of left factors with it."""
 
 SPAN = 512
 """Columns that the float32 product takes or leaves together."""
@@ -31,23 +31,23 @@ SPAN = 512
 _BLAS = Lock()  # BLAS and torch use all cores themselves; merging threads take turns
 
 
-def product(left: Matrix, right: Matrix) -> Matrix:
+def product(left: Matrix, right: Matrix, bound: int) -> Matrix:
     """left (D, K) @ right (K, d), exact, as float64, float32 or int32 (D, d).
 
-    The caller vouches that every sum of absolute products stays below 2^53, and below 2^31 where
-    both are int8.
+    The caller vouches that every sum of absolute products is at most `bound`, which is below 2^53,
+    and below 2^31 where both are int8.
     """
-    return multiplier(right)(left)
+    return multiplier(right, bound)(left)
 
 
-def multiplier(right: Matrix) -> Multiply:
+def multiplier(right: Matrix, bound: int) -> Multiply:
     """`product` for many left factors; int8 ones only, where `right` is int8."""
-    multiply = _int8_unit()(right) if right.dtype == np.int8 else by_float64(right)
-    wide = by_float64(right) if right.dtype == np.int8 else multiply
+    is_small = right.dtype == np.int8
+    multiply = _int8_unit()(right, bound) if is_small else by_float64(right)
 
     def in_turn(left: Matrix) -> Matrix:
         with _BLAS:
-            return multiply(left) if left.dtype == np.int8 else wide(left)
+            return multiply(left) if left.dtype == right.dtype else by_float64(right)(left)
 
     return in_turn
 
@@ -71,7 +71,7 @@ def by_float64(right: Matrix) -> Multiply:
     return multiply
 
 
-def by_torch(right: Matrix) -> Multiply:
+def by_torch(right: Matrix, bound: int) -> Multiply:
     """By `torch._int_mm`, int32: VNNI or AMX on x86, its own kernels elsewhere."""
     import torch
 
@@ -86,13 +86,13 @@ def _plain(matrix: Matrix) -> Matrix:
     return np.require(matrix, requirements=["C", "W"]).reshape(-1).reshape(matrix.shape)
 
 
-def by_float32(right: Matrix) -> Multiply:
-    """By float32 BLAS, the inner dimension cut so that no sum can reach 2^24; float32 where one
-    product does, else int32."""
-    floats, peaks = np.ascontiguousarray(right, dtype=np.float32), _peaks(right, 1)
+def by_float32(right: Matrix, bound: int) -> Multiply:
+    """By float32 BLAS: float32 in one product where no sum can reach 2^24, else int32 from several,
+    the inner dimension cut so that none can."""
+    floats = np.ascontiguousarray(right, dtype=np.float32)
 
     def multiply(left: Matrix) -> Matrix:
-        if int(_peaks(left, 0) @ peaks) < 2**24:  # the cheap bound, which mostly does
+        if bound < 2**24:
             found: Matrix = left.astype(np.float32) @ floats
             return found
         total: Matrix = np.zeros((left.shape[0], right.shape[1]), np.int32)
@@ -133,7 +133,7 @@ def passes_self_test(unit: Unit) -> bool:
         left[0], right[:, 0] = 127, 127
         left[1], right[:, 1] = -127, 127
         try:
-            found = unit(right)(left)
+            found = unit(right, 127 * 127 * inner)(left)
         except RuntimeError:  # this build lacks the operation
             return False
         if not np.array_equal(found, left.astype(np.int64) @ right.astype(np.int64)):
