@@ -243,3 +243,17 @@ def compress(
         base, tuned, out, inputs=inputs, options=options, resume=resume, progress=progress
     )
     return lambda: terminal.show_compression(report, as_json=as_json)
+
+
+@main.command()
+@as_json
+def doctor(as_json: bool) -> None:
+    """Say what this machine can do, and the command that installs what is missing."""
+    from kilodelta.verify.doctor import examine
+
+    found = examine()
+    if as_json:
+        terminal.print_json(found.to_json())
+        return
+    for table in found.tables():
+        terminal.print_table(table.title, table.columns, table.rows, right=table.right)
