@@ -36,8 +36,23 @@ class Meter:
     def __init__(self, stage: str, total: int, unit: str, progress: Progress) -> None:
         self._stage, self._total, self._unit, self._progress = stage, total, unit, progress
         self._done = 0
+        self._tensors = (0, 0)
         self._lock = Lock()
         self._stopped = False
+
+    def expect(self, tensors: int) -> None:
+        """Say how many tensors there are."""
+        self._tensors = (0, tensors)
+
+    def finish(self) -> None:
+        """Report one more tensor as done.
+
+        Raises:
+            StoppedError: `stop` was called.
+        """
+        with self._lock:
+            self._tensors = (self._tensors[0] + 1, self._tensors[1])
+        self.add(0)
 
     def add(self, count: int) -> None:
         """Report `count` more units.
@@ -49,7 +64,14 @@ class Meter:
             if self._stopped:
                 raise StoppedError
             self._done += count
-            event = Event(stage=self._stage, done=self._done, total=self._total, unit=self._unit)
+            done, total = self._tensors
+            event = Event(
+                stage=self._stage,
+                done=self._done,
+                total=self._total,
+                unit=self._unit,
+                detail={"tensors": f"{done}/{total}"},
+            )
             self._progress(event)
 
     def stop(self) -> None:

@@ -95,12 +95,14 @@ def _bars() -> Bars:
 def _drawn(bars: Bars) -> Callable[[Event], None]:
     tasks: dict[str, Any] = {}
     shown: dict[str, float] = {}
+    began: dict[str, float] = {}
 
     def show(event: Event) -> None:
         now = time.monotonic()
         if event.done < event.total and now - shown.get(event.stage, 0.0) < 0.1:
             return
         shown[event.stage] = now
+        spent = now - began.setdefault(event.stage, now)
         if event.stage not in tasks:
             tasks[event.stage] = bars.add_task(event.stage, amount="", detail="")
         bars.update(
@@ -108,10 +110,18 @@ def _drawn(bars: Bars) -> Callable[[Event], None]:
             completed=event.done,
             total=event.total or None,
             amount=_amount(event),
-            detail=_detail(event),
+            detail=f"{_rate(event, spent)}  {_detail(event)}",
         )
 
     return show
+
+
+def _rate(event: Event, seconds: float) -> str:
+    """What is done in a second, once that can be told."""
+    if seconds < 0.2:
+        return ""
+    rate = event.done / seconds
+    return f"{size(rate)}/s" if event.unit == "B" else f"{rate:.1f} {event.unit}/s"
 
 
 def _amount(event: Event) -> str:
@@ -145,8 +155,9 @@ class _Lines:
 
     def _print(self, event: Event, now: float) -> None:
         self.printed = now
-        text = f"{event.stage}: {_amount(event)} after {now - self.began:.1f} s  {_detail(event)}"
-        print(text.rstrip(), file=sys.stderr)
+        spent = now - self.began
+        text = f"{event.stage}: {_amount(event)} after {spent:.1f} s"
+        print(*filter(None, (text, _rate(event, spent), _detail(event))), sep="  ", file=sys.stderr)
 
     def close(self) -> None:
         if self.stage is not None:

@@ -194,6 +194,8 @@ def test_progress_counts_every_byte(tmp_path: Path) -> None:
     last = [event for event in events if event.stage == "merge"][-1]
     data = sum(len(raw) for _, _, raw in model().values())
     assert last.done == data
+    pieces = str(last.detail["tensors"]).split("/")
+    assert pieces[0] == pieces[1] != "0"
     assert last.total >= data
     assert done.nbytes == (tmp_path / "out.safetensors").stat().st_size
 

@@ -29,9 +29,16 @@ def run(
     Raises:
         Exception: the first one that an item raised.
     """
+    meter.expect(len(items))
+
+    def work(item: T) -> R:
+        found = function(item)
+        meter.finish()
+        return found
+
     with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
         order = sorted(range(len(items)), key=lambda i: -weight(items[i]))
-        jobs = {i: pool.submit(function, items[i]) for i in order}
+        jobs = {i: pool.submit(work, items[i]) for i in order}
         try:
             done, _ = wait(jobs.values(), return_when=FIRST_EXCEPTION)
             _raise_first(done)
