@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kilodelta.errors import InputError, ProofError
+from kilodelta.errors import InputError, OutputError, ProofError
 from kilodelta.export.plan import FilePlan, Piece, plan_checkpoint
 from kilodelta.export.sidecars import copy_sidecars
 from kilodelta.format import arithmetic, atomic, identity, parallel
@@ -74,6 +74,8 @@ def merge(
             f"{checkpoint.path} has {len(checkpoint.shards)} shards, {place} is one file",
             fix="give a folder as output",
         )
+    if single and place.exists():
+        raise OutputError(f"{place} exists already", fix="give a new name, or remove this file")
     found = delta if isinstance(delta, Delta) else load(delta)
     require_base(checkpoint, found, threads=threads, progress=progress)
     bound = found.bind(checkpoint)

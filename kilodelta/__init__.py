@@ -32,6 +32,9 @@ __all__ = ["Checkpoint", "Delta", "digest", "inspect", "load", "merge"]
 
 def __getattr__(name: str) -> Any:
     if name == "train":
+        from kilodelta.errors import require
+
+        require("torch", extra="torch", why="train a delta")
         return importlib.import_module("kilodelta.compress.train")
     if name not in _WHERE:
         raise AttributeError(f"module 'kilodelta' has no attribute {name!r}")

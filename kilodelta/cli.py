@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from kilodelta import __version__, terminal
-from kilodelta.errors import KiloDeltaError
+from kilodelta.errors import KiloDeltaError, require
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -235,6 +235,7 @@ def compress(
 
     Without --inputs only --method lora is possible: a truncated SVD of the change.
     """
+    require("torch", extra="hf", why="train a delta's coefficients")
     from kilodelta.compress.compress import compress, options_from
 
     inputs = given.pop("inputs")

@@ -154,6 +154,11 @@ def test_existing_and_impossible_outputs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has 2 shards"):
         merge(base, made, tmp_path / "one.safetensors")
     assert leftovers(tmp_path) == []
+    single = write(tmp_path / "single.safetensors", model())
+    before = single.read_bytes()
+    with pytest.raises(OutputError, match="exists already"):
+        merge(single, delta(single, Lora(rank=1)), single)
+    assert single.read_bytes() == before
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

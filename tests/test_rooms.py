@@ -101,6 +101,16 @@ def test_a_device_without_torch_inspects_merges_and_proves(tmp_path: Path) -> No
     assert out.split() == ["randlora", "4", "by_float32"]
 
 
+def test_training_without_torch_names_the_extra() -> None:
+    out = run(
+        f"{BLOCKED}\nimport kilodelta\nfrom click.testing import CliRunner\n"
+        "from kilodelta.cli import main\nfrom kilodelta.errors import MissingPackageError\n"
+        "try:\n    kilodelta.train\nexcept MissingPackageError as error:\n    print(error.fix)\n"
+        "print(CliRunner().invoke(main, ['compress', 'a', 'b', '-o', 'c']).exit_code)\n"
+    )
+    assert out.splitlines() == ["pip install 'kilodelta[torch]'", "7"]
+
+
 def test_help_imports_nothing_heavy() -> None:
     out = run(
         "import sys\nfrom click.testing import CliRunner\nfrom kilodelta.cli import main\n"
