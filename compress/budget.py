@@ -1,7 +1,8 @@
 """From bytes to a method: what to spend a budget on.
 
-The rule comes from accuracy curves of a sentence encoder distilled at many sizes: with less than a LoRA of rank 1 in 4 bits costs, one vector shared by all layers (Uni-LoRA) keeps
-most; from there on LoRA with 4-bit factors, of the largest rank that fits, does.
+The rule comes from accuracy curves of a sentence encoder distilled at many sizes: with less than
+a LoRA of rank 1 in 4 bits costs, one vector shared by all layers (Uni-LoRA) keeps most; from there
+on LoRA with 4-bit factors, of the largest rank that fits, does.
 """
 
 from __future__ import annotations
