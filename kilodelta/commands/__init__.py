@@ -1,0 +1,1 @@
+"""The commands, one file a family; `kilodelta.cli` gathers them. No logic lives here."""
