@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from kilodelta.errors import CheckpointError, ExportError, InputError
+from kilodelta.export.facts import Port
 from kilodelta.export.onnx_clean import clean, rename
 from kilodelta.export.onnx_proof import claim, distinct, make_twin, require_kept
 from kilodelta.export.onnx_trace import trace
@@ -31,15 +32,8 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 """The precisions to export in."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Port:
-    """An input or output: its name, ONNX dtype (`INT64`, `FLOAT16`) and shape, with the names of
-    the axes that vary."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
+_PLAIN: Mapping[str, str] = MappingProxyType({"FLOAT": "float32", "DOUBLE": "float64"})
+"""ONNX's names of dtypes, where they are not the usual ones in capitals."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +152,8 @@ def _template(
 
 def _port(value: Any) -> Port:
     shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
-    return Port(name=value.name, dtype=value.dtype.name, shape=shape)
+    name = value.dtype.name
+    return Port(name=value.name, dtype=_PLAIN.get(name, name.lower()), shape=shape)
 
 
 def _check_fit(template: Template, source: Checkpoint) -> None:

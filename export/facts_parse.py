@@ -1,0 +1,174 @@
+"""Reading an export's manifest field by field, trusting nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from kilodelta.export import fields
+from kilodelta.export.facts import (
+    DTYPES,
+    FLAVOURS,
+    POINTS,
+    Artefact,
+    DeltaFacts,
+    EngineFacts,
+    FileFact,
+    Manifest,
+    Port,
+    Profile,
+    Shape,
+    misfit,
+)
+from kilodelta.export.fields import FieldError
+from kilodelta.format import canonical
+
+VERSION = 1
+MANIFEST = "manifest.json"
+LIMIT = 16 << 20
+"""Bytes of a manifest that are read at most."""
+
+_PORT_DTYPES = (*DTYPES, "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
+_CAPABILITY = re.compile(r"sm[1-9][0-9]{1,2}\Z")
+_TOP = ("tool", "libraries", "base", "delta", "result", "extras", "model", "artefacts")
+
+
+def parse(data: bytes) -> Manifest:
+    """A manifest from its JSON text.
+
+    Raises:
+        FieldError: naming the field that is wrong.
+        NotCanonicalError: it is not JSON.
+    """
+    if len(data) > LIMIT:
+        raise FieldError(f"it has more than {LIMIT} bytes")
+    whole = fields.mapping(canonical.loads(data), "the manifest")
+    if type(whole.get("version")) is not int or whole["version"] != VERSION:
+        raise FieldError(f"version is {whole.get('version')!r:.40}; this kilodelta reads {VERSION}")
+    top = fields.table(whole, "the manifest", {"version", *_TOP})
+    base = fields.table(top["base"], "base", ("name", "root"))
+    result = fields.table(top["result"], "result", ("root",))
+    model = top["model"]
+    found = Manifest(
+        tool=fields.text(top["tool"], "tool"),
+        libraries=_libraries(top["libraries"]),
+        base_name=fields.text(base["name"], "base.name"),
+        base_root=fields.digest(base["root"], "base.root"),
+        delta=_delta(top["delta"]),
+        result_root=fields.digest(result["root"], "result.root"),
+        extras=fields.texts(top["extras"], "extras"),
+        model=None if model is None else fields.text(model, "model"),
+        artefacts=fields.listed(top["artefacts"], "artefacts", _artefact),
+    )
+    _require_unique(file.file for artefact in found.artefacts for file in artefact.files)
+    return found
+
+
+def _require_unique(names: Iterable[str]) -> None:
+    seen: set[str] = {MANIFEST}
+    for name in names:
+        if name in seen:
+            raise FieldError(f"artefacts name the file {name!r:.80} twice")
+        seen.add(name)
+
+
+def _libraries(value: Any) -> Mapping[str, str]:
+    found = fields.mapping(value, "libraries")
+    return MappingProxyType({n: fields.text(v, f"libraries.{n:.80}") for n, v in found.items()})
+
+
+def _delta(value: Any) -> DeltaFacts:
+    found = fields.table(value, "delta", ("file", "sha256", "nbytes", "method"))
+    method = fields.mapping(found.pop("method"), "delta.method")
+    fields.text(method.get("name"), "delta.method.name")
+    for key, option in method.items():
+        if not isinstance(option, (str, int)) or isinstance(option, bool):
+            raise FieldError(f"delta.method.{key:.80} is not a text or whole number")
+    return DeltaFacts(file=_file(found, "delta"), method=MappingProxyType(method))
+
+
+def _file(value: Any, where: str) -> FileFact:
+    found = fields.table(value, where, ("file", "sha256", "nbytes"))
+    return FileFact(
+        file=fields.file_name(found["file"], f"{where}.file"),
+        sha256=fields.digest(found["sha256"], f"{where}.sha256"),
+        nbytes=fields.whole(found["nbytes"], f"{where}.nbytes"),
+    )
+
+
+def _artefact(value: Any, where: str) -> Artefact:
+    keys = ("kind", "dtype", "files", "inputs", "outputs", "profile", "engine")
+    found = fields.table(value, where, keys)
+    kind = fields.choice(found["kind"], f"{where}.kind", ("onnx", "engine"))
+    files = fields.listed(found["files"], f"{where}.files", _file)
+    if not files:
+        raise FieldError(f"{where}.files is empty")
+    if (kind == "engine") != (found["engine"] is not None):
+        raise FieldError(f"{where}.engine and its kind {kind} disagree")
+    inputs = fields.listed(found["inputs"], f"{where}.inputs", _port)
+    return Artefact(
+        kind=kind,  # type: ignore[arg-type]
+        dtype=fields.choice(found["dtype"], f"{where}.dtype", DTYPES),  # type: ignore[arg-type]
+        files=files,
+        inputs=inputs,
+        outputs=fields.listed(found["outputs"], f"{where}.outputs", _port),
+        profile=_profile(found["profile"], f"{where}.profile", inputs),
+        engine=_engine(found["engine"], f"{where}.engine") if kind == "engine" else None,
+    )
+
+
+def _port(value: Any, where: str) -> Port:
+    found = fields.table(value, where, ("name", "dtype", "shape"))
+    return Port(
+        name=fields.text(found["name"], f"{where}.name"),
+        dtype=fields.choice(found["dtype"], f"{where}.dtype", _PORT_DTYPES),
+        shape=fields.listed(found["shape"], f"{where}.shape", _extent),
+    )
+
+
+def _extent(value: Any, where: str) -> int | str:
+    read = fields.text if isinstance(value, str) else fields.whole
+    return read(value, where)
+
+
+def _profile(value: Any, where: str, inputs: tuple[Port, ...]) -> Profile:
+    found = fields.table(value, where, (port.name for port in inputs))
+    return MappingProxyType(
+        {port.name: _points(found[port.name], f"{where}.{port.name}", port) for port in inputs}
+    )
+
+
+def _points(value: Any, where: str, port: Port) -> tuple[Shape, Shape, Shape]:
+    found = fields.table(value, where, POINTS)
+    low, usual, high = (
+        fields.listed(found[point], f"{where}.{point}", fields.whole) for point in POINTS
+    )
+    if problem := misfit((low, usual, high), port):
+        raise FieldError(f"{where}: {problem}")
+    return low, usual, high
+
+
+def _engine(value: Any, where: str) -> EngineFacts:
+    keys = ("flavour", "version", "capabilities", "tf32", "refittable", "onnx")
+    found = fields.table(value, where, keys)
+    flavour = fields.choice(found["flavour"], f"{where}.flavour", FLAVOURS)
+    capabilities = fields.listed(found["capabilities"], f"{where}.capabilities", _capability)
+    if not capabilities:
+        raise FieldError(f"{where}.capabilities is empty")
+    return EngineFacts(
+        flavour=flavour,  # type: ignore[arg-type]
+        version=fields.text(found["version"], f"{where}.version"),
+        capabilities=capabilities,
+        tf32=fields.flag(found["tf32"], f"{where}.tf32"),
+        refittable=fields.texts(found["refittable"], f"{where}.refittable"),
+        onnx=fields.digest(found["onnx"], f"{where}.onnx"),
+    )
+
+
+def _capability(value: Any, where: str) -> str:
+    name = fields.text(value, where)
+    if not _CAPABILITY.match(name):
+        raise FieldError(f"{where} is {name!r:.40}, not like sm86")
+    return name
