@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from kilodelta import __version__, terminal
-from kilodelta.commands import look, make, prove, use
+from kilodelta.commands import bring, look, make, prove, use
 from kilodelta.errors import KiloDeltaError
 
 
@@ -44,6 +44,7 @@ for _command in (
     look.digest,
     look.doctor,
     make.compress,
+    bring.bring,
     use.merge,
     prove.verify,
 ):

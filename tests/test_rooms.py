@@ -60,7 +60,9 @@ def test_the_package_list_equals_the_disk() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     places = settings["package-dir"]
     on_disk = set()
-    for init in [*ROOT.glob("*/__init__.py"), *(ROOT / "kilodelta").rglob("__init__.py")]:
+    rooms = [init for room in ROOMS.values() for init in room.rglob("__init__.py")]
+    rooms += [*ROOT.glob("*/__init__.py"), *(ROOT / "kilodelta").rglob("__init__.py")]
+    for init in rooms:
         folder = init.parent.relative_to(ROOT)
         if folder.parts[0] in {"tests", "examples", "benchmarks"}:
             continue

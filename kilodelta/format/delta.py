@@ -175,6 +175,11 @@ class Delta:
         bound = self.method.bound(self.coefficients(name))
         return exact.product(factors.left, factors.right, bound).astype(np.int64)
 
+    def update(self, name: str) -> npt.NDArray[np.float32]:
+        """What a merge adds to a target, float32 (out, in), before the weights' own rounding."""
+        c, e = self.scale(name)
+        return np.ldexp((c * self.expand(name)).astype(np.float32), e)
+
     def save(self, path: str | os.PathLike[str]) -> int:
         """Write the file, in full or not at all; returns its bytes.
 

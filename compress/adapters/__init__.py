@@ -1,0 +1,1 @@
+"""Importing other tools' adapters: one file a source, one front (`bring`)."""
