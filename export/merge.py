@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kilodelta.errors import InputError, OutputError, ProofError
+from kilodelta.export.copying import copy_range, pwrite
 from kilodelta.export.plan import FilePlan, Piece, plan_checkpoint
 from kilodelta.export.sidecars import copy_sidecars
 from kilodelta.format import arithmetic, atomic, identity, parallel
@@ -133,7 +134,7 @@ def _run(
             threads=threads,
         )
     found = {job.piece.name: text for job, text in zip(jobs, digests, strict=True) if text}
-    _prove(delta, found)
+    require_result(delta, found)
 
 
 @contextmanager
@@ -156,7 +157,7 @@ def _write(checkpoint: Checkpoint, delta: Delta, job: _Job, meter: Meter) -> str
     if piece.kind == "merge":
         return _write_target(checkpoint, delta.target(piece.name), delta, job, meter)
     if piece.kind == "extra":
-        _pwrite(job.descriptor, delta.extras[piece.name].data.data, piece.begin)
+        pwrite(job.descriptor, delta.extras[piece.name].data.data, piece.begin)
         meter.add(piece.nbytes)
     else:
         _copy(job, meter)
@@ -169,17 +170,11 @@ def _write_target(
     state = identity.tensor_hash(target.name, target.dtype, target.shape)
     position = job.piece.begin
     for part in arithmetic.merged(delta, target, checkpoint.data(target.name)):
-        _pwrite(job.descriptor, part.data, position)
+        pwrite(job.descriptor, part.data, position)
         state.update(part.data)
         position += part.nbytes
         meter.add(part.nbytes)
     return "sha256:" + state.hexdigest()
-
-
-def _pwrite(descriptor: int, data: memoryview, position: int) -> None:
-    while data:
-        written = os.pwrite(descriptor, data, position)
-        data, position = data[written:], position + written
 
 
 def _copy(job: _Job, meter: Meter) -> None:
@@ -190,7 +185,7 @@ def _copy(job: _Job, meter: Meter) -> None:
         done = 0
         while done < piece.nbytes:
             count = min(COPY, piece.nbytes - done)
-            done += _copy_range(
+            done += copy_range(
                 source, job.descriptor, count, piece.source + done, piece.begin + done
             )
             meter.add(0)
@@ -199,20 +194,16 @@ def _copy(job: _Job, meter: Meter) -> None:
         os.close(source)
 
 
-def _copy_range(source: int, target: int, count: int, read: int, write: int) -> int:
-    if hasattr(os, "copy_file_range"):
-        try:
-            copied = os.copy_file_range(source, target, count, read, write)
-        except OSError:  # two file systems, or one that cannot
-            copied = 0
-        if copied:
-            return copied
-    data = os.pread(source, count, read)
-    _pwrite(target, memoryview(data), write)
-    return len(data)
+def require_result(delta: Delta, digests: Mapping[str, str]) -> None:
+    """See that merged targets are the ones that the file promises.
 
+    Args:
+        delta: bound to its base.
+        digests: of every merged target, by name.
 
-def _prove(delta: Delta, digests: Mapping[str, str]) -> None:
+    Raises:
+        ProofError: they are not.
+    """
     root = identity.root(digests[name] for name in delta.targets)
     if root != delta.manifest.result:
         raise ProofError(

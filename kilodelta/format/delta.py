@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ldexp, prod
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from kilodelta.errors import BaseMismatchError, FileError, InputError
 from kilodelta.format import dtypes, exact
 from kilodelta.format.bases import Stream
-from kilodelta.format.checkpoint import Checkpoint
+from kilodelta.format.checkpoint import Checkpoint, TensorInfo
 from kilodelta.format.coefficients import Group, Ints, groups_size, packed_size, unpack
 from kilodelta.format.manifest import Manifest
 from kilodelta.format.methods import Coefficients, Method
@@ -85,7 +85,16 @@ class Delta:
             FileError: the coefficients break the exactness bound.
         """
         checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
-        layout = select((checkpoint.info(n) for n in checkpoint.names), self.manifest.patterns)
+        return self.bind_to(checkpoint.info(n) for n in checkpoint.names)
+
+    def bind_to(self, tensors: Iterable[TensorInfo]) -> Delta:
+        """`bind` for a base that is known only by what its tensors are, all of them.
+
+        Raises:
+            BaseMismatchError: the targets or the coefficients do not fit the base.
+            FileError: the coefficients break the exactness bound.
+        """
+        layout = select(tensors, self.manifest.patterns)
         bound = replace(self, layout=layout)
         _check_fit(bound)
         for target in layout:
