@@ -13,6 +13,9 @@ Each class has its own exit code, which the command line returns:
 10   `SelfTestError`             this machine's kernels do not reproduce the golden values
 11   `ExportError`               a model cannot be exported or an engine not be built
 12   `QualityError`              a result is worse than the caller allowed
+13   `DeviceError`               a folder is no device folder, or cannot take this step
+14   `LockedError`               another command is changing the device folder: try again
+15   `DowngradeError`            a file is older than what the device has had
 ===  ==========================  =====================================================
 """
 
@@ -95,6 +98,24 @@ class QualityError(KiloDeltaError):
     """A result is worse than the caller allowed."""
 
     exit_code = 12
+
+
+class DeviceError(KiloDeltaError):
+    """A folder is no device folder, is damaged, or has nothing to go back to."""
+
+    exit_code = 13
+
+
+class LockedError(KiloDeltaError):
+    """Another process is changing the device folder at this moment."""
+
+    exit_code = 14
+
+
+class DowngradeError(KiloDeltaError):
+    """A file's version is lower than the highest that the device has had."""
+
+    exit_code = 15
 
 
 def require(package: str, *, extra: str, why: str) -> ModuleType:
