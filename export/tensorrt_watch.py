@@ -1,0 +1,85 @@
+"""Progress of an engine build, and a Ctrl-C that ends it.
+
+TensorRT calls its `IProgressMonitor` back from C++, where no Python exception may pass. So the
+build runs on a thread of its own, and the main one waits, open to Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from kilodelta.progress import Event, Progress
+
+T = TypeVar("T")
+
+_POLL_SECONDS = 0.05  # a signal that arrives on another thread does not wake a waiting one
+
+
+class Watch:
+    """Counts the phases of a build, and says when it has to stop."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._done, self._stopped = progress, 0, threading.Event()
+        self.failure: BaseException | None = None
+
+    def stop(self) -> None:
+        """Make the build end at its next step."""
+        self._stopped.set()
+
+    def finished(self, phase: str) -> None:
+        """Report a phase; what the callback raises stops the build and is kept as `failure`."""
+        self._done += 1
+        event = Event(stage="engine", done=self._done, total=0, unit="", detail={"after": phase})
+        try:
+            self._progress(event)
+        except BaseException as error:  # raised again on the main thread
+            self.failure = self.failure or error
+            self.stop()
+
+    def goes_on(self) -> bool:
+        return not self._stopped.is_set()
+
+
+def monitor(trt: Any, watch: Watch) -> Any:
+    """TensorRT's side of a watch."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            pass
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            return watch.goes_on()
+
+        def phase_finish(self, phase: str) -> None:
+            watch.finished(phase)
+
+    return Monitor()
+
+
+def attended(work: Callable[[], T], watch: Watch) -> T:
+    """Run `work` on another thread; an interrupt stops it, waits for its end and passes on."""
+    results: list[T] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            watch.failure = watch.failure or error
+
+    thread = threading.Thread(target=run, name="tensorrt-build", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(_POLL_SECONDS)
+    except BaseException:
+        watch.stop()
+        thread.join()
+        raise
+    if watch.failure is not None:
+        raise watch.failure
+    return results[0]
