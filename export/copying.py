@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from kilodelta.errors import CheckpointError
 
 
 def pwrite(descriptor: int, data: memoryview, position: int) -> None:
@@ -27,3 +33,23 @@ def copy_range(source: int, target: int, count: int, read: int, write: int) -> i
     data = os.pread(source, count, read)
     pwrite(target, memoryview(data), write)
     return len(data)
+
+
+def pread(path: Path, begin: int, nbytes: int) -> npt.NDArray[np.uint8]:
+    """A part of a file, read into memory of its own: mapped pages would stay counted as ours.
+
+    Raises:
+        CheckpointError: it cannot be read, or ends too soon.
+    """
+    try:
+        found = np.fromfile(path, np.uint8, nbytes, offset=begin)
+    except OSError as problem:
+        raise CheckpointError(
+            f"{path} cannot be read: {problem.strerror or problem}",
+            fix="check the path and its permissions",
+        ) from None
+    if found.size != nbytes:
+        raise CheckpointError(
+            f"{path} ends before byte {begin + nbytes}", fix="the file is cut: fetch it again"
+        )
+    return found

@@ -1,0 +1,55 @@
+"""Weights from one float type to another, to nearest even, as an export rounds them."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from kilodelta.format.dtypes import TARGETS
+
+Bytes = npt.NDArray[np.uint8]
+
+_QUIET_NAN = np.uint16(0x7FC0)
+
+
+def castable(source: str, target: str) -> bool:
+    """Whether `cast` knows the way."""
+    return source == target or {source, target} <= TARGETS
+
+
+def lossless(source: str, target: str) -> bool:
+    """Whether every value of one safetensors dtype is one of the other too."""
+    return source == target or (target == "F32" and source in TARGETS)
+
+
+def cast(data: Bytes, source: str, target: str) -> Bytes:
+    """A tensor's raw bytes in another of the types F32, F16, BF16; too large becomes infinite."""
+    if source == target:
+        return data
+    return _narrow(_widen(data, source), target).view(np.uint8)
+
+
+def overflows(before: Bytes, source: str, after: Bytes, target: str) -> bool:
+    """Whether `cast` has made a finite value infinite."""
+    if lossless(source, target):
+        return False
+    infinite = [np.isinf(_widen(before, source)), np.isinf(_widen(after, target))]
+    return bool(infinite[0].sum() != infinite[1].sum())
+
+
+def _widen(data: Bytes, dtype: str) -> npt.NDArray[np.float32]:
+    if dtype == "BF16":
+        return (data.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return data.view(np.float16 if dtype == "F16" else np.float32).astype(np.float32)
+
+
+def _narrow(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.generic]:
+    if dtype == "F32":
+        return values
+    if dtype == "F16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16)
+    bits = values.view(np.uint32)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
+    return np.where(np.isnan(values), _QUIET_NAN, rounded)
