@@ -21,7 +21,8 @@ from kilodelta.export.facts import Manifest as Manifest
 from kilodelta.export.facts import Port as Port
 from kilodelta.export.facts import Profile as Profile
 from kilodelta.export.facts import Shape as Shape
-from kilodelta.export.facts_parse import LIMIT, MANIFEST, VERSION, parse
+from kilodelta.export.facts_parse import LIMIT, VERSION, parse
+from kilodelta.export.facts_parse import MANIFEST as MANIFEST
 from kilodelta.export.fields import FieldError
 from kilodelta.format import atomic, canonical
 from kilodelta.progress import Event, Progress, silent

@@ -86,7 +86,12 @@ def _delta(value: Any) -> DeltaFacts:
     for key, option in method.items():
         if not isinstance(option, (str, int)) or isinstance(option, bool):
             raise FieldError(f"delta.method.{key:.80} is not a text or whole number")
-    return DeltaFacts(file=_file(found, "delta"), method=MappingProxyType(method))
+    file = FileFact(
+        file=fields.text(found["file"], "delta.file"),  # a name to show, never opened
+        sha256=fields.digest(found["sha256"], "delta.sha256"),
+        nbytes=fields.whole(found["nbytes"], "delta.nbytes"),
+    )
+    return DeltaFacts(file=file, method=MappingProxyType(method))
 
 
 def _file(value: Any, where: str) -> FileFact:

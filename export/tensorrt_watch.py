@@ -31,7 +31,9 @@ class Watch:
     def finished(self, phase: str) -> None:
         """Report a phase; what the callback raises stops the build and is kept as `failure`."""
         self._done += 1
-        event = Event(stage="engine", done=self._done, total=0, unit="", detail={"after": phase})
+        event = Event(
+            stage="engine", done=self._done, total=0, unit="phases", detail={"last": phase}
+        )
         try:
             self._progress(event)
         except BaseException as error:  # raised again on the main thread

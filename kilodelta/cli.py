@@ -46,6 +46,7 @@ for _command in (
     make.compress,
     bring.bring,
     use.merge,
+    use.export,
     prove.verify,
 ):
     main.add_command(_command)

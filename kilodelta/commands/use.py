@@ -1,15 +1,20 @@
-"""Using a delta: merged with its base."""
+"""Using a delta: merged with its base, or exported."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kilodelta import terminal
 from kilodelta.commands.shared import as_json, threads, with_progress
+from kilodelta.errors import require
+
+if TYPE_CHECKING:
+    from kilodelta.export.artefacts import Artefact
+    from kilodelta.export.export import Exported
 
 
 @click.command()
@@ -42,3 +47,101 @@ def merge(
             print(f"left out, the base's weights in other forms: {' '.join(done.left_out)}")
 
     return show
+
+
+@click.command()
+@click.argument("base", type=click.Path())
+@click.argument("file", type=click.Path())
+@click.option("-o", "--out", required=True, type=click.Path(), help="A new folder.")
+@click.option("--onnx", is_flag=True, help="Keep the ONNX files; the default without --tensorrt.")
+@click.option("--tensorrt", metavar="SM[,SM]", help="Build engines for GPUs such as sm86,sm89.")
+@click.option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    default=["fp32"],
+    show_default=True,
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="Precision of weights and arithmetic; repeat for several.",
+)
+@click.option("--external-data", is_flag=True, help="Weights beside the ONNX file, not in it.")
+@click.option(
+    "--flavour",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "tensorrt", "tensorrt_rtx"]),
+    help="Which TensorRT; auto takes RTX where it builds for the GPUs asked for.",
+)
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    metavar="AXIS=MIN,OPT,MAX",
+    help="Sizes of an axis, such as batch=1,8,32 or sequence=1,64,256; repeat.",
+)
+@click.option("--tf32", is_flag=True, help="Let engines take float32 products in TF32.")
+@click.option("--refittable", is_flag=True, help="Engines whose changed weights can be exchanged.")
+@click.option("--model", help="package.module:function that builds the module.")
+@click.option("--config", type=click.Path(), help="Folder with the tuned model's config.json.")
+@click.option("--inputs", help="A batch to trace with: .npz, .jsonl, .txt or module:function.")
+@click.option("--force", is_flag=True, help="Replace an earlier export.")
+@as_json
+@with_progress
+def export(
+    base: str,
+    file: str,
+    out: str,
+    onnx: bool,
+    tensorrt: str | None,
+    dtypes: tuple[str, ...],
+    external_data: bool,
+    profiles: tuple[str, ...],
+    as_json: bool,
+    progress: Any,
+    **given: Any,
+) -> Callable[[], None]:
+    """Export BASE with a .kd FILE merged in: ONNX files, TensorRT engines, and a manifest.
+
+    The merge is proved first. OUT appears when everything is there, or not at all.
+    """
+    require("torch", extra="onnx", why="export models")
+    from kilodelta.export.export import SHORT, Options, export
+    from kilodelta.export.profile import read_sizes
+
+    options = Options(
+        onnx=onnx or tensorrt is None,
+        capabilities=tuple(tensorrt.split(",")) if tensorrt is not None else (),
+        dtypes=tuple(SHORT[name] for name in dtypes),
+        external=external_data,
+        sizes=read_sizes(profiles),
+        **given,
+    )
+    done = export(base, file, out, options=options, progress=progress)
+    return lambda: terminal.print_json(done.to_json()) if as_json else _show_export(done)
+
+
+def _show_export(done: Exported) -> None:
+    rows = [
+        (
+            artefact.file,
+            artefact.dtype,
+            terminal.size(sum(file.nbytes for file in artefact.files)),
+            f"{done.seconds[artefact.file]:.1f} s",
+            _made_for(artefact),
+        )
+        for artefact in done.manifest.artefacts
+    ]
+    columns = ("file", "precision", "size", "made in", "for")
+    terminal.print_table(str(done.path), columns, rows, right=(2, 3))
+    facts = [("result proved", done.manifest.result_root)]
+    if done.not_kept:
+        facts.append(("not kept", f"{', '.join(done.not_kept)}; --onnx keeps them"))
+    terminal.print_facts(facts)
+
+
+def _made_for(artefact: Artefact) -> str:
+    """The GPUs of an engine, and the shapes: one where all inputs have the same."""
+    shapes = ["..".join("x".join(map(str, p)) for p in ps) for ps in artefact.profile.values()]
+    engine = artefact.engine
+    runs_on = "" if engine is None else f"{engine.flavour} {','.join(engine.capabilities)} "
+    return runs_on + " ".join(dict.fromkeys(shapes))
