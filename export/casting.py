@@ -53,3 +53,11 @@ def _narrow(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.gener
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     rounded = ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
     return np.where(np.isnan(values), _QUIET_NAN, rounded)
+
+
+def turned(data: Bytes, shape: tuple[int, ...]) -> Bytes:
+    """A matrix's raw bytes transposed; those of anything else as they are."""
+    if len(shape) != 2 or not data.size:
+        return data
+    elements = data.view(f"u{data.size // (shape[0] * shape[1])}").reshape(shape)
+    return np.ascontiguousarray(elements.T).reshape(-1).view(np.uint8)

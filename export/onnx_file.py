@@ -30,7 +30,7 @@ class OnnxFile:
     path: Path
     tensors: tuple[Stored, ...]
     sealed: tuple[str, ...]
-    """Tensors whose bytes do not lie in one piece (numbers written as varints), or of other types."""
+    """Tensors of other types, or whose bytes do not lie in one piece (written as varints)."""
 
     used: frozenset[str]
     """Names that feed a node."""
