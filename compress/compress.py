@@ -35,6 +35,7 @@ from kilodelta.format.methods import METHODS, Lora, Method, UniLora
 from kilodelta.format.targets import Patterns, Target, select
 from kilodelta.models import (
     LoadedModel,
+    locate,
     open_model,
     outputs,
     read_inputs,
@@ -50,7 +51,7 @@ HELD_OUT_MOST = 512
 RATES: Mapping[str, float] = {
     "lora": 1e-2,
     "nola": 5e-3,
-    "randlora": 5e-3,
+    "randlora": 1e-3,
     "unilora": 1.5e-2,
     "vera": 5e-3,
 }
@@ -140,8 +141,8 @@ def compress(
     """Distil a fine-tuned model into a `.kd` file.
 
     Args:
-        base: the model that the fine-tune began from.
-        tuned: the fine-tuned model.
+        base: the model that the fine-tune began from: a folder, or a hub id.
+        tuned: the fine-tuned model, likewise; a head that the base lacks travels whole.
         out: the `.kd` file to write.
         inputs: unlabelled inputs (`kilodelta.models.read_inputs`); without them only a LoRA by
             truncated SVD is possible.
@@ -152,7 +153,7 @@ def compress(
         InputError: inputs or options make no sense.
         QualityError: the agreement stayed below `options.min_agreement`; the file is written.
     """
-    job = _prepare(Path(base), Path(tuned), Path(out), options)
+    job = _prepare(locate(base), locate(tuned), Path(out), options)
     report = _fit(job, progress) if inputs is None else _distil(job, inputs, resume, progress)
     _check_quality(report, options)
     return report
@@ -167,6 +168,8 @@ class _Job:
     out: Path
     options: Options
     student: LoadedModel
+    names: Mapping[str, str]
+    """Checkpoint name to state name, of the base's tensors and of those that only `tuned` has."""
     changes: tuple[Change, ...]
     split: Split
     targets: tuple[Target, ...]
@@ -178,8 +181,9 @@ class _Job:
 def _prepare(base: Path, tuned: Path, out: Path, options: Options) -> _Job:
     if not out.parent.exists():
         raise InputError(f"{out.parent} does not exist", fix="make the folder first")
-    before, after = Checkpoint.open(base), Checkpoint.open(tuned)
+    before = Checkpoint.open(base)
     student = open_model(options.model or str(tuned), weights=before)
+    after, names = _as_base_names(Checkpoint.open(tuned), student, options)
     changes = compare(before, after)
     parts = _split(student, changes, options)
     patterns = _patterns(before, student, parts)
@@ -191,6 +195,7 @@ def _prepare(base: Path, tuned: Path, out: Path, options: Options) -> _Job:
         out=out,
         options=options,
         student=student,
+        names=names,
         changes=changes,
         split=parts,
         targets=targets,
@@ -198,6 +203,17 @@ def _prepare(base: Path, tuned: Path, out: Path, options: Options) -> _Job:
         method=choice.method,
         bits=choice.bits,
     )
+
+
+def _as_base_names(
+    tuned: Checkpoint, student: LoadedModel, options: Options
+) -> tuple[Checkpoint, dict[str, str]]:
+    """The tuned model under the base's names, and all names by the student's state: a new head
+    puts a prefix before the names of the encoder below it."""
+    own = open_model(options.model or str(tuned.path), weights=tuned).names
+    base_name = {state: name for name, state in student.names.items()}
+    new = {name: base_name.get(state, name) for name, state in own.items()}
+    return tuned.renamed(new), {**{new[name]: own[name] for name in own}, **student.names}
 
 
 def _split(student: LoadedModel, changes: Sequence[Change], options: Options) -> Split:
@@ -287,7 +303,7 @@ _MADE = ("tool", "agreement", "kl", "held_out", "inputs", "steps", "weight_error
 def _attach(job: _Job) -> None:
     """Hook the delta into the student, which then holds the extras' tuned values."""
     module = job.student.module
-    extras = {c.name: job.student.names.get(c.name) for c in job.split.extras}
+    extras = {c.name: job.names.get(c.name) for c in job.split.extras}
     present = {name: state for name, state in extras.items() if state is not None}
     train.attach(
         module,
@@ -295,7 +311,7 @@ def _attach(job: _Job) -> None:
         job.patterns.include,
         seed=job.options.seed,
         extras=tuple(present),
-        names=job.student.names,
+        names=job.names,
     )
     fill(module, job.tuned, present)
     if isinstance(job.method, Lora):
@@ -490,7 +506,7 @@ def _report(
         after=done.held_out if data is not None else None,
         weight_error=error,
         targets=len(job.targets),
-        extras=tuple(delta.extras),
+        extras=delta.manifest.extras,
         dropped=job.split.dropped,
         dropped_energy=energy(job.split.dropped) / max(whole, 1e-60),
         steps=done.steps,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,13 @@ class Checkpoint:
         if not is_folder:
             return cls(place, (_open_shard(place),), index=None)
         return _open_folder(_hub_snapshot(place))
+
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same tensors, those in `names` (old to new) under their new name."""
+        found = Checkpoint(self.path, self.shards, index=self.index)
+        found._places = {names.get(name, name): place for name, place in self._places.items()}
+        found.names = in_name_order(found._places)
+        return found
 
     def __contains__(self, name: object) -> bool:
         return name in self._places

@@ -14,6 +14,7 @@ from kilodelta.models.inputs import Batch as Batch
 from kilodelta.models.inputs import read_inputs as read_inputs
 from kilodelta.models.inputs import read_texts as read_texts
 from kilodelta.models.inputs import tokenize as tokenize
+from kilodelta.models.load import locate as locate
 from kilodelta.models.load import open_model as open_model
 from kilodelta.models.loaded import LoadedModel as LoadedModel
 
@@ -25,6 +26,7 @@ __all__ = [
     "counted",
     "example",
     "fill",
+    "locate",
     "open_model",
     "outputs",
     "read_inputs",

@@ -48,6 +48,17 @@ def open_model(
     )
 
 
+def locate(source: str | Path) -> Path:
+    """Where a model's files lie: the path itself, or what a hub id was downloaded to.
+
+    Raises:
+        CheckpointError: a hub id that cannot be fetched.
+    """
+    if Path(source).exists() or not huggingface.is_hub_id(str(source)):
+        return Path(source)
+    return huggingface.fetch(str(source))
+
+
 def _open_function(spec: str, weights: Checkpoint | str | Path | None) -> LoadedModel:
     module = call_entry(spec)
     if not isinstance(module, nn.Module):
