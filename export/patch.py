@@ -17,6 +17,7 @@ from kilodelta.export.copying import copy_range, pwrite
 from kilodelta.export.patch_map import PatchMap, Place
 from kilodelta.export.patch_plan import Bytes, Plan, make_plan
 from kilodelta.export.patch_run import run
+from kilodelta.export.tuned import changed
 from kilodelta.format import atomic
 from kilodelta.format.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
@@ -81,8 +82,8 @@ def patch(
         result=plan.delta.manifest.result,
         targets=len(plan.delta.targets),
         extras=len(plan.delta.extras),
-        written=sum(place.nbytes for name in plan.changed for place in plan.places(name)),
-        unused=tuple(name for name in plan.changed if not plan.places(name)),
+        written=sum(place.nbytes for name in changed(plan.delta) for place in plan.places(name)),
+        unused=tuple(name for name in changed(plan.delta) if not plan.places(name)),
     )
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kilodelta.errors import BaseMismatchError, ExportError
-from kilodelta.export.casting import cast, castable, overflows, turned
+from kilodelta.export.casting import cast, castable, turned
 from kilodelta.export.copying import pread
 from kilodelta.export.patch_map import PatchMap, Place
-from kilodelta.format import arithmetic, identity
+from kilodelta.export.tuned import Tuned, changed, rounded, tuned
 from kilodelta.format.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 
@@ -32,11 +32,6 @@ class Plan:
     delta: Delta
     rest: Checkpoint | None
 
-    @property
-    def changed(self) -> tuple[str, ...]:
-        """The names of targets and extras."""
-        return (*self.delta.targets, *self.delta.extras)
-
     def path(self, file: str) -> Path:
         """One of the map's files; the model itself may have been renamed."""
         return self.model if file == self.found.files[0].file else self.model.parent / file
@@ -49,34 +44,19 @@ class Plan:
         """The bytes of a tensor in the base's dtype."""
         return self.found.tensors[name].nbytes
 
-    def tuned(self, name: str) -> tuple[str, Bytes, str]:
-        """A changed tensor's dtype, its bytes, and a target's digest (empty for an extra)."""
-        if name in self.delta.extras:
-            extra = self.delta.extras[name]
-            return extra.dtype, extra.data, ""
-        target = self.delta.target(name)
-        values, position = np.empty(self.size(name), np.uint8), 0
-        for part in arithmetic.merged(self.delta, target, self._base(name)):
-            values[position : position + part.size] = part
-            position += part.size
-        digest = identity.tensor_digest(name, target.dtype, target.shape, values.data)
-        return target.dtype, values, digest
+    def tuned(self, name: str) -> Tuned:
+        """A changed tensor."""
+        return tuned(self.delta, name, self._base)
 
-    def written(self, name: str, dtype: str, values: Bytes) -> Iterator[tuple[Place, Bytes]]:
-        """A tensor's bytes as each of its places holds them.
+    def written(self, name: str, found: Tuned) -> Iterator[tuple[Place, Bytes]]:
+        """A changed tensor's bytes as each of its places holds them.
 
         Raises:
             ExportError: a finite value does not fit into the file's dtype.
         """
-        shape = self.found.tensors[name].shape
         for place in self.places(name):
-            rounded = cast(values, dtype, place.dtype)
-            if overflows(values, dtype, rounded, place.dtype):
-                raise ExportError(
-                    f"{name} holds values beyond {place.dtype}",
-                    fix="export the base in bfloat16 or float32",
-                )
-            yield place, turned(rounded, shape) if place.transposed else rounded
+            values = rounded(name, found, place.dtype)
+            yield place, turned(values, found.shape) if place.transposed else values
 
     def _base(self, name: str) -> Bytes:
         place = self.found.exact(name)
@@ -106,7 +86,7 @@ def make_plan(
     bound = delta if delta.layout is not None else delta.bind_to(found.tensors.values())
     rest = None if base is None else Checkpoint.open(base)
     plan = Plan(model=model, found=found, delta=bound, rest=rest)
-    _refuse([f"{n}: {why}" for n in plan.changed if (why := _no_place(plan, n))], "has no place")
+    _refuse([f"{n}: {why}" for n in changed(bound) if (why := _no_place(plan, n))], "has no place")
     _refuse([f"{n}: {why}" for n in bound.extras if (why := _misfit(plan, n))], "does not fit")
     lacking = [n for n in bound.targets if found.exact(n) is None and n not in (rest or ())]
     _refuse(lacking, "is not held exactly", fix="give the base checkpoint too, or `write_rest`'s")

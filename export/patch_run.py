@@ -14,6 +14,7 @@ from kilodelta.export.facts import FileFact
 from kilodelta.export.merge import require_result
 from kilodelta.export.patch_map import Place
 from kilodelta.export.patch_plan import Bytes, Plan
+from kilodelta.export.tuned import changed
 from kilodelta.format import parallel
 from kilodelta.progress import Meter, Progress
 
@@ -37,7 +38,7 @@ def run(
         ExportError: a value does not fit into the file's dtype.
         ProofError: the tuned weights are not the ones that the delta promises.
     """
-    jobs: list[FileFact | str] = [*plan.found.files, *plan.changed]
+    jobs: list[FileFact | str] = [*plan.found.files, *changed(plan.delta)]
     meter = Meter("patch", sum(_weight(plan, job) for job in jobs), "B", progress)
     digests: dict[str, str] = {}
 
@@ -45,8 +46,9 @@ def run(
         if isinstance(job, FileFact):
             _check(plan.path(job.file), job, meter)
             return
-        dtype, values, digests[job] = plan.tuned(job)
-        for place, data in plan.written(job, dtype, values):
+        found = plan.tuned(job)
+        digests[job] = found.digest
+        for place, data in plan.written(job, found):
             write(place, data)
         meter.add(plan.size(job))
 

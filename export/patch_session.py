@@ -23,6 +23,7 @@ from kilodelta.export.onnx_tensors import NUMBERS
 from kilodelta.export.patch_map import PatchMap, Place
 from kilodelta.export.patch_plan import Bytes, Plan, make_plan
 from kilodelta.export.patch_run import run
+from kilodelta.export.tuned import changed
 from kilodelta.format.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
@@ -88,7 +89,7 @@ def patched_weights(
 
 
 def _require_reachable(plan: Plan) -> None:
-    for name in plan.changed:
+    for name in changed(plan.delta):
         for place in plan.places(name):
             if place.file != plan.found.files[0].file and not place.top:
                 raise ExportError(

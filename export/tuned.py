@@ -1,0 +1,69 @@
+"""One changed tensor, whole and in memory: for whatever takes weights one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kilodelta.errors import ExportError
+from kilodelta.export.casting import cast, overflows
+from kilodelta.format import arithmetic, dtypes, identity
+from kilodelta.format.delta import Delta
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """A tensor of the fine-tune: safetensors dtype, shape, raw bytes, and a target's digest."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: Bytes
+    digest: str = ""
+
+
+def changed(delta: Delta) -> tuple[str, ...]:
+    """The names of a bound delta's targets and extras."""
+    return (*delta.targets, *delta.extras)
+
+
+def tuned(delta: Delta, name: str, base: Callable[[str], Bytes]) -> Tuned:
+    """A target merged, or an extra as it is stored.
+
+    Args:
+        delta: bound to its base.
+        name: one of `changed(delta)`.
+        base: gives a base tensor's raw bytes.
+
+    Raises:
+        CheckpointError: the base tensor holds NaN or infinity.
+        ProofError: the update takes a finite weight out of its type's range.
+    """
+    if name in delta.extras:
+        extra = delta.extras[name]
+        return Tuned(dtype=extra.dtype, shape=extra.shape, data=extra.data)
+    target, position = delta.target(name), 0
+    data = np.empty(dtypes.nbytes(target.dtype, target.shape), np.uint8)
+    for part in arithmetic.merged(delta, target, base(name)):
+        data[position : position + part.size] = part
+        position += part.size
+    digest = identity.tensor_digest(name, target.dtype, target.shape, data.data)
+    return Tuned(dtype=target.dtype, shape=target.shape, data=data, digest=digest)
+
+
+def rounded(name: str, found: Tuned, dtype: str) -> Bytes:
+    """Its raw bytes in another precision, to nearest even.
+
+    Raises:
+        ExportError: a finite value does not fit.
+    """
+    values = cast(found.data, found.dtype, dtype)
+    if overflows(found.data, found.dtype, values, dtype):
+        raise ExportError(
+            f"{name} holds values beyond {dtype}", fix="export the base in bfloat16 or float32"
+        )
+    return values
