@@ -28,8 +28,8 @@ from kilodelta.format.selftest import require_good_kernels
 from kilodelta.progress import Progress, silent
 
 GEMM_BIAS = (
-    "TensorRT 11.3 can drop the bias of a matrix product in a refittable engine (known issues in its "
-    "release notes): run the parity check on this engine, or use 11.4"
+    "TensorRT 11.3 can drop the bias of a matrix product in a refittable engine (a known issue in "
+    "its release notes): run the parity check on this engine, or use 11.4"
 )
 
 
