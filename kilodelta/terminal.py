@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
     from kilodelta.compress.report import Report
+    from kilodelta.verify.verify import Verification
 
 
 def print_json(value: Any) -> None:
@@ -209,6 +210,36 @@ def show_compression(report: Report, *, as_json: bool) -> None:
             )
         )
     print_facts([*rows, ("result", report.result)])
+
+
+def show_verification(found: Verification, *, as_json: bool) -> None:
+    """What was proved; exits with the failure's code where something was not."""
+    if as_json:
+        print_json(found.to_json())
+    else:
+        _print_proof(found)
+    if found.failure is not None:
+        print_error(found.failure.what, found.failure.fix)
+        raise SystemExit(found.failure.exit_code)
+
+
+def _print_proof(found: Verification) -> None:
+    proof, export, report = found.proof, found.export, found.report
+    rows = [
+        ("base proved", proof.base),
+        ("result proved", f"{proof.result} ({proof.targets} targets)"),
+    ]
+    if proof.merged:
+        rows.append(("merged proved", proof.merged))
+    if export is not None:
+        count = sum(len(artefact.files) for artefact in export.artefacts)
+        rows.append(("export proved", f"{count} files, by digest"))
+    if report is None:
+        rows.append(("outputs", "not compared; give --inputs for that"))
+    print_facts(rows)
+    for table in () if report is None else report.tables():
+        print()
+        print_table(table.title, table.columns, table.rows, right=table.right)
 
 
 def print_error(what: str, fix: str) -> None:

@@ -300,11 +300,11 @@ def test_what_is_required_must_run(world: World, tmp_path: Path) -> None:
         pytest.skip("TensorRT is installed")
     missing = judge(engine, world.truth, artefact="model.engine", precision="float32")
     results = (world.judge(world.file), missing)
-    assert Report(results=results, required=("onnxruntime",)).passed
-    failure = Report(results=results, required=("onnxruntime", "tensorrt")).failure()
+    assert Report(results=results, required=("ort",)).passed
+    failure = Report(results=results, required=("ort", "tensorrt")).failure()
     assert isinstance(failure, MissingPackageError)
     assert failure.fix == "pip install 'kilodelta[tensorrt]'"
-    absent = Report(results=results, required=("onnxruntime-cuda",)).failure()
+    absent = Report(results=results, required=("ort-cuda",)).failure()
     assert isinstance(absent, ProofError)
     assert "there is nothing for it to run" in absent.what
 

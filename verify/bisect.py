@@ -11,10 +11,11 @@ failed, the runtime's own graph optimisation is the suspect.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -41,12 +42,26 @@ class Stop:
 
 
 def first_departure(
-    path: Path, merged: torch.nn.Module, batch: Batch, *, precision: str, device: str = "cpu"
+    path: Path,
+    merged: torch.nn.Module,
+    batch: Batch,
+    *,
+    precision: str,
+    device: str = "cpu",
+    names: Mapping[str, str] = MappingProxyType({}),
 ) -> Departure | None:
-    """The first layer of the ONNX file at `path` whose output is off, in graph order."""
+    """The first layer of the ONNX file at `path` whose output is off, in graph order.
+
+    Args:
+        names: the file's parameter names to the module's, where they differ.
+    """
     onnx = require("onnx", extra="onnx", why="look inside an ONNX file")
     model = onnx.load(str(path), load_external_data=False)
-    truth, plain = (_recorded(merged, batch, p, device) for p in ("float64", precision))
+    layers = {_layer(place): _layer(name) for name, place in names.items()}
+    truth, plain = (
+        {layers.get(layer, layer): value for layer, value in found.items()}
+        for found in (_recorded(merged, batch, p, device) for p in ("float64", precision))
+    )
     stops = [stop for stop in stops_of(model.graph) if stop.layer in truth]
     values = _values(onnx, model, stops, batch, path.parent, device)
     for stop in _outputs(stops, values, truth):

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from kilodelta.errors import KiloDeltaError, ProofError
+from kilodelta.progress import Event, Progress, silent
 from kilodelta.verify.cases import Case, live
 from kilodelta.verify.gate import Limit, limit
 from kilodelta.verify.metrics import Metrics, compare
@@ -43,12 +44,14 @@ class Truth:
         scores: Sequence[str] = (),
         cases: Sequence[Case],
         device: str = "cpu",
+        progress: Progress = silent,
     ) -> None:
         self.outputs, self.scores = tuple(outputs), frozenset(scores)
         self.cases, self._module, self._device = tuple(cases), merged, device
+        self._progress = progress
         self._plain: dict[str, dict[str, tuple[Metrics, ...]]] = {}
-        self.merged = self._run(merged, "float64")
-        self.base = self._run(base, "float64")
+        self.merged = self._run(merged, "float64", "merged model")
+        self.base = self._run(base, "float64", "base")
         self._changed = [name for name in self.outputs if self._effect(name)]
         if not self._changed:
             raise ProofError(
@@ -63,7 +66,7 @@ class Truth:
             UnavailableError: torch cannot compute the model in this precision here.
         """
         if precision not in self._plain:
-            self._plain[precision] = self.errors(self._run(self._module, precision))
+            self._plain[precision] = self.errors(self._run(self._module, precision, "merged model"))
         return self._plain[precision]
 
     def errors(self, results: Sequence[Arrays]) -> dict[str, tuple[Metrics, ...]]:
@@ -78,9 +81,20 @@ class Truth:
         """
         return {name: self._share(name, results) for name in self._changed}
 
-    def _run(self, module: torch.nn.Module, precision: str) -> tuple[Arrays, ...]:
+    def _run(self, module: torch.nn.Module, precision: str, what: str) -> tuple[Arrays, ...]:
         runner = TorchRunner(module, self.outputs, precision=precision, device=self._device)
-        return tuple(runner.run(case.batch) for case in self.cases)
+        results = []
+        for done, case in enumerate(self.cases, 1):
+            results.append(runner.run(case.batch))
+            event = Event(
+                stage=f"reference {precision}",
+                done=done,
+                total=len(self.cases),
+                unit="cases",
+                detail={"model": what},
+            )
+            self._progress(event)
+        return tuple(results)
 
     def _compare(self, name: str, results: Sequence[Arrays]) -> list[Metrics]:
         pairs = zip(self._live(name, results), self._live(name, self.merged), strict=True)

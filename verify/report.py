@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kilodelta.errors import KiloDeltaError, MissingPackageError, ProofError
+from kilodelta.verify.names import RUNNERS
 from kilodelta.verify.result import FAILED, NOT_RUN, Agreement, Json, Result
 from kilodelta.verify.tables import Table, agreement_table, parity_table, silent_table
 
@@ -13,13 +14,15 @@ from kilodelta.verify.tables import Table, agreement_table, parity_table, silent
 class Report:
     """A whole verification: every artefact in every runner, and what the caller insisted on.
 
-    `required` holds runner names, or beginnings of them up to a dash: `onnxruntime` asks for one
-    of `onnxruntime-cpu` and `onnxruntime-cuda` to have run.
+    `required` holds names of `kilodelta.verify.names`: `ort` asks for one of `onnxruntime-cpu` and
+    `onnxruntime-cuda` to have run. `inputs` is what `rows` inputs were read from.
     """
 
     results: tuple[Result, ...]
     agreement: tuple[Agreement, ...] = ()
     required: tuple[str, ...] = ()
+    inputs: str = ""
+    rows: int = 0
 
     @property
     def passed(self) -> bool:
@@ -35,7 +38,7 @@ class Report:
 
     def _missed(self, name: str) -> KiloDeltaError | None:
         """Why nothing that `name` asks for ran; a missing package stays a missing package."""
-        asked = [result for result in self.results if _is(result.runner, name)]
+        asked = [result for result in self.results if result.runner in RUNNERS[name]]
         if any(result.status != NOT_RUN for result in asked):
             return None
         errors = [result.error for result in asked if result.error is not None]
@@ -54,6 +57,7 @@ class Report:
             "passed": failure is None,
             "failure": None if failure is None else failure.what,
             "required": list(self.required),
+            "inputs": {"from": self.inputs, "rows": self.rows},
             "results": [result.to_json() for result in self.results],
             "agreement": [agreement.to_json() for agreement in self.agreement],
         }
@@ -66,10 +70,6 @@ class Report:
             agreement_table(self.agreement),
         )
         return tuple(table for table in all_of_them if table.rows)
-
-
-def _is(runner: str, name: str) -> bool:
-    return runner == name or runner.startswith(f"{name}-")
 
 
 def _failed(results: list[Result]) -> ProofError:

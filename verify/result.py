@@ -32,6 +32,14 @@ class Check:
     def passed(self) -> bool:
         return self.limit.admits(self.error)
 
+    @property
+    def strain(self) -> float:
+        """The larger of both errors in units of its limit: more than 1 fails."""
+        return max(
+            self.error.relative_l2 / self.limit.relative_l2,
+            self.error.relative_max / self.limit.relative_max,
+        )
+
     def to_json(self) -> Json:
         return {
             "case": self.case,

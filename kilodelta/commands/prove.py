@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,28 +15,49 @@ from kilodelta.commands.shared import as_json, threads, with_progress
 @click.command()
 @click.argument("base", type=click.Path())
 @click.argument("file", type=click.Path())
-@click.argument("merged", type=click.Path(), required=False)
+@click.argument("places", type=click.Path(), nargs=-1, metavar="[MERGED] [OUT]")
+@click.option("--inputs", help="Real inputs: .jsonl, .txt, .npz, or package.module:function.")
+@click.option("--against", metavar="TUNED", help="Measure agreement with the tuned model.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where torch computes the float64 reference.",
+)
+@click.option("--require", default="", help="Fail unless these ran, such as ort,tensorrt.")
+@click.option("--report", type=click.Path(), help="Write the JSON to this file too.")
+@click.option("--limit", type=click.IntRange(1), help="Read at most so many inputs.")
+@click.option("--max-length", type=click.IntRange(1), help="Cut texts to so many tokens.")
+@click.option("--field", default="text", show_default=True, help="The text's key in .jsonl.")
+@click.option("--labels", help="Labels, one a line, that two models' embeddings agree about.")
+@click.option("--model", help="package.module:function that builds the module.")
+@click.option("--config", type=click.Path(), help="Folder with the tuned model's config.json.")
+@click.option("--digests-only", is_flag=True, help="Check an export by its digests, run nothing.")
 @threads
 @as_json
 @with_progress
 def verify(
-    base: str, file: str, merged: str | None, threads: int | None, as_json: bool, progress: Any
+    base: str,
+    file: str,
+    places: tuple[str, ...],
+    require: str,
+    report: str | None,
+    threads: int | None,
+    as_json: bool,
+    progress: Any,
+    **given: Any,
 ) -> Callable[[], None]:
-    """Prove BASE and .kd FILE, and a MERGED model, reading every byte; exit 0 only if all hold."""
-    from kilodelta.verify.proof import prove
+    """Prove BASE and .kd FILE, a MERGED model, and an export folder OUT; exit 0 only if all hold.
 
-    proof = prove(base, file, merged, threads=threads, progress=progress)
+    Every byte is read. With --inputs, everything in OUT is run and held against a float64
+    reference, and has to show the fine-tune's own effect.
+    """
+    from kilodelta.verify.verify import Options, verify
 
-    def show() -> None:
-        if as_json:
-            terminal.print_json(asdict(proof))
-            return
-        rows = [
-            ("base proved", proof.base),
-            ("result proved", f"{proof.result} ({proof.targets} targets)"),
-        ]
-        if proof.merged:
-            rows.append(("merged proved", proof.merged))
-        terminal.print_facts(rows)
-
-    return show
+    names = tuple(name.strip() for name in require.split(",") if name.strip())
+    options = Options(require=names, **given)
+    found = verify(base, file, places, options=options, threads=threads, progress=progress)
+    if report is not None:
+        found.save(Path(report))
+    return lambda: terminal.show_verification(found, as_json=as_json)

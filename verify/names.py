@@ -1,0 +1,36 @@
+"""The runners by the names that a user requires them by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from kilodelta.errors import InputError
+
+RUNNERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "torch": ("torch-cpu", "torch-cuda"),
+        "torch-cpu": ("torch-cpu",),
+        "torch-cuda": ("torch-cuda",),
+        "ort": ("onnxruntime-cpu", "onnxruntime-cuda"),
+        "ort-cpu": ("onnxruntime-cpu",),
+        "ort-cuda": ("onnxruntime-cuda",),
+        "tensorrt": ("tensorrt", "tensorrt-rtx"),
+        "tensorrt-rtx": ("tensorrt-rtx",),
+    }
+)
+"""What is asked for, and the runners any of which will do."""
+
+
+def check_names(names: Sequence[str]) -> None:
+    """See that every name is a runner's.
+
+    Raises:
+        InputError: listing those that are.
+    """
+    unknown = [name for name in names if name not in RUNNERS]
+    if unknown:
+        raise InputError(
+            f"{', '.join(map(repr, unknown))} is no runner to require",
+            fix=f"known are {', '.join(RUNNERS)}",
+        )
