@@ -26,7 +26,7 @@ class Network:
         typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         self.network = self.builder.create_network(typed)
         self.parser = trt.OnnxParser(self.network, log)  # its weights are the network's: keep it
-        if not self.parser.parse_from_file(str(onnx)):
+        if not self.parser.parse_from_file(str(onnx)) or not self.network.num_outputs:
             raise _refused(trt, onnx, self.parser)
 
     def inputs(self) -> tuple[str, ...]:
@@ -65,6 +65,7 @@ class Network:
 
 def _refused(trt: Any, onnx: Path, parser: Any) -> ExportError:
     faults = [_told(parser.get_error(index)) for index in range(parser.num_errors)]
+    faults = faults or ["it puts nothing out"]  # an empty file is a valid protobuf message
     listed = "".join(f"\n  {fault}" for fault in faults)
     return ExportError(
         f"{trt.__name__} {trt.__version__} does not take {onnx.name}:{listed}",

@@ -74,13 +74,14 @@ def attended(work: Callable[[], T], watch: Watch) -> T:
             watch.failure = watch.failure or error
 
     thread = threading.Thread(target=run, name="tensorrt-build", daemon=True)
-    thread.start()
     try:
+        thread.start()
         while thread.is_alive():
             thread.join(_POLL_SECONDS)
     except BaseException:
         watch.stop()
-        thread.join()
+        if thread.is_alive():
+            thread.join()
         raise
     if watch.failure is not None:
         raise watch.failure
