@@ -13,7 +13,7 @@ from typing import Any
 
 from kilodelta.errors import FileError
 from kilodelta.export import fields
-from kilodelta.export.casting import lossless
+from kilodelta.export.casting import castable, lossless
 from kilodelta.export.facts import FileFact
 from kilodelta.export.fields import FieldError
 from kilodelta.export.onnx_tensors import is_inside
@@ -216,15 +216,18 @@ def _check_places(
     """See that every place is of a tensor of the base, fits it, and lies in a file's bounds."""
     sizes = {file.file: file.nbytes for file in files}
     for name, own in places.items():
-        shape = known[name][1] if name in known else ()
+        if name not in known or not own:
+            raise FieldError(f"places names {name!r:.80}, which the base or the file does not have")
         for place in own:
             if place.begin + place.nbytes > sizes.get(place.file, 0):
                 raise FieldError(f"places.{name} ends beyond {place.file}")
-            if name not in known or _elements(shape) != _elements(place.shape):
+            if not _fits(place, *known[name]):
                 raise FieldError(f"places.{name} does not fit the base's tensor")
-            if place.transposed and len(place.shape) != 2:
-                raise FieldError(f"places.{name} is no matrix and cannot be transposed")
 
 
-def _elements(shape: tuple[int, ...]) -> int:
-    return nbytes("U8", shape)
+def _fits(place: Place, dtype: str, shape: tuple[int, ...], _digest: str) -> bool:
+    if not castable(dtype, place.dtype):
+        return False
+    if place.transposed:
+        return len(shape) == 2 and place.shape == shape[::-1]
+    return nbytes("U8", place.shape) == nbytes("U8", shape)

@@ -31,7 +31,8 @@ def new_file(path: Path) -> Iterator[Path]:
             os.replace(stage, path)
             sync(path.parent)
     finally:
-        stage.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the first error says what is wrong
+            stage.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
