@@ -1,26 +1,31 @@
 """From bytes to a method: what to spend a budget on.
 
-The rule comes from accuracy curves of a sentence encoder distilled at many sizes: with less than
-a LoRA of rank 1 in 4 bits costs, one vector shared by all layers (Uni-LoRA) keeps most; from there
-on LoRA with 4-bit factors, of the largest rank that fits, does.
+The rule comes from accuracy curves of a sentence encoder distilled at many sizes
+(`benchmarks/fidelity.py`): with less than a LoRA of rank 1 in 4 bits costs, one vector shared by
+all layers (Uni-LoRA) keeps most; from there on LoRA with 4-bit factors, of the largest rank that
+fits, does.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from kilodelta.errors import InputError
 from kilodelta.format.coefficients import groups_size
 from kilodelta.format.manifest import MAX_BASES
-from kilodelta.format.methods import Lora, Method, UniLora
+from kilodelta.format.methods import Lora, Method, Nola, RandLora, UniLora, Vera
 from kilodelta.format.targets import Target
 
 BITS = 4
 UNILORA_RANK = 4
 SMALLEST = 64
 """Coefficients below which a budget is too small to be worth a file."""
+
+Overhead = Callable[[Method], int]
+"""Bytes of a file beside its coefficients, by method: header, manifest, extras."""
 
 _UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 10**6, "kib": 1024, "mib": 1 << 20}
 
@@ -31,6 +36,24 @@ class Choice:
 
     method: Method
     bits: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sized:
+    """A method with the option that bytes buy; `rising` where more of it costs more."""
+
+    method: Any
+    option: str
+    rising: bool = True
+
+
+_SIZED: Mapping[str, _Sized] = {
+    "lora": _Sized(method=Lora(), option="rank"),
+    "nola": _Sized(method=Nola(), option="bases"),
+    "randlora": _Sized(method=RandLora(), option="rank", rising=False),
+    "unilora": _Sized(method=UniLora(rank=UNILORA_RANK), option="bases"),
+    "vera": _Sized(method=Vera(), option="rank"),
+}
 
 
 def parse_bytes(text: str) -> int:
@@ -51,27 +74,83 @@ def size_of(method: Method, targets: Sequence[Target], bits: int) -> int:
     return groups_size(method.shared(), bits) + sum(own)
 
 
-def choose(budget: int, overhead: int, targets: Sequence[Target]) -> Choice:
+def choose(
+    budget: int,
+    overhead: Overhead,
+    targets: Sequence[Target],
+    *,
+    bits: int = BITS,
+    family: str | None = None,
+) -> Choice:
     """The method that a budget is best spent on.
 
     Args:
         budget: bytes of the whole file.
-        overhead: bytes of everything but coefficients (header, manifest, extras).
+        family: the name of a method, where only its size is to be chosen.
 
     Raises:
-        InputError: the budget does not even hold the rest of the file.
+        InputError: the budget does not hold the rest of the file and some coefficients.
     """
-    left = budget - overhead
-    if left * 8 // BITS < SMALLEST:
+    for name in ("lora", "unilora") if family is None else (family,):
+        method = _largest(name, budget, overhead, targets, bits)
+        if method is not None:
+            return Choice(method=method, bits=bits)
+    rest = overhead(_SIZED[family or "unilora"].method)
+    raise InputError(
+        f"a budget of {budget} bytes leaves {max(budget - rest, 0)} for coefficients"
+        f"{f' of {family}' if family else ''}; the rest of the file takes {rest}",
+        fix="raise --budget, or store fewer tensors whole with --extras none",
+    )
+
+
+def check_fits(choice: Choice, budget: int, overhead: Overhead, targets: Sequence[Target]) -> None:
+    """See that a method given by hand keeps to a budget given by hand.
+
+    Raises:
+        InputError: it does not.
+    """
+    needed = overhead(choice.method) + size_of(choice.method, targets, choice.bits)
+    if needed > budget:
         raise InputError(
-            f"a budget of {budget} bytes leaves {max(left, 0)} for coefficients; the rest of the "
-            f"file takes {overhead}",
-            fix="raise --budget, or store fewer tensors whole with --extras none",
+            f"{choice.method.name} of these options takes {needed} bytes, the budget is {budget}",
+            fix="give a smaller --rank, --bases or --bits, or leave them to --budget",
         )
-    rank = left // size_of(Lora(rank=1), targets, BITS)
-    if rank >= 1:
-        widest = min(min(target.matrix) for target in targets)
-        return Choice(method=Lora(rank=min(rank, widest)), bits=BITS)
-    bases = min(left * 8 // BITS, MAX_BASES)
-    rank = min(UNILORA_RANK, *(max(target.matrix) for target in targets))
-    return Choice(method=UniLora(rank=rank, bases=bases), bits=BITS)
+
+
+def _largest(
+    family: str, budget: int, overhead: Overhead, targets: Sequence[Target], bits: int
+) -> Method | None:
+    """The largest of a method's sizes that fits, or None."""
+    sized = _SIZED[family]
+    sides = [target.matrix for target in targets]
+    narrowest, widest = min(map(min, sides)), max(map(max, sides))
+    base = replace(
+        sized.method, rank=min(sized.method.rank, widest if family == "unilora" else narrowest)
+    )
+    values = range(1, (narrowest if sized.option == "rank" else MAX_BASES) + 1)
+
+    def fits(value: int) -> bool:
+        method = replace(base, **{sized.option: value})
+        return overhead(method) + size_of(method, targets, bits) <= budget
+
+    value = _last(fits, values) if sized.rising else _first(fits, values)
+    if value is None or (sized.option == "bases" and value < SMALLEST):
+        return None
+    found: Method = replace(base, **{sized.option: value})
+    return found
+
+
+def _last(holds: Callable[[int], bool], values: range) -> int | None:
+    """The last of the values for which something holds that then stops holding."""
+    low, high = values.start - 1, values.stop - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low if low >= values.start else None
+
+
+def _first(holds: Callable[[int], bool], values: range) -> int | None:
+    """The first of the values for which something holds that goes on holding."""
+    before = _last(lambda value: not holds(value), values)
+    first = values.start if before is None else before + 1
+    return first if first < values.stop else None

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from kilodelta.compress import train
-from kilodelta.compress.objective import Measures, Objective, masked_mean
-from kilodelta.compress.rows import Rows
-from kilodelta.compress.teacher import Teacher
+from kilodelta.compress.data import Data
+from kilodelta.compress.objective import Measures, masked_mean
 from kilodelta.errors import InputError
 from kilodelta.models import LoadedModel, outputs
 from kilodelta.progress import Event, Progress
@@ -65,17 +64,6 @@ class Distilled:
     steps: int
     seconds: float
     interrupted: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """Inputs to train on and inputs held out, with the teacher's word on each."""
-
-    rows: Rows
-    teacher: Teacher
-    objective: Objective
-    learned: Sequence[int]
-    held_out: Sequence[int]
 
 
 @dataclass

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +21,7 @@ from kilodelta.compress.changes import compare, patterns_for
 from kilodelta.compress.compress import Options, compress
 from kilodelta.errors import BaseMismatchError, InputError, QualityError
 from kilodelta.format.checkpoint import Checkpoint
-from kilodelta.format.methods import Lora, Nola, UniLora
+from kilodelta.format.methods import Lora, Method, Nola, UniLora
 from kilodelta.format.targets import Target
 from kilodelta.verify.proof import prove
 
@@ -122,20 +124,64 @@ def test_sizes_a_user_types(text: str, count: int) -> None:
     assert budget.parse_bytes(text) == count
 
 
-def test_the_budget_s_rule() -> None:
-    targets = [
-        Target(name=f"{i}", dtype="F32", shape=(384, 384), transposed=False, index=i)
-        for i in range(36)
+def squares(count: int = 36, side: int = 384) -> list[Target]:
+    return [
+        Target(name=f"{i}", dtype="F32", shape=(side, side), transposed=False, index=i)
+        for i in range(count)
     ]
+
+
+def rest(method: Method) -> int:
+    return 1000
+
+
+def test_the_budget_s_rule() -> None:
+    targets = squares()
     one = budget.size_of(Lora(rank=1), targets, 4)
     assert one == 36 * 384
-    assert budget.choose(one + 999, 1000, targets).method == UniLora(rank=4, bases=2 * (one - 1))
-    assert budget.choose(one + 1000, 1000, targets).method == Lora(rank=1)
-    assert budget.choose(5 * one, 1000, targets).method == Lora(rank=4)
+    assert budget.choose(one + 999, rest, targets).method == UniLora(rank=4, bases=2 * (one - 1))
+    assert budget.choose(one + 1000, rest, targets).method == Lora(rank=1)
+    assert budget.choose(5 * one, rest, targets).method == Lora(rank=4)
     with pytest.raises(InputError, match="leaves 0 for coefficients"):
-        budget.choose(900, 1000, targets)
+        budget.choose(900, rest, targets)
     with pytest.raises(InputError, match="'big' is no size"):
         budget.parse_bytes("big")
+
+
+@pytest.mark.parametrize("family", ["lora", "nola", "randlora", "unilora", "vera"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_method_by_name_takes_all_that_the_budget_holds(family: str, bits: int) -> None:
+    targets, limit = squares(count=3, side=64), 6000
+    found = budget.choose(limit, rest, targets, bits=bits, family=family).method
+    assert found.name == family
+    assert budget.size_of(found, targets, bits) <= limit - 1000
+    more = {"lora": {"rank": 1}, "nola": {"bases": 1}, "randlora": {"rank": -1}}
+    step = more.get(family, {"bases": 1} if family == "unilora" else {"rank": 1})
+    option, change = next(iter(step.items()))
+    larger: Any = replace(found, **{option: getattr(found, option) + change})  # type: ignore[type-var]
+    at_its_end = family in ("lora", "vera", "randlora") and getattr(larger, option) in (0, 65)
+    assert at_its_end or budget.size_of(larger, targets, bits) > limit - 1000
+    with pytest.raises(InputError, match=f"for coefficients of {family}"):
+        budget.choose(1030, rest, targets, family=family)
+
+
+def test_a_method_by_hand_that_is_larger_than_the_budget_is_refused(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    options = Options(method=Lora(rank=16), budget=1500)
+    with pytest.raises(InputError, match=r"takes \d+ bytes, the budget is 1500"):
+        compress(*pair, tmp_path / "task.kd", options=options)
+    assert not (tmp_path / "task.kd").exists()
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_a_budget_is_kept_and_used_whatever_the_bits(
+    bits: int, pair: tuple[Path, Path], texts: Path, tmp_path: Path
+) -> None:
+    options = Options(budget=1700, method="unilora", bits=bits, steps=4, batch=16)
+    compress(*pair, tmp_path / "task.kd", inputs=texts, options=options)
+    size = (tmp_path / "task.kd").stat().st_size
+    assert 1700 - 48 <= size <= 1700  # a header's padding and shorter numbers in its report
 
 
 def test_the_command_line(pair: tuple[Path, Path], texts: Path, tmp_path: Path) -> None:
@@ -143,6 +189,10 @@ def test_the_command_line(pair: tuple[Path, Path], texts: Path, tmp_path: Path) 
     result = CliRunner().invoke(main, [*arguments, "--budget", "4KB", "--steps", "4", "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["nbytes"]["file"] <= 4000
+    sized = [*arguments, "--method", "nola", "--budget", "3KB", "--steps", "4", "-q", "--json"]
+    found = json.loads(CliRunner().invoke(main, sized).stdout)
+    assert found["method"]["name"] == "nola"
+    assert 2900 < found["nbytes"]["file"] <= 3000
     result = CliRunner().invoke(main, [*arguments, "--method", "lora", "--steps", "4", "-q"])
     assert "smaller" in result.stdout
     assert "not stored" in result.stdout
