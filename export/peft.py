@@ -25,15 +25,16 @@ from kilodelta.export.peft_folder import (
     write_folder,
 )
 from kilodelta.export.peft_loaded import naming_as_loaded
-from kilodelta.export.peft_modules import Naming, read_config
+from kilodelta.export.peft_modules import Naming
 from kilodelta.format import parallel
 from kilodelta.format.baseline import require_base
 from kilodelta.format.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
+from kilodelta.format.layers import read_config
 from kilodelta.progress import Meter, Progress, silent
 
-DTYPES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DTYPES: Mapping[str, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 MAX_SVD = 4096
 
 
@@ -42,7 +43,7 @@ class PeftOptions:
     """How an adapter is written.
 
     Args:
-        dtype: of the factors: float32, float16 or bfloat16.
+        dtype: of the factors: fp32, fp16 or bf16.
         svd: truncate every update to this rank; nothing keeps them exact.
         prefix: what the adapted model puts before the base's names, such as `transformer`.
         embeddings: globs of the weights of Embedding modules, where their names do not tell.
@@ -51,7 +52,7 @@ class PeftOptions:
         own_ranks: each target with its own rank (`rank_pattern`) instead of zeros up to one rank.
     """
 
-    dtype: str = "float32"
+    dtype: str = "fp32"
     svd: int | None = None
     prefix: str = ""
     embeddings: tuple[str, ...] = ()

@@ -20,6 +20,7 @@ from kilodelta.errors import ExportError
 from kilodelta.export.peft_svd import truncated
 from kilodelta.format import exact
 from kilodelta.format.delta import Delta
+from kilodelta.format.lowrank import product_error, product_norm
 from kilodelta.format.methods import RandLora
 
 Matrix = npt.NDArray[Any]
@@ -58,9 +59,8 @@ def exact_pair(delta: Delta, name: str, dtype: str) -> Pair:
     """The update of a low-rank method, exact but for the rounding to `dtype`."""
     B, A = float_factors(delta, name)
     B_bits, A_bits = ROUND[dtype](B), ROUND[dtype](A)
-    B_out, A_out = WIDEN[dtype](B_bits), WIDEN[dtype](A_bits)
-    error = norm_of(np.hstack([B_out - B, B]), np.vstack([A_out, A_out - A]))
-    return Pair(B=B_bits, A=A_bits, error=error, norm=norm_of(B, A))
+    error = product_error((WIDEN[dtype](B_bits), WIDEN[dtype](A_bits)), (B, A))
+    return Pair(B=B_bits, A=A_bits, error=error, norm=product_norm(B, A))
 
 
 def svd_pair(delta: Delta, name: str, rank: int, dtype: str) -> Pair:
@@ -74,11 +74,6 @@ def svd_pair(delta: Delta, name: str, rank: int, dtype: str) -> Pair:
     norm = float(np.linalg.norm(update))
     update -= WIDEN[dtype](B_bits) @ WIDEN[dtype](A_bits)
     return Pair(B=B_bits, A=A_bits, error=float(np.linalg.norm(update)), norm=norm)
-
-
-def norm_of(left: Matrix, right: Matrix) -> float:
-    """The Frobenius norm of left @ right, without making the product."""
-    return float(np.sqrt(max(0.0, float(np.sum((left.T @ left) * (right @ right.T))))))
 
 
 def padded(pair: Pair, rank: int) -> Pair:

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kilodelta.errors import require
-from kilodelta.export.peft_modules import Kind, Naming, owner, refused
+from kilodelta.export.peft_modules import Kind, Naming, refused
 from kilodelta.format.checkpoint import Checkpoint
+from kilodelta.format.layers import owner
 from kilodelta.format.targets import Target
 
 _KINDS: Mapping[str, Kind] = {

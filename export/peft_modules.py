@@ -6,23 +6,19 @@ wants another form of adapter for each. Names decide, and what they cannot decid
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from kilodelta.errors import ExportError
+from kilodelta.format import layers
 from kilodelta.format.checkpoint import Checkpoint
+from kilodelta.format.layers import owner
 from kilodelta.format.targets import Target, matches
 
 WEIGHT = ".weight"
-TABLES = frozenset({"wte", "wpe", "shared"})
-CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-CONV1D = frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
-"""Modules that GPT-2's relatives store as (in, out), whether or not the delta says so."""
 LANGUAGE_HEADS = ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration")
 
 
@@ -73,17 +69,16 @@ class Naming:
         """What the module of a two-dimensional weight is."""
         if self._is_embedding(target.name):
             return Kind.EMBEDDING
-        return Kind.CONV1D if target.transposed or self._is_conv1d(target.name) else Kind.LINEAR
+        return (
+            Kind.CONV1D
+            if target.transposed or layers.is_conv1d(target.name, self.config)
+            else Kind.LINEAR
+        )
 
     def _is_embedding(self, name: str) -> bool:
         if self.embeddings:
             return matches(name, self.embeddings)
-        last = owner(name).rpartition(".")[2].lower()
-        return last in TABLES or ("embed" in last and not last.endswith(("_out", "proj")))
-
-    def _is_conv1d(self, name: str) -> bool:
-        last = owner(name).rpartition(".")[2]
-        return self.config.get("model_type") in CONV1D_MODELS and last in CONV1D
+        return layers.is_embedding(name)
 
     def check_untied(self, name: str, checkpoint: Checkpoint) -> None:
         """Refuse a weight that two layers of the model share.
@@ -109,29 +104,12 @@ class Naming:
         return is_language and self.config.get("tie_word_embeddings", True) is not False
 
 
-def owner(name: str) -> str:
-    """The module path of a tensor's name; empty for a tensor of the model itself."""
-    return name.rpartition(".")[0]
-
-
 def refused(name: str, why: str) -> ExportError:
     """The error of a tensor that PEFT has no place for."""
     return ExportError(
         f"{name} cannot travel in a PEFT adapter: it {why}",
         fix="kilodelta merge writes the whole model, whatever its layers",
     )
-
-
-def read_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """The model folder's `config.json`; empty where there is none."""
-    place = Path(checkpoint.shards[0].path.parent) / "config.json"
-    if not checkpoint.path.is_dir() or not place.is_file():
-        return {}
-    try:
-        found = json.loads(place.read_bytes())
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 @dataclass(frozen=True, kw_only=True)
