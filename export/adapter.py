@@ -1,8 +1,9 @@
 """Adapter mode, the build side: one graph that serves every low-rank fine-tune of a base.
 
 The low-rank factors of chosen weights become inputs, so that switching to another fine-tune means
-binding other inputs. To y = x W the graph adds (x A) B behind the product, which leaves all that
-a runtime fuses as it was: with factors of zeros the outputs are the base's, bit for bit.
+binding other inputs. To y = x W the graph adds (x A) B behind the product, which leaves nearly all
+that a runtime fuses as it was: with factors of zeros the outputs are the base's, bit for bit.
+(Not so where a runtime folds a batch norm into a convolution: those outputs agree to rounding.)
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kilodelta.errors import InputError
-from kilodelta.export.adapter_layout import INDEX, MAX_RANK, AdapterLayout, Exposed
+from kilodelta.export.adapter_layout import INDEX, MAX_RANK, MAX_SLOTS, AdapterLayout, Exposed
 from kilodelta.export.adapter_sites import Site, is_layer, sites, use_of
 from kilodelta.export.adapter_surgery import Surgery
 from kilodelta.export.facts import Port
@@ -21,8 +22,6 @@ from kilodelta.export.onnx import Template
 from kilodelta.format.checkpoint import Checkpoint, TensorInfo
 from kilodelta.format.identity import digest
 from kilodelta.format.targets import Patterns, select
-
-MAX_SLOTS = 1024
 
 
 def with_adapter(

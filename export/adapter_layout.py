@@ -34,6 +34,7 @@ VERSION = 1
 NAME = "adapter.json"
 MAX_RANK = 4096
 """As in docs/format.md, section 3."""
+MAX_SLOTS = 1024
 INDEX = "adapter"
 """The input that chooses a slot for each row."""
 
@@ -148,18 +149,22 @@ def _parse(value: Any) -> AdapterLayout:
             f"version is {top['version']!r:.40}; this kilodelta reads {VERSION}"
         )
     base = fields.table(top["base"], "base", ("name", "root"))
-    rank = fields.whole(top["rank"], "rank")
-    if not 1 <= rank <= MAX_RANK:
-        raise fields.FieldError(f"rank is {rank}, not from 1 to {MAX_RANK}")
     return AdapterLayout(
         base_name=fields.text(base["name"], "base.name"),
         base_root=fields.digest(base["root"], "base.root"),
-        rank=rank,
-        slots=fields.whole(top["slots"], "slots"),
+        rank=_within(top["rank"], "rank", 1, MAX_RANK),
+        slots=_within(top["slots"], "slots", 0, MAX_SLOTS),
         dtype=fields.choice(top["dtype"], "dtype", DTYPES),
         optional=fields.flag(top["optional"], "optional"),
         exposed=fields.listed(top["exposed"], "exposed", _exposed),
     )
+
+
+def _within(value: Any, where: str, low: int, high: int) -> int:
+    found = fields.whole(value, where)
+    if not low <= found <= high:
+        raise fields.FieldError(f"{where} is {found}, not from {low} to {high}")
+    return found
 
 
 def _exposed(value: Any, where: str) -> Exposed:
