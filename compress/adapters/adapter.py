@@ -127,7 +127,7 @@ def open_adapter(path: Path, base: Checkpoint) -> Adapter:
     """
     config = read_config(path)
     tensors = Checkpoint.open(_weights(path))
-    keys = peft_names.sort_keys(tensors.names)
+    keys = peft_names.sort_keys(tensors.names, str(config.get("peft_type")))
     place = peft_names.find_modules(keys.modules, base, path)
     peft_names.check_targets(place, config, base, path)
     return Adapter(

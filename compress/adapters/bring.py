@@ -25,7 +25,7 @@ from kilodelta.progress import Progress, silent
 DEFAULTS = Options()
 Reader = Callable[[Adapter, Options], Draft]
 
-PEFT: Mapping[str, str] = {}
+PEFT: Mapping[str, str] = {"LORA": "peft_lora", "RANDLORA": "peft_randlora"}
 """`peft_type` to the module of this package whose `read` takes it."""
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from kilodelta.format.build import Recipe
-from kilodelta.format.coefficients import Floats, Quantised
+from kilodelta.format.build import Numbers, Recipe
+from kilodelta.format.coefficients import Floats
 
-Values = Mapping[str, Mapping[str, Quantised]]
+Values = Mapping[str, Mapping[str, Numbers]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Draft:
     recipe: Recipe
     own: Values
     """Coefficients by target name, then by group name."""
-    shared: Mapping[str, Quantised] = field(default_factory=lambda: MappingProxyType({}))
+    shared: Mapping[str, Numbers] = field(default_factory=lambda: MappingProxyType({}))
     """The groups that the whole file has once."""
     wanted: Callable[[str], Floats]
     """A target's name to the update that the other tool makes, float64 (out, in)."""

@@ -14,6 +14,7 @@ import numpy as np
 from kilodelta.compress.adapters.adapter import Adapter
 from kilodelta.compress.adapters.draft import Draft
 from kilodelta.compress.adapters.options import Options
+from kilodelta.compress.adapters.orientation import is_transposed
 from kilodelta.compress.adapters.peft_names import ROOT
 from kilodelta.compress.adapters.peft_settings import check_settings, rank_of, scaling_of
 from kilodelta.compress.adapters.refactor import Best, Pair, quantise_product
@@ -22,7 +23,6 @@ from kilodelta.errors import BaseMismatchError, CheckpointError, InputError
 from kilodelta.format.build import Recipe
 from kilodelta.format.coefficients import Floats
 from kilodelta.format.delta import Extra, extra
-from kilodelta.format.layers import is_conv1d, read_config
 from kilodelta.format.methods import Lora
 
 
@@ -117,7 +117,7 @@ def _product(adapter: Adapter, path: str) -> Product:
         A = adapter.shaped(f"{start}.lora_A.weight", (rank, *shape[1:]))
         B = adapter.shaped(f"{start}.lora_B.weight", (shape[0], rank, *(1 for _ in shape[2:])))
         return _scaled(B.reshape(-1, rank), A.reshape(rank, -1), scaling)
-    transposed = _is_transposed(adapter, path, name)
+    transposed = is_transposed(adapter, path, "lora_B.weight")
     out, in_ = shape[::-1] if transposed else shape
     A = adapter.shaped(f"{start}.lora_A.weight", (rank, in_))
     B = adapter.shaped(f"{start}.lora_B.weight", (out, rank))
@@ -127,18 +127,6 @@ def _product(adapter: Adapter, path: str) -> Product:
 def _scaled(B: Floats, A: Floats, scaling: float, *, transposed: bool = False) -> Product:
     pair = B.astype(np.float64) * scaling, A.astype(np.float64)
     return Product(pair=pair, transposed=transposed)
-
-
-def _is_transposed(adapter: Adapter, path: str, name: str) -> bool:
-    """Whether the base stores a weight as (in, out). The factors' shapes tell, but for a square
-    one: that is by its model's kind a Conv1D, or as the configuration says."""
-    shape = adapter.base.info(name).shape
-    keys = f"{ROOT}{path}.lora_B.weight", f"{ROOT}{path}.lora_A.weight"
-    found = adapter.tensors.info(keys[0]).shape[0], adapter.tensors.info(keys[1]).shape[-1]
-    if shape[0] != shape[1]:
-        return found == shape[::-1]
-    flag: bool = adapter.option("fan_in_fan_out", bool, False)
-    return flag or is_conv1d(name, read_config(adapter.base))
 
 
 def _extras(adapter: Adapter) -> dict[str, Extra]:

@@ -18,7 +18,8 @@ from kilodelta.format.checkpoint import Checkpoint
 
 ROOT = "base_model.model."
 _OWN = re.compile(r"(?:lora|randlora|vera|unilora)_\w+(?:\.(?:weight|bias))?\Z")
-_WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save|original_module)(?=\.)")
+_WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save)(?=\.)")
+_REPLACED = ".original_module."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +32,11 @@ class Keys:
     """Keys of tensors stored whole, to the names that the model gives them."""
 
 
-def sort_keys(names: Iterable[str]) -> Keys:
-    """Tell a method's own keys from tensors stored whole.
+def sort_keys(names: Iterable[str], method: str) -> Keys:
+    """Tell a method's own keys from tensors stored whole; `method` is its `peft_type`.
 
     Raises:
-        CheckpointError: a key is none of PEFT's.
+        CheckpointError: a key is none of PEFT's, or another method's.
     """
     modules: dict[str, None] = {}
     whole = {}
@@ -48,9 +49,22 @@ def sort_keys(names: Iterable[str]) -> Keys:
                     fix="give the adapter as PEFT's save_pretrained wrote it",
                 )
             whole[key] = _WRAPPED.sub("", key.removeprefix(ROOT))
+        elif not own.startswith(method.lower() + "_"):
+            raise CheckpointError(
+                f"tensor {key!r:.200} belongs to another method than {method}",
+                fix="the folder is mixed from two adapters: save it again",
+            )
         elif owner.startswith(ROOT):
             modules[owner.removeprefix(ROOT)] = None
-    return Keys(modules=tuple(modules), whole=whole)
+    return Keys(modules=tuple(modules), whole=_once(whole))
+
+
+def _once(whole: Mapping[str, str]) -> dict[str, str]:
+    """With `bias="all"` PEFT writes a saved module's bias three times: as it is, in its wrapper,
+    and as it was before, which is not wanted."""
+    kept = {key: name for key, name in whole.items() if _REPLACED not in key}
+    first = {name: key for key, name in sorted(kept.items(), key=lambda item: -len(item[0]))}
+    return {key: name for name, key in first.items()}
 
 
 def _split(key: str) -> tuple[str, str]:

@@ -10,6 +10,8 @@ import click
 from kilodelta import terminal
 from kilodelta.commands.shared import as_json, threads, with_progress
 
+_COMPATIBILITY = "a compatibility form: floats, its result by the ordered sum of this package alone"
+
 
 @click.command()
 @click.argument("file", type=click.Path())
@@ -37,6 +39,7 @@ def inspect(file: str, as_json: bool) -> None:
                 if k != "include" and isinstance(v, tuple) and v
             ),
             ("coefficients", f"{found.coefficients} of {found.bits} bits"),
+            *(() if found.exact else [("exactness", _COMPATIBILITY)]),
             *(("extra", f"{name} {kind}") for name, kind in found.extras.items()),
             *(("probe", f"{name} {kind}") for name, kind in found.probes.items()),
             ("result", found.result),

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kilodelta.errors import CheckpointError, ProofError
-from kilodelta.format import exact, fused, identity, parallel, rounding
+from kilodelta.format import exact, fused, identity, ordered, parallel, rounding
 from kilodelta.format.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.targets import Target
@@ -38,14 +38,16 @@ class _Update:
     def factors(self) -> tuple[Any, Any]:
         """(left of given rows, right)."""
         delta, target = self.delta, self.target
-        method, stream, q = delta.method, delta.stream, delta.coefficients(target.name)
-        if not target.transposed:
+        method, stream, q = delta.form, delta.stream, delta.coefficients(target.name)
+        if not target.transposed and delta.manifest.compat is None:
             return lambda rows: method.left(q, target, stream, rows), method.right(
                 q, target, stream
             )
-        left = np.ascontiguousarray(method.right(q, target, stream).T)
-        right = method.left(q, target, stream, range(target.matrix[0])).T
-        return lambda rows: left[rows.start : rows.stop], np.ascontiguousarray(right)
+        whole = method.left(q, target, stream, range(target.matrix[0]))
+        left, right = whole, method.right(q, target, stream)
+        if target.transposed:
+            left, right = np.ascontiguousarray(right.T), np.ascontiguousarray(left.T)
+        return lambda rows: left[rows.start : rows.stop], right
 
 
 def merged(delta: Delta, target: Target, base: Bytes) -> Iterator[Bytes]:
@@ -63,10 +65,7 @@ def merged(delta: Delta, target: Target, base: Bytes) -> Iterator[Bytes]:
     rows, columns = target.stored
     weights = base.view(view).reshape(rows, columns)
     left, right = _Update(delta, target).factors()
-    c, e = delta.scale(target.name)
-    bound = delta.method.bound(delta.coefficients(target.name))
-    scale = np.float32(ldexp(1.0, max(e, -149)))
-    add = _adder(target.dtype, right, bound, np.float64(c), scale)
+    add = _adder(delta, target, right)
     step = min(rows, _step(columns, right.shape[0]))
     out = np.empty((step, columns), view)
     for span, factors in _bands(left, rows, step, right.shape[0]):
@@ -76,17 +75,33 @@ def merged(delta: Delta, target: Target, base: Bytes) -> Iterator[Bytes]:
         yield part.reshape(-1).view(np.uint8)
 
 
-def _adder(
+def _adder(delta: Delta, target: Target, right: Any) -> Callable[[Any, Any, Any], Any]:
+    """The function of (left rows, weights, out) that merges rows and says if one is not finite."""
+    if delta.manifest.compat is not None:
+        scaling = np.float64(delta.manifest.compat.scaling)
+        return _after(ordered.multiplier(right), target.dtype, scaling, np.float32(1))
+    c, e = delta.scale(target.name)
+    bound = delta.method.bound(delta.coefficients(target.name))
+    scale = np.float32(ldexp(1.0, max(e, -149)))
+    return _exact_adder(target.dtype, right, bound, np.float64(c), scale)
+
+
+def _exact_adder(
     dtype: str, right: Any, bound: int, factor: np.float64, scale: np.float32
 ) -> Callable[[Any, Any, Any], Any]:
-    """The function of (left rows, weights, out) that merges rows and says if one is not finite."""
     if right.shape[0] <= fused.FEW:
         floats, merge = np.ascontiguousarray(right, dtype=np.float64), fused.MERGE[dtype]
         return lambda left, weights, out: merge(
             left.astype(np.float64), floats, weights, factor, scale, out
         )
+    return _after(exact.multiplier(right, bound), dtype, factor, scale)
+
+
+def _after(
+    multiply: Callable[[Any], Any], dtype: str, factor: np.float64, scale: np.float32
+) -> Callable[[Any, Any, Any], Any]:
+    """First the product, then the addition."""
     _, add = rounding.ADD[dtype]
-    multiply = exact.multiplier(right, bound)
     return lambda left, weights, out: add(
         weights.reshape(-1),
         multiply(left).reshape(-1),

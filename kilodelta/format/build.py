@@ -15,14 +15,18 @@ from kilodelta.errors import InputError
 from kilodelta.format import arithmetic
 from kilodelta.format.checkpoint import Checkpoint, in_name_order
 from kilodelta.format.coefficients import Floats, Group, Quantised, pack, quantise, scale_near
+from kilodelta.format.compat import Compat, stored
 from kilodelta.format.delta import Delta, Extra, exactness
 from kilodelta.format.identity import Identity, digest, root
-from kilodelta.format.manifest import Base, Manifest
+from kilodelta.format.manifest import FLOATS, Base, Manifest
 from kilodelta.format.manifest import parse as parse_manifest
 from kilodelta.format.methods import Method
 from kilodelta.format.selftest import require_good_kernels
 from kilodelta.format.targets import Patterns, Target, select
 from kilodelta.progress import Progress, silent
+
+Numbers = Quantised | Floats
+"""A group's coefficients."""
 
 FINGERPRINTED = 512
 """Tensors up to which the manifest carries two bytes each."""
@@ -32,10 +36,11 @@ FINGERPRINTED = 512
 class Recipe:
     """What a delta is made of, before its coefficients: everything but the numbers."""
 
-    method: Method
+    method: Method | Compat
     patterns: Patterns
     seed: int = 0
     bits: int = 8
+    """Of an integer coefficient; of a float one, 32 or 16, with a compatibility form."""
     name: str = ""
     extras: Mapping[str, Extra] = field(default_factory=lambda: MappingProxyType({}))
     probes: Mapping[str, Extra] = field(default_factory=lambda: MappingProxyType({}))
@@ -63,16 +68,17 @@ def targets(base: str | os.PathLike[str] | Checkpoint, patterns: Patterns) -> tu
 def build(
     base: str | os.PathLike[str] | Checkpoint,
     recipe: Recipe,
-    coefficients: Mapping[str, Mapping[str, Quantised]],
-    shared: Mapping[str, Quantised] | None = None,
+    coefficients: Mapping[str, Mapping[str, Numbers]],
+    shared: Mapping[str, Numbers] | None = None,
     *,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Delta:
-    """A delta from integer coefficients, bound to its base, its result root computed.
+    """A delta from its coefficients, bound to its base, its result root computed.
 
     Args:
-        coefficients: by target name, then by group name.
+        coefficients: by target name, then by group name; integers with their scale, or plain
+            arrays for a compatibility form.
         shared: the groups that the whole file has once, by name.
 
     Raises:
@@ -86,7 +92,7 @@ def build(
     known = digest(checkpoint, threads=threads, progress=progress)
     draft = Delta(
         manifest=_manifest(recipe, layout, groups, known),
-        blob=_blob(groups, recipe.bits),
+        blob=np.concatenate([np.empty(0, np.uint8), *(_packed(*g, recipe.bits) for g in groups)]),
         extras=dict(recipe.extras),
         probes=dict(recipe.probes),
     ).bind(checkpoint)
@@ -98,7 +104,7 @@ def build(
 
 def _check_names(
     layout: Sequence[Target],
-    coefficients: Mapping[str, Mapping[str, Quantised]],
+    coefficients: Mapping[str, Mapping[str, Numbers]],
     recipe: Recipe,
 ) -> None:
     wrong = {target.name for target in layout} ^ set(coefficients)
@@ -110,35 +116,42 @@ def _check_names(
 
 
 def _in_order(
-    method: Method,
+    method: Method | Compat,
     layout: Sequence[Target],
-    coefficients: Mapping[str, Mapping[str, Quantised]],
-    shared: Mapping[str, Quantised],
-) -> list[Quantised]:
-    found = [_take(group, shared, "the file") for group in method.shared()]
+    coefficients: Mapping[str, Mapping[str, Numbers]],
+    shared: Mapping[str, Numbers],
+) -> list[tuple[Group, Numbers]]:
+    found = [(group, _take(group, shared, "the file")) for group in method.shared()]
     for target in layout:
         own = coefficients[target.name]
-        found += [_take(group, own, target.name) for group in method.groups(target)]
+        found += [(group, _take(group, own, target.name)) for group in method.groups(target)]
     return found
 
 
-def _take(group: Group, found: Mapping[str, Quantised], where: str) -> Quantised:
+def _take(group: Group, found: Mapping[str, Numbers], where: str) -> Numbers:
     if group.name not in found:
         raise InputError(f"{where} lacks group {group.name!r}", fix=f"its shape is {group.shape}")
-    if found[group.name].q.shape != group.shape:
+    value = found[group.name]
+    shape = value.q.shape if isinstance(value, Quantised) else value.shape
+    if shape != group.shape:
         raise InputError(
-            f"group {group.name!r} of {where} has shape {found[group.name].q.shape}",
+            f"group {group.name!r} of {where} has shape {shape}",
             fix=f"its shape must be {group.shape}",
         )
-    return found[group.name]
+    return value
 
 
-def _blob(groups: Sequence[Quantised], bits: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    return np.concatenate([np.empty(0, np.uint8), *(pack(group.q, bits) for group in groups)])
+def _packed(group: Group, value: Numbers, bits: int) -> Floats:
+    if isinstance(value, Quantised):
+        return pack(value.q, bits)
+    return stored.pack(value, group.dtype or FLOATS[bits])
 
 
 def _manifest(
-    recipe: Recipe, layout: Sequence[Target], groups: Sequence[Quantised], known: Identity
+    recipe: Recipe,
+    layout: Sequence[Target],
+    groups: Sequence[tuple[Group, Numbers]],
+    known: Identity,
 ) -> Manifest:
     return Manifest(
         base=Base(
@@ -152,7 +165,7 @@ def _manifest(
         patterns=recipe.patterns,
         count=len(layout),
         bits=recipe.bits,
-        scales=tuple(group.scale for group in groups),
+        scales=tuple(value.scale for _, value in groups if isinstance(value, Quantised)),
         extras=in_name_order(recipe.extras),
         result="sha256:" + "0" * 64,
         made=recipe.made,

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kilodelta.errors import FileError, InputError
+from kilodelta.format import dtypes
 
 BITS = (4, 8, 16)
 Ints = npt.NDArray[Any]
@@ -22,10 +23,15 @@ Floats = npt.NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """A named array of coefficients within a target, or of the whole file."""
+    """A named array of coefficients within a target, or of the whole file.
+
+    `dtype` is empty for coefficients, which have the file's own type; else the safetensors type in
+    which a compatibility form keeps something that is none (seeds, fingerprints, a whole basis).
+    """
 
     name: str
     shape: tuple[int, ...]
+    dtype: str = ""
 
     @property
     def size(self) -> int:
@@ -74,7 +80,12 @@ def packed_size(count: int, bits: int) -> int:
 
 def groups_size(groups: Iterable[Group], bits: int) -> int:
     """Bytes of packed groups, one after the other."""
-    return sum(packed_size(group.size, bits) for group in groups)
+    return sum(group_size(group, bits) for group in groups)
+
+
+def group_size(group: Group, bits: int) -> int:
+    """Bytes of one group."""
+    return packed_size(group.size, dtypes.BITS[group.dtype] if group.dtype else bits)
 
 
 def pack(q: Ints, bits: int) -> Ints:

@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kilodelta.errors import BaseMismatchError, FileError, InputError
-from kilodelta.format import dtypes, exact
+from kilodelta.format import dtypes, exact, ordered
 from kilodelta.format.bases import Stream
 from kilodelta.format.checkpoint import Checkpoint, TensorInfo
-from kilodelta.format.coefficients import Group, Ints, groups_size, packed_size, unpack
-from kilodelta.format.manifest import Manifest
+from kilodelta.format.coefficients import Group, Ints, group_size, groups_size, unpack
+from kilodelta.format.compat import Compat, stored
+from kilodelta.format.manifest import FLOATS, Manifest
 from kilodelta.format.methods import Coefficients, Method
 from kilodelta.format.targets import Target, select
 
@@ -68,6 +69,22 @@ class Delta:
 
     @property
     def method(self) -> Method:
+        """The exact method.
+
+        Raises:
+            InputError: the file is a compatibility form; it can be merged, proved and inspected.
+        """
+        if self.manifest.compat is not None:
+            raise InputError(
+                f"{self.manifest.method.name} is a compatibility form: its basis is of floats, so "
+                "it has no exact integer update",
+                fix="kilodelta merge takes it as it is; for the rest import it with --requantise",
+            )
+        return self.manifest.method  # type: ignore[return-value]
+
+    @property
+    def form(self) -> Method | Compat:
+        """The method, exact or not: what both have in common."""
         return self.manifest.method
 
     @property
@@ -98,7 +115,7 @@ class Delta:
         bound = replace(self, layout=layout)
         _check_fit(bound)
         for target in layout:
-            _check_exact(bound, target)
+            (_check_exact if self.manifest.compat is None else _check_floats)(bound, target)
         return bound
 
     @cached_property
@@ -130,29 +147,35 @@ class Delta:
     @cached_property
     def _starts(self) -> tuple[int, ...]:
         """Where the shared groups and each target's begin in the blob."""
-        starts, position = [0], groups_size(self.method.shared(), self.manifest.bits)
+        starts, position = [0], groups_size(self.form.shared(), self.manifest.bits)
         for target in self.targets.values():
             starts.append(position)
-            position += groups_size(self.method.groups(target), self.manifest.bits)
+            position += groups_size(self.form.groups(target), self.manifest.bits)
         return (*starts, position)
 
     @cached_property
     def _shared(self) -> Coefficients:
-        return self._read(self.method.shared(), 0)
+        return self._read(self.form.shared(), 0)
 
     def _read(self, groups: tuple[Group, ...], position: int) -> dict[str, Ints]:
         found = {}
         for group in groups:
-            size = packed_size(group.size, self.manifest.bits)
+            size = group_size(group, self.manifest.bits)
             data = self.blob[position : position + size]
-            found[group.name] = unpack(data, group.size, self.manifest.bits).reshape(group.shape)
+            found[group.name] = self._unpack(data, group).reshape(group.shape)
             position += size
         return found
 
+    def _unpack(self, data: Ints, group: Group) -> Ints:
+        if self.manifest.compat is None:
+            return unpack(data, group.size, self.manifest.bits)
+        return stored.unpack(data, group.dtype or FLOATS[self.manifest.bits])
+
     def coefficients(self, name: str) -> Coefficients:
-        """A target's integer coefficients by group, int8 or int16, shared groups among them."""
+        """A target's coefficients by group, int8 or int16, shared groups among them; float32 in a
+        compatibility form."""
         target = self.target(name)
-        own = self._read(self.method.groups(target), self._starts[1 + target.index])
+        own = self._read(self.form.groups(target), self._starts[1 + target.index])
         return {**self._shared, **own}
 
     def scale(self, name: str) -> tuple[int, int]:
@@ -186,8 +209,14 @@ class Delta:
 
     def update(self, name: str) -> npt.NDArray[np.float32]:
         """What a merge adds to a target, float32 (out, in), before the weights' own rounding."""
-        c, e = self.scale(name)
-        return np.ldexp((c * self.expand(name)).astype(np.float32), e)
+        compat = self.manifest.compat
+        if compat is None:
+            c, e = self.scale(name)
+            return np.ldexp((c * self.expand(name)).astype(np.float32), e)
+        target, q = self.target(name), self.coefficients(name)
+        left = compat.left(q, target, self.stream, range(target.matrix[0]))
+        product = ordered.multiplier(compat.right(q, target, self.stream))(left)
+        return (product * compat.scaling).astype(np.float32)
 
     def save(self, path: str | os.PathLike[str]) -> int:
         """Write the file, in full or not at all; returns its bytes.
@@ -202,7 +231,7 @@ class Delta:
 
 
 def _check_fit(delta: Delta) -> None:
-    manifest, method = delta.manifest, delta.method
+    manifest, method = delta.manifest, delta.form
     layout = delta.layout or ()
     if len(layout) != manifest.count:
         raise BaseMismatchError(
@@ -220,6 +249,11 @@ def _check_fit(delta: Delta) -> None:
                 f"{target.name} is a target and an extra too",
                 fix="the file was not written by kilodelta: fetch it again",
             )
+    problem = manifest.compat.problem(layout) if manifest.compat is not None else ""
+    if problem:
+        raise BaseMismatchError(
+            f"{method.name}: {problem}", fix=f"the file was made for {manifest.base.name!r}"
+        )
     needed = delta._starts[-1]
     if delta.blob.size != needed:
         raise BaseMismatchError(
@@ -236,6 +270,15 @@ def _check_exact(delta: Delta, target: Target) -> None:
             f"the update of {target.name} cannot be exact: {problem}",
             fix="the file was not written by kilodelta: fetch it again",
         )
+
+
+def _check_floats(delta: Delta, target: Target) -> None:
+    for group, values in delta.coefficients(target.name).items():
+        if not np.isfinite(values).all():
+            raise FileError(
+                f"group {group} of {target.name} holds NaN or infinity",
+                fix="the file was not written by kilodelta: fetch it again",
+            )
 
 
 def exactness(bound: int, e: int) -> str:

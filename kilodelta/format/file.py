@@ -149,7 +149,7 @@ def _check_counts(path: Path, manifest: Manifest, size: int) -> None:
     groups, others = method.groups(_dummy(1)), method.groups(_dummy(64))
     shared = groups_size(method.shared(), manifest.bits)
     scales = len(method.shared()) + manifest.count * len(groups)
-    if len(manifest.scales) != scales:
+    if manifest.compat is None and len(manifest.scales) != scales:
         raise _fault(path, f"it has {len(manifest.scales)} scales, but its targets need {scales}")
     needed = shared + manifest.count * groups_size(groups, manifest.bits)
     if groups == others and size != needed:

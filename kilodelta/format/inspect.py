@@ -25,6 +25,9 @@ class Contents:
     seed: int
     targets: Mapping[str, Any]
     bits: int
+    """Of a coefficient: an integer, or a float where `exact` is false."""
+    exact: bool
+    """False for a compatibility form, whose basis is another tool's floats."""
     coefficients: int
     extras: Mapping[str, str]
     probes: Mapping[str, str]
@@ -71,6 +74,7 @@ def inspect(path: str | os.PathLike[str]) -> Contents:
             "transposed": patterns.transposed,
         },
         bits=manifest.bits,
+        exact=manifest.compat is None,
         coefficients=delta.blob.size * 8 // manifest.bits,
         extras=_kinds(delta.extras),
         probes=_kinds(delta.probes),

@@ -5,11 +5,9 @@ docs/format.md, section 3.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import isfinite
 from types import MappingProxyType
 from typing import Any
@@ -18,17 +16,29 @@ from kilodelta.errors import FileError
 from kilodelta.format import canonical
 from kilodelta.format.checkpoint import in_name_order
 from kilodelta.format.coefficients import BITS, Scale
+from kilodelta.format.compat import COMPAT, Compat
+from kilodelta.format.fields import (
+    choice,
+    digest,
+    fault,
+    from_base64,
+    keys,
+    text,
+    to_base64,
+    whole,
+)
 from kilodelta.format.methods import METHODS, Method, RandLora
+from kilodelta.format.options import MAX_BASES as MAX_BASES
+from kilodelta.format.options import method_options as method_options
+from kilodelta.format.options import parse_method
 from kilodelta.format.targets import Patterns
 
 VERSION = 1
-MAX_RANK = 4096
-MAX_BASES = 1 << 24
 MAX_TARGETS = 1 << 20
 MAX_PATTERNS = 256
-MAX_TEXT = 1024
+FLOATS: Mapping[int, str] = MappingProxyType({32: "F32", 16: "F16"})
+"""Types of a compatibility form's coefficients, by their bits."""
 
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
 _SEED = re.compile(r"(?:0|[1-9][0-9]{0,19})\Z")
 
 
@@ -51,17 +61,23 @@ class Manifest:
     """What a file says about itself; `scales` in file order: shared groups, then each target's."""
 
     base: Base
-    method: Method
+    method: Method | Compat
     seed: int
     patterns: Patterns
     count: int
     bits: int
+    """Bits of an integer coefficient; of a float one, 32 or 16, in a compatibility form."""
     scales: tuple[Scale, ...]
     extras: tuple[str, ...]
     result: str
     made: Mapping[str, str | int | float | bool] = field(
         default_factory=lambda: MappingProxyType({})
     )
+
+    @property
+    def compat(self) -> Compat | None:
+        """The compatibility form, where the method is one."""
+        return None if self.method.name in METHODS else self.method  # type: ignore[return-value]
 
     def text(self) -> str:
         """The canonical JSON."""
@@ -70,7 +86,7 @@ class Manifest:
 
 def _to_json(manifest: Manifest) -> dict[str, Any]:
     base = manifest.base
-    printed = {"fingerprints": _base64(base.fingerprints)} if base.fingerprints else {}
+    printed = {"fingerprints": to_base64(base.fingerprints)} if base.fingerprints else {}
     patterns = manifest.patterns
     return {
         "version": VERSION,
@@ -83,35 +99,21 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
             "transposed": list(patterns.transposed),
             "count": manifest.count,
         },
-        "coefficients": {"bits": manifest.bits, "scales": _base64(_scale_bytes(manifest.scales))},
+        "coefficients": _coefficients_to_json(manifest),
         "extras": list(manifest.extras),
         "result": {"root": manifest.result},
         "made": dict(manifest.made),
     }
 
 
-def method_options(method: Method) -> dict[str, str | int]:
-    """A method as the manifest writes it; `sparsity` only with ternary bases."""
-    options = {option.name: getattr(method, option.name) for option in fields(method)}  # type: ignore[arg-type]
-    if options.get("basis") == "sign":
-        options.pop("sparsity", None)
-    return {"name": method.name, **options}
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
+def _coefficients_to_json(manifest: Manifest) -> dict[str, Any]:
+    if manifest.compat is not None:
+        return {"dtype": FLOATS[manifest.bits]}
+    return {"bits": manifest.bits, "scales": to_base64(_scale_bytes(manifest.scales))}
 
 
 def _scale_bytes(scales: tuple[Scale, ...]) -> bytes:
     return b"".join(bytes((scale.c, scale.e & 0xFF)) for scale in scales)
-
-
-def fault(what: str) -> FileError:
-    """The error of a manifest that breaks a rule."""
-    return FileError(
-        f"the manifest is wrong: {what}",
-        fix="the file is damaged or not written by kilodelta: fetch it again",
-    )
 
 
 def parse(text: str) -> Manifest:
@@ -131,7 +133,7 @@ def parse(text: str) -> Manifest:
             f"the file has version {table.get('version')!r:.40}; this kilodelta reads {VERSION}",
             fix="pip install --upgrade kilodelta",
         )
-    top = _keys(table, "manifest", _TOP)
+    top = keys(table, "manifest", _TOP)
     if canonical.dumps(table) != text:
         raise fault("it is not in canonical form")
     return _parse_fields(top)
@@ -143,14 +145,9 @@ _TOP = {
 
 
 def _parse_fields(top: dict[str, Any]) -> Manifest:
-    targets = _keys(top["targets"], "targets", {"include", "exclude", "transposed", "count"})
-    coefficients = _keys(top["coefficients"], "coefficients", {"bits", "scales"})
-    method = _method(top["method"])
-    bits = coefficients["bits"]
-    if type(bits) is not int or bits not in BITS:
-        raise fault(f"coefficients.bits is {bits!r:.40}, not one of {BITS}")
-    if isinstance(method, RandLora) and bits > 8:
-        raise fault("randlora takes coefficients of 4 or 8 bits")
+    targets = keys(top["targets"], "targets", {"include", "exclude", "transposed", "count"})
+    method = parse_method(top["method"])
+    bits, scales = _coefficients(top["coefficients"], method)
     return Manifest(
         base=_base(top["base"]),
         method=method,
@@ -158,41 +155,13 @@ def _parse_fields(top: dict[str, Any]) -> Manifest:
         patterns=Patterns(
             **{k: _globs(targets[k], k) for k in ("include", "exclude", "transposed")}
         ),
-        count=_whole(targets["count"], "targets.count", 1, MAX_TARGETS),
+        count=whole(targets["count"], "targets.count", 1, MAX_TARGETS),
         bits=bits,
-        scales=_scales(coefficients["scales"]),
+        scales=scales,
         extras=_extras(top["extras"]),
-        result=_digest(_keys(top["result"], "result", {"root"})["root"], "result.root"),
+        result=digest(keys(top["result"], "result", {"root"})["root"], "result.root"),
         made=_made(top["made"]),
     )
-
-
-def _keys(value: Any, where: str, names: set[str], optional: set[str] | None = None) -> Any:
-    if not isinstance(value, dict):
-        raise fault(f"{where} is not an object")
-    if unknown := sorted(set(value) - names - (optional or set())):
-        raise fault(f"{where} has an unknown key {unknown[0]!r:.80}")
-    if missing := sorted(names - set(value)):
-        raise fault(f"{where} lacks {missing[0]!r}")
-    return value
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str) or len(value) > MAX_TEXT:
-        raise fault(f"{where} is not a text of at most {MAX_TEXT} characters")
-    return value
-
-
-def _whole(value: Any, where: str, low: int, high: int) -> int:
-    if type(value) is not int or not low <= value <= high:
-        raise fault(f"{where} is {value!r:.40}, not a whole number from {low} to {high}")
-    return value
-
-
-def _digest(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not _DIGEST.match(value):
-        raise fault(f"{where} is not sha256:<64 hexadecimal digits>")
-    return value
 
 
 def _seed(value: Any) -> int:
@@ -201,27 +170,17 @@ def _seed(value: Any) -> int:
     return int(value)
 
 
-def _bytes(value: Any, where: str) -> bytes:
-    try:
-        data = base64.b64decode(value, validate=True) if isinstance(value, str) else None
-    except (binascii.Error, ValueError):
-        data = None
-    if data is None or _base64(data) != value:
-        raise fault(f"{where} is not base64")
-    return data
-
-
 def _base(value: Any) -> Base:
-    found = _keys(value, "base", {"name", "root", "tensors"}, {"fingerprints"})
-    tensors = _whole(found["tensors"], "base.tensors", 1, 1 << 24)
+    found = keys(value, "base", {"name", "root", "tensors"}, {"fingerprints"})
+    tensors = whole(found["tensors"], "base.tensors", 1, 1 << 24)
     printed = b""
     if "fingerprints" in found:
-        printed = _bytes(found["fingerprints"], "base.fingerprints")
+        printed = from_base64(found["fingerprints"], "base.fingerprints")
         if len(printed) != 2 * tensors:
             raise fault(f"base.fingerprints has {len(printed)} bytes, not two a tensor")
     return Base(
-        name=_text(found["name"], "base.name"),
-        root=_digest(found["root"], "base.root"),
+        name=text(found["name"], "base.name"),
+        root=digest(found["root"], "base.root"),
         tensors=tensors,
         fingerprints=printed,
     )
@@ -230,11 +189,26 @@ def _base(value: Any) -> Base:
 def _globs(value: Any, where: str) -> tuple[str, ...]:
     if not isinstance(value, list) or len(value) > MAX_PATTERNS:
         raise fault(f"targets.{where} is not a list of at most {MAX_PATTERNS} patterns")
-    return tuple(_text(item, f"targets.{where}") for item in value)
+    return tuple(text(item, f"targets.{where}") for item in value)
+
+
+def _coefficients(value: Any, method: Method | Compat) -> tuple[int, tuple[Scale, ...]]:
+    """(bits, scales); floats have no scales."""
+    if method.name in COMPAT:
+        dtype = keys(value, "coefficients", {"dtype"})["dtype"]
+        choice(dtype, "coefficients.dtype", tuple(FLOATS.values()))
+        return next(bits for bits, name in FLOATS.items() if name == dtype), ()
+    found = keys(value, "coefficients", {"bits", "scales"})
+    bits = found["bits"]
+    if type(bits) is not int or bits not in BITS:
+        raise fault(f"coefficients.bits is {bits!r:.40}, not one of {BITS}")
+    if isinstance(method, RandLora) and bits > 8:
+        raise fault("randlora takes coefficients of 4 or 8 bits")
+    return bits, _scales(found["scales"])
 
 
 def _scales(value: Any) -> tuple[Scale, ...]:
-    data = _bytes(value, "coefficients.scales")
+    data = from_base64(value, "coefficients.scales")
     if len(data) % 2 or 0 in data[::2]:
         raise fault("coefficients.scales is not pairs (c, e) with c from 1 to 255")
     return tuple(Scale(c, e - 256 if e > 127 else e) for c, e in zip(data[::2], data[1::2]))  # noqa: B905
@@ -258,52 +232,3 @@ def _made(value: Any) -> Mapping[str, str | int | float | bool]:
         if isinstance(item, float) and not isfinite(item):
             raise fault(f"made.{key:.80} is not finite")
     return MappingProxyType(value)
-
-
-def _method(value: Any) -> Method:
-    if not isinstance(value, dict) or value.get("name") not in METHODS:
-        name = value.get("name") if isinstance(value, dict) else value
-        raise fault(f"method {name!r:.80} is unknown; known are {', '.join(METHODS)}")
-    kind = METHODS[value["name"]]
-    names = {option.name for option in fields(kind)}
-    sparse = value.get("basis") == "ternary"
-    if "sparsity" in names and not sparse:
-        names.remove("sparsity")
-    options = dict(_keys(value, "method", {"name", *names}))
-    del options["name"]
-    for name, item in options.items():
-        _OPTIONS[name](item, kind.name)
-    return kind(**options)
-
-
-def _rank(value: Any, method: str) -> None:
-    _whole(value, "method.rank", 1, MAX_RANK)
-
-
-def _bases(value: Any, method: str) -> None:
-    _whole(value, "method.bases", 1, MAX_BASES)
-
-
-def _basis(value: Any, method: str) -> None:
-    allowed = ("sign", "ternary") if method == RandLora.name else ("sign",)
-    if value not in allowed:
-        raise fault(f"method.basis is {value!r:.40}, not one of {allowed}")
-
-
-def _sparsity(value: Any, method: str) -> None:
-    _whole(value, "method.sparsity", 1, 1 << 20)
-
-
-def _anchor(value: Any, method: str) -> None:
-    _whole(value, "method.anchor", -32767, 32767)
-
-
-_OPTIONS: Mapping[str, Callable[[Any, str], None]] = MappingProxyType(
-    {
-        "rank": _rank,
-        "bases": _bases,
-        "basis": _basis,
-        "sparsity": _sparsity,
-        "anchor": _anchor,
-    }
-)
