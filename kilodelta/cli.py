@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from kilodelta import __version__, terminal
-from kilodelta.commands import bring, look, make, prove, use
+from kilodelta.commands import bring, device, look, make, prove, use
 from kilodelta.errors import KiloDeltaError
 
 
@@ -48,5 +48,11 @@ for _command in (
     use.merge,
     use.export,
     prove.verify,
+    device.bundle,
+    device.release,
+    device.apply,
+    device.rollback,
+    device.status,
+    device.run,
 ):
     main.add_command(_command)

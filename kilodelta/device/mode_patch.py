@@ -1,0 +1,65 @@
+"""Patch mode on a device: the tuned ONNX file, made of the base's by byte offsets, beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kilodelta.device import runners
+from kilodelta.device.bundle import Bundle
+from kilodelta.device.modes import Session
+from kilodelta.device.places import Places
+from kilodelta.export.patch import patch
+from kilodelta.export.patch_map import read_map
+from kilodelta.export.patch_session import open_patched
+from kilodelta.format.delta import Delta
+from kilodelta.verify.run_onnx import PROVIDERS, OnnxRunner
+
+MAP, REST = "model.map.json", "rest.safetensors"
+
+
+class PatchMode:
+    """The base's ONNX file, its map, and the weights that it does not hold exactly."""
+
+    held = 2
+
+    def __init__(self, places: Places, bundle: Bundle) -> None:
+        self._bundle, self._folder = bundle, places.base
+        self._model = places.base / runners.ONNX
+        self.runtime = runners.version(bundle)
+        rest = places.base / REST
+        self._source: dict[str, Any] = {
+            "places": read_map(places.base / MAP),
+            "base": rest if rest.exists() else None,
+        }
+
+    def build(self, delta: Delta, stage: Path) -> None:
+        """Write the tuned ONNX file, its changed weights proved."""
+        patch(self._model, delta, stage / runners.ONNX, **self._source)
+
+    def open(self, folder: Path | None) -> Session:
+        """ONNX Runtime on the tuned file, or on the base's."""
+        return runners.open_runner(self._bundle, folder or self._folder)
+
+    def trial(self, delta: Delta) -> Session:
+        """ONNX Runtime with the tuned weights in memory."""
+        runner = _InMemory(self._model, delta, self._source, runners.provider(self._bundle))
+        found: Session = runners.ready(runner)
+        return found
+
+
+class _InMemory(OnnxRunner):
+    """The base's file with a delta's weights, no file written."""
+
+    def __init__(self, model: Path, delta: Delta, source: dict[str, Any], device: str) -> None:
+        super().__init__(model, device=device)
+        self._delta, self._source = delta, source
+
+    def _create(self, ort: Any) -> Any:
+        return open_patched(
+            self._model,  # type: ignore[arg-type]
+            self._delta,
+            options=self._options(ort),
+            providers=PROVIDERS[self._device],
+            **self._source,
+        )
