@@ -60,7 +60,7 @@ class Stream:
     def mix(self, role: int, coefficients: Ints, rows: range, columns: range) -> Ints:
         """sum_i q_i S_i over sign bases, int64 (rows, columns); sum |q_i| below 2^31."""
         out = np.empty((len(rows), len(columns)), np.int64)
-        planes, flips = _bit_planes(coefficients)
+        planes, flips = bit_planes(coefficients)
         total = np.int64(np.abs(coefficients.astype(np.int64)).sum())
         place = _u32(role, rows.start, columns.start)
         philox.mix(*self.key, *place, planes, flips, total, out)
@@ -98,7 +98,7 @@ class Stream:
         return out
 
 
-def _bit_planes(coefficients: Ints) -> tuple[Ints, Ints]:
+def bit_planes(coefficients: Ints) -> tuple[Ints, Ints]:
     """Magnitudes as bit planes uint32 (P, blocks, 4), and the negative ones (blocks, 4)."""
     k = coefficients.size
     padded = np.zeros(-(-k // BLOCK) * BLOCK, np.int64)

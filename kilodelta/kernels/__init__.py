@@ -1,0 +1,1 @@
+"""Exact expansion and merging on a GPU: Triton kernels, and the same in plain torch operations."""

@@ -1,0 +1,97 @@
+"""The product of two integer factors added to weights and rounded, in one pass: Triton kernels.
+
+`y = float32(W) + 2^e float32(N)`, then to the weights' type, all to nearest even
+(docs/format.md, section 6). Weights travel as raw bits, int32 or int16.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+PLAIN = ("c", "scale")
+
+
+@triton.jit
+def rounded(bits, number, scale, DTYPE: tl.constexpr):
+    """(new bits, whether not finite) of weights after an update of 2^e times an int64 number.
+
+    `scale * float32(number)` is exact, so a fused multiply-add changes nothing. A NaN must be seen
+    before rounding: a GPU's has all bits set, which the rounding of bfloat16 would carry over.
+    """
+    step = number.to(tl.float32) * scale
+    if DTYPE == "F32":
+        y = bits.to(tl.float32, bitcast=True) + step
+    elif DTYPE == "F16":
+        y = bits.to(tl.float16, bitcast=True).to(tl.float32) + step
+    else:
+        wide = bits.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        y = wide.to(tl.float32, bitcast=True) + step
+    raw = y.to(tl.uint32, bitcast=True)
+    bad = (raw & 0x7F800000) == 0x7F800000
+    if DTYPE == "F32":
+        new = raw.to(tl.int32, bitcast=True)
+    elif DTYPE == "F16":
+        new = y.to(tl.float16).to(tl.int16, bitcast=True)
+        bad |= (new & 0x7C00) == 0x7C00
+    else:
+        new = ((raw + 0x7FFF + ((raw >> 16) & 1)) >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
+        bad |= (new & 0x7F80) == 0x7F80
+    return new, bad
+
+
+@triton.jit
+def _update(weights, out, flag, number, m, n, rows, columns, c, scale, DTYPE: tl.constexpr):
+    """Add a tile of the product, C times, to its weights; raise the flag where not finite."""
+    inside = (m < rows)[:, None] & (n < columns)[None, :]
+    at = m.to(tl.int64)[:, None] * columns + n[None, :]
+    bits = tl.load(weights + at, mask=inside, other=0)
+    new, bad = rounded(bits, number.to(tl.int64) * c, scale, DTYPE)
+    tl.store(out + at, new, mask=inside)
+    tl.store(flag + at * 0, bad.to(tl.int32), mask=inside & bad)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def low_rank(
+    weights, out, flag, left, right, rows, columns, rank, c, scale,
+    DTYPE: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Factors int32 (rank, rows) and (rank, columns); WIDE where a sum may pass 2^31."""
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    total = tl.zeros((BM, BN), tl.int64 if WIDE else tl.int32)
+    for k in range(rank):
+        l = tl.load(left + k * rows + m, mask=m < rows, other=0)[:, None]  # noqa: E741
+        r = tl.load(right + k * columns + n, mask=n < columns, other=0)[None, :]
+        if WIDE:
+            total += l.to(tl.int64) * r.to(tl.int64)
+        else:
+            total += l * r
+    _update(weights, out, flag, total, m, n, rows, columns, c, scale, DTYPE)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def by_int8(
+    weights, out, flag, left, right, rows, columns, width, c, scale,
+    DTYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Factors int8 (rows, width) and (columns, width) on the tensor cores, sums in int32.
+
+    `width` is a multiple of BK. Programs walk down GROUP row tiles before they go to the next
+    column, so that both factors stay in the second cache.
+    """
+    tall, broad = tl.cdiv(rows, BM), tl.cdiv(columns, BN)
+    first = tl.program_id(0) // (GROUP * broad) * GROUP
+    size = min(tall - first, GROUP)
+    within = tl.program_id(0) % (GROUP * broad)
+    m = (first + within % size) * BM + tl.arange(0, BM)
+    n = within // size * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    a = left + (m % rows).to(tl.int64)[:, None] * width + k[None, :]
+    b = right + (n % columns).to(tl.int64)[:, None] * width + k[None, :]
+    total = tl.zeros((BM, BN), tl.int32)
+    for _ in range(0, width, BK):
+        total = tl.dot(tl.load(a), tl.trans(tl.load(b)), total, out_dtype=tl.int32)
+        a += BK
+        b += BK
+    _update(weights, out, flag, total, m, n, rows, columns, c, scale, DTYPE)

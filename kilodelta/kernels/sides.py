@@ -1,0 +1,108 @@
+"""From a method's coefficients to the two factors of a target's update, on a unit.
+
+One function a method, in the letters of docs/format.md, section 6: `out` draws the factor of the
+rows of W (D, d), `in_` that of its columns, and dQ is their product over the rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kilodelta.errors import InputError
+from kilodelta.format.bases import Ints, Role, Stream
+from kilodelta.format.methods import Coefficients, Lora, Method, Nola, RandLora, UniLora, Vera
+from kilodelta.format.methods.base import magnitude
+from kilodelta.format.targets import Target
+from kilodelta.kernels.unit import Draw, Place, Unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sides:
+    """The factors of one target's update."""
+
+    out: Draw
+    in_: Draw
+
+    def stored(self, target: Target) -> tuple[Draw, Draw]:
+        """(of the rows, of the columns) of the tensor as it is stored."""
+        return (self.in_, self.out) if target.transposed else (self.out, self.in_)
+
+
+@dataclass(frozen=True)
+class _Job:
+    q: Coefficients
+    target: Target
+    stream: Stream
+    unit: Unit
+
+    def rows(self, role: Role) -> Place:
+        return Place(stream=self.stream, role=role, lines_are_rows=True)
+
+    def columns(self, role: Role) -> Place:
+        return Place(stream=self.stream, role=role, lines_are_rows=False)
+
+
+def sides(method: Method, q: Coefficients, target: Target, stream: Stream, unit: Unit) -> Sides:
+    """The factors of a target's update.
+
+    Raises:
+        InputError: a sum of NOLA's coefficients reaches 2^31.
+    """
+    return _SIDES[method.name](method, _Job(q, target, stream, unit))
+
+
+def _nola(method: Nola, job: _Job) -> Sides:
+    for name in ("alpha", "beta"):
+        if int(magnitude(job.q[name]).sum()) >= 2**31:
+            raise InputError(
+                f"the sum of {name} of {job.target.name} reaches 2^31",
+                fix="use fewer bases or fewer bits",
+            )
+    return Sides(
+        out=job.unit.mixed(job.rows(Role.NOLA_B), job.q["beta"], method.rank),
+        in_=job.unit.mixed(job.columns(Role.NOLA_A), job.q["alpha"], method.rank),
+    )
+
+
+def _randlora(method: RandLora, job: _Job) -> Sides:
+    out, in_ = job.target.matrix
+    large = job.unit.large(job.rows(Role.RANDLORA_B), job.q["lambda"], method.sparsity)
+    small = job.unit.small(
+        job.columns(Role.RANDLORA_A), job.q["gamma"], method.rank, method.sparsity
+    )
+    return Sides(out=small, in_=large) if out < in_ else Sides(out=large, in_=small)
+
+
+def _lora(method: Lora, job: _Job) -> Sides:
+    B: Ints = np.ascontiguousarray(job.q["B"].T)
+    return Sides(out=job.unit.held(B), in_=job.unit.held(job.q["A"]))
+
+
+def _vera(method: Vera, job: _Job) -> Sides:
+    rank, width = np.ones(method.rank, np.int8), np.ones(job.target.matrix[1], np.int8)
+    return Sides(
+        out=job.unit.signed(job.rows(Role.VERA_B), job.q["lambda"], job.q["b"]),
+        in_=job.unit.signed(job.columns(Role.VERA_A), rank, width),
+    )
+
+
+def _unilora(method: UniLora, job: _Job) -> Sides:
+    theta, index = job.q["theta"], job.target.index
+    right = job.columns(Role.UNILORA_U)
+    return Sides(
+        out=job.unit.picked(job.rows(Role.UNILORA_V), theta, index, method.rank),
+        in_=job.unit.picked(right, theta, index, method.rank, method.anchor),
+    )
+
+
+_SIDES: dict[str, Callable[[Any, _Job], Sides]] = {
+    "nola": _nola,
+    "randlora": _randlora,
+    "lora": _lora,
+    "vera": _vera,
+    "unilora": _unilora,
+}
