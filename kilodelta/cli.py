@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from kilodelta import __version__, terminal
-from kilodelta.commands import bring, device, look, make, prove, use
+from kilodelta.commands import bring, demo, device, look, make, prove, use
 from kilodelta.errors import KiloDeltaError
 
 
@@ -48,6 +48,7 @@ for _command in (
     use.merge,
     use.export,
     prove.verify,
+    demo.demo,
     device.bundle,
     device.release,
     device.apply,

