@@ -7,10 +7,8 @@ both have entries of like size and float16 neither overflows nor underflows soon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ldexp
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ import numpy.typing as npt
 from kilodelta.errors import ExportError
 from kilodelta.export.peft_svd import truncated
 from kilodelta.format import exact
+from kilodelta.format.compat.narrow import decode, encode
 from kilodelta.format.delta import Delta
 from kilodelta.format.lowrank import product_error, product_norm
 from kilodelta.format.methods import RandLora
@@ -49,17 +48,19 @@ def float_factors(delta: Delta, name: str) -> tuple[Matrix, Matrix]:
     left, right = factors.left.astype(np.float64), factors.right.astype(np.float64)
     tops = np.abs(left).max(axis=0), np.abs(right).max(axis=1)
     used = (tops[0] > 0) & (tops[1] > 0)
-    left, right = left[:, used] * factors.c, right[used]
+    left, right = left[:, used], right[used]
     share = np.log2(tops[1][used]) - np.log2(tops[0][used] * factors.c)
     shift = np.rint((factors.e + share) / 2).astype(np.int64)
-    return np.ldexp(left, shift), np.ldexp(right, (factors.e - shift)[:, None])
+    up, down = np.ldexp(float(factors.c), shift), np.ldexp(1.0, factors.e - shift)
+    return left * up, right * down[:, None]
 
 
 def exact_pair(delta: Delta, name: str, dtype: str) -> Pair:
     """The update of a low-rank method, exact but for the rounding to `dtype`."""
     B, A = float_factors(delta, name)
-    B_bits, A_bits = ROUND[dtype](B), ROUND[dtype](A)
-    error = product_error((WIDEN[dtype](B_bits), WIDEN[dtype](A_bits)), (B, A))
+    B_bits, B_found = _rounded(B, dtype, name)
+    A_bits, A_found = _rounded(A, dtype, name)
+    error = product_error((B_found, A_found), (B, A))
     return Pair(B=B_bits, A=A_bits, error=error, norm=product_norm(B, A))
 
 
@@ -70,9 +71,10 @@ def svd_pair(delta: Delta, name: str, rank: int, dtype: str) -> Pair:
     update = exact.product(factors.left, factors.right, bound).astype(np.float64)
     update *= ldexp(float(factors.c), factors.e)
     B, A = truncated(update, rank)
-    B_bits, A_bits = ROUND[dtype](B), ROUND[dtype](A)
+    B_bits, B_found = _rounded(B, dtype, name)
+    A_bits, A_found = _rounded(A, dtype, name)
     norm = float(np.linalg.norm(update))
-    update -= WIDEN[dtype](B_bits) @ WIDEN[dtype](A_bits)
+    update -= B_found @ A_found
     return Pair(B=B_bits, A=A_bits, error=float(np.linalg.norm(update)), norm=norm)
 
 
@@ -107,29 +109,15 @@ def require_low_rank(delta: Delta) -> None:
         )
 
 
-def _to_bfloat16(values: Matrix) -> Matrix:
-    bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+def _rounded(values: Matrix, dtype: str, name: str) -> tuple[Matrix, Matrix]:
+    """The bits of a dtype, to nearest even, and what they stand for in float64.
 
-
-def _from_bfloat16(bits: Matrix) -> Matrix:
-    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-
-
-ROUND: Mapping[str, Callable[[Matrix], Matrix]] = MappingProxyType(
-    {
-        "F32": lambda values: values.astype(np.float32),
-        "F16": lambda values: np.clip(values, -65504, 65504).astype(np.float16),
-        "BF16": _to_bfloat16,
-    }
-)
-"""float64 to the bits of a dtype, to nearest even; what float16 cannot reach shows as error."""
-
-WIDEN: Mapping[str, Callable[[Matrix], Matrix]] = MappingProxyType(
-    {
-        "F32": lambda values: values.astype(np.float64),
-        "F16": lambda values: values.astype(np.float64),
-        "BF16": _from_bfloat16,
-    }
-)
-"""The bits of a dtype to float64, exactly."""
+    Raises:
+        ExportError: a factor is beyond the dtype's range.
+    """
+    with np.errstate(over="ignore"):
+        bits = encode(values, dtype)
+    wide = decode(bits.view(np.uint8), dtype).reshape(values.shape).astype(np.float64)
+    if not np.isfinite(wide).all():
+        raise ExportError(f"the update of {name} is too large for {dtype}", fix="--dtype bf16")
+    return bits, wide

@@ -105,11 +105,9 @@ def bit_planes(coefficients: Ints) -> tuple[Ints, Ints]:
     padded[:k] = coefficients
     sizes = np.abs(padded)
     count = int(sizes.max(initial=0)).bit_length()
-    planes = [_packed((sizes >> p) & 1) for p in range(count)]
-    stacked = np.array(planes, np.uint32).reshape(count, padded.size // BLOCK, 4)
-    return stacked, _packed(padded < 0).reshape(-1, 4)
-
-
-def _packed(bits: Ints) -> Ints:
-    """Bits to uint32 words, lowest bit first."""
-    return np.packbits(bits.astype(np.uint8), bitorder="little").view("<u4").astype(np.uint32)
+    bits = np.empty((count + 1, padded.size), np.uint8)
+    bits[:count] = (sizes >> np.arange(count)[:, None]) & 1
+    bits[count] = padded < 0
+    words = np.packbits(bits, axis=1, bitorder="little").view("<u4").astype(np.uint32)
+    stacked = words.reshape(count + 1, padded.size // BLOCK, 4)
+    return stacked[:count], stacked[count]
