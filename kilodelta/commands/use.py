@@ -15,6 +15,7 @@ from kilodelta.errors import require
 if TYPE_CHECKING:
     from kilodelta.export.artefacts import Artefact
     from kilodelta.export.export import Exported
+    from kilodelta.export.triton_repository import Repository
 
 
 @click.command()
@@ -84,6 +85,11 @@ def merge(
 @click.option("--model", help="package.module:function that builds the module.")
 @click.option("--config", type=click.Path(), help="Folder with the tuned model's config.json.")
 @click.option("--inputs", help="A batch to trace with: .npz, .jsonl, .txt or module:function.")
+@click.option(
+    "--triton",
+    metavar="REPOSITORY",
+    help="Also serve it: the next version in this Triton model repository.",
+)
 @click.option("--force", is_flag=True, help="Replace an earlier export.")
 @as_json
 @with_progress
@@ -96,6 +102,7 @@ def export(
     dtypes: tuple[str, ...],
     external_data: bool,
     profiles: tuple[str, ...],
+    triton: str | None,
     as_json: bool,
     progress: Any,
     **given: Any,
@@ -107,6 +114,7 @@ def export(
     require("torch", extra="onnx", why="export models")
     from kilodelta.export.export import SHORT, Options, export
     from kilodelta.export.profile import read_sizes
+    from kilodelta.export.triton_repository import write_repository
 
     options = Options(
         onnx=onnx or tensorrt is None,
@@ -117,10 +125,17 @@ def export(
         **given,
     )
     done = export(base, file, out, options=options, progress=progress)
-    return lambda: terminal.print_json(done.to_json()) if as_json else _show_export(done)
+    served = None if triton is None else write_repository(done.path, triton)
+    if as_json:
+        return lambda: terminal.print_json({**done.to_json(), "triton": _triton_json(served)})
+    return lambda: _show_export(done, served)
 
 
-def _show_export(done: Exported) -> None:
+def _triton_json(served: Repository | None) -> dict[str, Any] | None:
+    return None if served is None else {**asdict(served), "path": str(served.path)}
+
+
+def _show_export(done: Exported, served: Repository | None) -> None:
     rows = [
         (
             artefact.file,
@@ -136,6 +151,11 @@ def _show_export(done: Exported) -> None:
     facts = [("result proved", done.manifest.result_root)]
     if done.not_kept:
         facts.append(("not kept", f"{', '.join(done.not_kept)}; --onnx keeps them"))
+    if served is not None:
+        models = ", ".join(f"{model.name}/{model.version}" for model in served.models)
+        facts.append((f"Triton, {served.path}", models))
+    if served is not None and served.left_out:
+        facts.append(("not for Triton", f"{', '.join(served.left_out)}: TensorRT-RTX"))
     terminal.print_facts(facts)
 
 
