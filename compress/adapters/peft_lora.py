@@ -17,12 +17,13 @@ from kilodelta.compress.adapters.options import Options
 from kilodelta.compress.adapters.orientation import is_transposed
 from kilodelta.compress.adapters.peft_names import ROOT
 from kilodelta.compress.adapters.peft_settings import check_settings, rank_of, scaling_of
-from kilodelta.compress.adapters.refactor import Best, Pair, quantise_product
+from kilodelta.compress.adapters.refactor import Best, Pair, by_singular_values, quantise_product
 from kilodelta.compress.adapters.values import floats
 from kilodelta.errors import BaseMismatchError, CheckpointError, InputError
 from kilodelta.format.build import Recipe
 from kilodelta.format.coefficients import Floats
-from kilodelta.format.delta import Extra, extra
+from kilodelta.format.compat import stored
+from kilodelta.format.delta import Extra
 from kilodelta.format.methods import Lora
 
 
@@ -67,7 +68,9 @@ def draft_of(
     extras: Mapping[str, Extra],
 ) -> Draft:
     """The draft of a `lora` delta from products of low rank, with the loss of each."""
+    products = {name: _thinned(product) for name, product in products.items()}
     rank = max(product.rank for product in products.values())
+    _check_rank(products, rank)
     best = {name: quantise_product(p.pair, rank, options.bits) for name, p in products.items()}
     recipe = Recipe(
         method=Lora(rank=rank),
@@ -83,6 +86,25 @@ def draft_of(
         wanted=lambda name: products[name].update,
         notes=(_worst(best), *_padding(products, rank, options.bits)),
     )
+
+
+def _thinned(product: Product) -> Product:
+    """The same update in no more ranks than its shorter side, which are all that it can have."""
+    B, A = product.pair
+    if product.rank <= min(B.shape[0], A.shape[1]):
+        return product
+    return Product(pair=by_singular_values(B, A), transposed=product.transposed)
+
+
+def _check_rank(products: Mapping[str, Product], rank: int) -> None:
+    for name, product in products.items():
+        B, A = product.pair
+        if rank > max(B.shape[0], A.shape[1]):
+            raise InputError(
+                f"another target has rank {rank}, which is more than {name} {B.shape[0]} x"
+                f" {A.shape[1]} can be given, and a file has one rank",
+                fix="import the adapter with fewer targets, or compress the merged model",
+            )
 
 
 def _worst(best: Mapping[str, Best]) -> str:
@@ -170,5 +192,12 @@ def _biases(adapter: Adapter) -> dict[str, Extra]:
             )
         before, added = floats(adapter.base, name), adapter.floats(key)
         if added.any():
-            found[name] = extra(before + np.float32(scaling_of(adapter, path)) * added)
+            whole = before + np.float32(scaling_of(adapter, path)) * added
+            found[name] = _like_base(adapter, name, whole)
     return found
+
+
+def _like_base(adapter: Adapter, name: str, values: Floats) -> Extra:
+    """A tensor in the base's own type."""
+    dtype = adapter.base.info(name).dtype
+    return Extra(dtype=dtype, shape=values.shape, data=stored.pack(values, dtype))

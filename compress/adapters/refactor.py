@@ -49,19 +49,21 @@ def candidates(pair: Pair) -> Iterator[Pair]:
     yield B / tops[0], A * tops[0][:, None]
     by = np.sqrt(tops[1] / tops[0])
     yield B * by, A / by[:, None]
-    U, s, Vt = _svd(B, A)
-    left, right = U * np.sqrt(s), np.sqrt(s)[:, None] * Vt
+    left, right = by_singular_values(B, A)
     yield left, right
-    mixing = np.linalg.qr(np.random.default_rng(0).standard_normal((s.size, s.size)))[0]
+    size = right.shape[0]
+    mixing = np.linalg.qr(np.random.default_rng(0).standard_normal((size, size)))[0]
     yield left @ mixing, mixing.T @ right
 
 
-def _svd(B: Floats, A: Floats) -> tuple[Floats, Floats, Floats]:
-    """The singular value decomposition of B A, through the thin factors."""
+def by_singular_values(B: Floats, A: Floats) -> Pair:
+    """The same product in its singular directions, of the shorter side's rank at most; the values
+    are shared evenly. Never larger than the thin factors."""
     Q, R = np.linalg.qr(B)
     P, S = np.linalg.qr(A.T)
     U, s, Vt = np.linalg.svd(R @ S.T, full_matrices=False)
-    return Q @ U, s, Vt @ P.T
+    root = np.sqrt(s)
+    return (Q @ U) * root, root[:, None] * (Vt @ P.T)
 
 
 def _nonzero(values: Floats) -> Floats:

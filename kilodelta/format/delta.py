@@ -239,7 +239,7 @@ def _check_fit(delta: Delta) -> None:
             fix=f"the file was made for {manifest.base.name!r}: give that model",
         )
     for target in layout:
-        if method.rank > max(target.matrix):
+        if manifest.compat is None and method.rank > max(target.matrix):
             raise FileError(
                 f"rank {method.rank} is larger than both sides of {target.name} {target.shape}",
                 fix="the file is damaged or for another model: fetch it again",

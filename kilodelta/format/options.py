@@ -85,6 +85,8 @@ _OPTIONS: Mapping[str, Callable[[Any, str], object]] = MappingProxyType(
         "start": _chosen("start"),
         "large": _ranged("large", 1, MAX_SIDE),
         "small": _ranged("small", 1, MAX_SIDE),
+        "height": _ranged("height", 1, MAX_SIDE),
+        "width": _ranged("width", 1, MAX_SIDE),
         "fingerprint": lambda value, method: digest(value, "method.fingerprint"),
     }
 )
