@@ -456,3 +456,34 @@ def test_progress_counts_every_target(tmp_path: Path) -> None:
     export_peft(base, replace(made, layout=None), tmp_path / "lora", progress=events.append)
     last = [event for event in events if event.stage == "factors"][-1]
     assert (last.done, last.total) == (2, 2)
+
+
+def test_the_command_writes_an_adapter_and_says_what_it_lost(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from kilodelta.cli import main
+
+    def invoke(*options: str) -> Any:
+        given = ["export", str(base), str(tmp_path / "task.kd"), "-o", str(tmp_path / "lora")]
+        return CliRunner().invoke(main, [*given, *options])
+
+    base = pico.bert(tmp_path / "base")
+    delta(base, RandLora(rank=5), patterns=Patterns(include=("*.query.weight",))).save(
+        tmp_path / "task.kd"
+    )
+    for options, text in (
+        (("--svd", "3"), "--svd is an option of adapters"),
+        (("--peft", "--tensorrt", "sm86"), "--tensorrt is for other exports"),
+        (("--peft", "--dtype", "fp16", "--dtype", "fp32"), "one precision"),
+    ):
+        refused = invoke(*options)
+        assert (refused.exit_code, text in refused.output) == (9, True)
+    refused = invoke("--peft")
+    assert (refused.exit_code, "--svd RANK" in refused.output) == (11, True)
+    assert not (tmp_path / "lora").exists()
+    done = invoke("--peft", "--svd", "3", "--dtype", "bf16", "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert (told["rank"], told["dtype"], told["targets"]) == (3, "bf16", 2)
+    assert 0 < told["error"] < 1
+    assert opened("AutoModel", base, tmp_path / "lora")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
+from kilodelta.commands.peft import peft_options
 from kilodelta.commands.shared import as_json, threads, with_progress
 from kilodelta.errors import require
 
@@ -93,6 +94,7 @@ def merge(
 @click.option("--force", is_flag=True, help="Replace an earlier export.")
 @as_json
 @with_progress
+@peft_options
 def export(
     base: str,
     file: str,
