@@ -14,15 +14,15 @@ from pathlib import Path
 
 from kilodelta.errors import InputError, OutputError, ProofError
 from kilodelta.export.copying import copy_range, pwrite
+from kilodelta.export.merge_cuda import Expander, expander
 from kilodelta.export.plan import FilePlan, Piece, plan_checkpoint
 from kilodelta.export.sidecars import copy_sidecars
-from kilodelta.format import arithmetic, atomic, identity, parallel
+from kilodelta.format import atomic, identity, parallel
 from kilodelta.format.baseline import require_base
 from kilodelta.format.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.format.selftest import require_good_kernels
-from kilodelta.format.targets import Target
 from kilodelta.progress import Meter, Progress, silent
 
 COPY = 64 << 20
@@ -49,6 +49,7 @@ def merge(
     out: str | os.PathLike[str],
     *,
     threads: int | None = None,
+    device: str = "cpu",
     progress: Progress = silent,
 ) -> Merged:
     """Write the fine-tuned model: a `.safetensors` file, or a folder like the base's.
@@ -59,14 +60,18 @@ def merge(
         out: a new path; `.safetensors` for one file, else a folder with the base's sharding,
             configuration and tokenizer.
         threads: cores to use; all by default.
+        device: `cpu`, or `cuda` or `cuda:N` for a GPU, whose memory need not hold the model.
 
     Raises:
         BaseMismatchError: `base` is another model; nothing is written.
         CheckpointError: the base cannot be read, or a target holds NaN or infinity.
         ProofError: the result's digest is not the file's; nothing is left behind.
         OutputError: `out` exists or cannot be written.
+        InputError: there is no such device.
+        SelfTestError: the CPU or the device computes wrongly.
     """
     require_good_kernels()
+    way = expander(device)
     checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
     place = Path(out)
     single = place.suffix == ".safetensors"
@@ -82,7 +87,7 @@ def merge(
     bound = found.bind(checkpoint)
     with atomic.new_file(place) if single else atomic.new_folder(place) as stage:
         plans = plan_checkpoint(checkpoint, bound, stage, single=single)
-        _run(checkpoint, bound, plans, threads, progress)
+        _run(checkpoint, bound, plans, way, threads or way.threads, progress)
         left_out = () if single else copy_sidecars(checkpoint, bound, stage)
     return _summary(checkpoint, bound, plans, place, left_out)
 
@@ -120,6 +125,7 @@ def _run(
     checkpoint: Checkpoint,
     delta: Delta,
     plans: list[FilePlan],
+    way: Expander,
     threads: int | None,
     progress: Progress,
 ) -> None:
@@ -127,7 +133,7 @@ def _run(
     with _opened(plans) as files:
         jobs = [_Job(files[plan.path], plan, piece) for plan in plans for piece in plan.pieces]
         digests = parallel.run(
-            lambda job: _write(checkpoint, delta, job, meter),
+            lambda job: _write(checkpoint, delta, way, job, meter),
             jobs,
             meter,
             weight=lambda job: job.piece.nbytes,
@@ -151,11 +157,11 @@ def _opened(plans: list[FilePlan]) -> Iterator[Mapping[Path, int]]:
             os.close(descriptor)
 
 
-def _write(checkpoint: Checkpoint, delta: Delta, job: _Job, meter: Meter) -> str:
+def _write(checkpoint: Checkpoint, delta: Delta, way: Expander, job: _Job, meter: Meter) -> str:
     """Write one piece; returns the digest of a merged target, else nothing."""
     piece = job.piece
     if piece.kind == "merge":
-        return _write_target(checkpoint, delta.target(piece.name), delta, job, meter)
+        return _write_target(checkpoint, delta, way, job, meter)
     if piece.kind == "extra":
         pwrite(job.descriptor, delta.extras[piece.name].data.data, piece.begin)
         meter.add(piece.nbytes)
@@ -165,11 +171,12 @@ def _write(checkpoint: Checkpoint, delta: Delta, job: _Job, meter: Meter) -> str
 
 
 def _write_target(
-    checkpoint: Checkpoint, target: Target, delta: Delta, job: _Job, meter: Meter
+    checkpoint: Checkpoint, delta: Delta, way: Expander, job: _Job, meter: Meter
 ) -> str:
+    target = delta.target(job.piece.name)
     state = identity.tensor_hash(target.name, target.dtype, target.shape)
     position = job.piece.begin
-    for part in arithmetic.merged(delta, target, checkpoint.data(target.name)):
+    for part in way.merged(delta, target, checkpoint.data(target.name)):
         pwrite(job.descriptor, part.data, position)
         state.update(part.data)
         position += part.nbytes
