@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kilodelta.compress.adapters import peft_names
+from kilodelta.compress.adapters import peft_names, unilora_order
 from kilodelta.compress.adapters.values import floats
 from kilodelta.compress.changes import patterns_for
 from kilodelta.errors import CheckpointError, InputError
@@ -128,7 +128,10 @@ def open_adapter(path: Path, base: Checkpoint) -> Adapter:
     config = read_config(path)
     tensors = Checkpoint.open(_weights(path))
     keys = peft_names.sort_keys(tensors.names, str(config.get("peft_type")))
-    place = peft_names.find_modules(keys.modules, base, path)
+    paths = keys.modules
+    if not paths and config.get("peft_type") == "UNILORA":
+        paths = unilora_order.adapted_modules(config, base, path / CONFIG)
+    place = peft_names.find_modules(paths, base, path)
     peft_names.check_targets(place, config, base, path)
     return Adapter(
         path=path,

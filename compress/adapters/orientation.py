@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from kilodelta.compress.adapters.adapter import Adapter
 from kilodelta.compress.adapters.peft_names import ROOT
-from kilodelta.format.layers import is_conv1d, read_config
+from kilodelta.format.layers import CONV1D_MODELS, is_conv1d, read_config
 
 
 def is_transposed(adapter: Adapter, path: str, part: str) -> bool:
     """Whether a module's weight is (in, out).
 
-    The first side of the tensor `part`, out, tells, but for a square weight: that is by its model's
-    kind a Conv1D, or as the configuration says.
+    The first side of the tensor `part`, out, tells, but for a square weight: that is told by
+    `is_conv1d_like`.
     """
     name = adapter.modules[path]
     shape = adapter.base.info(name).shape
@@ -19,8 +19,17 @@ def is_transposed(adapter: Adapter, path: str, part: str) -> bool:
         return False
     if shape[0] != shape[1]:
         return adapter.tensors.info(f"{ROOT}{path}.{part}").shape[0] == shape[1]
+    return is_conv1d_like(adapter, name)
+
+
+def is_conv1d_like(adapter: Adapter, name: str) -> bool:
+    """Whether a weight is (in, out) by its model's kind, else as the configuration says: PEFT
+    writes there what its last layer was."""
+    config = read_config(adapter.base)
+    if config.get("model_type") in CONV1D_MODELS:
+        return is_conv1d(name, config)
     flag: bool = adapter.option("fan_in_fan_out", bool, False)
-    return flag or is_conv1d(name, read_config(adapter.base))
+    return flag
 
 
 def transposed_names(adapter: Adapter, part: str) -> list[str]:

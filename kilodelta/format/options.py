@@ -17,6 +17,7 @@ from kilodelta.format.methods import METHODS, Method, RandLora
 MAX_RANK = 4096
 MAX_BASES = 1 << 24
 MAX_SIDE = 1 << 24
+MAX_PLACES = 1 << 40
 
 FORMS: Mapping[str, Any] = MappingProxyType({**METHODS, **COMPAT})
 """Exact methods and compatibility forms by name."""
@@ -86,6 +87,7 @@ _OPTIONS: Mapping[str, Callable[[Any, str], object]] = MappingProxyType(
         "large": _ranged("large", 1, MAX_SIDE),
         "small": _ranged("small", 1, MAX_SIDE),
         "height": _ranged("height", 1, MAX_SIDE),
+        "total": _ranged("total", 1, MAX_PLACES),
         "width": _ranged("width", 1, MAX_SIDE),
         "fingerprint": lambda value, method: digest(value, "method.fingerprint"),
     }

@@ -11,8 +11,9 @@ from types import MappingProxyType
 from kilodelta.format.compat.base import Compat as Compat
 from kilodelta.format.compat.official_nola import OfficialNola as OfficialNola
 from kilodelta.format.compat.peft_randlora import PeftRandLora as PeftRandLora
+from kilodelta.format.compat.peft_unilora import PeftUniLora as PeftUniLora
 from kilodelta.format.compat.peft_vera import PeftVera as PeftVera
 
 COMPAT: Mapping[str, type[Compat]] = MappingProxyType(
-    {form.name: form for form in (PeftRandLora, PeftVera, OfficialNola)}
+    {form.name: form for form in (PeftRandLora, PeftVera, PeftUniLora, OfficialNola)}
 )
