@@ -8,74 +8,33 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from kilodelta import __version__
 from kilodelta.errors import InputError, require
-from kilodelta.export import artefacts, tensorrt
-from kilodelta.export.artefacts import (
-    Artefact,
-    DeltaFacts,
-    EngineFacts,
-    Manifest,
-    Profile,
-    file_fact,
-)
+from kilodelta.export import artefacts
+from kilodelta.export.artefacts import Artefact, DeltaFacts, Manifest, file_fact
+from kilodelta.export.making import Maker
 from kilodelta.export.merge import merge
-from kilodelta.export.onnx import Template, export_template, fill_template
-from kilodelta.export.onnx_save import save
 from kilodelta.export.opening import open_merged
+from kilodelta.export.options import SHORT as SHORT
+from kilodelta.export.options import Options as Options
+from kilodelta.export.options import short
 from kilodelta.export.out_folder import out_folder
-from kilodelta.export.profile import Sizes, profile_for
 from kilodelta.export.tensorrt_flavour import AUTO, choose
+from kilodelta.export.tuned import changed
 from kilodelta.format.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.format.manifest import method_options
-from kilodelta.models import Batch, LoadedModel, locate, read_inputs
-from kilodelta.progress import Event, Progress, silent
-
-SHORT: Mapping[str, str] = MappingProxyType(
-    {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-)
-"""Precisions as file names and the command line write them."""
+from kilodelta.models import locate, read_inputs
+from kilodelta.progress import Progress, silent
 
 _LIBRARIES = ("torch", "transformers", "onnxscript", "onnx-ir", "numpy", "safetensors")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What to export, and how."""
-
-    onnx: bool = True
-    """Keep the ONNX files; engines are built from them either way."""
-
-    capabilities: tuple[str, ...] = ()
-    """GPUs to build an engine for, such as `("sm86", "sm89")`; none by default."""
-
-    dtypes: tuple[str, ...] = ("float32",)
-    external: bool = False
-    """Put weights beside the ONNX file; above 2 GB they are there anyway."""
-
-    flavour: str = AUTO
-    sizes: Mapping[str, Sizes] = field(default_factory=lambda: MappingProxyType({}))
-    """Smallest, usual and largest size of axes, by name; the others' follow from the model."""
-
-    tf32: bool = False
-    refittable: bool = False
-    """Let the delta's tensors be exchanged in the engine later."""
-
-    model: str | None = None
-    config: str | None = None
-    inputs: str | None = None
-    """A batch to trace with, where the model does not say what its inputs look like."""
-
-    force: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,22 +78,30 @@ def export(
         MissingPackageError: torch, onnxscript, transformers or TensorRT is needed.
         OutputError: `out` holds something, or cannot be written. It is never left half done.
     """
-    chosen = options or Options()
+    chosen, place = options or Options(), Path(out)
     require("onnxscript", extra="onnx", why="export ONNX models")
-    job = _Job(_trt(chosen), locate(os.fspath(base)), Path(delta), chosen, progress)
-    place = Path(out)
+    trt = _trt(chosen)
+    checkpoint = Checkpoint.open(locate(os.fspath(base)))
+    found = load(delta, base=checkpoint)
     with (
         out_folder(place, force=chosen.force) as stage,
         tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as work,
     ):
-        manifest = job.run(stage, Path(work))
+        maker = Maker(
+            options=chosen,
+            trt=trt,
+            refit=frozenset(changed(found)) if chosen.refittable else frozenset(),
+            stage=stage,
+            work=Path(work),
+            progress=progress,
+        )
+        made = _run(checkpoint, found, maker)
+        manifest = _manifest(found, Path(delta), chosen, made)
         artefacts.write(manifest, stage)
-    return Exported(
-        path=place,
-        manifest=manifest,
-        seconds=MappingProxyType(job.seconds),
-        not_kept=tuple(job.not_kept),
+    gone = (
+        () if chosen.onnx else tuple(f"model.{short(d)}.onnx" for d in dict.fromkeys(chosen.dtypes))
     )
+    return Exported(path=place, manifest=manifest, seconds=maker.seconds, not_kept=gone)
 
 
 def _trt(options: Options) -> Any:
@@ -150,143 +117,35 @@ def _trt(options: Options) -> Any:
     return None
 
 
-class _Job:
-    """One export: what is known from the start, and what it takes note of."""
-
-    def __init__(
-        self, trt: Any, base: Path, delta: Path, options: Options, progress: Progress
-    ) -> None:
-        self.trt, self.options, self.progress = trt, options, progress
-        self.base, self.delta_path = Checkpoint.open(base), delta
-        self.delta: Delta = load(delta)
-        self.seconds: dict[str, float] = {}
-        self.not_kept: list[str] = []
-
-    def run(self, stage: Path, work: Path) -> Manifest:
-        """Everything but the manifest into `stage`; `work` holds what is not kept."""
-        merged = work / ("merged" if self.base.path.is_dir() else "merged.safetensors")
-        self._timed("merge", lambda: merge(self.base, self.delta, merged, progress=self.progress))
-        options = self.options
-        loaded = open_merged(
-            self.base, merged, self.delta, model=options.model, config=options.config
-        )
-        batch = None
-        if options.inputs is not None:
-            batch = read_inputs(options.inputs, loaded, limit=2)[0]
-        made: list[Artefact] = []
-        for dtype in dict.fromkeys(options.dtypes):
-            made += self._artefacts(loaded, batch, dtype, merged, stage, work)
-        return self._manifest(tuple(made))
-
-    def _artefacts(
-        self,
-        loaded: LoadedModel,
-        batch: Batch | None,
-        dtype: str,
-        merged: Path,
-        stage: Path,
-        work: Path,
-    ) -> list[Artefact]:
-        """One precision's ONNX file and engine."""
-        short = next(name for name, full in SHORT.items() if full == dtype)
-        name = f"model.{short}.onnx"
-        template = self._timed(f"trace {short}", lambda: self._trace(loaded, batch, dtype, short))
-        profile = profile_for(loaded, template.inputs, self.options.sizes)
-        folder = stage if self.options.onnx else work
-        files = self._timed(name, lambda: self._save(template, merged, folder / name))
-        onnx = _artefact("onnx", template, files, profile)
-        if not self.options.onnx:
-            self.not_kept += [file.name for file in files]
-        kept = [onnx] if self.options.onnx else []
-        return kept + self._engines(template, onnx, folder, stage / f"model.{short}.engine")
-
-    def _trace(self, loaded: LoadedModel, batch: Batch | None, dtype: str, short: str) -> Template:
-        self.progress(Event(stage=f"trace {short}", done=0, total=1, unit="models"))
-        template = export_template(loaded, batch, dtype=dtype)
-        self.progress(Event(stage=f"trace {short}", done=1, total=1, unit="models"))
-        return template
-
-    def _save(self, template: Template, merged: Path, path: Path) -> tuple[Path, ...]:
-        external = self.options.external or None  # None: only where one file cannot hold them
-        return save(
-            fill_template(template, merged), path, external=external, progress=self.progress
-        )
-
-    def _engines(
-        self, template: Template, onnx: Artefact, folder: Path, engine: Path
-    ) -> list[Artefact]:
-        if self.trt is None:
-            return []
-        refit = self._refit(template)
-        self._timed(
-            engine.name,
-            lambda: tensorrt.build(
-                self.trt,
-                folder / onnx.file,
-                engine,
-                capabilities=self.options.capabilities,
-                profile=onnx.profile,
-                tf32=self.options.tf32,
-                refit=refit,
-                progress=self.progress,
-            ),
-        )
-        facts = EngineFacts(
-            flavour=self.trt.__name__,
-            version=self.trt.__version__,
-            capabilities=self.options.capabilities,
-            tf32=self.options.tf32,
-            refittable=refit,
-            onnx=onnx.files[0].sha256,
-        )
-        return [_artefact("engine", template, (engine,), onnx.profile, facts)]
-
-    def _refit(self, template: Template) -> tuple[str, ...]:
-        """The delta's tensors that the outputs depend on."""
-        if not self.options.refittable:
-            return ()
-        changed = {*self.delta.bind(self.base).targets, *self.delta.extras}
-        return tuple(name for name in template.weights if name in changed)
-
-    def _manifest(self, made: tuple[Artefact, ...]) -> Manifest:
-        known = self.delta.manifest
-        return Manifest(
-            tool=f"kilodelta {__version__}",
-            libraries=MappingProxyType(_versions()),
-            base_name=known.base.name,
-            base_root=known.base.root,
-            delta=DeltaFacts(
-                file=file_fact(self.delta_path),
-                method=MappingProxyType(method_options(known.method)),
-            ),
-            result_root=known.result,
-            extras=tuple(self.delta.extras),
-            model=self.options.model,
-            artefacts=made,
-        )
-
-    def _timed(self, part: str, work: Any) -> Any:
-        began = time.perf_counter()
-        result = work()
-        self.seconds[part] = time.perf_counter() - began
-        return result
+def _run(base: Checkpoint, delta: Delta, maker: Maker) -> list[Artefact]:
+    """Merge into the maker's working folder, open the result, and make what is asked for."""
+    options = maker.options
+    merged = maker.work / ("merged" if base.path.is_dir() else "merged.safetensors")
+    with maker.timed("merge"):
+        merge(base, delta, merged, progress=maker.progress)
+    loaded = open_merged(base, merged, delta, model=options.model, config=options.config)
+    batch = read_inputs(options.inputs, loaded, limit=2)[0] if options.inputs else None
+    return [
+        artefact
+        for dtype in dict.fromkeys(options.dtypes)
+        for artefact in maker.make(loaded, batch, merged, dtype)
+    ]
 
 
-def _artefact(
-    kind: Any,
-    template: Template,
-    files: Sequence[Path],
-    profile: Profile,
-    engine: EngineFacts | None = None,
-) -> Artefact:
-    return Artefact(
-        kind=kind,
-        dtype=template.dtype,  # type: ignore[arg-type]
-        files=tuple(file_fact(path) for path in files),
-        inputs=template.inputs,
-        outputs=template.outputs,
-        profile=profile,
-        engine=engine,
+def _manifest(delta: Delta, path: Path, options: Options, made: list[Artefact]) -> Manifest:
+    known = delta.manifest
+    return Manifest(
+        tool=f"kilodelta {__version__}",
+        libraries=MappingProxyType(_versions()),
+        base_name=known.base.name,
+        base_root=known.base.root,
+        delta=DeltaFacts(
+            file=file_fact(path), method=MappingProxyType(method_options(known.method))
+        ),
+        result_root=known.result,
+        extras=tuple(delta.extras),
+        model=options.model,
+        artefacts=tuple(made),
     )
 
 

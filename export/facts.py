@@ -79,7 +79,7 @@ class DeltaFacts:
     """The `.kd` file: its name, digest and bytes, and its method with all options."""
 
     file: FileFact
-    method: Mapping[str, str | int]
+    method: Mapping[str, str | int | float]
 
 
 @dataclass(frozen=True, kw_only=True)

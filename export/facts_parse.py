@@ -84,8 +84,8 @@ def _delta(value: Any) -> DeltaFacts:
     method = fields.mapping(found.pop("method"), "delta.method")
     fields.text(method.get("name"), "delta.method.name")
     for key, option in method.items():
-        if not isinstance(option, (str, int)) or isinstance(option, bool):
-            raise FieldError(f"delta.method.{key:.80} is not a text or whole number")
+        if not isinstance(option, (str, int, float)):
+            raise FieldError(f"delta.method.{key:.80} is not a text, number or boolean")
     file = FileFact(
         file=fields.text(found["file"], "delta.file"),  # a name to show, never opened
         sha256=fields.digest(found["sha256"], "delta.sha256"),

@@ -65,7 +65,7 @@ def manifest() -> Manifest:
         base_root=ROOT,
         delta=DeltaFacts(
             file=FileFact(file="a:b/task.kd", sha256=ROOT, nbytes=9),
-            method={"name": "nola", "rank": 8},
+            method={"name": "nola", "rank": 8, "alpha": 0.5},
         ),
         result_root=ROOT,
         extras=("head.weight",),
@@ -97,7 +97,8 @@ def test_the_text_by_hand(folder: Path) -> None:
     assert found["version"] == 1
     assert found["base"] == {"name": "", "root": ROOT}
     assert found["delta"] == {
-        "file": "a:b/task.kd", "sha256": ROOT, "nbytes": 9, "method": {"name": "nola", "rank": 8}
+        "file": "a:b/task.kd", "sha256": ROOT, "nbytes": 9,
+        "method": {"name": "nola", "rank": 8, "alpha": 0.5},
     }  # fmt: skip
     onnx, engine = found["artefacts"]
     assert list(onnx) == ["kind", "dtype", "files", "inputs", "outputs", "profile", "engine"]
@@ -150,8 +151,9 @@ HOSTILE: list[tuple[Callable[[Any], None], str]] = [
     (set_at("delta/nbytes", -1), "delta.nbytes is -1, not a whole number"),
     (set_at("delta/nbytes", True), "delta.nbytes is True, not a whole number"),
     (set_at("delta/nbytes", 1.0), "delta.nbytes is 1.0, not a whole number"),
-    (set_at("delta/method/rank", [8]), "delta.method.rank is not a text or whole number"),
-    (set_at("delta/method/rank", True), "delta.method.rank is not a text or whole number"),
+    (set_at("delta/method/rank", [8]), "delta.method.rank is not a text, number or boolean"),
+    (set_at("delta/method/rank", None), "delta.method.rank is not a text, number or boolean"),
+    (without("delta/method/name"), "delta.method.name is not a text"),
     (set_at("extras", "head"), "extras is not a list"),
     (set_at("extras/0", 1), r"extras\[0\] is not a text"),
     (set_at("artefacts", {}), "artefacts is not a list"),

@@ -85,7 +85,7 @@ def make_case(place: Path, name: str, **options: Any) -> Case:
     return Case(base=base, file=place / "task.kd", config=config, done=done)
 
 
-@pytest.fixture(scope="module", params=[*pico.MODELS, "bert_head"])
+@pytest.fixture(scope="module", params=["bert", "gpt2", "llama", "vit", "resnet", "bert_head"])
 def case(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Case]:
@@ -135,7 +135,7 @@ def bert(bert_place: Path, monkeypatch: pytest.MonkeyPatch) -> Bert:
             TRACED[dtype] = export_template(loaded, dtype=dtype)
         return TRACED[dtype]
 
-    monkeypatch.setattr("kilodelta.export.export.export_template", once)
+    monkeypatch.setattr("kilodelta.export.making.export_template", once)
     return Bert(bert_place)
 
 
@@ -360,7 +360,7 @@ def test_what_lies_in_the_output_is_never_lost(
     (out / "notes.txt").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(
-            "kilodelta.export.export.save", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "x"))
+            "kilodelta.export.making.save", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "x"))
         )
         assert bert(out, "--force").exit_code == OutputError.exit_code
     assert artefacts.to_json(artefacts.read(out)) == artefacts.to_json(first)

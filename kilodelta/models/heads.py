@@ -37,10 +37,13 @@ class Pooling:
     def __call__(self, states: Tensor, mask: Tensor) -> Tensor:
         """The embedding; `mask` (batch, tokens) is 1 where a token counts, 0 at padding.
 
-        A mean adds up in float32 whatever the states are, as sentence-transformers does.
+        A mean adds up in float32 whatever the states are, as sentence-transformers does; so does
+        a norm, whose smallest value is below float16's.
         """
         pooled = _POOL[self.mode](states, mask)
-        return nn.functional.normalize(pooled, dim=-1) if self.normalise else pooled
+        if not self.normalise:
+            return pooled
+        return nn.functional.normalize(pooled.float(), dim=-1).to(pooled.dtype)
 
 
 def _mean(states: Tensor, mask: Tensor) -> Tensor:
