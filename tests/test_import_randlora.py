@@ -98,7 +98,7 @@ def ulp_tolerance(delta: Delta, name: str) -> float:
     left = np.abs(compat.left(q, target, delta.stream, range(target.matrix[0])))
     right = np.abs(compat.right(q, target, delta.stream))
     top = float((left.astype(np.float64) @ right).max())
-    return (right.shape[0] + 3) * 2.0**-24 * top * compat.scaling
+    return float((right.shape[0] + 3) * 2.0**-24 * top * compat.scaling)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from kilodelta import __version__
+from kilodelta.compress.adapters import official_nola
 from kilodelta.compress.adapters.adapter import CONFIG, Adapter, open_adapter, read_config
 from kilodelta.compress.adapters.draft import Draft
+from kilodelta.compress.adapters.nola_checkpoint import is_official_nola
 from kilodelta.compress.adapters.options import Options
 from kilodelta.errors import InputError
 from kilodelta.format.build import build
@@ -25,7 +27,12 @@ from kilodelta.progress import Progress, silent
 DEFAULTS = Options()
 Reader = Callable[[Adapter, Options], Draft]
 
-PEFT: Mapping[str, str] = {"LORA": "peft_lora", "RANDLORA": "peft_randlora"}
+PEFT: Mapping[str, str] = {
+    "LORA": "peft_lora",
+    "RANDLORA": "peft_randlora",
+    "UNILORA": "peft_unilora",
+    "VERA": "peft_vera",
+}
 """`peft_type` to the module of this package whose `read` takes it."""
 
 
@@ -90,6 +97,8 @@ def read(path: Path, base: Checkpoint, options: Options) -> Draft:
     Raises:
         InputError: it is of no kind that can be imported.
     """
+    if is_official_nola(path):
+        return official_nola.read(path, base, options)
     kind = str(read_config(path).get("peft_type"))
     if kind not in PEFT:
         raise InputError(

@@ -18,5 +18,11 @@ class Options:
     """The type in which a compatibility form keeps its coefficients."""
     basis_dtype: Dtype | None = None
     """The type in which another tool drew its basis, where its files do not say."""
+    alpha: float | None = None
+    """What official NOLA's update is multiplied by, over its rank, where its files do not say."""
+    drawn_on: Literal["cpu"] | None = None
+    """Where official NOLA's bases were drawn; its files do not say."""
+    factors: str = ""
+    """A .safetensors file of official NOLA's factors, computed where its bases were drawn."""
     name: str = ""
     """What the base is called; its folder's name by default."""

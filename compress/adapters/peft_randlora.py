@@ -20,6 +20,7 @@ from kilodelta.format.coefficients import Floats
 from kilodelta.format.compat import PeftRandLora
 from kilodelta.format.compat.narrow import TYPES
 from kilodelta.format.compat.peft_randlora import Basis, ceil_div, digest, draw, sides
+from kilodelta.format.layers import is_conv1d, read_config
 from kilodelta.format.targets import Target
 
 PARTS = ("randlora_A", "randlora_B")
@@ -44,8 +45,7 @@ def read(adapter: Adapter, options: Options) -> Draft:
             type the basis was drawn.
         CheckpointError: a tensor is missing, or the copies of the basis differ.
     """
-    turned = sorted(adapter.modules.values()) if adapter.option("fan_in_fan_out", bool) else []
-    patterns = adapter.patterns(turned)
+    patterns = adapter.patterns(_transposed(adapter))
     layout = targets(adapter.base, patterns)
     found = _basis(adapter, sides(layout), options)
     paths = {name: path for path, name in adapter.modules.items()}
@@ -68,6 +68,14 @@ def read(adapter: Adapter, options: Options) -> Draft:
         wanted=lambda name: update(form, own[name], found.basis, shapes[name]),
         notes=_notes(found),
     )
+
+
+def _transposed(adapter: Adapter) -> list[str]:
+    """By the model's kind where its configuration lies beside it, for PEFT's flag is one for all
+    layers; by the flag elsewhere."""
+    flag = adapter.option("fan_in_fan_out", bool, False)
+    config, names = read_config(adapter.base), sorted(adapter.modules.values())
+    return [name for name in names if (is_conv1d(name, config) if config else flag)]
 
 
 def _notes(found: _Found) -> tuple[str, ...]:
