@@ -10,10 +10,13 @@ import pytest
 
 import kilodelta
 from kilodelta.format import arithmetic
+from kilodelta.format.compat import COMPAT
 from kilodelta.verify.proof import prove
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = sorted(GOLDEN.glob("*/*.kd"))
+EXACT = [path for path in FILES if kilodelta.inspect(path).exact]
+FLOATS = [path for path in FILES if path not in EXACT]
 
 
 def name(path: Path) -> str:
@@ -21,11 +24,25 @@ def name(path: Path) -> str:
 
 
 def test_there_are_golden_files_of_every_method() -> None:
-    methods = {kilodelta.inspect(path).method["name"] for path in FILES}
+    methods = {kilodelta.inspect(path).method["name"] for path in EXACT}
     assert methods == {"nola", "randlora", "lora", "vera", "unilora"}
+    forms = {kilodelta.inspect(path).method["name"] for path in FLOATS}
+    assert {"peft-randlora", "official-nola"} <= forms <= set(COMPAT)
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
+@pytest.mark.parametrize("path", FLOATS, ids=name)
+def test_compatibility_forms_give_the_scalar_updates_bit_for_bit(path: Path) -> None:
+    base = kilodelta.Checkpoint.open(path.parent / "base.safetensors")
+    delta = kilodelta.load(path, base=base)
+    expected = json.loads(path.with_suffix(".json").read_text())
+    assert list(delta.targets) == list(expected["targets"])
+    for target, wanted in expected["targets"].items():
+        assert np.array_equal(delta.update(target), np.array(wanted["update"], np.float32)), target
+        parts = arithmetic.merged(delta, delta.target(target), base.data(target))
+        assert b"".join(part.tobytes() for part in parts).hex() == wanted["merged"], target
+
+
+@pytest.mark.parametrize("path", EXACT, ids=name)
 def test_updates_and_merged_weights_are_the_scalar_ones(path: Path) -> None:
     base = kilodelta.Checkpoint.open(path.parent / "base.safetensors")
     delta = kilodelta.load(path, base=base)
