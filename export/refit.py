@@ -189,18 +189,19 @@ class RefitEngine:
 
     def _run(self, refitter: Any, stream: DeviceStream | None) -> None:
         """Refit; a failure may leave half an engine, so it is thrown away."""
-        done = False
         try:
             done = (
                 refitter.refit_cuda_engine()
                 if stream is None
                 else refitter.refit_cuda_engine_async(stream.address)
             )
-        finally:
-            if not done:
-                self.reset()
+        except BaseException:
+            self.reset()
+            raise
         if not done:
-            raise self._failed("does not refit")
+            failure = self._failed("does not refit")  # before loading empties the log
+            self.reset()
+            raise failure
 
     def _failed(self, what: str) -> ExportError:
         said = "".join(f"\n  {line}" for line in logger(self._trt).errors) or " it says nothing"

@@ -1,4 +1,4 @@
-"""Refit mode: the flow on a TensorRT made of numpy, the names on the real parser, the rest on GPUs."""
+"""Refit mode: the flow on a TensorRT made of numpy, names on the real parser, the rest on GPUs."""
 
 from __future__ import annotations
 
@@ -356,7 +356,7 @@ def check_names(folder: Path, out: Path, dtype: str = "float32") -> int:
         ("bert", "float32", 15),
         ("bert", "float16", 15),
         ("gpt2", "float32", 10),
-        ("resnet", "float32", 6),
+        ("resnet", "float32", 7),
     ],
 )
 @pytest.mark.filterwarnings("default")
