@@ -1,14 +1,14 @@
 """A target's update as the two float factors of a LoRA adapter, scale folded in, error measured.
 
-The factors of every low-rank method are integers, so the float ones are exact but for one rounding
-each: to the adapter's dtype. Between the two, each rank's scale is split by a power of two, so that
-both have entries of like size and float16 neither overflows nor underflows sooner than it must.
+The factors of every low-rank method are integers (of a compatibility form float32), so those here
+are exact but for one rounding each: to the adapter's dtype. Between the two, each rank's scale is
+split by a power of two, so that both have entries of like size and float16 neither overflows nor
+underflows sooner than it must.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ldexp
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from kilodelta.errors import ExportError
 from kilodelta.export.peft_svd import truncated
-from kilodelta.format import exact
+from kilodelta.format.compat import PeftRandLora
 from kilodelta.format.compat.narrow import decode, encode
-from kilodelta.format.delta import Delta
+from kilodelta.format.delta import Delta, Factors
 from kilodelta.format.lowrank import product_error, product_norm
 from kilodelta.format.methods import RandLora
 
@@ -44,15 +44,27 @@ class Pair:
 
 def float_factors(delta: Delta, name: str) -> tuple[Matrix, Matrix]:
     """float64 B and A of a low-rank update, without components that are zero."""
-    factors = delta.factors(name)
-    left, right = factors.left.astype(np.float64), factors.right.astype(np.float64)
+    compat = delta.manifest.compat
+    if compat is None:
+        return balanced(delta.factors(name))
+    target, q = delta.target(name), delta.coefficients(name)
+    left = compat.left(q, target, delta.stream, range(target.matrix[0]))
+    return _split(left, compat.right(q, target, delta.stream), compat.scaling, 0)
+
+
+def balanced(factors: Factors) -> tuple[Matrix, Matrix]:
+    """float64 B and A of an update's integer factors, without components that are zero."""
+    return _split(factors.left, factors.right, float(factors.c), factors.e)
+
+
+def _split(left: Matrix, right: Matrix, c: float, e: int) -> tuple[Matrix, Matrix]:
+    """c 2^e left @ right as two factors of like size, rank by rank, without ranks of zeros."""
+    left, right = left.astype(np.float64) * c, right.astype(np.float64)
     tops = np.abs(left).max(axis=0), np.abs(right).max(axis=1)
     used = (tops[0] > 0) & (tops[1] > 0)
-    left, right = left[:, used], right[used]
-    share = np.log2(tops[1][used]) - np.log2(tops[0][used] * factors.c)
-    shift = np.rint((factors.e + share) / 2).astype(np.int64)
-    up, down = np.ldexp(float(factors.c), shift), np.ldexp(1.0, factors.e - shift)
-    return left * up, right * down[:, None]
+    share = np.log2(tops[1][used]) - np.log2(tops[0][used])
+    shift = np.rint((e + share) / 2).astype(np.int64)
+    return np.ldexp(left[:, used], shift), np.ldexp(right[used], (e - shift)[:, None])
 
 
 def exact_pair(delta: Delta, name: str, dtype: str) -> Pair:
@@ -66,10 +78,7 @@ def exact_pair(delta: Delta, name: str, dtype: str) -> Pair:
 
 def svd_pair(delta: Delta, name: str, rank: int, dtype: str) -> Pair:
     """The nearest update of a rank, of any method."""
-    factors = delta.factors(name)
-    bound = delta.method.bound(delta.coefficients(name))
-    update = exact.product(factors.left, factors.right, bound).astype(np.float64)
-    update *= ldexp(float(factors.c), factors.e)
+    update = delta.update(name).astype(np.float64)
     B, A = truncated(update, rank)
     B_bits, B_found = _rounded(B, dtype, name)
     A_bits, A_found = _rounded(A, dtype, name)
@@ -92,10 +101,10 @@ def require_low_rank(delta: Delta) -> None:
     Raises:
         ExportError: the method is of full rank, or its rank is too high for the targets.
     """
-    method = delta.method
-    if isinstance(method, RandLora):
+    method = delta.form
+    if isinstance(method, (RandLora, PeftRandLora)):
         raise ExportError(
-            "a randlora update has full rank, so no LoRA adapter of a useful rank equals it",
+            f"a {method.name} update has full rank, so no LoRA adapter of a useful rank equals it",
             fix="--svd RANK keeps the largest part of it and says how much is lost; or merge",
         )
     shapes = [target.matrix for target in delta.targets.values()]
