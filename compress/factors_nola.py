@@ -6,14 +6,13 @@ Source: Koohpayegani et al., https://arxiv.org/abs/2310.02556
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from math import sqrt
 
 import torch
 from torch import Tensor
 
 from kilodelta.compress.factors import Factors, Pair, Values
-from kilodelta.compress.packed import PerDevice, SignMixer, pack
+from kilodelta.compress.packed import SignBases, SignMixer
 from kilodelta.compress.trainables import Start
 from kilodelta.format.bases import Role
 from kilodelta.format.methods import Method
@@ -31,8 +30,7 @@ class NolaFactors(Factors):
 
     def _mixer(self, role: Role, lines: Sequence[int], *, lines_are_rows: bool) -> SignMixer:
         rank, bases = self.method.rank, self.method.bases
-        draw = partial(
-            pack,
+        signs = SignBases(
             self.stream,
             role,
             lines=max(lines),
@@ -40,7 +38,7 @@ class NolaFactors(Factors):
             bases=bases,
             lines_are_rows=lines_are_rows,
         )
-        return SignMixer(PerDevice(draw), lines, rank)
+        return SignMixer(signs, lines, rank)
 
     def start(self, target: Target, generator: torch.Generator) -> Mapping[str, Start]:
         """alpha random, such that the right factor has the size of LoRA's A; beta zero."""

@@ -4,12 +4,15 @@ All targets share the bases of a role (docs/format.md, section 5), so one packed
 basis i of a role is bit i of every element, and a target uses the first lines. A sum over k bases
 is a matrix product with the unpacked bits, done a few million signs at a time, in the forward and
 in the backward pass, so that nothing of size k times a layer is ever kept.
+
+On a GPU with Triton not even the bits are: `kilodelta.kernels` draws them in both passes.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -53,6 +56,34 @@ def pack(
     return torch.from_numpy(as_bytes.reshape(lines * rank, -1)[:, : -(-bases // 8)].copy())
 
 
+class SignBases(PerDevice):
+    """The sign bases of a role: their bits on a device, or none where its kernels draw them.
+
+    Args: those of `pack`.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        role: int,
+        *,
+        lines: int,
+        rank: int,
+        bases: int,
+        lines_are_rows: bool,
+    ) -> None:
+        shape = {"lines": lines, "rank": rank, "bases": bases}
+        super().__init__(partial(pack, stream, role, **shape, lines_are_rows=lines_are_rows))
+        self.place = (stream.seed, role, rank, int(lines_are_rows))
+        self._bytes = -(-bases // 8)
+
+    def on(self, device: torch.device) -> Tensor:
+        """uint8 (elements, bytes), or (0, bytes)."""
+        if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+            return torch.empty(0, self._bytes, dtype=torch.uint8, device=device)
+        return super().on(device)
+
+
 @lru_cache(maxsize=8)
 def _signs_of_byte(device: torch.device) -> Tensor:
     """float32 (256, 8): what the eight bits of a byte stand for."""
@@ -93,26 +124,32 @@ def _chunks(packed: Tensor, sizes: Sequence[int]) -> Iterator[tuple[slice, Tenso
 @torch.library.custom_op(
     "kilodelta::mix_signs",
     mutates_args=(),
-    schema="(Tensor coefficients, Tensor packed, int[] sizes) -> Tensor",
+    schema="(Tensor coefficients, Tensor packed, int[] sizes, str place) -> Tensor",
 )
-def mix_signs(coefficients: Tensor, packed: Tensor, sizes: Sequence[int]) -> Tensor:
+def mix_signs(coefficients: Tensor, packed: Tensor, sizes: Sequence[int], place: str) -> Tensor:
     """For target t the sums sum_i coefficients[t, i] S_i[element], element < sizes[t].
 
     Args:
         coefficients: float32 (targets, 8 * bytes), columns beyond the last basis zero.
-        packed: uint8 (elements, bytes), of `pack`.
+        packed: uint8 (elements, bytes), of `pack`; without elements the signs are drawn from
+            `place` by a kernel, where coefficients may be float64 too.
         sizes: ascending.
+        place: seed, role, rank, and 1 where lines are rows; as text, for a seed is unsigned.
 
     Returns:
         float32, the targets' sums one behind the other.
     """
+    if not packed.shape[0]:
+        from kilodelta.kernels.train import mix
+
+        return mix(coefficients, sizes, _numbers(place))
     flat = coefficients.new_empty(sum(sizes))
     classes = _classes(sizes)
     with torch.autocast(packed.device.type, enabled=False):
         for piece, signs in _chunks(packed, sizes):
-            for targets, place, size in classes:
+            for targets, span, size in classes:
                 if piece.start < size:
-                    sums = flat[place].view(-1, size)
+                    sums = flat[span].view(-1, size)
                     sums[:, piece] = coefficients[targets] @ signs.t()
     return flat
 
@@ -120,38 +157,49 @@ def mix_signs(coefficients: Tensor, packed: Tensor, sizes: Sequence[int]) -> Ten
 @torch.library.custom_op(
     "kilodelta::mix_signs_backward",
     mutates_args=(),
-    schema="(Tensor gradient, Tensor packed, int[] sizes) -> Tensor",
+    schema="(Tensor gradient, Tensor packed, int[] sizes, str place) -> Tensor",
 )
-def mix_signs_backward(gradient: Tensor, packed: Tensor, sizes: Sequence[int]) -> Tensor:
+def mix_signs_backward(
+    gradient: Tensor, packed: Tensor, sizes: Sequence[int], place: str
+) -> Tensor:
     """The gradient of `mix_signs` to its coefficients: float32 (targets, 8 * bytes)."""
+    if not packed.shape[0]:
+        from kilodelta.kernels.train import mix_backward
+
+        return mix_backward(gradient, 8 * packed.shape[1], sizes, _numbers(place))
     found = gradient.new_zeros(len(sizes), 8 * packed.shape[1])
     classes = _classes(sizes)
     with torch.autocast(packed.device.type, enabled=False):
         for piece, signs in _chunks(packed, sizes):
-            for targets, place, size in classes:
+            for targets, span, size in classes:
                 if piece.start < size:
-                    found[targets] += gradient[place].view(-1, size)[:, piece] @ signs
+                    found[targets] += gradient[span].view(-1, size)[:, piece] @ signs
     return found
 
 
+def _numbers(place: str) -> list[int]:
+    return [int(number) for number in place.split()]
+
+
 @mix_signs.register_fake
-def _(coefficients: Tensor, packed: Tensor, sizes: Sequence[int]) -> Tensor:
+def _(coefficients: Tensor, packed: Tensor, sizes: Sequence[int], place: str) -> Tensor:
     return coefficients.new_empty(sum(sizes))
 
 
 @mix_signs_backward.register_fake
-def _(gradient: Tensor, packed: Tensor, sizes: Sequence[int]) -> Tensor:
+def _(gradient: Tensor, packed: Tensor, sizes: Sequence[int], place: str) -> Tensor:
     return gradient.new_empty(len(sizes), 8 * packed.shape[1])
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, list[int]], output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, list[int], str], output: Tensor) -> None:
     ctx.save_for_backward(inputs[1])
-    ctx.sizes = inputs[2]
+    _, _, ctx.sizes, ctx.place = inputs
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
     (packed,) = ctx.saved_tensors
-    return mix_signs_backward(gradient.contiguous(), packed, ctx.sizes), None, None
+    found = mix_signs_backward(gradient.contiguous(), packed, ctx.sizes, ctx.place)
+    return found, None, None, None
 
 
 mix_signs.register_autograd(_backward, setup_context=_keep)
@@ -160,8 +208,9 @@ mix_signs.register_autograd(_backward, setup_context=_keep)
 class SignMixer:
     """The weighted sums of a role's bases for a fixed list of targets, as one product."""
 
-    def __init__(self, packed: PerDevice, lines: Sequence[int], rank: int) -> None:
-        self._packed = packed
+    def __init__(self, bases: SignBases, lines: Sequence[int], rank: int) -> None:
+        self._bases = bases
+        self._place = " ".join(map(str, bases.place))
         self._rank = rank
         self._order = sorted(range(len(lines)), key=lambda t: lines[t])
         self._sizes = [lines[t] * rank for t in self._order]
@@ -171,10 +220,10 @@ class SignMixer:
     def mix(self, coefficients: Sequence[Tensor]) -> Tensor:
         """All targets' sums in one flat tensor, from one (k,) tensor a target."""
         stacked = torch.stack([coefficients[t] for t in self._order]).float()
-        packed = self._packed.on(stacked.device)
+        packed = self._bases.on(stacked.device)
         padding = 8 * packed.shape[1] - stacked.shape[1]
         padded = torch.nn.functional.pad(stacked, (0, padding))
-        mixed: Tensor = mix_signs(padded, packed, self._sizes)
+        mixed: Tensor = mix_signs(padded, packed, self._sizes, self._place)
         return mixed
 
     def part(self, flat: Tensor, target: int) -> Tensor:

@@ -29,8 +29,8 @@ SHAPES = ((38, 21), (21, 140))
 
 SAMPLES: tuple[Method, ...] = (
     Nola(rank=2, bases=130),
-    RandLora(rank=7),
-    RandLora(rank=5, basis="ternary", sparsity=3),
+    RandLora(rank=3),
+    RandLora(rank=2, basis="ternary", sparsity=3),
     Lora(rank=2),
     Vera(rank=6),
     UniLora(rank=3, bases=50),

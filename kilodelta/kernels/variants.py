@@ -19,7 +19,7 @@ from kilodelta.kernels import add, draw, mix
 TILE = 128
 """Entries of a factor, or lines of it, that a program draws."""
 
-LINES = 16
+LINES = 32
 """Lines of RandLoRA's factors that a program draws, 32 columns at a time."""
 
 WIDTH = 128
