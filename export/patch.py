@@ -25,6 +25,9 @@ from kilodelta.format.file import load
 from kilodelta.format.selftest import require_good_kernels
 from kilodelta.progress import Progress, silent
 
+COPY = 16 << 20
+"""Bytes copied at a time; in memory only where the kernel cannot copy by itself."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Patched:
@@ -108,7 +111,7 @@ def _copies(plan: Plan, out: Path) -> Iterator[tuple[Mapping[str, int], tuple[Pa
 
 def _require_free(plan: Plan, paths: Iterable[Path], *, alone: bool) -> None:
     taken = next((path for path in paths if path.exists()), None)
-    if taken is not None and not alone and taken.parent.samefile(plan.model.parent):
+    if taken is not None and not alone and taken.parent.resolve() == plan.model.parent.resolve():
         raise InputError(
             f"{plan.model} keeps weights in {taken.name}, and the tuned model's have that name too",
             fix="give a path in another folder",
@@ -125,8 +128,8 @@ def _copy(source: Path, target: int) -> None:
             f"{source} cannot be read: {problem.strerror or problem}", fix="check the path"
         ) from None
     try:
-        done, size = 0, os.fstat(descriptor).st_size
-        while done < size:
-            done += copy_range(descriptor, target, size - done, done, done)
+        done = 0
+        while copied := copy_range(descriptor, target, COPY, done, done):
+            done += copied
     finally:
         os.close(descriptor)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kilodelta.errors import ExportError
+from kilodelta.errors import CheckpointError, ExportError
 from kilodelta.export.casting import cast, overflows
 from kilodelta.format import arithmetic, dtypes, identity
 from kilodelta.format.delta import Delta
@@ -40,15 +40,21 @@ def tuned(delta: Delta, name: str, base: Callable[[str], Bytes]) -> Tuned:
         base: gives a base tensor's raw bytes.
 
     Raises:
-        CheckpointError: the base tensor holds NaN or infinity.
+        CheckpointError: the base tensor has another size, or holds NaN or infinity.
         ProofError: the update takes a finite weight out of its type's range.
     """
     if name in delta.extras:
         extra = delta.extras[name]
         return Tuned(dtype=extra.dtype, shape=extra.shape, data=extra.data)
     target, position = delta.target(name), 0
-    data = np.empty(dtypes.nbytes(target.dtype, target.shape), np.uint8)
-    for part in arithmetic.merged(delta, target, base(name)):
+    source, size = base(name), dtypes.nbytes(target.dtype, target.shape)
+    if source.size != size:
+        raise CheckpointError(
+            f"{name} has {source.size} bytes, but {target.dtype} {target.shape} takes {size}",
+            fix="give the exact base, or the part of it that was kept for this use",
+        )
+    data = np.empty(size, np.uint8)
+    for part in arithmetic.merged(delta, target, source):
         data[position : position + part.size] = part
         position += part.size
     digest = identity.tensor_digest(name, target.dtype, target.shape, data.data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -171,6 +172,14 @@ def test_extras_are_written_in_the_files_precision(base: Path, tmp_path: Path) -
     held = onnx_files.held(tmp_path / "t.onnx")
     assert held["norm.bias"] == extras["norm.bias"].data.tobytes()
     assert held["norm.weight"] == cast(extras["norm.weight"].data, "BF16", "F32").tobytes()
+
+
+def test_a_value_beyond_the_files_precision_is_refused(base: Path, tmp_path: Path) -> None:
+    huge = Extra(dtype="F32", shape=(9,), data=np.full(9, 1e6, "<f4").view(np.uint8))
+    delta = making.delta(base, Lora(rank=2), extras={"norm.bias": huge})
+    model = onnx_files.write(tmp_path / "m.onnx", onnx_files.model(as_dtype(making.model(), "F16")))
+    with pytest.raises(ExportError, match=r"norm\.bias holds values beyond F16"):
+        patch(model, delta, tmp_path / "t.onnx", places=make_map(model, base), base=base)
 
 
 @pytest.mark.parametrize(
@@ -360,6 +369,20 @@ def listing(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+def test_a_model_gets_its_name_after_its_data(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = onnx_files.model(making.model())
+    model = onnx_files.write(tmp_path / "a" / "m.onnx", made, external=True)
+    named: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (named.append(Path(b).name), replace(a, b)))
+    delta = making.delta(base, Lora(rank=2))
+    named.clear()
+    patch(model, delta, tmp_path / "b" / "m.onnx", places=make_map(model, base))
+    assert named[-2:] == ["m.onnx.data", "m.onnx"]
+
+
 def test_another_base_is_refused(ready: Any, tmp_path: Path) -> None:
     model, _, places = ready
     other = making.write(tmp_path / "other.safetensors", making.model(seed=1))
@@ -402,6 +425,33 @@ def test_places_that_cannot_be_written_are_refused(base: Path, ready: Any, tmp_p
     split = onnx_files.write(tmp_path / "x.onnx", onnx_files.model(making.model()), external=True)
     with pytest.raises(InputError, match=r"keeps weights in x.onnx.data"):
         patch(split, delta, tmp_path / "t.onnx", places=make_map(split, base))
+
+
+def test_a_wrong_rest_of_the_base_is_refused(base: Path, tmp_path: Path) -> None:
+    made = onnx_files.model(as_dtype(making.model(), "F16"))
+    model = onnx_files.write(tmp_path / "m.onnx", made)
+    places, delta = make_map(model, base), making.delta(base, Lora(rank=2))
+    other = making.write(tmp_path / "other.safetensors", making.model(seed=1))
+    with pytest.raises(ProofError):
+        patch(model, delta, tmp_path / "t.onnx", places=places, base=other)
+    short = {**making.model(), "conv.weight": floats(0)}
+    making.write(other, short)
+    with pytest.raises(CheckpointError, match=r"conv\.weight has 48 bytes, but F32 .* takes 384"):
+        patch(model, delta, tmp_path / "t.onnx", places=places, base=other)
+    assert not (tmp_path / "t.onnx").exists()
+
+
+def test_copying_through_memory_gives_the_same_file(
+    ready: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> int:
+        raise OSError("two file systems")
+
+    model, delta, places = ready
+    patch(model, delta, tmp_path / "a.onnx", places=places)
+    monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    patch(model, delta, tmp_path / "b.onnx", places=places)
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
 
 def test_a_renamed_model_is_still_itself(ready: Any, tmp_path: Path) -> None:
