@@ -239,8 +239,8 @@ def _print_proof(found: Verification) -> None:
     if export is not None:
         count = sum(len(artefact.files) for artefact in export.artefacts)
         rows.append(("export proved", f"{count} files, by digest"))
-    if report is None:
-        rows.append(("outputs", "not compared; give --inputs for that"))
+    compared = "not compared; give --inputs for that" if report is None else report.summary()
+    rows.append(("outputs", compared))
     print_facts(rows)
     for table in () if report is None else report.tables():
         print()

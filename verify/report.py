@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from kilodelta.errors import KiloDeltaError, MissingPackageError, ProofError
 from kilodelta.verify.names import RUNNERS
-from kilodelta.verify.result import FAILED, NOT_RUN, Agreement, Json, Result
+from kilodelta.verify.result import FAILED, NOT_RUN, STATUSES, Agreement, Json, Result
 from kilodelta.verify.tables import Table, agreement_table, parity_table, silent_table
 
 
@@ -49,6 +50,12 @@ class Report:
             )
         kind = MissingPackageError if isinstance(errors[0], MissingPackageError) else ProofError
         return kind(f"{name} is required and did not run: {errors[0].what}", fix=errors[0].fix)
+
+    def summary(self) -> str:
+        """How many runs passed, failed and did not come about, and on what."""
+        counts = Counter(result.status for result in self.results)
+        told = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
+        return f"{told}; {self.rows} inputs from {self.inputs}"
 
     def to_json(self) -> Json:
         """Everything found, fit for strict JSON."""

@@ -12,7 +12,7 @@ from kilodelta.verify.metrics import Metrics, jsonable
 
 Json: TypeAlias = dict[str, Any]
 
-PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
+STATUSES = PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 NEARER_BASE = 0.5
 """The share of the update's effect at which outputs are as near to the base's as to the merged."""
 

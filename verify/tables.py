@@ -19,7 +19,7 @@ class Table:
 
 
 _PARITY = ("artefact", "runner", "in", "at", "error", "at most", "top-1", "update", "result")
-_SILENT = ("artefact", "runner", "status", "why, and how to mend it")
+_SILENT = ("runner", "status", "why, and how to mend it", "artefacts")
 _AGREEMENT = ("output", "rows", "model", "top-1", "cosine", "KL")
 
 
@@ -39,12 +39,13 @@ def parity_table(results: Sequence[Result]) -> Table:
 
 
 def silent_table(results: Sequence[Result]) -> Table:
-    """A row for each artefact that gave no outputs: not run, or broken."""
-    rows = (
-        (result.artefact, result.runner, result.status, f"{result.error.what}; {result.error.fix}")
-        for result in results
-        if result.error is not None
-    )
+    """A row for each runner that gave no outputs and each reason, with all that it was to run."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for result in results:
+        if result.error is not None:
+            why = f"{result.error.what}; {result.error.fix}"
+            groups.setdefault((result.runner, result.status, why), []).append(result.artefact)
+    rows = ((*key, ", ".join(artefacts)) for key, artefacts in groups.items())
     return Table(title="Without outputs", columns=_SILENT, rows=tuple(rows))
 
 

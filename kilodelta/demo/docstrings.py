@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +27,7 @@ def paragraphs(module: str) -> Iterator[str]:
 def _sources(module: str) -> list[Path]:
     place = _place(module)
     files = [place] if place.is_file() else sorted(place.rglob("*.py"))
-    found = [path for path in files if "tests" not in path.parts]
+    found = [path for path in files if "tests" not in path.relative_to(place).parts]
     if not found:
         raise MissingPackageError(
             f"the sources of {module} are not there; the demo reads their docstrings",
@@ -42,9 +41,10 @@ def _place(module: str) -> Path:
     top, *inner = module.split(".")
     found = importlib.util.find_spec(top)
     if found is None or found.origin is None:
-        return Path(sysconfig.get_path("stdlib"), top)
+        return Path(module)
     origin = Path(found.origin)
-    return (origin.parent if origin.name == "__init__.py" else origin).joinpath(*inner)
+    place = (origin.parent if origin.name == "__init__.py" else origin).joinpath(*inner)
+    return place if place.exists() else place.with_name(f"{place.name}.py")
 
 
 def _docstrings(path: Path) -> Iterator[str]:
@@ -52,8 +52,18 @@ def _docstrings(path: Path) -> Iterator[str]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError):  # templates and files for other versions of Python
         return
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = ast.get_docstring(node)
             if text:
                 yield text
+
+
+def _statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """The tree and all statements below it, in their order; `ast.walk` looks at expressions too,
+    which is most of its time."""
+    yield tree
+    for part in ("body", "handlers", "orelse", "finalbody"):
+        inner = getattr(tree, part, None)
+        for node in inner if isinstance(inner, list) else ():
+            yield from _statements(node)

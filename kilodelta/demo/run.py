@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +39,7 @@ class Effort:
     budget: int = 12_000
     """Bytes of the `.kd` file."""
     capabilities: tuple[str, ...] = ("sm86", "sm89", "sm120")
+    topics: Mapping[str, str] = field(default_factory=lambda: tasks.TOPICS)
     batch: tuple[int, int, int] = (1, 4, 16)
 
 
@@ -110,6 +110,11 @@ def _make_room(folder: Path) -> None:
         ) from error
 
 
+def has_rtx() -> bool:
+    """Whether TensorRT for RTX is installed."""
+    return importlib.util.find_spec("tensorrt_rtx") is not None
+
+
 class _Run:
     """The steps in their order; each notes what it did."""
 
@@ -139,7 +144,7 @@ class _Run:
 
     def _task(self, model: Path) -> tuple[Task, str]:
         shutil.copytree(model, self._folder / "base")
-        task = tasks.make_task(each=self._effort.each, progress=self._progress)
+        task = tasks.make_task(self._effort.topics, each=self._effort.each, progress=self._progress)
         tasks.save(task, self._folder)
         return task, (
             f"docstrings of {len(task.names)} packages: {len(task.train)} texts to train on, "
@@ -231,8 +236,7 @@ class _Run:
 
     def _gpus(self) -> tuple[str, ...]:
         """RTX engines are built without a GPU, where the package is there."""
-        there = importlib.util.find_spec("tensorrt_rtx") is not None
-        return self._effort.capabilities if there else ()
+        return self._effort.capabilities if has_rtx() else ()
 
     def _verify(self) -> tuple[Verification, str]:
         folder = self._folder
@@ -251,9 +255,7 @@ class _Run:
         )
         found.save(folder / "verify.json")
         assert found.report is not None  # inputs were given
-        counts = Counter(result.status for result in found.report.results)
-        told = ", ".join(f"{count} {status}" for status, count in counts.items())
-        return found, f"every artefact in every runner: {told}; details below and in verify.json"
+        return found, f"every artefact in every runner: {found.report.summary()}"
 
     def _verify_command(self) -> str:
         return (

@@ -10,32 +10,36 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from kilodelta.demo.docstrings import paragraphs
 from kilodelta.progress import Event, Progress, silent
 
-TOPICS = {
-    "asyncio": "asynchronous programming",
-    "email": "electronic mail",
-    "huggingface_hub": "repositories of models",
-    "networkx": "graph theory",
-    "numba": "compilers",
-    "numpy": "arrays of numbers",
-    "rich": "text in a terminal",
-    "sympy.combinatorics": "permutations and groups",
-    "sympy.geometry": "points and curves",
-    "sympy.physics": "mechanics and quantum physics",
-    "torch.distributed": "training on several machines",
-    "torch.nn": "neural network layers",
-}
+TOPICS: Mapping[str, str] = MappingProxyType(
+    {
+        "asyncio": "asynchronous programming",
+        "email": "electronic mail",
+        "huggingface_hub": "repositories of models",
+        "networkx": "graph theory",
+        "numba": "compilers",
+        "numpy": "arrays of numbers",
+        "rich": "text in a terminal",
+        "sympy.combinatorics": "permutations and groups",
+        "sympy.geometry": "points and curves",
+        "sympy.physics": "mechanics and quantum physics",
+        "torch.distributed": "training on several machines",
+        "torch.nn": "neural network layers",
+    }
+)
 """A module whose docstrings are read, and the class that they belong to, in plain words."""
 
 WORDS = (4, 40)
 """The fewest and the most words of a text."""
 _TEST_SHARE = 5  # one text in five
+_NICKNAMES = {"hugging", "pytorch"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +62,10 @@ class Task:
     test: Texts
 
 
-def make_task(*, each: int = 300, progress: Progress = silent) -> Task:
-    """Read the docstrings, at most `each` texts a class.
+def make_task(
+    topics: Mapping[str, str] = TOPICS, *, each: int = 300, progress: Progress = silent
+) -> Task:
+    """Read the docstrings of some modules, at most `each` texts a class.
 
     A text is left out where it is doubled, names any of the modules, or is too short or long.
 
@@ -67,17 +73,17 @@ def make_task(*, each: int = 300, progress: Progress = silent) -> Task:
         MissingPackageError: a package is not installed.
     """
     found = []
-    for done, module in enumerate(TOPICS, 1):
+    for done, module in enumerate(topics, 1):
         found.append({_plain(text): text for text in paragraphs(module)})
-        event = Event(stage="task", done=done, total=len(TOPICS), unit="packages")
-        progress(event)
+        progress(Event(stage="task", done=done, total=len(topics), unit="packages"))
     counts = Counter(plain for texts in found for plain in texts)
+    named = _names(topics)
     kept = [
-        _chosen([t for p, t in texts.items() if counts[p] == 1 and _is_fit(t)], each)
+        _chosen([t for p, t in texts.items() if counts[p] == 1 and _is_fit(t, named)], each)
         for texts in found
     ]
     return Task(
-        names=tuple(TOPICS.values()),
+        names=tuple(topics.values()),
         train=_texts(kept, test=False),
         test=_texts(kept, test=True),
     )
@@ -99,12 +105,14 @@ def _plain(text: str) -> str:
     return re.sub(r"[^a-z]+", " ", text.lower()).strip()
 
 
-_NAMES = sorted({part for module in TOPICS for part in module.split(".")} | {"hugging", "pytorch"})
-_NAMED = re.compile(rf"\b({'|'.join(_NAMES)})", re.IGNORECASE)
+def _names(topics: Iterable[str]) -> re.Pattern[str]:
+    """Words that begin with any module's name: they would give the class away."""
+    parts = {part for module in topics for part in module.split(".")} | _NICKNAMES
+    return re.compile(rf"\b({'|'.join(sorted(parts))})", re.IGNORECASE)
 
 
-def _is_fit(text: str) -> bool:
-    return WORDS[0] <= len(text.split()) <= WORDS[1] and _NAMED.search(text) is None
+def _is_fit(text: str, named: re.Pattern[str]) -> bool:
+    return WORDS[0] <= len(text.split()) <= WORDS[1] and named.search(text) is None
 
 
 def _chosen(texts: Iterable[str], each: int) -> list[str]:
