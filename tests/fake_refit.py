@@ -64,13 +64,13 @@ class Engine:
 
     def plan(self) -> bytes:
         file = io.BytesIO()
-        arrays = {f"w.{name}": np.frombuffer(raw, np.uint8) for name, raw in self.data.items()}
+        arrays: dict[str, Any] = {
+            f"w.{name}": np.frombuffer(raw, np.uint8) for name, raw in self.data.items()
+        }
         kinds = np.array([[name, kind.name] for name, kind in self.kinds.items()])
         groups = np.array(["|".join(group) for group in self.combined], dtype=str)
-        np.savez(
-            file, kinds=kinds, marked=np.array(self.marked, dtype=str), combined=groups,
-            refittable=self.refittable, **arrays,
-        )  # fmt: skip
+        arrays |= {"kinds": kinds, "marked": np.array(self.marked, dtype=str), "combined": groups}
+        np.savez(file, refittable=self.refittable, **arrays)
         return file.getvalue()
 
     def create_serialization_config(self) -> Config:

@@ -376,7 +376,12 @@ def test_a_model_gets_its_name_after_its_data(
     model = onnx_files.write(tmp_path / "a" / "m.onnx", made, external=True)
     named: list[str] = []
     replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (named.append(Path(b).name), replace(a, b)))
+
+    def record(source: Path, target: Path) -> None:
+        named.append(target.name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", record)
     delta = making.delta(base, Lora(rank=2))
     named.clear()
     patch(model, delta, tmp_path / "b" / "m.onnx", places=make_map(model, base))
