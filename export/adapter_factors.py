@@ -9,6 +9,7 @@ agree with the merged model's to rounding, not bit for bit; zeros give the base'
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,12 +19,13 @@ import numpy.typing as npt
 
 from kilodelta.errors import BaseMismatchError, InputError
 from kilodelta.export.adapter_layout import AdapterLayout, Exposed
-from kilodelta.export.peft_factors import float_factors
-from kilodelta.format import parallel
+from kilodelta.export.peft_factors import balanced, float_factors
+from kilodelta.format import parallel, together
 from kilodelta.format.checkpoint import TensorInfo
+from kilodelta.format.compat import PeftRandLora
 from kilodelta.format.delta import Delta
 from kilodelta.format.methods import RandLora
-from kilodelta.format.targets import Target, select
+from kilodelta.format.targets import select
 from kilodelta.progress import Meter, Progress, silent
 
 Matrix = npt.NDArray[Any]
@@ -65,21 +67,26 @@ def expand(
         FileError: the coefficients break the exactness bound.
     """
     bound = fit(delta, layout)
-    exposed = {tensor.info.name: tensor for tensor in layout.exposed}
+    exposed = {t.info.name: t for t in layout.exposed if t.use != "unused"}
     made = base_factors(replace(layout, slots=0))
-    meter = Meter("expand", len(bound.targets), "tensors", progress)
+    names = [name for name in bound.targets if name in exposed]
+    meter = Meter("expand", len(names), "tensors", progress)
 
-    def write(target: Target) -> None:
-        tensor = exposed[target.name]
-        if tensor.use != "unused":
-            A, B = (made[name] for name in tensor.names)
-            _fill(A, B, tensor, *_stored(bound, target.name))
-        meter.add(1)
+    def write(share: Sequence[str]) -> None:
+        for name, (left, right) in _float_factors(bound, share).items():
+            A, B = (made[port] for port in exposed[name].names)
+            stored = (right.T, left.T) if bound.targets[name].transposed else (left, right)
+            _fill(A, B, exposed[name], *stored)
+            meter.add(1)
 
-    parallel.run(
-        write, tuple(bound.targets.values()), meter, weight=lambda t: sum(t.matrix), threads=threads
-    )
+    parallel.run(write, _shares(names, threads), meter, weight=len, threads=threads)
     return made
+
+
+def _shares(names: Sequence[str], threads: int | None) -> list[Sequence[str]]:
+    """A part of the work for each thread."""
+    count = max(1, min(len(names), threads or os.cpu_count() or 1))
+    return [names[start::count] for start in range(count)]
 
 
 def fit(delta: Delta, layout: AdapterLayout) -> Delta:
@@ -126,15 +133,16 @@ def put_slot(stacked: Factors, slot: int, factors: Factors) -> None:
 
 
 def _require_low_rank(delta: Delta, layout: AdapterLayout) -> None:
-    if isinstance(delta.method, RandLora):
+    form = delta.form
+    if isinstance(form, (RandLora, PeftRandLora)):
         raise InputError(
-            "a randlora update has full rank; the graph takes low-rank factors",
+            f"a {form.name} update has full rank; the graph takes low-rank factors",
             fix="apply the file in patch or refit mode, or merge it",
         )
-    if delta.method.rank > layout.rank:
+    if form.rank > layout.rank:
         raise InputError(
-            f"the file has rank {delta.method.rank}, the graph takes up to {layout.rank}",
-            fix=f"export the graph with rank {delta.method.rank}, or merge the file",
+            f"the file has rank {form.rank}, the graph takes up to {layout.rank}",
+            fix=f"export the graph with rank {form.rank}, or merge the file",
         )
 
 
@@ -159,14 +167,17 @@ def _require_exposed(delta: Delta, exposed: list[TensorInfo]) -> None:
         )
 
 
-def _stored(delta: Delta, name: str) -> tuple[Matrix, Matrix]:
-    """A target's update as stored, (rows, k) @ (k, columns), float64."""
-    left, right = float_factors(delta, name)
-    return (right.T, left.T) if delta.targets[name].transposed else (left, right)
+def _float_factors(delta: Delta, names: Sequence[str]) -> dict[str, tuple[Matrix, Matrix]]:
+    """(out, k) and (k, in) of each target, float64, of like size."""
+    if delta.manifest.compat is not None:
+        return {name: float_factors(delta, name) for name in names}
+    found = together.factors(delta, names)
+    return {name: balanced(factors) for name, factors in found.items()}
 
 
 def _fill(A: Matrix, B: Matrix, tensor: Exposed, rows: Matrix, columns: Matrix) -> None:
-    """Write a target's two inputs, rounding once; components that there are not stay zero."""
+    """Write a target's two inputs from its update as stored, (rows, k) @ (k, columns), rounding
+    once; components that there are not stay zero."""
     k = rows.shape[1]
     if tensor.use == "turned":
         A[:, :k], B[:k] = columns.T, rows.T

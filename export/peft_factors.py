@@ -64,7 +64,7 @@ def _split(left: Matrix, right: Matrix, c: float, e: int) -> tuple[Matrix, Matri
     used = (tops[0] > 0) & (tops[1] > 0)
     share = np.log2(tops[1][used]) - np.log2(tops[0][used])
     shift = np.rint((e + share) / 2).astype(np.int64)
-    return np.ldexp(left[:, used], shift), np.ldexp(right[used], (e - shift)[:, None])
+    return left[:, used] * np.ldexp(1.0, shift), right[used] * np.ldexp(1.0, e - shift)[:, None]
 
 
 def exact_pair(delta: Delta, name: str, dtype: str) -> Pair:

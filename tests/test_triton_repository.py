@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -256,3 +257,41 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ProofError, match="not sha256"):
         write_repository(source, tmp_path / "models")
     assert not (tmp_path / "models/task/2").exists()
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_command_exports_into_a_repository_that_onnx_runtime_runs(tmp_path: Path) -> None:
+    for package in ("onnxscript", "onnxruntime", "transformers"):
+        pytest.importorskip(package)
+    import onnxruntime
+    import pico
+    from click.testing import CliRunner
+    from making import delta
+
+    from kilodelta.cli import main
+    from kilodelta.format.methods import Lora
+    from kilodelta.format.targets import Patterns
+
+    base = pico.bert_classifier(tmp_path / "base")
+    patterns = Patterns(include=("*dense.weight",))
+    delta(base, Lora(rank=1), patterns=patterns).save(tmp_path / "task.kd")
+    arguments = [str(base), str(tmp_path / "task.kd"), "-o", str(tmp_path / "out")]
+    models = tmp_path / "models"
+    options = ["--profile", "sequence=1,8,16", "--triton", str(models), "--json"]
+    done = CliRunner().invoke(main, ["export", *arguments, *options])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)["triton"]
+    assert told["models"] == [{"name": "task", "version": 1, "file": "model.fp32.onnx"}]
+    session = onnxruntime.InferenceSession(
+        models / "task/1/model.onnx", providers=["CPUExecutionProvider"]
+    )
+    found = parsed((models / "task/config.pbtxt").read_text())
+    for stated, real in (
+        (found.input, session.get_inputs()),
+        (found.output, session.get_outputs()),
+    ):
+        assert [one.name for one in stated] == [one.name for one in real]
+        for one, port in zip(stated, real, strict=True):
+            batch, *sizes = port.shape
+            assert batch == "batch"
+            assert list(one.dims) == [n if isinstance(n, int) else -1 for n in sizes]

@@ -59,11 +59,16 @@ class Stream:
 
     def mix(self, role: int, coefficients: Ints, rows: range, columns: range) -> Ints:
         """sum_i q_i S_i over sign bases, int64 (rows, columns); sum |q_i| below 2^31."""
-        out = np.empty((len(rows), len(columns)), np.int64)
-        planes, flips = bit_planes(coefficients)
-        total = np.int64(np.abs(coefficients.astype(np.int64)).sum())
+        found: Ints = self.mix_many(role, coefficients[None], rows, columns)[0]
+        return found
+
+    def mix_many(self, role: int, coefficients: Ints, rows: range, columns: range) -> Ints:
+        """`mix` of each line of (n, k), the bases drawn once for all: int64 (n, rows, columns)."""
+        out = np.empty((len(coefficients), len(rows), len(columns)), np.int64)
+        planes, flips = _bit_planes(coefficients)
+        totals = np.abs(coefficients.astype(np.int64)).sum(axis=1)
         place = _u32(role, rows.start, columns.start)
-        philox.mix(*self.key, *place, planes, flips, total, out)
+        philox.mix(*self.key, *place, planes, flips, totals, out)
         return out
 
     def signs(self, role: int, values: Ints, rows: range, columns: range) -> Ints:
@@ -99,15 +104,21 @@ class Stream:
 
 
 def bit_planes(coefficients: Ints) -> tuple[Ints, Ints]:
-    """Magnitudes as bit planes uint32 (P, blocks, 4), and the negative ones (blocks, 4)."""
-    k = coefficients.size
-    padded = np.zeros(-(-k // BLOCK) * BLOCK, np.int64)
-    padded[:k] = coefficients
+    """Magnitudes of (k,) as bit planes uint32 (P, blocks, 4), and the negative ones (blocks, 4)."""
+    planes, flips = _bit_planes(coefficients[None])
+    return planes[0], flips[0]
+
+
+def _bit_planes(coefficients: Ints) -> tuple[Ints, Ints]:
+    """The same of each line of (n, k): (n, P, blocks, 4) and (n, blocks, 4)."""
+    n, k = coefficients.shape
+    padded = np.zeros((n, -(-k // BLOCK) * BLOCK), np.int64)
+    padded[:, :k] = coefficients
     sizes = np.abs(padded)
     count = int(sizes.max(initial=0)).bit_length()
-    bits = np.empty((count + 1, padded.size), np.uint8)
-    bits[:count] = (sizes >> np.arange(count)[:, None]) & 1
-    bits[count] = padded < 0
-    words = np.packbits(bits, axis=1, bitorder="little").view("<u4").astype(np.uint32)
-    stacked = words.reshape(count + 1, padded.size // BLOCK, 4)
-    return stacked[:count], stacked[count]
+    bits = np.empty((n, count + 1, padded.shape[1]), np.uint8)
+    bits[:, :count] = (sizes[:, None] >> np.arange(count)[:, None]) & 1
+    bits[:, count] = padded < 0
+    words = np.packbits(bits, axis=2, bitorder="little").view("<u4").astype(np.uint32)
+    stacked = words.reshape(n, count + 1, -1, 4)
+    return np.ascontiguousarray(stacked[:, :count]), np.ascontiguousarray(stacked[:, count])

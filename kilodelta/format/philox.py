@@ -106,33 +106,37 @@ def draw(k0, k1, role, row, column, block, out):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def mix(k0, k1, role, row, column, planes, flips, total, out):  # type: ignore[no-untyped-def]
-    """Sums of sign bases: `out` int64 (rows, columns) = sum_i q_i S_i, S_i[row + ., column + .].
+def mix(k0, k1, role, row, column, planes, flips, totals, out):  # type: ignore[no-untyped-def]
+    """Sums of sign bases, many over the same bases: `out` int64 (n, rows, columns) of
+    sum_i q_i S_i, S_i[row + ., column + .].
 
     With q_i = sign_i |q_i| and the basis bit b_i, the sum is sum |q_i| - 2 sum |q_i| (b_i ^ neg_i):
     for each bit plane p of the magnitudes 2^p times a population count.
 
     Args:
-        planes: uint32 (P, blocks, 4), bit i of a block set where |q_i| has bit p.
-        flips: uint32 (blocks, 4), bit i set where q_i is negative.
-        total: sum |q_i|, below 2^31.
+        planes: uint32 (n, P, blocks, 4), bit i of a block set where |q_i| has bit p.
+        flips: uint32 (n, blocks, 4), bit i set where q_i is negative.
+        totals: int64 (n,), sum |q_i|, below 2^31.
     """
     keys = _schedule(k0, k1)
-    flat = out.reshape(-1)
-    words = np.empty((7, TILE), np.uint32)
-    for start in range(0, flat.size, TILE):
-        n = min(TILE, flat.size - start)
+    flat = out.reshape(out.shape[0], -1)
+    words = np.empty((6, TILE), np.uint32)
+    sums = np.empty((out.shape[0], TILE), np.uint32)
+    for start in range(0, flat.shape[1], TILE):
+        n = min(TILE, flat.shape[1] - start)
         w0, w1, w2, w3 = words[0][:n], words[1][:n], words[2][:n], words[3][:n]
-        ys, xs, acc = words[4][:n], words[5][:n], words[6][:n]
-        _place(start, row, column, out.shape[1], ys, xs)
-        acc[:] = 0
-        for b in range(flips.shape[0]):
+        ys, xs = words[4][:n], words[5][:n]
+        _place(start, row, column, out.shape[2], ys, xs)
+        sums[:] = 0
+        for b in range(flips.shape[1]):
             _fill(w0, w1, w2, w3, ys, xs, np.uint32(b), role, keys)
-            for p in range(planes.shape[0]):
-                _count(w0, w1, w2, w3, planes[p, b], flips[b], np.uint32(p), acc)
-        line = flat[start : start + n]
-        for j in range(n):
-            line[j] = np.int64(total) - 2 * np.int64(acc[j])
+            for t in range(out.shape[0]):
+                for p in range(planes.shape[1]):
+                    _count(w0, w1, w2, w3, planes[t, p, b], flips[t, b], np.uint32(p), sums[t][:n])
+        for t in range(out.shape[0]):
+            acc, line = sums[t][:n], flat[t][start : start + n]
+            for j in range(n):
+                line[j] = totals[t] - 2 * np.int64(acc[j])
 
 
 @njit(nogil=True, cache=True)
