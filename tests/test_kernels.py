@@ -1,0 +1,109 @@
+"""The GPU's kernels without a GPU: interpreted, compiled ahead of time, and by torch operations."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from kilodelta.errors import SelfTestError  # noqa: E402
+from kilodelta.format.methods import Method  # noqa: E402
+from kilodelta.kernels import choose, variants  # noqa: E402
+from kilodelta.kernels.on_torch import TorchUnit  # noqa: E402
+from kilodelta.kernels.selftest import SAMPLES, is_ternary, require_good_unit  # noqa: E402
+from kilodelta.kernels.unit import Step  # noqa: E402
+from kilodelta.kernels.variants import Variant  # noqa: E402
+
+HERE = Path(__file__).parent
+KINDS = list({(m.name, is_ternary(m)): m for m in SAMPLES}.values())
+RUNS = [variant for variant in variants.ALL if "fp64" not in variant.name]
+"""What a GPU runs; float64 is for checking gradients in the interpreter."""
+
+QUICK = [v for v in RUNS if "BF16" in v.name or v.name in ("mixed-rows", "backward-rows-fp32")]
+CAPABILITIES = (80, 87, 89, 90, 120)
+
+
+def test_the_interpreted_kernels_pass_their_checks() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "interpreted.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=HERE,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout
+
+
+@pytest.fixture
+def own_triton_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("TRITON_INTERPRET is set: nothing is compiled")
+
+
+def assembly(variant: Variant, capability: int) -> str:
+    """The PTX of a variant that was assembled too, with what must hold for all of them."""
+    compiled = variant.compile(capability)
+    ptx: str = compiled.asm["ptx"]
+    assert compiled.asm["cubin"]
+    assert ".ftz" not in ptx, "subnormal numbers would be flushed"
+    if "low_rank" in variant.name or "by_int8" in variant.name:
+        assert "cvt.rn.f32.s64" in ptx, "int64 must become float32 with one rounding"
+    return ptx
+
+
+@pytest.mark.usefixtures("own_triton_cache")
+@pytest.mark.parametrize("variant", QUICK, ids=lambda v: v.name)
+def test_a_kernel_compiles_for_ada(variant: Variant) -> None:
+    ptx = assembly(variant, 89)
+    if variant.name == "mixed-rows":
+        assert "popc.b32" in ptx, "LLVM no longer sees the population count"
+    if "by_int8" in variant.name:
+        assert "s8.s8.s32" in ptx, "the product left the tensor cores"
+
+
+@pytest.mark.usefixtures("own_triton_cache")
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("variant", RUNS, ids=lambda v: v.name)
+def test_every_kernel_compiles_for_every_gpu(variant: Variant, capability: int) -> None:
+    assembly(variant, capability)
+
+
+@pytest.mark.usefixtures("own_triton_cache")
+def test_a_broken_kernel_does_not_compile() -> None:
+    broken = Variant(
+        name="broken",
+        kernel=variants.BY_INT8["F32"].kernel,
+        types={**variants.BY_INT8["F32"].types, "left": "*fp32"},
+        constants=variants.BY_INT8["F32"].constants,
+    )
+    with pytest.raises(Exception, match=r"same dtype|Both operands"):
+        broken.compile(89)
+
+
+@pytest.mark.parametrize("method", KINDS, ids=str)
+def test_torch_operations_equal_the_cpu_kernels(method: Method) -> None:
+    unit = choose.unit_for(torch.device("cpu"), method)
+    assert isinstance(unit, TorchUnit)
+
+
+@pytest.mark.parametrize("wrong", [{"c": 1}, {"e": 1}])
+def test_a_device_that_computes_wrongly_is_refused(wrong: dict[str, int]) -> None:
+    class Wrong(TorchUnit):
+        def add(
+            self, weights: torch.Tensor, left: torch.Tensor, right: torch.Tensor, step: Step
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            off = Step(c=step.c + wrong.get("c", 0), e=step.e + wrong.get("e", 0), bound=step.bound)
+            return super().add(weights, left, right, off)
+
+    with pytest.raises(SelfTestError, match="torch on cpu does not reproduce the known values"):
+        require_good_unit(Wrong(torch.device("cpu")), "lora", ternary=False)
