@@ -13,7 +13,15 @@ import kilodelta
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "0.1.0"
-FLOORS = {"format": 1, "models": 2, "kernels": 2, "compress": 3, "export": 3, "verify": 4}
+FLOORS = {
+    "format": 1,
+    "models": 2,
+    "kernels": 2,
+    "compress": 3,
+    "export": 3,
+    "verify": 4,
+    "device": 5,
+}
 ROOMS = {
     "format": ROOT / "kilodelta" / "format",
     "models": ROOT / "kilodelta" / "models",
@@ -21,6 +29,7 @@ ROOMS = {
     "compress": ROOT / "compress",
     "export": ROOT / "export",
     "verify": ROOT / "verify",
+    "device": ROOT / "kilodelta" / "device",
 }
 
 

@@ -170,7 +170,7 @@ def release(
 def apply(
     folder: str, file: str, allow_downgrade: bool, as_json: bool, progress: Any
 ) -> Callable[[], None]:
-    """Serve a .kd FILE from a device FOLDER: prove, build, probe, commit; or leave all as it was."""
+    """Serve a .kd FILE from a device FOLDER: prove, build, probe, commit; or change nothing."""
     from kilodelta.device.apply import apply
 
     done = apply(folder, file, allow_downgrade=allow_downgrade, progress=progress)
@@ -269,4 +269,9 @@ def run(folder: str, inputs: str, delta: str | None, out: str | None, as_json: b
         terminal.print_json({"outputs": described, "out": out})
         return
     columns = ("output", "dtype", "shape", "least", "mean", "largest")
-    terminal.print_table(folder, columns, [list(row.values()) for row in described])
+    rows = [[_short(value) for value in row.values()] for row in described]
+    terminal.print_table(folder, columns, rows)
+
+
+def _short(value: object) -> object:
+    return f"{value:.4g}" if isinstance(value, float) else value

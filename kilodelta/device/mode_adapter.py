@@ -76,7 +76,7 @@ class _Prepared(OnnxRunner):
     def prepare(self, factors: Factors) -> dict[str, Any]:
         """Factors as ONNX Runtime's own values, made once a fine-tune."""
         kinds = {given.name: given.type for given in self._session.get_inputs()}
-        return {name: super()._value(factors, name, kinds[name]) for name in factors}
+        return {name: self._value(factors, name, kinds[name]) for name in factors}
 
     def _value(self, batch: Batch, name: str, onnx_type: str) -> Any:
         value = batch.get(name)

@@ -1,0 +1,220 @@
+"""Device folders made of a pico model and run by the real ONNX Runtime, in every mode it has."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pico
+import pytest
+from click.testing import CliRunner
+
+from kilodelta.cli import main
+from kilodelta.device import Device, golden
+from kilodelta.device.apply import apply
+from kilodelta.device.make import Options, make
+from kilodelta.device.release import release
+from kilodelta.device.rollback import rollback
+from kilodelta.device.status import status
+from kilodelta.errors import InputError, OutputError, ProofError
+from kilodelta.format import build
+from kilodelta.format.file import load
+from kilodelta.format.methods import Method, Nola, RandLora
+from kilodelta.format.targets import Patterns
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+PATTERNS = Patterns(include=("encoder.*.weight",), exclude=("*LayerNorm*",))
+BATCH = {
+    "input_ids": np.array([[2, 5, 6, 7, 3], [2, 9, 3, 0, 0]]),
+    "attention_mask": np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+}
+MODES = ("adapter", "patch")
+
+
+NOLA, RANDLORA = Nola(rank=4, bases=64), RandLora(rank=4)
+
+
+def delta(base: Path, out: Path, seed: int, method: Method = NOLA, size: float = 0.02) -> Path:
+    rng = np.random.default_rng(seed)
+    numbers = {
+        target.name: build.quantise_target(
+            method,
+            {g.name: rng.normal(size=g.shape) * size for g in method.groups(target)},
+            8,
+        )
+        for target in build.targets(base, PATTERNS)
+    }
+    recipe = build.Recipe(method=method, patterns=PATTERNS, seed=seed, name="pico")
+    build.build(base, recipe, numbers).save(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, two fine-tunes with and without version and probe, and a folder of each mode."""
+    root = tmp_path_factory.mktemp("fleet")
+    base = pico.sentence_bert(root / "base")
+    (root / "texts.txt").write_text("\n".join(pico.TEXTS))
+    for number, name in enumerate("ab", 1):
+        delta(base, root / f"{name}.kd", number)
+        release(
+            base,
+            root / f"{name}.kd",
+            root / f"{name}{number}.kd",
+            version=number,
+            inputs=str(root / "texts.txt"),
+        )
+    for mode in MODES:
+        make(base, root / mode, Options(mode=mode, rank=4, probe=str(root / "texts.txt")))
+    return root
+
+
+@pytest.fixture
+def device(root: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A copy of a fresh folder."""
+    import shutil
+
+    shutil.copytree(root / request.param, tmp_path / "device")
+    return tmp_path / "device"
+
+
+def merged(root: Path, name: str, tmp_path: Path) -> Any:
+    """What torch gives with the merged model."""
+    import torch
+
+    import kilodelta
+    from kilodelta.models import open_model, outputs
+
+    kilodelta.merge(root / "base", root / f"{name}.kd", tmp_path / f"merged-{name}")
+    loaded = open_model(tmp_path / f"merged-{name}")
+    with torch.inference_mode():
+        found = outputs(loaded, {n: torch.from_numpy(a) for n, a in BATCH.items()})
+    return found["sentence_embedding"].numpy()
+
+
+@pytest.mark.parametrize("device", MODES, indirect=True)
+def test_a_life_on_a_device(root: Path, device: Path, tmp_path: Path) -> None:
+    a, b = merged(root, "a", tmp_path), merged(root, "b", tmp_path)
+    served = Device(device)
+    base = served.run(BATCH)["sentence_embedding"]
+    done = apply(device, root / "a1.kd")
+    assert done.seen.errors["sentence_embedding"].relative_l2 < 1e-6
+    np.testing.assert_allclose(served.run(BATCH)["sentence_embedding"], a, atol=2e-6)
+    apply(device, root / "b2.kd")
+    np.testing.assert_allclose(served.run(BATCH)["sentence_embedding"], b, atol=2e-6)
+    other = served.run(BATCH, delta=root / "a.kd")["sentence_embedding"]
+    np.testing.assert_allclose(other, a, atol=2e-6)
+    assert np.abs(a - b).max() > 1e-3 < np.abs(a - base).max()
+    assert np.array_equal(served.run(BATCH, "base")["sentence_embedding"], base)
+    rollback(device)
+    np.testing.assert_allclose(served.run(BATCH)["sentence_embedding"], a, atol=2e-6)
+    assert status(device, check=True).state.highest == 2
+
+
+@pytest.mark.parametrize("device", MODES, indirect=True)
+def test_a_probe_of_another_fine_tune_is_refused(root: Path, device: Path, tmp_path: Path) -> None:
+    mixed = replace(load(root / "a1.kd"), probes=load(root / "b2.kd").probes)
+    mixed.save(tmp_path / "mixed.kd")
+    with pytest.raises(ProofError, match="output sentence_embedding is off"):
+        apply(device, tmp_path / "mixed.kd")
+    assert status(device).state.serving.delta == ""
+
+
+@pytest.mark.parametrize("device", ["adapter"], indirect=True)
+def test_adapter_mode_refuses_full_rank(root: Path, device: Path, tmp_path: Path) -> None:
+    file = delta(root / "base", tmp_path / "full.kd", 1, RANDLORA)
+    with pytest.raises(InputError, match="full rank"):
+        apply(device, file)
+
+
+@pytest.mark.parametrize("device", ["patch"], indirect=True)
+def test_patch_mode_takes_full_rank(root: Path, device: Path, tmp_path: Path) -> None:
+    apply(device, delta(root / "base", tmp_path / "full.kd", 1, RANDLORA))
+    assert status(device).state.serving.folder
+
+
+def test_a_release_states_what_tells_in_which_precision(root: Path, tmp_path: Path) -> None:
+    found = load(root / "a1.kd", root / "base")
+    assert found.manifest.made["version"] == 1
+    own = golden.of_delta(found)
+    assert own is not None
+    assert own.inputs["input_ids"].shape[0] == 2
+    assert golden.limits_of(found, "float16")["sentence_embedding"].relative_l2 > 1e-4
+    assert found.manifest.result == load(root / "a.kd").manifest.result
+    with pytest.raises(OutputError, match="exists already"):
+        release(root / "base", root / "a.kd", root / "a1.kd", version=3)
+    plain = release(root / "base", root / "a.kd", tmp_path / "plain.kd", version=3)
+    assert (plain.version, plain.dtypes) == (3, ())
+
+
+def test_inputs_that_do_not_tell_are_refused(root: Path, tmp_path: Path) -> None:
+    """A change so small that float32 rounds it away."""
+    file = delta(root / "base", tmp_path / "tiny.kd", 1, size=1e-9)
+    with pytest.raises(InputError, match="give the same outputs"):
+        release(root / "base", file, tmp_path / "out.kd", version=1, inputs=str(root / "texts.txt"))
+    assert not (tmp_path / "out.kd").exists()
+
+
+@pytest.mark.parametrize("options", [{"mode": "refit"}, {"mode": "patch", "keep": 0}])
+def test_options_that_do_not_go_together(root: Path, tmp_path: Path, options: Any) -> None:
+    with pytest.raises(InputError):
+        make(root / "base", tmp_path / "device", Options(**options))
+    assert not (tmp_path / "device").exists()
+
+
+WITHOUT = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in {'torch', 'transformers', 'onnx', 'onnxscript', 'onnx_ir'}:
+            raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+sys.meta_path.insert(0, Refuse())
+from kilodelta.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("device", MODES, indirect=True)
+def test_a_device_needs_neither_torch_nor_onnx(root: Path, device: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", **BATCH)  # type: ignore[arg-type]
+    steps = (
+        ("apply", device, root / "a1.kd"),
+        ("run", device, "--inputs", tmp_path / "x.npz", "--delta", root / "b2.kd"),
+        ("rollback", device),
+        ("status", device, "--check"),
+    )
+    for step in steps:
+        done = subprocess.run(
+            [sys.executable, "-c", WITHOUT, *map(str, step)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("device", ["adapter"], indirect=True)
+def test_the_command_line(root: Path, device: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", **BATCH)  # type: ignore[arg-type]
+    expected = {
+        ("apply", device, root / "b2.kd"): (0, "sentence_embedding within"),
+        ("apply", device, root / "a1.kd"): (15, ""),
+        ("apply", device, root / "a1.kd", "--allow-downgrade", "--json"): (0, '"version": 1'),
+        ("run", device, "--inputs", tmp_path / "x.npz"): (0, "[2, 16]"),
+        ("run", device, "--inputs", tmp_path / "none.npz"): (9, ""),
+        ("run", device, "--inputs", root / "a.kd"): (9, ""),
+        ("run", device, "--inputs", tmp_path / "x.npz", "-o", tmp_path / "y.npz"): (0, ""),
+        ("status", device, "--json"): (0, '"mode": "adapter"'),
+        ("status", device): (0, "failed: the file has version 1"),
+        ("rollback", device): (0, "version 2"),
+        ("rollback", device, "--json"): (0, '"serving"'),
+        ("status", tmp_path): (13, ""),
+    }
+    for step, (code, said) in expected.items():
+        done = CliRunner().invoke(main, list(map(str, step)))
+        assert (done.exit_code, said in done.output) == (code, True), (step, done.output)
+    found = np.load(tmp_path / "y.npz")["sentence_embedding"]
+    assert found.shape == (2, 16)
