@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from kilodelta.verify import cuda, doctor, probe
-from kilodelta.verify.doctor import BROKEN, CONFLICT, MISSING, OK, examine
+from kilodelta.verify import cuda, doctor, probe, runtimes
+from kilodelta.verify.doctor import examine
+from kilodelta.verify.finding import BROKEN, CONFLICT, MISSING, OK
 
 RTX = cuda.Gpu(name="Fake RTX", capability=(8, 9), memory_bytes=12 * 10**9)
 
@@ -97,6 +98,37 @@ def test_a_gpu_wants_the_wheel_for_gpus(install: Install) -> None:
     assert found.fix.endswith("pip uninstall -y onnxruntime && pip install 'kilodelta[gpu]'")
 
 
+SESSION = """
+import sys
+class InferenceSession:
+    def __init__(self, model, providers): assert len(model) == 60
+    def get_providers(self):
+        sys.stderr.write("\\x1b[31mRequire cuDNN 9.*\\x1b[m\\n")
+        return [{!r}, "CPUExecutionProvider"]
+"""
+
+
+@pytest.mark.usefixtures("gpu")
+def test_cuda_has_to_load_in_earnest(install: Install) -> None:
+    both = onnxruntime("CUDAExecutionProvider", "CPUExecutionProvider")
+    session = SESSION.format("CPUExecutionProvider")
+    install("onnxruntime", "9.9", "onnxruntime", both + session)
+    found = examine()["onnxruntime"]
+    assert found.status == BROKEN
+    assert found.value.endswith("but CUDA does not load: Require cuDNN 9.*")
+    assert found.fix == "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_cuda_that_loads(install: Install) -> None:
+    both = onnxruntime("CUDAExecutionProvider", "CPUExecutionProvider")
+    session = SESSION.format("CUDAExecutionProvider")
+    install("onnxruntime", "9.9", "onnxruntime", both + session)
+    found = examine()["onnxruntime"]
+    assert (found.status, found.fix) == (OK, "")
+    assert found.value.endswith("CUDAExecutionProvider, CPUExecutionProvider; CUDA loads")
+
+
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
@@ -131,7 +163,7 @@ def test_damaged_metadata_does_not_stop_the_doctor(install: Install, tmp_path: P
 @pytest.mark.usefixtures("no_gpu")
 def test_what_is_missing_comes_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "version", lambda name: None)
-    monkeypatch.setattr(doctor, "distributions", lambda name: ())
+    monkeypatch.setattr(runtimes, "distributions", lambda name: ())
     found = examine()
     fixes = {f.topic: f.fix for f in found.findings if f.status == MISSING and f.topic != "gpu"}
     assert fixes["torch"] == "pip install 'kilodelta[torch]'"
@@ -174,9 +206,31 @@ def test_tensorrt_of_both_flavours(install: Install) -> None:
     install("tensorrt", "11.3", "tensorrt", "__version__ = '11.3'")
     install("tensorrt-rtx-cu13", "1.7", "tensorrt_rtx", "raise ImportError('libtensorrt_rtx.so')")
     found = examine()
-    assert found["tensorrt"].value == "11.3, needs a GPU to build and to run engines"
+    assert found["tensorrt"].value == "11.3, needs a GPU to build and run engines"
     assert found["tensorrt_rtx"].status == BROKEN
     assert "libtensorrt_rtx.so" in found["tensorrt_rtx"].value
+
+
+@pytest.mark.parametrize(
+    ("known", "value", "fix"),
+    [
+        ("SM80 SM89", "1.7, builds engines for sm80, sm89; runs them here", ""),
+        ("SM80", "1.7, builds engines for sm80, not for this machine's sm89", "for sm89 use "),
+    ],
+)
+@pytest.mark.usefixtures("gpu")
+def test_rtx_says_which_gpus_it_builds_for(
+    install: Install, known: str, value: str, fix: str
+) -> None:
+    source = f"import enum\n__version__ = '1.7'\n{RTX_NAMES.format(known)}\n"
+    install("tensorrt-rtx-cu13", "1.7", "tensorrt_rtx", source)
+    found = examine()["tensorrt_rtx"]
+    assert (found.status, found.value) == (OK, value)
+    assert found.fix.startswith(fix)
+    assert bool(found.fix) == bool(fix)
+
+
+RTX_NAMES = "ComputeCapability = enum.Enum('ComputeCapability', 'NONE CURRENT {}')"
 
 
 def test_the_table_has_a_row_for_each_finding() -> None:

@@ -12,6 +12,7 @@ from kilodelta.export.export import export
 from kilodelta.export.options import Options as ExportOptions
 from kilodelta.format.methods import Nola
 from kilodelta.format.targets import Patterns
+from kilodelta.models.quiet import quiet
 from kilodelta.verify import cuda, gpu_base
 from kilodelta.verify.gpu_part import Row, Setting
 from kilodelta.verify.result import NOT_RUN, Result
@@ -81,7 +82,8 @@ def _pico(folder: Path) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3)
-    model.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
     return folder
 
 

@@ -129,7 +129,7 @@ def _training(device: torch.device, *, small: bool) -> Row:
     bases = SignBases(STREAM, Role.NOLA_B, lines=max(lines), rank=8, bases=512, lines_are_rows=True)
     mixer = SignMixer(bases, lines, 8)
     coefficients = [torch.randn(512, device=device, requires_grad=True) for _ in lines]
-    seconds = best(lambda: mixer.mix(coefficients).sum().backward(), device)
+    seconds = best(lambda: torch.autograd.grad(mixer.mix(coefficients).sum(), coefficients), device)
     memory = ""
     if device.type == "cuda":
         memory = f", {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB at the peak so far"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -80,7 +81,8 @@ def _assigned(tree: ast.Module, name: str) -> str | None:
 
 
 def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "replace")
+    """Decoded, without the colours that some print in."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", raw.decode("utf-8", "replace"))
 
 
 def _last_line(raw: bytes) -> str:
