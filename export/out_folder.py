@@ -29,6 +29,7 @@ def out_folder(path: Path, *, force: bool) -> Iterator[Path]:
             yield stage
         return
     _require_replaceable(path, force=force)
+    path = path.resolve()  # a link stays, and what it leads to is replaced
     fresh = path.parent / f".{path.name}.{os.getpid()}.new"
     with atomic.new_folder(fresh) as stage:
         yield stage

@@ -22,7 +22,7 @@ class Network:
         log = logger(trt)
         log.errors.clear()
         self.trt, self.source = trt, onnx
-        self.builder = trt.Builder(log)
+        self.builder = _builder(trt, log)
         typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         self.network = self.builder.create_network(typed)
         self.parser = trt.OnnxParser(self.network, log)  # its weights are the network's: keep it
@@ -61,6 +61,17 @@ class Network:
                 f"{self.source.name} has no weights {', '.join(unknown)} that could be refitted",
                 fix="give names of the ONNX file's initializers",
             )
+
+
+def _builder(trt: Any, log: Any) -> Any:
+    try:
+        return trt.Builder(log)
+    except (TypeError, RuntimeError) as error:  # what the bindings make of a null pointer
+        said = "; ".join(log.errors) or str(error)
+        raise ExportError(
+            f"{trt.__name__} {trt.__version__} does not start: {said}",
+            fix="see `kilodelta doctor`: the driver may be missing or too old for it",
+        ) from None
 
 
 def _refused(trt: Any, onnx: Path, parser: Any) -> ExportError:

@@ -364,7 +364,11 @@ def test_what_lies_in_the_output_is_never_lost(
         )
         assert bert(out, "--force").exit_code == OutputError.exit_code
     assert artefacts.to_json(artefacts.read(out)) == artefacts.to_json(first)
-    assert bert(out, "--force", "--dtype", "fp16").exit_code == 0
+    link = tmp_path / "link"
+    link.symlink_to(out)
+    assert bert(link, "--force", "--dtype", "fp16").exit_code == 0
+    assert link.is_symlink()
+    link.unlink()
     assert {p.name for p in out.iterdir()} == {"manifest.json", "model.fp16.onnx"}
     assert list(tmp_path.iterdir()) == [out]
 
@@ -392,7 +396,16 @@ def test_another_base_is_refused(bert: Bert, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["batch", "batch=1,2", "batch=0,1,2", "batch=1,2,x", "batch=-1,2,3", "batch=3,2,4"]
+    "text",
+    [
+        "batch",
+        "batch=1,2",
+        "batch=0,1,2",
+        "batch=1,2,x",
+        "batch=-1,2,3",
+        "batch=3,2,4",
+        "b=1,1,2147483648",
+    ],
 )
 def test_profiles_of_another_form(text: str) -> None:
     with pytest.raises(InputError, match="is no profile of an axis"):

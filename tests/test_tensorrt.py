@@ -219,6 +219,18 @@ def test_classic_tensorrt_builds_for_the_gpu_present(
     refused(ExportError, "no NVIDIA GPU or driver was found", "tensorrt", ("sm90",), ())
 
 
+def test_tensorrt_that_does_not_start(
+    classic: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(log: Any) -> None:
+        log.log(rtx.ILogger.Severity.ERROR, "CUDA driver version is insufficient")
+        raise TypeError("factory function returned nullptr")
+
+    monkeypatch.setattr(classic, "Builder", fail)
+    with pytest.raises(ExportError, match=r"11\.4\.0 does not start: CUDA driver version is"):
+        Network(classic, mlp(tmp_path / "m.onnx"))
+
+
 def test_refittable_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = mlp(tmp_path / "m.onnx")
     monkeypatch.setattr(gpu, "present", lambda: None)
