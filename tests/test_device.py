@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import standin
 from standin import BATCH, TOLERANCE
 
-from kilodelta.device import Device, golden, journal, lock, modes, state
+from kilodelta.device import Device, golden, journal, lock, mode_refit, modes, prove, state
 from kilodelta.device import bundle as bundles
 from kilodelta.device.apply import apply
 from kilodelta.device.golden import Golden
@@ -26,6 +27,7 @@ from kilodelta.errors import (
     DowngradeError,
     FileError,
     LockedError,
+    MissingPackageError,
     ProofError,
 )
 from kilodelta.format.delta import Delta, Extra
@@ -199,6 +201,28 @@ def test_no_device_folder(bench: Bench) -> None:
             step()
 
 
+def test_a_folder_that_was_copied_in_part(bench: Bench) -> None:
+    (bench.device / "deltas").rmdir()
+    with pytest.raises(DeviceError, match="it has no deltas"):
+        apply(bench.device, bench.files["a"])
+
+
+def test_a_file_that_changes_while_it_is_applied_is_refused(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = prove.version
+
+    def late(found: Delta) -> int:
+        bench.files["a"].unlink()
+        bench.files["a"].write_bytes(bench.files["b"].read_bytes())
+        return real(found)
+
+    monkeypatch.setattr(prove, "version", late)
+    with pytest.raises(FileError, match="changed while it was read"):
+        apply(bench.device, bench.files["a"])
+    assert bench.serves() == "base"
+
+
 def test_two_appliers_exclude_each_other_and_readers_go_on(bench: Bench) -> None:
     with lock.held(bench.device / "lock"):
         with pytest.raises(LockedError, match="is being changed by process"):
@@ -261,9 +285,7 @@ def test_an_update_that_is_not_there_is_noticed(
 
 
 def test_outputs_that_are_no_numbers_are_refused(bench: Bench) -> None:
-    bias = Extra(
-        dtype="F32", shape=(5,), data=np.full(5, np.inf, np.float32).view(np.uint8)
-    )
+    bias = Extra(dtype="F32", shape=(5,), data=np.full(5, np.inf, np.float32).view(np.uint8))
     file = bench.save("inf", 1, extras={"norm.bias": bias})
     with pytest.raises(ProofError, match="output y holds NaN or infinity"):
         apply(bench.device, file)
@@ -366,3 +388,43 @@ def test_the_tensors_of_the_base_are_read_with_distrust(bench: Bench) -> None:
     (bench.device / "base" / "tensors.json").write_text('[["a","F32",[1]]]')
     with pytest.raises(DeviceError, match="is not \\[name, dtype, shape, digest\\]"):
         bundles.read_tensors(Places(bench.device))
+
+
+def test_a_runtime_that_is_missing_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    change_bundle(bench, lambda table: table.update(mode="refit", runtime="tensorrt"))
+    with pytest.raises(MissingPackageError, match="tensorrt is not installed"):
+        apply(bench.device, bench.files["a"])
+    assert status(bench.device).state == state.State()
+
+
+class Engine:
+    """A double of the refit engine: it notes what it is given, and saves what it took."""
+
+    def __init__(self, path: Path, base: Path, *, flavour: str, unused: Any) -> None:
+        self.given = (path.name, base.name, flavour, unused)
+
+    def refit(self, found: Delta) -> None:
+        self.result = found.manifest.result
+
+    def save(self, path: Path) -> None:
+        path.write_text(f"{self.given} {self.result}")
+
+
+def test_refit_mode_saves_the_refitted_engine_beside_the_base(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mode_refit, "RefitEngine", Engine)
+    monkeypatch.setattr(mode_refit.runners, "version", lambda bundle: "double 1")
+    opened = lambda bundle, folder: (folder / "model.engine").read_text()  # noqa: E731
+    monkeypatch.setattr(mode_refit.runners, "open_runner", opened)
+    places = Places(bench.device)
+    mode_refit.write_unused(places.base, ["pooler.weight"])
+    mode = mode_refit.RefitMode(places, replace(bundles.read(places), runtime="tensorrt"))
+    found = load(bench.files["a"], bench.base)
+    mode.build(found, tmp_path)
+    given = ("model.engine", "weights.safetensors", "tensorrt", ("pooler.weight",))
+    assert mode.open(tmp_path) == mode.trial(found) == f"{given} {found.manifest.result}"
+    (places.base / "refit.json").write_text("[]")
+    with pytest.raises(DeviceError, match="refit is not an object"):
+        mode.build(found, tmp_path)

@@ -20,7 +20,8 @@ from kilodelta.device.make import Options, make
 from kilodelta.device.release import release
 from kilodelta.device.rollback import rollback
 from kilodelta.device.status import status
-from kilodelta.errors import InputError, OutputError, ProofError
+from kilodelta.errors import InputError, KiloDeltaError, OutputError, ProofError
+from kilodelta.export import gpu
 from kilodelta.format import build
 from kilodelta.format.file import load
 from kilodelta.format.methods import Method, Nola, RandLora
@@ -218,3 +219,19 @@ def test_the_command_line(root: Path, device: Path, tmp_path: Path) -> None:
         assert (done.exit_code, said in done.output) == (code, True), (step, done.output)
     found = np.load(tmp_path / "y.npz")["sentence_embedding"]
     assert found.shape == (2, 16)
+
+
+def test_an_engine_folder_is_built_here_and_refuses_where_no_gpu_is(
+    root: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    options = Options(mode="adapter", rank=4, capabilities=("sm89",))
+    made = make(root / "base", tmp_path / "device", options)
+    assert made.runtime == "tensorrt_rtx"
+    names = {file.file for file in made.files}
+    assert {"model.engine", "adapter.json"} <= names
+    assert "model.onnx" not in names
+    if gpu.present() is None:
+        with pytest.raises(KiloDeltaError):
+            apply(tmp_path / "device", root / "a1.kd")
+        assert status(tmp_path / "device").state.serving.delta == ""

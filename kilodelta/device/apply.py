@@ -103,25 +103,28 @@ class _Job:
     progress: Progress
 
     def run(self, allow_downgrade: bool) -> Applied:
+        digest = self._digest()
         delta = prove.bind(self.places, self.bundle, load(self.file))
-        version = prove.version(delta)
+        fresh = self._named(digest, prove.version(delta))
         if not allow_downgrade:
-            prove.require_newer(version, self.before)
-        fresh = self._named(version)
+            prove.require_newer(fresh.version, self.before)
         self._step("proved", **vars(fresh))
-        mode = open_mode(self.places, self.bundle)
-        built.build(mode, delta, self.places.deltas / fresh.folder, self.file, fresh.delta)
+        mode, folder = open_mode(self.places, self.bundle), self.places.deltas / fresh.folder
+        built.build(mode, delta, folder, self.file, digest)
         self._step("built")
-        seen = self._probe(mode, delta, self.places.deltas / fresh.folder)
+        seen = self._probe(mode, delta, folder)
         self._step("probed", probe=seen.to_json())
         after = self.before.committed(fresh, self.bundle.keep)
         state.write(self.places, after)
         self._step("committed", state=after.to_json())
         return Applied(state=after, before=self.before, seen=seen)
 
-    def _named(self, version: int) -> Served:
+    def _digest(self) -> str:
+        """Taken before the file is read, so that one that changes meanwhile is noticed."""
+        return file_fact(self.file).sha256 if self.file.is_file() else ""
+
+    def _named(self, digest: str, version: int) -> Served:
         """The file's place: a folder that no other apply has used or will use."""
-        digest = file_fact(self.file).sha256
         folder = f"{self.before.sequence + 1:06}-{digest.removeprefix('sha256:')[:12]}"
         return Served(folder=folder, delta=digest, version=version)
 

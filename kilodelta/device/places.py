@@ -34,11 +34,12 @@ class Places:
             DeviceError: it is none.
         """
         places = cls(Path(folder))
-        if not places.bundle.is_file():
-            raise DeviceError(
-                f"{places.root} is not a device folder: it has no bundle.json",
-                fix="make one on a build machine: kilodelta bundle BASE -o device/ --mode ...",
-            )
+        for part in (places.bundle, places.base, places.deltas):
+            if not part.exists():
+                raise DeviceError(
+                    f"{places.root} is not a device folder: it has no {part.name}",
+                    fix="make one on a build machine: kilodelta bundle BASE -o device/ --mode ...",
+                )
         return places
 
     @property
