@@ -11,25 +11,24 @@ from typing import Any
 import making
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-import kilodelta  # noqa: E402
-from kilodelta.errors import (  # noqa: E402
+import kilodelta
+from kilodelta.errors import (
     BaseMismatchError,
     CheckpointError,
     InputError,
     ProofError,
 )
-from kilodelta.export import merge as merge_module  # noqa: E402
-from kilodelta.export import merge_cuda  # noqa: E402
-from kilodelta.export.merge_into import merge_into  # noqa: E402
-from kilodelta.format import arithmetic  # noqa: E402
-from kilodelta.format.checkpoint import Checkpoint  # noqa: E402
-from kilodelta.format.delta import Delta, extra  # noqa: E402
-from kilodelta.format.methods import Lora, Method, Nola  # noqa: E402
-from kilodelta.kernels import stream  # noqa: E402
-from kilodelta.kernels.unit import TORCH  # noqa: E402
+from kilodelta.export import merge as merge_module
+from kilodelta.export import merge_cuda
+from kilodelta.export.merge_into import merge_into
+from kilodelta.format import arithmetic
+from kilodelta.format.checkpoint import Checkpoint
+from kilodelta.format.delta import Delta, extra
+from kilodelta.format.methods import Lora, Method, Nola
+from kilodelta.kernels import stream
+from kilodelta.kernels.unit import TORCH
 
 CPU = torch.device("cpu")
 

@@ -25,16 +25,17 @@ if TYPE_CHECKING:
 @click.option(
     "-o", "--out", required=True, type=click.Path(), help="A new folder, or NAME.safetensors."
 )
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, or cuda:N.")
 @threads
 @as_json
 @with_progress
 def merge(
-    base: str, file: str, out: str, threads: int | None, as_json: bool, progress: Any
+    base: str, file: str, out: str, device: str, threads: int | None, as_json: bool, progress: Any
 ) -> Callable[[], None]:
     """Merge a .kd FILE into its BASE; the result's digest is proved while it is written."""
     from kilodelta.export.merge import merge
 
-    done = merge(base, file, out, threads=threads, progress=progress)
+    done = merge(base, file, out, threads=threads, device=device, progress=progress)
 
     def show() -> None:
         if as_json:
