@@ -38,27 +38,30 @@ class Surgery:
                 _require_rows(tensor, site)
         A, B = (self._factor(name) for name in tensor.names)
         for site in found:
-            _JOIN[site.kind](self, tensor, site, A, B)
+            kind = "whole" if site.kind == "conv" and tensor.use != "conv" else site.kind
+            _JOIN[kind](self, tensor, site, A, B)
 
     def linear(self, tensor: Exposed, site: Site, A: Any, B: Any) -> None:
         """y + (x A) B; where the factors lie for other uses, y + (x B^T) A^T."""
         if tensor.use == "straight" and site.turned:
             A, B = self._turned(site, B), self._turned(site, A)
         x = site.node.inputs[0]
-        if not self._layout.slots:
+        if self._layout.slots:
+            A, B = self._chosen(site, A), self._chosen(site, B)
+        if not self._layout.slots or len(x.shape) == 3:
             self._add(site, self._product(site, x, A, B))
-            return
-        A, B = self._chosen(site, A), self._chosen(site, B)
-        if len(x.shape) == 3:
-            self._add(site, self._product(site, x, A, B))
-            return
+        else:
+            self._add(site, self._by_row(tensor, site, A, B))
+
+    def _by_row(self, tensor: Exposed, site: Site, A: Any, B: Any) -> Any:
+        """(x A) B of an x that is not (batch, rows, width), in whose order all of it lies."""
+        x, width = site.node.inputs[0], tensor.info.shape[1 if site.turned else 0]
         batch = self._node(site, "Shape", [self._index])
-        sizes = self._node(site, "Concat", [batch, self._whole_numbers(-1, x.shape[-1])], axis=0)
-        rows = self._node(site, "Reshape", [x, sizes])
+        sizes = self._node(site, "Concat", [batch, self._whole_numbers(-1, width)], axis=0)
+        update = self._product(site, self._node(site, "Reshape", [x, sizes]), A, B)
         lead = self._node(site, "Shape", [x], start=0, end=-1)
         sizes = self._node(site, "Concat", [lead, self._whole_numbers(-1)], axis=0)
-        update = self._product(site, rows, A, B)
-        self._add(site, self._node(site, "Reshape", [update, sizes]))
+        return self._node(site, "Reshape", [update, sizes])
 
     def rows(self, tensor: Exposed, site: Site, A: Any, B: Any) -> None:
         """y + A[ids] B."""
