@@ -359,6 +359,20 @@ def test_a_vera_basis_is_pytorch_s_bit_for_bit() -> None:
         assert np.array_equal(ours[1], B.numpy())
 
 
+def test_a_vera_file_cannot_ask_for_a_larger_basis_than_its_layers() -> None:
+    from dataclasses import replace
+
+    from kilodelta.format.compat import PeftVera
+    from kilodelta.format.targets import Target
+
+    layout = (Target(name="w", dtype="F32", shape=(6, 5), transposed=False, index=0),)
+    form = PeftVera(rank=2, basis="drawn", height=6, width=5, fingerprint="")
+    assert form.problem(layout) == ""
+    assert "6 x 4, the base's need 6 x 5" in replace(form, width=4).problem(layout)
+    assert replace(form, height=1 << 24).problem(layout)
+    assert replace(form, height=9, basis="stored").problem(layout) == ""
+
+
 def test_a_vera_basis_that_its_key_does_not_draw_is_stored(tmp_path: Path) -> None:
     base = pico.bert(tmp_path / "base")
     trained("AutoModel", base, vera(target_modules=["query"]), tmp_path / "vera")

@@ -63,8 +63,13 @@ class PeftVera:
         )
 
     def problem(self, layout: tuple[Target, ...]) -> str:
+        """A drawn basis is of the layers' own size; a file cannot ask for a larger one."""
         height, width = (max(target.matrix[axis] for target in layout) for axis in (0, 1))
-        if height <= self.height and width <= self.width:
+        if self.basis == "drawn":
+            fits = (height, width) == (self.height, self.width)
+        else:
+            fits = height <= self.height and width <= self.width
+        if fits:
             return ""
         return f"its basis is for {self.height} x {self.width}, the base's need {height} x {width}"
 
