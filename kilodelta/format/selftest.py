@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from kilodelta.errors import SelfTestError
-from kilodelta.format import exact, fused, philox, rounding
+from kilodelta.format import exact, fused, ordered, philox, rounding
 from kilodelta.format.bases import Ints, Role, Stream
 
 KNOWN_ANSWERS = (
@@ -97,6 +97,17 @@ def _fused_is_right(left: Ints, right: Ints) -> bool:
     return np.array_equal(out, exact_sum.astype(np.float32) * np.float32(2.0**-9))
 
 
+def _ordered_sums_are_right() -> bool:
+    left = (((np.arange(3 * 150) * 37) % 255 - 127) / 7).astype(np.float32).reshape(3, 150)
+    right = (((np.arange(150 * 270) * 91) % 1021 - 510) / 11).astype(np.float32).reshape(150, 270)
+    found = ordered.multiplier(right)(left)
+    return hashlib.sha256(found.astype("<f8").data).hexdigest() == ORDERED_DIGEST
+
+
+ORDERED_DIGEST = "660936de09417d05030e87043bcf0ac4e20d296e378f7a137f37d88369bbda68"
+"""Computed by plain loops over Python floats, in tests/test_ordered.py."""
+
+
 ROUNDED = {
     # a tie to even, a tie to odd, a carry into the exponent, a subnormal kept, -0 + 0 = +0
     "F32": ((0x3F800000, 0x3F800001, 0x3F7FFFFF, 0x00000001, 0x80000000), np.uint32),
@@ -126,5 +137,6 @@ _CHECKS = {
     "Philox": _philox_is_right,
     "basis kernels": _bases_are_right,
     "integer products": _products_are_right,
+    "ordered sum": _ordered_sums_are_right,
     "rounding": _rounding_is_right,
 }
