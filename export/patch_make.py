@@ -144,7 +144,7 @@ def _absent(match: Match, found: OnnxFile) -> str:
         return "the tensor of that name holds other values: something was folded into it"
     if match.name in names:
         return "it is there, but feeds nothing: the graph uses a fused or folded copy"
-    return "no tensor holds its values: it was fused, folded, or the outputs do not depend on it"
+    return "no tensor holds its values: it was fused, folded, quantised, or no output needs it"
 
 
 def _doubtful(twins: list[str]) -> str:

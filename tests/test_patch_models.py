@@ -107,8 +107,8 @@ def test_the_patched_file_is_our_export_of_the_merged_model(
         assert ours.read_bytes() == theirs.read_bytes()
 
 
-def by_torch(folder: Path, path: Path) -> Path:
-    """torch's own export, with its default optimisations."""
+def by_torch(folder: Path, path: Path, *, dynamo: bool = True) -> Path:
+    """One of torch's own exporters, with its default optimisations."""
     loaded = open_model(folder)
     batch = example(loaded, rows=2, tokens=5)
 
@@ -125,31 +125,32 @@ def by_torch(folder: Path, path: Path) -> Path:
         tuple(batch.values()),
         str(path),
         input_names=list(batch),
-        dynamo=True,
+        dynamo=dynamo,
         external_data=False,
         verbose=False,
     )
     return path
 
 
-@pytest.mark.filterwarnings("default")
-def test_torchs_own_export_is_mapped_by_content(
-    cases: Callable[[str], Case], tmp_path: Path
+@pytest.mark.filterwarnings("ignore")  # torch's exporters talk a lot
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
+def test_torchs_own_exports_are_mapped_by_content(
+    cases: Callable[[str], Case], tmp_path: Path, dynamo: bool
 ) -> None:
     case = cases("bert")
-    model = by_torch(case.base, tmp_path / "m.onnx")
+    model = by_torch(case.base, tmp_path / "m.onnx", dynamo=dynamo)
     places = make_map(model, case.base, unused=("pooler.dense.weight", "pooler.dense.bias"))
     targets = case.delta.targets
     turned = [name for name in targets if places.places[name][0].transposed]
     assert turned == list(targets)  # torch transposes and renames all of them
     assert not {p.name for name in targets for p in places.places[name]} & set(targets)
     patch(model, case.delta, tmp_path / "t.onnx", places=places)
-    wanted = by_torch(case.merged, tmp_path / "w.onnx")
+    wanted = by_torch(case.merged, tmp_path / "w.onnx", dynamo=dynamo)
     assert onnx_files.held(tmp_path / "t.onnx") == onnx_files.held(wanted)
     assert (tmp_path / "t.onnx").read_bytes() == wanted.read_bytes()
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore")  # torch's exporters talk a lot
 def test_convolutions_with_a_folded_norm_are_refused_by_name(
     cases: Callable[[str], Case], tmp_path: Path
 ) -> None:
