@@ -130,9 +130,11 @@ class Attachment(nn.Module):
         self.frozen.restore(model)
 
     def _on_forward(self, model: nn.Module, args: Any) -> None:
-        """A training step needs a graph of its own."""
+        """A training step needs a graph of its own, begun here: a layer that is computed twice
+        (activation checkpointing) must find what it found the first time."""
         if torch.is_grad_enabled():
             self._cache.clear()
+            self._cache.get(self)
 
     def train(self, mode: bool = True) -> Attachment:
         self._cache.clear()

@@ -23,7 +23,7 @@ from kilodelta.errors import InputError
 from kilodelta.models import LoadedModel, outputs
 from kilodelta.progress import Event, Progress
 
-EVALUATIONS = 8
+EVALUATIONS = 4
 """Times that the held-out inputs are looked at while the rounded coefficients train."""
 KEPT_EVERY_S = 30.0
 """Seconds between two writes of the state from which an interrupted run resumes."""

@@ -32,7 +32,7 @@ class Options:
     targets: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     extras: str = "auto"
-    steps: int = 1000
+    steps: int = 800
     rate: float | None = None
     batch: int = 32
     held_out: int | None = None

@@ -140,8 +140,9 @@ def test_the_budget_s_rule() -> None:
     one = budget.size_of(Lora(rank=1), targets, 4)
     assert one == 36 * 384
     assert budget.choose(one + 999, rest, targets).method == UniLora(rank=4, bases=2 * (one - 1))
-    assert budget.choose(one + 1000, rest, targets).method == Lora(rank=1)
-    assert budget.choose(5 * one, rest, targets).method == Lora(rank=4)
+    four = 4 * one + 1000  # as many coefficients as the shared factors have entries
+    assert budget.choose(four - 1, rest, targets).method == UniLora(rank=4, bases=8 * one - 2)
+    assert budget.choose(four, rest, targets).method == Lora(rank=4)
     with pytest.raises(InputError, match="leaves 0 for coefficients"):
         budget.choose(900, rest, targets)
     with pytest.raises(InputError, match="'big' is no size"):

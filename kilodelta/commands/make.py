@@ -36,7 +36,7 @@ _METHODS = ("nola", "randlora", "lora", "vera", "unilora")
     show_default=True,
     help="Other changed tensors to store whole: auto, all, none, or PATTERN[,PATTERN].",
 )
-@click.option("--steps", default=1000, show_default=True, type=click.IntRange(2))
+@click.option("--steps", default=800, show_default=True, type=click.IntRange(2))
 @click.option("--lr", type=click.FloatRange(0, min_open=True), help="Learning rate.")
 @click.option("--batch", default=32, show_default=True, type=click.IntRange(1))
 @click.option(
