@@ -38,7 +38,9 @@ from fidelity_task import base_folder
 from machine import describe, side_by_side
 
 ROWS, TOKENS = 4, 64
+WORDS = (1000, 20000)
 RANK, BASES, MATRICES = 8, 256, 36
+FINE_TUNES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,6 @@ class Fleet:
     devices: dict[str, Path]
     files: list[Path]
     exported: Path
-    template: Any
 
     @property
     def inputs(self) -> Path:
@@ -120,6 +121,7 @@ def _row(
 def prepare(root: Path) -> Fleet:
     """Everything that a build machine does, not timed."""
     import kilodelta
+    from kilodelta.device import truth
     from kilodelta.device.make import Options, make
     from kilodelta.export.onnx import export_template, fill_template
     from kilodelta.export.onnx_save import save
@@ -128,15 +130,18 @@ def prepare(root: Path) -> Fleet:
     base = root / "base"
     shutil.copytree(base_folder(), base)
     rng = np.random.default_rng(0)
-    ids = rng.integers(1000, 20000, (ROWS, TOKENS))
-    np.savez(root / "inputs.npz", input_ids=ids, attention_mask=np.ones_like(ids))
-    files = [_fine_tune(base, root, seed) for seed in range(1, 7)]
+    ids = rng.integers(*WORDS, (ROWS, TOKENS))
+    ones, zeros = np.ones_like(ids), np.zeros_like(ids)
+    np.savez(root / "inputs.npz", input_ids=ids, attention_mask=ones, token_type_ids=zeros)
+    files = [_fine_tune(base, root, seed) for seed in range(1, 1 + FINE_TUNES)]
     devices = {}
     for mode in ("adapter", "patch"):
         options = Options(mode=mode, rank=RANK, probe=str(root / "inputs.npz"))
         make(base, root / mode, options)
         devices[mode] = root / mode
-    template = export_template(open_model(base))
+    loaded = open_model(base)
+    batch = truth.golden_inputs(loaded, str(root / "inputs.npz"), truth.ROWS)
+    template = export_template(loaded, batch)
     kilodelta.merge(base, files[0], root / "merged")
     save(fill_template(template, root / "merged"), root / "merged.onnx")
     return Fleet(
@@ -145,7 +150,6 @@ def prepare(root: Path) -> Fleet:
         devices=devices,
         files=files,
         exported=root / "merged.onnx",
-        template=template,
     )
 
 
