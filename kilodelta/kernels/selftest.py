@@ -17,6 +17,7 @@ from kilodelta.errors import SelfTestError
 from kilodelta.format import rounding
 from kilodelta.format.bases import Ints, Stream
 from kilodelta.format.coefficients import largest, storage
+from kilodelta.format.delta import EXACT
 from kilodelta.format.methods import Coefficients, Lora, Method, Nola, RandLora, UniLora, Vera
 from kilodelta.format.selftest import ROUNDED, require_good_kernels
 from kilodelta.format.targets import Target
@@ -31,7 +32,7 @@ SAMPLES: tuple[Method, ...] = (
     Nola(rank=2, bases=130),
     RandLora(rank=3),
     RandLora(rank=2, basis="ternary", sparsity=3),
-    Lora(rank=2),
+    Lora(rank=5),
     Vera(rank=6),
     UniLora(rank=3, bases=50),
     UniLora(rank=3, bases=50, anchor=9),
@@ -97,8 +98,9 @@ class _Case:
 
     @property
     def step(self) -> Step:
-        """About as large as the weights; C beyond what float32 holds in one number."""
-        bound, c = self.method.bound(self.q), 255 * 255
+        """About as large as the weights; C takes the numbers beyond what float32 holds exactly."""
+        bound = self.method.bound(self.q)
+        c = min(255 * 255, (EXACT - 1) // bound)
         return Step(c=c, e=-(c * bound).bit_length(), bound=bound)
 
     def wrong_dtypes(self, unit: Unit) -> list[str]:
@@ -133,7 +135,7 @@ def _cases(method: Method) -> Iterator[_Case]:
         target = Target(name="x", dtype="F32", shape=shape, transposed=False, index=7)
         top = largest(bits)
         q = {
-            group.name: rng.integers(-top, top + 1, group.shape).astype(storage(bits))
+            group.name: rng.choice([-top, -5, top - 1, top], group.shape).astype(storage(bits))
             for group in (*method.shared(), *method.groups(target))
         }
         yield _Case(method=method, target=target, q=q)
