@@ -19,6 +19,9 @@ Ints = npt.NDArray[Any]
 
 BLOCK = 128
 """Sign bases that one Philox call serves."""
+KERNEL_SUM = 1 << 32
+"""The kernel's sums of magnitudes are 32 bits wide; coefficients that could pass them are mixed
+byte by byte, which 2^24 bases cannot."""
 
 
 class Role(IntEnum):
@@ -58,15 +61,20 @@ class Stream:
         return out
 
     def mix(self, role: int, coefficients: Ints, rows: range, columns: range) -> Ints:
-        """sum_i q_i S_i over sign bases, int64 (rows, columns); sum |q_i| below 2^31."""
+        """sum_i q_i S_i over sign bases, int64 (rows, columns)."""
         found: Ints = self.mix_many(role, coefficients[None], rows, columns)[0]
         return found
 
     def mix_many(self, role: int, coefficients: Ints, rows: range, columns: range) -> Ints:
         """`mix` of each line of (n, k), the bases drawn once for all: int64 (n, rows, columns)."""
+        totals = np.abs(coefficients.astype(np.int64)).sum(axis=1)
+        if int(totals.max(initial=0)) >= KERNEL_SUM:
+            low = (coefficients.astype(np.int32) & 255).astype(np.int16)
+            high = ((coefficients - low) >> 8).astype(np.int16)
+            parts = (self.mix_many(role, part, rows, columns) for part in (low, high))
+            return next(parts) + 256 * next(parts)
         out = np.empty((len(coefficients), len(rows), len(columns)), np.int64)
         planes, flips = _bit_planes(coefficients)
-        totals = np.abs(coefficients.astype(np.int64)).sum(axis=1)
         place = _u32(role, rows.start, columns.start)
         philox.mix(*self.key, *place, planes, flips, totals, out)
         return out

@@ -116,7 +116,7 @@ def mix(k0, k1, role, row, column, planes, flips, totals, out):  # type: ignore[
     Args:
         planes: uint32 (n, P, blocks, 4), bit i of a block set where |q_i| has bit p.
         flips: uint32 (n, blocks, 4), bit i set where q_i is negative.
-        totals: int64 (n,), sum |q_i|, below 2^31.
+        totals: int64 (n,), sum |q_i|, below 2^32.
     """
     keys = _schedule(k0, k1)
     flat = out.reshape(out.shape[0], -1)
