@@ -14,7 +14,7 @@ import pytest
 import standin
 from standin import BATCH, TOLERANCE
 
-from kilodelta.device import Device, golden, journal, lock, mode_refit, modes, prove, state
+from kilodelta.device import Device, golden, journal, lock, mode_refit, modes, prove, runners, state
 from kilodelta.device import bundle as bundles
 from kilodelta.device.apply import apply
 from kilodelta.device.golden import Golden
@@ -415,16 +415,16 @@ def test_refit_mode_saves_the_refitted_engine_beside_the_base(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mode_refit, "RefitEngine", Engine)
-    monkeypatch.setattr(mode_refit.runners, "version", lambda bundle: "double 1")
+    monkeypatch.setattr(runners, "version", lambda bundle: "double 1")
     opened = lambda bundle, folder: (folder / "model.engine").read_text()  # noqa: E731
-    monkeypatch.setattr(mode_refit.runners, "open_runner", opened)
+    monkeypatch.setattr(runners, "open_runner", opened)
     places = Places(bench.device)
     mode_refit.write_unused(places.base, ["pooler.weight"])
     mode = mode_refit.RefitMode(places, replace(bundles.read(places), runtime="tensorrt"))
     found = load(bench.files["a"], bench.base)
     mode.build(found, tmp_path)
     given = ("model.engine", "weights.safetensors", "tensorrt", ("pooler.weight",))
-    assert mode.open(tmp_path) == mode.trial(found) == f"{given} {found.manifest.result}"
+    assert str(mode.open(tmp_path)) == str(mode.trial(found)) == f"{given} {found.manifest.result}"
     (places.base / "refit.json").write_text("[]")
     with pytest.raises(DeviceError, match="refit is not an object"):
         mode.build(found, tmp_path)
