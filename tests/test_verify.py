@@ -22,7 +22,7 @@ from making import delta
 
 import kilodelta
 from kilodelta.cli import main
-from kilodelta.errors import FileError, InputError, ProofError
+from kilodelta.errors import FileError, InputError, OutputError, ProofError
 from kilodelta.export import artefacts
 from kilodelta.export.export import Options, export
 from kilodelta.format.checkpoint import Checkpoint
@@ -56,9 +56,9 @@ class World:
         words = ["verify", self.place / base, self.place / file, *arguments, "-q"]
         return CliRunner().invoke(main, [str(word) for word in words])
 
-    def run(self, *arguments: str | Path) -> Result:
+    def run(self, *arguments: str | Path, base: str = "base") -> Result:
         """Verify with the texts as inputs."""
-        return self.verify(*arguments, "--inputs", self.place / "texts.txt")
+        return self.verify(*arguments, "--inputs", self.place / "texts.txt", base=base)
 
     def copied(self, to: Path) -> Path:
         return Path(shutil.copytree(self.out, to / "out"))
@@ -264,6 +264,12 @@ def test_what_is_required(world: World, tmp_path: Path) -> None:
     assert result.exit_code == InputError.exit_code
     assert "'magic' is no runner to require" in result.stderr
     assert "known are torch, torch-cpu, torch-cuda, ort, ort-cpu" in result.stderr
+
+
+def test_a_report_that_cannot_be_written_costs_no_work(world: World, tmp_path: Path) -> None:
+    result = world.run(world.out, "--report", tmp_path / "absent" / "r.json", base="absent")
+    assert result.exit_code == OutputError.exit_code
+    assert "lies in no folder" in result.stderr
 
 
 def test_without_inputs(world: World) -> None:

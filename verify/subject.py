@@ -28,6 +28,9 @@ class Options:
     digests_only: bool = False
     """Let an export folder pass by its digests, running nothing."""
 
+    report: str | None = None
+    """A file to write the JSON to; its folder is looked for before any work."""
+
     limit: int | None = None
     """Read at most so many inputs."""
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kilodelta.errors import InputError, KiloDeltaError, require
+from kilodelta.errors import InputError, KiloDeltaError, OutputError, require
 from kilodelta.export.artefacts import Manifest
 from kilodelta.format import atomic
 from kilodelta.format.checkpoint import Checkpoint
@@ -53,11 +53,7 @@ class Verification:
         return {**found, **self.report.to_json(), **wrong}
 
     def save(self, path: Path) -> None:
-        """Write the JSON.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
+        """Write the JSON."""
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
         atomic.write(path, text.encode("utf-8") + b"\n")
 
@@ -81,6 +77,7 @@ def verify(
         ProofError: a digest is wrong.
         InputError: options or places that make no sense.
         MissingPackageError: comparing outputs needs torch.
+        OutputError: the report cannot be written.
     """
     chosen = options or Options()
     merged, out = _sorted_out(places)
@@ -97,7 +94,10 @@ def verify(
             base=checkpoint, delta=Path(delta), merged=merged, folder=out, export=export
         )
         report = compare_outputs(subject, chosen, progress)
-    return Verification(proof=proof, export=export, report=report)
+    found = Verification(proof=proof, export=export, report=report)
+    if chosen.report is not None:
+        found.save(Path(chosen.report))
+    return found
 
 
 def _sorted_out(places: Sequence[str | os.PathLike[str]]) -> tuple[Path | None, Path | None]:
@@ -116,6 +116,8 @@ def _sorted_out(places: Sequence[str | os.PathLike[str]]) -> tuple[Path | None, 
 
 def _check(options: Options, out: Path | None) -> None:
     check_names(options.require)
+    if options.report is not None and not Path(options.report).absolute().parent.is_dir():
+        raise OutputError(f"{options.report} lies in no folder", fix="make the folder first")
     if options.inputs is not None:
         require("torch", extra="hf", why="compare what models put out")
         return

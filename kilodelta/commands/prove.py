@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
@@ -42,7 +41,6 @@ def verify(
     file: str,
     places: tuple[str, ...],
     require: str,
-    report: str | None,
     threads: int | None,
     as_json: bool,
     progress: Any,
@@ -58,6 +56,4 @@ def verify(
     names = tuple(name.strip() for name in require.split(",") if name.strip())
     options = Options(require=names, **given)
     found = verify(base, file, places, options=options, threads=threads, progress=progress)
-    if report is not None:
-        found.save(Path(report))
     return lambda: terminal.show_verification(found, as_json=as_json)

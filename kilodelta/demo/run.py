@@ -33,9 +33,9 @@ class Effort:
 
     each: int = 300
     """Texts of a class at most."""
-    tokens: int = 32
-    teacher_steps: int = 160
-    compress_steps: int = 320
+    tokens: int = 24
+    teacher_steps: int = 120
+    compress_steps: int = 240
     budget: int = 12_000
     """Bytes of the `.kd` file."""
     capabilities: tuple[str, ...] = ("sm86", "sm89", "sm120")
@@ -250,10 +250,10 @@ class _Run:
                 labels=str(folder / "labels.txt"),
                 max_length=self._effort.tokens,
                 require=("torch", "ort"),
+                report=str(folder / "verify.json"),
             ),
             progress=self._progress,
         )
-        found.save(folder / "verify.json")
         assert found.report is not None  # inputs were given
         return found, f"every artefact in every runner: {found.report.summary()}"
 
