@@ -43,6 +43,8 @@ def add_bf16(weights, numbers, factor, scale, out):  # type: ignore[no-untyped-d
     for j in range(out.size):
         w = np.uint32(np.uint32(weights[j]) << _16).view(np.float32)
         bits = np.float32(w + _step(numbers[j], factor, scale)).view(np.uint32)
+        # A NaN may carry any payload, and one of all ones would round to zero: look before, too.
+        bad |= np.uint32(np.uint32(bits & np.uint32(0x7F800000)) == np.uint32(0x7F800000))
         odd = np.uint32(np.uint32(bits >> _16) & _1)
         bits = np.uint32(np.uint32(bits + np.uint32(np.uint32(0x7FFF) + odd)) >> _16)
         out[j] = np.uint16(bits)
