@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from make import Numbers, canonical, container, digest, root
+from make import Numbers, canonical, container, digest, root  # type: ignore[import-not-found]
 
 from kilodelta.format import reference
 
@@ -293,7 +293,8 @@ def in_container(
     text = canonical(manifest)
     inside = root([digest(*tensor) for tensor in sorted(tensors)])
     whole = "sha256:" + hashlib.sha256(text.encode() + b"\0" + inside.encode()).hexdigest()
-    return container(tensors, {"kilodelta": text, "kilodelta.digest": whole})
+    file: bytes = container(tensors, {"kilodelta": text, "kilodelta.digest": whole})
+    return file
 
 
 def main() -> None:
