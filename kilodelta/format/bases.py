@@ -71,8 +71,9 @@ class Stream:
         if int(totals.max(initial=0)) >= KERNEL_SUM:
             low = (coefficients.astype(np.int32) & 255).astype(np.int16)
             high = ((coefficients - low) >> 8).astype(np.int16)
-            parts = (self.mix_many(role, part, rows, columns) for part in (low, high))
-            return next(parts) + 256 * next(parts)
+            by_bytes: Ints = self.mix_many(role, low, rows, columns)
+            by_bytes += 256 * self.mix_many(role, high, rows, columns)
+            return by_bytes
         out = np.empty((len(coefficients), len(rows), len(columns)), np.int64)
         planes, flips = _bit_planes(coefficients)
         place = _u32(role, rows.start, columns.start)
