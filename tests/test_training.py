@@ -114,6 +114,7 @@ def test_activation_checkpointing_changes_no_gradient(method: Method, tmp_path: 
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks, we do not
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated")
 @pytest.mark.parametrize("method", EVERY, ids=lambda m: m.name)
 def test_a_compiled_model_computes_and_learns_the_same(method: Method, tmp_path: Path) -> None:
     """Traced whole; the backend runs the traced graph as it is, so the results are equal to
