@@ -204,6 +204,26 @@ def test_a_wrong_norm_is_named(world: World) -> None:
     assert result.departure.layer == "blocks.2.norm"
 
 
+def test_a_layer_is_named_as_the_file_names_it(world: World) -> None:
+    """A checkpoint may call tensors otherwise than the module does."""
+    model = onnx.load(str(world.edited("blocks.1.up.bias", lambda bias: bias + 1)))
+    names = {f"encoder.{t.name}": t.name for t in model.graph.initializer}
+    for tensor in model.graph.initializer:
+        tensor.name = f"encoder.{tensor.name}"
+    for node in model.graph.node:
+        node.input[:] = [f"encoder.{n}" if f"encoder.{n}" in names else n for n in node.input]
+    onnx.save(model, str(world.folder / "renamed.onnx"))
+    found = first_departure(
+        world.folder / "renamed.onnx",
+        world.merged,
+        world.truth.cases[1].batch,
+        precision="float32",
+        names=names,
+    )
+    assert found is not None
+    assert found.layer == "encoder.blocks.1.up"
+
+
 def test_the_base_in_place_of_the_merged_model_fails(world: World) -> None:
     result = world.judge(to_onnx(world.base, world.folder / "base.onnx"))
     assert result.status == "failed"
