@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 PACKAGES = ("kilodelta", "numpy", "numba", "torch", "peft", "transformers", "onnxruntime")
@@ -47,3 +49,27 @@ def side_by_side(runs: Mapping[str, Callable[[], object]], *, repeats: int = 5) 
             if turn:
                 best[name] = min(best[name], time.perf_counter() - began)
     return best
+
+
+@contextmanager
+def peak_memory() -> Iterator[Callable[[], int]]:
+    """A function that tells the largest anonymous memory of this process so far, in bytes;
+    sampled every 2 ms while the block runs."""
+    largest, done = [_anonymous()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            largest[0] = max(largest[0], _anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield lambda: largest[0]
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _anonymous() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
