@@ -100,6 +100,16 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "biases": ("bert", "AutoModel", {"target_modules": ["query"], "bias": "all"}),
     "own-bias": ("bert", "AutoModel", {"target_modules": ["query", "key"], "lora_bias": True}),
+    # In the files these are vit.encoder.layer.*.attention.attention.query and intermediate.dense.
+    "renamed": (
+        "vit",
+        "AutoModelForImageClassification",
+        {
+            "target_modules": ["q_proj", "fc1"],
+            "modules_to_save": ["classifier"],
+            "bias": "lora_only",
+        },
+    ),
 }
 
 
@@ -265,6 +275,24 @@ def test_a_wrong_base_and_a_cut_file(tmp_path: Path) -> None:
     file = tmp_path / "lora" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(CheckpointError, match=r"tensors end at byte|takes .* bytes"):
+        bring(tmp_path / "lora", base, tmp_path / "task.kd")
+    assert not (tmp_path / "task.kd").exists()
+
+
+def test_a_base_whose_names_transformers_changes_is_still_checked(tmp_path: Path) -> None:
+    """Renaming makes no stranger's base fit, nor an adapter that leaves some of its targets out."""
+    kind, config = "AutoModelForImageClassification", lora(target_modules=["q_proj"])
+    base, other = pico.vit(tmp_path / "base"), pico.bert(tmp_path / "other")
+    trained(kind, base, config, tmp_path / "lora")
+    with pytest.raises(BaseMismatchError, match=r"has no tensor vit\.layers\.0\.attention\.q_proj"):
+        bring(tmp_path / "lora", other, tmp_path / "task.kd")
+    place = tmp_path / "lora" / "adapter_config.json"
+    options = {**json.loads(place.read_text()), "target_modules": ["q_proj", "k_proj"]}
+    place.write_text(json.dumps(options))
+    missing = r"base's vit\.encoder\.layer\.0\.attention\.attention\.key\.weight"
+    with pytest.raises(
+        BaseMismatchError, match=rf"k_proj, but holds nothing for the base's {name}"
+    ):
         bring(tmp_path / "lora", base, tmp_path / "task.kd")
     assert not (tmp_path / "task.kd").exists()
 

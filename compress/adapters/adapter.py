@@ -139,7 +139,7 @@ def open_adapter(path: Path, base: Checkpoint) -> Adapter:
         tensors=tensors,
         base=base,
         modules=place.tensors,
-        whole={key: place.name(name, base) for key, name in keys.whole.items()},
+        whole={key: place.name(name) for key, name in keys.whole.items()},
     )
 
 

@@ -2,18 +2,19 @@
 
 A key is `base_model.model.<module path>.<what>`; `<what>` begins with the method's prefix
 (`lora_A.weight`, `randlora_lambda`, ...). Other keys are tensors stored whole (`modules_to_save`,
-`bias`), or belong to the whole adapter (`base_model.randlora_A`).
+`bias`), or belong to the whole adapter (`base_model.randlora_A`). The module paths are those of the
+model in memory, whose tensors transformers may call otherwise than the files do.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kilodelta.errors import BaseMismatchError, CheckpointError, InputError
+from kilodelta.errors import BaseMismatchError, CheckpointError, InputError, KiloDeltaError
 from kilodelta.format.checkpoint import Checkpoint
 
 ROOT = "base_model.model."
@@ -79,17 +80,25 @@ def _split(key: str) -> tuple[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """How module paths become the base's tensor names: some front cut, some front added."""
+    """How module paths become the base's tensor names: some front cut, some front added, and what
+    the model calls a tensor looked up."""
 
     cut: str
     added: str
+    names: Mapping[str, str]
+    """The model's name of a tensor, to the base's."""
     tensors: Mapping[str, str]
     """Module path to the base's weight."""
 
-    def name(self, name: str, base: Checkpoint) -> str:
+    def name(self, name: str) -> str:
         """The base's name of another tensor of the same model; its own where it is new."""
-        moved = self.added + name.removeprefix(self.cut)
-        return moved if moved in base else name
+        return self.names.get(self.added + name.removeprefix(self.cut), name)
+
+    def path(self, name: str) -> str | None:
+        """The path of the module whose weight the model calls `name`, as the adapter has it."""
+        if not name.endswith(".weight") or not name.startswith(self.added):
+            return None
+        return self.cut + name.removeprefix(self.added).removesuffix(".weight")
 
 
 def find_modules(paths: tuple[str, ...], base: Checkpoint, where: Path) -> Place:
@@ -104,10 +113,12 @@ def find_modules(paths: tuple[str, ...], base: Checkpoint, where: Path) -> Place
     """
     if not paths:
         raise InputError(f"{where} adapts no module", fix="give a trained adapter's folder")
-    for cut, added in _moves(paths, base):
-        found = {path: f"{added}{path.removeprefix(cut)}.weight" for path in paths}
-        if all(name in base for name in found.values()):
-            return Place(cut=cut, added=added, tensors=found)
+    for names in _namings(base):
+        for cut, added in _moves(paths, names):
+            weights = {path: f"{added}{path.removeprefix(cut)}.weight" for path in paths}
+            if all(weight in names for weight in weights.values()):
+                tensors = {path: names[weight] for path, weight in weights.items()}
+                return Place(cut=cut, added=added, names=names, tensors=tensors)
     missing = next(path for path in paths if f"{path}.weight" not in base)
     raise BaseMismatchError(
         f"{base.path} has no tensor {missing}.weight, which {where} adapts",
@@ -115,9 +126,24 @@ def find_modules(paths: tuple[str, ...], base: Checkpoint, where: Path) -> Place
     )
 
 
-def _moves(paths: tuple[str, ...], base: Checkpoint) -> list[tuple[str, str]]:
+def _namings(base: Checkpoint) -> Iterator[Mapping[str, str]]:
+    """What the base's tensors may be called: as in its files, then as transformers renames them,
+    for which the model must be opened."""
+    yield {name: name for name in base.names}
+    if not (base.path / "config.json").is_file():
+        return
+    try:
+        from kilodelta.models.load import open_model
+
+        loaded = open_model(base.path).names
+    except (KiloDeltaError, ModuleNotFoundError):
+        return
+    yield {state: name for name, state in loaded.items()}
+
+
+def _moves(paths: tuple[str, ...], names: Iterable[str]) -> list[tuple[str, str]]:
     """(cut, added) to try, the plainest first."""
-    fronts = dict.fromkeys(name.partition(".")[0] + "." for name in base.names if "." in name)
+    fronts = dict.fromkeys(name.partition(".")[0] + "." for name in names if "." in name)
     first = paths[0].split(".")
     cuts = [".".join(first[:count]) + "." for count in range(1, len(first))]
     common = [cut for cut in cuts if all(path.startswith(cut) for path in paths)]
@@ -141,8 +167,8 @@ def check_targets(place: Place, config: Mapping[str, Any], base: Checkpoint, whe
             )
     if any(config.get(key) for key in ("layers_to_transform", "exclude_modules")):
         return
-    for name in base.names:
-        module = _module_path(name, place)
+    for known, name in place.names.items():
+        module = place.path(known)
         if module is None or len(base.info(name).shape) < 2 or module in place.tensors:
             continue
         if is_targeted(module, targets):
@@ -150,13 +176,6 @@ def check_targets(place: Place, config: Mapping[str, Any], base: Checkpoint, whe
                 f"{where} targets {module}, but holds nothing for the base's {name}",
                 fix="give the adapter's own base; it may have more layers than the adapter knows",
             )
-
-
-def _module_path(name: str, place: Place) -> str | None:
-    """The path by which the adapter's model knows a base tensor's module."""
-    if not name.endswith(".weight") or not name.startswith(place.added):
-        return None
-    return place.cut + name.removeprefix(place.added).removesuffix(".weight")
 
 
 def is_targeted(path: str, targets: str | list[str]) -> bool:
