@@ -104,7 +104,8 @@ class _Job:
 
     def run(self, allow_downgrade: bool) -> Applied:
         digest = self._digest()
-        delta = prove.bind(self.places, self.bundle, load(self.file))
+        tensors = bundles.read_tensors(self.places)
+        delta = prove.bind(self.bundle, tensors, load(self.file))
         fresh = self._named(digest, prove.version(delta))
         if not allow_downgrade:
             prove.require_newer(fresh.version, self.before)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from kilodelta.device.bundle import Bundle, read_tensors
-from kilodelta.device.places import Places
+from kilodelta.device.bundle import Bundle, Tensors
 from kilodelta.device.state import State
 from kilodelta.errors import BaseMismatchError, DowngradeError, FileError
 from kilodelta.format.baseline import explain
@@ -11,7 +10,7 @@ from kilodelta.format.delta import Delta
 from kilodelta.format.selftest import require_good_kernels
 
 
-def bind(places: Places, bundle: Bundle, delta: Delta) -> Delta:
+def bind(bundle: Bundle, tensors: Tensors, delta: Delta) -> Delta:
     """The delta, bound to the device's base.
 
     Raises:
@@ -19,10 +18,10 @@ def bind(places: Places, bundle: Bundle, delta: Delta) -> Delta:
         SelfTestError: this machine's kernels are wrong.
     """
     require_good_kernels()
-    tensors, base = read_tensors(places), delta.manifest.base
+    base = delta.manifest.base
     if base.root != bundle.root:
         raise BaseMismatchError(
-            f"{places.root} does not hold the base of this file\n"
+            "the device folder does not hold the base of this file\n"
             f"  expected {base.root} ({base.name or 'unnamed'}, {base.tensors} tensors)\n"
             f"  found    {bundle.root} ({bundle.name or 'unnamed'}, {len(tensors.infos)} tensors)\n"
             f"{explain(tensors.identity, base.fingerprints)}",

@@ -6,6 +6,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,10 @@ class Device:
         self._mode: Mode = open_mode(self.places, self.bundle)
         self._sessions: OrderedDict[Any, Session] = OrderedDict()
         self._lock = threading.Lock()
+
+    @cached_property
+    def _tensors(self) -> bundles.Tensors:
+        return bundles.read_tensors(self.places)
 
     @property
     def state(self) -> state.State:
@@ -97,7 +102,7 @@ class Device:
     def _trial(self, path: Path) -> Session:
         from kilodelta.format.file import load
 
-        return self._mode.trial(prove.bind(self.places, self.bundle, load(path)))
+        return self._mode.trial(prove.bind(self.bundle, self._tensors, load(path)))
 
     def _held(self, key: Any, make: Callable[[], Session]) -> Session:
         """A session made once; the one that was not used for longest gives way."""
