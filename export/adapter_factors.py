@@ -31,7 +31,7 @@ from kilodelta.progress import Meter, Progress, silent
 Matrix = npt.NDArray[Any]
 Factors = dict[str, Matrix]
 """Arrays by input name. Those of a bfloat16 graph are float32: numpy lacks the type, so whoever
-feeds them rounds them, as `kilodelta.verify.bfloat16.pack` does."""
+feeds them rounds them, as `kilodelta.export.bfloat16.pack` does."""
 
 _DTYPES: Mapping[str, Any] = {
     "float32": np.float32,

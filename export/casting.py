@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from kilodelta.export import bfloat16
 from kilodelta.format.dtypes import TARGETS
 
 Bytes = npt.NDArray[np.uint8]
-
-_QUIET_NAN = np.uint16(0x7FC0)
 
 
 def castable(source: str, target: str) -> bool:
@@ -39,7 +38,7 @@ def overflows(before: Bytes, source: str, after: Bytes, target: str) -> bool:
 
 def _widen(data: Bytes, dtype: str) -> npt.NDArray[np.float32]:
     if dtype == "BF16":
-        return (data.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return bfloat16.unpack(data.view(np.uint16))
     return data.view(np.float16 if dtype == "F16" else np.float32).astype(np.float32)
 
 
@@ -49,10 +48,7 @@ def _narrow(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.gener
     if dtype == "F16":
         with np.errstate(over="ignore"):
             return values.astype(np.float16)
-    bits = values.view(np.uint32)
-    odd = (bits >> np.uint32(16)) & np.uint32(1)
-    rounded = ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
-    return np.where(np.isnan(values), _QUIET_NAN, rounded)
+    return bfloat16.pack(values)
 
 
 def turned(data: Bytes, shape: tuple[int, ...]) -> Bytes:

@@ -20,7 +20,7 @@ DTYPES = MappingProxyType(
 
 
 class DeviceStream(Protocol):
-    """A CUDA stream and its memory, such as `kilodelta.verify.cuda.Stream`."""
+    """A CUDA stream and its memory, such as `kilodelta.export.cuda.Stream`."""
 
     @property
     def address(self) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kilodelta.errors import ExportError
-from kilodelta.export import gpu
+from kilodelta.export import cuda
 from kilodelta.export.facts import Profile
 from kilodelta.export.tensorrt_flavour import RTX
 from kilodelta.export.tensorrt_log import clean_stdout, logger
@@ -48,7 +48,7 @@ def build(
         ExportError: TensorRT refuses the model; the message holds all that it said.
         OutputError: the engine cannot be written.
     """
-    if refit and trt.__name__ == RTX and gpu.present() is None:
+    if refit and trt.__name__ == RTX and cuda.present() is None:
         raise ExportError(
             "tensorrt_rtx builds refittable engines only where a GPU and its driver are",
             fix="build on such a machine, or build an engine that is not refittable",

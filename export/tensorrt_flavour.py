@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from kilodelta.errors import ExportError, InputError, require
-from kilodelta.export import gpu
+from kilodelta.export import cuda
 from kilodelta.export.facts import FLAVOURS
 
 CLASSIC, RTX = FLAVOURS
@@ -54,7 +54,7 @@ def buildable(trt: Any) -> tuple[str, ...]:
     if trt.__name__ == RTX:
         names = trt.ComputeCapability.__members__
         return tuple(name.lower() for name in names if _CAPABILITY.match(name.lower()))
-    here = gpu.present()
+    here = cuda.present()
     return () if here is None else (here,)
 
 

@@ -21,7 +21,7 @@ from kilodelta.device.release import release
 from kilodelta.device.rollback import rollback
 from kilodelta.device.status import status
 from kilodelta.errors import InputError, KiloDeltaError, OutputError, ProofError
-from kilodelta.export import gpu
+from kilodelta.export import cuda
 from kilodelta.format import build
 from kilodelta.format.file import load
 from kilodelta.format.methods import Method, Nola, RandLora
@@ -231,7 +231,7 @@ def test_an_engine_folder_is_built_here_and_refuses_where_no_gpu_is(
     names = {file.file for file in made.files}
     assert {"model.engine", "adapter.json"} <= names
     assert "model.onnx" not in names
-    if gpu.present() is None:
+    if cuda.present() is None:
         with pytest.raises(KiloDeltaError):
             apply(tmp_path / "device", root / "a1.kd")
         assert status(tmp_path / "device").state.serving.delta == ""

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kilodelta.verify import cuda, doctor, probe, runtimes
+from kilodelta.export import cuda
+from kilodelta.verify import doctor, probe, runtimes
 from kilodelta.verify.doctor import examine
 from kilodelta.verify.finding import BROKEN, CONFLICT, MISSING, OK
 

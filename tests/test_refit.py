@@ -384,16 +384,16 @@ def test_the_real_parser_knows_all_of_minilm(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("default")
 def test_a_real_engine_computes_what_the_merged_model_does(tmp_path: Path, on_device: bool) -> None:
     pico = pytest.importorskip("pico")
-    from kilodelta.export import gpu, tensorrt_flavour
+    from kilodelta.export import cuda, tensorrt_flavour
+    from kilodelta.export.cuda import Stream, driver
     from kilodelta.export.onnx import export_template, fill_template
     from kilodelta.export.onnx_save import save
     from kilodelta.export.tensorrt import build
     from kilodelta.models import open_model
-    from kilodelta.verify.cuda import Stream, driver
     from kilodelta.verify.run_onnx import OnnxRunner
     from kilodelta.verify.run_tensorrt import TensorrtRunner
 
-    here = gpu.present()
+    here = cuda.present()
     assert here is not None
     trt = tensorrt_flavour.choose("auto", (here,), ("float32",))
     folder = pico.bert(tmp_path / "base")

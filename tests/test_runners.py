@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from kilodelta.errors import MissingPackageError, ProofError
-from kilodelta.verify import bfloat16, cuda, run_tensorrt
+from kilodelta.export import bfloat16, cuda
+from kilodelta.export.tensorrt_log import logger
+from kilodelta.verify import run_tensorrt
 from kilodelta.verify.run_onnx import OnnxRunner, assert_provider
 from kilodelta.verify.run_tensorrt import TensorrtRunner, covering
 from kilodelta.verify.run_torch import TorchRunner, named_outputs
@@ -361,11 +363,8 @@ class FakeContext:
 class FakeTensorrt:
     """The package, its runtime returning one engine whatever it reads."""
 
-    class Logger:
-        ERROR = 1
-
-        def __init__(self, severity: int) -> None:
-            pass
+    class ILogger:
+        Severity = SimpleNamespace(ERROR=1, INTERNAL_ERROR=0)
 
     def __init__(self, engine: FakeEngine | None) -> None:
         self.engine = engine
@@ -559,7 +558,7 @@ def linear_model(precision: str) -> bytes:
 
 def build(trt: Any, model: bytes) -> bytes:
     """A strongly typed engine for the GPU here, without TF32, with two profiles."""
-    log = run_tensorrt.logger(trt)
+    log = logger(trt)
     builder = trt.Builder(log)
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))

@@ -22,7 +22,7 @@ import tensorrt_rtx as rtx
 from onnx import TensorProto, helper, numpy_helper
 
 from kilodelta.errors import ExportError, InputError, KiloDeltaError, MissingPackageError
-from kilodelta.export import gpu, tensorrt
+from kilodelta.export import cuda, tensorrt
 from kilodelta.export.facts import Profile
 from kilodelta.export.tensorrt_flavour import buildable, choose
 from kilodelta.export.tensorrt_log import clean_stdout, logger
@@ -196,7 +196,7 @@ def classic(monkeypatch: pytest.MonkeyPatch) -> Any:
     module.__version__ = "11.4.0"  # type: ignore[attr-defined]
     module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr(gpu, "present", lambda: "sm90")
+    monkeypatch.setattr(cuda, "present", lambda: "sm90")
     return module
 
 
@@ -212,10 +212,10 @@ def test_classic_tensorrt_builds_for_the_gpu_present(
     config = tensorrt._config(network, ("sm90",), PROFILE, tf32=False)
     assert config.num_compute_capabilities == 0  # left alone: classic has no such thing
     assert not config.get_flag(rtx.BuilderFlag.TF32)
-    monkeypatch.setattr(gpu, "present", lambda: "sm75")
+    monkeypatch.setattr(cuda, "present", lambda: "sm75")
     refused(ExportError, "sm75 takes no bfloat16", "tensorrt", ("sm75",), ("bfloat16",))
     assert choose("tensorrt", ("sm75",), ("float32",)) is classic
-    monkeypatch.setattr(gpu, "present", lambda: None)
+    monkeypatch.setattr(cuda, "present", lambda: None)
     refused(ExportError, "no NVIDIA GPU or driver was found", "tensorrt", ("sm90",), ())
 
 
@@ -233,11 +233,11 @@ def test_tensorrt_that_does_not_start(
 
 def test_refittable_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = mlp(tmp_path / "m.onnx")
-    monkeypatch.setattr(gpu, "present", lambda: None)
+    monkeypatch.setattr(cuda, "present", lambda: None)
     with pytest.raises(ExportError, match="refittable engines only where a GPU") as caught:
         build(path, refit=("w1",))
     assert "not refittable" in caught.value.fix
-    monkeypatch.setattr(gpu, "present", lambda: "sm89")
+    monkeypatch.setattr(cuda, "present", lambda: "sm89")
     with pytest.raises(ExportError, match="has no weights nothing, more that"):
         build(path, refit=("w1", "nothing", "more"))
     network = Network(rtx, path)

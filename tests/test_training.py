@@ -21,7 +21,7 @@ import kilodelta
 from kilodelta.compress import train
 from kilodelta.format.methods import Lora, Method, Nola, RandLora, UniLora
 
-EVERY = [Nola(rank=2, bases=40), RandLora(rank=4), UniLora(rank=2, bases=300)]
+EVERY: list[Method] = [Nola(rank=2, bases=40), RandLora(rank=4), UniLora(rank=2, bases=300)]
 LAYERS = "*encoder*.weight"
 
 
@@ -125,7 +125,7 @@ def test_a_compiled_model_computes_and_learns_the_same(method: Method, tmp_path:
     wanted = gradients(model)
     model.zero_grad()
     torch.compiler.reset()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled: Any = torch.compile(model, backend="aot_eager")
     compiled(**batch()).loss.backward()
     for name, gradient in gradients(model).items():
         assert torch.allclose(gradient, wanted[name], rtol=1e-4, atol=1e-7), name
@@ -136,7 +136,8 @@ def test_several_deltas_on_one_base(tmp_path: Path) -> None:
     given = {name: value for name, value in batch().items() if name != "labels"}
     before = base(**given).logits
     outputs, attachments = [], []
-    for seed, method in enumerate((Nola(rank=2, bases=40), Lora(rank=2))):
+    methods: list[Method] = [Nola(rank=2, bases=40), Lora(rank=2)]
+    for seed, method in enumerate(methods):
         train.attach(base, method, LAYERS, exclude=["*LayerNorm*"], seed=seed)
         for parameter in base.parameters():
             if parameter.requires_grad:

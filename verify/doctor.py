@@ -12,8 +12,8 @@ import platform
 from dataclasses import asdict, dataclass
 
 import kilodelta
+from kilodelta.export.cuda import CudaError, Driver, driver
 from kilodelta.verify import runtimes
-from kilodelta.verify.cuda import CudaError, Driver, driver
 from kilodelta.verify.finding import BROKEN, CONFLICT, MISSING, OK, Cuda, Finding, missing
 from kilodelta.verify.probe import torch_cuda, version
 from kilodelta.verify.result import Json

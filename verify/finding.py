@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kilodelta.verify.cuda import Gpu
+from kilodelta.export.cuda import Gpu
 
 OK, MISSING, BROKEN, CONFLICT = "ok", "missing", "broken", "conflict"
 

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kilodelta.errors import KiloDeltaError, ProofError
+from kilodelta.export import cuda
 from kilodelta.format import atomic
-from kilodelta.verify import cuda, probe
+from kilodelta.verify import probe
 from kilodelta.verify.gpu_part import Part, Row, Setting, run
 from kilodelta.verify.result import FAILED, NOT_RUN, Json
 

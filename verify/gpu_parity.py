@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from kilodelta.errors import KiloDeltaError, require
+from kilodelta.export import cuda
 from kilodelta.export.export import export
 from kilodelta.export.options import Options as ExportOptions
 from kilodelta.format.methods import Nola
 from kilodelta.format.targets import Patterns
 from kilodelta.models.quiet import quiet
-from kilodelta.verify import cuda, gpu_base
+from kilodelta.verify import gpu_base
 from kilodelta.verify.gpu_part import Row, Setting
 from kilodelta.verify.result import NOT_RUN, Result
 from kilodelta.verify.verify import Options, verify

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kilodelta.errors import KiloDeltaError, MissingPackageError, ProofError, require
-from kilodelta.verify import bfloat16
+from kilodelta.export import bfloat16
 from kilodelta.verify.runner import Arrays, Batch, UnavailableError, one_line, take
 
 # TF32 rounds float32 products to 11 bits; parity in float32 needs them whole.

@@ -1,12 +1,11 @@
 """Running a TensorRT engine, of either flavour: `tensorrt` and `tensorrt_rtx` have one API here.
 
 An engine needs the GPU it was built for. Memory and streams come from the CUDA driver itself
-(`kilodelta.verify.cuda`), so a torch without CUDA beside it does no harm.
+(`kilodelta.export.cuda`), so a torch without CUDA beside it does no harm.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,14 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kilodelta.errors import KiloDeltaError, MissingPackageError, ProofError, require
-from kilodelta.verify import bfloat16
-from kilodelta.verify.cuda import CudaError, Gpu, Stream, driver
+from kilodelta.export import bfloat16
+from kilodelta.export.cuda import CudaError, Gpu, Stream, driver
+from kilodelta.export.tensorrt_flavour import EXTRAS
+from kilodelta.export.tensorrt_log import logger
 from kilodelta.verify.runner import Arrays, Batch, UnavailableError, take
 
 Shape: TypeAlias = tuple[int, ...]
 Profile: TypeAlias = Mapping[str, tuple[Shape, ...]]
 
-_EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
 _BFLOAT16 = "BF16"
 _DTYPES: dict[str, Any] = {
     "FLOAT": np.float32,
@@ -80,7 +80,7 @@ class TensorrtRunner:
             raise ProofError(f"{self.name}: {error}", fix="see `kilodelta doctor`") from error
 
     def _open(self) -> Any:
-        trt = require(self._flavour, extra=_EXTRAS[self._flavour], why="run engines")
+        trt = require(self._flavour, extra=EXTRAS[self._flavour], why="run engines")
         gpu = _first(driver().gpus())
         self._right_gpu(gpu)
         driver().use(0)
@@ -204,11 +204,6 @@ def _must(success: bool, what: str) -> None:
             f"TensorRT refuses {what}",
             fix="build the engine again with a profile that covers these inputs",
         )
-
-
-@functools.cache
-def logger(trt: Any) -> Any:
-    return trt.Logger(trt.Logger.ERROR)
 
 
 def _first(gpus: tuple[Gpu, ...]) -> Gpu:

@@ -174,6 +174,15 @@ def driver() -> Driver:
     return Driver(_load())
 
 
+def present() -> str | None:
+    """The compute capability of the first GPU, such as `sm89`; None without a GPU or driver."""
+    try:
+        gpus = driver().gpus()
+    except CudaError:
+        return None
+    return gpus[0].sm if gpus else None
+
+
 def _size(value: int = 0) -> ctypes.c_size_t:
     return ctypes.c_size_t(value)
 

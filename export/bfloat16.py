@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_QUIET_NAN = np.uint16(0x7FC0)
+
 
 def pack(values: NDArray[Any]) -> NDArray[np.uint16]:
-    """Round to bfloat16, to nearest even, and give the words; NaN stays a quiet NaN."""
+    """Round to bfloat16, to nearest even, and give the words; NaN becomes the one quiet NaN."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    quiet = (bits >> 16) | 0x40
-    return np.where(np.isnan(values), quiet, rounded).astype(np.uint16)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
+    return np.where(np.isnan(values), _QUIET_NAN, rounded)
 
 
 def unpack(words: NDArray[np.uint16]) -> NDArray[np.float32]:
