@@ -94,9 +94,8 @@ def make(
     """
     require("onnxscript", extra="onnx", why="export ONNX models")
     _check(options)
-    job = _Job(os.fspath(base), options, progress)
     with atomic.new_folder(Path(out)) as stage:
-        return job.run(Places(stage))
+        return _Job(os.fspath(base), options, progress).run(Places(stage))
 
 
 def _check(options: Options) -> None:
