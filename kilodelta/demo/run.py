@@ -269,14 +269,18 @@ class _Run:
         base = open_model(folder / "base")
         head = teacher.embed(base, task.names, tokens)
         weights = (folder / "tuned" / "model.safetensors").stat().st_size
-        sizes = {"base": weights, "tuned": weights}
-        sizes["merged"] = (folder / "task.kd").stat().st_size
+        shipped = (folder / "task.kd").stat().st_size
+        models = (
+            ("base", "base", weights),
+            ("tuned", "tuned", weights),
+            ("delta", "merged", shipped),
+        )
         rows = tuple(
             Row(
                 name=name,
                 nbytes=nbytes,
-                accuracy=teacher.accuracy(open_model(folder / name), head, task.test, tokens),
+                accuracy=teacher.accuracy(open_model(folder / place), head, task.test, tokens),
             )
-            for name, nbytes in sizes.items()
+            for name, place, nbytes in models
         )
         return rows, f"{len(task.test)} test texts, right or wrong"
