@@ -31,7 +31,9 @@ def bert12() -> nn.Module:
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
-    return BertModel(BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train()
+    config = BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model: nn.Module = BertModel(config).train()
+    return model
 
 
 MODELS: Mapping[str, Callable[[], nn.Module]] = {"minilm": minilm, "bert12": bert12}

@@ -172,7 +172,7 @@ def kills(bench: Bench, count: int) -> Iterator[str]:
     chance, began = random.Random(7), time.monotonic()
     apply(bench.device, bench.b)
     apply(bench.device, bench.a)
-    longest = 1.5 * (time.monotonic() - began)
+    longest = 2.0 * (time.monotonic() - began)
     for _ in range(count):
         child = _apply_for_ever(bench)
         time.sleep(chance.uniform(0.0, longest))
@@ -183,7 +183,12 @@ def kills(bench: Bench, count: int) -> Iterator[str]:
 
 def test_killed_at_random_moments(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STANDIN_PAUSE", "0.002")
-    assert set(kills(bench, 20)) == {"a", "b"}
+    seen = []
+    for served in kills(bench, 100):  # 20, and more where a busy machine killed none in time
+        seen.append(served)
+        if len(seen) >= 20 and set(seen) == {"a", "b"}:
+            break
+    assert set(seen) == {"a", "b"}
     events = [entry["event"] for entry in journal.read(bench.device / "journal")]
     assert "recovered" in events, "no kill fell into an apply"
     apply(bench.device, bench.b)

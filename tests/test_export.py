@@ -320,6 +320,7 @@ def test_any_module_by_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert relative(run_onnx(Path("out") / artefact.file, {"x": x.numpy()})[0], expected) < 1e-6
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_during_a_build_leaves_nothing(bert: Bert, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     sent: list[Any] = []

@@ -246,6 +246,7 @@ def test_refittable_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert marked == [False, True, False]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_a_build(tmp_path: Path) -> None:
     path = mlp(tmp_path / "m.onnx", layers=20)
     pressed: list[Any] = []
