@@ -25,7 +25,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ from typing import Any
 
 import numpy as np
 from fidelity_task import base_folder
-from machine import describe, side_by_side
+from machine import describe, peak_memory, side_by_side
 
 ROWS, TOKENS = 4, 64
 WORDS = (1000, 20000)
@@ -292,23 +291,11 @@ def _measured(sender: Any, work: Callable[..., None], arguments: tuple[Any, ...]
     from kilodelta.format.selftest import require_good_kernels
 
     require_good_kernels()
-    peak, done = [0], threading.Event()
-    watcher = threading.Thread(target=_watch, args=(peak, done))
-    watcher.start()
-    began = time.perf_counter()
-    work(*arguments)
-    seconds = time.perf_counter() - began
-    done.set()
-    watcher.join()
-    sender.send((seconds, peak[0]))
-
-
-def _watch(peak: list[int], done: threading.Event) -> None:
-    """The largest RssAnon of this process, sampled every 2 ms."""
-    while not done.wait(0.002):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-        peak[0] = max(peak[0], kilobytes * 1024)
+    with peak_memory() as peak:
+        began = time.perf_counter()
+        work(*arguments)
+        seconds = time.perf_counter() - began
+        sender.send((seconds, peak()))
 
 
 def apply(fleet: Fleet) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import describe, side_by_side
+from machine import describe, peak_memory, side_by_side
 
 D = 4096
 NOLA_RANK, NOLA_BASES = 8, 1024
@@ -336,23 +336,11 @@ def _merge_child(base: Path, delta: Path, out: Path, threads: int, sender: Any) 
         synced[0] += time.perf_counter() - began
 
     atomic.sync = sync
-    peak, done = [0], threading.Event()
-    watcher = threading.Thread(target=_watch, args=(peak, done))
-    watcher.start()
-    began = time.perf_counter()
-    kilodelta.merge(base, delta, out, threads=threads)
-    seconds = time.perf_counter() - began
-    done.set()
-    watcher.join()
-    sender.send(((seconds, seconds - synced[0]), peak[0]))
-
-
-def _watch(peak: list[int], done: threading.Event) -> None:
-    """The largest RssAnon of this process, sampled every 5 ms."""
-    while not done.wait(0.005):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-        peak[0] = max(peak[0], kilobytes * 1024)
+    with peak_memory() as peak:
+        began = time.perf_counter()
+        kilodelta.merge(base, delta, out, threads=threads)
+        seconds = time.perf_counter() - began
+        sender.send(((seconds, seconds - synced[0]), peak()))
 
 
 if __name__ == "__main__":
