@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from kilodelta.errors import InputError
-from kilodelta.export.adapter_layout import INDEX, MAX_RANK, MAX_SLOTS, AdapterLayout, Exposed
+from kilodelta.export.adapter_layout import INDEX, MAX_SLOTS, AdapterLayout, Exposed
 from kilodelta.export.adapter_sites import Site, is_layer, sites, use_of
 from kilodelta.export.adapter_surgery import Surgery
 from kilodelta.export.facts import Port
 from kilodelta.export.onnx import Template
 from kilodelta.format.checkpoint import Checkpoint, TensorInfo
 from kilodelta.format.identity import digest
+from kilodelta.format.options import MAX_RANK
 from kilodelta.format.targets import Patterns, select
 
 

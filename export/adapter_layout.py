@@ -29,11 +29,10 @@ from kilodelta.export import fields
 from kilodelta.export.facts import DTYPES
 from kilodelta.format import atomic, canonical, dtypes
 from kilodelta.format.checkpoint import TensorInfo
+from kilodelta.format.options import MAX_RANK
 
 VERSION = 1
 NAME = "adapter.json"
-MAX_RANK = 4096
-"""As in docs/format.md, section 3."""
 MAX_SLOTS = 1024
 INDEX = "adapter"
 """The input that chooses a slot for each row."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import as_json, with_progress
+from kilodelta.commands.shared import as_json, flavour, with_progress
 from kilodelta.errors import require
 
 if TYPE_CHECKING:
@@ -30,13 +30,7 @@ HISTORY = 10
 )
 @click.option("--onnx", is_flag=True, help="Keep the ONNX file; the default without --engine.")
 @click.option("--engine", metavar="SM[,SM]", help="Run in TensorRT on GPUs such as sm89.")
-@click.option(
-    "--flavour",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "tensorrt", "tensorrt_rtx"]),
-    help="Which TensorRT; auto takes RTX where it builds for the GPUs asked for.",
-)
+@flavour
 @click.option(
     "--provider",
     default="cpu",

@@ -14,6 +14,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 quiet = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+flavour = click.option(
+    "--flavour",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "tensorrt", "tensorrt_rtx"]),
+    help="Which TensorRT; auto takes RTX where it builds for the GPUs asked for.",
+)
 threads = click.option(
     "--threads", type=click.IntRange(1), help="Cores to use; all by default.", metavar="N"
 )

@@ -10,7 +10,7 @@ import click
 
 from kilodelta import terminal
 from kilodelta.commands.peft import peft_options
-from kilodelta.commands.shared import as_json, threads, with_progress
+from kilodelta.commands.shared import as_json, flavour, threads, with_progress
 from kilodelta.errors import require
 
 if TYPE_CHECKING:
@@ -68,13 +68,7 @@ def merge(
     help="Precision of weights and arithmetic; repeat for several.",
 )
 @click.option("--external-data", is_flag=True, help="Weights beside the ONNX file, not in it.")
-@click.option(
-    "--flavour",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "tensorrt", "tensorrt_rtx"]),
-    help="Which TensorRT; auto takes RTX where it builds for the GPUs asked for.",
-)
+@flavour
 @click.option(
     "--profile",
     "profiles",
