@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,8 @@ def accuracy(embeddings: torch.Tensor, head: torch.Tensor, labels: torch.Tensor)
 
 
 def train_teacher(task: Task, folder: Path, seed: int) -> None:
-    """Full fine-tune of every encoder tensor: AdamW 1.5e-4, 320 steps of 32, linear warm-up and
-    decay; saved as a Hugging Face folder."""
+    """Full fine-tune of every encoder tensor: AdamW 1.5e-4, 320 steps of 32 from shuffled epochs,
+    linear warm-up and decay; saved as a Hugging Face folder."""
     torch.manual_seed(seed)
     model, tokenizer = open_encoder(base_folder())
     head = embed_all(model, tokenizer, task.names)
@@ -124,8 +125,7 @@ def train_teacher(task: Task, folder: Path, seed: int) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda s: min((s + 1) / warm, (steps - s) / (steps - warm))
     )
-    for _ in range(steps):
-        chosen = torch.randint(len(task.train.texts), (32,))
+    for chosen in _batches(len(task.train.texts), steps):
         batch = tokens(tokenizer, [task.train.texts[i] for i in chosen])
         logits = TEMPERATURE * embed(model, batch) @ head.T
         loss = nn.functional.cross_entropy(logits, task.train.labels[chosen])
@@ -135,3 +135,12 @@ def train_teacher(task: Task, folder: Path, seed: int) -> None:
         schedule.step()
     shutil.copytree(base_folder(), folder)  # pooling and tokenizer, as sentence-transformers saves
     model.save_pretrained(folder)  # type: ignore[operator]
+
+
+def _batches(texts: int, steps: int) -> Iterator[torch.Tensor]:
+    """Text numbers, 32 a step; every epoch is shuffled and leaves its last broken batch out."""
+    a_epoch = texts // 32
+    for step in range(steps):
+        if step % a_epoch == 0:
+            order = torch.randperm(texts)[: a_epoch * 32].view(a_epoch, 32)
+        yield order[step % a_epoch]

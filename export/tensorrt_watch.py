@@ -64,24 +64,29 @@ def monitor(trt: Any, watch: Watch) -> Any:
 
 
 def attended(work: Callable[[], T], watch: Watch) -> T:
-    """Run `work` on another thread; an interrupt stops it, waits for its end and passes on."""
+    """Run `work` on another thread; an interrupt stops it, waits for its end and passes on.
+
+    The end is an event of our own: a `Thread.join` that an interrupt breaks takes the thread for
+    ended from then on, up to Python 3.12.
+    """
     results: list[T] = []
+    ended = threading.Event()
 
     def run() -> None:
         try:
             results.append(work())
         except BaseException as error:
             watch.failure = watch.failure or error
+        finally:
+            ended.set()
 
-    thread = threading.Thread(target=run, name="tensorrt-build", daemon=True)
     try:
-        thread.start()
-        while thread.is_alive():
-            thread.join(_POLL_SECONDS)
+        threading.Thread(target=run, name="tensorrt-build", daemon=True).start()
+        while not ended.wait(_POLL_SECONDS):
+            pass
     except BaseException:
         watch.stop()
-        if thread.is_alive():
-            thread.join()
+        ended.wait()
         raise
     if watch.failure is not None:
         raise watch.failure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
+import threading
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +27,7 @@ from kilodelta.export.facts import Profile
 from kilodelta.export.tensorrt_flavour import buildable, choose
 from kilodelta.export.tensorrt_log import clean_stdout, logger
 from kilodelta.export.tensorrt_network import Network
+from kilodelta.export.tensorrt_watch import Watch
 
 SIZE = 16
 PROFILE: Profile = {"x": ((1, SIZE), (4, SIZE), (8, SIZE))}
@@ -247,15 +248,23 @@ def test_refittable_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_ctrl_c_ends_a_build(tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = mlp(tmp_path / "m.onnx", layers=20)
     pressed: list[Any] = []
+    stopped = threading.Event()
+    stop = Watch.stop
+
+    def stop_and_tell(watch: Watch) -> None:
+        stop(watch)
+        stopped.set()
+
+    monkeypatch.setattr(Watch, "stop", stop_and_tell)
 
     def press(event: Any) -> None:
         if not pressed:
             pressed.append(event)
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.3)  # the build stands still until the main thread has taken it
+            assert stopped.wait(60)  # the build stands still until the main thread has taken it
 
     with pytest.raises(KeyboardInterrupt):
         build(path, progress=press)
