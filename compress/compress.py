@@ -27,7 +27,7 @@ from kilodelta.format.identity import digest
 from kilodelta.format.inspect import inspect
 from kilodelta.format.manifest import method_options
 from kilodelta.format.methods import Lora
-from kilodelta.models import locate
+from kilodelta.models import check_spec, locate
 from kilodelta.models.fill import fill
 from kilodelta.progress import Progress, silent
 
@@ -59,6 +59,8 @@ def compress(
         InputError: inputs or options make no sense.
         QualityError: the agreement stayed below `options.min_agreement`; the file is written.
     """
+    if inputs is not None:
+        check_spec(inputs)
     job = prepare(locate(base), locate(tuned), Path(out), options)
     report = _fit(job, progress) if inputs is None else _distil(job, inputs, resume, progress)
     _check_quality(report, options)

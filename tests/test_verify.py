@@ -289,6 +289,10 @@ def test_places_and_inputs_that_make_no_sense(world: World, tmp_path: Path) -> N
     result = world.verify(world.place / "merged", world.place / "base")
     assert result.exit_code == InputError.exit_code
     assert "two of a kind" in result.stderr
+    for inputs, why in (("no.txt", "no.txt is no file"), ("texts", "texts is no kind of input")):
+        result = world.verify(world.out, "--inputs", inputs, base="nowhere")
+        assert result.exit_code == InputError.exit_code
+        assert why in result.stderr
     np.savez(tmp_path / "ids.npz", input_ids=np.ones((2, 3), dtype=np.int64))
     result = world.verify(world.out, "--inputs", tmp_path / "ids.npz")
     assert result.exit_code == InputError.exit_code

@@ -120,6 +120,9 @@ def _check(options: Options, out: Path | None) -> None:
         raise OutputError(f"{options.report} lies in no folder", fix="make the folder first")
     if options.inputs is not None:
         require("torch", extra="hf", why="compare what models put out")
+        from kilodelta.models import check_spec
+
+        check_spec(options.inputs)
         return
     if options.require or options.against or options.labels:
         raise InputError(

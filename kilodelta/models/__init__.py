@@ -11,6 +11,7 @@ from kilodelta.models.heads import View as View
 from kilodelta.models.heads import counted as counted
 from kilodelta.models.heads import outputs as outputs
 from kilodelta.models.inputs import Batch as Batch
+from kilodelta.models.inputs import check_spec as check_spec
 from kilodelta.models.inputs import read_inputs as read_inputs
 from kilodelta.models.inputs import read_texts as read_texts
 from kilodelta.models.inputs import tokenize as tokenize
@@ -23,6 +24,7 @@ __all__ = [
     "LoadedModel",
     "Pooling",
     "View",
+    "check_spec",
     "counted",
     "example",
     "fill",

@@ -42,10 +42,25 @@ def read_inputs(
     Raises:
         InputError: the inputs cannot be read, or do not fit the model.
     """
+    check_spec(spec)
     batches = list(_batches(str(spec), loaded, limit, batch_size, field, max_length))
     if not batches:
         raise InputError(f"{spec} holds no inputs", fix="give at least one")
     return batches
+
+
+def check_spec(spec: str | Path) -> None:
+    """See that inputs are there and of a known kind, before any long work.
+
+    Raises:
+        InputError: they are not.
+    """
+    path = Path(spec)
+    if path.suffix in (".jsonl", ".txt", ".npz"):
+        if not path.is_file():
+            raise InputError(f"{spec} is no file", fix="check the path")
+    elif not is_entry(str(spec)):
+        raise InputError(f"{spec} is no kind of input", fix=f"give {_KINDS}")
 
 
 def tokenize(loaded: LoadedModel, texts: Sequence[str], *, max_length: int | None = None) -> Batch:
@@ -87,10 +102,8 @@ def _batches(
         rows = _rows(arrays) if limit is None else min(limit, _rows(arrays))
         for start in range(0, rows, batch_size):
             yield _cut(arrays, start, min(start + batch_size, rows))
-    elif is_entry(spec):
-        yield from _limited(_called(spec, loaded), limit)
     else:
-        raise InputError(f"{spec} is no kind of input", fix=f"give {_KINDS}")
+        yield from _limited(_called(spec, loaded), limit)
 
 
 def _parts(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
@@ -123,8 +136,6 @@ def _read_npz(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist", fix="check the path") from None
     except (OSError, ValueError, EOFError, AttributeError) as error:
         raise InputError(
             f"{path} is not an .npz file of plain arrays: {error}",
