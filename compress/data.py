@@ -56,7 +56,12 @@ def gather(job: Job, inputs: str | Path, progress: Progress) -> Data:
     return Data(
         rows=rows,
         teacher=voice,
-        objective=objective_for(voice.output, None if bank is None else bank[learned], labels),
+        objective=objective_for(
+            voice.output,
+            None if bank is None else bank[learned],
+            labels,
+            coefficients=job.coefficients,
+        ),
         learned=learned,
         held_out=order[:count],
         digest=digest_of(inputs),

@@ -57,6 +57,12 @@ class Job:
     method: Method
     bits: int
 
+    @property
+    def coefficients(self) -> int:
+        """How many numbers are trained, beside extras."""
+        own = (group for target in self.targets for group in self.method.groups(target))
+        return sum(group.size for group in (*self.method.shared(), *own))
+
 
 def prepare(base: Path, tuned: Path, out: Path, options: Options) -> Job:
     if not out.parent.exists():

@@ -1,10 +1,13 @@
 """What it means to compute the same: a loss to train on and measures to report, by output kind.
 
-Logits are compared as distributions (KL divergence, Hinton et al., arXiv 1503.02531). Embeddings
-live in a space in which only neighbourhoods matter: beside the distance to the teacher's own
-embedding, the student's similarities to a bank of the teacher's embeddings of other inputs must
-follow the teacher's (relational distillation, Park et al., arXiv 1904.05068). Other states are
-compared by their normalised mean square.
+Logits are compared as distributions (KL divergence, Hinton et al., arXiv 1503.02531). Where labels
+are known, embeddings are compared by their logits too, and pulled to the teacher's as far as there
+are coefficients to carry them: a few labels say little about a text, and a student that follows
+them alone drifts away from its teacher on new ones. Other embeddings live in a space in which only
+neighbourhoods matter: beside the distance to the teacher's own embedding, the student's
+similarities to a bank of the teacher's embeddings of other inputs must follow the teacher's
+(relational distillation, Park et al., arXiv 1904.05068). Other states are compared by their
+normalised mean square.
 """
 
 from __future__ import annotations
@@ -22,6 +25,15 @@ SHARPNESS = 20.0
 """Cosines are multiplied by this before they become a distribution, as retrieval models do."""
 BANK = 2048
 """Teacher embeddings that a student is compared with at a time."""
+PULL = 3.0
+"""Weight of 1 - cosine to the teacher's embedding beside the divergence over labels, in full."""
+PULLED = 20_000
+"""Coefficients from which the pull has its full weight; below, it grows with their square.
+
+Measured on a sentence encoder (`benchmarks/fidelity.py`'s recipe, TREC-6): with 97,000 coefficients
+the pull raises agreement on test texts from 98.4 to 99.0 % and the cosine from 0.80 to 0.99; with
+5,500 a full one costs agreement (91.9 to 91.0 % on Banking77), for they cannot follow both.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +61,21 @@ class Objective:
     measure: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def objective_for(name: str, bank: Tensor | None, labels: Tensor | None = None) -> Objective:
+def objective_for(
+    name: str, bank: Tensor | None, labels: Tensor | None = None, *, coefficients: int = 0
+) -> Objective:
     """The objective of an output by its name.
 
     Args:
         bank: the teacher's embeddings of other inputs, (n, width).
         labels: the embeddings of a fixed set of labels or queries, (n, width): what counts then
             is the distribution over them that an embedding's cosines give.
+        coefficients: how many the student has to follow the embeddings with, beside the labels.
     """
     if "logits" in name:
         return Objective(name, "logits", _divergence, _compare_choices)
     if labels is not None:
-        head = _Head(labels)
+        head = _Head(labels, pull=PULL * min(1.0, coefficients / PULLED) ** 2)
         return Objective(name, "logits", head.loss, head.measure)
     if name == EMBEDDING and bank is not None:
         return Objective(name, "embedding", _Relational(bank), _compare_angles)
@@ -89,16 +104,19 @@ def _square(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 
 
 class _Head:
-    """Cosines to fixed labels, sharpened, as logits."""
+    """Cosines to fixed labels, sharpened, as logits; and a pull to the teacher's embedding."""
 
-    def __init__(self, labels: Tensor) -> None:
+    def __init__(self, labels: Tensor, pull: float) -> None:
         self.labels = SHARPNESS * functional.normalize(labels, dim=-1)
+        self.pull = pull
 
     def logits(self, embeddings: Tensor) -> Tensor:
         return functional.normalize(embeddings, dim=-1) @ self.labels.T
 
     def loss(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        return _divergence(self.logits(student), self.logits(teacher), mask)
+        apart = 1 - functional.cosine_similarity(student, teacher, dim=-1)
+        kl = _divergence(self.logits(student), self.logits(teacher), mask)
+        return kl + self.pull * masked_mean(apart, mask)
 
     def measure(self, student: Tensor, teacher: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return _compare_choices(self.logits(student), self.logits(teacher), mask)

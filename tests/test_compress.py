@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("transformers")
 
 import pico
+import torch
 from click.testing import CliRunner
 
 import kilodelta
@@ -19,10 +20,12 @@ from kilodelta.cli import main
 from kilodelta.compress import budget
 from kilodelta.compress.changes import compare, patterns_for
 from kilodelta.compress.compress import Options, compress
+from kilodelta.compress.objective import PULL, PULLED, objective_for
 from kilodelta.errors import BaseMismatchError, InputError, QualityError
 from kilodelta.format.checkpoint import Checkpoint
 from kilodelta.format.methods import Lora, Method, Nola, UniLora
 from kilodelta.format.targets import Target
+from kilodelta.models.heads import EMBEDDING
 from kilodelta.verify.proof import prove
 
 
@@ -65,6 +68,25 @@ def test_the_same_seed_gives_the_same_file(
     for name in ("a.kd", "b.kd"):
         compress(*pair, tmp_path / name, inputs=texts, options=options)
     assert (tmp_path / "a.kd").read_bytes() == (tmp_path / "b.kd").read_bytes()
+
+
+def test_embeddings_with_labels_follow_both_as_far_as_coefficients_reach() -> None:
+    labels = torch.eye(4)[:2]
+    teacher = torch.tensor([[0.6, 0.0, 0.8, 0.0]])
+    astray = torch.tensor([[0.6, 0.0, 0.0, 0.8]])  # the same cosines to both labels
+    mask = torch.ones(1)
+
+    def loss(student: torch.Tensor, coefficients: int) -> float:
+        objective = objective_for(EMBEDDING, None, labels, coefficients=coefficients)
+        return float(objective.loss(student, teacher, mask))
+
+    apart = 1 - 0.36
+    assert loss(astray, 0) == pytest.approx(0, abs=1e-6)
+    assert loss(astray, PULLED // 2) == pytest.approx(PULL / 4 * apart, rel=1e-5)
+    assert loss(astray, PULLED) == pytest.approx(PULL * apart, rel=1e-5)
+    assert loss(astray, 10 * PULLED) == pytest.approx(PULL * apart, rel=1e-5)
+    assert loss(teacher, PULLED) == pytest.approx(0, abs=1e-5)
+    assert loss(astray[:, [1, 0, 2, 3]], 0) > 1  # nearer to the other label
 
 
 def test_without_inputs_only_svd(pair: tuple[Path, Path], tmp_path: Path) -> None:
