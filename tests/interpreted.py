@@ -14,17 +14,24 @@ import torch
 from kilodelta.compress.packed import SignBases, SignMixer, mix_signs, pack
 from kilodelta.errors import SelfTestError
 from kilodelta.format.bases import Stream
-from kilodelta.format.methods import Method
+from kilodelta.format.methods import Method, Nola
 from kilodelta.format.selftest import KNOWN_ANSWERS
+from kilodelta.format.targets import Target
+from kilodelta.kernels import sides as sides_module
 from kilodelta.kernels.on_triton import TritonUnit
 from kilodelta.kernels.selftest import SAMPLES, is_ternary, require_good_unit
+from kilodelta.kernels.sides import sides
 from kilodelta.kernels.unit import Place, Step
 
-pytest.importorskip("triton")
+variants = pytest.importorskip("kilodelta.kernels.variants", exc_type=ImportError)
 CPU = torch.device("cpu")
 SEED = 0xFEDCBA9876543210
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "these kernels need TRITON_INTERPRET=1"
+
+
+def target_of(*shape: int) -> Target:
+    return Target(name="x", dtype="F32", shape=shape, transposed=False, index=0)
 
 
 @pytest.mark.parametrize("method", {(m.name, is_ternary(m)): m for m in SAMPLES}.values(), ids=str)
@@ -42,6 +49,34 @@ def test_philox_gives_the_known_answer_of_its_authors() -> None:
         q[32 * u : 32 * u + 16] = 2 ** np.arange(16)
         drawn = TritonUnit(CPU).mixed(place, q, 1)(range(1))
         assert int(drawn) == 0xFFFF - 2 * (word & 0xFFFF)
+
+
+def test_pieces_of_either_factor_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As sums beyond 2^31 come; `test_kernels.py` has one of those."""
+    monkeypatch.setattr(sides_module, "MOST", 500)
+    rng, method, target = np.random.default_rng(3), Nola(rank=2, bases=40), target_of(5, 4)
+    large, small = rng.integers(-99, 100, 40), np.eye(1, 40, 7, dtype=np.int64)[0]
+    for q in ({"alpha": large, "beta": small}, {"alpha": small, "beta": large}):
+        found = sides(method, q, target, Stream(SEED), TritonUnit(CPU))
+        out, in_ = found.out(range(5)), found.in_(range(4))
+        assert len(out) == len(in_) > 4  # two for each of several pieces
+        stream = Stream(SEED)
+        wanted = method.left(q, target, stream, range(5)) @ method.right(q, target, stream)
+        assert np.array_equal((out.t() @ in_).numpy(), wanted)
+
+
+@pytest.mark.parametrize("shape", [(3_000_000, 1), (1, 9_000_000)], ids=str)
+def test_no_axis_of_a_grid_is_too_long(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA takes 65,535 programs along all axes but the first."""
+    grids = []
+    monkeypatch.setattr(variants.Variant, "launch", lambda self, grid, *_: grids.append(grid))
+    left, right = (torch.zeros(1, size, dtype=torch.int32) for size in shape)
+    TritonUnit(CPU).add(torch.zeros(shape), left, right, Step(c=1, e=0, bound=1))
+    [(programs, *others)] = grids
+    assert programs >= shape[0] * shape[1] / (32 * 128)
+    assert all(size <= 65_535 for size in others)
 
 
 def test_a_range_of_lines_is_a_slice_of_all() -> None:

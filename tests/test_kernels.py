@@ -8,15 +8,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from kilodelta.errors import SelfTestError
-from kilodelta.format.methods import Method
+from kilodelta.format.bases import Role, Stream
+from kilodelta.format.methods import Method, Nola
+from kilodelta.format.targets import Target
 from kilodelta.kernels import choose
 from kilodelta.kernels.on_torch import TorchUnit
 from kilodelta.kernels.selftest import SAMPLES, is_ternary, require_good_unit
-from kilodelta.kernels.unit import Step
+from kilodelta.kernels.sides import sides
+from kilodelta.kernels.unit import Draw, Place, Step
 
 variants = pytest.importorskip("kilodelta.kernels.variants", exc_type=ImportError)
 HERE = Path(__file__).parent
@@ -93,6 +97,38 @@ def test_a_broken_kernel_does_not_compile() -> None:
 def test_torch_operations_equal_the_cpu_kernels(method: Method) -> None:
     unit = choose.unit_for(torch.device("cpu"), method)
     assert isinstance(unit, TorchUnit)
+
+
+class Counting(TorchUnit):
+    """Keeps the sums of magnitudes that it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.sums: list[int] = []
+
+    def mixed(self, place: Place, q: Any, rank: int) -> Draw:
+        self.sums.append(int(np.abs(q.astype(np.int64)).sum()))
+        return super().mixed(place, q, rank)
+
+
+def test_nola_sums_beyond_31_bits_equal_the_cpus() -> None:
+    """Every sign of alpha is that of the first column's entry, so its sum is the largest there is:
+    66,000 times 32,767, which is more than 2^31."""
+    method, seed = Nola(rank=1, bases=66_000), Stream(2**63 + 5)
+    target = Target(name="x", dtype="F32", shape=(3, 2), transposed=False, index=0)
+    words = seed.words(Role.NOLA_A, range(1), range(1), range(-(-method.bases // 128)))
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: method.bases]
+    beta = np.zeros(method.bases, np.int16)
+    beta[[0, 5, 65_999]] = 3, -7, 1
+    q = {"alpha": (32767 * (1 - 2 * bits.astype(np.int64))).astype(np.int16), "beta": beta}
+    left, right = method.left(q, target, seed, range(3)), method.right(q, target, seed)
+    assert right[0, 0] == 66_000 * 32_767 > 2**31
+    unit = Counting()
+    found = sides(method, q, target, seed, unit)
+    assert unit.sums == [11, 65_537 * 32_767, 463 * 32_767]  # below 2^31, as units want them
+    step = Step(c=1, e=-35, bound=method.bound(q))
+    out, _ = unit.add(torch.zeros(3, 2), found.out(range(3)), found.in_(range(2)), step)
+    assert np.array_equal(out.numpy(), (left @ right).astype(np.float32) * np.float32(2.0**-35))
 
 
 @pytest.mark.parametrize("wrong", [{"c": 1}, {"e": 1}])

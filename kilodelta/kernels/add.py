@@ -57,8 +57,9 @@ def low_rank(
     DTYPE: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Factors int32 (rank, rows) and (rank, columns); WIDE where a sum may pass 2^31."""
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    broad = tl.cdiv(columns, BN)  # a grid's second axis would end at 65,535
+    m = tl.program_id(0) // broad * BM + tl.arange(0, BM)
+    n = tl.program_id(0) % broad * BN + tl.arange(0, BN)
     total = tl.zeros((BM, BN), tl.int64 if WIDE else tl.int32)
     for k in range(rank):
         l = tl.load(left + k * rows + m, mask=m < rows, other=0)[:, None]  # noqa: E741

@@ -119,11 +119,10 @@ class TritonUnit:
         before = weights.view(bits), out.view(bits), flag, left, right, rows, columns
         if left.dtype == torch.int8:
             variant, inner = variants.BY_INT8[dtype], left.shape[1]
-            tall, broad = variant.constants["BM"], variant.constants["BN"]
-            grid: tuple[int, ...] = (tiles(rows, tall) * tiles(columns, broad),)
         else:
             variant, inner = variants.LOW_RANK[dtype, step.bound >= 2**31], left.shape[0]
-            grid = tiles(columns, variant.constants["BN"]), tiles(rows, variant.constants["BM"])
+        tall, broad = variant.constants["BM"], variant.constants["BN"]
+        grid = (tiles(rows, tall) * tiles(columns, broad),)
         variant.launch(grid, *before, inner, step.c, step.scale)
         return out, flag
 

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
-from kilodelta.errors import InputError
 from kilodelta.format.bases import Ints, Role, Stream
 from kilodelta.format.methods import Coefficients, Lora, Method, Nola, RandLora, UniLora, Vera
 from kilodelta.format.methods.base import magnitude
 from kilodelta.format.targets import Target
 from kilodelta.kernels.unit import Draw, Place, Unit
+
+MOST = 2**31 - 2**15
+"""Where a group's magnitudes are cut: with one more number of 16 bits the sum is below 2^31."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,25 +50,32 @@ class _Job:
 
 
 def sides(method: Method, q: Coefficients, target: Target, stream: Stream, unit: Unit) -> Sides:
-    """The factors of a target's update.
-
-    Raises:
-        InputError: a sum of NOLA's coefficients reaches 2^31.
-    """
+    """The factors of a target's update."""
     return _SIDES[method.name](method, _Job(q, target, stream, unit))
 
 
 def _nola(method: Nola, job: _Job) -> Sides:
-    for name in ("alpha", "beta"):
-        if int(magnitude(job.q[name]).sum()) >= 2**31:
-            raise InputError(
-                f"the sum of {name} of {job.target.name} reaches 2^31",
-                fix="use fewer bases or fewer bits",
-            )
-    return Sides(
-        out=job.unit.mixed(job.rows(Role.NOLA_B), job.q["beta"], method.rank),
-        in_=job.unit.mixed(job.columns(Role.NOLA_A), job.q["alpha"], method.rank),
-    )
+    """Units sum in 31 bits. A larger sum comes in pieces, one beside the other in the rank, each
+    with the other factor once more: B (A1 + A2) = [B B] [A1; A2]. By the format's bound, 2^53, one
+    of the two factors is whole."""
+    out = _pieces(job.rows(Role.NOLA_B), job.q["beta"], method, job.unit)
+    in_ = _pieces(job.columns(Role.NOLA_A), job.q["alpha"], method, job.unit)
+    return Sides(out=_beside(out, len(in_)), in_=_beside(in_, len(out)))
+
+
+def _pieces(place: Place, q: Ints, method: Nola, unit: Unit) -> list[Draw]:
+    """Draws that add up to a factor, each of coefficients whose magnitudes add up to less than
+    2^31."""
+    piece = np.cumsum(magnitude(q)) // MOST
+    parts = (np.where(piece == number, q, np.zeros_like(q)) for number in np.unique(piece))
+    return [unit.mixed(place, part, method.rank) for part in parts]
+
+
+def _beside(draws: list[Draw], times: int) -> Draw:
+    """Factors one below the other, so many times."""
+    if len(draws) == times == 1:
+        return draws[0]
+    return lambda lines: torch.cat([draw(lines) for draw in draws]).repeat(times, 1)
 
 
 def _randlora(method: RandLora, job: _Job) -> Sides:
