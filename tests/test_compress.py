@@ -82,7 +82,7 @@ def test_embeddings_with_labels_follow_both_as_far_as_coefficients_reach() -> No
 
     apart = 1 - 0.36
     assert loss(astray, 0) == pytest.approx(0, abs=1e-6)
-    assert loss(astray, PULLED // 2) == pytest.approx(PULL / 4 * apart, rel=1e-5)
+    assert loss(astray, PULLED // 2) == pytest.approx(PULL / 2 * apart, rel=1e-5)
     assert loss(astray, PULLED) == pytest.approx(PULL * apart, rel=1e-5)
     assert loss(astray, 10 * PULLED) == pytest.approx(PULL * apart, rel=1e-5)
     assert loss(teacher, PULLED) == pytest.approx(0, abs=1e-5)
