@@ -30,9 +30,9 @@ PULL = 3.0
 PULLED = 90_000
 """Coefficients from which the pull has its full weight; below, it grows with their number.
 
-Measured on a sentence encoder (`benchmarks/fidelity.py`'s recipe): with 97,000 coefficients the full
-pull raises agreement on TREC-6's test texts from 98.4 to 99.0 % and the cosine from 0.80 to 0.99;
-with 21,000 it costs a point of accuracy on Banking77 (89.7 %), a fifth of it does not (90.7 %).
+Measured on a sentence encoder (`benchmarks/fidelity.py`'s recipe): with 97,000 coefficients the
+full pull raises agreement on TREC-6's test texts from 98.4 to 99.0 % and the cosine from 0.80 to
+0.99; with 21,000 it costs a point of accuracy on Banking77 (89.7 %), a fifth of it does not (90.7 %).
 """
 
 
