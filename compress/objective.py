@@ -32,7 +32,8 @@ PULLED = 90_000
 
 Measured on a sentence encoder (`benchmarks/fidelity.py`'s recipe): with 97,000 coefficients the
 full pull raises agreement on TREC-6's test texts from 98.4 to 99.0 % and the cosine from 0.80 to
-0.99; with 21,000 it costs a point of accuracy on Banking77 (89.7 %), a fifth of it does not (90.7 %).
+0.99; with 21,000 it costs a point of accuracy on Banking77 (89.7 %), a fifth of it does not
+(90.7 %).
 """
 
 
