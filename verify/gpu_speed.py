@@ -1,60 +1,126 @@
 """Part three of a GPU's proof: how fast it merges and trains, as ratios measured in one run.
 
-Nothing here passes or fails: the numbers are for `benchmarks/results/`.
+Nothing here passes or fails: rows are `measured`, and say whether a ratio is the one that is wanted
+of a data-centre GPU. `benchmarks/gpu.py` prints the same measurements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from math import sqrt
-from time import perf_counter
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kilodelta.compress.packed import SignBases, SignMixer
-from kilodelta.format.bases import Role, Stream
+from kilodelta.errors import require
+from kilodelta.format.bases import Stream
 from kilodelta.format.coefficients import largest, storage
 from kilodelta.format.methods import Method, Nola, RandLora
 from kilodelta.format.targets import Target
-from kilodelta.kernels.choose import unit_for
+from kilodelta.kernels.choose import device_named, unit_for
 from kilodelta.kernels.sides import sides
 from kilodelta.kernels.unit import Step
 from kilodelta.verify.gpu_base import llama
-from kilodelta.verify.gpu_part import Row, Setting
+from kilodelta.verify.gpu_measure import Measure, Run, Wanted, captured, side_by_side
+from kilodelta.verify.gpu_part import Row, Setting, guarded
+from kilodelta.verify.gpu_training import training
 
 STREAM = Stream(0)
-TURNS = 5
 
 
 def speed(setting: Setting) -> Iterator[Row]:
-    """The seven projections of a 7B Llama layer in bfloat16, and NOLA's training sums."""
-    device = torch.device(setting.device)
-    shapes = [
-        shape for _, shape in llama(1, *((64, 176) if setting.small else (4096, 11008))).values()
-    ]
+    """All measurements as rows; those that cannot be taken say why."""
+    for found in measures(setting):
+        yield found.row() if isinstance(found, Measure) else found
+
+
+def measures(setting: Setting) -> Iterator[Measure | Row]:
+    """The seven projections of a 7B Llama layer in bfloat16, and a training step."""
+    device, small = device_named(setting.device), setting.small
+    sizes = (64, 176) if small else (4096, 11008)
+    shapes = [shape for _, shape in llama(1, *sizes).values()]
     weights = [torch.randn(shape, device=device).bfloat16() for shape in shapes]
-    copy = best(lambda: [weight + 1 for weight in weights], device)
-    yield Row(what="read and write seven projections once", found=f"{copy * 1e3:.3f} ms")
-    yield from _nola(weights, copy, device, small=setting.small)
-    yield from _randlora(weights, device)
-    yield _training(device, small=setting.small)
+    nola = Nola(rank=8, bases=64 if small else 1024)
+    randlora = RandLora(rank=32)
+    yield from guarded("NOLA", against_copying(nola, weights, device))
+    yield from guarded("NOLA, the official way", against_official(nola, weights, device))
+    yield from guarded("RandLoRA", against_int8(randlora, weights, device, 64 if small else 8192))
+    yield from guarded("RandLoRA, PEFT", against_peft(randlora, weights, device))
+    del weights
+    yield from guarded("training step", training(device, small=small))
 
 
-def best(run: Callable[[], object], device: torch.device) -> float:
-    """The best of several turns in seconds, after one to warm up."""
-    found = float("inf")
-    for turn in range(TURNS + 1):
-        began = perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        found = min(found, perf_counter() - began) if turn else found
-    return found
+def against_copying(method: Nola, weights: list[Tensor], device: torch.device) -> Iterator[Measure]:
+    """NOLA against what any merge must do: read and write the weights once."""
+    copying = "reading and writing the weights once"
+    runs = {"ours": merging(method, weights, device), "theirs": lambda: [w + 1 for w in weights]}
+    what, wanted = _what(method, weights), Wanted(sense="<=", bound=2)
+    yield _measure(what, copying, runs, device, wanted)
+    graphs = {name: captured(run, device) for name, run in runs.items()}
+    yield _measure(f"{what}, as CUDA graphs", copying, graphs, device, wanted)
 
 
-def merging(method: Method, weights: list[Tensor], device: torch.device) -> Callable[[], object]:
+def against_official(
+    method: Nola, weights: list[Tensor], device: torch.device
+) -> Iterator[Measure]:
+    """NOLA against the authors' code."""
+    runs = {
+        "ours": merging(method, weights, device),
+        "theirs": lambda: [official_nola(weight, method) for weight in weights],
+    }
+    wanted = Wanted(sense=">=", bound=8)
+    yield _measure(_what(method, weights), "official NOLA's way", runs, device, wanted)
+
+
+def against_int8(
+    method: RandLora, weights: list[Tensor], device: torch.device, size: int
+) -> Iterator[Measure]:
+    """RandLoRA against the same number of operations at the rate of a large int8 product."""
+    ours = merging(method, weights, device)
+    left = torch.randint(-127, 128, (size, size), dtype=torch.int8, device=device)
+    right = left.t()  # columns in a row, as cuBLAS's int8 products want them
+    runs = {"ours": ours, "theirs": lambda: torch._int_mm(left, right)}
+    work = sum(w.shape[0] * w.shape[1] * min(w.shape) for w in weights) / size**3
+    rate, wanted = f"torch._int_mm's int8 rate at {size}^3", Wanted(sense=">=", bound=0.4)
+    yield _measure(_what(method, weights), rate, runs, device, wanted, work)
+    graphs = {"ours": captured(ours, device), "theirs": runs["theirs"]}
+    what = f"{_what(method, weights)}, as a CUDA graph"
+    yield _measure(what, rate, graphs, device, wanted, work)
+
+
+def against_peft(
+    method: RandLora, weights: list[Tensor], device: torch.device
+) -> Iterator[Measure]:
+    """RandLoRA, drawn, multiplied and added, against PEFT's product alone, its bases drawn."""
+    theirs = peft_deltas(method.rank, [w.shape for w in weights], device)
+    runs = {"ours": merging(method, weights, device), "theirs": theirs}
+    wanted = Wanted(sense=">=", bound=8)
+    against = "PEFT get_delta_weight in float32"
+    yield _measure(_what(method, weights), against, runs, device, wanted)
+
+
+def _measure(
+    what: str, against: str, runs: dict[str, Run], device: torch.device, wanted: Wanted,
+    work: float = 1.0,
+) -> Measure:  # fmt: skip
+    """Ours and theirs in rotation; theirs is for `work` times what it did."""
+    found = side_by_side(runs, device)
+    theirs = found["theirs"] * work
+    return Measure(what=what, against=against, ours=found["ours"], theirs=theirs, wanted=wanted)
+
+
+def _what(method: Nola | RandLora, weights: list[Tensor]) -> str:
+    size = max(max(weight.shape) for weight in weights)
+    name = (
+        f"NOLA r={method.rank} k={method.bases}"
+        if isinstance(method, Nola)
+        else (f"RandLoRA r={method.rank}")
+    )
+    return f"{name}, {len(weights)} projections of {min(weights[0].shape)} and {size}, bfloat16"
+
+
+def merging(method: Method, weights: list[Tensor], device: torch.device) -> Run:
     """Draw the factors and merge all weights, coefficients being on the device already."""
     rng, unit, jobs = np.random.default_rng(0), unit_for(device, method), []
     for weight in weights:
@@ -73,67 +139,38 @@ def merging(method: Method, weights: list[Tensor], device: torch.device) -> Call
     ]
 
 
-def _nola(
-    weights: list[Tensor], copy: float, device: torch.device, *, small: bool
-) -> Iterator[Row]:
-    method = Nola(rank=8, bases=64 if small else 1024)
-    ours = best(merging(method, weights, device), device)
-    other = best(lambda: [official_nola(weight, method) for weight in weights], device)
-    yield Row(
-        what=f"NOLA r={method.rank} k={method.bases}",
-        found=f"{ours / copy:.2f} x reading and writing, {other / ours:.1f} x the official way's "
-        f"speed ({ours * 1e3:.3f} ms)",
-    )
-
-
 def official_nola(weight: Tensor, method: Nola) -> Tensor:
-    """The paper's code in outline: bases drawn by torch from a seed, summed, multiplied, added."""
+    """The authors' code in outline: bases drawn by torch from a seed, summed, multiplied, added."""
     k, device = method.bases, weight.device
     torch.manual_seed(0)
     factors = []
     for shape in ((weight.shape[0], method.rank), (method.rank, weight.shape[1])):
-        bases = torch.rand(k, *shape, device=device) * 2 - 1
+        bases = torch.empty(k, *shape, device=device).uniform_(-1, 1)
         coefficients = torch.randn(k, device=device)
         factors.append(torch.einsum("k,kij->ij", coefficients, bases) / sqrt(k))
     return weight + (factors[0] @ factors[1]).to(weight.dtype)
 
 
-def _randlora(weights: list[Tensor], device: torch.device) -> Iterator[Row]:
-    method = RandLora(rank=32)
-    ours = best(merging(method, weights, device), device)
-    other = best(lambda: [_float_product(weight, method.rank) for weight in weights], device)
-    products = sum(2 * w.shape[0] * w.shape[1] * min(w.shape) for w in weights)
-    yield Row(
-        what=f"RandLoRA r={method.rank}",
-        found=f"{products / ours / 1e12:.1f} int8 TOPS, {other / ours:.1f} x the speed of PEFT's "
-        f"float32 product ({ours * 1e3:.3f} ms)",
+def peft_deltas(rank: int, shapes: list[torch.Size], device: torch.device) -> Run:
+    """PEFT's own `get_delta_weight` for layers of these shapes, by its own layers.
+
+    Its bases are there already and its results come from torch's warmed-up allocator; making the
+    scaled bases, the product and the scale are in the time, as whoever calls it has them.
+    """
+    library = require("peft", extra="peft", why="measure PEFT beside kilodelta")
+    layers = nn.ModuleDict(
+        {
+            f"layer{index}": nn.Linear(columns, rows, bias=False, device=device)
+            for index, (rows, columns) in enumerate(shapes)
+        }
     )
+    config = library.RandLoraConfig(r=rank, target_modules=list(layers), randlora_alpha=1)
+    wrapped = library.get_peft_model(layers, config).to(device).float()
+    found = [wrapped.base_model.model[name] for name in layers]
 
+    def run() -> None:
+        with torch.no_grad():
+            for layer in found:
+                layer.get_delta_weight("default")
 
-def _float_product(weight: Tensor, rank: int) -> Tensor:
-    """PEFT's `get_delta_weight` in outline, its bases drawn already, in float32."""
-    large, small = max(weight.shape), min(weight.shape)
-    n = -(-small // rank)
-    B = torch.ones(large, n * rank, device=weight.device)
-    A = torch.ones(rank, 1, small, device=weight.device)
-    lambda_ = torch.ones(rank, n, device=weight.device)
-    gamma = torch.ones(n, small, device=weight.device)
-    scaled = (A * lambda_[:, :, None] * gamma[None]).reshape(-1, small)
-    return B @ scaled
-
-
-def _training(device: torch.device, *, small: bool) -> Row:
-    """NOLA's sums and their gradient for all targets of a GPT-2 medium, r = 8, k = 512."""
-    layers, width = (1, 32) if small else (24, 1024)
-    lines = [width, 3 * width, width, 4 * width] * layers
-    bases = SignBases(STREAM, Role.NOLA_B, lines=max(lines), rank=8, bases=512, lines_are_rows=True)
-    mixer = SignMixer(bases, lines, 8)
-    coefficients = [torch.randn(512, device=device, requires_grad=True) for _ in lines]
-    seconds = best(lambda: torch.autograd.grad(mixer.mix(coefficients).sum(), coefficients), device)
-    memory = ""
-    if device.type == "cuda":
-        memory = f", {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB at the peak so far"
-    return Row(
-        what=f"NOLA's sums and gradient, {len(lines)} targets",
-        found=f"{seconds * 1e3:.2f} ms a step for one factor{memory}",
-    )
+    return run
