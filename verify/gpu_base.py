@@ -70,9 +70,12 @@ def _bytes(dtype: str, values: Any) -> bytes:
     return bytes(values.astype("<f2" if dtype == "F16" else "<f4").tobytes())
 
 
-def delta(base: Path, method: Method, patterns: Patterns = PATTERNS, bits: int = 8) -> Delta:
-    """A delta whose updates are about as large as the weights, its digest by the CPU."""
-    rng = np.random.default_rng(1)
+def delta(
+    base: Path, method: Method, patterns: Patterns = PATTERNS, bits: int = 8, fine_tune: int = 1
+) -> Delta:
+    """A delta whose updates are about as large as the weights, its digest by the CPU; other
+    numbers of `fine_tune` give others."""
+    rng = np.random.default_rng(fine_tune)
     shared = {
         group.name: quantise(rng.normal(size=group.shape), bits, 15) for group in method.shared()
     }

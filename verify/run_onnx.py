@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import io
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from kilodelta.errors import KiloDeltaError, MissingPackageError, ProofError, require
 from kilodelta.export import bfloat16
+from kilodelta.verify.gpu_request import Request
 from kilodelta.verify.runner import Arrays, Batch, UnavailableError, one_line, take
 
 # TF32 rounds float32 products to 11 bits; parity in float32 needs them whole.
@@ -64,11 +66,7 @@ class OnnxRunner:
 
     def run(self, batch: Batch) -> Arrays:
         """The outputs by name, in the file's own dtypes (bfloat16 as float32)."""
-        unavailable = self.available()
-        if unavailable is not None:
-            raise unavailable
-        feeds = {i.name: self._value(batch, i.name, i.type) for i in self._session.get_inputs()}
-        names = [output.name for output in self._session.get_outputs()]
+        feeds, names = self._feeds(batch), self._outputs()
         try:
             values = self._session.run_with_ort_values(names, feeds)
         except Exception as error:
@@ -77,6 +75,32 @@ class OnnxRunner:
                 fix="export with a profile that covers these shapes",
             ) from error
         return {name: _array(value) for name, value in zip(names, values, strict=True)}
+
+    @contextmanager
+    def request(self, batch: Batch) -> Iterator[Request]:
+        """The batch on the device, its outputs staying there, to be computed as often as is asked.
+
+        ONNX Runtime's own CUDA graphs want a session of their own; there are none here.
+        """
+        feeds, binding = self._feeds(batch), self._session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, value)  # copies it to the device, once
+        for name in self._outputs():
+            binding.bind_output(name, self._device)
+        binding.synchronize_inputs()
+        yield Request(
+            start=lambda: self._session.run_with_iobinding(binding),
+            wait=binding.synchronize_outputs,
+        )
+
+    def _feeds(self, batch: Batch) -> dict[str, Any]:
+        unavailable = self.available()
+        if unavailable is not None:
+            raise unavailable
+        return {i.name: self._value(batch, i.name, i.type) for i in self._session.get_inputs()}
+
+    def _outputs(self) -> list[str]:
+        return [output.name for output in self._session.get_outputs()]
 
     def _open(self) -> Any:
         """A session, its provider asserted: ONNX Runtime falls back to the CPU without a word."""

@@ -6,7 +6,8 @@ An engine needs the GPU it was built for. Memory and streams come from the CUDA 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,6 +19,8 @@ from kilodelta.export import bfloat16
 from kilodelta.export.cuda import CudaError, Gpu, Stream, driver
 from kilodelta.export.tensorrt_flavour import EXTRAS
 from kilodelta.export.tensorrt_log import logger
+from kilodelta.verify.gpu_graph import Graph, wait
+from kilodelta.verify.gpu_request import Request
 from kilodelta.verify.runner import Arrays, Batch, UnavailableError, take
 
 Shape: TypeAlias = tuple[int, ...]
@@ -70,12 +73,35 @@ class TensorrtRunner:
         Raises:
             ProofError: the engine cannot run here, or no profile of it covers these shapes.
         """
+        with self._call(batch) as call:
+            call.start()
+            return call.outputs()
+
+    @contextmanager
+    def request(self, batch: Batch) -> Iterator[Request]:
+        """The batch on the device, to be computed as often as is asked.
+
+        Raises:
+            ProofError: as `run`.
+        """
+        with self._call(batch) as call, ExitStack() as graphs:
+
+            def capture() -> Callable[[], object]:
+                graph = Graph(driver(), call.stream, call.start)
+                graphs.callback(graph.close)
+                graphs.callback(call.wait)  # before it is closed
+                return graph.launch
+
+            yield Request(start=call.start, wait=call.wait, capture=capture)
+
+    @contextmanager
+    def _call(self, batch: Batch) -> Iterator[_Call]:
         unavailable = self.available()
         if unavailable is not None:
             raise unavailable
         try:
             with Stream(driver()) as stream:
-                return _Call(self._engine, stream).outputs(batch)
+                yield _Call(self._engine, stream, batch)
         except CudaError as error:
             raise ProofError(f"{self.name}: {error}", fix="see `kilodelta doctor`") from error
 
@@ -105,21 +131,29 @@ class TensorrtRunner:
 
 
 class _Call:
-    """One inference: a context of its own, its tensors bound by name."""
+    """One batch: a context of its own, its tensors bound by name, to be run once or more often."""
 
-    def __init__(self, engine: Any, stream: Stream) -> None:
-        self._engine, self._stream = engine, stream
+    def __init__(self, engine: Any, stream: Stream, batch: Batch) -> None:
+        self._engine, self.stream = engine, stream
         self._context = engine.create_execution_context()
-
-    def outputs(self, batch: Batch) -> Arrays:
-        feeds = {name: self._feed(name, batch) for name in self._names("INPUT")}
-        self._choose_profile(feeds)
-        for name, array in feeds.items():
+        self._feeds = {name: self._feed(name, batch) for name in self._names("INPUT")}
+        self._choose_profile(self._feeds)
+        for name, array in self._feeds.items():
             self._bind(name, array)
         _must(not self._context.infer_shapes(), "these input shapes")
-        reserved = {name: self._reserve(name) for name in self._names("OUTPUT")}
-        _must(self._context.execute_async_v3(self._stream.address), "to run")
-        return {name: self._fetch(name, address) for name, address in reserved.items()}
+        self._reserved = {name: self._reserve(name) for name in self._names("OUTPUT")}
+
+    def start(self) -> None:
+        """Set an inference off."""
+        _must(self._context.execute_async_v3(self.stream.address), "to run")
+
+    def wait(self) -> None:
+        """Until every inference that was set off has ended."""
+        wait(driver(), self.stream)
+
+    def outputs(self) -> Arrays:
+        """What the last inference put out, awaited."""
+        return {name: self._fetch(name, address) for name, address in self._reserved.items()}
 
     def _names(self, mode: str) -> list[str]:
         engine = self._engine
@@ -141,13 +175,13 @@ class _Call:
     def _choose_profile(self, feeds: Arrays) -> None:
         shapes = {name: array.shape for name, array in feeds.items()}
         index = covering(profiles(self._engine, tuple(shapes)), shapes)
-        chosen = self._context.set_optimization_profile_async(index, self._stream.address)
+        chosen = self._context.set_optimization_profile_async(index, self.stream.address)
         _must(chosen, f"profile {index}")
 
     def _bind(self, name: str, array: NDArray[Any]) -> None:
         """Give an input its shape and address; the engine reads shape inputs from the host."""
         host = self._on_host(name)
-        address = int(array.ctypes.data) if host else self._stream.upload(array)
+        address = int(array.ctypes.data) if host else self.stream.upload(array)
         _must(self._context.set_input_shape(name, array.shape), f"{name} of shape {array.shape}")
         _must(self._context.set_tensor_address(name, address), f"the memory of {name}")
 
@@ -159,13 +193,13 @@ class _Call:
                 fix="export a model whose output shapes follow from its input shapes",
             )
         nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(_DTYPES[self._kind(name)]).itemsize
-        address = self._stream.allocate(nbytes)
+        address = self.stream.allocate(nbytes)
         _must(self._context.set_tensor_address(name, address), f"the memory of {name}")
         return address
 
     def _fetch(self, name: str, address: int) -> NDArray[Any]:
         shape, kind = tuple(self._context.get_tensor_shape(name)), self._kind(name)
-        array = self._stream.download(address, shape, _DTYPES[kind])
+        array = self.stream.download(address, shape, _DTYPES[kind])
         return bfloat16.unpack(array) if kind == _BFLOAT16 else array
 
 
