@@ -9,8 +9,7 @@ agree with the merged model's to rounding, not bit for bit; zeros give the base'
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,13 +18,13 @@ import numpy.typing as npt
 
 from kilodelta.errors import BaseMismatchError, InputError
 from kilodelta.export.adapter_layout import AdapterLayout, Exposed
-from kilodelta.export.peft_factors import balanced, float_factors
-from kilodelta.format import parallel, together
+from kilodelta.export.peft_factors import balanced_alike, float_factors
+from kilodelta.format import together
 from kilodelta.format.checkpoint import TensorInfo
 from kilodelta.format.compat import PeftRandLora
 from kilodelta.format.delta import Delta
 from kilodelta.format.methods import RandLora
-from kilodelta.format.targets import select
+from kilodelta.format.targets import Target, select
 from kilodelta.progress import Meter, Progress, silent
 
 Matrix = npt.NDArray[Any]
@@ -71,22 +70,13 @@ def expand(
     made = base_factors(replace(layout, slots=0))
     names = [name for name in bound.targets if name in exposed]
     meter = Meter("expand", len(names), "tensors", progress)
-
-    def write(share: Sequence[str]) -> None:
-        for name, (left, right) in _float_factors(bound, share).items():
-            A, B = (made[port] for port in exposed[name].names)
-            stored = (right.T, left.T) if bound.targets[name].transposed else (left, right)
-            _fill(A, B, exposed[name], *stored)
-            meter.add(1)
-
-    parallel.run(write, _shares(names, threads), meter, weight=len, threads=threads)
+    for name, left, right in _float_factors(bound, names, threads):
+        A, B = (made[port] for port in exposed[name].names)
+        stored = (right.T, left.T) if bound.targets[name].transposed else (left, right)
+        _fill(A, B, exposed[name], *stored)
+        meter.add(1)
+    meter.finish()
     return made
-
-
-def _shares(names: Sequence[str], threads: int | None) -> list[Sequence[str]]:
-    """A part of the work for each thread."""
-    count = max(1, min(len(names), threads or os.cpu_count() or 1))
-    return [names[start::count] for start in range(count)]
 
 
 def fit(delta: Delta, layout: AdapterLayout) -> Delta:
@@ -105,8 +95,8 @@ def fit(delta: Delta, layout: AdapterLayout) -> Delta:
     _require_low_rank(delta, layout)
     _require_no_extras(delta)
     exposed = [tensor.info for tensor in layout.exposed]
-    _require_exposed(delta, exposed)
-    return delta.bind_to(exposed)
+    layout_there = _require_exposed(delta, exposed)
+    return delta if delta.layout == layout_there else delta.bind_to(exposed)
 
 
 def in_slots(layout: AdapterLayout, fine_tunes: Sequence[Factors]) -> Factors:
@@ -155,9 +145,9 @@ def _require_no_extras(delta: Delta) -> None:
         )
 
 
-def _require_exposed(delta: Delta, exposed: list[TensorInfo]) -> None:
-    """Exposed tensors are tensors of the base, so as many matches as the file has targets are
-    these very targets."""
+def _require_exposed(delta: Delta, exposed: list[TensorInfo]) -> tuple[Target, ...]:
+    """The targets. Exposed tensors are tensors of the base, so as many matches as the file has
+    targets are these very targets."""
     matched = select(exposed, delta.manifest.patterns)
     if len(matched) != delta.manifest.count:
         raise InputError(
@@ -165,14 +155,23 @@ def _require_exposed(delta: Delta, exposed: list[TensorInfo]) -> None:
             f"changes: {', '.join(delta.manifest.patterns.include)}",
             fix="export the graph with all of them exposed, or apply in patch or refit mode",
         )
+    return matched
 
 
-def _float_factors(delta: Delta, names: Sequence[str]) -> dict[str, tuple[Matrix, Matrix]]:
-    """(out, k) and (k, in) of each target, float64, of like size."""
+def _float_factors(
+    delta: Delta, names: Sequence[str], threads: int | None
+) -> Iterator[tuple[str, Matrix, Matrix]]:
+    """Each target with its factors (out, k) and (k, in), float64, of like size."""
     if delta.manifest.compat is not None:
-        return {name: float_factors(delta, name) for name in names}
-    found = together.factors(delta, names)
-    return {name: balanced(factors) for name, factors in found.items()}
+        yield from ((name, *float_factors(delta, name)) for name in names)
+        return
+    found = together.factors(delta, names, threads=threads)
+    alike: dict[tuple[int, int], list[str]] = {}
+    for name in names:
+        alike.setdefault(delta.targets[name].matrix, []).append(name)
+    for several in alike.values():
+        pairs = balanced_alike([found[name] for name in several])
+        yield from zip(several, *pairs, strict=True)
 
 
 def _fill(A: Matrix, B: Matrix, tensor: Exposed, rows: Matrix, columns: Matrix) -> None:

@@ -8,6 +8,7 @@ underflows sooner than it must.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,14 +58,31 @@ def balanced(factors: Factors) -> tuple[Matrix, Matrix]:
     return _split(factors.left, factors.right, float(factors.c), factors.e)
 
 
+def balanced_alike(several: Sequence[Factors]) -> tuple[Matrix, Matrix]:
+    """The same of targets of one shape: (n, out, r) and (n, r, in), with components of zeros."""
+    left, right = np.stack([f.left for f in several]), np.stack([f.right for f in several])
+    c = np.array([[f.c] for f in several], np.float64)
+    e = np.array([[f.e] for f in several])
+    tops = (c * np.abs(left).max(axis=1)).clip(min=1), np.abs(right).max(axis=2).clip(min=1)
+    shift = _shift(*tops, e)
+    # A power of two times c rounds a product as c alone does.
+    scales = np.ldexp(c, shift)[:, None, :], np.ldexp(1.0, e - shift)[:, :, None]
+    return left * scales[0], right * scales[1]
+
+
 def _split(left: Matrix, right: Matrix, c: float, e: int) -> tuple[Matrix, Matrix]:
     """c 2^e left @ right as two factors of like size, rank by rank, without ranks of zeros."""
     left, right = left.astype(np.float64) * c, right.astype(np.float64)
     tops = np.abs(left).max(axis=0), np.abs(right).max(axis=1)
     used = (tops[0] > 0) & (tops[1] > 0)
-    share = np.log2(tops[1][used]) - np.log2(tops[0][used])
-    shift = np.rint((e + share) / 2).astype(np.int64)
+    shift = _shift(tops[0][used], tops[1][used], e)
     return left[:, used] * np.ldexp(1.0, shift), right[used] * np.ldexp(1.0, e - shift)[:, None]
+
+
+def _shift(left: Matrix, right: Matrix, e: Any) -> Matrix:
+    """The power of two that goes to the left factor, of e; by both factors' largest entries."""
+    share: Matrix = np.rint((e + np.log2(right) - np.log2(left)) / 2)
+    return share.astype(np.int64)
 
 
 def exact_pair(delta: Delta, name: str, dtype: str) -> Pair:

@@ -6,40 +6,74 @@ drawn once for all targets whose sides are equally long.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 
 import numpy as np
 
+from kilodelta.format import parallel
 from kilodelta.format.bases import Ints, Role
 from kilodelta.format.delta import Delta, Factors
 from kilodelta.format.methods import Nola
+from kilodelta.format.methods.base import Coefficients
+from kilodelta.progress import Meter, silent
 
 
-def factors(delta: Delta, names: Sequence[str]) -> dict[str, Factors]:
-    """`delta.factors` of each of these targets."""
-    if not isinstance(delta.method, Nola):
-        return {name: delta.factors(name) for name in names}
+def factors(
+    delta: Delta, names: Sequence[str], *, threads: int | None = None
+) -> dict[str, Factors]:
+    """`delta.factors` of each of these targets.
+
+    Args:
+        threads: cores to use; all by default.
+    """
+    if isinstance(delta.method, Nola):
+        return _nola(delta, names, threads)
+    count = max(1, min(len(names), threads or os.cpu_count() or 1))
+    shares = [names[start::count] for start in range(count)]
+    found: dict[str, Factors] = {}
+    for part in parallel.run(
+        lambda share: {name: delta.factors(name) for name in share},
+        shares,
+        Meter("factors", len(shares), "shares", silent),
+        weight=len,
+        threads=threads,
+    ):
+        found |= part
+    return {name: found[name] for name in names}
+
+
+def _nola(delta: Delta, names: Sequence[str], threads: int | None) -> dict[str, Factors]:
     read = {name: delta.coefficients(name) for name in names}
-    alphas = {name: q["alpha"] for name, q in read.items()}
-    betas = {name: q["beta"] for name, q in read.items()}
-    right, left = _sides(delta, Role.NOLA_A, alphas), _sides(delta, Role.NOLA_B, betas)
-    return {name: _factors(delta, name, left[name], right[name]) for name in names}
-
-
-def _sides(delta: Delta, role: Role, q: Mapping[str, Ints]) -> dict[str, Ints]:
-    """One factor of every target: of role B (out, r), of role A (r, in)."""
-    by_length: dict[int, list[str]] = {}
-    for name in q:
+    sides: dict[tuple[Role, int], list[str]] = {}
+    for name in names:
         out, in_ = delta.targets[name].matrix
-        by_length.setdefault(in_ if role == Role.NOLA_A else out, []).append(name)
-    found: dict[str, Ints] = {}
-    for length, names in by_length.items():
-        sides = range(delta.method.rank), range(length)
-        rows, columns = sides if role == Role.NOLA_A else sides[::-1]
-        lines = np.stack([q[name] for name in names])
-        mixed = delta.stream.mix_many(role, lines, rows, columns)
-        found.update(zip(names, mixed, strict=True))
-    return found
+        sides.setdefault((Role.NOLA_B, out), []).append(name)
+        sides.setdefault((Role.NOLA_A, in_), []).append(name)
+    mixed = parallel.run(
+        lambda side: _mixed(delta, *side, [read[name] for name in sides[side]]),
+        list(sides),
+        Meter("factors", len(sides), "sides", silent),
+        weight=lambda side: side[1] * len(sides[side]),
+        threads=threads,
+    )
+    found = {
+        (role, name): factor
+        for (role, length), several in zip(sides, mixed, strict=True)
+        for name, factor in zip(sides[role, length], several, strict=True)
+    }
+    return {
+        name: _factors(delta, name, found[Role.NOLA_B, name], found[Role.NOLA_A, name])
+        for name in names
+    }
+
+
+def _mixed(delta: Delta, role: Role, length: int, read: Sequence[Coefficients]) -> Ints:
+    """One factor of targets whose sides have one length: role B (n, out, r), role A (n, r, in)."""
+    sides = range(delta.method.rank), range(length)
+    rows, columns = sides if role == Role.NOLA_A else sides[::-1]
+    lines = np.stack([q["alpha" if role == Role.NOLA_A else "beta"] for q in read])
+    return delta.stream.mix_many(role, lines, rows, columns)
 
 
 def _factors(delta: Delta, name: str, left: Ints, right: Ints) -> Factors:
