@@ -26,6 +26,8 @@ from kilodelta.export.triton_config import MODEL_FILES, config
 from kilodelta.format import atomic
 
 CONFIG = "config.pbtxt"
+_RUN = "tensorrt"
+"""The flavour whose engines Triton runs."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")
 
 
@@ -69,10 +71,7 @@ def write_repository(
     artefacts.check_files(source, manifest)
     chosen = [artefact for artefact in manifest.artefacts if _runs(artefact)]
     if not chosen:
-        raise ExportError(
-            f"{source} holds only TensorRT-RTX engines, which Triton does not run",
-            fix="export with --onnx, or with --flavour tensorrt",
-        )
+        raise _nothing_to_serve(f"{source} holds")
     stem = _checked(name or Path(manifest.delta.file.file).stem)
     place.mkdir(parents=True, exist_ok=True)
     return Repository(
@@ -84,8 +83,31 @@ def write_repository(
     )
 
 
+def require_servable(file: str | os.PathLike[str], *, flavour: str | None) -> None:
+    """Refuse before an export what `write_repository` would refuse after it.
+
+    Args:
+        file: the `.kd` file, whose name becomes the model's.
+        flavour: of the engines, where the export keeps nothing else; None where it keeps ONNX.
+
+    Raises:
+        ExportError: Triton could run none of the artefacts.
+        InputError: the file's name is none for a model.
+    """
+    _checked(Path(file).stem)
+    if flavour not in (None, _RUN):
+        raise _nothing_to_serve("without --onnx this export holds")
+
+
 def _runs(artefact: Artefact) -> bool:
-    return artefact.engine is None or artefact.engine.flavour == "tensorrt"
+    return artefact.engine is None or artefact.engine.flavour == _RUN
+
+
+def _nothing_to_serve(what: str) -> ExportError:
+    return ExportError(
+        f"{what} only TensorRT-RTX engines, which Triton does not run",
+        fix="export with --onnx, or with --flavour tensorrt",
+    )
 
 
 def _checked(name: str) -> str:

@@ -25,7 +25,7 @@ from kilodelta.export.facts import (
     Port,
 )
 from kilodelta.export.triton_config import config
-from kilodelta.export.triton_repository import write_repository
+from kilodelta.export.triton_repository import require_servable, write_repository
 
 # Name, number, type and label of the fields used, from model_config.proto of
 # https://github.com/triton-inference-server/common (proto3; repeated is 3, optional 1).
@@ -295,3 +295,33 @@ def test_the_command_exports_into_a_repository_that_onnx_runtime_runs(tmp_path: 
             batch, *sizes = port.shape
             assert batch == "batch"
             assert list(one.dims) == [n if isinstance(n, int) else -1 for n in sizes]
+
+
+@pytest.mark.parametrize("options", [["--tensorrt", "sm89"], []])
+def test_the_command_refuses_before_it_exports(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RTX engines alone, and a file's name that is none for a model."""
+    for package in ("torch", "onnxscript"):
+        pytest.importorskip(package)
+    from types import SimpleNamespace
+
+    from click.testing import CliRunner
+
+    from kilodelta.cli import main
+    from kilodelta.export import tensorrt_flavour
+
+    rtx = SimpleNamespace(__name__="tensorrt_rtx")
+    monkeypatch.setattr(tensorrt_flavour, "choose", lambda *_: rtx)
+    monkeypatch.setattr("kilodelta.export.export.export", None)  # calling it would be a TypeError
+    file = "task.kd" if options else "my task.kd"
+    arguments = ["base", file, "-o", str(tmp_path / "out"), "--triton", str(tmp_path / "models")]
+    done = CliRunner().invoke(main, ["export", *arguments, *options])
+    said = "only TensorRT-RTX engines" if options else "'my task' cannot be a model's name"
+    assert (done.exit_code, said in done.output) == (11 if options else 9, True), done.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_triton_runs_is_not_refused_before() -> None:
+    require_servable("task.kd", flavour=None)
+    require_servable("task.kd", flavour="tensorrt")

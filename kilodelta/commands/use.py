@@ -16,6 +16,7 @@ from kilodelta.errors import require
 if TYPE_CHECKING:
     from kilodelta.export.artefacts import Artefact
     from kilodelta.export.export import Exported
+    from kilodelta.export.options import Options
     from kilodelta.export.triton_repository import Repository
 
 
@@ -111,7 +112,7 @@ def export(
     require("torch", extra="onnx", why="export models")
     from kilodelta.export.export import SHORT, Options, export
     from kilodelta.export.profile import read_sizes
-    from kilodelta.export.triton_repository import write_repository
+    from kilodelta.export.triton_repository import require_servable, write_repository
 
     options = Options(
         onnx=onnx or tensorrt is None,
@@ -121,11 +122,20 @@ def export(
         sizes=read_sizes(profiles),
         **given,
     )
+    if triton is not None:
+        require_servable(file, flavour=None if options.onnx else _flavour(options))
     done = export(base, file, out, options=options, progress=progress)
     served = None if triton is None else write_repository(done.path, triton)
     if as_json:
         return lambda: terminal.print_json({**done.to_json(), "triton": _triton_json(served)})
     return lambda: _show_export(done, served)
+
+
+def _flavour(options: Options) -> str:
+    """The TensorRT that would build the engines."""
+    from kilodelta.export.tensorrt_flavour import choose
+
+    return str(choose(options.flavour, options.capabilities, options.dtypes).__name__)
 
 
 def _triton_json(served: Repository | None) -> dict[str, Any] | None:
