@@ -9,7 +9,7 @@ agree with the merged model's to rounding, not bit for bit; zeros give the base'
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from kilodelta.errors import BaseMismatchError, InputError
 from kilodelta.export.adapter_layout import AdapterLayout, Exposed
-from kilodelta.export.peft_factors import balanced_alike, float_factors
+from kilodelta.export.peft_factors import float_factors, scales
 from kilodelta.format import together
 from kilodelta.format.checkpoint import TensorInfo
 from kilodelta.format.compat import PeftRandLora
@@ -70,12 +70,11 @@ def expand(
     made = base_factors(replace(layout, slots=0))
     names = [name for name in bound.targets if name in exposed]
     meter = Meter("expand", len(names), "tensors", progress)
-    for name, left, right in _float_factors(bound, names, threads):
+    for name, (left, right) in _float_factors(bound, names, threads).items():
         A, B = (made[port] for port in exposed[name].names)
         stored = (right.T, left.T) if bound.targets[name].transposed else (left, right)
         _fill(A, B, exposed[name], *stored)
-        meter.add(1)
-    meter.finish()
+    meter.add(len(names))
     return made
 
 
@@ -160,18 +159,35 @@ def _require_exposed(delta: Delta, exposed: list[TensorInfo]) -> tuple[Target, .
 
 def _float_factors(
     delta: Delta, names: Sequence[str], threads: int | None
-) -> Iterator[tuple[str, Matrix, Matrix]]:
-    """Each target with its factors (out, k) and (k, in), float64, of like size."""
+) -> dict[str, tuple[Matrix, Matrix]]:
+    """(out, K) and (K, in) of each target, float64, of like size."""
     if delta.manifest.compat is not None:
-        yield from ((name, *float_factors(delta, name)) for name in names)
-        return
-    found = together.factors(delta, names, threads=threads)
-    alike: dict[tuple[int, int], list[str]] = {}
-    for name in names:
-        alike.setdefault(delta.targets[name].matrix, []).append(name)
-    for several in alike.values():
-        pairs = balanced_alike([found[name] for name in several])
-        yield from zip(several, *pairs, strict=True)
+        return {name: float_factors(delta, name) for name in names}
+    if not names:
+        return {}
+    stacks = together.stacks(delta, names, threads=threads)
+    left = {n: v for s in stacks if s.is_left for n, v in _tops(s).items()}
+    right = {n: v for s in stacks if not s.is_left for n, v in _tops(s).items()}
+    c, e = (np.array(numbers) for numbers in zip(*map(delta.scale, names), strict=True))
+    shares = scales(
+        np.stack([left[name] for name in names]),
+        np.stack([right[name] for name in names]),
+        c[:, None].astype(np.float64),
+        e[:, None],
+    )
+    found: tuple[dict[str, Matrix], dict[str, Matrix]] = ({}, {})
+    place = {name: index for index, name in enumerate(names)}
+    for stack in stacks:
+        side = 0 if stack.is_left else 1
+        share = np.expand_dims(shares[side][[place[n] for n in stack.names]], 1 + side)
+        found[side].update(zip(stack.names, stack.values * share, strict=True))
+    return {name: (found[0][name], found[1][name]) for name in names}
+
+
+def _tops(stack: together.Stack) -> dict[str, Matrix]:
+    """The largest magnitude of each component, by target."""
+    tops = np.abs(stack.values).max(axis=1 if stack.is_left else 2)
+    return dict(zip(stack.names, tops, strict=True))
 
 
 def _fill(A: Matrix, B: Matrix, tensor: Exposed, rows: Matrix, columns: Matrix) -> None:

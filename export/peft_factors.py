@@ -8,7 +8,6 @@ underflows sooner than it must.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from kilodelta.errors import ExportError
 from kilodelta.export.peft_svd import truncated
 from kilodelta.format.compat import PeftRandLora
 from kilodelta.format.compat.narrow import decode, encode
-from kilodelta.format.delta import Delta, Factors
+from kilodelta.format.delta import Delta
 from kilodelta.format.lowrank import product_error, product_norm
 from kilodelta.format.methods import RandLora
 
@@ -47,42 +46,36 @@ def float_factors(delta: Delta, name: str) -> tuple[Matrix, Matrix]:
     """float64 B and A of a low-rank update, without components that are zero."""
     compat = delta.manifest.compat
     if compat is None:
-        return balanced(delta.factors(name))
+        factors = delta.factors(name)
+        return _split(factors.left, factors.right, float(factors.c), factors.e)
     target, q = delta.target(name), delta.coefficients(name)
     left = compat.left(q, target, delta.stream, range(target.matrix[0]))
     return _split(left, compat.right(q, target, delta.stream), compat.scaling, 0)
 
 
-def balanced(factors: Factors) -> tuple[Matrix, Matrix]:
-    """float64 B and A of an update's integer factors, without components that are zero."""
-    return _split(factors.left, factors.right, float(factors.c), factors.e)
-
-
-def balanced_alike(several: Sequence[Factors]) -> tuple[Matrix, Matrix]:
-    """The same of targets of one shape: (n, out, r) and (n, r, in), with components of zeros."""
-    left, right = np.stack([f.left for f in several]), np.stack([f.right for f in several])
-    c = np.array([[f.c] for f in several], np.float64)
-    e = np.array([[f.e] for f in several])
-    tops = (c * np.abs(left).max(axis=1)).clip(min=1), np.abs(right).max(axis=2).clip(min=1)
-    shift = _shift(*tops, e)
-    # A power of two times c rounds a product as c alone does.
-    scales = np.ldexp(c, shift)[:, None, :], np.ldexp(1.0, e - shift)[:, :, None]
-    return left * scales[0], right * scales[1]
-
-
 def _split(left: Matrix, right: Matrix, c: float, e: int) -> tuple[Matrix, Matrix]:
     """c 2^e left @ right as two factors of like size, rank by rank, without ranks of zeros."""
-    left, right = left.astype(np.float64) * c, right.astype(np.float64)
+    left, right = left.astype(np.float64), right.astype(np.float64)
     tops = np.abs(left).max(axis=0), np.abs(right).max(axis=1)
     used = (tops[0] > 0) & (tops[1] > 0)
-    shift = _shift(tops[0][used], tops[1][used], e)
-    return left[:, used] * np.ldexp(1.0, shift), right[used] * np.ldexp(1.0, e - shift)[:, None]
+    shares = scales(tops[0][used], tops[1][used], c, e)
+    return left[:, used] * shares[0], right[used] * shares[1][:, None]
 
 
-def _shift(left: Matrix, right: Matrix, e: Any) -> Matrix:
-    """The power of two that goes to the left factor, of e; by both factors' largest entries."""
-    share: Matrix = np.rint((e + np.log2(right) - np.log2(left)) / 2)
-    return share.astype(np.int64)
+def scales(left: Matrix, right: Matrix, c: Any, e: Any) -> tuple[Matrix, Matrix]:
+    """What to multiply two factors' components with, so that both get entries of like size.
+
+    The scale c 2^e goes to both: c to the left one, and of 2^e to each what suits it. A product
+    with c times a power of two is rounded as one with c is.
+
+    Args:
+        left, right: the largest magnitudes of their components, float64 or integers; where one is
+            zero the component is, and so are the scales.
+    """
+    used = (left > 0) & (right > 0)
+    tops = c * np.where(used, left, 1), np.where(used, right, 1)
+    shift = np.rint((e + np.log2(tops[1]) - np.log2(tops[0])) / 2).astype(np.int64)
+    return np.where(used, np.ldexp(c, shift), 0.0), np.where(used, np.ldexp(1.0, e - shift), 0.0)
 
 
 def exact_pair(delta: Delta, name: str, dtype: str) -> Pair:

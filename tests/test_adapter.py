@@ -25,7 +25,7 @@ from making import ids
 
 from kilodelta.errors import BaseMismatchError, ExportError, FileError, InputError
 from kilodelta.export.adapter import with_adapter
-from kilodelta.export.adapter_factors import base_factors, expand, in_slots, put_slot
+from kilodelta.export.adapter_factors import base_factors, expand, fit, in_slots, put_slot
 from kilodelta.export.adapter_file import write_adapter
 from kilodelta.export.adapter_layout import AdapterLayout, Exposed, read_layout
 from kilodelta.format.checkpoint import Checkpoint
@@ -204,6 +204,22 @@ def test_a_weight_that_no_output_depends_on_has_no_inputs(tmp_path: Path) -> Non
     tune = fine_tune(of, patterns=Patterns(include=("*dense.weight",)))
     found = run(path, {**of.feeds, **expand(tune, layout)})
     assert within_gate(of, tune, tmp_path, found)
+
+
+def test_a_delta_of_nothing_but_such_weights_is_the_base() -> None:
+    of = base("bert")
+    _, layout = with_adapter(of.template, of.path, include=("*dense.weight",))
+    made = expand(fine_tune(of, patterns=Patterns(include=("pooler.dense.weight",))), layout)
+    assert not any(values.any() for values in made.values())
+
+
+def test_a_bound_delta_is_not_bound_again_unless_to_another_base() -> None:
+    of = base("bert_classifier")
+    _, layout = with_adapter(of.template, of.path)
+    bound = fine_tune(of, patterns=LAYERS).bind(of.path)
+    assert fit(bound, layout) is bound
+    wrong = replace(bound, layout=bound.layout[1:])  # type: ignore[index]
+    assert fit(wrong, layout).layout == bound.layout
 
 
 def some_layout() -> AdapterLayout:

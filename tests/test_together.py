@@ -2,50 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from making import METHODS, delta, folder, ids, model
 
-from kilodelta.export.peft_factors import balanced, balanced_alike
+from kilodelta.export.peft_factors import scales
 from kilodelta.format import together
 from kilodelta.format.methods import Method, Nola
 
 SEVERAL = (*METHODS, Nola(rank=1, bases=1), Nola(rank=5, bases=300))
 
 
+@pytest.mark.parametrize("threads", [None, 2])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("method", SEVERAL, ids=ids)
-def test_at_once_or_one_by_one_is_the_same(method: Method, bits: int, tmp_path: Path) -> None:
+def test_at_once_or_one_by_one_is_the_same(
+    method: Method, bits: int, threads: int | None, tmp_path: Path
+) -> None:
     """The targets have sides of 9, 10, 12, 20, 21 and 30: alone and in groups."""
     base = folder(tmp_path / "base", model())
     made = delta(base, method, bits=bits).bind(base)
     names = list(made.targets)[::-1]
-    found = together.factors(made, names, threads=2)
-    assert list(found) == names
-    for name in names:
-        alone = made.factors(name)
-        assert np.array_equal(found[name].left, alone.left), name
-        assert np.array_equal(found[name].right, alone.right), name
-        assert (found[name].c, found[name].e) == (alone.c, alone.e)
+    found = together.stacks(made, names, threads=threads)
+    for is_left in (True, False):
+        sides = {
+            name: values
+            for stack in found
+            if stack.is_left == is_left
+            for name, values in zip(stack.names, stack.values, strict=True)
+        }
+        assert set(sides) == set(names)
+        for name in names:
+            alone = made.factors(name)
+            assert np.array_equal(sides[name], alone.left if is_left else alone.right), name
 
 
-@pytest.mark.parametrize("method", METHODS, ids=ids)
-def test_factors_of_like_size_at_once_or_one_by_one(method: Method, tmp_path: Path) -> None:
-    if method.name == "randlora":
-        pytest.skip("its factors are not low-rank")
-    base = folder(tmp_path / "base", model())
-    made = delta(base, method, bits=8).bind(base)
-    for name in made.targets:
-        factors = made.factors(name)
-        empty = replace(factors, left=0 * factors.left)
-        B, A = balanced(factors)
-        many_B, many_A = balanced_alike([factors, empty, factors])
-        used = many_B[0].any(axis=0) & many_A[0].any(axis=1)
-        assert used.sum() == A.shape[0]
-        assert np.array_equal(many_B[0][:, used], B)
-        assert np.array_equal(many_A[2][used], A)
-        assert not many_B[1].any()
-        assert np.isfinite(many_A[1]).all()
+def test_nolas_targets_of_one_length_are_mixed_at_once(tmp_path: Path) -> None:
+    base = folder(tmp_path / "base", {f"{n}.weight": ("F32", (8, 6), b"\0" * 192) for n in "abc"})
+    made = delta(base, Nola(rank=3, bases=130)).bind(base)
+    shapes = [stack.values.shape for stack in together.stacks(made, list(made.targets))]
+    assert shapes == [(3, 8, 3), (3, 3, 6)]
+
+
+def test_scales_give_both_factors_entries_of_like_size() -> None:
+    """Tops 3 * 40 and 7 with 2^-10: shift = round((-10 + log2 7 - log2 120) / 2) = -7."""
+    left, right = scales(np.array([40, 0, 5]), np.array([7, 9, 0]), 3.0, -10)
+    assert left.tolist() == [3 * 2.0**-7, 0.0, 0.0]
+    assert right.tolist() == [2.0**-3, 0.0, 0.0]

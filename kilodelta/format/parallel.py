@@ -36,6 +36,8 @@ def run(
         meter.finish()
         return found
 
+    if threads == 1:  # no thread is started, which milliseconds of work would feel
+        return [work(item) for item in items]
     with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
         order = sorted(range(len(items)), key=lambda i: -weight(items[i]))
         jobs = {i: pool.submit(work, items[i]) for i in order}

@@ -1,4 +1,4 @@
-"""The integer factors of many targets at once, for whoever needs them all in milliseconds.
+"""The factors of many targets at once, for whoever needs them all in milliseconds.
 
 NOLA's targets share their bases. Drawing a base takes longer than adding it up, so the bases are
 drawn once for all targets whose sides are equally long.
@@ -7,75 +7,83 @@ drawn once for all targets whose sides are equally long.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from kilodelta.format import parallel
-from kilodelta.format.bases import Ints, Role
-from kilodelta.format.delta import Delta, Factors
-from kilodelta.format.methods import Nola
-from kilodelta.format.methods.base import Coefficients
+from kilodelta.format.bases import BLOCK, Ints, Role
+from kilodelta.format.delta import Delta
+from kilodelta.format.methods import Coefficients, Nola
 from kilodelta.progress import Meter, silent
 
+FEW = 1 << 29
+"""Steps of mixing, some 15 ms of one core, below which threads cost more than they bring: each one
+that comes back from a kernel waits for the interpreter."""
 
-def factors(
-    delta: Delta, names: Sequence[str], *, threads: int | None = None
-) -> dict[str, Factors]:
-    """`delta.factors` of each of these targets.
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """The left factors (n, out, K) of several targets, or their right ones (n, K, in), integers."""
+
+    names: Sequence[str]
+    is_left: bool
+    values: Ints
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Side:
+    """The same before it is computed."""
+
+    names: Sequence[str]
+    is_left: bool
+    length: int
+
+
+def stacks(delta: Delta, names: Sequence[str], *, threads: int | None = None) -> list[Stack]:
+    """Both factors of all these targets, each what `delta.factors` says.
 
     Args:
-        threads: cores to use; all by default.
+        threads: cores to use; by default all, or one where there is little to do.
     """
-    if isinstance(delta.method, Nola):
-        return _nola(delta, names, threads)
-    count = max(1, min(len(names), threads or os.cpu_count() or 1))
-    shares = [names[start::count] for start in range(count)]
-    found: dict[str, Factors] = {}
-    for part in parallel.run(
-        lambda share: {name: delta.factors(name) for name in share},
-        shares,
-        Meter("factors", len(shares), "shares", silent),
-        weight=len,
-        threads=threads,
-    ):
-        found |= part
-    return {name: found[name] for name in names}
-
-
-def _nola(delta: Delta, names: Sequence[str], threads: int | None) -> dict[str, Factors]:
-    read = {name: delta.coefficients(name) for name in names}
-    sides: dict[tuple[Role, int], list[str]] = {}
-    for name in names:
-        out, in_ = delta.targets[name].matrix
-        sides.setdefault((Role.NOLA_B, out), []).append(name)
-        sides.setdefault((Role.NOLA_A, in_), []).append(name)
-    mixed = parallel.run(
-        lambda side: _mixed(delta, *side, [read[name] for name in sides[side]]),
-        list(sides),
+    sides, read = _sides(delta, names), {name: delta.coefficients(name) for name in names}
+    cost = delta.method.bases if isinstance(delta.method, Nola) else BLOCK
+    steps = cost * delta.method.rank * sum(side.length * len(side.names) for side in sides)
+    return parallel.run(
+        lambda side: Stack(
+            names=side.names, is_left=side.is_left, values=_values(delta, side, read)
+        ),
+        sides,
         Meter("factors", len(sides), "sides", silent),
-        weight=lambda side: side[1] * len(sides[side]),
-        threads=threads,
+        weight=lambda side: side.length * len(side.names),
+        threads=threads or (1 if steps < FEW else os.cpu_count()),
     )
-    found = {
-        (role, name): factor
-        for (role, length), several in zip(sides, mixed, strict=True)
-        for name, factor in zip(sides[role, length], several, strict=True)
-    }
-    return {
-        name: _factors(delta, name, found[Role.NOLA_B, name], found[Role.NOLA_A, name])
-        for name in names
-    }
 
 
-def _mixed(delta: Delta, role: Role, length: int, read: Sequence[Coefficients]) -> Ints:
-    """One factor of targets whose sides have one length: role B (n, out, r), role A (n, r, in)."""
-    sides = range(delta.method.rank), range(length)
-    rows, columns = sides if role == Role.NOLA_A else sides[::-1]
-    lines = np.stack([q["alpha" if role == Role.NOLA_A else "beta"] for q in read])
-    return delta.stream.mix_many(role, lines, rows, columns)
+def _sides(delta: Delta, names: Iterable[str]) -> list[_Side]:
+    """What is computed at once: NOLA's sides of one length, any other method's each alone."""
+    alike: dict[tuple[bool, int, str], list[str]] = {}
+    for name in names:
+        alone = "" if isinstance(delta.method, Nola) else name
+        out, in_ = delta.targets[name].matrix
+        alike.setdefault((True, out, alone), []).append(name)
+        alike.setdefault((False, in_, alone), []).append(name)
+    return [
+        _Side(names=several, is_left=is_left, length=length)
+        for (is_left, length, _), several in alike.items()
+    ]
 
 
-def _factors(delta: Delta, name: str, left: Ints, right: Ints) -> Factors:
-    c, e = delta.scale(name)
-    return Factors(left=left, right=right, c=c, e=e)
+def _values(delta: Delta, side: _Side, read: Mapping[str, Coefficients]) -> Ints:
+    method, long = delta.method, range(side.length)
+    if isinstance(method, Nola):
+        group, role = ("beta", Role.NOLA_B) if side.is_left else ("alpha", Role.NOLA_A)
+        place = (long, range(method.rank)) if side.is_left else (range(method.rank), long)
+        lines = np.stack([read[name][group] for name in side.names])
+        return delta.stream.mix_many(role, lines, *place)
+    (name,) = side.names
+    target, q = delta.targets[name], read[name]
+    if side.is_left:
+        return method.left(q, target, delta.stream, long)[None]
+    return method.right(q, target, delta.stream)[None]
