@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from kilodelta.errors import require
-from kilodelta.format import arithmetic
-from kilodelta.format.arithmetic import Bytes
 from kilodelta.format.delta import Delta
+from kilodelta.format.identity import Bytes
 from kilodelta.format.targets import Target
 
 THREADS = 16
@@ -34,6 +33,8 @@ def expander(device: str) -> Expander:
         InputError: there is no such device.
     """
     if device == "cpu":
+        from kilodelta.format import arithmetic  # loads the kernels
+
         return Expander(merged=arithmetic.merged)
     require("torch", extra="torch", why=f"merge on {device}")
     from kilodelta.kernels.choose import device_named

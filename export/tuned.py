@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from kilodelta.errors import CheckpointError, ExportError
 from kilodelta.export.casting import cast, overflows
-from kilodelta.format import arithmetic, dtypes, identity
+from kilodelta.format import dtypes, identity
 from kilodelta.format.delta import Delta
 
 Bytes = npt.NDArray[np.uint8]
@@ -46,6 +46,8 @@ def tuned(delta: Delta, name: str, base: Callable[[str], Bytes]) -> Tuned:
     if name in delta.extras:
         extra = delta.extras[name]
         return Tuned(dtype=extra.dtype, shape=extra.shape, data=extra.data)
+    from kilodelta.format import arithmetic  # loads the kernels
+
     target, position = delta.target(name), 0
     source, size = base(name), dtypes.nbytes(target.dtype, target.shape)
     if source.size != size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -79,6 +80,23 @@ def test_a_fresh_folder_serves_the_base(bench: Bench) -> None:
     assert len({known.tobytes() for known in bench.outputs.values()}) == 3
     found = status(bench.device, check=True)
     assert (found.state.serving.delta, found.unfinished, bench.events()) == ("", False, ["bundled"])
+
+
+def test_what_decodes_nothing_does_not_load_numba(bench: Bench) -> None:
+    apply(bench.device, bench.files["a"])
+    code = (
+        "import sys\n"
+        "import kilodelta.device.apply, kilodelta.device.serving\n"
+        "import kilodelta.device.mode_adapter, kilodelta.device.mode_patch\n"
+        "import kilodelta.device.mode_refit\n"
+        "from kilodelta.device.rollback import rollback\n"
+        "from kilodelta.device.status import status\n"
+        f"status({str(bench.device)!r}, check=True)\n"
+        f"rollback({str(bench.device)!r})\n"
+        "print([m for m in ('numba', 'torch', 'onnx', 'click', 'rich') if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_apply_then_apply_then_roll_back_twice(bench: Bench) -> None:

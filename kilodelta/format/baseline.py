@@ -5,10 +5,9 @@ from __future__ import annotations
 from difflib import SequenceMatcher
 
 from kilodelta.errors import BaseMismatchError
-from kilodelta.format.build import fingerprints
 from kilodelta.format.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
-from kilodelta.format.identity import Identity, digest
+from kilodelta.format.identity import Identity, digest, fingerprints
 from kilodelta.progress import Progress, silent
 
 SHOWN = 5

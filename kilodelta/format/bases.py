@@ -1,7 +1,7 @@
 """Random bases by coordinates: any slice, in any order, gives the same integers.
 
 docs/format.md, section 5. A `Stream` is one delta's seed; its methods draw slices of the bases of
-a role, on the kernels of `kilodelta.format.philox`.
+a role, on the kernels of `kilodelta.format.philox`, which are loaded when the first is drawn.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from kilodelta.format import philox
 
 Ints = npt.NDArray[Any]
 
@@ -57,6 +55,8 @@ class Stream:
         """Raw Philox words, uint32 (rows, columns, blocks, 4): packed sign bases, 128 a block."""
         out = np.empty((len(rows), len(columns), len(blocks), 4), np.uint32)
         place = _u32(role, rows.start, columns.start, blocks.start)
+        from kilodelta.format import philox
+
         philox.draw(*self.key, *place, out)
         return out
 
@@ -77,6 +77,8 @@ class Stream:
         out = np.empty((len(coefficients), len(rows), len(columns)), np.int64)
         planes, flips = _bit_planes(coefficients)
         place = _u32(role, rows.start, columns.start)
+        from kilodelta.format import philox
+
         philox.mix(*self.key, *place, planes, flips, totals, out)
         return out
 
@@ -87,6 +89,8 @@ class Stream:
         """
         out = np.empty((len(rows), len(columns), values.shape[0]), values.dtype)
         place = _u32(role, rows.start, columns.start)
+        from kilodelta.format import philox
+
         philox.signs(*self.key, *place, np.ascontiguousarray(values), out)
         return out
 
@@ -94,6 +98,8 @@ class Stream:
         """The same for ternary bases of a sparsity: (rows, columns, n)."""
         out = np.empty((len(rows), len(columns), values.shape[0]), values.dtype)
         place = _u32(role, rows.start, columns.start)
+        from kilodelta.format import philox
+
         philox.ternary(*self.key, *place, sparsity, np.ascontiguousarray(values), out)
         return out
 
@@ -108,6 +114,8 @@ class Stream:
         """Uni-LoRA's signed picks from theta (k,), of theta's type: (rows, columns)."""
         out = np.empty((len(rows), len(columns)), theta.dtype)
         place = _u32(role, rows.start, columns.start, target)
+        from kilodelta.format import philox
+
         philox.pick(*self.key, *place, np.ascontiguousarray(theta), out)
         return out
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from kilodelta.format.checkpoint import Checkpoint, in_name_order
 from kilodelta.format.coefficients import Floats, Group, Quantised, pack, quantise, scale_near
 from kilodelta.format.compat import Compat, stored
 from kilodelta.format.delta import Delta, Extra, exactness
-from kilodelta.format.identity import Identity, digest, root
+from kilodelta.format.identity import Identity, digest, fingerprints, root
 from kilodelta.format.manifest import FLOATS, Base, Manifest
 from kilodelta.format.manifest import parse as parse_manifest
 from kilodelta.format.methods import Method
@@ -169,14 +168,6 @@ def _manifest(
         extras=in_name_order(recipe.extras),
         result="sha256:" + "0" * 64,
         made=recipe.made,
-    )
-
-
-def fingerprints(known: Identity) -> bytes:
-    """Two bytes a tensor in name order: of its name's SHA-256 and of its digest, the first ones."""
-    return b"".join(
-        hashlib.sha256(name.encode("utf-8")).digest()[:1] + bytes.fromhex(text[7:9])
-        for name, text in known.tensors.items()
     )
 
 

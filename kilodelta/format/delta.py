@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kilodelta.errors import BaseMismatchError, FileError, InputError
-from kilodelta.format import dtypes, exact, ordered
+from kilodelta.format import dtypes, exact
 from kilodelta.format.bases import Stream
 from kilodelta.format.checkpoint import Checkpoint, TensorInfo
 from kilodelta.format.coefficients import Group, Ints, group_size, groups_size, unpack
@@ -213,6 +213,8 @@ class Delta:
         if compat is None:
             c, e = self.scale(name)
             return np.ldexp((c * self.expand(name)).astype(np.float32), e)
+        from kilodelta.format import ordered
+
         target, q = self.target(name), self.coefficients(name)
         left = compat.left(q, target, self.stream, range(target.matrix[0]))
         product = ordered.multiplier(compat.right(q, target, self.stream))(left)

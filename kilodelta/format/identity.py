@@ -64,6 +64,14 @@ def of_digests(tensors: Mapping[str, str]) -> Identity:
     return Identity(root=root(ordered.values()), tensors=ordered)
 
 
+def fingerprints(known: Identity) -> bytes:
+    """Two bytes a tensor in name order: of its name's SHA-256 and of its digest, the first ones."""
+    return b"".join(
+        hashlib.sha256(name.encode("utf-8")).digest()[:1] + bytes.fromhex(text[7:9])
+        for name, text in known.tensors.items()
+    )
+
+
 def digest(
     model: Any, *, cache: bool = True, threads: int | None = None, progress: Progress = silent
 ) -> Identity:

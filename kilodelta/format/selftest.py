@@ -2,6 +2,7 @@
 
 docs/format.md, section 7. The values are those of `tests/golden/`; a processor that flushes
 subnormal numbers to zero, a miscompiled kernel or a saturating int8 product is refused here.
+Kernels are loaded by the checks, so that what decodes nothing does not wait for numba.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from kilodelta.errors import SelfTestError
-from kilodelta.format import exact, fused, ordered, philox, rounding
+from kilodelta.format import exact
 from kilodelta.format.bases import Ints, Role, Stream
 
 KNOWN_ANSWERS = (
@@ -51,6 +52,8 @@ def require_good_kernels() -> None:
 
 
 def _philox_is_right() -> bool:
+    from kilodelta.format import philox
+
     for counter, key, expected in KNOWN_ANSWERS:
         row, column, block, role = (np.uint32(word) for word in counter)
         out = np.empty((1, 1, 1, 4), np.uint32)
@@ -90,6 +93,8 @@ def _products_are_right() -> bool:
 
 
 def _fused_is_right(left: Ints, right: Ints) -> bool:
+    from kilodelta.format import fused
+
     weights, out = np.zeros((5, 530), np.float32), np.empty((5, 530), np.float32)
     few, most = left[:, :7].astype(np.float64), right[:7].astype(np.float64)
     fused.merge_f32(few, most, weights, np.float64(3), np.float32(2.0**-9), out)
@@ -98,6 +103,8 @@ def _fused_is_right(left: Ints, right: Ints) -> bool:
 
 
 def _ordered_sums_are_right() -> bool:
+    from kilodelta.format import ordered
+
     left = (((np.arange(3 * 150) * 37) % 255 - 127) / 7).astype(np.float32).reshape(3, 150)
     right = (((np.arange(150 * 270) * 91) % 1021 - 510) / 11).astype(np.float32).reshape(150, 270)
     found = ordered.multiplier(right)(left)
@@ -122,6 +129,8 @@ def _rounding_is_right() -> bool:
 
 
 def _rounds(dtype: str) -> bool:
+    from kilodelta.format import rounding
+
     bits, width = ROUNDED[dtype]
     view, add = rounding.ADD[dtype]
     weights = np.array(bits, width).view(view)
