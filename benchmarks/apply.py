@@ -33,13 +33,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fidelity_task import base_folder
 from machine import describe, peak_memory, side_by_side
 
 ROWS, TOKENS = 4, 64
 WORDS = (1000, 20000)
 RANK, BASES, MATRICES = 8, 256, 36
 FINE_TUNES = 4
+TURNS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,12 @@ def main() -> None:
         }
         for name in options.only.split(","):
             rows += sections[name](fleet)
-    report = {"machine": {**describe(), "load": f"{load:.1f} before the run"}, "rows": rows}
+    machine = {
+        **describe(),
+        "threads": f"{os.cpu_count()}; a switch of this size takes one",
+        "load": f"{load:.1f} before the run, {os.getloadavg()[0]:.1f} at its end",
+    }
+    report = {"machine": machine, "rows": rows}
     _print(report)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -119,6 +124,8 @@ def _row(
 
 def prepare(root: Path) -> Fleet:
     """Everything that a build machine does, not timed."""
+    from fidelity_task import base_folder  # torch, which would be in every child's memory
+
     import kilodelta
     from kilodelta.device import truth
     from kilodelta.device.make import Options, make
@@ -192,9 +199,10 @@ def adapter(fleet: Fleet) -> list[dict[str, Any]]:
     device, batch = Device(fleet.devices["adapter"]), _batch(fleet)
     device.session(fleet.files[0])  # kernels are loaded, the session is open
     spent = []
-    for file in fleet.files[1:]:
+    for turn, file in itertools.product(range(TURNS), fleet.files[1:]):
+        fresh = shutil.copy(file, fleet.root / f"{turn}-{file.name}")  # never seen by this device
         began = time.perf_counter()
-        device.session(file)
+        device.session(fresh)
         spent.append(time.perf_counter() - began)
     merged = OnnxRunner(fleet.exported, device="cpu")
     merged.available()
@@ -247,8 +255,14 @@ def patch(fleet: Fleet) -> list[dict[str, Any]]:
     return [
         _row("patch: the tuned ONNX file, proved, fsync", min(f[0] for f in found), 1.0, unit="s"),
         _row(
-            "patch: peak anonymous memory of the process, against 1.2x the ONNX file",
+            "patch: peak anonymous memory of the whole process, against 1.2x the ONNX file",
             max(f[1] for f in found) / 1e6,
+            1.2 * size,
+            unit="MB",
+        ),
+        _row(
+            "the same beyond the interpreter with numba loaded and its kernels proved",
+            max(f[1] - f[2] for f in found) / 1e6,
             1.2 * size,
             unit="MB",
         ),
@@ -261,7 +275,7 @@ def patch(fleet: Fleet) -> list[dict[str, Any]]:
     ]
 
 
-def _patch_in_child(fleet: Fleet, out: Path) -> tuple[float, int]:
+def _patch_in_child(fleet: Fleet, out: Path) -> tuple[float, int, int]:
     out.unlink(missing_ok=True)
     return _child(_patch, fleet.devices["patch"], fleet.files[0], out)
 
@@ -276,13 +290,14 @@ def _patch(device: Path, file: Path, out: Path) -> None:
     patch(base / "model.onnx", file, out, places=read_map(base / MAP), base=rest)
 
 
-def _child(work: Callable[..., None], *arguments: Any) -> tuple[float, int]:
-    """(seconds, peak anonymous bytes) of work in a fresh process, kernels loaded before."""
+def _child(work: Callable[..., None], *arguments: Any) -> tuple[float, int, int]:
+    """Of work in a fresh process, kernels loaded before: seconds, the peak of its anonymous bytes,
+    and what they were before it."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measured, args=(sender, work, arguments))
     process.start()
-    found: tuple[float, int] = receiver.recv()
+    found: tuple[float, int, int] = receiver.recv()
     process.join()
     return found
 
@@ -292,10 +307,10 @@ def _measured(sender: Any, work: Callable[..., None], arguments: tuple[Any, ...]
 
     require_good_kernels()
     with peak_memory() as peak:
-        began = time.perf_counter()
+        before, began = peak(), time.perf_counter()
         work(*arguments)
         seconds = time.perf_counter() - began
-        sender.send((seconds, peak()))
+        sender.send((seconds, peak(), before))
 
 
 def apply(fleet: Fleet) -> list[dict[str, Any]]:
@@ -333,7 +348,7 @@ def _anew(fleet: Fleet) -> None:
 
 def footprint(fleet: Fleet) -> list[dict[str, Any]]:
     """Import time, and the memory of `apply` beyond what the runtime itself takes."""
-    rows = [_row("import of the device side, fresh process", _import_time(), 0.5, unit="s")]
+    rows = [_row(what, _fresh(code), 0.5, unit="s") for what, code in IMPORTS.items()]
     for mode, device in fleet.devices.items():
         _child(_apply, device, fleet.files[0])  # the base's own outputs are remembered from here
         ours = max(_child(_apply, device, file)[1] for file in fleet.files[1:3])
@@ -358,13 +373,23 @@ def _only_run(device: Path, file: Path) -> None:
     served.run(golden.read(device / "base" / golden.FILE).inputs)
 
 
-def _import_time() -> float:
-    code = (
-        "import time; began = time.perf_counter()\n"
-        "import kilodelta.device.serving, kilodelta.device.apply\n"
-        "import kilodelta.device.mode_adapter, kilodelta.device.mode_patch\n"
-        "print(time.perf_counter() - began)"
-    )
+_DEVICE = (
+    "import kilodelta.device.serving, kilodelta.device.apply\n"
+    "import kilodelta.device.mode_adapter, kilodelta.device.mode_patch\n"
+)
+_KERNELS = "from kilodelta.format import fused, ordered, philox, rounding\n"
+_PROVED = "from kilodelta.format.selftest import require_good_kernels as prove; prove()\n"
+IMPORTS = {
+    "import of the device side, fresh process": _DEVICE,
+    "the same and numba with the kernels, which the first fine-tune decoded loads": _DEVICE
+    + _KERNELS,
+    "the same and the kernels proved: numba's own first use": _DEVICE + _KERNELS + _PROVED,
+}
+
+
+def _fresh(code: str) -> float:
+    """The least seconds that code takes in a fresh process, the interpreter's start aside."""
+    code = f"import time; began = time.perf_counter()\n{code}print(time.perf_counter() - began)"
     took = [subprocess.check_output([sys.executable, "-c", code], text=True) for _ in range(7)]
     return min(map(float, took))
 
