@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -163,6 +164,7 @@ def _compress(bench: _Bench, name: str, **chosen: Any) -> dict[str, Any]:
         base_folder(), bench.teacher, file, inputs=bench.place / "inputs.txt", options=options
     )
     seconds = time.monotonic() - began
+    shutil.rmtree(merged, ignore_errors=True)  # of a run that was interrupted here
     kilodelta.merge(base_folder(), file, merged)
     return {
         "accuracy": bench.accuracy(merged),
