@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,9 @@ class StandIn:
 
     def trial(self, delta: Delta) -> Linear:
         return Linear(self._merged(delta))
+
+    def mixed(self, rows: Sequence[modes.Session]) -> modes.Session:
+        raise modes.no_slots()
 
     def _array(self, name: str) -> np.ndarray[Any, Any]:
         return self.base.data(name).view(np.float32).reshape(self.base.info(name).shape)

@@ -162,7 +162,80 @@ def test_inputs_that_do_not_tell_are_refused(root: Path, tmp_path: Path) -> None
     assert not (tmp_path / "out.kd").exists()
 
 
-@pytest.mark.parametrize("options", [{"mode": "refit"}, {"mode": "patch", "keep": 0}])
+@pytest.fixture(scope="module")
+def slotted(root: Path) -> Path:
+    """A folder whose batches may mix two fine-tunes; it serves the first one."""
+    options = Options(mode="adapter", rank=4, slots=2, probe=str(root / "texts.txt"))
+    make(root / "base", root / "slotted", options)
+    apply(root / "slotted", root / "a1.kd")
+    return root / "slotted"
+
+
+def test_each_row_of_a_batch_has_its_own_fine_tune(root: Path, slotted: Path) -> None:
+    one, many = Device(root / "adapter"), Device(slotted)
+    names: dict[Any, Any] = {None: root / "a1.kd", "base": "base", root / "b.kd": root / "b.kd"}
+    alone = {n: one.run(BATCH, file)["sentence_embedding"] for n, file in names.items()}
+    for first in names:
+        whole = many.run(BATCH, first)["sentence_embedding"]
+        np.testing.assert_allclose(whole, alone[first], atol=2e-6)
+        for second in names:
+            found = many.run(BATCH, deltas=[first, second])["sentence_embedding"]
+            np.testing.assert_allclose(found[0], alone[first][0], atol=2e-6)
+            np.testing.assert_allclose(found[1], alone[second][1], atol=2e-6)
+    assert np.abs(alone["base"] - alone[root / "b.kd"]).max() > 1e-3
+
+
+def test_slots_are_reused_and_a_table_under_way_stays(
+    root: Path, slotted: Path, tmp_path: Path
+) -> None:
+    device, copies = Device(slotted), []
+    for name in "xyz":
+        copies.append(tmp_path / f"{name}.kd")
+        copies[-1].write_bytes((root / "b.kd").read_bytes())
+    under_way = device._mode.mixed([device.session(one) for one in copies[:2]])
+    table = device._mode._table  # type: ignore[attr-defined]
+    device.run(BATCH, deltas=[copies[1], "base"])
+    assert device._mode._table is table  # type: ignore[attr-defined]
+    device.run(BATCH, deltas=["base", copies[2]])
+    kept = device._mode._table[0]  # type: ignore[attr-defined]
+    assert list(kept) == [device.session(copies[2]), device.session(copies[0])]
+    found = under_way.run(BATCH)["sentence_embedding"]
+    expected = device.run(BATCH, root / "b.kd")["sentence_embedding"]
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def test_rows_that_no_slot_has_room_for_are_refused(
+    root: Path, slotted: Path, tmp_path: Path
+) -> None:
+    device = Device(slotted)
+    three = {name: np.concatenate([array, array[:1]]) for name, array in BATCH.items()}
+    (tmp_path / "c.kd").write_bytes((root / "b.kd").read_bytes())
+    with pytest.raises(InputError, match="3 fine-tunes do not fit into 2 slots"):
+        device.run(three, deltas=[root / "a.kd", root / "b.kd", tmp_path / "c.kd"])
+    with pytest.raises(InputError, match="1 fine-tunes for 2 rows of input_ids"):
+        device.run(BATCH, deltas=["base"])
+    with pytest.raises(InputError, match="give one of both"):
+        device.run(BATCH, "base", deltas=["base", None])
+    for mode in MODES:
+        with pytest.raises(InputError, match="computes a batch with one fine-tune"):
+            Device(root / mode).run(BATCH, deltas=["base", root / "a.kd"])
+
+
+def test_run_takes_a_delta_for_each_row(root: Path, slotted: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", **BATCH)  # type: ignore[arg-type]
+    arguments = ["run", slotted, "--inputs", tmp_path / "x.npz", "-o", tmp_path / "y.npz"]
+    chosen = ["--delta", "base", "--delta", root / "b.kd"]
+    done = CliRunner().invoke(main, list(map(str, [*arguments, *chosen])))
+    assert done.exit_code == 0, done.output
+    expected = Device(slotted).run(BATCH, deltas=["base", root / "b.kd"])["sentence_embedding"]
+    found = np.load(tmp_path / "y.npz")["sentence_embedding"]
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"mode": "refit"}, {"mode": "patch", "keep": 0}, {"mode": "patch", "slots": 1}],
+)
 def test_options_that_do_not_go_together(root: Path, tmp_path: Path, options: Any) -> None:
     with pytest.raises(InputError):
         make(root / "base", tmp_path / "device", Options(**options))

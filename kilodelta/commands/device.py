@@ -52,6 +52,13 @@ HISTORY = 10
     type=click.IntRange(1),
     help="Adapter mode: the highest rank that a fine-tune may have.",
 )
+@click.option(
+    "--slots",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Adapter mode: how many fine-tunes one batch may mix.",
+)
 @click.option("--targets", multiple=True, help="Globs of tensors that fine-tunes change; repeat.")
 @click.option("--exclude", multiple=True, help="Globs of tensors that they do not; repeat.")
 @click.option(
@@ -247,15 +254,23 @@ def _served(item: Served) -> str:
 @click.command()
 @click.argument("folder", type=click.Path())
 @click.option("--inputs", required=True, type=click.Path(), help="An .npz file, an array an input.")
-@click.option("--delta", type=click.Path(), help="Another .kd file for this request, or: base.")
+@click.option(
+    "--delta",
+    "deltas",
+    multiple=True,
+    type=click.Path(),
+    help="Another .kd file for this request, or: base. Repeat it once a row where the folder was "
+    "bundled with --slots.",
+)
 @click.option("-o", "--out", type=click.Path(), help="An .npz file for the outputs.")
 @as_json
-def run(folder: str, inputs: str, delta: str | None, out: str | None, as_json: bool) -> None:
+def run(folder: str, inputs: str, deltas: tuple[str, ...], out: str | None, as_json: bool) -> None:
     """Compute outputs with what a device FOLDER serves."""
     from kilodelta.device import Device
     from kilodelta.device.arrays import read_npz, summary, write_npz
 
-    found = Device(folder).run(read_npz(inputs), delta)
+    chosen = {"delta": deltas[0] if deltas else None} if len(deltas) < 2 else {"deltas": deltas}
+    found = Device(folder).run(read_npz(inputs), **chosen)
     if out is not None:
         write_npz(out, found)
     described = summary(found)

@@ -55,6 +55,9 @@ class Options:
     rank: int = 8
     """Adapter mode: the highest rank that a fine-tune may have."""
 
+    slots: int = 0
+    """Adapter mode: how many fine-tunes one batch may mix; 0 for one a batch."""
+
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     """Adapter and refit mode: globs of the tensors that fine-tunes may change; all layers."""
@@ -107,6 +110,11 @@ def _check(options: Options) -> None:
         raise InputError(
             "patch mode changes ONNX files; an engine would have to be built anew for each",
             fix="take --mode refit for the engine, or leave --engine out",
+        )
+    if options.mode != "adapter" and options.slots:
+        raise InputError(
+            f"{options.mode} mode computes a batch with one fine-tune",
+            fix="take --mode adapter for --slots, or leave --slots out",
         )
     if options.keep < 1:
         raise InputError("keep 0 leaves nothing to roll back to", fix="give --keep 1 or more")
@@ -191,6 +199,7 @@ def _adapter(job: _Job, template: Template, folder: Path) -> None:
         exclude=options.exclude,
         name=job.name,
         rank=options.rank,
+        slots=options.slots,
     )
     job.save(wide, folder)
     layout.write(folder)

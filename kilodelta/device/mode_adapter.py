@@ -2,21 +2,28 @@
 
 A fine-tune's folder holds nothing but its file of kilobytes; the factors are expanded when it is
 first used, and from then on switching is binding other inputs.
+
+Where the graph has slots, fine-tunes lie beside each other in its inputs and each row of a batch
+names its own. Tables of slots are never changed, so requests under way keep theirs; the next one
+has the fine-tunes that are asked for, and of the table before it those that there is room for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from kilodelta.device import runners
 from kilodelta.device.bundle import Bundle
-from kilodelta.device.modes import DELTA, Session
+from kilodelta.device.modes import DELTA, Session, no_slots
 from kilodelta.device.places import Places
 from kilodelta.errors import require
-from kilodelta.export.adapter_factors import Factors, base_factors, expand
-from kilodelta.export.adapter_layout import read_layout
+from kilodelta.export.adapter_factors import Factors, base_factors, expand, in_slots
+from kilodelta.export.adapter_layout import INDEX, read_layout
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.verify.run_onnx import OnnxRunner
@@ -33,6 +40,8 @@ class AdapterMode:
         self._layout = read_layout(places.base)
         self.runtime = runners.version(bundle)
         self._runner: Any = self._opened(places.base)
+        self._lock = threading.Lock()
+        self._table: tuple[_Slots, Mapping[str, Any]] = ((), {})
 
     def build(self, delta: Delta, stage: Path) -> None:
         """See that the graph can take the delta; its file is all that has to lie there."""
@@ -41,12 +50,39 @@ class AdapterMode:
     def open(self, folder: Path | None) -> Session:
         """A fine-tune's factors bound, or zeros."""
         if folder is None:
-            return self._bound(base_factors(self._layout))
+            return self._base()
         return self.trial(load(folder / DELTA))
 
     def trial(self, delta: Delta) -> Session:
         """The same for a delta from anywhere."""
         return self._bound(expand(delta, self._layout))
+
+    def mixed(self, rows: Sequence[Session]) -> Session:
+        """A table of slots that has them all."""
+        if not self._layout.slots:
+            raise no_slots()
+        chosen: list[Any] = list(rows)
+        slots, feeds = self._slots(dict.fromkeys(row for row in chosen if row.factors is not None))
+        places: dict[Any, int] = {fine_tune: slot for slot, fine_tune in enumerate(slots, 1)}
+        index = np.array([places.get(row, 0) for row in rows], np.int64)
+        return _Switched(self._runner, {**feeds, INDEX: index})
+
+    def _slots(self, wanted: Mapping[Any, None]) -> tuple[_Slots, Mapping[str, Any]]:
+        """Fine-tunes in slots, the wanted among them, and the inputs that hold their factors."""
+        with self._lock:
+            known, _ = self._table
+            if not self._table[1] or wanted.keys() - set(known):
+                rest = [one for one in known if one not in wanted]
+                room = max(0, self._layout.slots - len(wanted))
+                slots = (*wanted, *rest[:room])
+                stacked = in_slots(self._layout, [one.factors for one in slots])
+                self._table = (slots, self._prepared(stacked))
+            return self._table
+
+    def _base(self) -> Session:
+        if self._layout.slots:
+            return _InSlot(self, None)
+        return self._bound(base_factors(self._layout))
 
     def _opened(self, folder: Path) -> Any:
         if runners.is_engine(self._bundle):
@@ -55,8 +91,14 @@ class AdapterMode:
         return runners.ready(_Prepared(folder / runners.ONNX, device=device))
 
     def _bound(self, factors: Factors) -> Session:
+        if self._layout.slots:
+            return _InSlot(self, factors)
+        return _Switched(self._runner, self._prepared(factors))
+
+    def _prepared(self, factors: Factors) -> Mapping[str, Any]:
         prepare = getattr(self._runner, "prepare", dict)
-        return _Switched(self._runner, prepare(factors))
+        found: Mapping[str, Any] = prepare(factors)
+        return found
 
 
 class _Switched:
@@ -68,6 +110,20 @@ class _Switched:
     def run(self, batch: Batch) -> Arrays:
         found: Arrays = self._runner.run({**batch, **self._factors})
         return found
+
+
+class _InSlot:
+    """One fine-tune of a graph with slots, or the base (None), which every table has."""
+
+    def __init__(self, mode: AdapterMode, factors: Factors | None) -> None:
+        self._mode, self.factors = mode, factors
+
+    def run(self, batch: Batch) -> Arrays:
+        rows = len(next(iter(batch.values()), ()))
+        return self._mode.mixed([self] * rows).run(batch)
+
+
+_Slots: TypeAlias = tuple[_InSlot, ...]
 
 
 class _Prepared(OnnxRunner):

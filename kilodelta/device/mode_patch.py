@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kilodelta.device import runners
 from kilodelta.device.bundle import Bundle
-from kilodelta.device.modes import Session
+from kilodelta.device.modes import Session, no_slots
 from kilodelta.device.places import Places
 from kilodelta.export.patch import patch
 from kilodelta.export.patch_map import read_map
@@ -46,6 +47,9 @@ class PatchMode:
         runner = _InMemory(self._model, delta, self._source, runners.provider(self._bundle))
         found: Session = runners.ready(runner)
         return found
+
+    def mixed(self, rows: Sequence[Session]) -> Session:
+        raise no_slots()
 
 
 class _InMemory(OnnxRunner):

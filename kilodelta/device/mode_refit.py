@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kilodelta.device import runners
 from kilodelta.device.bundle import Bundle
-from kilodelta.device.modes import Session
+from kilodelta.device.modes import Session, no_slots
 from kilodelta.device.places import Places
 from kilodelta.errors import DeviceError
 from kilodelta.export import fields
@@ -51,6 +51,9 @@ class RefitMode:
         with tempfile.TemporaryDirectory() as stage:
             self.build(delta, Path(stage))
             return self.open(Path(stage))
+
+    def mixed(self, rows: Sequence[Session]) -> Session:
+        raise no_slots()
 
 
 def write_unused(folder: Path, unused: Sequence[str]) -> None:

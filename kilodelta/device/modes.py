@@ -9,12 +9,13 @@ refit     a TensorRT engine refitted with the merged weights           every met
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from kilodelta.device.bundle import Bundle
 from kilodelta.device.places import Places
+from kilodelta.errors import InputError
 from kilodelta.format.delta import Delta
 from kilodelta.verify.runner import Arrays, Batch
 
@@ -48,6 +49,13 @@ class Mode(Protocol):
     def trial(self, delta: Delta) -> Session:
         """A delta that was not applied, ready to compute; nothing is written."""
 
+    def mixed(self, rows: Sequence[Session]) -> Session:
+        """One batch whose rows are computed with sessions of this mode, a session a row.
+
+        Raises:
+            InputError: what is deployed computes a batch with one fine-tune, or with fewer.
+        """
+
     @property
     def runtime(self) -> str:
         """The runtime and its version, which may change a result's last bits."""
@@ -75,6 +83,14 @@ def _refit(places: Places, bundle: Bundle) -> Mode:
 
 
 OPENERS: dict[str, Opener] = {"adapter": _adapter, "patch": _patch, "refit": _refit}
+
+
+def no_slots() -> InputError:
+    """What `mixed` raises where a batch is computed with one fine-tune."""
+    return InputError(
+        "what is deployed here computes a batch with one fine-tune",
+        fix="kilodelta bundle --mode adapter --slots N, or one run for each fine-tune",
+    )
 
 
 def open_mode(places: Places, bundle: Bundle) -> Mode:

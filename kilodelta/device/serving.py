@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from kilodelta.device import bundle as bundles
 from kilodelta.device import prove, state
 from kilodelta.device.modes import Mode, Session, open_mode
 from kilodelta.device.places import Places
-from kilodelta.errors import KiloDeltaError
+from kilodelta.errors import InputError, KiloDeltaError
 from kilodelta.format import digest_cache
 from kilodelta.verify.runner import Arrays
 
@@ -59,20 +59,29 @@ class Device:
         return state.read(self.places)
 
     def run(
-        self, batch: Mapping[str, NDArray[Any]], delta: str | os.PathLike[str] | None = None
+        self,
+        batch: Mapping[str, NDArray[Any]],
+        delta: str | os.PathLike[str] | None = None,
+        *,
+        deltas: Sequence[str | os.PathLike[str] | None] | None = None,
     ) -> Arrays:
         """The outputs by name.
 
         Args:
             batch: the inputs by name.
             delta: a `.kd` file to compute this request with, or "base"; by default what is served.
+            deltas: the same for each row of the batch, where the folder was bundled with slots.
 
         Raises:
             FileError, BaseMismatchError, InputError: the file is damaged, for another base, or of a
-                kind that this folder's mode cannot take.
+                kind that this folder's mode cannot take; or there are more fine-tunes than slots,
+                or not as many as rows.
             ProofError: the model does not take these inputs.
         """
-        return self.session(delta).run(batch)
+        if deltas is None:
+            return self.session(delta).run(batch)
+        _check_rows(batch, delta, deltas)
+        return self._mode.mixed([self.session(one) for one in deltas]).run(batch)
 
     def session(self, delta: str | os.PathLike[str] | None = None) -> Session:
         """What `run` computes with; it stays the same fine-tune whatever is applied later."""
@@ -113,6 +122,19 @@ class Device:
             while len(self._sessions) > self._mode.held:
                 self._sessions.popitem(last=False)
             return self._sessions[key]
+
+
+def _check_rows(batch: Mapping[str, NDArray[Any]], delta: Any, deltas: Sequence[Any]) -> None:
+    if delta is not None:
+        raise InputError(
+            "one fine-tune is given for the batch and one for each row", fix="give one of both"
+        )
+    for name, array in batch.items():
+        if array.ndim and len(array) != len(deltas):
+            raise InputError(
+                f"{len(deltas)} fine-tunes for {len(array)} rows of {name}",
+                fix="give a fine-tune for each row of the batch",
+            )
 
 
 def _key(path: Path) -> Any:
