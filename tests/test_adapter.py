@@ -169,6 +169,63 @@ def test_onnx_runtimes_own_adapter_file_gives_the_same_outputs(tmp_path: Path) -
     assert not (tmp_path / "no.onnx_adapter").exists()
 
 
+def test_the_command_writes_one_graph_and_an_adapter_for_each_file(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from kilodelta.cli import main
+
+    of, out = base("bert_classifier"), tmp_path / "out"
+
+    def invoke(name: str, *options: str) -> Any:
+        given = ["export", str(of.path), str(tmp_path / name), "-o", str(out), "--adapter"]
+        return CliRunner().invoke(main, [*given, *options])
+
+    tunes = {name: fine_tune(of, patterns=LAYERS, seed=seed) for seed, name in enumerate("ab", 1)}
+    for name, tune in tunes.items():
+        tune.save(tmp_path / f"{name}.kd")
+    fine_tune(of, Lora(rank=5), patterns=LAYERS).save(tmp_path / "high.kd")
+    refused = {
+        ("a.kd", "--tensorrt", "sm86"): (9, "--adapter writes an adapter, --tensorrt is for other"),
+        ("a.kd", "--peft"): (9, "--peft is for other exports"),
+        ("a.kd", "--dtype", "bf16"): (9, "do not come in bfloat16"),
+        ("high.kd", "--rank", "4"): (9, "the file has rank 5, the graph takes up to 4"),
+    }
+    for (name, *options), (code, said) in refused.items():
+        done = invoke(name, *options)
+        assert (done.exit_code, said in done.output) == (code, True), done.output
+        assert not out.exists()
+    first = invoke("a.kd", "--rank", "4", "--json")
+    assert json.loads(first.stdout)["is_new"], first.output
+    graph_file, layout = out / "model.onnx", read_layout(out)
+    written = graph_file.stat().st_mtime_ns
+    second = invoke("b.kd")
+    assert (second.exit_code, "as it was" in second.output) == (0, True), second.output
+    assert graph_file.stat().st_mtime_ns == written
+    assert (layout.rank, layout.optional) == (4, True)
+    for name, tune in tunes.items():
+        adapter, options = ort.LoraAdapter(), ort.RunOptions()
+        adapter.Load(str(out / f"{name}.onnx_adapter"))
+        options.add_active_adapter(adapter)
+        (tmp_path / name).mkdir()
+        assert within_gate(of, tune, tmp_path / name, run(graph_file, of.feeds, options=options))
+    assert np.array_equal(run(graph_file, of.feeds), run(plain_file(of, tmp_path), of.feeds))
+    again, half = invoke("b.kd"), invoke("high.kd", "--dtype", "fp16")
+    assert (again.exit_code, "b.onnx_adapter exists already" in again.output) == (8, True)
+    assert (half.exit_code, "is of float32, not of float16" in half.output) == (9, True)
+    assert {place.name for place in out.iterdir()} == {
+        *("model.onnx", "adapter.json", "a.onnx_adapter", "b.onnx_adapter")
+    }
+
+
+def test_an_option_of_adapter_files_alone_is_refused() -> None:
+    from click.testing import CliRunner
+
+    from kilodelta.cli import main
+
+    done = CliRunner().invoke(main, ["export", "base", "a.kd", "-o", "out", "--rank", "4"])
+    assert (done.exit_code, "add --adapter" in done.output) == (9, True), done.output
+
+
 def test_deltas_that_the_graph_cannot_take_are_refused() -> None:
     of, other = base("bert_classifier"), base("gpt2")
     _, layout = with_adapter(of.template, of.path, name="pico", rank=2)

@@ -54,14 +54,7 @@ def peft_options(function: F) -> F:
 def _run(given: dict[str, Any], chosen: dict[str, Any]) -> Callable[[], None]:
     from kilodelta.export.peft import PeftOptions, export_peft
 
-    for name in _OTHERS:
-        if given.get(name):
-            raise InputError(
-                f"--peft writes an adapter, --{name.replace('_', '-')} is for other exports",
-                fix="run kilodelta export twice, into two folders",
-            )
-    if len(given["dtypes"]) != 1:
-        raise InputError("an adapter has one precision", fix="give --dtype once")
+    refuse_others(given, "peft")
     options = PeftOptions(dtype=given["dtypes"][0], **chosen)
     done = export_peft(
         given["base"], given["file"], given["out"], options, progress=given["progress"]
@@ -69,6 +62,22 @@ def _run(given: dict[str, Any], chosen: dict[str, Any]) -> Callable[[], None]:
     if given["as_json"]:
         return lambda: terminal.print_json({**asdict(done), "path": str(done.path)})
     return lambda: _show(done)
+
+
+def refuse_others(given: dict[str, Any], flag: str, more: tuple[str, ...] = ()) -> None:
+    """Refuse the options that an export into an adapter's folder has no use for.
+
+    Raises:
+        InputError: one is given, or several precisions are.
+    """
+    for name in (*_OTHERS, *more):
+        if given.get(name):
+            raise InputError(
+                f"--{flag} writes an adapter, --{name.replace('_', '-')} is for other exports",
+                fix="run kilodelta export twice, into two folders",
+            )
+    if len(given["dtypes"]) != 1:
+        raise InputError("an adapter has one precision", fix="give --dtype once")
 
 
 def _show(done: PeftAdapter) -> None:

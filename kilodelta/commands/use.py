@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
+from kilodelta.commands.adapter import adapter_options
 from kilodelta.commands.peft import peft_options
 from kilodelta.commands.shared import as_json, flavour, threads, with_progress
 from kilodelta.errors import require
@@ -90,6 +91,7 @@ def merge(
 @click.option("--force", is_flag=True, help="Replace an earlier export.")
 @as_json
 @with_progress
+@adapter_options
 @peft_options
 def export(
     base: str,
