@@ -71,6 +71,8 @@ def expand(
     names = [name for name in bound.targets if name in exposed]
     meter = Meter("expand", len(names), "tensors", progress)
     for name, (left, right) in _float_factors(bound, names, threads).items():
+        if left.shape[1] > layout.rank:  # a compatibility form of a fused layer: a rank a part
+            raise _too_high(left.shape[1], layout)
         A, B = (made[port] for port in exposed[name].names)
         stored = (right.T, left.T) if bound.targets[name].transposed else (left, right)
         _fill(A, B, exposed[name], *stored)
@@ -129,10 +131,14 @@ def _require_low_rank(delta: Delta, layout: AdapterLayout) -> None:
             fix="apply the file in patch or refit mode, or merge it",
         )
     if form.rank > layout.rank:
-        raise InputError(
-            f"the file has rank {form.rank}, the graph takes up to {layout.rank}",
-            fix=f"export the graph with rank {form.rank}, or merge the file",
-        )
+        raise _too_high(form.rank, layout)
+
+
+def _too_high(rank: int, layout: AdapterLayout) -> InputError:
+    return InputError(
+        f"the file has rank {rank}, the graph takes up to {layout.rank}",
+        fix=f"export the graph with rank {rank}, or merge the file",
+    )
 
 
 def _require_no_extras(delta: Delta) -> None:

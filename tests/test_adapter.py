@@ -30,6 +30,7 @@ from kilodelta.export.adapter_file import write_adapter
 from kilodelta.export.adapter_layout import AdapterLayout, Exposed, read_layout
 from kilodelta.format.checkpoint import Checkpoint
 from kilodelta.format.delta import extra
+from kilodelta.format.file import load
 from kilodelta.format.methods import Lora, Method, Nola, RandLora, UniLora, Vera
 from kilodelta.format.targets import Patterns
 
@@ -241,6 +242,29 @@ def test_deltas_that_the_graph_cannot_take_are_refused() -> None:
     head = {"bert.pooler.dense.bias": extra(np.zeros(pico.WIDTH, np.float32))}
     with pytest.raises(InputError, match=r"no inputs of the graph: bert\.pooler\.dense\.bias"):
         expand(fine_tune(of, Lora(rank=1), patterns=LAYERS, extras=head), layout)
+
+
+def test_a_fused_layer_has_the_rank_of_its_parts_together(tmp_path: Path) -> None:
+    """The official NOLA of GPT-2, rank 4: query and value of one matrix take 8 components."""
+    from test_import_nola import ALPHA, gpt2_case
+
+    from kilodelta.compress.adapters.bring import bring
+    from kilodelta.compress.adapters.options import Options
+    from kilodelta.export.onnx import export_template
+    from kilodelta.models import open_model
+
+    path, _, file = gpt2_case(tmp_path)
+    bring(file, path, tmp_path / "task.kd", options=Options(drawn_on="cpu", alpha=ALPHA))
+    tune, template = load(tmp_path / "task.kd"), export_template(open_model(path))
+    low = tune.form.rank
+    with pytest.raises(InputError, match=f"the file has rank {2 * low}, the graph takes up to"):
+        expand(tune, with_adapter(template, path, rank=low)[1])
+    _, layout = with_adapter(template, path, rank=2 * low)
+    made = expand(tune, layout)
+    (fused,) = (t for t in layout.exposed if t.info.name.endswith("h.0.attn.c_attn.weight"))
+    A, B = (made[name] for name in fused.names)
+    update = tune.bind(path).update(fused.info.name)
+    np.testing.assert_allclose((A @ B).T, update, rtol=1e-4, atol=1e-6 * np.abs(update).max())
 
 
 def test_options_that_make_no_sense_are_refused() -> None:
