@@ -17,7 +17,7 @@ from kilodelta.device import built, golden, journal, lock, prove, state
 from kilodelta.device import bundle as bundles
 from kilodelta.device.baseline import device_base
 from kilodelta.device.bundle import Bundle
-from kilodelta.device.modes import Mode, open_mode
+from kilodelta.device.modes import Mode, Session, open_mode
 from kilodelta.device.places import Places
 from kilodelta.device.probe import Seen, probe
 from kilodelta.device.recover import recover, sweep
@@ -111,9 +111,9 @@ class _Job:
             prove.require_newer(fresh.version, self.before)
         self._step("proved", **vars(fresh))
         mode, folder = open_mode(self.places, self.bundle), self.places.deltas / fresh.folder
-        built.build(mode, delta, folder, self.file, digest)
+        session = built.build(mode, delta, folder, self.file, digest)
         self._step("built")
-        seen = self._probe(mode, delta, folder)
+        seen = self._probe(mode, delta, session)
         self._step("probed", probe=seen.to_json())
         after = self.before.committed(fresh, self.bundle.keep)
         state.write(self.places, after)
@@ -129,10 +129,10 @@ class _Job:
         folder = f"{self.before.sequence + 1:06}-{digest.removeprefix('sha256:')[:12]}"
         return Served(folder=folder, delta=digest, version=version)
 
-    def _probe(self, mode: Mode, delta: Delta, folder: Path) -> Seen:
+    def _probe(self, mode: Mode, delta: Delta, session: Session) -> Seen:
         known = golden.read(self.places.base / golden.FILE)
         base = device_base(self.places, self.bundle, mode, known)
-        return probe(mode.open(folder).run, delta, known.inputs, base, self.bundle.dtype)
+        return probe(session.run, delta, known.inputs, base, self.bundle.dtype)
 
     def _step(self, event: str, **facts: Any) -> None:
         """Write a step down, and tell it."""

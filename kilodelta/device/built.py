@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from kilodelta.device.bundle import check_files, file_of
-from kilodelta.device.modes import DELTA, Mode
+from kilodelta.device.modes import DELTA, Mode, Session
 from kilodelta.errors import DeviceError, FileError
 from kilodelta.export import fields
 from kilodelta.export.artefacts import file_fact
@@ -24,8 +26,10 @@ def copy(file: Path, stage: Path) -> str:
     return file_fact(stage / DELTA).sha256
 
 
-def build(mode: Mode, delta: Delta, folder: Path, file: Path, digest: str) -> None:
-    """Write a fine-tune's folder, in full or not at all.
+def build(mode: Mode, delta: Delta, folder: Path, file: Path, digest: str) -> Session:
+    """Write a fine-tune's folder, in full or not at all; returns it opened, for the probe.
+
+    The runtime opens what was built while it is hashed.
 
     Raises:
         FileError: the file changed since it was proved.
@@ -35,13 +39,16 @@ def build(mode: Mode, delta: Delta, folder: Path, file: Path, digest: str) -> No
         if copy(file, stage) != digest:
             raise FileError(f"{file} changed while it was read", fix="apply it again")
         mode.build(delta, stage)
-        write_facts(stage)
+        with ThreadPoolExecutor(1) as pool:
+            facts = pool.submit(_facts_of, stage)
+            session = mode.open(stage)
+        (stage / FACTS).write_text(canonical.dumps(facts.result()), encoding="utf-8")
+    return session
 
 
-def write_facts(folder: Path) -> None:
-    """Write down what a folder holds."""
-    facts = [asdict(file_fact(path)) for path in sorted(folder.iterdir())]
-    (folder / FACTS).write_text(canonical.dumps(facts), encoding="utf-8")
+def _facts_of(folder: Path) -> list[dict[str, Any]]:
+    """What a folder holds."""
+    return [asdict(file_fact(path)) for path in sorted(folder.iterdir())]
 
 
 def check(folder: Path) -> None:
