@@ -33,7 +33,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import describe, peak_memory, side_by_side
+from machine import describe, peak_memory
+
+from kilodelta.verify.timing import side_by_side
 
 ROWS, TOKENS = 4, 64
 WORDS = (1000, 20000)

@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import describe, peak_memory, side_by_side
+from machine import describe, peak_memory
+
+from kilodelta.verify.timing import side_by_side
 
 D = 4096
 NOLA_RANK, NOLA_BASES = 8, 1024

@@ -18,7 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import describe, side_by_side
+from machine import describe
+
+from kilodelta.verify.timing import side_by_side
 
 GOAL_SECONDS = 5.0
 

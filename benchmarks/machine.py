@@ -7,7 +7,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,18 +37,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def side_by_side(runs: Mapping[str, Callable[[], object]], *, repeats: int = 5) -> dict[str, float]:
-    """The best of several turns of each, in seconds, taken in rotation after a warm-up."""
-    best = dict.fromkeys(runs, float("inf"))
-    for turn in range(repeats + 1):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            if turn:
-                best[name] = min(best[name], time.perf_counter() - began)
-    return best
 
 
 @contextmanager

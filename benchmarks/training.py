@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe, peak_memory, side_by_side
-from torch import Tensor, nn
+from machine import describe, peak_memory
+from torch import nn
 from training_accuracy import compare, print_accuracy
-from training_methods import METHODS, MODELS, sharing
+from training_methods import METHODS, MODELS
+
+from kilodelta.verify.gpu_training import Step, sharing
+from kilodelta.verify.timing import side_by_side
 
 TEXTS, TOKENS = 16, 32
 PAIRS: tuple[tuple[str, str, float | None, float], ...] = (
@@ -65,29 +68,17 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Step:
-    """One training step of an adapted model, as often as it is called."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        trained = [p for p in model.parameters() if p.requires_grad]
-        self._optimiser = torch.optim.Adam(trained, lr=1e-3)
-        generator = torch.Generator().manual_seed(1)
-        ids = torch.randint(1000, 20000, (TEXTS, TOKENS), generator=generator)
-        self._batch: dict[str, Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-    def __call__(self) -> None:
-        """Forward, backward, Adam."""
-        loss = self._model(**self._batch).last_hidden_state.square().mean()
-        self._optimiser.zero_grad()
-        loss.backward()
-        self._optimiser.step()
+def step(model: nn.Module) -> Step:
+    """A training step of an adapted model, as often as it is called."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1000, 20000, (TEXTS, TOKENS), generator=generator)
+    return Step(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 
 def rows(model: str, threads: int, repeats: int) -> list[dict[str, Any]]:
     """Time and memory of every pair on one model."""
     base = MODELS[model]()
-    steps = {name: Step(attach(sharing(base))) for name, attach in METHODS.items()}
+    steps = {name: step(attach(sharing(base))) for name, attach in METHODS.items()}
     seconds = side_by_side(steps, repeats=repeats)
     memory = {name: _memory(model, name, threads) for name in METHODS}
     found = []
@@ -130,9 +121,9 @@ def _memory_child(model: str, method: str, threads: int, sender: Any) -> None:
         base(torch.ones(TEXTS, TOKENS, dtype=torch.int64))  # the libraries' own workspaces
     with peak_memory() as peak:
         before = peak()
-        step = Step(METHODS[method](base))
-        step()
-        step()
+        trained = step(METHODS[method](base))
+        trained()
+        trained()
     sender.send(peak() - before)
 
 

@@ -5,7 +5,6 @@ All of them adapt the same matrices: every linear layer inside a BERT encoder.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -37,11 +36,6 @@ def bert12() -> nn.Module:
 
 
 MODELS: Mapping[str, Callable[[], nn.Module]] = {"minilm": minilm, "bert12": bert12}
-
-
-def sharing(model: nn.Module) -> nn.Module:
-    """A copy with modules of its own, and the same frozen weights."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
 
 
 class Mix(torch.autograd.Function):

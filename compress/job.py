@@ -18,7 +18,7 @@ from kilodelta.errors import InputError
 from kilodelta.format import file
 from kilodelta.format.build import FINGERPRINTED
 from kilodelta.format.checkpoint import Checkpoint, in_name_order
-from kilodelta.format.coefficients import Scale
+from kilodelta.format.coefficients import Group, Scale
 from kilodelta.format.delta import Delta, Extra
 from kilodelta.format.manifest import Base, Manifest
 from kilodelta.format.methods import Method
@@ -60,8 +60,7 @@ class Job:
     @property
     def coefficients(self) -> int:
         """How many numbers are trained, beside extras."""
-        own = (group for target in self.targets for group in self.method.groups(target))
-        return sum(group.size for group in (*self.method.shared(), *own))
+        return sum(group.size for group in _groups(self.method, self.targets))
 
 
 def prepare(base: Path, tuned: Path, out: Path, options: Options) -> Job:
@@ -170,7 +169,6 @@ def _overhead(
     method: Method,
 ) -> int:
     """Bytes of a file beside its coefficients: extras, and a header written with none of both."""
-    groups = [*method.shared(), *(group for target in targets for group in method.groups(target))]
     manifest = Manifest(
         base=Base(
             name=options.name or base.path.name,
@@ -183,7 +181,7 @@ def _overhead(
         patterns=patterns,
         count=len(targets),
         bits=bits,
-        scales=(Scale(),) * len(groups),
+        scales=(Scale(),) * len(_groups(method, targets)),
         extras=in_name_order(change.name for change in parts.extras),
         result="sha256:" + "0" * 64,
         made=LONGEST_MADE,
@@ -192,3 +190,8 @@ def _overhead(
     extras = {c.name: Extra(dtype="F32", shape=(0, *c.shape[1:]), data=empty) for c in parts.extras}
     header = file.size(Delta(manifest=manifest, blob=empty, extras=extras))
     return header + OFFSETS * (1 + len(extras)) + sum(change.nbytes for change in parts.extras)
+
+
+def _groups(method: Method, targets: Sequence[Target]) -> list[Group]:
+    """All groups of coefficients that a file holds."""
+    return [*method.shared(), *(group for target in targets for group in method.groups(target))]

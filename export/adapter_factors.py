@@ -19,7 +19,7 @@ import numpy.typing as npt
 from kilodelta.errors import BaseMismatchError, InputError
 from kilodelta.export.adapter_layout import AdapterLayout, Exposed
 from kilodelta.export.peft_factors import float_factors, scales
-from kilodelta.format import together
+from kilodelta.format import parallel, together
 from kilodelta.format.checkpoint import TensorInfo
 from kilodelta.format.compat import PeftRandLora
 from kilodelta.format.delta import Delta
@@ -70,13 +70,12 @@ def expand(
     made = base_factors(replace(layout, slots=0))
     names = [name for name in bound.targets if name in exposed]
     meter = Meter("expand", len(names), "tensors", progress)
-    for name, (left, right) in _float_factors(bound, names, threads).items():
+    for name, (left, right) in _float_factors(bound, names, meter, threads).items():
         if left.shape[1] > layout.rank:  # a compatibility form of a fused layer: a rank a part
             raise _too_high(left.shape[1], layout)
         A, B = (made[port] for port in exposed[name].names)
         stored = (right.T, left.T) if bound.targets[name].transposed else (left, right)
         _fill(A, B, exposed[name], *stored)
-    meter.add(len(names))
     return made
 
 
@@ -164,13 +163,21 @@ def _require_exposed(delta: Delta, exposed: list[TensorInfo]) -> tuple[Target, .
 
 
 def _float_factors(
-    delta: Delta, names: Sequence[str], threads: int | None
+    delta: Delta, names: Sequence[str], meter: Meter, threads: int | None
 ) -> dict[str, tuple[Matrix, Matrix]]:
     """(out, K) and (K, in) of each target, float64, of like size."""
-    if delta.manifest.compat is not None:
-        return {name: float_factors(delta, name) for name in names}
     if not names:
         return {}
+    if delta.manifest.compat is not None:
+
+        def factors(name: str) -> tuple[Matrix, Matrix]:
+            found = float_factors(delta, name)
+            meter.add(1)
+            return found
+
+        weight = {name: sum(delta.targets[name].matrix) for name in names}
+        pairs = parallel.run(factors, names, meter, weight=weight.__getitem__, threads=threads)
+        return dict(zip(names, pairs, strict=True))
     stacks = together.stacks(delta, names, threads=threads)
     left = {n: v for s in stacks if s.is_left for n, v in _tops(s).items()}
     right = {n: v for s in stacks if not s.is_left for n, v in _tops(s).items()}
@@ -187,6 +194,7 @@ def _float_factors(
         side = 0 if stack.is_left else 1
         share = np.expand_dims(shares[side][[place[n] for n in stack.names]], 1 + side)
         found[side].update(zip(stack.names, stack.values * share, strict=True))
+    meter.add(len(names))
     return {name: (found[0][name], found[1][name]) for name in names}
 
 

@@ -121,7 +121,7 @@ class Stream:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._driver.call("cuStreamSynchronize", self._stream)
+        self.wait()
         for buffer in self._buffers:
             self._driver.call("cuMemFree_v2", buffer)
         self._driver.call("cuStreamDestroy_v2", self._stream)
@@ -130,6 +130,10 @@ class Stream:
     def address(self) -> int:
         """The stream as the integer that other libraries take."""
         return self._stream.value or 0
+
+    def wait(self) -> None:
+        """Until everything that was set off on the stream has ended."""
+        self._driver.call("cuStreamSynchronize", self._stream)
 
     def allocate(self, nbytes: int) -> int:
         """The address of fresh device memory; an empty tensor gets an address of its own too."""
@@ -153,7 +157,7 @@ class Stream:
     def download(self, address: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         """Wait for the stream, then copy device memory into a new array."""
         array = np.empty(shape, dtype=dtype)
-        self._driver.call("cuStreamSynchronize", self._stream)
+        self.wait()
         if array.nbytes:
             self._driver.call(
                 "cuMemcpyDtoH_v2",

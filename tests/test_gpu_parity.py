@@ -21,11 +21,12 @@ import engines
 from kilodelta.errors import ExportError, ProofError
 from kilodelta.export import cuda, tensorrt
 from kilodelta.export.options import Options
-from kilodelta.verify import gpu_latency, gpu_parity, gpu_request
+from kilodelta.verify import gpu_latency, gpu_parity
+from kilodelta.verify import request as requests
 from kilodelta.verify.cases import Case
 from kilodelta.verify.gpu_model import Models, make
 from kilodelta.verify.gpu_part import MEASURED, Row, Setting, guarded, run
-from kilodelta.verify.gpu_request import Request, latency
+from kilodelta.verify.request import Request, latency
 from kilodelta.verify.result import FAILED, NOT_RUN, PASSED
 from kilodelta.verify.run_onnx import OnnxRunner
 
@@ -42,8 +43,8 @@ def trt(monkeypatch: pytest.MonkeyPatch) -> Iterator[engines.TensorRT]:
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     monkeypatch.setattr(tensorrt, "build", module.build)
-    monkeypatch.setattr(gpu_request, "LONGEST_SECONDS", 0.02)
-    monkeypatch.setattr(gpu_request, "WARM_UP", 1)
+    monkeypatch.setattr(requests, "LONGEST_SECONDS", 0.02)
+    monkeypatch.setattr(requests, "WARM_UP", 1)
     cuda.driver.cache_clear()
     yield module
     cuda.driver.cache_clear()
@@ -184,7 +185,7 @@ def test_latency_is_of_one_inference_and_throughput_of_many() -> None:
         sleep(sum(0.01 if number % 50 == 49 else 0.002 for number in begun[-1:]))
 
     found = latency(lambda: begun.append(len(begun)), wait, 8, times=50)
-    assert len(begun) == gpu_request.WARM_UP + 2 * 50
+    assert len(begun) == requests.WARM_UP + 2 * 50
     assert 0.002 <= found.median < 0.009
     assert found.p99 > 0.006
     assert found.rows_a_second > 8 / 0.002  # set off without waiting for each

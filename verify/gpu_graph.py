@@ -38,8 +38,3 @@ class Graph:
     def close(self) -> None:
         """Give the graph back; it must not be running."""
         self._driver.call("cuGraphExecDestroy", self._ready)
-
-
-def wait(driver: Driver, stream: Stream) -> None:
-    """Until a stream has done all that it was asked."""
-    driver.call("cuStreamSynchronize", ctypes.c_void_p(stream.address))

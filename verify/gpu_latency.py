@@ -13,9 +13,9 @@ import torch
 from kilodelta.errors import KiloDeltaError
 from kilodelta.export.cuda import CudaError
 from kilodelta.verify.cases import Case
-from kilodelta.verify.gpu_measure import captured
+from kilodelta.verify.gpu_measure import captured, wait
 from kilodelta.verify.gpu_part import MEASURED, Row, guarded
-from kilodelta.verify.gpu_request import Latency, Request, latency
+from kilodelta.verify.request import Latency, Request, latency
 from kilodelta.verify.run_torch import as_precision
 from kilodelta.verify.runner import Batch, one_line
 
@@ -67,12 +67,10 @@ def on_torch(
     def start() -> None:
         module(**inputs)
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     graphs = device.type == "cuda"
     with as_precision(precision, device.type):
         yield Request(
-            start=start, wait=wait, capture=(lambda: captured(start, device)) if graphs else None
+            start=start,
+            wait=lambda: wait(device),
+            capture=(lambda: captured(start, device)) if graphs else None,
         )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Literal, TypeAlias
 
 import torch
 
+from kilodelta.verify import timing
 from kilodelta.verify.gpu_part import MEASURED, Row
 from kilodelta.verify.result import Json
 from kilodelta.verify.runner import UnavailableError
@@ -87,18 +87,9 @@ class Measure:
 def side_by_side(
     runs: Mapping[str, Run], device: torch.device, turns: int = TURNS
 ) -> dict[str, float]:
-    """The best of several turns of each, in seconds, taken in rotation after two to warm up: by
-    then kernels are compiled, and torch's allocator holds what every run allocates."""
-    best = dict.fromkeys(runs, float("inf"))
-    for turn in range(turns + 2):
-        for name, run in runs.items():
-            wait(device)
-            began = perf_counter()
-            run()
-            wait(device)
-            if turn > 1:
-                best[name] = min(best[name], perf_counter() - began)
-    return best
+    """`timing.side_by_side` on a device, after two turns to warm up: by then kernels are compiled,
+    and torch's allocator holds what every run allocates."""
+    return timing.side_by_side(runs, repeats=turns, warm=2, wait=lambda: wait(device))
 
 
 def wait(device: torch.device) -> None:

@@ -32,9 +32,9 @@ from kilodelta.verify.cases import cases
 from kilodelta.verify.gpu_latency import latencies, on_torch
 from kilodelta.verify.gpu_model import LAYERS, RANK, Models, make
 from kilodelta.verify.gpu_part import MEASURED, Row, Setting, guarded
-from kilodelta.verify.gpu_request import Request
 from kilodelta.verify.outputs import MERGED
 from kilodelta.verify.parity import judge
+from kilodelta.verify.request import Request
 from kilodelta.verify.result import Result
 from kilodelta.verify.run_onnx import OnnxRunner
 from kilodelta.verify.run_tensorrt import TensorrtRunner

@@ -42,16 +42,16 @@ SMALL = Shape(layers=1, width=32, heads=2, vocabulary=64, bases=16, tokens=(2, 8
 class Step:
     """One training step of an adapted model, as often as it is called."""
 
-    def __init__(self, model: nn.Module, ids: Tensor) -> None:
-        self._model, self._ids = model, ids
+    def __init__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        self._model, self._batch = model, dict(batch)
         trained = [p for p in model.parameters() if p.requires_grad]
         self._optimiser = torch.optim.Adam(trained, lr=1e-3)
 
     def __call__(self) -> None:
         """Forward, backward, Adam."""
-        device = self._ids.device.type
+        device = next(iter(self._batch.values())).device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-            loss = self._model(input_ids=self._ids).last_hidden_state.float().square().mean()
+            loss = self._model(**self._batch).last_hidden_state.float().square().mean()
         self._optimiser.zero_grad()
         loss.backward()
         self._optimiser.step()
@@ -65,9 +65,10 @@ def training(device: torch.device, *, small: bool) -> Iterator[Measure]:
         MissingPackageError: transformers or PEFT is not installed.
     """
     shape = SMALL if small else Shape()
-    base, ids = _gpt2(shape).to(device), torch.randint(shape.vocabulary, shape.tokens)
+    base = _gpt2(shape).to(device)
+    batch = {"input_ids": torch.randint(shape.vocabulary, shape.tokens).to(device)}
     steps: Mapping[str, Callable[[], Step]] = {
-        name: lambda adapt=adapt: Step(adapt(_sharing(base), shape), ids.to(device))  # type: ignore[misc]
+        name: lambda adapt=adapt: Step(adapt(sharing(base), shape), batch)  # type: ignore[misc]
         for name, adapt in ADAPTED.items()
     }
     what = f"training step, GPT-2 of {shape.layers} x {shape.width}, NOLA r={RANK} k={shape.bases}"
@@ -120,7 +121,7 @@ def _gpt2(shape: Shape) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def _sharing(model: nn.Module) -> nn.Module:
+def sharing(model: nn.Module) -> nn.Module:
     """A copy with modules of its own, and the same frozen weights."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
 

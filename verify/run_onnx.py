@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kilodelta.errors import KiloDeltaError, MissingPackageError, ProofError, require
 from kilodelta.export import bfloat16
-from kilodelta.verify.gpu_request import Request
+from kilodelta.verify.request import Request
 from kilodelta.verify.runner import Arrays, Batch, UnavailableError, one_line, take
 
 # TF32 rounds float32 products to 11 bits; parity in float32 needs them whole.

@@ -19,8 +19,8 @@ from kilodelta.export import bfloat16
 from kilodelta.export.cuda import CudaError, Gpu, Stream, driver
 from kilodelta.export.tensorrt_flavour import EXTRAS
 from kilodelta.export.tensorrt_log import logger
-from kilodelta.verify.gpu_graph import Graph, wait
-from kilodelta.verify.gpu_request import Request
+from kilodelta.verify.gpu_graph import Graph
+from kilodelta.verify.request import Request
 from kilodelta.verify.runner import Arrays, Batch, UnavailableError, take
 
 Shape: TypeAlias = tuple[int, ...]
@@ -149,7 +149,7 @@ class _Call:
 
     def wait(self) -> None:
         """Until every inference that was set off has ended."""
-        wait(driver(), self.stream)
+        self.stream.wait()
 
     def outputs(self) -> Arrays:
         """What the last inference put out, awaited."""

@@ -40,7 +40,7 @@ def adapter_options(function: F) -> F:
         *args: Any, adapter: bool, rank: int | None, targets: tuple[str, ...], **given: Any
     ) -> Any:
         if adapter:
-            return _run(given, rank or 8, targets)
+            return _run(given, rank, targets)
         if rank or targets:
             name = "rank" if rank else "targets"
             raise InputError(f"--{name} is an option of adapter files", fix="add --adapter")
@@ -51,14 +51,14 @@ def adapter_options(function: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
-def _run(given: dict[str, Any], rank: int, targets: tuple[str, ...]) -> Callable[[], None]:
+def _run(given: dict[str, Any], rank: int | None, targets: tuple[str, ...]) -> Callable[[], None]:
     from kilodelta.export.adapter_folder import AdapterOptions, export_adapter
     from kilodelta.export.options import SHORT
 
     refuse_others(given, "adapter", ("peft", "config", "force"))
     options = AdapterOptions(
         dtype=SHORT[given["dtypes"][0]],
-        rank=rank,
+        rank=rank or AdapterOptions.rank,
         include=targets,
         model=given["model"],
         inputs=given["inputs"],

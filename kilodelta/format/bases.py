@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,13 @@ class Role(IntEnum):
     UNILORA_V = 8
 
 
+def _philox() -> ModuleType:
+    """The kernels. numba comes with them, so they wait for the first draw."""
+    from kilodelta.format import philox
+
+    return philox
+
+
 def _u32(*numbers: int) -> tuple[np.uint32, ...]:
     return tuple(np.uint32(number) for number in numbers)
 
@@ -55,9 +63,7 @@ class Stream:
         """Raw Philox words, uint32 (rows, columns, blocks, 4): packed sign bases, 128 a block."""
         out = np.empty((len(rows), len(columns), len(blocks), 4), np.uint32)
         place = _u32(role, rows.start, columns.start, blocks.start)
-        from kilodelta.format import philox
-
-        philox.draw(*self.key, *place, out)
+        _philox().draw(*self.key, *place, out)
         return out
 
     def mix(self, role: int, coefficients: Ints, rows: range, columns: range) -> Ints:
@@ -77,9 +83,7 @@ class Stream:
         out = np.empty((len(coefficients), len(rows), len(columns)), np.int64)
         planes, flips = _bit_planes(coefficients)
         place = _u32(role, rows.start, columns.start)
-        from kilodelta.format import philox
-
-        philox.mix(*self.key, *place, planes, flips, totals, out)
+        _philox().mix(*self.key, *place, planes, flips, totals, out)
         return out
 
     def signs(self, role: int, values: Ints, rows: range, columns: range) -> Ints:
@@ -89,18 +93,14 @@ class Stream:
         """
         out = np.empty((len(rows), len(columns), values.shape[0]), values.dtype)
         place = _u32(role, rows.start, columns.start)
-        from kilodelta.format import philox
-
-        philox.signs(*self.key, *place, np.ascontiguousarray(values), out)
+        _philox().signs(*self.key, *place, np.ascontiguousarray(values), out)
         return out
 
     def ternary(self, role: int, sparsity: int, values: Ints, rows: range, columns: range) -> Ints:
         """The same for ternary bases of a sparsity: (rows, columns, n)."""
         out = np.empty((len(rows), len(columns), values.shape[0]), values.dtype)
         place = _u32(role, rows.start, columns.start)
-        from kilodelta.format import philox
-
-        philox.ternary(*self.key, *place, sparsity, np.ascontiguousarray(values), out)
+        _philox().ternary(*self.key, *place, sparsity, np.ascontiguousarray(values), out)
         return out
 
     def sign(self, role: int, base: int, rows: range, columns: range) -> Ints:
@@ -114,9 +114,7 @@ class Stream:
         """Uni-LoRA's signed picks from theta (k,), of theta's type: (rows, columns)."""
         out = np.empty((len(rows), len(columns)), theta.dtype)
         place = _u32(role, rows.start, columns.start, target)
-        from kilodelta.format import philox
-
-        philox.pick(*self.key, *place, np.ascontiguousarray(theta), out)
+        _philox().pick(*self.key, *place, np.ascontiguousarray(theta), out)
         return out
 
 
