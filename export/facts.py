@@ -10,6 +10,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
 POINTS = ("min", "opt", "max")
 
+Sizes: TypeAlias = tuple[int, int, int]
+"""The smallest, usual and largest size of an axis."""
 Shape: TypeAlias = tuple[int, ...]
 Profile: TypeAlias = Mapping[str, tuple[Shape, Shape, Shape]]
 """For each input its smallest, usual and largest shape."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from kilodelta.export.profile import Sizes
+from kilodelta.export.facts import Sizes
 from kilodelta.export.tensorrt_flavour import AUTO
 
 SHORT: Mapping[str, str] = MappingProxyType(

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
 
 from kilodelta.errors import InputError
-from kilodelta.export.facts import Port, Profile, Shape
+from kilodelta.export.facts import Port, Profile, Shape, Sizes
 from kilodelta.models import LoadedModel
 from kilodelta.models.example import BATCH, SEQUENCE
-
-Sizes: TypeAlias = tuple[int, int, int]
-"""The smallest, usual and largest size of an axis."""
 
 LONGEST = 512
 """Tokens that a profile goes up to by default: activations of the largest shape take memory."""

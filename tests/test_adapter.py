@@ -218,6 +218,28 @@ def test_the_command_writes_one_graph_and_an_adapter_for_each_file(tmp_path: Pat
     }
 
 
+def test_a_further_adapter_file_needs_no_torch(tmp_path: Path) -> None:
+    """As on a machine with numpy, numba and ONNX Runtime; a new graph names what is missing."""
+    of, out = base("bert_classifier"), tmp_path / "out"
+    out.mkdir()
+    with_adapter(of.template, of.path, optional=True)[1].write(out)
+    fine_tune(of, patterns=LAYERS).save(tmp_path / "task.kd")
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'onnx', 'onnx_ir', 'onnxscript'):\n"
+        "    sys.modules[name] = None\n"
+        "from click.testing import CliRunner\n"
+        "from kilodelta.cli import main\n"
+        f"given = ['export', {str(of.path)!r}, {str(tmp_path / 'task.kd')!r}, '--adapter', '-o']\n"
+        f"for out in ({str(out)!r}, {str(tmp_path / 'new')!r}):\n"
+        "    done = CliRunner().invoke(main, [*given, out])\n"
+        "    print(done.exit_code, \"pip install 'kilodelta[onnx]'\" in done.output)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["0 False", "7 True"], done.stderr
+    assert (out / "task.onnx_adapter").stat().st_size > 0
+
+
 def test_an_option_of_adapter_files_alone_is_refused() -> None:
     from click.testing import CliRunner
 

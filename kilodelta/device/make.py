@@ -19,11 +19,12 @@ from kilodelta.device.seal import seal
 from kilodelta.errors import InputError, require
 from kilodelta.export import tensorrt
 from kilodelta.export.adapter import with_adapter
+from kilodelta.export.facts import Sizes
 from kilodelta.export.onnx import Template, export_template, fill_template
 from kilodelta.export.onnx_save import save
 from kilodelta.export.patch_make import make_map, write_rest
 from kilodelta.export.patch_map import write_map
-from kilodelta.export.profile import Sizes, profile_for
+from kilodelta.export.profile import profile_for
 from kilodelta.export.tensorrt_flavour import AUTO, choose
 from kilodelta.format import atomic
 from kilodelta.format.checkpoint import Checkpoint
