@@ -70,7 +70,7 @@ class Meter:
                 done=self._done,
                 total=self._total,
                 unit=self._unit,
-                detail={"tensors": f"{done}/{total}"},
+                detail={"tensors": f"{done}/{total}"} if total else {},
             )
             self._progress(event)
 
