@@ -1,6 +1,6 @@
 """Train a delta with the Hugging Face Trainer: all-MiniLM-L6-v2 learns to sort support questions.
 
-    pip install 'kilodelta[demo,peft]'          # the Trainer needs accelerate, which comes with peft
+    pip install 'kilodelta[demo,peft]'  # the Trainer needs accelerate, which comes with peft
     python examples/train_trainer.py [FOLDER]
 
 The classifier's head is new, so it trains whole and travels in the file; the encoder changes by a
