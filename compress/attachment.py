@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kilodelta.compress import layers
-from kilodelta.compress.factors import Factors, Pair, Values
+from kilodelta.compress.factors import Factors, Values
 from kilodelta.compress.factors_lora import LoraFactors
 from kilodelta.compress.factors_nola import NolaFactors
 from kilodelta.compress.factors_randlora import RandLoraFactors
@@ -25,6 +25,7 @@ from kilodelta.compress.frozen import Frozen
 from kilodelta.compress.precision import Precision, choose, from_numbers, to_numbers
 from kilodelta.compress.sites import Place
 from kilodelta.compress.trainables import GroupSet, submodule_name
+from kilodelta.compress.update import Update
 from kilodelta.format.methods import Lora, Method, Nola, RandLora, UniLora, Vera
 from kilodelta.format.targets import Patterns
 
@@ -86,16 +87,11 @@ class Attachment(nn.Module):
         """What the coefficients stand for now."""
         return Values(shared=self.file, own=self.own, precision=self.precision)
 
-    def pair(self, index: int) -> Pair:
-        """The factors of a target, float32: left (out, K), right (in, K)."""
+    def update(self, index: int) -> Update:
+        """A target's update, float32."""
         values = self.values()
         prepared = self._cache.get(self)
-        return self.factors.pair(prepared, values, index)
-
-    def update(self, index: int) -> Tensor:
-        """A target's update as a matrix, float32 (out, in)."""
-        left, right = self.pair(index)
-        return left @ right.t()
+        return self.factors.update(prepared, values, index)
 
     def quantise(self, bits: int | None) -> None:
         """Compute with what a file of so many bits would hold; None: with the exact values."""

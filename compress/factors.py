@@ -16,12 +16,10 @@ from torch import Tensor
 
 from kilodelta.compress.precision import Precision
 from kilodelta.compress.trainables import GroupSet, Start
+from kilodelta.compress.update import Update
 from kilodelta.format.bases import Stream
 from kilodelta.format.methods import Method
 from kilodelta.format.targets import Target
-
-Pair = tuple[Tensor, Tensor]
-"""left (out, K) and right (in, K): the update is left @ right^T."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +71,8 @@ class Factors(ABC):
         return ()
 
     @abstractmethod
-    def pair(self, prepared: tuple[Tensor, ...], values: Values, index: int) -> Pair:
-        """The factors of a target, float32."""
+    def update(self, prepared: tuple[Tensor, ...], values: Values, index: int) -> Update:
+        """That of a target, float32."""
 
     def settle(self, shared: GroupSet, precision: Precision) -> Precision:
         """The precision with what a method fixes when quantised training begins."""

@@ -11,8 +11,9 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from kilodelta.compress.factors import Factors, Pair, Values, uniform
+from kilodelta.compress.factors import Factors, Values, uniform
 from kilodelta.compress.trainables import Start
+from kilodelta.compress.update import Update
 from kilodelta.format.targets import Target
 
 
@@ -28,5 +29,5 @@ class LoraFactors(Factors):
             "B": Start(values=torch.zeros(out, rank)),
         }
 
-    def pair(self, prepared: tuple[Tensor, ...], values: Values, index: int) -> Pair:
-        return values.of(index, "B"), values.of(index, "A").t()
+    def update(self, prepared: tuple[Tensor, ...], values: Values, index: int) -> Update:
+        return Update(values.of(index, "B"), values.of(index, "A").t())

@@ -11,9 +11,10 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from kilodelta.compress.factors import Factors, Pair, Values
+from kilodelta.compress.factors import Factors, Values
 from kilodelta.compress.packed import SignBases, SignMixer
 from kilodelta.compress.trainables import Start
+from kilodelta.compress.update import Update
 from kilodelta.format.bases import Role
 from kilodelta.format.methods import Method
 from kilodelta.format.targets import Target
@@ -54,6 +55,6 @@ class NolaFactors(Factors):
     def prepare(self, values: Values) -> tuple[Tensor, ...]:
         return self._left.mix(values.all("beta")), self._right.mix(values.all("alpha"))
 
-    def pair(self, prepared: tuple[Tensor, ...], values: Values, index: int) -> Pair:
+    def update(self, prepared: tuple[Tensor, ...], values: Values, index: int) -> Update:
         left, right = prepared
-        return self._left.part(left, index), self._right.part(right, index)
+        return Update(self._left.part(left, index), self._right.part(right, index))

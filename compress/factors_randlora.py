@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kilodelta.compress.factors import Factors, Pair, Values
+from kilodelta.compress.factors import Factors, Values
 from kilodelta.compress.packed import PerDevice
 from kilodelta.compress.trainables import Start
+from kilodelta.compress.update import Update
 from kilodelta.format.bases import Role
 from kilodelta.format.methods import Method
 from kilodelta.format.targets import Target
@@ -63,14 +64,14 @@ class RandLoraFactors(Factors):
             "gamma": Start(values=torch.full((n, small), 1 / small)),
         }
 
-    def pair(self, prepared: tuple[Tensor, ...], values: Values, index: int) -> Pair:
+    def update(self, prepared: tuple[Tensor, ...], values: Values, index: int) -> Update:
         out, in_ = self.targets[index].matrix
         lambda_, gamma = values.of(index, "lambda"), values.of(index, "gamma")
         n, small = gamma.shape
         A = self._A.on(gamma.device)[:small]
         B = self._B.on(gamma.device)[: max(out, in_), : n * self.method.rank]
         scaled: Tensor = Fold.apply(lambda_, gamma, A)  # type: ignore[no-untyped-call]
-        return (scaled, B) if out < in_ else (B, scaled)
+        return Update(scaled, B) if out < in_ else Update(B, scaled)
 
 
 class Fold(torch.autograd.Function):

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kilodelta.compress.factors import Factors, Pair, Values, uniform
+from kilodelta.compress.factors import Factors, Values, uniform
 from kilodelta.compress.packed import PerDevice
 from kilodelta.compress.precision import Precision
 from kilodelta.compress.quantise_ste import LARGEST_ANCHOR, as_scale, round_group
 from kilodelta.compress.trainables import GroupSet, Start
+from kilodelta.compress.update import Update
 from kilodelta.format.bases import Role
 from kilodelta.format.coefficients import scale_near
 from kilodelta.format.methods import Method
@@ -82,7 +83,7 @@ class UniLoraFactors(Factors):
         theta = values.of_file("theta")
         return (torch.cat((theta, -theta)).index_select(0, self._picks.on(theta.device)),)
 
-    def pair(self, prepared: tuple[Tensor, ...], values: Values, index: int) -> Pair:
+    def update(self, prepared: tuple[Tensor, ...], values: Values, index: int) -> Update:
         (gathered,) = prepared
         out, in_ = self.targets[index].matrix
         begin, middle, end = self._starts[2 * index : 2 * index + 3]
@@ -90,7 +91,7 @@ class UniLoraFactors(Factors):
         right = gathered[middle:end].view(in_, -1)
         if self.method.anchor:
             right = torch.add(right, self._S.on(right.device)[:in_], alpha=self._anchor(values))
-        return V, right * values.of(index, "size")
+        return Update(V, right * values.of(index, "size"))
 
     def _anchor(self, values: Values) -> float:
         """The anchor in theta's own measure."""

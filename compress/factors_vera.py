@@ -11,9 +11,10 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from kilodelta.compress.factors import Factors, Pair, Values
+from kilodelta.compress.factors import Factors, Values
 from kilodelta.compress.packed import PerDevice
 from kilodelta.compress.trainables import Start
+from kilodelta.compress.update import Update
 from kilodelta.format.bases import Role
 from kilodelta.format.methods import Method
 from kilodelta.format.targets import Target
@@ -46,8 +47,8 @@ class VeraFactors(Factors):
             "b": Start(values=torch.zeros(out), gain=sqrt(2 / rank)),
         }
 
-    def pair(self, prepared: tuple[Tensor, ...], values: Values, index: int) -> Pair:
+    def update(self, prepared: tuple[Tensor, ...], values: Values, index: int) -> Update:
         out, in_ = self.targets[index].matrix
         b, lambda_ = values.of(index, "b"), values.of(index, "lambda")
         B, A = self._B.on(b.device)[:out], self._A.on(b.device)[:in_]
-        return B * b[:, None], A * lambda_
+        return Update(B, A, inner=lambda_, rows=b)

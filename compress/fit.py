@@ -76,6 +76,6 @@ def weight_error(attachment: Attachment, base: Checkpoint, tuned: Checkpoint) ->
     with torch.no_grad():
         for index, place in enumerate(attachment.places):
             change = change_of(base, tuned, place.target)
-            missed += float((attachment.update(index) - change).double().square().sum())
+            missed += float((attachment.update(index).matrix() - change).double().square().sum())
             whole += float(change.double().square().sum())
     return float((missed / max(whole, 1e-60)) ** 0.5)

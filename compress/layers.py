@@ -20,32 +20,30 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kilodelta.compress.sites import Place, Site, is_conv1d
-
-Pair = tuple[Tensor, Tensor]
-"""left (out, K) and right (in, K): the update is left @ right^T."""
+from kilodelta.compress.update import Update
 
 
 class Source(Protocol):
     """Who knows the updates."""
 
-    def pair(self, index: int) -> Pair:
-        """The factors of target `index`, float32."""
+    def update(self, index: int) -> Update:
+        """That of target `index`, float32."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """A site with its target's factors within reach; pickles and copies with the model."""
+    """A site with its target's update within reach; pickles and copies with the model."""
 
     source: Source
     index: int
     site: Site
     transposed: bool
 
-    def factors(self, like: Tensor) -> Pair:
-        """The factors where `like` lives; in its type too, unless autocast will choose one."""
-        left, right = self.source.pair(self.index)
-        dtype = left.dtype if torch.is_autocast_enabled(like.device.type) else like.dtype
-        return left.to(like.device, dtype), right.to(like.device, dtype)
+    def update(self, like: Tensor) -> Update:
+        """The update where `like` lives; in its type too, unless autocast will choose one."""
+        found = self.source.update(self.index)
+        dtype = found.left.dtype if torch.is_autocast_enabled(like.device.type) else like.dtype
+        return found.map(lambda tensor: tensor.to(like.device, dtype))
 
 
 class _Added(_Layer, ABC):
@@ -67,19 +65,20 @@ class AddLinear(_Added):
     """`nn.Linear` and Conv1D: y + (x right) left^T, or y + x dW^T where there are many rows."""
 
     def add(self, module: Any, given: Tensor, output: Tensor) -> Tensor:
-        left, right = self.factors(given)
+        update = self.update(given)
         rows = given.reshape(-1, given.shape[-1])
         total = output.reshape(-1, output.shape[-1])
-        if dense_is_cheaper(rows.shape[0], left, right):
-            return torch.addmm(total, rows, right @ left.t()).view_as(output)
-        return torch.addmm(total, rows @ right, left.t()).view_as(output)
+        if dense_is_cheaper(rows.shape[0], update.left, update.right):
+            left, right = update.pair()
+            return total.addmm(rows, right @ left.t()).view_as(output)
+        return update.add_to(total, rows).view_as(output)
 
 
 class AddEmbedding(_Added):
     """`nn.Embedding`: y + left[ids] right^T."""
 
     def add(self, module: Any, given: Tensor, output: Tensor) -> Tensor:
-        left, right = self.factors(output)
+        left, right = self.update(output).pair()
         return output + F.embedding(given, left) @ right.t()
 
 
@@ -87,7 +86,7 @@ class AddConv2d(_Added):
     """`nn.Conv2d` with one group and zero padding: K filters `right`, then 1 x 1 filters `left`."""
 
     def add(self, module: Any, given: Tensor, output: Tensor) -> Tensor:
-        left, right = self.factors(given)
+        left, right = self.update(given).pair()
         _, *kernel = module.weight.shape
         options = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
         if dense_is_cheaper(1 << 30, left, right):
@@ -108,7 +107,7 @@ class Swapped(_Layer):
 
     def _before(self, module: nn.Module, args: Any) -> None:
         weight: Any = self.site.owner._parameters[self.site.attribute]
-        left, right = (factor.to(weight.device) for factor in self.source.pair(self.index))
+        left, right = self.source.update(self.index).map(lambda t: t.to(weight.device)).pair()
         update = right @ left.t() if self.transposed else left @ right.t()
         wide = torch.promote_types(weight.dtype, update.dtype)
         merged = weight.to(wide) + update.view_as(weight)

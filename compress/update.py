@@ -1,0 +1,53 @@
+"""An update of a matrix as the product that a layer computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """diag(rows) left diag(inner) right^T; a diagonal that is None is one.
+
+    A method whose factors are fixed and whose coefficients are diagonals (VeRA) keeps them apart:
+    scaling activations costs their gradients next to nothing, scaling factors a product each.
+    """
+
+    left: Tensor
+    """(out, K)."""
+    right: Tensor
+    """(in, K)."""
+    inner: Tensor | None = None
+    """(K,)."""
+    rows: Tensor | None = None
+    """(out,)."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Update:
+        """The same product of changed tensors."""
+        inner = None if self.inner is None else function(self.inner)
+        rows = None if self.rows is None else function(self.rows)
+        return Update(function(self.left), function(self.right), inner, rows)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(out, K) and (in, K) with the diagonals within: the update is the first times the
+        second transposed."""
+        left = self.left if self.rows is None else self.left * self.rows[:, None]
+        right = self.right if self.inner is None else self.right * self.inner
+        return left, right
+
+    def matrix(self) -> Tensor:
+        """(out, in)."""
+        left, right = self.pair()
+        return left @ right.t()
+
+    def add_to(self, total: Tensor, given: Tensor) -> Tensor:
+        """total (n, out) + given (n, in) right diag(inner) left^T diag(rows), in total's type."""
+        hidden = given @ self.right
+        if self.inner is not None:
+            hidden = hidden * self.inner.to(hidden.dtype)
+        if self.rows is None:
+            return total.addmm(hidden, self.left.t())
+        return total.addcmul(hidden @ self.left.t(), self.rows.to(total.dtype))
