@@ -139,6 +139,7 @@ class Attachment(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Attachment:
         self._cache.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.factors.draw(self.rounding.device)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -148,6 +149,10 @@ class Attachment(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": _Cache()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.factors.draw(self.rounding.device)
 
 
 class _Cache:

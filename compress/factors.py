@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kilodelta.compress.packed import PerDevice
 from kilodelta.compress.precision import Precision
 from kilodelta.compress.trainables import GroupSet, Start
 from kilodelta.compress.update import Update
@@ -53,6 +54,16 @@ class Factors(ABC):
         self.seed = seed
         self.stream = Stream(seed)
         self.targets = tuple(targets)
+
+    @property
+    def constants(self) -> Sequence[PerDevice]:
+        """What is drawn, and what all targets share."""
+        return ()
+
+    def draw(self, device: torch.device) -> None:
+        """Draw it now: a compiler cannot trace the drawing."""
+        for constant in self.constants:
+            constant.on(device)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What is drawn can be drawn again, so that it is neither pickled nor copied."""

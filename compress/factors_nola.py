@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kilodelta.compress.factors import Factors, Values
-from kilodelta.compress.packed import SignBases, SignMixer
+from kilodelta.compress.packed import PerDevice, SignBases, SignMixer
 from kilodelta.compress.trainables import Start
 from kilodelta.compress.update import Update
 from kilodelta.format.bases import Role
@@ -40,6 +40,10 @@ class NolaFactors(Factors):
             lines_are_rows=lines_are_rows,
         )
         return SignMixer(signs, lines, rank)
+
+    @property
+    def constants(self) -> Sequence[PerDevice]:
+        return self._left.bases, self._right.bases
 
     def start(self, target: Target, generator: torch.Generator) -> Mapping[str, Start]:
         """alpha random, such that the right factor has the size of LoRA's A; beta zero."""

@@ -55,6 +55,10 @@ class RandLoraFactors(Factors):
             return self.stream.ternary(role, self.method.sparsity, ones, rows, columns)
         return self.stream.signs(role, ones, rows, columns)
 
+    @property
+    def constants(self) -> Sequence[PerDevice]:
+        return self._A, self._B
+
     def start(self, target: Target, generator: torch.Generator) -> Mapping[str, Start]:
         """lambda zero, gamma 1 / m, as in the paper's code."""
         small = min(target.matrix)

@@ -67,6 +67,10 @@ class UniLoraFactors(Factors):
         found = [np.where(p > 0, p - 1, k - p - 1).astype(np.int32).reshape(-1) for p in both]
         return torch.from_numpy(found[0]), torch.from_numpy(found[1])
 
+    @property
+    def constants(self) -> Sequence[PerDevice]:
+        return (self._picks, self._S) if self.method.anchor else (self._picks,)
+
     def start_shared(self, generator: torch.Generator) -> Mapping[str, Start]:
         """theta zero beside an anchor, else small."""
         k = self.method.bases

@@ -38,6 +38,10 @@ class VeraFactors(Factors):
         drawn = self.stream.sign(Role.VERA_B, 0, range(height), range(self.method.rank))
         return torch.from_numpy(drawn).float()
 
+    @property
+    def constants(self) -> Sequence[PerDevice]:
+        return self._A, self._B
+
     def start(self, target: Target, generator: torch.Generator) -> Mapping[str, Start]:
         """lambda 0.1 and b zero, with kaiming's deviations for A and B, as in PEFT."""
         out, in_ = target.matrix

@@ -22,6 +22,9 @@ from torch.utils.hooks import RemovableHandle
 from kilodelta.compress.sites import Place, Site, is_conv1d
 from kilodelta.compress.update import Update
 
+_UPDATE = "_kilodelta_update"
+"""What an attached linear layer holds its update as while it runs."""
+
 
 class Source(Protocol):
     """Who knows the updates."""
@@ -53,25 +56,53 @@ class _Added(_Layer, ABC):
         return [self.site.owner.register_forward_hook(self._hook, with_kwargs=True)]
 
     def _hook(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        given = args[0] if args else next(iter(kwargs.values()))
-        return self.add(module, given, output)
+        return self.add(module, _given(args, kwargs), output)
 
     @abstractmethod
     def add(self, module: Any, given: Tensor, output: Tensor) -> Tensor:
         """`output` with the update's own output of `given` added."""
 
 
-class AddLinear(_Added):
-    """`nn.Linear` and Conv1D: y + (x right) left^T, or y + x dW^T where there are many rows."""
+class AddLinear(_Layer):
+    """`nn.Linear` and Conv1D: y + (x right) left^T, or y + x dW^T where there are many rows.
 
-    def add(self, module: Any, given: Tensor, output: Tensor) -> Tensor:
+    In training it runs with W + dW in place of W where that is cheapest, and only in float32: in a
+    narrower type the sum would lose small updates. Without gradients W stays in its place, so that
+    threads can share a model.
+    """
+
+    def install(self) -> list[RemovableHandle]:
+        owner = self.site.owner
+        return [
+            owner.register_forward_pre_hook(self._before, with_kwargs=True),
+            owner.register_forward_hook(self._hook, with_kwargs=True, always_call=True),
+        ]
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        weight: Any = module._parameters["weight"]
+        given = _given(args, kwargs)
+        if not (torch.is_grad_enabled() and _computes_in_float32(weight, given)):
+            return
         update = self.update(given)
+        if sum_is_cheaper(given.numel() // given.shape[-1], update):
+            left, right = reversed(update.pair()) if self.transposed else update.pair()
+            module.__dict__["weight"] = weight.addmm(left, right.t())  # as in `Swapped`
+        else:
+            module.__dict__[_UPDATE] = update
+
+    def _hook(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        merged = module.__dict__.pop("weight", None) is not None
+        update = module.__dict__.pop(_UPDATE, None)
+        if merged or output is None:
+            return output
+        given = _given(args, kwargs)
+        update = update or self.update(given)
         rows = given.reshape(-1, given.shape[-1])
         total = output.reshape(-1, output.shape[-1])
-        if dense_is_cheaper(rows.shape[0], update.left, update.right):
-            left, right = update.pair()
-            return total.addmm(rows, right @ left.t()).view_as(output)
-        return update.add_to(total, rows).view_as(output)
+        if not dense_is_cheaper(rows.shape[0], update.left, update.right):
+            return update.add_to(total, rows).view_as(output)
+        left, right = update.pair()
+        return total.addmm(rows, right @ left.t()).view_as(output)
 
 
 class AddEmbedding(_Added):
@@ -116,6 +147,34 @@ class Swapped(_Layer):
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         self.site.owner.__dict__.pop(self.site.attribute, None)
+
+
+def _given(args: Any, kwargs: Any) -> Any:
+    """A layer's input."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _computes_in_float32(weight: Any, given: Tensor) -> bool:
+    """Whether a layer does; not autocast, and not a part of a weight (DTensor)."""
+    return (
+        type(weight) is nn.Parameter
+        and weight.dtype == given.dtype == torch.float32
+        and not torch.is_autocast_enabled(given.device.type)
+    )
+
+
+def sum_is_cheaper(rows: int, update: Update) -> bool:
+    """Whether a training step on W + dW costs fewer operations than one with the factors beside
+    W, for `rows` rows of input.
+
+    The sum costs dW, the gradient of dW, and those of the factors that have one out of it.
+    """
+    left, right = update.left, update.right
+    (out, inner), in_ = left.shape, right.shape[0]
+    beside = rows * inner * ((2 + left.requires_grad) * out + (2 + right.requires_grad) * in_)
+    sides = (left, update.rows), (right, update.inner)
+    trained = sum(any(t is not None and t.requires_grad for t in side) for side in sides)
+    return out * in_ * (rows + inner * (1 + trained)) < beside
 
 
 def dense_is_cheaper(rows: int, left: Tensor, right: Tensor) -> bool:

@@ -209,18 +209,19 @@ class SignMixer:
     """The weighted sums of a role's bases for a fixed list of targets, as one product."""
 
     def __init__(self, bases: SignBases, lines: Sequence[int], rank: int) -> None:
-        self._bases = bases
+        self.bases = bases
         self._place = " ".join(map(str, bases.place))
         self._rank = rank
         self._order = sorted(range(len(lines)), key=lambda t: lines[t])
         self._sizes = [lines[t] * rank for t in self._order]
-        self._starts = dict(zip(self._order, np.cumsum([0, *self._sizes[:-1]]), strict=True))
+        starts = np.cumsum([0, *self._sizes[:-1]]).tolist()  # a compiler reads int, not np.int64
+        self._starts: dict[int, int] = dict(zip(self._order, starts, strict=True))
         self._lines = tuple(lines)
 
     def mix(self, coefficients: Sequence[Tensor]) -> Tensor:
         """All targets' sums in one flat tensor, from one (k,) tensor a target."""
         stacked = torch.stack([coefficients[t] for t in self._order]).float()
-        packed = self._bases.on(stacked.device)
+        packed = self.bases.on(stacked.device)
         padding = 8 * packed.shape[1] - stacked.shape[1]
         padded = torch.nn.functional.pad(stacked, (0, padding))
         mixed: Tensor = mix_signs(padded, packed, self._sizes, self._place)
@@ -228,5 +229,5 @@ class SignMixer:
 
     def part(self, flat: Tensor, target: int) -> Tensor:
         """A target's sums (lines, rank), a view of what `mix` gave."""
-        begin, count = int(self._starts[target]), self._lines[target]
+        begin, count = self._starts[target], self._lines[target]
         return flat[begin : begin + count * self._rank].view(count, self._rank)

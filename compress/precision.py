@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ class Precision:
     method: Method
     bits: int
     c_max: int
-    fixed: Mapping[str, Scale] = field(default_factory=lambda: MappingProxyType({}))
+    fixed: Mapping[str, Scale] = field(default_factory=dict)
 
 
 def choose(method: Method, targets: Sequence[Target], bits: int) -> Precision:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import kilodelta
-from kilodelta.compress import train
+from kilodelta.compress import layers, train
+from kilodelta.compress.update import Update
 from kilodelta.errors import BaseMismatchError, InputError
 from kilodelta.format.methods import Method
 
@@ -136,10 +137,16 @@ def test_attaching_twice_and_a_wrong_base_are_refused(tmp_path: Path) -> None:
         train.to_delta(model, tmp_path / "other.safetensors")
 
 
-def test_autocast_and_accumulation() -> None:
-    model = train.attach(make(), train.Nola(rank=2, bases=40), TARGETS)
+@pytest.mark.parametrize("method", METHODS, ids=ids)
+def test_autocast_and_accumulation(method: Method) -> None:
+    model = train.attach(make(), method, TARGETS)
+    train_a_little(model, 1)
+    model.zero_grad()
+    seen: list[torch.dtype] = []
+    model.tall.register_forward_hook(lambda _module, _args, output: seen.append(output.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         model(IDS).float().square().mean().backward()
+    assert seen == [torch.bfloat16]
     once = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     assert once
     assert all(torch.isfinite(g).all() for g in once.values())
@@ -148,3 +155,57 @@ def test_autocast_and_accumulation() -> None:
     for name, parameter in model.named_parameters():
         if name in once and parameter.grad is not None:
             assert torch.allclose(parameter.grad, 2 * once[name], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("method", METHODS, ids=ids)
+def test_a_step_on_the_sum_is_one_with_factors(
+    method: Method, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    if transposed:
+        layer: Any = pytest.importorskip("transformers.pytorch_utils").Conv1D(20, 12)
+    else:
+        layer = nn.Linear(12, 20)
+    model: nn.Module = nn.Sequential(layer)
+    base = layer.weight
+    train.attach(model, method, "0.weight")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn(parameter.shape) / 8)
+    given = torch.randn(3, 50, 12, requires_grad=True)
+    leaves = [given, *(p for p in model.parameters() if p.requires_grad)]
+    results = []
+    for answer in (True, False):
+        monkeypatch.setattr(layers, "sum_is_cheaper", lambda rows, update, a=answer: a)
+        output = model(given)
+        gradients = torch.autograd.grad(output.sin().sum(), leaves, allow_unused=True)
+        results.append((output, *(g for g in gradients if g is not None)))
+        assert layer.weight is base
+        with pytest.raises(RuntimeError):
+            model(given[..., :5])
+        assert layer.weight is base
+        assert not [name for name in vars(layer) if "kilodelta" in name]
+    assert len(results[0]) > 2
+    for found, wanted in zip(*results, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("trained", "rows", "cheaper"),
+    [
+        ("right", 512, True),
+        ("right", 64, False),
+        ("both", 512, True),
+        ("both", 256, False),
+        ("diagonals", 512, False),
+    ],
+)
+def test_the_sum_is_taken_where_it_costs_less(trained: str, rows: int, cheaper: bool) -> None:
+    """Counted by hand in millions of multiplications, 768 x 768, inner 768: dW 453 and its
+    factor's gradient 453 each, the gradient of dW 0.59 a row; a product with a factor 0.59 a row,
+    two forward, two backward, one a trained factor."""
+    left, right = (torch.empty(768, 768, requires_grad=trained == "both") for _ in range(2))
+    right.requires_grad_(trained != "diagonals")
+    one = torch.ones(768, requires_grad=True) if trained == "diagonals" else None
+    assert layers.sum_is_cheaper(rows, Update(left, right, one, one)) == cheaper

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from kilodelta.format.build import Numbers, Recipe
 from kilodelta.format.coefficients import Floats
@@ -21,7 +20,7 @@ class Draft:
     recipe: Recipe
     own: Values
     """Coefficients by target name, then by group name."""
-    shared: Mapping[str, Numbers] = field(default_factory=lambda: MappingProxyType({}))
+    shared: Mapping[str, Numbers] = field(default_factory=dict)
     """The groups that the whole file has once."""
     wanted: Callable[[str], Floats]
     """A target's name to the update that the other tool makes, float64 (out, in)."""

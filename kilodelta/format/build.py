@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 
@@ -41,11 +40,9 @@ class Recipe:
     bits: int = 8
     """Of an integer coefficient; of a float one, 32 or 16, with a compatibility form."""
     name: str = ""
-    extras: Mapping[str, Extra] = field(default_factory=lambda: MappingProxyType({}))
-    probes: Mapping[str, Extra] = field(default_factory=lambda: MappingProxyType({}))
-    made: Mapping[str, str | int | float | bool] = field(
-        default_factory=lambda: MappingProxyType({})
-    )
+    extras: Mapping[str, Extra] = field(default_factory=dict)
+    probes: Mapping[str, Extra] = field(default_factory=dict)
+    made: Mapping[str, str | int | float | bool] = field(default_factory=dict)
 
 
 def targets(base: str | os.PathLike[str] | Checkpoint, patterns: Patterns) -> tuple[Target, ...]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ldexp, prod
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -63,8 +62,8 @@ class Delta:
 
     manifest: Manifest
     blob: npt.NDArray[np.uint8]
-    extras: Mapping[str, Extra] = field(default_factory=lambda: MappingProxyType({}))
-    probes: Mapping[str, Extra] = field(default_factory=lambda: MappingProxyType({}))
+    extras: Mapping[str, Extra] = field(default_factory=dict)
+    probes: Mapping[str, Extra] = field(default_factory=dict)
     layout: tuple[Target, ...] | None = None
 
     @property
