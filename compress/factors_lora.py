@@ -30,4 +30,4 @@ class LoraFactors(Factors):
         }
 
     def update(self, prepared: tuple[Tensor, ...], values: Values, index: int) -> Update:
-        return Update(values.of(index, "B"), values.of(index, "A").t())
+        return Update(left=values.of(index, "B"), right=values.of(index, "A").t())

@@ -61,4 +61,4 @@ class NolaFactors(Factors):
 
     def update(self, prepared: tuple[Tensor, ...], values: Values, index: int) -> Update:
         left, right = prepared
-        return Update(self._left.part(left, index), self._right.part(right, index))
+        return Update(left=self._left.part(left, index), right=self._right.part(right, index))

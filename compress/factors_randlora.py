@@ -75,7 +75,7 @@ class RandLoraFactors(Factors):
         A = self._A.on(gamma.device)[:small]
         B = self._B.on(gamma.device)[: max(out, in_), : n * self.method.rank]
         scaled: Tensor = Fold.apply(lambda_, gamma, A)  # type: ignore[no-untyped-call]
-        return Update(scaled, B) if out < in_ else Update(B, scaled)
+        return Update(left=scaled, right=B) if out < in_ else Update(left=B, right=scaled)
 
 
 class Fold(torch.autograd.Function):

@@ -95,7 +95,7 @@ class UniLoraFactors(Factors):
         right = gathered[middle:end].view(in_, -1)
         if self.method.anchor:
             right = torch.add(right, self._S.on(right.device)[:in_], alpha=self._anchor(values))
-        return Update(V, right * values.of(index, "size"))
+        return Update(left=V, right=right * values.of(index, "size"))
 
     def _anchor(self, values: Values) -> float:
         """The anchor in theta's own measure."""

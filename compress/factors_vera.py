@@ -55,4 +55,4 @@ class VeraFactors(Factors):
         out, in_ = self.targets[index].matrix
         b, lambda_ = values.of(index, "b"), values.of(index, "lambda")
         B, A = self._B.on(b.device)[:out], self._A.on(b.device)[:in_]
-        return Update(B, A, inner=lambda_, rows=b)
+        return Update(left=B, right=A, inner=lambda_, rows=b)

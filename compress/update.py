@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Update:
     """diag(rows) left diag(inner) right^T; a diagonal that is None is one.
 
@@ -29,7 +29,7 @@ class Update:
         """The same product of changed tensors."""
         inner = None if self.inner is None else function(self.inner)
         rows = None if self.rows is None else function(self.rows)
-        return Update(function(self.left), function(self.right), inner, rows)
+        return Update(left=function(self.left), right=function(self.right), inner=inner, rows=rows)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """(out, K) and (in, K) with the diagonals within: the update is the first times the

@@ -208,4 +208,6 @@ def test_the_sum_is_taken_where_it_costs_less(trained: str, rows: int, cheaper: 
     left, right = (torch.empty(768, 768, requires_grad=trained == "both") for _ in range(2))
     right.requires_grad_(trained != "diagonals")
     one = torch.ones(768, requires_grad=True) if trained == "diagonals" else None
-    assert layers.sum_is_cheaper(rows, Update(left, right, one, one)) == cheaper
+    assert (
+        layers.sum_is_cheaper(rows, Update(left=left, right=right, inner=one, rows=one)) == cheaper
+    )
