@@ -79,7 +79,7 @@ class AddLinear(_Layer):
         ]
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        weight: Any = module._parameters["weight"]
+        weight: Any = module._parameters.get("weight")
         given = _given(args, kwargs)
         if not (torch.is_grad_enabled() and _computes_in_float32(weight, given)):
             return
