@@ -22,7 +22,8 @@ from kilodelta.compress.options import options_from as options_from
 from kilodelta.compress.report import Report
 from kilodelta.errors import InputError, QualityError
 from kilodelta.format.checkpoint import in_name_order
-from kilodelta.format.delta import Delta, Extra
+from kilodelta.format.delta import Delta
+from kilodelta.format.extra import Extra
 from kilodelta.format.identity import digest
 from kilodelta.format.inspect import inspect
 from kilodelta.format.manifest import method_options

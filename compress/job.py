@@ -19,7 +19,8 @@ from kilodelta.format import file
 from kilodelta.format.build import FINGERPRINTED
 from kilodelta.format.checkpoint import Checkpoint, in_name_order
 from kilodelta.format.coefficients import Group, Scale
-from kilodelta.format.delta import Delta, Extra
+from kilodelta.format.delta import Delta
+from kilodelta.format.extra import Extra
 from kilodelta.format.manifest import Base, Manifest
 from kilodelta.format.methods import Method
 from kilodelta.format.targets import Patterns, Target, select

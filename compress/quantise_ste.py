@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kilodelta.errors import InputError
 from kilodelta.format.coefficients import BITS, Scale, largest
-from kilodelta.format.delta import EXACT
+from kilodelta.format.exactness import EXACT
 from kilodelta.format.methods import Method, RandLora
 from kilodelta.format.targets import Target
 

@@ -18,7 +18,8 @@ from kilodelta.format import identity
 from kilodelta.format.build import Recipe, build
 from kilodelta.format.checkpoint import Checkpoint, in_name_order
 from kilodelta.format.coefficients import Quantised
-from kilodelta.format.delta import Delta, Extra, extra
+from kilodelta.format.delta import Delta
+from kilodelta.format.extra import Extra, extra
 from kilodelta.format.safetensors import header_bytes
 from kilodelta.models.fill import TORCH, tensor
 from kilodelta.progress import Progress, silent

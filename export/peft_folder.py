@@ -19,7 +19,8 @@ from kilodelta.export.peft_factors import Pair, padded
 from kilodelta.export.peft_modules import Kind, Naming, Whole, sort_extras
 from kilodelta.format import atomic, dtypes
 from kilodelta.format.checkpoint import Checkpoint
-from kilodelta.format.delta import Delta, Extra
+from kilodelta.format.delta import Delta
+from kilodelta.format.extra import Extra
 from kilodelta.format.layers import owner
 from kilodelta.format.safetensors import header_bytes
 from kilodelta.format.targets import Target

@@ -9,7 +9,8 @@ from typing import Literal
 
 from kilodelta.format import dtypes
 from kilodelta.format.checkpoint import Checkpoint, Shard
-from kilodelta.format.delta import Delta, Extra
+from kilodelta.format.delta import Delta
+from kilodelta.format.extra import Extra
 from kilodelta.format.safetensors import Entry, header_bytes
 
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from kilodelta.format import build, canonical
 from kilodelta.format.coefficients import Quantised, quantise
-from kilodelta.format.delta import Delta, Extra
+from kilodelta.format.delta import Delta
+from kilodelta.format.extra import Extra
 from kilodelta.format.methods import Lora, Method, Nola, RandLora, UniLora, Vera
 from kilodelta.format.safetensors import header_bytes
 from kilodelta.format.targets import Patterns

@@ -29,7 +29,7 @@ from kilodelta.export.adapter_factors import base_factors, expand, fit, in_slots
 from kilodelta.export.adapter_file import write_adapter
 from kilodelta.export.adapter_layout import AdapterLayout, Exposed, read_layout
 from kilodelta.format.checkpoint import Checkpoint
-from kilodelta.format.delta import extra
+from kilodelta.format.extra import extra
 from kilodelta.format.file import load
 from kilodelta.format.methods import Lora, Method, Nola, RandLora, UniLora, Vera
 from kilodelta.format.targets import Patterns

@@ -31,7 +31,8 @@ from kilodelta.errors import (
     MissingPackageError,
     ProofError,
 )
-from kilodelta.format.delta import Delta, Extra
+from kilodelta.format.delta import Delta
+from kilodelta.format.extra import Extra
 from kilodelta.format.file import load
 
 

@@ -30,7 +30,7 @@ from kilodelta.export import artefacts, onnx_save
 from kilodelta.export.export import Exported, Options, export
 from kilodelta.export.onnx import export_template
 from kilodelta.export.profile import read_sizes
-from kilodelta.format.delta import Extra, extra
+from kilodelta.format.extra import Extra, extra
 from kilodelta.format.methods import Nola
 from kilodelta.format.targets import Patterns
 from kilodelta.models import LoadedModel, View, example, open_model

@@ -16,7 +16,9 @@ from making import METHODS, delta, forge, ids, model, reforged, write
 import kilodelta
 from kilodelta.errors import BaseMismatchError, FileError, InputError
 from kilodelta.format import canonical
-from kilodelta.format.delta import Delta, Extra, exactness, extra
+from kilodelta.format.delta import Delta
+from kilodelta.format.exactness import exactness
+from kilodelta.format.extra import Extra, extra
 from kilodelta.format.methods import Lora, Method, Nola, UniLora
 from kilodelta.format.targets import Patterns
 

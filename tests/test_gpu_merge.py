@@ -25,7 +25,8 @@ from kilodelta.export import merge_cuda
 from kilodelta.export.merge_into import merge_into
 from kilodelta.format import arithmetic
 from kilodelta.format.checkpoint import Checkpoint
-from kilodelta.format.delta import Delta, extra
+from kilodelta.format.delta import Delta
+from kilodelta.format.extra import extra
 from kilodelta.format.methods import Lora, Method, Nola
 from kilodelta.kernels import stream
 from kilodelta.kernels.unit import TORCH

@@ -22,7 +22,8 @@ from kilodelta.errors import (
 )
 from kilodelta.export.merge import merge
 from kilodelta.format.checkpoint import Checkpoint
-from kilodelta.format.delta import Delta, extra
+from kilodelta.format.delta import Delta
+from kilodelta.format.extra import extra
 from kilodelta.format.methods import Lora, Method, Nola
 from kilodelta.format.targets import Patterns
 from kilodelta.progress import Event

@@ -34,7 +34,7 @@ from kilodelta.export.patch import patch
 from kilodelta.export.patch_make import make_map, write_rest
 from kilodelta.export.patch_map import PatchMap, read_map, write_map
 from kilodelta.format.checkpoint import Checkpoint
-from kilodelta.format.delta import Extra
+from kilodelta.format.extra import Extra
 from kilodelta.format.methods import Lora, Method
 
 RENAMED = {"wide.weight": "model.0.w", "tall.weight": "onnx::MatMul_7"}

@@ -21,7 +21,8 @@ from kilodelta.export.peft_factors import float_factors
 from kilodelta.export.peft_svd import truncated
 from kilodelta.format import build
 from kilodelta.format.coefficients import Quantised
-from kilodelta.format.delta import Delta, extra
+from kilodelta.format.delta import Delta
+from kilodelta.format.extra import extra
 from kilodelta.format.methods import Lora, Method, Nola, RandLora, UniLora, Vera
 from kilodelta.format.targets import Patterns
 

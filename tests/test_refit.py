@@ -25,7 +25,8 @@ from kilodelta.export.casting import cast
 from kilodelta.export.merge import merge
 from kilodelta.export.refit import GEMM_BIAS, RefitEngine, warnings
 from kilodelta.format.checkpoint import Checkpoint
-from kilodelta.format.delta import Delta, Extra
+from kilodelta.format.delta import Delta
+from kilodelta.format.extra import Extra
 from kilodelta.format.methods import Lora, Method, Nola
 from kilodelta.format.targets import Patterns
 

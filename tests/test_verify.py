@@ -26,7 +26,7 @@ from kilodelta.errors import FileError, InputError, OutputError, ProofError
 from kilodelta.export import artefacts
 from kilodelta.export.export import Options, export
 from kilodelta.format.checkpoint import Checkpoint
-from kilodelta.format.delta import Extra, extra
+from kilodelta.format.extra import Extra, extra
 from kilodelta.format.methods import Nola
 from kilodelta.format.targets import Patterns
 from kilodelta.models.fill import tensor

@@ -18,7 +18,7 @@ from kilodelta.errors import CheckpointError, InputError
 from kilodelta.format import canonical, dtypes
 from kilodelta.format.checkpoint import Checkpoint
 from kilodelta.format.coefficients import Floats
-from kilodelta.format.delta import Extra
+from kilodelta.format.extra import Extra
 from kilodelta.format.targets import Patterns
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

@@ -23,7 +23,7 @@ from kilodelta.errors import BaseMismatchError, CheckpointError, InputError
 from kilodelta.format.build import Recipe
 from kilodelta.format.coefficients import Floats
 from kilodelta.format.compat import stored
-from kilodelta.format.delta import Extra
+from kilodelta.format.extra import Extra
 from kilodelta.format.methods import Lora
 
 

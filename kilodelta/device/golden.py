@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from kilodelta.device.arrays import read_npz, write_npz
 from kilodelta.errors import DeviceError, FileError, InputError
-from kilodelta.format.delta import Delta, Extra, extra
+from kilodelta.format.delta import Delta
 from kilodelta.format.dtypes import NUMPY
+from kilodelta.format.extra import Extra, extra
 from kilodelta.verify.gate import Limit
 from kilodelta.verify.runner import Arrays
 

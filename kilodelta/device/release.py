@@ -17,7 +17,8 @@ from kilodelta.device import golden
 from kilodelta.errors import InputError, OutputError
 from kilodelta.format.baseline import require_base
 from kilodelta.format.checkpoint import Checkpoint
-from kilodelta.format.delta import Delta, Extra
+from kilodelta.format.delta import Delta
+from kilodelta.format.extra import Extra
 from kilodelta.format.file import load
 from kilodelta.progress import Progress, silent
 

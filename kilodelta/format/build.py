@@ -14,7 +14,9 @@ from kilodelta.format import arithmetic
 from kilodelta.format.checkpoint import Checkpoint, in_name_order
 from kilodelta.format.coefficients import Floats, Group, Quantised, pack, quantise, scale_near
 from kilodelta.format.compat import Compat, stored
-from kilodelta.format.delta import Delta, Extra, exactness
+from kilodelta.format.delta import Delta
+from kilodelta.format.exactness import exactness
+from kilodelta.format.extra import Extra
 from kilodelta.format.identity import Identity, digest, fingerprints, root
 from kilodelta.format.manifest import FLOATS, Base, Manifest
 from kilodelta.format.manifest import parse as parse_manifest

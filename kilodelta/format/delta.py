@@ -6,34 +6,23 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import ldexp, prod
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kilodelta.errors import BaseMismatchError, FileError, InputError
-from kilodelta.format import dtypes, exact
+from kilodelta.errors import InputError
+from kilodelta.format import exact
 from kilodelta.format.bases import Stream
+from kilodelta.format.binding import check_binding
 from kilodelta.format.checkpoint import Checkpoint, TensorInfo
 from kilodelta.format.coefficients import Group, Ints, group_size, groups_size, unpack
 from kilodelta.format.compat import Compat, stored
+from kilodelta.format.extra import Extra
 from kilodelta.format.manifest import FLOATS, Manifest
 from kilodelta.format.methods import Coefficients, Method
 from kilodelta.format.targets import Target, select
-
-EXACT = 1 << 53
-"""Every partial sum and every element of N stays below this in magnitude."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Extra:
-    """A tensor stored whole: its safetensors dtype, shape and raw bytes, uint8 (n,)."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +101,7 @@ class Delta:
         """
         layout = select(tensors, self.manifest.patterns)
         bound = replace(self, layout=layout)
-        _check_fit(bound)
-        for target in layout:
-            (_check_exact if self.manifest.compat is None else _check_floats)(bound, target)
+        check_binding(bound)
         return bound
 
     @cached_property
@@ -151,6 +138,11 @@ class Delta:
             starts.append(position)
             position += groups_size(self.form.groups(target), self.manifest.bits)
         return (*starts, position)
+
+    @property
+    def blob_size(self) -> int:
+        """Bytes of coefficients that the targets need."""
+        return self._starts[-1]
 
     @cached_property
     def _shared(self) -> Coefficients:
@@ -229,80 +221,3 @@ class Delta:
         from kilodelta.format import file
 
         return file.write(self, Path(path))
-
-
-def _check_fit(delta: Delta) -> None:
-    manifest, method = delta.manifest, delta.form
-    layout = delta.layout or ()
-    if len(layout) != manifest.count:
-        raise BaseMismatchError(
-            f"the patterns match {len(layout)} tensors of this model, not {manifest.count}",
-            fix=f"the file was made for {manifest.base.name!r}: give that model",
-        )
-    for target in layout:
-        if manifest.compat is None and method.rank > max(target.matrix):
-            raise FileError(
-                f"rank {method.rank} is larger than both sides of {target.name} {target.shape}",
-                fix="the file is damaged or for another model: fetch it again",
-            )
-        if target.name in delta.extras:
-            raise FileError(
-                f"{target.name} is a target and an extra too",
-                fix="the file was not written by kilodelta: fetch it again",
-            )
-    problem = manifest.compat.problem(layout) if manifest.compat is not None else ""
-    if problem:
-        raise BaseMismatchError(
-            f"{method.name}: {problem}", fix=f"the file was made for {manifest.base.name!r}"
-        )
-    needed = delta._starts[-1]
-    if delta.blob.size != needed:
-        raise BaseMismatchError(
-            f"the file holds {delta.blob.size} bytes of coefficients; this model needs {needed}",
-            fix=f"the file was made for {manifest.base.name!r}: give that model",
-        )
-
-
-def _check_exact(delta: Delta, target: Target) -> None:
-    c, e = delta.scale(target.name)
-    problem = exactness(c * delta.method.bound(delta.coefficients(target.name)), e)
-    if problem:
-        raise FileError(
-            f"the update of {target.name} cannot be exact: {problem}",
-            fix="the file was not written by kilodelta: fetch it again",
-        )
-
-
-def _check_floats(delta: Delta, target: Target) -> None:
-    for group, values in delta.coefficients(target.name).items():
-        if not np.isfinite(values).all():
-            raise FileError(
-                f"group {group} of {target.name} holds NaN or infinity",
-                fix="the file was not written by kilodelta: fetch it again",
-            )
-
-
-def exactness(bound: int, e: int) -> str:
-    """What is wrong with an update 2^e N, |N| and all its partial sums <= bound; empty if nothing.
-
-    An update of zero is exact whatever its scale.
-    """
-    if bound == 0:
-        return ""
-    if bound >= EXACT:
-        return f"its sums can reach {bound:g}, 2^53 is the limit"
-    if e < -126:
-        return f"its unit is 2^{e}, 2^-126 is the smallest normal float32"
-    if e > 127 or ldexp(bound, e) >= 2.0**127:
-        return f"it can reach {bound:g} * 2^{e}, float32 ends at 2^128"
-    return ""
-
-
-def extra(value: Any) -> Extra:
-    """A tensor to be stored whole, from a numpy array or torch tensor."""
-    from kilodelta.format.identity import raw
-
-    dtype, shape, data = raw(value)
-    if dtype not in dtypes.BITS:
-        raise InputError(f"{dtype} cannot be stored", fix="convert the tensor first")
-    return Extra(dtype=dtype, shape=shape, data=data.copy())

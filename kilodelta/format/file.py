@@ -18,7 +18,8 @@ from kilodelta.format import atomic, dtypes, identity
 from kilodelta.format import manifest as manifests
 from kilodelta.format.checkpoint import Checkpoint, in_name_order
 from kilodelta.format.coefficients import groups_size
-from kilodelta.format.delta import Delta, Extra
+from kilodelta.format.delta import Delta
+from kilodelta.format.extra import Extra
 from kilodelta.format.manifest import Manifest
 from kilodelta.format.safetensors import header_bytes, map_file, read_layout
 from kilodelta.format.targets import Target

@@ -17,7 +17,7 @@ from kilodelta.errors import SelfTestError
 from kilodelta.format import rounding
 from kilodelta.format.bases import Ints, Stream
 from kilodelta.format.coefficients import largest, storage
-from kilodelta.format.delta import EXACT
+from kilodelta.format.exactness import EXACT
 from kilodelta.format.methods import Coefficients, Lora, Method, Nola, RandLora, UniLora, Vera
 from kilodelta.format.selftest import ROUNDED, require_good_kernels
 from kilodelta.format.targets import Target
