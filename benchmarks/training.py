@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from machine import describe, peak_memory
 from torch import nn
-from training_accuracy import compare, print_accuracy
+from training_accuracy import EQUAL, compare, print_accuracy
 from training_methods import METHODS, MODELS
 
 from kilodelta.verify.gpu_training import Step, sharing
@@ -47,7 +47,9 @@ def main() -> None:
         report["models"][name] = rows(name, options.threads, options.repeats)
     _print(report)
     if options.accuracy:
-        report["accuracy"] = compare(options.data, options.sets, options.steps, options.seed)
+        report["accuracy"] = compare(
+            options.data, options.sets, options.against, options.steps, options.seed
+        )
         print_accuracy(report["accuracy"])
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +66,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--accuracy", action="store_true", help="train and compare, for hours")
     parser.add_argument("--data", type=Path, default=data, help="folder with the two sets")
     parser.add_argument("--sets", nargs="+", default=["trec6", "banking77"])
+    parser.add_argument("--against", nargs="+", choices=EQUAL, default=list(EQUAL))
     parser.add_argument("--steps", type=int, default=320)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

@@ -9,8 +9,9 @@ rounding; what is tested is the merged file, and its bytes are all of the file's
 
 from __future__ import annotations
 
+import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from training_methods import METHODS, VERA_RANK, ours
 
 import kilodelta
 from kilodelta.compress import train
-from kilodelta.compress.options import RATES
+from kilodelta.compress.options import usual_rate
 
 EQUAL: Mapping[str, tuple[tuple[Any, int], ...]] = {
     "PEFT LoRA r = 1": (
@@ -44,7 +45,8 @@ EQUAL: Mapping[str, tuple[tuple[Any, int], ...]] = {
     "PEFT VeRA": ((train.Vera(rank=VERA_RANK), 8), (train.Nola(rank=8, bases=384), 8)),
     "PEFT LoRA r = 8": ((train.Lora(rank=8), 8), (train.Lora(rank=16), 4)),
 }
-"""Method and bits of files no larger than the adapter beside them, but for some hundred bytes."""
+"""Method and bits of files no larger than the adapter beside them, but for some hundred bytes; the
+first is PEFT's own method, and both learn at its rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,22 +67,27 @@ class Bench:
         return accuracy(found, self.head(), self.task.test.labels)
 
 
-def compare(data: Path, sets: list[str], steps: int, seed: int) -> dict[str, Any]:
-    """Accuracy and bytes of every method on every set."""
-    return {
-        name: _compare(Bench(task=read_task(data / f"{name}.jsonl.gz"), steps=steps, seed=seed))
-        for name in sets
-    }
-
-
-def _compare(bench: Bench) -> list[dict[str, Any]]:
-    found = []
-    for peft, methods in EQUAL.items():
-        found.append({"what": f"{peft}, int8", **_peft(bench, peft)})
-        for method, bits in methods:
-            found.append({"what": f"{method}, int{bits}", **_ours(bench, method, bits)})
-            print(bench.task.name, found[-1], flush=True)
+def compare(
+    data: Path, sets: Sequence[str], against: Sequence[str], steps: int, seed: int
+) -> dict[str, Any]:
+    """Accuracy and bytes of PEFT's adapters and what is compared with them, on every set."""
+    found: dict[str, Any] = {}
+    for name in sets:
+        bench = Bench(task=read_task(data / f"{name}.jsonl.gz"), steps=steps, seed=seed)
+        found[name] = []
+        for row in _rows(bench, against):
+            print(f"{name}: {_line(row)}", file=sys.stderr, flush=True)
+            found[name].append(row)
     return found
+
+
+def _rows(bench: Bench, against: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for peft in against:
+        rate = usual_rate(EQUAL[peft][0][0])
+        yield {"what": f"{peft}, int8", "rate": rate, **_peft(bench, peft, rate)}
+        for method, bits in EQUAL[peft]:
+            rate = usual_rate(method)
+            yield {"what": f"{method}, int{bits}", "rate": rate, **_ours(bench, method, bits, rate)}
 
 
 def fit(
@@ -109,12 +116,12 @@ def fit(
         schedule.step()
 
 
-def _peft(bench: Bench, name: str) -> dict[str, Any]:
+def _peft(bench: Bench, name: str, rate: float) -> dict[str, Any]:
     base, tokenizer = open_encoder(base_folder())
     model = METHODS[name](base)
-    fit(bench, model, tokenizer, RATES["vera" if "VeRA" in name else "lora"], lambda: None)
+    fit(bench, model, tokenizer, rate, lambda: None)
     nbytes = _round(model)
-    return {"accuracy": bench.score(model.eval(), tokenizer), "bytes": nbytes}
+    return {"accuracy": round(bench.score(model.eval(), tokenizer), 2), "bytes": nbytes}
 
 
 @torch.no_grad()
@@ -128,15 +135,15 @@ def _round(model: nn.Module) -> int:
     return nbytes
 
 
-def _ours(bench: Bench, method: Any, bits: int) -> dict[str, Any]:
+def _ours(bench: Bench, method: Any, bits: int, rate: float) -> dict[str, Any]:
     base, tokenizer = open_encoder(base_folder())
     model = ours(base, method)
-    fit(bench, model, tokenizer, RATES[method.name], lambda: train.quantise(model, bits))
+    fit(bench, model, tokenizer, rate, lambda: train.quantise(model, bits))
     with tempfile.TemporaryDirectory() as name:
         file, merged = Path(name) / "task.kd", Path(name) / "merged"
         nbytes = train.save(model, file, base=base_folder())
         kilodelta.merge(base_folder(), file, merged)
-        return {"accuracy": bench.score(*open_encoder(merged)), "bytes": nbytes}
+        return {"accuracy": round(bench.score(*open_encoder(merged)), 2), "bytes": nbytes}
 
 
 def print_accuracy(report: Mapping[str, list[dict[str, Any]]]) -> None:
@@ -144,4 +151,8 @@ def print_accuracy(report: Mapping[str, list[dict[str, Any]]]) -> None:
     for name, rows in report.items():
         print(f"\n{name}: test accuracy")
         for row in rows:
-            print(f"{row['accuracy']:>6.1f} %  {row['bytes']:>9,} B  {row['what']}")
+            print(_line(row))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return f"{row['accuracy']:>6.1f} %  {row['bytes']:>9,} B  {row['what']}"

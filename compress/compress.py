@@ -16,9 +16,9 @@ from kilodelta.compress.data import Data, digest_of, gather
 from kilodelta.compress.distill import Distilled, Schedule, distill, measure
 from kilodelta.compress.job import Job, prepare
 from kilodelta.compress.objective import Measures
-from kilodelta.compress.options import RATES
 from kilodelta.compress.options import Options as Options
 from kilodelta.compress.options import options_from as options_from
+from kilodelta.compress.options import usual_rate
 from kilodelta.compress.report import Report
 from kilodelta.errors import InputError, QualityError
 from kilodelta.format.checkpoint import in_name_order
@@ -108,7 +108,7 @@ def _distil(job: Job, inputs: str | Path, resume: bool, progress: Progress) -> R
     _attach(job)
     schedule = Schedule(
         steps=options.steps,
-        rate=options.rate or RATES[job.method.name],
+        rate=options.rate or usual_rate(job.method),
         batch=options.batch,
         bits=job.bits,
         seed=options.seed,
