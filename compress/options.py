@@ -18,7 +18,7 @@ RATES: Mapping[str, float] = {
     "unilora": 1.5e-2,
     "vera": 2e-2,
 }
-"""Learning rates by method: LoRA's, Uni-LoRA's and VeRA's are the better of those tried on a sentence
+"""Learning rates by method: LoRA's, Uni-LoRA's and VeRA's are the best of those tried on a sentence
 encoder, the others the usual ones for Adam."""
 
 

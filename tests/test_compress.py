@@ -21,6 +21,7 @@ from kilodelta.compress import budget
 from kilodelta.compress.changes import compare, patterns_for
 from kilodelta.compress.compress import Options, compress
 from kilodelta.compress.objective import PULL, PULLED, objective_for
+from kilodelta.compress.options import RATES, usual_rate
 from kilodelta.errors import BaseMismatchError, InputError, QualityError
 from kilodelta.format.checkpoint import Checkpoint
 from kilodelta.format.methods import Lora, Method, Nola, UniLora
@@ -219,3 +220,9 @@ def test_the_command_line(pair: tuple[Path, Path], texts: Path, tmp_path: Path) 
     result = CliRunner().invoke(main, [*arguments, "--method", "lora", "--steps", "4", "-q"])
     assert "smaller" in result.stdout
     assert "not stored" in result.stdout
+
+
+def test_wider_lora_learns_slower() -> None:
+    rates = [usual_rate(Lora(rank=rank)) for rank in (1, 4, 16)]
+    assert rates == [RATES["lora"], RATES["lora"] / 2, RATES["lora"] / 4]
+    assert usual_rate(Nola(rank=8)) == usual_rate(Nola(rank=2)) == RATES["nola"]
