@@ -37,7 +37,11 @@ _METHODS = ("nola", "randlora", "lora", "vera", "unilora")
     help="Other changed tensors to store whole: auto, all, none, or PATTERN[,PATTERN].",
 )
 @click.option("--steps", default=800, show_default=True, type=click.IntRange(2))
-@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Learning rate.")
+@click.option(
+    "--lr",
+    type=click.FloatRange(0, min_open=True),
+    help="Learning rate; by default one that suits the method.",
+)
 @click.option("--batch", default=32, show_default=True, type=click.IntRange(1))
 @click.option(
     "--held-out", type=click.IntRange(1), help="Inputs to measure on; a tenth, 512 at most."
