@@ -21,6 +21,7 @@ from kilodelta.compress import train
 
 def main(folder: Path) -> None:
     """Every process trains on its own rows; the first one saves."""
+    folder.mkdir(parents=True, exist_ok=True)
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)  # the same base everywhere

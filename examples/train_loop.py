@@ -41,6 +41,7 @@ def fit(model: nn.Module, x: Tensor, y: Tensor, *, steps: int, rate: float) -> f
 
 def main(folder: Path) -> None:
     """Base, delta, merge, proof."""
+    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     x = torch.rand(512, 2) * 2 - 1
     first, second = torch.sin(3 * x[:, :1]) * x[:, 1:], torch.cos(3 * x[:, :1]) - x[:, 1:]

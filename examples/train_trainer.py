@@ -52,6 +52,7 @@ def texts() -> list[tuple[str, int]]:
 
 def main(folder: Path) -> None:
     """Attach, train, save, merge, and test what the merged folder computes."""
+    folder.mkdir(parents=True, exist_ok=True)
     base = Path(get_model_path())
     tokenizer = AutoTokenizer.from_pretrained(base)
     torch.manual_seed(0)

@@ -55,6 +55,7 @@ def accuracy(model: Any, images: Tensor, labels: Tensor) -> float:
 
 def main(folder: Path) -> None:
     """Base, delta, merge."""
+    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     config = ViTConfig(
         image_size=8,
