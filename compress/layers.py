@@ -155,9 +155,11 @@ def _given(args: Any, kwargs: Any) -> Any:
 
 
 def _computes_in_float32(weight: Any, given: Tensor) -> bool:
-    """Whether a layer does; not autocast, and not a part of a weight (DTensor)."""
+    """Whether a layer does; not autocast, and neither a part of a weight (DTensor) nor one that
+    is elsewhere (offloaded)."""
     return (
         type(weight) is nn.Parameter
+        and weight.device == given.device
         and weight.dtype == given.dtype == torch.float32
         and not torch.is_autocast_enabled(given.device.type)
     )
