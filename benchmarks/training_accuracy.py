@@ -64,7 +64,7 @@ class Bench:
     def score(self, model: nn.Module, tokenizer: Any) -> float:
         """Test accuracy in per cent."""
         found = embed_all(model, tokenizer, self.task.test.texts)
-        return accuracy(found, self.head(), self.task.test.labels)
+        return round(accuracy(found, self.head(), self.task.test.labels), 2)
 
 
 def compare(
@@ -121,7 +121,7 @@ def _peft(bench: Bench, name: str, rate: float) -> dict[str, Any]:
     model = METHODS[name](base)
     fit(bench, model, tokenizer, rate, lambda: None)
     nbytes = _round(model)
-    return {"accuracy": round(bench.score(model.eval(), tokenizer), 2), "bytes": nbytes}
+    return {"accuracy": bench.score(model.eval(), tokenizer), "bytes": nbytes}
 
 
 @torch.no_grad()
@@ -143,7 +143,7 @@ def _ours(bench: Bench, method: Any, bits: int, rate: float) -> dict[str, Any]:
         file, merged = Path(name) / "task.kd", Path(name) / "merged"
         nbytes = train.save(model, file, base=base_folder())
         kilodelta.merge(base_folder(), file, merged)
-        return {"accuracy": round(bench.score(*open_encoder(merged)), 2), "bytes": nbytes}
+        return {"accuracy": bench.score(*open_encoder(merged)), "bytes": nbytes}
 
 
 def print_accuracy(report: Mapping[str, list[dict[str, Any]]]) -> None:

@@ -2,9 +2,10 @@
 
 The base module stays what it is (same class, same names, same tensors). For the layers whose
 output is linear in the weight, the update is applied to the activations: x right left^T, never
-the matrix dW, unless dW is the cheaper way. Every other layer (grouped and transposed
-convolutions, attention's packed projections, parameters that a module uses by hand, subclasses
-with a forward pass of their own) computes with W + dW in place of W while it runs.
+the matrix dW, unless dW is the cheaper way; a linear layer that trains may take W + dW in place of
+W, where that is cheaper still. Every other layer (grouped and transposed convolutions, attention's
+packed projections, parameters that a module uses by hand, subclasses with a forward pass of their
+own) always computes with W + dW in place of W while it runs.
 """
 
 from __future__ import annotations
@@ -86,14 +87,14 @@ class AddLinear(_Layer):
         update = self.update(given)
         if sum_is_cheaper(given.numel() // given.shape[-1], update):
             left, right = reversed(update.pair()) if self.transposed else update.pair()
-            module.__dict__["weight"] = weight.addmm(left, right.t())  # as in `Swapped`
+            _hide(self.site, weight.addmm(left, right.t()))
         else:
             module.__dict__[_UPDATE] = update
 
     def _hook(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        merged = module.__dict__.pop("weight", None) is not None
+        hidden = _show(self.site)
         update = module.__dict__.pop(_UPDATE, None)
-        if merged or output is None:
+        if hidden or output is None:
             return output
         given = _given(args, kwargs)
         update = update or self.update(given)
@@ -101,8 +102,7 @@ class AddLinear(_Layer):
         total = output.reshape(-1, output.shape[-1])
         if not dense_is_cheaper(rows.shape[0], update.left, update.right):
             return update.add_to(total, rows).view_as(output)
-        left, right = update.pair()
-        return total.addmm(rows, right @ left.t()).view_as(output)
+        return total.addmm(rows, update.matrix().t()).view_as(output)
 
 
 class AddEmbedding(_Added):
@@ -138,15 +138,24 @@ class Swapped(_Layer):
 
     def _before(self, module: nn.Module, args: Any) -> None:
         weight: Any = self.site.owner._parameters[self.site.attribute]
-        left, right = self.source.update(self.index).map(lambda t: t.to(weight.device)).pair()
-        update = right @ left.t() if self.transposed else left @ right.t()
-        wide = torch.promote_types(weight.dtype, update.dtype)
-        merged = weight.to(wide) + update.view_as(weight)
-        # An instance attribute hides the parameter without touching it.
-        self.site.owner.__dict__[self.site.attribute] = merged.to(weight.dtype)
+        update = self.source.update(self.index).map(lambda t: t.to(weight.device)).matrix()
+        change = (update.t() if self.transposed else update).view_as(weight)
+        wide = torch.promote_types(weight.dtype, change.dtype)
+        _hide(self.site, (weight.to(wide) + change).to(weight.dtype))
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.site.owner.__dict__.pop(self.site.attribute, None)
+        _show(self.site)
+
+
+def _hide(site: Site, merged: Tensor) -> None:
+    """Let a site compute with W + dW: an instance's attribute hides a parameter and leaves it as it
+    is."""
+    site.owner.__dict__[site.attribute] = merged
+
+
+def _show(site: Site) -> bool:
+    """Let it compute with W again; whether W was hidden."""
+    return site.owner.__dict__.pop(site.attribute, None) is not None
 
 
 def _given(args: Any, kwargs: Any) -> Any:
