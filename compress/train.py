@@ -11,7 +11,8 @@ train.save(model, "task.kd", base="model/")
 ```
 
 Methods (arXiv): NOLA 2310.02556, RandLoRA 2502.00987, LoRA 2106.09685, VeRA 2310.11454, Uni-LoRA
-2506.00799. Learning rates that suit LoRA with Adam (1e-4 to 5e-3) suit all of them.
+2506.00799. With Adam the rates of LoRA (1e-4 to 1e-2, lower for higher ranks) suit all of them, and
+VeRA takes more.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Options:
     """Put weights beside the ONNX file; above 2 GB they are there anyway."""
 
     flavour: str = AUTO
-    sizes: Mapping[str, Sizes] = field(default_factory=lambda: MappingProxyType({}))
+    sizes: Mapping[str, Sizes] = field(default_factory=dict)
     """Smallest, usual and largest size of axes, by name; the others' follow from the model."""
 
     tf32: bool = False

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from types import MappingProxyType
 from typing import Any
 
 from kilodelta.errors import ExportError
@@ -42,7 +41,7 @@ class Naming:
 
     prefix: str = ""
     embeddings: tuple[str, ...] = ()
-    config: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def path(self, name: str) -> str:
         """The module that owns a tensor of the base, in the model that is adapted."""

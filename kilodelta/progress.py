@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from threading import Lock
-from types import MappingProxyType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +15,7 @@ class Event:
     done: int
     total: int
     unit: str
-    detail: Mapping[str, float | str] = field(default_factory=lambda: MappingProxyType({}))
+    detail: Mapping[str, float | str] = field(default_factory=dict)
 
 
 Progress = Callable[[Event], None]

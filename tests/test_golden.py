@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -75,3 +76,11 @@ def test_every_safetensors_reader_opens_it(path: Path) -> None:
     found = load_file(path)
     assert found["coefficients"].dtype == np.uint8
     assert found["extra.norm.bias"].tolist() == [0.5, -1.0, 2.0, 0.25]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_a_delta_travels_between_processes(path: Path) -> None:
+    delta = kilodelta.load(path)
+    found = pickle.loads(pickle.dumps(delta))
+    assert found.manifest == delta.manifest
+    assert np.array_equal(found.blob, delta.blob)

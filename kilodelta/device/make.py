@@ -63,7 +63,7 @@ class Options:
     exclude: tuple[str, ...] = ()
     """Adapter and refit mode: globs of the tensors that fine-tunes may change; all layers."""
 
-    sizes: Mapping[str, Sizes] = field(default_factory=lambda: MappingProxyType({}))
+    sizes: Mapping[str, Sizes] = field(default_factory=dict)
     model: str | None = None
     """`package.module:function` that builds the module."""
 

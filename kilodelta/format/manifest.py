@@ -70,9 +70,7 @@ class Manifest:
     scales: tuple[Scale, ...]
     extras: tuple[str, ...]
     result: str
-    made: Mapping[str, str | int | float | bool] = field(
-        default_factory=lambda: MappingProxyType({})
-    )
+    made: Mapping[str, str | int | float | bool] = field(default_factory=dict)
 
     @property
     def compat(self) -> Compat | None:
@@ -231,4 +229,4 @@ def _made(value: Any) -> Mapping[str, str | int | float | bool]:
             raise fault(f"made.{key:.80} is not a text, number or boolean")
         if isinstance(item, float) and not isfinite(item):
             raise fault(f"made.{key:.80} is not finite")
-    return MappingProxyType(value)
+    return value
