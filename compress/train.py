@@ -68,8 +68,8 @@ def attach(
     targets: str | Sequence[str],
     *,
     seed: int = 0,
-    exclude: Sequence[str] = (),
-    extras: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    extras: str | Sequence[str] = (),
     names: Mapping[str, str] = NONE,
 ) -> M:
     """Freeze a model and let it compute with base plus update; only coefficients get gradients.
@@ -83,8 +83,8 @@ def attach(
     it (`x @ self.embedding.weight`) is seen there without its update: tie it, or exclude it.
 
     Args:
-        targets: globs over tensor names, `*` matching dots too; every float tensor of two or more
-            dimensions that matches is a target.
+        targets: globs over tensor names, one or several, `*` matching dots too; every float tensor
+            of two or more dimensions that matches is a target.
         seed: of the random bases, 0 .. 2^64 - 1, and of the start.
         exclude: globs of what is no target after all.
         extras: globs of tensors that are trained, and stored, whole: a new head, biases, norms.
@@ -97,14 +97,17 @@ def attach(
     """
     check_free(model, NAME, Attachment)
     check_options(method, seed, FACTORS)
-    include = (targets,) if isinstance(targets, str) else tuple(targets)
-    patterns, places = find(model, include, tuple(exclude), names)
+    patterns, places = find(model, _globs(targets), _globs(exclude), names)
     for place in places:
         check_place(place, method)
     chosen = [place.target.name for place in places]
-    frozen = Frozen(checkpoint_names(model, names), tuple(extras), chosen)
+    frozen = Frozen(checkpoint_names(model, names), _globs(extras), chosen)
     Attachment(method, patterns, places, frozen, seed).install(model)
     return model
+
+
+def _globs(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def attached(model: nn.Module) -> Attachment:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,18 @@ def test_only_coefficients_learn_and_are_saved(method: Method) -> None:
     model.load_state_dict(trained)
     assert torch.equal(model(IDS), after)
     assert torch.equal(copy.deepcopy(model)(IDS), after)
+
+
+def test_one_glob_or_several() -> None:
+    alone = train.attach(make(), train.Lora(rank=1), "t*.weight", exclude="h*", extras="norm.*")
+    listed = train.attach(
+        make(), train.Lora(rank=1), ["t*.weight"], exclude=["h*"], extras=["norm.*"]
+    )
+    names = [[n for n, p in m.named_parameters() if p.requires_grad] for m in (alone, listed)]
+    assert names[0] == names[1]
+    assert [n for n in names[0] if "kilodelta" not in n] == ["norm.weight", "norm.bias"]
+    delta = train.to_delta(alone)
+    assert pickle.loads(pickle.dumps(delta)).manifest == delta.manifest
 
 
 def test_extras_train_and_travel_whole(tmp_path: Path) -> None:

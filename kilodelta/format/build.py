@@ -166,7 +166,7 @@ def _manifest(
         scales=tuple(value.scale for _, value in groups if isinstance(value, Quantised)),
         extras=in_name_order(recipe.extras),
         result="sha256:" + "0" * 64,
-        made=recipe.made,
+        made=dict(recipe.made),
     )
 
 
