@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,11 @@ def rows(model: str, threads: int, repeats: int) -> list[dict[str, Any]]:
     """Time and memory of every pair on one model."""
     base = MODELS[model]()
     steps = {name: step(attach(sharing(base))) for name, attach in METHODS.items()}
+    print(f"{model}: memory ...", file=sys.stderr, flush=True)
     memory = {name: _memory(model, name, threads) for name in METHODS}
     found = []
     for ours, theirs, time_wanted, memory_wanted in PAIRS:
+        print(f"{model}: {ours}, {theirs} ...", file=sys.stderr, flush=True)
         pair = {ours: steps[ours], theirs: steps[theirs]}
         seconds = side_by_side(pair, repeats=repeats)
         for unit, numbers, wanted in (("s", seconds, time_wanted), ("B", memory, memory_wanted)):
