@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 from machine import describe, peak_memory
 
-from kilodelta.verify.timing import side_by_side
+from kilodelta.verify.runners.timing import side_by_side
 
 ROWS, TOKENS = 4, 64
 WORDS = (1000, 20000)
@@ -129,10 +129,10 @@ def prepare(root: Path) -> Fleet:
     from fidelity_task import base_folder  # torch, which would be in every child's memory
 
     import kilodelta
-    from kilodelta.device import truth
-    from kilodelta.device.make import Options, make
-    from kilodelta.export.onnx import export_template, fill_template
-    from kilodelta.export.onnx_save import save
+    from kilodelta.device.golden import reference
+    from kilodelta.device.make.build import Options, make
+    from kilodelta.export.onnx.save import save
+    from kilodelta.export.onnx.template import export_template, fill_template
     from kilodelta.models import open_model
 
     base = root / "base"
@@ -148,7 +148,7 @@ def prepare(root: Path) -> Fleet:
         make(base, root / mode, options)
         devices[mode] = root / mode
     loaded = open_model(base)
-    batch = truth.golden_inputs(loaded, str(root / "inputs.npz"), truth.ROWS)
+    batch = reference.golden_inputs(loaded, str(root / "inputs.npz"), reference.ROWS)
     template = export_template(loaded, batch)
     kilodelta.merge(base, files[0], root / "merged")
     save(fill_template(template, root / "merged"), root / "merged.onnx")
@@ -163,10 +163,10 @@ def prepare(root: Path) -> Fleet:
 
 def _fine_tune(base: Path, root: Path, seed: int) -> Path:
     """A released `.kd` file with random coefficients and a probe of two rows."""
-    from kilodelta.device.release import release
-    from kilodelta.format import build
+    from kilodelta.device.make.release import release
     from kilodelta.format.methods import Nola
     from kilodelta.format.targets import Patterns
+    from kilodelta.merging import build
 
     patterns = Patterns(include=("encoder.layer.*.weight",), exclude=("*LayerNorm*",))
     method, rng = Nola(rank=RANK, bases=BASES), np.random.default_rng(seed)
@@ -188,7 +188,7 @@ def _fine_tune(base: Path, root: Path, seed: int) -> Path:
 
 
 def _batch(fleet: Fleet) -> dict[str, Any]:
-    from kilodelta.device.arrays import read_npz
+    from kilodelta.device.golden.arrays import read_npz
 
     return read_npz(fleet.inputs)
 
@@ -196,7 +196,7 @@ def _batch(fleet: Fleet) -> dict[str, Any]:
 def adapter(fleet: Fleet) -> list[dict[str, Any]]:
     """Switching, request time and outputs of adapter mode."""
     from kilodelta.device import Device
-    from kilodelta.verify.run_onnx import OnnxRunner
+    from kilodelta.verify.runners.onnx_runner import OnnxRunner
 
     device, batch = Device(fleet.devices["adapter"]), _batch(fleet)
     device.session(fleet.files[0])  # kernels are loaded, the session is open
@@ -232,13 +232,13 @@ def adapter(fleet: Fleet) -> list[dict[str, Any]]:
 
 def _parity(fleet: Fleet, found: Any) -> list[dict[str, Any]]:
     """Outputs against the merged model in float64, and the limit of the float32 gate."""
-    from kilodelta.device import truth
+    from kilodelta.device.golden import reference
     from kilodelta.models import open_model
 
     loaded = open_model(fleet.root / "merged")
-    known = truth.exact(loaded, truth.golden_inputs(loaded, str(fleet.inputs), ROWS))
-    limits, rows = truth.limits(loaded, known, "float32"), []
-    for name, error in truth.distances(found, known).items():
+    known = reference.exact(loaded, reference.golden_inputs(loaded, str(fleet.inputs), ROWS))
+    limits, rows = reference.limits(loaded, known, "float32"), []
+    for name, error in reference.distances(found, known).items():
         most = limits[name]
         what = f"adapter: {name}, relative {{}} to float64; the float32 gate's limit"
         rows += [
@@ -283,9 +283,9 @@ def _patch_in_child(fleet: Fleet, out: Path) -> tuple[float, int, int]:
 
 
 def _patch(device: Path, file: Path, out: Path) -> None:
-    from kilodelta.device.mode_patch import MAP, REST
-    from kilodelta.export.patch import patch
-    from kilodelta.export.patch_map import read_map
+    from kilodelta.device.modes.patch import MAP, REST
+    from kilodelta.export.patch.map import read_map
+    from kilodelta.export.patch.rewrite import patch
 
     base = device / "base"
     rest = base / REST if (base / REST).exists() else None
@@ -305,7 +305,7 @@ def _child(work: Callable[..., None], *arguments: Any) -> tuple[float, int, int]
 
 
 def _measured(sender: Any, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    from kilodelta.format.selftest import require_good_kernels
+    from kilodelta.exact.selftest import require_good_kernels
 
     require_good_kernels()
     with peak_memory() as peak:
@@ -317,7 +317,7 @@ def _measured(sender: Any, work: Callable[..., None], arguments: tuple[Any, ...]
 
 def apply(fleet: Fleet) -> list[dict[str, Any]]:
     """`apply` from end to end, probe included, against merging, exporting and opening anew."""
-    from kilodelta.device.apply import apply
+    from kilodelta.device.update.apply import apply
 
     def applier(mode: str) -> Callable[[], object]:
         turns = itertools.cycle(fleet.files)
@@ -339,8 +339,8 @@ def apply(fleet: Fleet) -> list[dict[str, Any]]:
 
 def _anew(fleet: Fleet) -> None:
     """What a build machine does for every fine-tune today, and the device's first request."""
-    from kilodelta.export.export import Options, export
-    from kilodelta.verify.run_onnx import OnnxRunner
+    from kilodelta.export.pipeline import Options, export
+    from kilodelta.verify.runners.onnx_runner import OnnxRunner
 
     shutil.rmtree(fleet.root / "anew", ignore_errors=True)
     done = export(fleet.base, fleet.files[0], fleet.root / "anew", options=Options())
@@ -361,14 +361,14 @@ def footprint(fleet: Fleet) -> list[dict[str, Any]]:
 
 
 def _apply(device: Path, file: Path) -> None:
-    from kilodelta.device.apply import apply
+    from kilodelta.device.update.apply import apply
 
     apply(device, file)
 
 
 def _only_run(device: Path, file: Path) -> None:
     """The runtime on what is served, and one request: nothing of it is kilodelta's work."""
-    from kilodelta.device import golden
+    from kilodelta.device.golden import golden
     from kilodelta.device.serving import Device
 
     served = Device(device)
@@ -376,11 +376,11 @@ def _only_run(device: Path, file: Path) -> None:
 
 
 _DEVICE = (
-    "import kilodelta.device.serving, kilodelta.device.apply\n"
-    "import kilodelta.device.mode_adapter, kilodelta.device.mode_patch\n"
+    "import kilodelta.device.serving, kilodelta.device.update.apply\n"
+    "import kilodelta.device.modes.adapter, kilodelta.device.modes.patch\n"
 )
 _KERNELS = "from kilodelta.format import fused, ordered, philox, rounding\n"
-_PROVED = "from kilodelta.format.selftest import require_good_kernels as prove; prove()\n"
+_PROVED = "from kilodelta.exact.selftest import require_good_kernels as prove; prove()\n"
 IMPORTS = {
     "import of the device side, fresh process": _DEVICE,
     "the same and numba with the kernels, which the first fine-tune decoded loads": _DEVICE
@@ -399,7 +399,7 @@ def _fresh(code: str) -> float:
 def kills(fleet: Fleet, count: int) -> list[dict[str, Any]]:
     """Applies killed at random moments, half in each mode; every one serves the old or the new."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kilodelta.device.apply", "onnxruntime"])
+    context.set_forkserver_preload(["kilodelta.device.update.apply", "onnxruntime"])
     rows = []
     for mode, device in fleet.devices.items():
         mixtures, lost, served = _killed(context, device, fleet, count // len(fleet.devices))
@@ -414,7 +414,7 @@ def kills(fleet: Fleet, count: int) -> list[dict[str, Any]]:
 def _killed(context: Any, device: Path, fleet: Fleet, count: int) -> tuple[int, int, str]:
     """(mixtures, lost states, how often each of two fine-tunes was served)."""
     from kilodelta.device import Device
-    from kilodelta.device.apply import apply
+    from kilodelta.device.update.apply import apply
 
     chance, batch, pair = random.Random(11), _batch(fleet), fleet.files[:2]
     known = {file.stem: Device(device).run(batch, file) for file in pair}
@@ -438,7 +438,7 @@ def _killed(context: Any, device: Path, fleet: Fleet, count: int) -> tuple[int, 
 def _named(device: Path, batch: Any, known: dict[str, Any]) -> str | None:
     """Which fine-tune is served, by digests and outputs; None for a mixture."""
     from kilodelta.device import Device
-    from kilodelta.device.status import status
+    from kilodelta.device.folder.status import status
 
     status(device, check=True)
     found = Device(device).run(batch)
@@ -459,8 +459,8 @@ def _kill(context: Any, device: Path, pair: list[Path], delay: float) -> None:
 
 
 def _apply_for_ever(sender: Any, device: Path, pair: list[Path]) -> None:
-    from kilodelta.device.apply import apply
-    from kilodelta.format.selftest import require_good_kernels
+    from kilodelta.device.update.apply import apply
+    from kilodelta.exact.selftest import require_good_kernels
 
     require_good_kernels()
     sender.send("ready")

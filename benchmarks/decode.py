@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from machine import describe, peak_memory
 
-from kilodelta.verify.timing import side_by_side
+from kilodelta.verify.runners.timing import side_by_side
 
 D = 4096
 NOLA_RANK, NOLA_BASES = 8, 1024
@@ -87,8 +87,8 @@ def nola(threads: int) -> list[dict[str, Any]]:
     """Mixing both factors, and the whole layer into bfloat16 weights."""
     import torch
 
-    from kilodelta.format import arithmetic
-    from kilodelta.format.bases import Role, Stream
+    from kilodelta.exact.bases import Role, Stream
+    from kilodelta.merging import arithmetic
 
     delta, target, weights = _one_layer()
     q = delta.coefficients(target.name)
@@ -162,7 +162,7 @@ def _one_layer() -> tuple[Any, Any, Any]:
     """A bound NOLA delta of one D x D bfloat16 tensor, its target and weights."""
     from safetensors.numpy import save_file
 
-    from kilodelta.format.checkpoint import Checkpoint
+    from kilodelta.files.checkpoint import Checkpoint
 
     folder = Path(tempfile.mkdtemp())
     half = (np.random.default_rng(0).normal(size=(D, D)) * 0.02).astype(np.float32)
@@ -176,7 +176,7 @@ def _one_layer() -> tuple[Any, Any, Any]:
 
 
 def _write_bfloat16(path: Path, tensors: dict[str, Any]) -> None:
-    from kilodelta.format.safetensors import header_bytes
+    from kilodelta.files.safetensors import header_bytes
 
     with path.open("wb") as file:
         file.write(header_bytes([(n, "BF16", t.shape) for n, t in tensors.items()], {}))
@@ -185,9 +185,9 @@ def _write_bfloat16(path: Path, tensors: dict[str, Any]) -> None:
 
 
 def _nola_delta(checkpoint: Any, bases: int = NOLA_BASES) -> Any:
-    from kilodelta.format import build
     from kilodelta.format.methods import Nola
     from kilodelta.format.targets import Patterns
+    from kilodelta.merging import build
 
     rng = np.random.default_rng(1)
     method = Nola(rank=NOLA_RANK, bases=bases)
@@ -208,12 +208,12 @@ def randlora(threads: int) -> list[dict[str, Any]]:
     import torch
     from peft import RandLoraConfig, get_peft_model
 
-    from kilodelta.format import exact
-    from kilodelta.format.arithmetic import LARGE
-    from kilodelta.format.bases import Stream
+    from kilodelta.exact import products
+    from kilodelta.exact.bases import Stream
     from kilodelta.format.coefficients import quantise
     from kilodelta.format.methods import RandLora
     from kilodelta.format.targets import Target
+    from kilodelta.merging.arithmetic import LARGE
 
     model = torch.nn.Sequential(torch.nn.Linear(D, D, bias=False))
     config = RandLoraConfig(r=RANDLORA_RANK, target_modules=["0"], randlora_alpha=1)
@@ -237,14 +237,14 @@ def randlora(threads: int) -> list[dict[str, Any]]:
 
     best = side_by_side(
         {
-            "unit": lambda: expand(exact._int8_unit()),
-            "fallback": lambda: expand(exact.by_float32),
+            "unit": lambda: expand(products._int8_unit()),
+            "fallback": lambda: expand(products.by_float32),
             "peft": peft,
         },
         repeats=4,
     )
     shape = f"RandLoRA {D} x {D}, r = {RANDLORA_RANK}"
-    chosen = exact._int8_unit().__name__
+    chosen = products._int8_unit().__name__
     return [
         _row(f"{shape}, chosen unit {chosen}: PEFT get_delta_weight", best["unit"], best["peft"]),
         _row(f"{shape}, by_float32: PEFT get_delta_weight", best["fallback"], best["peft"]),
@@ -268,7 +268,7 @@ def _big_checkpoint(path: Path, gigabytes: float) -> None:
 
 
 def _stream_rows(folder: Path, threads: int) -> list[dict[str, Any]]:
-    from kilodelta.format.checkpoint import Checkpoint
+    from kilodelta.files.checkpoint import Checkpoint
 
     base = folder / "base.safetensors"
     time.sleep(2.1)  # a file younger than two seconds is not remembered by the digest cache
@@ -325,8 +325,8 @@ def _timed_merge(
 
 def _merge_child(base: Path, delta: Path, out: Path, threads: int, sender: Any) -> None:
     import kilodelta
-    from kilodelta.format import atomic
-    from kilodelta.format.selftest import require_good_kernels
+    from kilodelta.exact.selftest import require_good_kernels
+    from kilodelta.files import atomic
 
     require_good_kernels()  # compiled kernels come from the cache; their loading is not merging
     synced = [0.0]

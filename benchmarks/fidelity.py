@@ -38,7 +38,7 @@ from fidelity_task import (
 from machine import describe
 
 import kilodelta
-from kilodelta.compress.compress import Options, compress
+from kilodelta.compress.distill.compress import Options, compress
 from kilodelta.format.methods import Lora
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

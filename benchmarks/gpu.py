@@ -3,7 +3,7 @@
     python benchmarks/gpu.py [--json FILE] [--device cuda:N]
 
 Prints ratios first, beside what is wanted of a data-centre GPU. The measurements are those of
-`python -m kilodelta.verify.gpu --only speed` (`verify/gpu_speed.py`). Opponents run in the same
+`python -m kilodelta.verify.gpu --only speed` (`verify/gpu/speed.py`). Opponents run in the same
 process, in rotation with ours, after warming up:
 
 - reading and writing all weights once, which is the least that a merge can do;
@@ -23,9 +23,9 @@ from typing import Any
 
 from machine import describe
 
-from kilodelta.verify import gpu
-from kilodelta.verify.gpu_measure import Measure
-from kilodelta.verify.gpu_part import Row, Setting
+from kilodelta.verify.gpu import machine
+from kilodelta.verify.gpu.measure import Measure
+from kilodelta.verify.gpu.part import Row, Setting
 
 
 def main() -> int:
@@ -34,10 +34,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu: a small trial")
     options = parser.parse_args()
-    why = gpu.no_device() if options.device.startswith("cuda") else ""
+    why = machine.no_device() if options.device.startswith("cuda") else ""
     if why:
         print(f"not run: {why}")
-        return gpu.SKIPPED
+        return machine.SKIPPED
     report = measured(options.device)
     print(table(report))
     if options.json:
@@ -48,13 +48,13 @@ def main() -> int:
 
 def measured(device: str) -> dict[str, Any]:
     """The machine, what was measured, and what was not."""
-    from kilodelta.verify.gpu_speed import measures
+    from kilodelta.verify.gpu.speed import measures
 
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(device=device, folder=Path(folder), small=device == "cpu")
         found = list(measures(setting))
     return {
-        "machine": {**describe(), **gpu.describe()},
+        "machine": {**describe(), **machine.describe()},
         "rows": [measure.to_json() for measure in found if isinstance(measure, Measure)],
         "not run": {row.what: row.found for row in found if isinstance(row, Row)},
     }

@@ -20,15 +20,16 @@ from typing import Any
 import numpy as np
 from machine import describe
 
-from kilodelta.format import arithmetic, ordered
-from kilodelta.format.build import Recipe, targets
-from kilodelta.format.checkpoint import Checkpoint
-from kilodelta.format.compat import PeftRandLora, stored
-from kilodelta.format.compat.peft_randlora import digest, draw
+from kilodelta.exact import ordered
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.safetensors import header_bytes
 from kilodelta.format.delta import Delta
+from kilodelta.format.foreign import PeftRandLora, stored
+from kilodelta.format.foreign.peft_randlora import digest, draw
 from kilodelta.format.manifest import FLOATS, Base, Manifest
-from kilodelta.format.safetensors import header_bytes
 from kilodelta.format.targets import Patterns
+from kilodelta.merging import arithmetic
+from kilodelta.merging.build import Recipe, targets
 
 RANK = 32
 SHAPES = {"q_proj": (3072, 3072), "v_proj": (1024, 3072)}

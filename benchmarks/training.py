@@ -24,8 +24,8 @@ from torch import nn
 from training_accuracy import EQUAL, compare, print_accuracy
 from training_methods import METHODS, MODELS
 
-from kilodelta.verify.gpu_training import Step, sharing
-from kilodelta.verify.timing import side_by_side
+from kilodelta.verify.gpu.training import Step, sharing
+from kilodelta.verify.runners.timing import side_by_side
 
 TEXTS, TOKENS = 16, 32
 PAIRS: tuple[tuple[str, str, float | None, float], ...] = (
@@ -120,7 +120,7 @@ def _memory(model: str, method: str, threads: int) -> int:
 def _memory_child(model: str, method: str, threads: int, sender: Any) -> None:
     import peft  # noqa: F401  whoever needs it: its code is no part of a step
 
-    from kilodelta.format.selftest import require_good_kernels
+    from kilodelta.exact.selftest import require_good_kernels
 
     torch.set_num_threads(threads)
     require_good_kernels()  # loads the compiled kernels, which are no part of a step either

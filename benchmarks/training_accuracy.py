@@ -32,8 +32,8 @@ from torch import nn
 from training_methods import METHODS, VERA_RANK, ours
 
 import kilodelta
-from kilodelta.compress import train
-from kilodelta.compress.options import usual_rate
+from kilodelta.compress.distill.options import usual_rate
+from kilodelta.compress.training import train
 
 EQUAL: Mapping[str, tuple[tuple[Any, int], ...]] = {
     "PEFT LoRA r = 1": (

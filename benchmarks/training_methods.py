@@ -13,7 +13,7 @@ import torch
 from fidelity_task import base_folder, open_encoder
 from torch import Tensor, nn
 
-from kilodelta.compress import train
+from kilodelta.compress.training import train
 
 OURS = "encoder.layer.*.weight"
 THEIRS = r"encoder\.layer\..*\.(query|key|value|dense)"

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kilodelta.compress import train
+from kilodelta.compress.training import train
 
 
 def main(folder: Path) -> None:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import kilodelta
-from kilodelta.compress import train
-from kilodelta.verify.proof import prove
+from kilodelta.compress.training import train
+from kilodelta.verify.digests.proof import prove
 
 
 def network() -> nn.Module:

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import kilodelta
-from kilodelta.compress import train
+from kilodelta.compress.training import train
 
 INTENTS = {
     "refund": ("I want my money back for {}", "please refund {}", "cancel {} and repay me"),

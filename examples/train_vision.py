@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
 import kilodelta
-from kilodelta.compress import train
+from kilodelta.compress.training import train
 from kilodelta.models import open_model
 
 TRAINED = 1400

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from kilodelta.export.facts import Sizes
-from kilodelta.export.tensorrt_flavour import AUTO
+from kilodelta.export.manifest.facts import Sizes
+from kilodelta.export.tensorrt.flavour import AUTO
 
 SHORT: Mapping[str, str] = MappingProxyType(
     {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

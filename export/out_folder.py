@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kilodelta.errors import FileError, OutputError
-from kilodelta.export import artefacts
-from kilodelta.format import atomic
+from kilodelta.export.manifest import artefacts
+from kilodelta.files import atomic
 
 
 @contextmanager

@@ -9,22 +9,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kilodelta.export.merge import merge as merge
-    from kilodelta.format.checkpoint import Checkpoint as Checkpoint
+    from kilodelta.export.merge.checkpoint import merge as merge
+    from kilodelta.files.checkpoint import Checkpoint as Checkpoint
+    from kilodelta.files.identity import digest as digest
     from kilodelta.format.delta import Delta as Delta
     from kilodelta.format.file import load as load
-    from kilodelta.format.identity import digest as digest
     from kilodelta.format.inspect import inspect as inspect
 
 __version__ = "0.1.0"
 
 _WHERE = {
-    "Checkpoint": "kilodelta.format.checkpoint",
+    "Checkpoint": "kilodelta.files.checkpoint",
     "Delta": "kilodelta.format.delta",
-    "digest": "kilodelta.format.identity",
+    "digest": "kilodelta.files.identity",
     "inspect": "kilodelta.format.inspect",
     "load": "kilodelta.format.file",
-    "merge": "kilodelta.export.merge",
+    "merge": "kilodelta.export.merge.checkpoint",
 }
 
 __all__ = ["Checkpoint", "Delta", "digest", "inspect", "load", "merge"]
@@ -35,7 +35,7 @@ def __getattr__(name: str) -> Any:
         from kilodelta.errors import require
 
         require("torch", extra="torch", why="train a delta")
-        return importlib.import_module("kilodelta.compress.train")
+        return importlib.import_module("kilodelta.compress.training.train")
     if name not in _WHERE:
         raise AttributeError(f"module 'kilodelta' has no attribute {name!r}")
     return getattr(importlib.import_module(_WHERE[name]), name)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from kilodelta import __version__, terminal
-from kilodelta.commands import bring, demo, device, look, make, prove, use
+from kilodelta.commands import compress, demo, device, import_, inspect_, merge_export, verify
 from kilodelta.errors import KiloDeltaError
 
 
@@ -40,14 +40,14 @@ def main() -> None:
 
 
 for _command in (
-    look.inspect,
-    look.digest,
-    look.doctor,
-    make.compress,
-    bring.bring,
-    use.merge,
-    use.export,
-    prove.verify,
+    inspect_.inspect,
+    inspect_.digest,
+    inspect_.doctor,
+    compress.compress,
+    import_.bring,
+    merge_export.merge,
+    merge_export.export,
+    verify.verify,
     demo.demo,
     device.bundle,
     device.release,

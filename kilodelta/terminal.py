@@ -14,9 +14,9 @@ from kilodelta.progress import Event, Progress
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
-    from kilodelta.compress.report import Report
+    from kilodelta.compress.distill.report import Report
     from kilodelta.demo.run import Demo
-    from kilodelta.verify.verify import Verification
+    from kilodelta.verify.verification import Verification
 
 
 def print_json(value: Any) -> None:

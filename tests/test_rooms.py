@@ -14,18 +14,21 @@ import kilodelta
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "0.1.0"
 FLOORS = {
-    "format": 1,
+    "files": 1,
+    "exact": 2,
+    "format": 3,
+    "merging": 4,
     "models": 2,
-    "kernels": 2,
-    "compress": 3,
-    "export": 3,
-    "verify": 4,
-    "device": 5,
+    "compress": 5,
+    "export": 5,
+    "verify": 6,
+    "device": 7,
 }
 ROOMS = {
-    "format": ROOT / "kilodelta" / "format",
-    "models": ROOT / "kilodelta" / "models",
-    "kernels": ROOT / "kilodelta" / "kernels",
+    **{
+        name: ROOT / "kilodelta" / name
+        for name in ("files", "exact", "format", "merging", "models")
+    },
     "compress": ROOT / "compress",
     "export": ROOT / "export",
     "verify": ROOT / "verify",
@@ -61,8 +64,8 @@ def test_imports_only_go_down_a_floor(room: str) -> None:
 
 
 def test_torch_is_named_in_one_module_of_the_ground_floor() -> None:
-    users = {path.name for path in ROOMS["format"].rglob("*.py") if "torch" in imported(path)}
-    assert users == {"exact.py"}
+    users = {path.name for path in ROOMS["exact"].rglob("*.py") if "torch" in imported(path)}
+    assert users == {"products.py"}
 
 
 def test_the_package_list_equals_the_disk() -> None:
@@ -104,7 +107,7 @@ sys.meta_path.insert(0, Refuse())
 
 def test_a_device_without_torch_inspects_merges_and_proves(tmp_path: Path) -> None:
     out = run(
-        f"{BLOCKED}\nimport kilodelta\nfrom kilodelta.verify.proof import prove\n"
+        f"{BLOCKED}\nimport kilodelta\nfrom kilodelta.verify.digests.proof import prove\n"
         f"from kilodelta.format import exact\n"
         f"base, file = {str(GOLDEN / 'base.safetensors')!r}, {str(GOLDEN / 'randlora-8.kd')!r}\n"
         f"print(kilodelta.inspect(file).method['name'])\n"

@@ -1,7 +1,7 @@
 """From another tool's floats to the exact integer family: by fit, or by distillation.
 
-The adapter is merged into its base, and `kilodelta.compress.compress` takes that model as the tuned
-one: without inputs it fits a LoRA by truncated SVD, with inputs it distils any method.
+The adapter is merged into its base, and `compress` takes that model as the tuned one: without
+inputs it fits a LoRA by truncated SVD, with inputs it distils any method.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kilodelta.compress.adapters.bring import bring
+from kilodelta.compress.adapters.importing import bring
 from kilodelta.compress.adapters.options import Options
-from kilodelta.compress.compress import Options as CompressOptions
-from kilodelta.compress.compress import compress
-from kilodelta.compress.report import Report
+from kilodelta.compress.distill.compress import Options as CompressOptions
+from kilodelta.compress.distill.compress import compress
+from kilodelta.compress.distill.report import Report
 from kilodelta.format.file import load
 from kilodelta.progress import Progress, silent
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kilodelta.errors import CheckpointError, InputError
-from kilodelta.format.checkpoint import Checkpoint
+from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.coefficients import Floats
 
 _VIEWS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}

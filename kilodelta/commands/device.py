@@ -12,8 +12,8 @@ from kilodelta.commands.shared import as_json, flavour, with_progress
 from kilodelta.errors import require
 
 if TYPE_CHECKING:
-    from kilodelta.device.state import Served, State
-    from kilodelta.device.status import Status
+    from kilodelta.device.folder.state import Served, State
+    from kilodelta.device.folder.status import Status
 
 HISTORY = 10
 """Journal entries shown."""
@@ -93,9 +93,9 @@ def bundle(
 ) -> Callable[[], None]:
     """Make a device folder from BASE, on a build machine: what is deployed once."""
     require("torch", extra="onnx", why="export models")
-    from kilodelta.device.make import Options, make
-    from kilodelta.export.export import SHORT
-    from kilodelta.export.profile import read_sizes
+    from kilodelta.device.make.build import Options, make
+    from kilodelta.export.pipeline import SHORT
+    from kilodelta.export.tensorrt.profile import read_sizes
 
     options = Options(
         dtype=SHORT[dtype],
@@ -140,7 +140,7 @@ def release(
     base: str, file: str, out: str, number: int, as_json: bool, progress: Any, **given: Any
 ) -> Callable[[], None]:
     """Give a .kd FILE a version and a probe: golden inputs, and what it must give on them."""
-    from kilodelta.device.release import release
+    from kilodelta.device.make.release import release
 
     if given["inputs"] is not None:
         require("torch", extra="hf", why="compute golden outputs")
@@ -172,7 +172,7 @@ def apply(
     folder: str, file: str, allow_downgrade: bool, as_json: bool, progress: Any
 ) -> Callable[[], None]:
     """Serve a .kd FILE from a device FOLDER: prove, build, probe, commit; or change nothing."""
-    from kilodelta.device.apply import apply
+    from kilodelta.device.update.apply import apply
 
     done = apply(folder, file, allow_downgrade=allow_downgrade, progress=progress)
 
@@ -199,7 +199,7 @@ def apply(
 @as_json
 def rollback(folder: str, as_json: bool) -> None:
     """Serve again what a device FOLDER served before."""
-    from kilodelta.device.rollback import rollback
+    from kilodelta.device.update.rollback import rollback
 
     after = rollback(folder)
     if as_json:
@@ -214,7 +214,7 @@ def rollback(folder: str, as_json: bool) -> None:
 @as_json
 def status(folder: str, check: bool, as_json: bool) -> None:
     """Say what a device FOLDER is, what it serves, and what was done to it."""
-    from kilodelta.device.status import status
+    from kilodelta.device.folder.status import status
 
     found = status(folder, check=check)
     if as_json:
@@ -267,7 +267,7 @@ def _served(item: Served) -> str:
 def run(folder: str, inputs: str, deltas: tuple[str, ...], out: str | None, as_json: bool) -> None:
     """Compute outputs with what a device FOLDER serves."""
     from kilodelta.device import Device
-    from kilodelta.device.arrays import read_npz, summary, write_npz
+    from kilodelta.device.golden.arrays import read_npz, summary, write_npz
 
     chosen = {"delta": deltas[0] if deltas else None} if len(deltas) < 2 else {"deltas": deltas}
     found = Device(folder).run(read_npz(inputs), **chosen)

@@ -10,17 +10,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kilodelta.compress import compress as compressing
+from kilodelta.compress.distill import compress as compressing
 from kilodelta.demo import task as tasks
 from kilodelta.demo import teacher
 from kilodelta.demo.task import Task
 from kilodelta.errors import OutputError, require
-from kilodelta.export import export as exporting
-from kilodelta.export.merge import merge
+from kilodelta.export import pipeline as exporting
+from kilodelta.export.merge.checkpoint import merge
 from kilodelta.models import open_model
 from kilodelta.progress import Progress, silent
-from kilodelta.verify.verify import Options as VerifyOptions
-from kilodelta.verify.verify import Verification, verify
+from kilodelta.verify.verification import Options as VerifyOptions
+from kilodelta.verify.verification import Verification, verify
 
 T = TypeVar("T")
 

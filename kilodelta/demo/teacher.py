@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kilodelta.demo.task import Texts
-from kilodelta.format.checkpoint import Checkpoint
+from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.models import LoadedModel, open_model, outputs, tokenize
 from kilodelta.models.fill import tensor
 from kilodelta.models.heads import EMBEDDING

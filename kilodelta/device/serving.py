@@ -12,13 +12,14 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from kilodelta.device import bundle as bundles
-from kilodelta.device import prove, state
+from kilodelta.device.folder import bundle as bundles
+from kilodelta.device.folder import state
+from kilodelta.device.folder.places import Places
 from kilodelta.device.modes import Mode, Session, open_mode
-from kilodelta.device.places import Places
+from kilodelta.device.update import admit
 from kilodelta.errors import InputError, KiloDeltaError
-from kilodelta.format import digest_cache
-from kilodelta.verify.runner import Arrays
+from kilodelta.files import digest_cache
+from kilodelta.verify.runners.runner import Arrays
 
 BASE = "base"
 """The name by which `run` takes the base itself."""
@@ -111,7 +112,7 @@ class Device:
     def _trial(self, path: Path) -> Session:
         from kilodelta.format.file import load
 
-        return self._mode.trial(prove.bind(self.bundle, self._tensors, load(path)))
+        return self._mode.trial(admit.bind(self.bundle, self._tensors, load(path)))
 
     def _held(self, key: Any, make: Callable[[], Session]) -> Session:
         """A session made once; the one that was not used for longest gives way."""

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kilodelta.errors import FileError, InputError
-from kilodelta.format import dtypes
+from kilodelta.files import dtypes
 
 BITS = (4, 8, 16)
 Ints = npt.NDArray[Any]

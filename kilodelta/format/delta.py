@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from kilodelta.errors import InputError
-from kilodelta.format import exact
-from kilodelta.format.bases import Stream
-from kilodelta.format.binding import check_binding
-from kilodelta.format.checkpoint import Checkpoint, TensorInfo
+from kilodelta.errors import BaseMismatchError, FileError, InputError
+from kilodelta.exact import products
+from kilodelta.exact.bases import Stream
+from kilodelta.exact.bounds import exactness
+from kilodelta.files.checkpoint import Checkpoint, TensorInfo
+from kilodelta.files.tensor import Extra
 from kilodelta.format.coefficients import Group, Ints, group_size, groups_size, unpack
-from kilodelta.format.compat import Compat, stored
-from kilodelta.format.extra import Extra
+from kilodelta.format.foreign import Compat, stored
 from kilodelta.format.manifest import FLOATS, Manifest
 from kilodelta.format.methods import Coefficients, Method
 from kilodelta.format.targets import Target, select
@@ -101,7 +101,7 @@ class Delta:
         """
         layout = select(tensors, self.manifest.patterns)
         bound = replace(self, layout=layout)
-        check_binding(bound)
+        _check_binding(bound)
         return bound
 
     @cached_property
@@ -196,7 +196,7 @@ class Delta:
         `2^e * C * dQ` with (C, e) from `scale`."""
         factors = self.factors(name)
         bound = self.method.bound(self.coefficients(name))
-        return exact.product(factors.left, factors.right, bound).astype(np.int64)
+        return products.product(factors.left, factors.right, bound).astype(np.int64)
 
     def update(self, name: str) -> npt.NDArray[np.float32]:
         """What a merge adds to a target, float32 (out, in), before the weights' own rounding."""
@@ -204,7 +204,7 @@ class Delta:
         if compat is None:
             c, e = self.scale(name)
             return np.ldexp((c * self.expand(name)).astype(np.float32), e)
-        from kilodelta.format import ordered
+        from kilodelta.exact import ordered
 
         target, q = self.target(name), self.coefficients(name)
         left = compat.left(q, target, self.stream, range(target.matrix[0]))
@@ -221,3 +221,66 @@ class Delta:
         from kilodelta.format import file
 
         return file.write(self, Path(path))
+
+
+def _check_binding(delta: Delta) -> None:
+    """Its targets, its bytes and what they stand for.
+
+    Raises:
+        BaseMismatchError: the targets or the coefficients do not fit the base.
+        FileError: the coefficients break the exactness bound.
+    """
+    _check_fit(delta)
+    for target in delta.layout or ():
+        (_check_exact if delta.manifest.compat is None else _check_floats)(delta, target)
+
+
+def _check_fit(delta: Delta) -> None:
+    manifest, method = delta.manifest, delta.form
+    layout = delta.layout or ()
+    if len(layout) != manifest.count:
+        raise BaseMismatchError(
+            f"the patterns match {len(layout)} tensors of this model, not {manifest.count}",
+            fix=f"the file was made for {manifest.base.name!r}: give that model",
+        )
+    for target in layout:
+        if manifest.compat is None and method.rank > max(target.matrix):
+            raise FileError(
+                f"rank {method.rank} is larger than both sides of {target.name} {target.shape}",
+                fix="the file is damaged or for another model: fetch it again",
+            )
+        if target.name in delta.extras:
+            raise FileError(
+                f"{target.name} is a target and an extra too",
+                fix="the file was not written by kilodelta: fetch it again",
+            )
+    problem = manifest.compat.problem(layout) if manifest.compat is not None else ""
+    if problem:
+        raise BaseMismatchError(
+            f"{method.name}: {problem}", fix=f"the file was made for {manifest.base.name!r}"
+        )
+    if delta.blob.size != delta.blob_size:
+        raise BaseMismatchError(
+            f"the file holds {delta.blob.size} bytes of coefficients; this model needs"
+            f" {delta.blob_size}",
+            fix=f"the file was made for {manifest.base.name!r}: give that model",
+        )
+
+
+def _check_exact(delta: Delta, target: Target) -> None:
+    c, e = delta.scale(target.name)
+    problem = exactness(c * delta.method.bound(delta.coefficients(target.name)), e)
+    if problem:
+        raise FileError(
+            f"the update of {target.name} cannot be exact: {problem}",
+            fix="the file was not written by kilodelta: fetch it again",
+        )
+
+
+def _check_floats(delta: Delta, target: Target) -> None:
+    for group, values in delta.coefficients(target.name).items():
+        if not np.isfinite(values).all():
+            raise FileError(
+                f"group {group} of {target.name} holds NaN or infinity",
+                fix="the file was not written by kilodelta: fetch it again",
+            )

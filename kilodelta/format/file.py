@@ -14,14 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from kilodelta.errors import FileError, InputError
-from kilodelta.format import atomic, dtypes, identity
+from kilodelta.files import atomic, dtypes, identity
+from kilodelta.files.checkpoint import Checkpoint, in_name_order
+from kilodelta.files.safetensors import header_bytes, map_file, read_layout
+from kilodelta.files.tensor import Extra
 from kilodelta.format import manifest as manifests
-from kilodelta.format.checkpoint import Checkpoint, in_name_order
 from kilodelta.format.coefficients import groups_size
 from kilodelta.format.delta import Delta
-from kilodelta.format.extra import Extra
 from kilodelta.format.manifest import Manifest
-from kilodelta.format.safetensors import header_bytes, map_file, read_layout
 from kilodelta.format.targets import Target
 
 HEADER_LIMIT = 1 << 20

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kilodelta.format.checkpoint import in_name_order
+from kilodelta.files.checkpoint import in_name_order
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.format.manifest import method_options

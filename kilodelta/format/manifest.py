@@ -13,10 +13,9 @@ from types import MappingProxyType
 from typing import Any
 
 from kilodelta.errors import FileError
-from kilodelta.format import canonical
-from kilodelta.format.checkpoint import in_name_order
+from kilodelta.files import canonical
+from kilodelta.files.checkpoint import in_name_order
 from kilodelta.format.coefficients import BITS, Scale
-from kilodelta.format.compat import COMPAT, Compat
 from kilodelta.format.fields import (
     choice,
     digest,
@@ -27,6 +26,7 @@ from kilodelta.format.fields import (
     to_base64,
     whole,
 )
+from kilodelta.format.foreign import COMPAT, Compat
 from kilodelta.format.methods import METHODS, Method, RandLora
 from kilodelta.format.options import MAX_BASES as MAX_BASES
 from kilodelta.format.options import method_options as method_options

@@ -10,8 +10,8 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
-from kilodelta.format.compat import COMPAT, Compat
 from kilodelta.format.fields import choice, digest, fault, keys, number, whole
+from kilodelta.format.foreign import COMPAT, Compat
 from kilodelta.format.methods import METHODS, Method, RandLora
 
 MAX_RANK = 4096

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
 
-from kilodelta.format import dtypes
-from kilodelta.format.checkpoint import TensorInfo, in_name_order
+from kilodelta.files import dtypes
+from kilodelta.files.checkpoint import TensorInfo, in_name_order
 
 Shape = tuple[int, int]
 

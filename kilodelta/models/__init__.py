@@ -1,23 +1,47 @@
-"""Opening the models that compress, export and verify work on: weights, inputs and outputs.
+"""Open the models that compress, export and verify work on: weights, inputs and outputs.
 
-Everything here needs torch, and Hugging Face folders need transformers (`pip install
-'kilodelta[hf]'`).
+A model is a Hugging Face folder, a hub id or a function of the user's own; inputs are texts,
+arrays or batches. Opening one needs torch, and Hugging Face folders need transformers
+(`pip install 'kilodelta[hf]'`), so names load when first used; `layer_names` needs neither.
 """
 
-from kilodelta.models.example import example as example
-from kilodelta.models.fill import fill as fill
-from kilodelta.models.heads import Pooling as Pooling
-from kilodelta.models.heads import View as View
-from kilodelta.models.heads import counted as counted
-from kilodelta.models.heads import outputs as outputs
-from kilodelta.models.inputs import Batch as Batch
-from kilodelta.models.inputs import check_spec as check_spec
-from kilodelta.models.inputs import read_inputs as read_inputs
-from kilodelta.models.inputs import read_texts as read_texts
-from kilodelta.models.inputs import tokenize as tokenize
-from kilodelta.models.load import locate as locate
-from kilodelta.models.load import open_model as open_model
-from kilodelta.models.loaded import LoadedModel as LoadedModel
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kilodelta.models.example import example as example
+    from kilodelta.models.fill import fill as fill
+    from kilodelta.models.heads import Pooling as Pooling
+    from kilodelta.models.heads import View as View
+    from kilodelta.models.heads import counted as counted
+    from kilodelta.models.inputs import Batch as Batch
+    from kilodelta.models.inputs import check_spec as check_spec
+    from kilodelta.models.inputs import read_inputs as read_inputs
+    from kilodelta.models.inputs import read_texts as read_texts
+    from kilodelta.models.inputs import tokenize as tokenize
+    from kilodelta.models.load import locate as locate
+    from kilodelta.models.load import open_model as open_model
+    from kilodelta.models.loaded import LoadedModel as LoadedModel
+    from kilodelta.models.loaded import outputs as outputs
+
+_WHERE = {
+    "Batch": "kilodelta.models.inputs",
+    "LoadedModel": "kilodelta.models.loaded",
+    "Pooling": "kilodelta.models.heads",
+    "View": "kilodelta.models.heads",
+    "check_spec": "kilodelta.models.inputs",
+    "counted": "kilodelta.models.heads",
+    "example": "kilodelta.models.example",
+    "fill": "kilodelta.models.fill",
+    "locate": "kilodelta.models.load",
+    "open_model": "kilodelta.models.load",
+    "outputs": "kilodelta.models.loaded",
+    "read_inputs": "kilodelta.models.inputs",
+    "read_texts": "kilodelta.models.inputs",
+    "tokenize": "kilodelta.models.inputs",
+}
 
 __all__ = [
     "Batch",
@@ -35,3 +59,13 @@ __all__ = [
     "read_texts",
     "tokenize",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

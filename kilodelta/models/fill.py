@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kilodelta.errors import CheckpointError
-from kilodelta.format.checkpoint import Checkpoint
+from kilodelta.files.checkpoint import Checkpoint
 
 TORCH = {
     "BOOL": torch.bool,

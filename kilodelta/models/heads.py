@@ -13,15 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from kilodelta.errors import InputError
-
-if TYPE_CHECKING:
-    from kilodelta.models.loaded import LoadedModel
 
 EMBEDDING = "sentence_embedding"
 HIDDEN = "last_hidden_state"
@@ -71,9 +68,9 @@ class View(nn.Module):
     It shares the loaded module; runners and exporters take it in the module's place.
     """
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, module: nn.Module, pooling: Pooling | None = None) -> None:
         super().__init__()
-        self.module, self.pooling = loaded.module, loaded.pooling
+        self.module, self.pooling = module, pooling
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """The outputs by name.
@@ -92,16 +89,6 @@ class View(nn.Module):
         states = found[HIDDEN]
         mask = batch.get("attention_mask", torch.ones_like(states[:, :, 0], dtype=torch.long))
         return {EMBEDDING: self.pooling(states, mask)}
-
-
-def outputs(loaded: LoadedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the model puts out for a batch, by name; gradients are the caller's affair.
-
-    Raises:
-        InputError: the module returns no tensors.
-    """
-    found: dict[str, Tensor] = View(loaded)(**batch)
-    return found
 
 
 def counted(found: Mapping[str, Any]) -> str:

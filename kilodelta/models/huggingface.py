@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from kilodelta.errors import CheckpointError, InputError, require
-from kilodelta.format.checkpoint import Checkpoint
+from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.models import sentence
 from kilodelta.models.fill import TORCH, fill
 from kilodelta.models.loaded import LoadedModel

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from torch import nn
 
 from kilodelta.errors import CheckpointError, InputError
-from kilodelta.format.checkpoint import Checkpoint
+from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.models import huggingface
 from kilodelta.models.entry import call_entry, is_entry
 from kilodelta.models.fill import fill

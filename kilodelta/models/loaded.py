@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
-from kilodelta.models.heads import Pooling
+from kilodelta.models.heads import Pooling, View
 
 Batch: TypeAlias = dict[str, Tensor]
 """Tensors by input name, all with the same first dimension: (batch, tokens) int64 for texts,
@@ -77,3 +77,17 @@ class LoadedModel:
             return ("input_ids" if self.kind == "text" else "pixel_values",)
         parameters = inspect.signature(self.module.forward).parameters
         return tuple(n for n in self.accepts if parameters[n].default is inspect.Parameter.empty)
+
+    def view(self) -> View:
+        """The model as a function from named tensors to the named outputs that matter."""
+        return View(self.module, self.pooling)
+
+
+def outputs(loaded: LoadedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the model puts out for a batch, by name; gradients are the caller's affair.
+
+    Raises:
+        InputError: the module returns no tensors.
+    """
+    found: dict[str, Tensor] = loaded.view()(**batch)
+    return found

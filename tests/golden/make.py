@@ -2,7 +2,7 @@
 
     python tests/golden/make.py 0.1.0
 
-No kernel, reader or writer of the package has a part in it; only `kilodelta.format.reference`,
+No kernel, reader or writer of the package has a part in it; only `kilodelta.exact.reference`,
 the format in plain Python. The files are kept for ever.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from kilodelta.format import reference
+from kilodelta.exact import reference
 
 SEED = 0x0123456789ABCDEF
 BASE: dict[str, tuple[str, tuple[int, ...]]] = {

@@ -3,7 +3,7 @@
     python tests/golden/make_compat.py 0.2.0
 
 Plain Python: its own MT19937, its own rounding by struct, every formula as loops in the order that
-docs/format.md, section 9, gives. Of the package only `kilodelta.format.reference` takes part.
+docs/format.md, section 9, gives. Of the package only `kilodelta.exact.reference` takes part.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from make import Numbers, canonical, container, digest, root  # type: ignore[import-not-found]
 
-from kilodelta.format import reference
+from kilodelta.exact import reference
 
 KEY = 0x1_0000_002A
 BASE: dict[str, tuple[str, tuple[int, ...]]] = {

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kilodelta.format.bases import Stream
+from kilodelta.exact.bases import Stream
 from kilodelta.format.coefficients import Group
 from kilodelta.format.targets import Target
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kilodelta.format.bases import Stream
+from kilodelta.exact.bases import Stream
 from kilodelta.format.coefficients import Group
 from kilodelta.format.methods.base import Coefficients, Ints, magnitude
 from kilodelta.format.targets import Target

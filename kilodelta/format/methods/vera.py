@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from kilodelta.format.bases import Role, Stream
+from kilodelta.exact.bases import Role, Stream
 from kilodelta.format.coefficients import Group
 from kilodelta.format.methods.base import Coefficients, Ints, magnitude, peak
 from kilodelta.format.targets import Target

@@ -1,0 +1,1 @@
+"""Read Hugging Face PEFT's adapter folders: LoRA, RandLora, VeRA and Uni-LoRA."""

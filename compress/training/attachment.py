@@ -1,0 +1,191 @@
+"""A delta in training: its coefficients as a module, hooked into the model that it changes.
+
+The attachment becomes the submodule `kilodelta` of the model, so that optimisers, `.to(device)`,
+distributed wrappers and checkpoints find the coefficients. What all targets share (NOLA's mixed
+factors) is computed once a forward pass and dropped when a coefficient changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kilodelta.compress.training import layers
+from kilodelta.compress.training.frozen import Frozen
+from kilodelta.compress.training.methods.base import Factors, Values
+from kilodelta.compress.training.methods.lora import LoraFactors
+from kilodelta.compress.training.methods.nola import NolaFactors
+from kilodelta.compress.training.methods.randlora import RandLoraFactors
+from kilodelta.compress.training.methods.unilora import UniLoraFactors
+from kilodelta.compress.training.methods.vera import VeraFactors
+from kilodelta.compress.training.precision import Precision, choose, from_numbers, to_numbers
+from kilodelta.compress.training.sites import Place
+from kilodelta.compress.training.trainables import GroupSet, submodule_name
+from kilodelta.compress.training.update import Update
+from kilodelta.format.methods import Lora, Method, Nola, RandLora, UniLora, Vera
+from kilodelta.format.targets import Patterns
+
+NAME = "kilodelta"
+"""The attachment's name in the model."""
+
+FACTORS: Mapping[type[Any], type[Factors]] = {
+    Nola: NolaFactors,
+    RandLora: RandLoraFactors,
+    Lora: LoraFactors,
+    Vera: VeraFactors,
+    UniLora: UniLoraFactors,
+}
+"""By the format's method: how torch computes it."""
+
+
+class Attachment(nn.Module):
+    """The trained side of a delta: coefficients in, factors of every target's update out."""
+
+    def __init__(
+        self,
+        method: Method,
+        patterns: Patterns,
+        places: Sequence[Place],
+        frozen: Frozen,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.method = method
+        self.patterns = patterns
+        self.places = tuple(places)
+        self.seed = seed
+        self.frozen = frozen
+        self.precision: Precision | None = None
+        targets = [place.target for place in places]
+        self.factors = FACTORS[type(method)](method, seed, targets)
+        generator = torch.Generator().manual_seed(seed & (2**63 - 1))
+        self.file = GroupSet(method.shared(), self.factors.start_shared(generator))
+        self.targets = nn.Module()
+        for target in targets:
+            starts = self.factors.start(target, generator)
+            self.targets.add_module(submodule_name(target), GroupSet(method.groups(target), starts))
+        self.rounding: Tensor
+        self.register_buffer("rounding", to_numbers(None))
+        self._handles: list[RemovableHandle] = []
+        self._cache = _Cache()
+        self.to(places[0].parameter.device)
+
+    def forward(self, given: Tensor) -> Tensor:
+        """Nothing: where the model is an `nn.Sequential`, the attachment is its last layer."""
+        return given
+
+    @property
+    def own(self) -> list[GroupSet]:
+        """The coefficients target by target."""
+        return list(self.targets._modules.values())  # type: ignore[arg-type]
+
+    def values(self) -> Values:
+        """What the coefficients stand for now."""
+        return Values(shared=self.file, own=self.own, precision=self.precision)
+
+    def update(self, index: int) -> Update:
+        """A target's update, float32."""
+        values = self.values()
+        prepared = self._cache.get(self)
+        return self.factors.update(prepared, values, index)
+
+    def quantise(self, bits: int | None) -> None:
+        """Compute with what a file of so many bits would hold; None: with the exact values."""
+        self.precision = None if bits is None else self.precision_for(bits)
+        self.rounding.copy_(to_numbers(self.precision))
+        self._cache.clear()
+
+    def precision_for(self, bits: int) -> Precision:
+        """How the coefficients are rounded to so many bits."""
+        chosen = choose(self.method, [place.target for place in self.places], bits)
+        return self.factors.settle(self.file, chosen)
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether the targets' layers are this model's."""
+        modules = set(model.modules())
+        return all(site.owner in modules for place in self.places for site in place.sites)
+
+    def install(self, model: nn.Module) -> None:
+        """Hook into a model, whose own tensors stop training."""
+        self._handles = [*self.frozen.install(model)]
+        for place in self.places:
+            self._handles += layers.install(self, place)
+        self._handles.append(model.register_forward_pre_hook(self._on_forward))
+        model.add_module(NAME, self)
+
+    def remove(self, model: nn.Module) -> None:
+        """Take all of it out again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        delattr(model, NAME)
+        self.frozen.restore(model)
+
+    def _on_forward(self, model: nn.Module, args: Any) -> None:
+        """A training step needs a graph of its own, begun here: a layer that is computed twice
+        (activation checkpointing) must find what it found the first time."""
+        if torch.is_grad_enabled():
+            self._cache.clear()
+            self._cache.get(self)
+
+    def train(self, mode: bool = True) -> Attachment:
+        self._cache.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Attachment:
+        self._cache.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.factors.draw(self.rounding.device)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.precision = from_numbers(self.method, self.rounding)
+        self._cache.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": _Cache()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.factors.draw(self.rounding.device)
+
+
+class _Cache:
+    """What the targets share in one forward pass, for as long as it is true."""
+
+    def __init__(self) -> None:
+        self._prepared: tuple[Tensor, ...] | None = None
+        self._watched: list[tuple[nn.Parameter, int]] = []
+        self._has_graph = False
+
+    def clear(self, gradient: Tensor | None = None) -> None:
+        """Forget; as a tensor's hook: when the backward pass has used the graph up."""
+        self._prepared = None
+
+    def get(self, attachment: Attachment) -> tuple[Tensor, ...]:
+        """The shared tensors, computed anew where a coefficient has changed since."""
+        if self._prepared is None or not self._holds():
+            self._prepared = attachment.factors.prepare(attachment.values())
+            self._has_graph = torch.is_grad_enabled()
+            if not torch.compiler.is_compiling():
+                self._watch(attachment, self._prepared)
+        return self._prepared
+
+    def _watch(self, attachment: Attachment, prepared: tuple[Tensor, ...]) -> None:
+        self._watched = [(p, p._version) for p in attachment.parameters()]
+        for tensor in prepared:
+            if tensor.requires_grad:
+                tensor.register_hook(self.clear)  # type: ignore[no-untyped-call]
+
+    def _holds(self) -> bool:
+        """Compiled code asks only for a graph: there the model's own hook clears."""
+        if torch.is_grad_enabled() and not self._has_graph:
+            return False
+        if torch.compiler.is_compiling():
+            return True
+        return all(p._version == version for p, version in self._watched)

@@ -1,0 +1,163 @@
+"""From trained coefficients to a delta: rounded, named as the base names them, proved."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kilodelta.compress.training.attachment import Attachment
+from kilodelta.compress.training.precision import Precision
+from kilodelta.errors import BaseMismatchError, InputError
+from kilodelta.files import identity
+from kilodelta.files.checkpoint import Checkpoint, in_name_order
+from kilodelta.files.safetensors import header_bytes
+from kilodelta.files.tensor import Extra, extra
+from kilodelta.format.coefficients import Quantised
+from kilodelta.format.delta import Delta
+from kilodelta.merging.build import Recipe, build
+from kilodelta.models.fill import TORCH, tensor
+from kilodelta.progress import Progress, silent
+
+Made = Mapping[str, str | int | float | bool]
+
+
+def convert(
+    model: nn.Module,
+    attachment: Attachment,
+    base: str | os.PathLike[str] | Checkpoint | None,
+    *,
+    precision: Precision,
+    name: str,
+    made: Made,
+    progress: Progress = silent,
+) -> Delta:
+    """The delta of an attached model, bound to its base.
+
+    Raises:
+        BaseMismatchError: the model's frozen tensors are not the base's.
+        InputError: something changed that the delta would not hold.
+    """
+    _check_buffers(model, attachment)
+    with _checkpoint(model, attachment, base) as checkpoint:
+        _check_names(attachment, checkpoint)
+        _check_frozen(model, attachment, checkpoint)
+        recipe = Recipe(
+            method=precision.method,
+            patterns=attachment.patterns,
+            seed=attachment.seed,
+            bits=precision.bits,
+            name=name,
+            extras=_extras(model, attachment, checkpoint),
+            made=made,
+        )
+        own, shared = quantised(attachment, precision)
+        return build(checkpoint, recipe, own, shared, progress=progress)
+
+
+def quantised(
+    attachment: Attachment, precision: Precision
+) -> tuple[dict[str, dict[str, Quantised]], dict[str, Quantised]]:
+    """The coefficients as the file holds them: by target and group, and the shared groups.
+
+    Raises:
+        InputError: a coefficient is not finite.
+    """
+    own = {
+        place.target.name: groups.quantised(precision, place.target.name)
+        for place, groups in zip(attachment.places, attachment.own, strict=True)
+    }
+    return own, attachment.file.quantised(precision, "the whole file")
+
+
+def _check_buffers(model: nn.Module, attachment: Attachment) -> None:
+    drifted = attachment.frozen.drifted(model)
+    if drifted:
+        raise InputError(
+            f"{drifted[0]} changed in training ({len(drifted)} such buffers) and is no extra",
+            fix="name such buffers in `extras`, or keep their layers in eval mode",
+        )
+
+
+@contextmanager
+def _checkpoint(
+    model: nn.Module, attachment: Attachment, base: str | os.PathLike[str] | Checkpoint | None
+) -> Iterator[Checkpoint]:
+    """The base; where none is given, the model itself as it was before."""
+    if base is not None:
+        yield Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "base.safetensors"
+        _write(place, attachment.frozen.base(model))
+        yield Checkpoint.open(place)
+
+
+def _write(place: Path, tensors: dict[str, Tensor]) -> None:
+    """Tensors as a safetensors file, tied ones once."""
+    first = {id(value): name for name, value in reversed(tensors.items())}
+    names = in_name_order(first.values())
+    found = {name: identity.raw(tensors[name]) for name in names}
+    with place.open("wb") as file:
+        file.write(header_bytes([(name, *found[name][:2]) for name in names], {}))
+        for name in names:
+            file.write(found[name][2].data)
+
+
+def _check_names(attachment: Attachment, checkpoint: Checkpoint) -> None:
+    for place in attachment.places:
+        if place.target.name not in checkpoint:
+            known = [alias for alias in place.aliases if alias in checkpoint]
+            advice = (
+                f"the base calls it {known[0]}: use that in `targets`"
+                if known
+                else (
+                    "give the base that the model was made from; where it names its tensors"
+                    " otherwise, give `names` to attach"
+                )
+            )
+            raise BaseMismatchError(
+                f"the base {checkpoint.path} has no tensor {place.target.name}", fix=advice
+            )
+
+
+def _check_frozen(model: nn.Module, attachment: Attachment, checkpoint: Checkpoint) -> None:
+    """All that the delta leaves out must be the base's."""
+    tensors = attachment.frozen.base(model)
+    extras = set(attachment.frozen.trained(model))
+    stored = {id(value) for name, value in tensors.items() if name in checkpoint}
+    for name, value in tensors.items():
+        if name in extras or (name not in checkpoint and id(value) in stored):
+            continue
+        if name not in checkpoint:
+            raise InputError(
+                f"{name} is neither in the base nor an extra, so the delta would lose it",
+                fix=f"attach with extras=({name!r}, ...)",
+            )
+        if not _same(value, checkpoint, name):
+            raise BaseMismatchError(
+                f"the model's {name} is not the base's",
+                fix="give the base that the model was made from",
+            )
+
+
+def _same(value: Tensor, checkpoint: Checkpoint, name: str) -> bool:
+    info = checkpoint.info(name)
+    if info.dtype not in TORCH or info.shape != tuple(value.shape):
+        return False
+    there = tensor(checkpoint, name).to(value.dtype)
+    return torch.equal(value.detach().cpu(), there)
+
+
+def _extras(model: nn.Module, attachment: Attachment, checkpoint: Checkpoint) -> dict[str, Extra]:
+    """The extras in the types that the base keeps them in."""
+    found = {}
+    for name, value in attachment.frozen.trained(model).items():
+        known = TORCH.get(checkpoint.info(name).dtype) if name in checkpoint else None
+        found[name] = extra(value if known is None else value.to(known))
+    return found

@@ -1,0 +1,119 @@
+"""Uni-LoRA in torch: every factor is gathered from one vector that the whole model shares.
+
+Source: Li et al., https://arxiv.org/abs/2506.00799
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import sqrt
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kilodelta.compress.training.methods.base import Factors, Values, uniform
+from kilodelta.compress.training.packed import PerDevice
+from kilodelta.compress.training.precision import Precision
+from kilodelta.compress.training.quantise_ste import LARGEST_ANCHOR, as_scale, round_group
+from kilodelta.compress.training.trainables import GroupSet, Start
+from kilodelta.compress.training.update import Update
+from kilodelta.exact.bases import Role
+from kilodelta.format.coefficients import scale_near
+from kilodelta.format.methods import Method
+from kilodelta.format.targets import Target
+
+UNIT = 2.0**-10
+"""What the anchor is counted in before theta has a scale."""
+SMALL = 0.02
+"""Largest entry of theta at the start where there is no anchor, as in the paper's code."""
+
+
+class UniLoraFactors(Factors):
+    """update = size V (a S + U), U (r, in) and V (out, r) signed picks from theta.
+
+    Until quantised training begins the anchor is counted in `UNIT`s. Then `settle` gives theta its
+    scale and chooses the integer that keeps the anchor's size.
+    """
+
+    def __init__(self, method: Method, seed: int, targets: Sequence[Target]) -> None:
+        super().__init__(method, seed, targets)
+        self._picks = PerDevice(self._draw_picks)
+        self._S = PerDevice(self._draw_S)
+        rank = self.method.rank
+        sizes = [rank * side for target in targets for side in target.matrix]
+        self._starts = np.cumsum([0, *sizes]).tolist()
+
+    def _draw_S(self) -> Tensor:  # noqa: N802
+        """S^T, float32 (in, r)."""
+        width = max(target.matrix[1] for target in self.targets)
+        drawn = self.stream.sign(Role.UNILORA_ANCHOR, 0, range(self.method.rank), range(width))
+        return torch.from_numpy(drawn).float().t().contiguous()
+
+    def _draw_picks(self) -> Tensor:
+        """Where each entry of V (out, r) and U^T (in, r) of each target comes from, int32: an
+        index into theta followed by -theta."""
+        return torch.cat([part for target in self.targets for part in self._picks_of(target)])
+
+    def _picks_of(self, target: Target) -> tuple[Tensor, Tensor]:
+        out, in_ = target.matrix
+        k, ranks = self.method.bases, range(self.method.rank)
+        marks = np.arange(1, k + 1, dtype=np.int32)  # theta's own indices, made signed by `pick`
+        V = self.stream.pick(Role.UNILORA_V, target.index, marks, range(out), ranks)
+        U = self.stream.pick(Role.UNILORA_U, target.index, marks, ranks, range(in_))
+        both = V, np.ascontiguousarray(U.T)
+        found = [np.where(p > 0, p - 1, k - p - 1).astype(np.int32).reshape(-1) for p in both]
+        return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+
+    @property
+    def constants(self) -> Sequence[PerDevice]:
+        return (self._picks, self._S) if self.method.anchor else (self._picks,)
+
+    def start_shared(self, generator: torch.Generator) -> Mapping[str, Start]:
+        """theta zero beside an anchor, else small."""
+        k = self.method.bases
+        theta = torch.zeros(k) if self.method.anchor else uniform(generator, (k,), SMALL)
+        return {"theta": Start(values=theta)}
+
+    def start(self, target: Target, generator: torch.Generator) -> Mapping[str, Start]:
+        """The size that gives the anchor the size of LoRA's A."""
+        anchor = abs(self.method.anchor) * UNIT
+        size = 1 / (anchor * sqrt(3 * target.matrix[1])) if anchor else 1.0
+        return {"size": Start(values=torch.zeros(()), gain=size)}
+
+    def prepare(self, values: Values) -> tuple[Tensor, ...]:
+        theta = values.of_file("theta")
+        return (torch.cat((theta, -theta)).index_select(0, self._picks.on(theta.device)),)
+
+    def update(self, prepared: tuple[Tensor, ...], values: Values, index: int) -> Update:
+        (gathered,) = prepared
+        out, in_ = self.targets[index].matrix
+        begin, middle, end = self._starts[2 * index : 2 * index + 3]
+        V = gathered[begin:middle].view(out, -1)
+        right = gathered[middle:end].view(in_, -1)
+        if self.method.anchor:
+            right = torch.add(right, self._S.on(right.device)[:in_], alpha=self._anchor(values))
+        return Update(left=V, right=right * values.of(index, "size"))
+
+    def _anchor(self, values: Values) -> float:
+        """The anchor in theta's own measure."""
+        if values.precision is None:
+            return float(self.method.anchor * UNIT)
+        file_method: Any = values.precision.method
+        return float(file_method.anchor * values.precision.fixed["theta"].value)
+
+    def settle(self, shared: GroupSet, precision: Precision) -> Precision:
+        """Fix theta's scale, and the anchor as the nearest whole number of its steps."""
+        size = self.method.anchor * UNIT
+        if not size:
+            return precision
+        rounded = round_group(shared.exact("theta"), precision.bits, precision.c_max)
+        step = as_scale(rounded.c, rounded.e).value if bool(rounded.q.any()) else UNIT
+        steps = min(max(1, round(abs(size) / step)), LARGEST_ANCHOR)
+        return replace(
+            precision,
+            method=replace(self.method, anchor=steps if size > 0 else -steps),
+            fixed={"theta": scale_near(abs(size) / steps, precision.c_max)},
+        )

@@ -1,0 +1,152 @@
+"""Training through the file's own rounding: integers with a scale c * 2^e, gradients straight on.
+
+The rule is `kilodelta.format.coefficients.quantise`, in torch, so that it runs inside a training
+step on any device. A forward pass computes with q * c * 2^e, exactly what the file will hold; the
+backward pass treats the rounding as the identity (straight-through estimator: Bengio et al.,
+https://arxiv.org/abs/1308.3432).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kilodelta.errors import InputError
+from kilodelta.exact.bounds import EXACT
+from kilodelta.format.coefficients import BITS, Scale, largest
+from kilodelta.format.methods import Method, RandLora
+from kilodelta.format.targets import Target
+
+CLIPS = tuple(float(clip) for clip in np.linspace(1.0, 0.5, 21))
+"""Shares of the largest coefficient that 4 bits try as the end of their range."""
+
+
+LARGEST_ANCHOR = 32767
+"""What the file can say; `Manifest` checks it."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A group as the file will hold it: `q` float64 holding integers, `scale` = c * 2^e."""
+
+    q: Tensor
+    c: Tensor
+    e: Tensor
+
+    @property
+    def value(self) -> Tensor:
+        """q * c * 2^e as float32, which it is exactly: q and c take 23 bits together."""
+        return (self.q * self.c * power_of_two(self.e)).float()
+
+
+def check_bits(method: Method, bits: int) -> None:
+    """Whether a method can be stored in so many bits.
+
+    Raises:
+        InputError: it cannot.
+    """
+    allowed = [b for b in BITS if b <= 8 or not isinstance(method, RandLora)]
+    if bits not in allowed:
+        raise InputError(
+            f"{method.name} coefficients cannot have {bits} bits",
+            fix=f"choose one of {', '.join(map(str, allowed))}",
+        )
+
+
+def largest_mantissa(method: Method, target: Target, bits: int) -> int:
+    """The largest c that keeps every update exact whatever the coefficients, at most 255.
+
+    Raises:
+        InputError: not even c = 1 does.
+    """
+    groups = (*method.shared(), *method.groups(target))
+    full = {g.name: np.full(g.shape, largest(bits), np.int64) for g in groups}
+    factors = len(method.scales())
+    room = (EXACT - 1) // _widest(method).bound(full)
+    c_max = next((c for c in range(255, 0, -1) if c**factors <= room), 0)
+    if c_max == 0:
+        raise InputError(
+            f"{method.name} with {bits}-bit coefficients could leave the range of exact sums"
+            f" on {target.name}",
+            fix="use fewer bits, fewer bases or a smaller rank",
+        )
+    return c_max
+
+
+def _widest(method: Method) -> Method:
+    """The method with the largest anchor, which is chosen only after the mantissas."""
+    if any(option.name == "anchor" for option in fields(method)):  # type: ignore[arg-type]
+        return replace(method, anchor=LARGEST_ANCHOR)  # type: ignore[type-var]
+    return method
+
+
+def power_of_two(e: Tensor) -> Tensor:
+    """2^e as float64, put together from its bits, because no pow promises to be exact."""
+    return ((e.long() + 1023) << 52).view(torch.float64)
+
+
+def scale_above(step: Tensor, c_max: int) -> tuple[Tensor, Tensor]:
+    """The smallest c * 2^e >= step > 0, c in (c_max / 2, c_max]; (1, 0) for a step of zero.
+
+    Args:
+        step: float64, any shape.
+
+    Returns:
+        c float64 and e int32, of step's shape.
+    """
+    e = torch.frexp(step / c_max).exponent
+    e = torch.where((step * power_of_two(1 - e)).ceil() <= c_max, e - 1, e).clamp(-128, 127)
+    c = (step * power_of_two(-e)).ceil()
+    empty = step <= 0
+    return torch.where(empty, 1.0, c), torch.where(empty, 0, e)
+
+
+def scale_near(value: Tensor, c_max: int) -> tuple[Tensor, Tensor]:
+    """The c * 2^e nearest to a positive number, c and e as above."""
+    c, e = scale_above(value, c_max)
+    exact = value * power_of_two(-e)
+    return torch.where((exact - (c - 1) < c - exact) & (c > 1), c - 1, c), e
+
+
+def round_group(value: Tensor, bits: int, c_max: int) -> Rounded:
+    """A group's integers with the scale that errs least in the mean square."""
+    floats = value.detach().double()
+    top = largest(bits)
+    peak = floats.abs().max() / top
+    if bits > 4:
+        c, e = scale_above(peak, c_max)
+        return round_with(value, bits, c, e)
+    c, e = scale_above(peak * torch.tensor(CLIPS, dtype=peak.dtype, device=peak.device), c_max)
+    steps = (c * power_of_two(e))[:, None]
+    flat = floats.reshape(1, -1)
+    errors = ((flat / steps).round().clamp(-top, top) * steps - flat).square().sum(dim=1)
+    best = errors.argmin()
+    return round_with(value, bits, c[best], e[best])
+
+
+def round_with(value: Tensor, bits: int, c: Tensor, e: Tensor) -> Rounded:
+    """A group's integers for a scale that is given."""
+    top = largest(bits)
+    q = (value.detach().double() / (c * power_of_two(e))).round().clamp(-top, top)
+    return Rounded(q, c, e)
+
+
+def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded` in the forward pass, bit for bit; its gradient goes to `value` unchanged."""
+    return rounded.detach() + (value - value.detach())
+
+
+def as_scale(c: Tensor, e: Tensor) -> Scale:
+    """A scale as the file writes it."""
+    return Scale(int(c.item()), int(e.item()))
+
+
+def constants(scale: Scale, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A scale as tensors: c float64, e int32."""
+    return (
+        torch.tensor(float(scale.c), dtype=torch.float64, device=device),
+        torch.tensor(scale.e, dtype=torch.int32, device=device),
+    )

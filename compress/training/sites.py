@@ -1,0 +1,208 @@
+"""Where a delta's targets live in a module: which tensors, under which names, in which layers.
+
+A target is a parameter; a site is a layer that computes with it. A tied parameter (the word
+embedding that is also the output layer) has several names and several sites but is one target.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from kilodelta.errors import InputError
+from kilodelta.files import dtypes
+from kilodelta.files.checkpoint import TensorInfo
+from kilodelta.format.targets import Patterns, Target, matches, select
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Site:
+    """One layer that computes with a target.
+
+    `host` is the module whose forward pass uses the parameter: the owner, or where the owner has
+    none of its own (a `ParameterList`, the output projection of `nn.MultiheadAttention`) the
+    nearest one around it.
+    """
+
+    owner: nn.Module
+    attribute: str
+    host: nn.Module
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Place:
+    """A target in a module: all its names (the checkpoint's naming) and all its sites."""
+
+    target: Target
+    aliases: tuple[str, ...]
+    sites: tuple[Site, ...]
+
+    @property
+    def parameter(self) -> Tensor:
+        site = self.sites[0]
+        found: Tensor = site.owner._parameters[site.attribute]  # type: ignore[assignment]
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Use:
+    """A parameter under one of its names."""
+
+    name: str
+    parameter: Tensor
+    site: Site
+
+
+def find(
+    model: nn.Module, include: Sequence[str], exclude: Sequence[str], names: Mapping[str, str]
+) -> tuple[Patterns, tuple[Place, ...]]:
+    """The targets that patterns choose in a module, in file order, and the file's patterns.
+
+    Args:
+        names: checkpoint name to state name, where they differ.
+
+    Raises:
+        InputError: a pattern chooses nothing, or something that cannot be attached.
+    """
+    chosen = _choose(_uses(model, names), include, exclude)
+    turned = [name for name, same in chosen.items() if _is_transposed(name, same)]
+    patterns = Patterns(
+        include=tuple(include),
+        exclude=tuple(exclude),
+        transposed=globs_for(turned, [name for name in chosen if name not in turned]),
+    )
+    infos = [_info(name, same[0].parameter) for name, same in chosen.items()]
+    places = tuple(_place(target, chosen[target.name]) for target in select(infos, patterns))
+    return patterns, places
+
+
+def checkpoint_names(model: nn.Module, names: Mapping[str, str]) -> Mapping[str, str]:
+    """State name to checkpoint name for all tensors; those that files leave out come last."""
+    stored = {state: name for name, state in names.items()}
+    copies = set(getattr(model, "_tied_weights_keys", None) or ())
+    order = sorted(
+        model.state_dict(keep_vars=True),
+        key=lambda n: (n not in stored, n in copies, n.encode("utf-8")),
+    )
+    return {name: stored.get(name, name) for name in order}
+
+
+def _uses(model: nn.Module, names: Mapping[str, str]) -> list[_Use]:
+    """All parameters under all their names; the name that files keep comes first."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = []
+    for state_name, name in checkpoint_names(model, names).items():
+        path, _, attribute = state_name.rpartition(".")
+        parameter = modules[path]._parameters.get(attribute)
+        if parameter is not None:
+            site = Site(owner=modules[path], attribute=attribute, host=_host(modules, path))
+            found.append(_Use(name=name, parameter=parameter, site=site))
+    return found
+
+
+def _host(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
+    while path and not _computes(modules[path]):
+        path = path.rpartition(".")[0]
+    return modules[path]
+
+
+def _computes(module: nn.Module) -> bool:
+    """Whether a module's own forward pass is what uses its parameters."""
+    return type(module).forward is not nn.Module.forward and not isinstance(
+        module, NonDynamicallyQuantizableLinear
+    )
+
+
+def _choose(
+    uses: Sequence[_Use], include: Sequence[str], exclude: Sequence[str]
+) -> dict[str, list[_Use]]:
+    """The chosen matrices by the name that counts, each with all its uses."""
+    matrices = [use for use in uses if _is_matrix(use.parameter)]
+    for glob in include:
+        if not any(matches(use.name, (glob,)) for use in matrices):
+            raise _nothing(glob, [use.name for use in matrices])
+    by_identity: dict[int, list[_Use]] = {}
+    for use in matrices:
+        by_identity.setdefault(id(use.parameter), []).append(use)
+    chosen = {}
+    for same in by_identity.values():
+        hits = [u.name for u in same if matches(u.name, include) and not matches(u.name, exclude)]
+        if hits:
+            chosen[hits[0]] = same
+    if not chosen:
+        raise InputError(
+            f"everything that {list(include)} chooses is excluded", fix="loosen `exclude`"
+        )
+    return chosen
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    known = dtypes.NUMPY.get(str(parameter.dtype).removeprefix("torch."))
+    return known in dtypes.TARGETS and parameter.ndim >= 2 and parameter.numel() > 0
+
+
+def _nothing(glob: str, names: Sequence[str]) -> InputError:
+    near = get_close_matches(glob, names, n=3, cutoff=0.3) or list(names[:3])
+    return InputError(
+        f"no float matrix of the model matches {glob!r}",
+        fix=f"patterns match whole names, such as {', '.join(near) or 'nothing: it has none'}",
+    )
+
+
+def _info(name: str, parameter: Tensor) -> TensorInfo:
+    dtype = dtypes.NUMPY[str(parameter.dtype).removeprefix("torch.")]
+    shape = tuple(parameter.shape)
+    return TensorInfo(name=name, dtype=dtype, shape=shape, nbytes=dtypes.nbytes(dtype, shape))
+
+
+def _place(target: Target, same: Sequence[_Use]) -> Place:
+    sites = {(id(use.site.owner), use.site.attribute): use.site for use in same}
+    return Place(
+        target=target,
+        aliases=tuple(dict.fromkeys((target.name, *(use.name for use in same)))),
+        sites=tuple(sites.values()),
+    )
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, whose weight is stored (in, out)."""
+    loaded: Any = sys.modules.get("transformers.pytorch_utils")
+    return loaded is not None and isinstance(module, loaded.Conv1D)
+
+
+def _is_transposed(name: str, same: Sequence[_Use]) -> bool:
+    kinds = {is_conv1d(use.site.owner) for use in same}
+    if len(kinds) == 2:
+        raise InputError(
+            f"{name} is the weight of a Conv1D and, tied, of a layer that stores it the other way",
+            fix="exclude it, or untie the layers",
+        )
+    return kinds.pop()
+
+
+def globs_for(wanted: Iterable[str], others: Iterable[str]) -> tuple[str, ...]:
+    """Few globs that match all of the wanted names and none of the others."""
+    rest = tuple(others)
+    names = tuple(wanted)
+    if names and not rest:
+        return ("*",)
+    short = dict.fromkeys(_digits_to_stars(name) for name in names)
+    if not any(matches(name, short) for name in rest):
+        return tuple(short)
+    return tuple(_literal(name) for name in names)
+
+
+def _digits_to_stars(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", _literal(name))
+
+
+def _literal(name: str) -> str:
+    """A glob that matches just this name."""
+    return re.sub(r"([*?[])", r"[\1]", name)

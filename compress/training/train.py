@@ -1,0 +1,217 @@
+"""Training a delta in the loop you have: attach, train, save.
+
+```python
+from kilodelta import train
+
+model = train.attach(model, train.Nola(rank=8, bases=256), "encoder.*.weight")
+...                               # any loop: only the coefficients get gradients
+train.quantise(model, bits=4)     # the last steps: with the numbers that the file will hold
+...
+train.save(model, "task.kd", base="model/")
+```
+
+Methods (arXiv): NOLA 2310.02556, RandLoRA 2502.00987, LoRA 2106.09685, VeRA 2310.11454, Uni-LoRA
+2506.00799. With Adam the rates of LoRA (1e-4 to 1e-2, lower for higher ranks) suit all of them, and
+VeRA takes more.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from torch import nn
+
+from kilodelta.compress.training.attachment import FACTORS, NAME, Attachment
+from kilodelta.compress.training.checks import check_free, check_options, check_place
+from kilodelta.compress.training.conversion import Made, convert
+from kilodelta.compress.training.frozen import Frozen
+from kilodelta.compress.training.sites import checkpoint_names, find
+from kilodelta.errors import InputError
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.format.delta import Delta
+from kilodelta.format.methods import Lora as Lora
+from kilodelta.format.methods import Method
+from kilodelta.format.methods import Nola as Nola
+from kilodelta.format.methods import RandLora as RandLora
+from kilodelta.format.methods import UniLora as UniLora
+from kilodelta.format.methods import Vera as Vera
+from kilodelta.progress import Progress, silent
+
+__all__ = [
+    "Attachment",
+    "Lora",
+    "Nola",
+    "RandLora",
+    "UniLora",
+    "Vera",
+    "attach",
+    "attached",
+    "detach",
+    "quantise",
+    "save",
+    "switch",
+    "to_delta",
+]
+
+M = TypeVar("M", bound=nn.Module)
+BITS = 8
+"""What a delta is rounded to when training never said."""
+NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+def attach(
+    model: M,
+    method: Method,
+    targets: str | Sequence[str],
+    *,
+    seed: int = 0,
+    exclude: str | Sequence[str] = (),
+    extras: str | Sequence[str] = (),
+    names: Mapping[str, str] = NONE,
+) -> M:
+    """Freeze a model and let it compute with base plus update; only coefficients get gradients.
+
+    The update starts at zero (Uni-LoRA without an anchor: nearly). The model keeps its class, its
+    layers and their names, and gains the submodule `kilodelta`. While attached, its `state_dict`
+    holds the coefficients and the extras only, and `load_state_dict` takes that, so training
+    checkpoints are small; `detach` gives the base back untouched.
+
+    Tied parameters are one target. A matrix that is used by hand outside of the module that owns
+    it (`x @ self.embedding.weight`) is seen there without its update: tie it, or exclude it.
+
+    Args:
+        targets: globs over tensor names, one or several, `*` matching dots too; every float tensor
+            of two or more dimensions that matches is a target.
+        seed: of the random bases, 0 .. 2^64 - 1, and of the start.
+        exclude: globs of what is no target after all.
+        extras: globs of tensors that are trained, and stored, whole: a new head, biases, norms.
+        names: checkpoint name to state name where they differ, as `LoadedModel.names`; all
+            patterns are over checkpoint names.
+
+    Raises:
+        InputError: a pattern that chooses nothing, a layer that cannot be attached, a model that
+            is attached already, a method or seed out of range.
+    """
+    check_free(model, NAME, Attachment)
+    check_options(method, seed, FACTORS)
+    patterns, places = find(model, _globs(targets), _globs(exclude), names)
+    for place in places:
+        check_place(place, method)
+    chosen = [place.target.name for place in places]
+    frozen = Frozen(checkpoint_names(model, names), _globs(extras), chosen)
+    Attachment(method, patterns, places, frozen, seed).install(model)
+    return model
+
+
+def _globs(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def attached(model: nn.Module) -> Attachment:
+    """A model's attachment.
+
+    Raises:
+        InputError: it has none.
+    """
+    found = model._modules.get(NAME)
+    if not isinstance(found, Attachment):
+        raise InputError(
+            f"no delta is attached to this {type(model).__name__}",
+            fix="kilodelta.train.attach(model, method, targets); for a wrapped model give the one"
+            " that was attached",
+        )
+    return found
+
+
+def detach(model: nn.Module) -> Attachment:
+    """Give the model back as it was, bit for bit; the attachment keeps what was trained.
+
+    Raises:
+        InputError: nothing is attached.
+    """
+    attachment = attached(model)
+    attachment.remove(model)
+    return attachment
+
+
+def switch(model: M, attachment: Attachment) -> M:
+    """Attach what `detach` gave back, in place of what is attached now, if anything is.
+
+    Raises:
+        InputError: the attachment belongs to another model.
+    """
+    if not attachment.fits(model):
+        raise InputError(
+            f"the attachment was not made for this {type(model).__name__}",
+            fix="attach to the model that it was detached from",
+        )
+    if NAME in model._modules:
+        detach(model)
+    attachment.install(model)
+    return model
+
+
+def quantise(model: nn.Module, bits: int | None) -> None:
+    """From now on compute with what a file of so many bits holds, gradients straight through.
+
+    Outputs then are those of the saved and merged file, to float32 rounding. None goes back to
+    exact coefficients.
+
+    Raises:
+        InputError: nothing is attached, or the method cannot have so many bits.
+    """
+    attached(model).quantise(bits)
+
+
+def to_delta(
+    model: nn.Module,
+    base: str | os.PathLike[str] | Checkpoint | None = None,
+    *,
+    bits: int | None = None,
+    name: str = "",
+    made: Made = NONE,
+    progress: Progress = silent,
+) -> Delta:
+    """The attached model's delta: quantised, checked against its base, its result root proved.
+
+    Args:
+        base: the model on disk that the delta is for; by default the model itself as it was
+            before it was attached, under its own tensor names.
+        bits: 4, 8 or 16; by default those of `quantise`, else 8.
+        name: what the base is called, for people.
+        made: how it was made, for people and tools.
+
+    Raises:
+        BaseMismatchError: `base` is not what the model was made from.
+        InputError: nothing is attached, coefficients are not finite, or something changed that
+            the delta would not hold.
+    """
+    attachment = attached(model)
+    precision = attachment.precision
+    if precision is None or bits not in (None, precision.bits):
+        precision = attachment.precision_for(bits or BITS)
+    return convert(
+        model, attachment, base, precision=precision, name=name, made=made, progress=progress
+    )
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    base: str | os.PathLike[str] | Checkpoint | None = None,
+    *,
+    bits: int | None = None,
+    name: str = "",
+    made: Made = NONE,
+    progress: Progress = silent,
+) -> int:
+    """Write the attached model's delta as a `.kd` file; returns its bytes. See `to_delta`.
+
+    Raises:
+        OutputError: it cannot be written there.
+    """
+    delta = to_delta(model, base, bits=bits, name=name, made=made, progress=progress)
+    return delta.save(path)

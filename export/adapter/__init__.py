@@ -1,0 +1,1 @@
+"""Export one ONNX graph for all fine-tunes of a base: their low-rank factors are its inputs."""

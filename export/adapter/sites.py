@@ -1,0 +1,88 @@
+"""Where a graph uses a weight, and in which of the ways that a low-rank update can join.
+
+A use that is none of those takes the updated weight itself, W + A B, made anew at each request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kilodelta.export.adapter.layout import Use
+
+Kind = Literal["linear", "rows", "conv", "whole"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One use of a weight: `linear` multiplies by it, `rows` picks rows, `conv` convolves, `whole`
+    is anything else; `turned` where it is used transposed; `index` is the node's input.
+    """
+
+    kind: Kind
+    node: Any
+    index: int
+    turned: bool = False
+
+
+def sites(weight: Any) -> tuple[Site, ...]:
+    """All uses of an `onnx_ir.Value`, those behind a transposition included."""
+    found: list[Site] = []
+    for node, index in weight.uses():
+        if node.op_type == "Transpose" and _order(node) == (1, 0):
+            behind = [_site(user, place, turned=True) for user, place in node.outputs[0].uses()]
+            found += behind if _all_linear(behind) else [_whole(node, index)]
+        else:
+            found.append(_site(node, index, turned=False))
+    return tuple(found)
+
+
+def use_of(found: Sequence[Site]) -> Use:
+    """The layout of factors that suits all uses of one weight."""
+    if not found:
+        return "unused"
+    if all(site.kind == "conv" for site in found):
+        return "conv"
+    return "turned" if all(site.turned for site in found) else "straight"
+
+
+def is_layer(found: Sequence[Site]) -> bool:
+    """Whether a weight is one of a linear layer or a convolution, and nothing else."""
+    return all(site.kind in ("linear", "conv") for site in found)
+
+
+def _all_linear(found: Iterable[Site]) -> bool:
+    return all(site.kind == "linear" for site in found)
+
+
+def _site(node: Any, index: int, *, turned: bool) -> Site:
+    flat = len(node.inputs[index].shape or ()) == 2 or turned
+    if node.op_type == "MatMul" and index == 1 and flat:
+        return Site(kind="linear", node=node, index=index, turned=turned)
+    if node.op_type == "Gemm" and index == 1 and _is_plain_gemm(node):
+        by_gemm = bool(_number(node, "transB", 0))
+        return Site(kind="linear", node=node, index=index, turned=turned != by_gemm)
+    if node.op_type == "Gather" and index == 0 and flat and not _number(node, "axis", 0):
+        return Site(kind="rows", node=node, index=index, turned=turned)
+    if node.op_type == "Conv" and index == 1 and _number(node, "group", 1) == 1:
+        return Site(kind="conv", node=node, index=index)
+    return _whole(node, index)
+
+
+def _whole(node: Any, index: int) -> Site:
+    return Site(kind="whole", node=node, index=index)
+
+
+def _is_plain_gemm(node: Any) -> bool:
+    return not _number(node, "transA", 0) and _number(node, "alpha", 1) == 1
+
+
+def _order(node: Any) -> tuple[int, ...]:
+    attribute = node.attributes.get("perm")
+    return tuple(attribute.value) if attribute is not None else ()
+
+
+def _number(node: Any, name: str, default: int) -> Any:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.value

@@ -1,0 +1,1 @@
+"""Describe exported artefacts as data, and read such a description trusting nothing."""

@@ -1,0 +1,1 @@
+"""Merge into files or into a loaded model, and prove the result while it is written."""

@@ -1,0 +1,111 @@
+"""Proving which initializer of an exported graph is which weight, and keeping it so.
+
+The module is exported as a twin of unique random values, so an initializer's bytes say whose it
+is. Then its values are taken away. What has no values cannot be folded, transposed or merged by
+any later pass: a weight either stays itself, or its absence shows.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kilodelta.errors import ExportError
+from kilodelta.export.onnx.trace import Trace
+from kilodelta.models import twin
+
+_FIX = "export with the versions in constraints.txt, or report the model's architecture"
+
+
+def make_twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a module in another precision, its weights unique random values.
+
+    Attention is written out ("eager"): fused attention exports into guards against rows without
+    any token, which keep TensorRT from recognising it. Tensors outside the state dict (rotary
+    frequencies) keep float32.
+    """
+    copied = copy.deepcopy(module)
+    if hasattr(copied, "set_attn_implementation"):
+        copied.set_attn_implementation("eager")  # type: ignore[operator]
+    cast(copied, dtype)
+    state = distinct(copied)
+    values = twin.unique({name: (tuple(t.shape), t.dtype) for name, t in state.items()})
+    for name, tensor in state.items():
+        tensor.copy_(values[name])
+    return copied
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Bring the floating tensors of a module's state dict to `dtype`, in place; ties stay."""
+    held = {id(tensor): tensor for tensor in module.state_dict(keep_vars=True).values()}
+    for tensor in held.values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+
+
+def distinct(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict, tied tensors once, under the name that comes first."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in module.state_dict().items():
+        found.setdefault(tensor.data_ptr() if tensor.numel() else id(tensor), (name, tensor))
+    return dict(found.values())
+
+
+def claim(trace: Trace, module: nn.Module) -> dict[str, list[Any]]:
+    """Find the weights among a raw graph's initializers, and take their values away.
+
+    Args:
+        trace: of a twin.
+        module: that twin.
+
+    Returns:
+        state name to `onnx_ir.Value`s, more than one where tied tensors were exported twice.
+
+    Raises:
+        ExportError: a weight that the outputs depend on is not there, or not in its layout.
+    """
+    state = distinct(module)
+    by_content = {twin.content_of(tensor): name for name, tensor in state.items()}
+    found: dict[str, list[Any]] = {}
+    for value in trace.model.graph.initializers.values():
+        name = by_content.get(twin.content(value.const_value.numpy()))
+        if name is not None:
+            found.setdefault(name, []).append(value)
+    _require_all(_first_names(module, trace.used) - found.keys(), trace, state)
+    for values in found.values():
+        for value in values:
+            value.const_value = None
+    return found
+
+
+def require_kept(model: Any, weights: Mapping[str, list[Any]], used: Iterable[str]) -> None:
+    """See that every weight the outputs depend on still feeds the graph.
+
+    Raises:
+        ExportError: naming those that do not.
+    """
+    there = {id(value) for value in model.graph.initializers.values() if value.uses()}
+    lost = [n for n in used if n in weights and not any(id(v) in there for v in weights[n])]
+    if lost:
+        raise ExportError(f"simplifying the graph lost {', '.join(lost)}", fix=_FIX)
+
+
+def _first_names(module: nn.Module, names: Iterable[str]) -> set[str]:
+    """State names, tied ones by the name that comes first."""
+    state = module.state_dict()
+    first = {tensor.data_ptr(): name for name, tensor in distinct(module).items()}
+    return {first[state[name].data_ptr()] for name in names if name in state}
+
+
+def _require_all(lost: set[str], trace: Trace, state: Mapping[str, Tensor]) -> None:
+    if not lost:
+        return
+    turned = {twin.content(twin.transposed(twin.bits(state[name]))): name for name in lost}
+    prints = {twin.content(v.const_value.numpy()) for v in trace.model.graph.initializers.values()}
+    transposed = {name for print_, name in turned.items() if print_ in prints}
+    stated = [f"{n} ({'transposed' if n in transposed else 'folded'})" for n in sorted(lost)]
+    raise ExportError(f"the exported graph does not hold {', '.join(stated)}", fix=_FIX)

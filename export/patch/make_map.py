@@ -1,0 +1,154 @@
+"""Making the map of an ONNX file that any tool exported from a base.
+
+Content decides (`kilodelta.export.patch.match`); a name only ever chooses between tensors whose
+bytes are equal. What was fused, folded or merged is noted with its reason, and refused when a delta
+wants to change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from kilodelta.errors import InputError
+from kilodelta.export.manifest.artefacts import file_fact
+from kilodelta.export.manifest.facts import FileFact
+from kilodelta.export.onnx.file import OnnxFile, read_onnx
+from kilodelta.export.patch.map import PatchMap, Place
+from kilodelta.export.patch.match import Match, match_all
+from kilodelta.files import atomic
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.dtypes import TARGETS
+from kilodelta.files.identity import digest
+from kilodelta.files.safetensors import header_bytes
+from kilodelta.progress import Progress, silent
+
+SHOWN = 3
+"""Names listed at most in a reason."""
+
+
+def make_map(
+    model: str | Path,
+    base: str | Path | Checkpoint,
+    *,
+    unused: Iterable[str] = (),
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> PatchMap:
+    """Find the base's tensors in an ONNX file.
+
+    Args:
+        model: the `.onnx` file, its external data beside it.
+        base: the checkpoint it was exported from.
+        unused: tensors that the outputs do not depend on, where that is known
+            (`Template.unused`): a delta may change them without the file's following.
+
+    Raises:
+        CheckpointError: one of the two cannot be read.
+        InputError: the file holds no tensor of the base.
+    """
+    found, checkpoint = read_onnx(Path(model)), Checkpoint.open(base)
+    identity = digest(checkpoint, threads=threads, progress=progress)
+    matches = match_all(found, checkpoint, threads, progress)
+    places, refused = _settled(matches, found)
+    if not places:
+        raise InputError(
+            f"{found.path} holds no tensor of {checkpoint.path}",
+            fix="give the checkpoint that the ONNX file was exported from",
+        )
+    return PatchMap(
+        files=_files(found),
+        root=identity.root,
+        tensors={name: checkpoint.info(name) for name in checkpoint.names},
+        digests=identity.tensors,
+        places=places,
+        refused=refused,
+        unused=tuple(name for name in checkpoint.names if name in set(unused)),
+    )
+
+
+def write_rest(found: PatchMap, base: str | Path | Checkpoint, path: str | Path) -> Path | None:
+    """Write the weights that patching needs and the ONNX file does not hold exactly.
+
+    Those are the matrices that the model's outputs do not depend on, and all of them where the file
+    rounds the base's weights to float16 or bfloat16.
+
+    Returns:
+        the safetensors file; None where nothing is missing.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    checkpoint = Checkpoint.open(base)
+    lacking = [
+        info
+        for name, info in found.tensors.items()
+        if info.dtype in TARGETS and len(info.shape) > 1 and not found.exact(name)
+    ]
+    if not lacking:
+        return None
+    header = header_bytes([(info.name, info.dtype, info.shape) for info in lacking], {})
+    atomic.write(Path(path), header, *(checkpoint.data(info.name).data for info in lacking))
+    return Path(path)
+
+
+def _files(found: OnnxFile) -> tuple[FileFact, ...]:
+    names = dict.fromkeys((found.path.name, *(tensor.file for tensor in found.tensors)))
+    return tuple(replace(file_fact(found.path.parent / name), file=name) for name in names)
+
+
+def _settled(
+    matches: list[Match], found: OnnxFile
+) -> tuple[dict[str, tuple[Place, ...]], dict[str, str]]:
+    """The places of what is identified, the reasons for the rest."""
+    equals = _equals(matches)
+    named = {match.name for match in matches if any(p.name == match.name for p in match.places)}
+    places: dict[str, tuple[Place, ...]] = {}
+    refused: dict[str, str] = {}
+    for match in matches:
+        twins = equals[match.name]
+        by_name = match.constant or bool(twins)
+        if not match.places:
+            refused[match.name] = _absent(match, found)
+        elif match.symmetric:
+            refused[match.name] = "it equals its transpose, so its layout cannot be told"
+        elif by_name and not {match.name, *twins} <= named:
+            refused[match.name] = _doubtful(twins)
+        else:
+            places[match.name] = tuple(
+                place for place in match.places if not by_name or place.name == match.name
+            )
+    return places, refused
+
+
+def _equals(matches: list[Match]) -> dict[str, list[str]]:
+    """For each base tensor the others that claim one of its places."""
+    claims: dict[tuple[str, int], list[str]] = {}
+    for match in matches:
+        for place in match.places:
+            claims.setdefault((place.file, place.begin), []).append(match.name)
+    return {
+        match.name: sorted(
+            {name for p in match.places for name in claims[p.file, p.begin]} - {match.name}
+        )
+        for match in matches
+    }
+
+
+def _absent(match: Match, found: OnnxFile) -> str:
+    names = {tensor.name for tensor in found.tensors}
+    if match.name in {*names, *found.sealed} & found.used:
+        if match.name in found.sealed:
+            return "its values are not kept in one piece of bytes (save the model with raw data)"
+        return "the tensor of that name holds other values: something was folded into it"
+    if match.name in names:
+        return "it is there, but feeds nothing: the graph uses a fused or folded copy"
+    return "no tensor holds its values: it was fused, folded, quantised, or no output needs it"
+
+
+def _doubtful(twins: list[str]) -> str:
+    if not twins:
+        return "all its values are equal and no tensor has its name, so it cannot be told"
+    shown = ", ".join(twins[:SHOWN]) + (", ..." if len(twins) > SHOWN else "")
+    return f"its values equal those of {shown}, and the exporter may have merged them"

@@ -1,0 +1,123 @@
+"""What a delta changes in an ONNX file: each tensor's base bytes, tuned bytes and places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from kilodelta.errors import BaseMismatchError, ExportError
+from kilodelta.export.merge.tuned import Tuned, changed, rounded, tuned
+from kilodelta.export.patch.map import PatchMap, Place
+from kilodelta.files.casting import cast, castable, turned
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.copying import pread
+from kilodelta.format.delta import Delta
+
+Bytes = npt.NDArray[np.uint8]
+
+SHOWN = 5
+"""Tensors named in one error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A bound delta, the file it changes, and the checkpoint for what the file does not hold."""
+
+    model: Path
+    found: PatchMap
+    delta: Delta
+    rest: Checkpoint | None
+
+    def path(self, file: str) -> Path:
+        """One of the map's files; the model itself may have been renamed."""
+        return self.model if file == self.found.files[0].file else self.model.parent / file
+
+    def places(self, name: str) -> tuple[Place, ...]:
+        """Where the file holds a tensor; nowhere if nothing depends on it."""
+        return self.found.places.get(name, ())
+
+    def size(self, name: str) -> int:
+        """The bytes of a tensor in the base's dtype."""
+        return self.found.tensors[name].nbytes
+
+    def tuned(self, name: str) -> Tuned:
+        """A changed tensor."""
+        return tuned(self.delta, name, self._base)
+
+    def written(self, name: str, found: Tuned) -> Iterator[tuple[Place, Bytes]]:
+        """A changed tensor's bytes as each of its places holds them.
+
+        Raises:
+            ExportError: a finite value does not fit into the file's dtype.
+        """
+        for place in self.places(name):
+            values = rounded(name, found, place.dtype)
+            yield place, turned(values, found.shape) if place.transposed else values
+
+    def _base(self, name: str) -> Bytes:
+        place = self.found.exact(name)
+        if place is None:
+            assert self.rest is not None  # `make_plan` has seen to it
+            return self.rest.data(name)
+        data = pread(self.path(place.file), place.begin, place.nbytes)
+        plain = turned(data, place.shape) if place.transposed else data
+        return cast(plain, place.dtype, self.found.tensors[name].dtype)
+
+
+def make_plan(
+    model: Path, delta: Delta, found: PatchMap, base: str | Path | Checkpoint | None
+) -> Plan:
+    """See that a delta can be written into an ONNX file.
+
+    Raises:
+        BaseMismatchError: the file was exported from another base.
+        ExportError: a tensor was fused, merged or folded, or has no place; or the file holds it
+            rounded and `base` is not there to start from.
+    """
+    if delta.manifest.base.root != found.root:
+        raise BaseMismatchError(
+            f"{model} holds another base: {found.root}, not {delta.manifest.base.root}",
+            fix=f"give the ONNX file of {delta.manifest.base.name or 'the base'}",
+        )
+    bound = delta if delta.layout is not None else delta.bind_to(found.tensors.values())
+    rest = None if base is None else Checkpoint.open(base)
+    plan = Plan(model=model, found=found, delta=bound, rest=rest)
+    _refuse([f"{n}: {why}" for n in changed(bound) if (why := _no_place(plan, n))], "has no place")
+    _refuse([f"{n}: {why}" for n in bound.extras if (why := _misfit(plan, n))], "does not fit")
+    lacking = [n for n in bound.targets if found.exact(n) is None and n not in (rest or ())]
+    _refuse(lacking, "is not held exactly", fix="give the base checkpoint too, or `write_rest`'s")
+    return plan
+
+
+def _refuse(
+    reasons: list[str], what: str, fix: str = "export the base with `kilodelta export`"
+) -> None:
+    if reasons:
+        listed = "\n  ".join(reasons[:SHOWN])
+        more = f"\n  and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
+        raise ExportError(
+            f"what the delta changes {what} in the ONNX file\n  {listed}{more}", fix=fix
+        )
+
+
+def _no_place(plan: Plan, name: str) -> str:
+    """Why a changed tensor cannot be written; empty if it can, or need not be."""
+    if name not in plan.found.tensors:
+        return "the base has no tensor of that name"
+    if plan.places(name) or name in plan.found.unused:
+        return ""
+    return plan.found.refused.get(name, "the map does not know it")
+
+
+def _misfit(plan: Plan, name: str) -> str:
+    extra, info = plan.delta.extras[name], plan.found.tensors[name]
+    if extra.shape != info.shape:
+        return f"its shape is {extra.shape}, the base's {info.shape}"
+    for place in plan.places(name):
+        if not castable(extra.dtype, place.dtype):
+            return f"it is {extra.dtype}, the file's tensor {place.dtype}"
+    return ""

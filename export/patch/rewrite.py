@@ -1,0 +1,135 @@
+"""Patch mode: the ONNX file of a fine-tune from the ONNX file of its base, without torch or onnx.
+
+The file is copied by the kernel, which shares the blocks where the file system can, and only the
+changed weights are written. The names appear once the result's digest has come out right.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from kilodelta.errors import CheckpointError, InputError, OutputError
+from kilodelta.exact.selftest import require_good_kernels
+from kilodelta.export.merge.tuned import changed
+from kilodelta.export.patch.map import PatchMap, Place
+from kilodelta.export.patch.plan import Bytes, Plan, make_plan
+from kilodelta.export.patch.run import run
+from kilodelta.files import atomic
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.copying import copy_range, pwrite
+from kilodelta.format.delta import Delta
+from kilodelta.format.file import load
+from kilodelta.progress import Progress, silent
+
+COPY = 16 << 20
+"""Bytes copied at a time; in memory only where the kernel cannot copy by itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patched:
+    """What a patch wrote: the files, the model first; the proved root; and counts."""
+
+    files: tuple[Path, ...]
+    result: str
+    targets: int
+    extras: int
+    written: int
+    """Bytes written anew; all others are the base file's."""
+
+    unused: tuple[str, ...]
+    """Changed tensors that the model's outputs do not depend on."""
+
+
+def patch(
+    model: str | os.PathLike[str],
+    delta: str | os.PathLike[str] | Delta,
+    out: str | os.PathLike[str],
+    *,
+    places: PatchMap,
+    base: str | Path | Checkpoint | None = None,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Patched:
+    """Write the fine-tuned model's ONNX file; external data go beside it under their own names.
+
+    Args:
+        model: the base's ONNX file.
+        delta: a `.kd` file or a `Delta`.
+        out: a new path. Where `model` has external data, one in another folder.
+        places: the map of `model`.
+        base: the base checkpoint, or `write_rest`'s part of it, for what the file does not hold.
+        threads: cores to use; all by default.
+
+    Raises:
+        BaseMismatchError: `model` holds another base than the delta's; nothing is written.
+        CheckpointError: `model` is not the file that the map was made for.
+        ExportError: a changed tensor was fused, merged or folded, or `base` is needed.
+        ProofError: the result's digest is not the file's; nothing is left behind.
+        OutputError: `out` exists or cannot be written.
+    """
+    require_good_kernels()
+    found = delta if isinstance(delta, Delta) else load(delta)
+    plan = make_plan(Path(model), found, places, base)
+    with _copies(plan, Path(out)) as (files, paths):
+
+        def write(place: Place, data: Bytes) -> None:
+            pwrite(files[place.file], data.data, place.begin)
+
+        run(plan, write, threads=threads, progress=progress)
+    return Patched(
+        files=paths,
+        result=plan.delta.manifest.result,
+        targets=len(plan.delta.targets),
+        extras=len(plan.delta.extras),
+        written=sum(place.nbytes for name in changed(plan.delta) for place in plan.places(name)),
+        unused=tuple(name for name in changed(plan.delta) if not plan.places(name)),
+    )
+
+
+@contextmanager
+def _copies(plan: Plan, out: Path) -> Iterator[tuple[Mapping[str, int], tuple[Path, ...]]]:
+    """Descriptors of copies by file name, and the paths they get when the block ends well: the
+    model's own last, so that it never stands without its data."""
+    main, *others = (file.file for file in plan.found.files)
+    paths = {main: out, **{name: out.parent / name for name in others}}
+    _require_free(plan, paths.values(), alone=not others)
+    with ExitStack() as stack:
+        stages = {name: stack.enter_context(atomic.new_file(p)) for name, p in paths.items()}
+        with ExitStack() as opened:
+            files = {}
+            for name, stage in stages.items():
+                stage.parent.mkdir(parents=True, exist_ok=True)
+                files[name] = os.open(stage, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                opened.callback(os.close, files[name])
+                _copy(plan.path(name), files[name])
+            yield files, tuple(paths.values())
+
+
+def _require_free(plan: Plan, paths: Iterable[Path], *, alone: bool) -> None:
+    taken = next((path for path in paths if path.exists()), None)
+    if taken is not None and not alone and taken.parent.resolve() == plan.model.parent.resolve():
+        raise InputError(
+            f"{plan.model} keeps weights in {taken.name}, and the tuned model's have that name too",
+            fix="give a path in another folder",
+        )
+    if taken is not None:
+        raise OutputError(f"{taken} exists already", fix="give a new name, or remove this file")
+
+
+def _copy(source: Path, target: int) -> None:
+    try:
+        descriptor = os.open(source, os.O_RDONLY)
+    except OSError as problem:
+        raise CheckpointError(
+            f"{source} cannot be read: {problem.strerror or problem}", fix="check the path"
+        ) from None
+    try:
+        done = 0
+        while copied := copy_range(descriptor, target, COPY, done, done):
+            done += copied
+    finally:
+        os.close(descriptor)

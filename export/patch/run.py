@@ -1,0 +1,79 @@
+"""Running a plan: the base's files are checked, the changed weights computed, handed on and proved.
+
+Where the bytes go, into a new file or a running session, is the caller's affair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from kilodelta.errors import CheckpointError
+from kilodelta.export.manifest.facts import FileFact
+from kilodelta.export.merge.checkpoint import require_result
+from kilodelta.export.merge.tuned import changed
+from kilodelta.export.patch.map import Place
+from kilodelta.export.patch.plan import Bytes, Plan
+from kilodelta.files import parallel
+from kilodelta.progress import Meter, Progress
+
+CHUNK = 1 << 20
+"""Bytes hashed at a time."""
+
+
+def run(
+    plan: Plan,
+    write: Callable[[Place, Bytes], None],
+    *,
+    threads: int | None,
+    progress: Progress,
+) -> None:
+    """Call `write` with the tuned bytes of every place, from several threads.
+
+    Nothing that was written may be used before this returns.
+
+    Raises:
+        CheckpointError: a file is not the one that the map was made for.
+        ExportError: a value does not fit into the file's dtype.
+        ProofError: the tuned weights are not the ones that the delta promises.
+    """
+    jobs: list[FileFact | str] = [*plan.found.files, *changed(plan.delta)]
+    meter = Meter("patch", sum(_weight(plan, job) for job in jobs), "B", progress)
+    digests: dict[str, str] = {}
+
+    def work(job: FileFact | str) -> None:
+        if isinstance(job, FileFact):
+            _check(plan.path(job.file), job, meter)
+            return
+        found = plan.tuned(job)
+        digests[job] = found.digest
+        for place, data in plan.written(job, found):
+            write(place, data)
+        meter.add(plan.size(job))
+
+    parallel.run(work, jobs, meter, weight=lambda job: _weight(plan, job), threads=threads)
+    require_result(plan.delta, digests)
+
+
+def _weight(plan: Plan, job: FileFact | str) -> int:
+    return job.nbytes if isinstance(job, FileFact) else plan.size(job)
+
+
+def _check(path: Path, fact: FileFact, meter: Meter) -> None:
+    state = hashlib.sha256()
+    try:
+        with path.open("rb", buffering=0) as file:
+            while part := file.read(CHUNK):
+                state.update(part)
+                meter.add(len(part))
+    except OSError as problem:
+        raise CheckpointError(
+            f"{path} cannot be read: {problem.strerror or problem}",
+            fix="give the ONNX file that the map was made for, with its external data beside it",
+        ) from None
+    if f"sha256:{state.hexdigest()}" != fact.sha256:
+        raise CheckpointError(
+            f"{path} is sha256:{state.hexdigest()}, its map was made for {fact.sha256}",
+            fix="fetch the file again, or make its map again",
+        )

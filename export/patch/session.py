@@ -1,0 +1,149 @@
+"""Patch mode in memory: ONNX Runtime serves the base's file with a delta, and writes no file.
+
+Weights in external data are handed over as `add_external_initializers`; it refuses others. Those
+are patched in the model's bytes. (`add_initializer` would take both, but under the default
+optimisations some of the old weights may have been folded by then, and nothing says so.)
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kilodelta.errors import ExportError, require
+from kilodelta.exact.selftest import require_good_kernels
+from kilodelta.export.merge.tuned import changed
+from kilodelta.export.onnx.tensors import NUMBERS
+from kilodelta.export.patch.map import PatchMap, Place
+from kilodelta.export.patch.plan import Bytes, Plan, make_plan
+from kilodelta.export.patch.run import run
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.format.delta import Delta
+from kilodelta.format.file import load
+from kilodelta.progress import Progress, silent
+
+NUMPY: Mapping[str, str] = MappingProxyType(
+    {
+        "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "I32": "<i4",
+        "U32": "<u4", "I64": "<i8", "U64": "<u8", "F16": "<f2", "BF16": "<u2", "F32": "<f4",
+        "F64": "<f8",
+    }
+)  # fmt: skip
+"""safetensors dtype to numpy's; bfloat16, which numpy lacks, by its bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What a session needs: the model, patched where weights lie in its own bytes, and the rest.
+
+    `initializers` holds, by name, the safetensors dtype and the array (bfloat16 as uint16).
+    """
+
+    model: Path | bytes
+    folder: Path
+    initializers: Mapping[str, tuple[str, npt.NDArray[Any]]]
+
+
+def patched_weights(
+    model: str | os.PathLike[str],
+    delta: str | os.PathLike[str] | Delta,
+    *,
+    places: PatchMap,
+    base: str | Path | Checkpoint | None = None,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Weights:
+    """The tuned weights in memory, proved; arguments and errors are those of `patch`.
+
+    Raises:
+        ExportError: a weight lies in external data, but inside a subgraph or constant.
+    """
+    require_good_kernels()
+    found = delta if isinstance(delta, Delta) else load(delta)
+    plan = make_plan(Path(model), found, places, base)
+    inline: list[tuple[int, Bytes]] = []
+    initializers: dict[str, tuple[str, npt.NDArray[Any]]] = {}
+    _require_reachable(plan)
+
+    def write(place: Place, data: Bytes) -> None:
+        if place.file == places.files[0].file:
+            inline.append((place.begin, data))
+        else:
+            array = data.view(NUMPY[place.dtype]).reshape(place.shape)
+            initializers[place.name] = place.dtype, array
+
+    run(plan, write, threads=threads, progress=progress)
+    return Weights(
+        model=_patched(plan.model, inline) if inline else plan.model,
+        folder=plan.model.parent,
+        initializers=initializers,
+    )
+
+
+def _require_reachable(plan: Plan) -> None:
+    for name in changed(plan.delta):
+        for place in plan.places(name):
+            if place.file != plan.found.files[0].file and not place.top:
+                raise ExportError(
+                    f"{name} lies in external data, but not among the main graph's initializers",
+                    fix="patch into a file",
+                )
+
+
+def _patched(model: Path, inline: list[tuple[int, Bytes]]) -> bytes:
+    """The file's bytes with some replaced."""
+    data = np.fromfile(model, np.uint8)
+    for begin, new in inline:
+        data[begin : begin + new.size] = new
+    return data.tobytes()
+
+
+def open_patched(
+    model: str | os.PathLike[str],
+    delta: str | os.PathLike[str] | Delta,
+    *,
+    places: PatchMap,
+    base: str | Path | Checkpoint | None = None,
+    options: Any = None,
+    providers: Sequence[Any] = ("CPUExecutionProvider",),
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Any:
+    """An `onnxruntime.InferenceSession` of the fine-tune; arguments are those of `patch`.
+
+    Args:
+        options: `onnxruntime.SessionOptions` for this session alone.
+
+    Raises:
+        MissingPackageError: ONNX Runtime is not installed.
+    """
+    ort = require("onnxruntime", extra="cpu", why="run ONNX models")
+    found = patched_weights(
+        model, delta, places=places, base=base, threads=threads, progress=progress
+    )
+    options = options or ort.SessionOptions()
+    held = {name: _value(ort, *weight) for name, weight in found.initializers.items()}
+    if held:
+        options.add_external_initializers(list(held), list(held.values()))
+    if isinstance(found.model, bytes):
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(found.folder)
+        )
+    source = found.model if isinstance(found.model, bytes) else str(found.model)
+    session = ort.InferenceSession(source, options, providers=list(providers))
+    weakref.finalize(session, held.clear)  # the session uses this memory as long as it lives
+    return session
+
+
+def _value(ort: Any, dtype: str, array: npt.NDArray[Any]) -> Any:
+    if dtype == "BF16":
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, NUMBERS["BF16"])
+    return ort.OrtValue.ortvalue_from_numpy(array)

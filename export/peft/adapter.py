@@ -1,0 +1,185 @@
+"""A low-rank delta as a PEFT LoRA adapter: the folder that `PeftModel.from_pretrained` opens.
+
+Source: Hu et al., https://arxiv.org/abs/2106.09685, in the file layout of Hugging Face PEFT. Needs
+neither torch nor PEFT.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from kilodelta.errors import InputError
+from kilodelta.export.peft.factors import Pair, exact_pair, require_low_rank, svd_pair
+from kilodelta.export.peft.folder import (
+    Plan,
+    adapter_config,
+    adapter_tensors,
+    make_plan,
+    stored_tensors,
+    write_folder,
+)
+from kilodelta.export.peft.loaded_names import naming_as_loaded
+from kilodelta.export.peft.modules import Naming
+from kilodelta.files import parallel
+from kilodelta.files.baseline import require_base
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.format.delta import Delta
+from kilodelta.format.file import load
+from kilodelta.models.layer_names import read_config
+from kilodelta.progress import Meter, Progress, silent
+
+DTYPES: Mapping[str, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+MAX_SVD = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftOptions:
+    """How an adapter is written.
+
+    Args:
+        dtype: of the factors: fp32, fp16 or bf16.
+        svd: truncate every update to this rank; nothing keeps them exact.
+        prefix: what the adapted model puts before the base's names, such as `transformer`.
+        embeddings: globs of the weights of Embedding modules, where their names do not tell.
+        as_loaded: name modules as transformers does once it has loaded the base, which can differ
+            from its files, and learn from it what they are. Needs torch and transformers.
+        own_ranks: each target with its own rank (`rank_pattern`) instead of zeros up to one rank.
+    """
+
+    dtype: str = "fp32"
+    svd: int | None = None
+    prefix: str = ""
+    embeddings: tuple[str, ...] = ()
+    as_loaded: bool = False
+    own_ranks: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftAdapter:
+    """What was written. Errors are relative Frobenius norms of the updates: of all together, and of
+    the target `worst`."""
+
+    path: Path
+    targets: int
+    rank: int
+    dtype: str
+    error: float
+    worst: str
+    worst_error: float
+    modules_to_save: tuple[str, ...]
+    biases: tuple[str, ...]
+    nbytes: int
+
+
+def export_peft(
+    base: str | os.PathLike[str] | Checkpoint,
+    delta: str | os.PathLike[str] | Delta,
+    out: str | os.PathLike[str],
+    options: PeftOptions | None = None,
+    *,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> PeftAdapter:
+    """Write a delta as the folder of a PEFT LoRA adapter.
+
+    Raises:
+        BaseMismatchError: `base` is another model.
+        ExportError: the update has no low rank, or a tensor has no place in an adapter.
+        InputError: an option makes no sense.
+        OutputError: `out` holds something, or cannot be written.
+    """
+    chosen = options or PeftOptions()
+    _check(chosen)
+    checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
+    found = delta if isinstance(delta, Delta) else load(delta)
+    require_base(checkpoint, found.manifest.base, threads=threads, progress=progress)
+    bound = found.bind(checkpoint)
+    plan = make_plan(bound, checkpoint, _naming(chosen, checkpoint))
+    if chosen.svd is None:
+        require_low_rank(bound)
+    pairs = _pairs(bound, chosen, threads, progress)
+    tensors, ranks = adapter_tensors(plan, pairs, DTYPES[chosen.dtype], own_ranks=chosen.own_ranks)
+    tensors |= stored_tensors(plan.whole, bound, checkpoint)
+    config = adapter_config(plan, ranks, bound.manifest.base.name)
+    nbytes = write_folder(Path(out), config, tensors)
+    return _summary(Path(out), pairs, plan, max(ranks.values()), chosen, nbytes)
+
+
+def _check(options: PeftOptions) -> None:
+    if options.dtype not in DTYPES:
+        raise InputError(
+            f"adapters are not written in {options.dtype!r}", fix=f"choose one of {list(DTYPES)}"
+        )
+    if options.svd is not None and not 1 <= options.svd <= MAX_SVD:
+        raise InputError(f"rank {options.svd} makes no sense", fix=f"choose 1 to {MAX_SVD}")
+    if options.as_loaded and (options.prefix or options.embeddings):
+        raise InputError(
+            "names are taken from the loaded model or from the options, not from both",
+            fix="leave --prefix and --embedding away beside --as-loaded",
+        )
+    if options.prefix.endswith("."):
+        raise InputError(
+            f"the prefix {options.prefix!r} ends in a dot", fix=f"--prefix {options.prefix[:-1]}"
+        )
+
+
+def _naming(options: PeftOptions, checkpoint: Checkpoint) -> Naming:
+    if options.as_loaded:
+        return naming_as_loaded(checkpoint)
+    return Naming(
+        prefix=options.prefix, embeddings=options.embeddings, config=read_config(checkpoint)
+    )
+
+
+def _pairs(
+    delta: Delta, options: PeftOptions, threads: int | None, progress: Progress
+) -> dict[str, Pair]:
+    names, dtype = list(delta.targets), DTYPES[options.dtype]
+    make = (
+        partial(exact_pair, dtype=dtype)
+        if options.svd is None
+        else partial(svd_pair, rank=options.svd, dtype=dtype)
+    )
+    meter = Meter("factors", len(names), "tensors", progress)
+
+    def one(name: str) -> Pair:
+        pair = make(delta, name)
+        meter.add(1)
+        return pair
+
+    found = parallel.run(
+        one, names, meter, weight=lambda name: delta.target(name).stored[1], threads=threads
+    )
+    return dict(zip(names, found, strict=True))
+
+
+def _summary(
+    out: Path,
+    pairs: Mapping[str, Pair],
+    plan: Plan,
+    rank: int,
+    options: PeftOptions,
+    nbytes: int,
+) -> PeftAdapter:
+    relative = {name: pair.error / pair.norm if pair.norm else 0.0 for name, pair in pairs.items()}
+    worst = max(relative, key=lambda name: relative[name])
+    norm = np.sqrt(sum(pair.norm**2 for pair in pairs.values()))
+    error = np.sqrt(sum(pair.error**2 for pair in pairs.values()))
+    return PeftAdapter(
+        path=out,
+        targets=len(pairs),
+        rank=rank,
+        dtype=options.dtype,
+        error=float(error / norm) if norm else 0.0,
+        worst=worst,
+        worst_error=relative[worst],
+        modules_to_save=plan.whole.modules,
+        biases=plan.whole.biases,
+        nbytes=nbytes,
+    )

@@ -1,0 +1,143 @@
+"""A target's update as the two float factors of a LoRA adapter, scale folded in, error measured.
+
+The factors of every low-rank method are integers (of a compatibility form float32), so those here
+are exact but for one rounding each: to the adapter's dtype. Between the two, each rank's scale is
+split by a power of two, so that both have entries of like size and float16 neither overflows nor
+underflows sooner than it must.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kilodelta.errors import ExportError
+from kilodelta.exact.lowrank import product_error, product_norm
+from kilodelta.export.peft.svd import truncated
+from kilodelta.files.narrow import decode, encode
+from kilodelta.format.delta import Delta
+from kilodelta.format.foreign import PeftRandLora
+from kilodelta.format.methods import RandLora
+
+Matrix = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """B (out, r) and A (r, in) as the adapter holds them, in the bits of its dtype.
+
+    `error` is the Frobenius norm of what rounding and truncation lost, `norm` the update's.
+    """
+
+    B: Matrix
+    A: Matrix
+    error: float
+    norm: float
+
+    @property
+    def rank(self) -> int:
+        return int(self.A.shape[0])
+
+
+def float_factors(delta: Delta, name: str) -> tuple[Matrix, Matrix]:
+    """float64 B and A of a low-rank update, without components that are zero."""
+    compat = delta.manifest.compat
+    if compat is None:
+        factors = delta.factors(name)
+        return _split(factors.left, factors.right, float(factors.c), factors.e)
+    target, q = delta.target(name), delta.coefficients(name)
+    left = compat.left(q, target, delta.stream, range(target.matrix[0]))
+    return _split(left, compat.right(q, target, delta.stream), compat.scaling, 0)
+
+
+def _split(left: Matrix, right: Matrix, c: float, e: int) -> tuple[Matrix, Matrix]:
+    """c 2^e left @ right as two factors of like size, rank by rank, without ranks of zeros."""
+    left, right = left.astype(np.float64), right.astype(np.float64)
+    tops = np.abs(left).max(axis=0), np.abs(right).max(axis=1)
+    used = (tops[0] > 0) & (tops[1] > 0)
+    shares = scales(tops[0][used], tops[1][used], c, e)
+    return left[:, used] * shares[0], right[used] * shares[1][:, None]
+
+
+def scales(left: Matrix, right: Matrix, c: Any, e: Any) -> tuple[Matrix, Matrix]:
+    """What to multiply two factors' components with, so that both get entries of like size.
+
+    The scale c 2^e goes to both: c to the left one, and of 2^e to each what suits it. A product
+    with c times a power of two is rounded as one with c is.
+
+    Args:
+        left, right: the largest magnitudes of their components, float64 or integers; where one is
+            zero the component is, and so are the scales.
+    """
+    used = (left > 0) & (right > 0)
+    tops = c * np.where(used, left, 1), np.where(used, right, 1)
+    shift = np.rint((e + np.log2(tops[1]) - np.log2(tops[0])) / 2).astype(np.int64)
+    return np.where(used, np.ldexp(c, shift), 0.0), np.where(used, np.ldexp(1.0, e - shift), 0.0)
+
+
+def exact_pair(delta: Delta, name: str, dtype: str) -> Pair:
+    """The update of a low-rank method, exact but for the rounding to `dtype`."""
+    B, A = float_factors(delta, name)
+    B_bits, B_found = _rounded(B, dtype, name)
+    A_bits, A_found = _rounded(A, dtype, name)
+    error = product_error((B_found, A_found), (B, A))
+    return Pair(B=B_bits, A=A_bits, error=error, norm=product_norm(B, A))
+
+
+def svd_pair(delta: Delta, name: str, rank: int, dtype: str) -> Pair:
+    """The nearest update of a rank, of any method."""
+    update = delta.update(name).astype(np.float64)
+    B, A = truncated(update, rank)
+    B_bits, B_found = _rounded(B, dtype, name)
+    A_bits, A_found = _rounded(A, dtype, name)
+    norm = float(np.linalg.norm(update))
+    update -= B_found @ A_found
+    return Pair(B=B_bits, A=A_bits, error=float(np.linalg.norm(update)), norm=norm)
+
+
+def padded(pair: Pair, rank: int) -> Pair:
+    """The same update with zero components up to a rank."""
+    more = rank - pair.rank
+    B = np.pad(pair.B, ((0, 0), (0, more)))
+    A = np.pad(pair.A, ((0, more), (0, 0)))
+    return Pair(B=B, A=A, error=pair.error, norm=pair.norm)
+
+
+def require_low_rank(delta: Delta) -> None:
+    """Refuse what is not smaller as two factors than as a matrix.
+
+    Raises:
+        ExportError: the method is of full rank, or its rank is too high for the targets.
+    """
+    method = delta.form
+    if isinstance(method, (RandLora, PeftRandLora)):
+        raise ExportError(
+            f"a {method.name} update has full rank, so no LoRA adapter of a useful rank equals it",
+            fix="--svd RANK keeps the largest part of it and says how much is lost; or merge",
+        )
+    shapes = [target.matrix for target in delta.targets.values()]
+    factors = sum(method.rank * (out + in_) for out, in_ in shapes)
+    dense = sum(out * in_ for out, in_ in shapes)
+    if factors > dense:
+        raise ExportError(
+            f"rank {method.rank} is not low for these targets: the adapter's factors would have"
+            f" {factors} entries, the weights have {dense}",
+            fix="--svd RANK with a smaller rank, which says how much is lost; or merge",
+        )
+
+
+def _rounded(values: Matrix, dtype: str, name: str) -> tuple[Matrix, Matrix]:
+    """The bits of a dtype, to nearest even, and what they stand for in float64.
+
+    Raises:
+        ExportError: a factor is beyond the dtype's range.
+    """
+    with np.errstate(over="ignore"):
+        bits = encode(values, dtype)
+    wide = decode(bits.view(np.uint8), dtype).reshape(values.shape).astype(np.float64)
+    if not np.isfinite(wide).all():
+        raise ExportError(f"the update of {name} is too large for {dtype}", fix="--dtype bf16")
+    return bits, wide

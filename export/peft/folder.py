@@ -1,0 +1,150 @@
+"""The files of a PEFT LoRA adapter: what each tensor and each module is called, and its settings.
+
+alpha equals r everywhere, and by default all targets have one rank: PEFT, vLLM and llama.cpp
+disagree on what a rank pattern does to the scale, and so there is nothing to disagree about.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kilodelta.export.peft.factors import Pair, padded
+from kilodelta.export.peft.modules import Kind, Naming, Whole, sort_extras
+from kilodelta.files import atomic, dtypes
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.safetensors import header_bytes
+from kilodelta.files.tensor import Extra
+from kilodelta.format.delta import Delta
+from kilodelta.format.targets import Target
+from kilodelta.models.layer_names import owner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Where everything goes: the targets' modules and kinds by tensor name, and the extras."""
+
+    paths: Mapping[str, str]
+    kinds: Mapping[str, Kind]
+    targets: Mapping[str, Target]
+    whole: Whole
+    modules: Sequence[str]
+    """All modules of the base that own a tensor, adapted or not."""
+
+
+def make_plan(delta: Delta, checkpoint: Checkpoint, naming: Naming) -> Plan:
+    kinds = {name: naming.kind(target) for name, target in delta.targets.items()}
+    for name, kind in kinds.items():
+        if kind is Kind.EMBEDDING:
+            naming.check_untied(name, checkpoint)
+    return Plan(
+        paths={name: naming.path(name) for name in kinds},
+        kinds=kinds,
+        targets=delta.targets,
+        whole=sort_extras(list(delta.extras), list(kinds), checkpoint, naming),
+        modules=sorted({naming.path(name) for name in checkpoint.names if owner(name)}),
+    )
+
+
+def adapter_tensors(
+    plan: Plan, pairs: Mapping[str, Pair], dtype: str, *, own_ranks: bool
+) -> tuple[dict[str, Extra], dict[str, int]]:
+    """The adapter's factors by key, and the rank of each module."""
+    top = max(1, *(pair.rank for pair in pairs.values()))
+    found: dict[str, Extra] = {}
+    ranks = {}
+    for name, pair in pairs.items():
+        rank = max(1, pair.rank) if own_ranks else top
+        ranks[plan.paths[name]] = rank
+        found |= _keyed(plan, name, padded(pair, rank), dtype)
+    return found, ranks
+
+
+def _keyed(plan: Plan, name: str, pair: Pair, dtype: str) -> dict[str, Extra]:
+    """One target's two tensors under the names, and in the shapes, of its kind of layer."""
+    kind, target, start = (
+        plan.kinds[name],
+        plan.targets[name],
+        f"base_model.model.{plan.paths[name]}",
+    )
+    A, B = pair.A, pair.B
+    if (kind in (Kind.CONV1D, Kind.EMBEDDING)) != target.transposed:
+        A, B = B.T, A.T
+    if kind is Kind.CONV:
+        A = A.reshape(pair.rank, *target.shape[1:])
+        B = B.reshape(*B.shape, *(1 for _ in target.shape[2:]))
+    if kind is Kind.EMBEDDING:
+        keys = f"{start}.lora_embedding_A", f"{start}.lora_embedding_B"
+    else:
+        keys = f"{start}.lora_A.weight", f"{start}.lora_B.weight"
+    return {key: _extra(dtype, values) for key, values in zip(keys, (A, B), strict=True)}
+
+
+def _extra(dtype: str, values: Any) -> Extra:
+    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    return Extra(dtype=dtype, shape=values.shape, data=data)
+
+
+def stored_tensors(whole: Whole, delta: Delta, checkpoint: Checkpoint) -> dict[str, Extra]:
+    """The tensors of whole modules: the delta's, and the base's beside them."""
+    found = {}
+    for name, key in whole.tensors.items():
+        if name in delta.extras:
+            found[key] = delta.extras[name]
+        else:
+            info = checkpoint.info(name)
+            found[key] = Extra(dtype=info.dtype, shape=info.shape, data=checkpoint.data(name))
+    return found
+
+
+def adapter_config(plan: Plan, ranks: Mapping[str, int], base: str) -> dict[str, Any]:
+    top = max(ranks.values())
+    own = {f"^{re.escape(path)}": rank for path, rank in sorted(ranks.items()) if rank != top}
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base or None,
+        "inference_mode": True,
+        "r": top,
+        "lora_alpha": top,
+        "rank_pattern": own,
+        "alpha_pattern": own,
+        "lora_dropout": 0.0,
+        "target_modules": _target_modules(sorted(ranks), plan.modules),
+        "fan_in_fan_out": Kind.CONV1D in plan.kinds.values(),
+        "modules_to_save": list(plan.whole.modules) or None,
+        "bias": "lora_only" if plan.whole.biases else "none",
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def _target_modules(paths: Sequence[str], modules: Sequence[str]) -> list[str] | str:
+    """The exact paths; as one expression where a path is also the ending of another module's, which
+    a list would choose too."""
+    endings = tuple("." + path for path in paths)
+    if any(module.endswith(endings) and module not in set(paths) for module in modules):
+        return "|".join(re.escape(path) for path in paths)
+    return list(paths)
+
+
+def write_folder(out: Path, config: Mapping[str, Any], tensors: Mapping[str, Extra]) -> int:
+    order = sorted(tensors, key=lambda name: (-dtypes.BITS[tensors[name].dtype], name))
+    header = header_bytes(
+        [(name, tensors[name].dtype, tensors[name].shape) for name in order], {"format": "pt"}
+    )
+    with atomic.new_folder(out) as stage:
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (stage / "adapter_config.json").write_text(text, encoding="utf-8")
+        with (stage / "adapter_model.safetensors").open("wb") as file:
+            file.write(header)
+            for name in order:
+                file.write(tensors[name].data.data)
+    return len(header) + sum(tensor.data.size for tensor in tensors.values())

@@ -1,0 +1,75 @@
+"""What transformers calls the modules of a base once it is loaded, and what they are.
+
+transformers renames tensors while loading: a ViT's files say `encoder.layer.0.attention.attention
+.query`, its version 5 `layers.0.attention.q_proj`. PEFT passes over names that it does not find.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kilodelta.errors import require
+from kilodelta.export.peft.modules import Kind, Naming, refused
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.format.targets import Target
+from kilodelta.models.layer_names import owner
+
+_KINDS: Mapping[str, Kind] = {
+    "Linear": Kind.LINEAR,
+    "Conv1D": Kind.CONV1D,
+    "Embedding": Kind.EMBEDDING,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedNaming(Naming):
+    """Names and kinds as a loaded model has them."""
+
+    names: Mapping[str, str]
+    """The base's tensor to the model's."""
+    layers: Mapping[str, str]
+    """Module path to its class, the nearest that torch or transformers defines."""
+    shared: frozenset[str]
+    """The base's tensors that more than one module of the model holds."""
+
+    def path(self, name: str) -> str:
+        return owner(self.names.get(name, name))
+
+    def matrix_kind(self, target: Target) -> Kind:
+        layer = self.layers.get(self.path(target.name), "none")
+        if layer not in _KINDS:
+            raise refused(target.name, f"belongs to a {layer}, which PEFT cannot adapt")
+        return _KINDS[layer]
+
+    def is_tied(self, name: str, checkpoint: Checkpoint) -> bool:
+        return name in self.shared
+
+
+def naming_as_loaded(checkpoint: Checkpoint) -> LoadedNaming:
+    """Load the base with transformers and look.
+
+    Raises:
+        InputError: the base is no folder that transformers can load.
+        MissingPackageError: torch or transformers is not installed.
+    """
+    require("torch", extra="hf", why="see what transformers calls the base's modules")
+    from kilodelta.models.load import open_model
+
+    loaded = open_model(checkpoint.path)
+    places: dict[int, list[str]] = {}
+    state = loaded.module.state_dict()
+    for name, tensor in state.items():
+        places.setdefault(tensor.data_ptr(), []).append(name)
+    return LoadedNaming(
+        names=loaded.names,
+        layers={path: _class(type(m)) for path, m in loaded.module.named_modules()},
+        shared=frozenset(
+            name for name, at in loaded.names.items() if len(places[state[at].data_ptr()]) > 1
+        ),
+    )
+
+
+def _class(kind: type) -> str:
+    """The name of a class, or of the one that it refines and PEFT knows."""
+    return next((base.__name__ for base in kind.__mro__ if base.__name__ in _KINDS), kind.__name__)

@@ -1,0 +1,159 @@
+"""A base and a delta in, a folder of proved artefacts out: ONNX files, TensorRT engines, manifest.
+
+The merged model lies in a temporary folder only, and the output takes its name when all is there.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from kilodelta import __version__
+from kilodelta.errors import InputError, require
+from kilodelta.export.manifest import artefacts
+from kilodelta.export.manifest.artefacts import Artefact, DeltaFacts, Manifest, file_fact
+from kilodelta.export.merge.checkpoint import merge
+from kilodelta.export.merge.tuned import changed
+from kilodelta.export.merged_model import open_merged
+from kilodelta.export.options import SHORT as SHORT
+from kilodelta.export.options import Options as Options
+from kilodelta.export.options import short
+from kilodelta.export.out_folder import out_folder
+from kilodelta.export.precision import Maker
+from kilodelta.export.tensorrt.flavour import AUTO, choose
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.format.delta import Delta
+from kilodelta.format.file import load
+from kilodelta.format.manifest import method_options
+from kilodelta.models import locate, read_inputs
+from kilodelta.progress import Progress, silent
+
+_LIBRARIES = ("torch", "transformers", "onnxscript", "onnx-ir", "numpy", "safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What an export wrote, and how long each part took, in seconds."""
+
+    path: Path
+    manifest: Manifest
+    seconds: Mapping[str, float]
+    not_kept: tuple[str, ...]
+    """ONNX files that engines were built from, and that are gone."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            "not_kept": list(self.not_kept),
+            "manifest": artefacts.to_json(self.manifest),
+        }
+
+
+def export(
+    base: str | os.PathLike[str],
+    delta: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    options: Options | None = None,
+    progress: Progress = silent,
+) -> Exported:
+    """Merge, prove and export a fine-tune.
+
+    Args:
+        base: the model the delta was made for: a folder, a `.safetensors` file or a hub id.
+        delta: the `.kd` file.
+        out: a new folder.
+
+    Raises:
+        BaseMismatchError, ProofError: as `merge`.
+        ExportError: the model cannot be exported, or an engine not be built.
+        InputError: an option that does not make sense.
+        MissingPackageError: torch, onnxscript, transformers or TensorRT is needed.
+        OutputError: `out` holds something, or cannot be written. It is never left half done.
+    """
+    chosen, place = options or Options(), Path(out)
+    require("onnxscript", extra="onnx", why="export ONNX models")
+    trt = _trt(chosen)
+    checkpoint = Checkpoint.open(locate(os.fspath(base)))
+    found = load(delta, base=checkpoint)
+    with (
+        out_folder(place, force=chosen.force) as stage,
+        tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as work,
+    ):
+        maker = Maker(
+            options=chosen,
+            trt=trt,
+            refit=frozenset(changed(found)) if chosen.refittable else frozenset(),
+            stage=stage,
+            work=Path(work),
+            progress=progress,
+        )
+        made = _run(checkpoint, found, maker)
+        manifest = _manifest(found, Path(delta), chosen, made)
+        artefacts.write(manifest, stage)
+    gone = (
+        () if chosen.onnx else tuple(f"model.{short(d)}.onnx" for d in dict.fromkeys(chosen.dtypes))
+    )
+    return Exported(path=place, manifest=manifest, seconds=maker.seconds, not_kept=gone)
+
+
+def _trt(options: Options) -> Any:
+    """TensorRT, found and asked before any work is done; None where no engine is wanted."""
+    if options.capabilities:
+        return choose(options.flavour, options.capabilities, options.dtypes)
+    unused = options.tf32 or options.refittable or options.flavour != AUTO
+    if unused or not options.onnx:
+        raise InputError(
+            "engines were described and none was asked for" if unused else "nothing to export",
+            fix="give --tensorrt with compute capabilities, such as sm86,sm89",
+        )
+    return None
+
+
+def _run(base: Checkpoint, delta: Delta, maker: Maker) -> list[Artefact]:
+    """Merge into the maker's working folder, open the result, and make what is asked for."""
+    options = maker.options
+    merged = maker.work / ("merged" if base.path.is_dir() else "merged.safetensors")
+    with maker.timed("merge"):
+        merge(base, delta, merged, progress=maker.progress)
+    loaded = open_merged(base, merged, delta, model=options.model, config=options.config)
+    batch = read_inputs(options.inputs, loaded, limit=2)[0] if options.inputs else None
+    return [
+        artefact
+        for dtype in dict.fromkeys(options.dtypes)
+        for artefact in maker.make(loaded, batch, merged, dtype)
+    ]
+
+
+def _manifest(delta: Delta, path: Path, options: Options, made: list[Artefact]) -> Manifest:
+    known = delta.manifest
+    return Manifest(
+        tool=f"kilodelta {__version__}",
+        libraries=MappingProxyType(_versions()),
+        base_name=known.base.name,
+        base_root=known.base.root,
+        delta=DeltaFacts(
+            file=file_fact(path), method=MappingProxyType(method_options(known.method))
+        ),
+        result_root=known.result,
+        extras=tuple(delta.extras),
+        model=options.model,
+        artefacts=tuple(made),
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

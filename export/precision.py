@@ -1,0 +1,121 @@
+"""One model in one precision, written as an ONNX file and as an engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kilodelta.export.manifest.artefacts import Artefact, EngineFacts, Profile, file_fact
+from kilodelta.export.onnx.save import save
+from kilodelta.export.onnx.template import Template, export_template, fill_template
+from kilodelta.export.options import Options, short
+from kilodelta.export.tensorrt import build
+from kilodelta.export.tensorrt.profile import profile_for
+from kilodelta.models import Batch, LoadedModel
+from kilodelta.progress import Event, Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Maker:
+    """Where artefacts go, and how they are made."""
+
+    options: Options
+    trt: Any
+    """A TensorRT module, or None where no engine is wanted."""
+
+    refit: frozenset[str]
+    """Tensors that an engine may get new values for later."""
+
+    stage: Path
+    work: Path
+    """For ONNX files that are not kept."""
+
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def make(
+        self, loaded: LoadedModel, batch: Batch | None, weights: Path, dtype: str
+    ) -> list[Artefact]:
+        """Trace the model, fill it with weights, write it, and build its engine.
+
+        Raises:
+            ExportError: the model cannot be exported, or an engine not be built.
+            InputError: the profile does not fit the model.
+        """
+        template = self._trace(loaded, batch, dtype)
+        profile = profile_for(loaded, template.inputs, self.options.sizes)
+        place = self.stage if self.options.onnx else self.work
+        path = place / f"model.{short(dtype)}.onnx"
+        onnx = self._write(template, weights, path, profile)
+        made = [onnx] if self.options.onnx else []
+        if self.trt is not None:
+            made.append(self._build(template, path, onnx))
+        return made
+
+    def _trace(self, loaded: LoadedModel, batch: Batch | None, dtype: str) -> Template:
+        stage = f"trace {short(dtype)}"
+        self.progress(Event(stage=stage, done=0, total=1, unit="models"))
+        with self.timed(stage):
+            template = export_template(loaded, batch, dtype=dtype)
+        self.progress(Event(stage=stage, done=1, total=1, unit="models"))
+        return template
+
+    def _write(self, template: Template, weights: Path, path: Path, profile: Profile) -> Artefact:
+        external = self.options.external or None  # None: only where one file cannot hold them
+        with self.timed(path.name):
+            model = fill_template(template, weights)
+            files = save(model, path, external=external, progress=self.progress)
+        return _artefact("onnx", template, files, profile)
+
+    def _build(self, template: Template, source: Path, onnx: Artefact) -> Artefact:
+        options, engine = self.options, self.stage / source.with_suffix(".engine").name
+        refit = tuple(name for name in template.weights if name in self.refit)
+        with self.timed(engine.name):
+            build.build(
+                self.trt,
+                source,
+                engine,
+                capabilities=options.capabilities,
+                profile=onnx.profile,
+                tf32=options.tf32,
+                refit=refit,
+                progress=self.progress,
+            )
+        facts = EngineFacts(
+            flavour=self.trt.__name__,
+            version=self.trt.__version__,
+            capabilities=options.capabilities,
+            tf32=options.tf32,
+            refittable=refit,
+            onnx=onnx.files[0].sha256,
+        )
+        return _artefact("engine", template, (engine,), onnx.profile, facts)
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Note how long a part takes."""
+        began = time.perf_counter()
+        yield
+        self.seconds[part] = time.perf_counter() - began
+
+
+def _artefact(
+    kind: Any,
+    template: Template,
+    files: Sequence[Path],
+    profile: Profile,
+    engine: EngineFacts | None = None,
+) -> Artefact:
+    return Artefact(
+        kind=kind,
+        dtype=template.dtype,  # type: ignore[arg-type]
+        files=tuple(file_fact(path) for path in files),
+        inputs=template.inputs,
+        outputs=template.outputs,
+        profile=profile,
+        engine=engine,
+    )

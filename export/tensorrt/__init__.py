@@ -1,0 +1,1 @@
+"""Build and refit TensorRT engines, by one module for `tensorrt` and `tensorrt_rtx`."""

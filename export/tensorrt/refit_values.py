@@ -1,0 +1,62 @@
+"""What an engine's refittable weights are under a delta: merged, stored whole, or the base's."""
+
+from __future__ import annotations
+
+from kilodelta.errors import ExportError
+from kilodelta.export.merge.checkpoint import require_result
+from kilodelta.export.merge.tuned import Bytes, Tuned, changed, rounded, tuned
+from kilodelta.files import parallel
+from kilodelta.files.casting import castable
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.dtypes import nbytes
+from kilodelta.format.delta import Delta
+from kilodelta.progress import Meter, Progress
+
+
+class Values:
+    """A fine-tune's weights by name, computed and proved at once.
+
+    Args:
+        delta: bound to its base.
+        base: a checkpoint with at least the delta's targets.
+
+    Raises:
+        CheckpointError: `base` lacks a target.
+        ProofError: the merged targets are not the ones that the delta promises.
+    """
+
+    def __init__(
+        self, delta: Delta, base: Checkpoint, *, threads: int | None, progress: Progress
+    ) -> None:
+        names = changed(delta)
+        sizes = {n: base.info(n).nbytes for n in delta.targets}
+        sizes |= {n: extra.data.size for n, extra in delta.extras.items()}
+        meter = Meter("expand", sum(sizes.values()), "B", progress)
+
+        def work(name: str) -> Tuned:
+            found = tuned(delta, name, base.data)
+            meter.add(sizes[name])
+            return found
+
+        made = parallel.run(work, names, meter, weight=lambda n: sizes[n], threads=threads)
+        self._base, self._tuned = base, dict(zip(names, made, strict=True))
+        require_result(delta, {name: found.digest for name, found in self._tuned.items()})
+
+    def get(self, name: str, dtype: str, count: int) -> Bytes:
+        """A weight's raw bytes, as an engine holds it.
+
+        Raises:
+            ExportError: it does not fit the engine.
+            CheckpointError: nothing of that name is known.
+        """
+        found = self._tuned.get(name) or self._of_base(name)
+        if not castable(found.dtype, dtype) or nbytes("U8", found.shape) != count:
+            raise ExportError(
+                f"{name} is {found.dtype} {found.shape}, the engine's has {count} of {dtype}",
+                fix="give the engine of this base, or a delta without that extra tensor",
+            )
+        return rounded(name, found, dtype)
+
+    def _of_base(self, name: str) -> Tuned:
+        info = self._base.info(name)
+        return Tuned(dtype=info.dtype, shape=info.shape, data=self._base.data(name))

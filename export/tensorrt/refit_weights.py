@@ -1,0 +1,73 @@
+"""Handing weights to a TensorRT refitter, by name, until it misses none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from kilodelta.errors import ExportError
+from kilodelta.export.merge.tuned import Bytes
+from kilodelta.export.tensorrt.refit_values import Values
+
+DTYPES = MappingProxyType(
+    {
+        "FLOAT": "F32", "HALF": "F16", "BF16": "BF16", "INT64": "I64", "INT32": "I32",
+        "INT8": "I8", "UINT8": "U8", "BOOL": "BOOL",
+    }
+)  # fmt: skip
+"""TensorRT's DataType to safetensors dtype."""
+
+
+class DeviceStream(Protocol):
+    """A CUDA stream and its memory, such as `kilodelta.export.tensorrt.cuda.Stream`."""
+
+    @property
+    def address(self) -> int:
+        """The stream as the integer that other libraries take."""
+
+    def upload(self, array: Bytes) -> int:
+        """Copy an array to the device; its address there."""
+
+
+def hand_over(
+    trt: Any, refitter: Any, values: Values, names: Iterable[str], stream: DeviceStream | None
+) -> list[Bytes]:
+    """Set all of `names`, then whatever the refitter misses beside them.
+
+    Returns:
+        host memory that TensorRT reads until the refit is over.
+
+    Raises:
+        ExportError: a weight is refused, or stays missing after it was set.
+    """
+    kept: list[Bytes] = []
+    waiting, done = list(names), set[str]()
+    while waiting:
+        for name in waiting:
+            kept += _set(trt, refitter, name, values, stream)
+        done |= set(waiting)
+        waiting = list(refitter.get_missing_weights())
+        if stuck := (done | {""}) & set(waiting):
+            raise ExportError(
+                f"TensorRT goes on missing {', '.join(n or 'one without name' for n in stuck)}",
+                fix="build the engine again with these weights refittable",
+            )
+    return kept
+
+
+def _set(
+    trt: Any, refitter: Any, name: str, values: Values, stream: DeviceStream | None
+) -> list[Bytes]:
+    prototype = refitter.get_weights_prototype(name)
+    dtype = DTYPES.get(prototype.dtype.name, prototype.dtype.name)
+    data = values.get(name, dtype, prototype.size)
+    address = data.ctypes.data if stream is None else stream.upload(data)
+    place = trt.TensorLocation.HOST if stream is None else trt.TensorLocation.DEVICE
+    weights = trt.Weights(prototype.dtype, address, prototype.size)
+    if not refitter.set_named_weights(name, weights, place):
+        raise ExportError(
+            f"TensorRT refuses new values for {name}",
+            fix="build the engine again with this weight refittable",
+        )
+    return [data] if stream is None else []

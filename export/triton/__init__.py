@@ -1,0 +1,1 @@
+"""Lay an export out as a model repository of Triton Inference Server."""

@@ -1,0 +1,132 @@
+"""Bringing in what other tools trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from kilodelta import terminal
+from kilodelta.commands.shared import as_json, with_progress
+from kilodelta.errors import InputError, require
+
+_METHODS = ("nola", "randlora", "lora", "vera", "unilora")
+_FIT_RANK = 8
+
+
+@click.command("import")
+@click.argument("adapter", type=click.Path())
+@click.option("--base", required=True, type=click.Path(), help="The model it was trained on.")
+@click.option("-o", "--out", required=True, type=click.Path(), help="The .kd file to write.")
+@click.option(
+    "--bits", type=click.Choice(["4", "8", "16"]), default="8", help="Bits of a coefficient."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    help="Type of the coefficients of a compatibility form.",
+)
+@click.option(
+    "--basis-dtype",
+    type=click.Choice(["bfloat16", "float16"]),
+    help="Type in which PEFT drew its basis, where the adapter does not hold it.",
+)
+@click.option("--alpha", type=float, help="Official NOLA's alpha, where its file does not say.")
+@click.option(
+    "--drawn-on", type=click.Choice(["cpu"]), help="Where official NOLA's bases were drawn."
+)
+@click.option(
+    "--factors",
+    default="",
+    type=click.Path(),
+    help="Official NOLA's factors as a .safetensors file, where its bases were drawn on a GPU.",
+)
+@click.option("--name", default="", help="What the base is called; its folder's name by default.")
+@click.option(
+    "--requantise",
+    is_flag=True,
+    help="Into an exact integer method: a LoRA by truncated SVD, or with --inputs by distillation.",
+)
+@click.option("--method", type=click.Choice(_METHODS), help="Of --requantise.")
+@click.option("--rank", type=click.IntRange(1), help="Of --requantise.")
+@click.option("--bases", type=click.IntRange(1), help="Of --requantise.")
+@click.option("--inputs", help="Of --requantise: unlabelled inputs, as for kilodelta compress.")
+@click.option("--steps", type=click.IntRange(2), help="Of --requantise.")
+@click.option("--model", help="Of --requantise: package.module:function that builds the model.")
+@as_json
+@with_progress
+def bring(
+    adapter: str, base: str, out: str, requantise: bool, as_json: bool, progress: Any, **given: Any
+) -> Callable[[], None]:
+    """Turn an ADAPTER of HF PEFT or of the official NOLA code into a .kd file."""
+    require("torch", extra="hf", why="import an adapter")
+    from kilodelta.compress.adapters.importing import bring
+    from kilodelta.compress.adapters.options import Options
+
+    how = {key: given.pop(key) for key in _HOW}
+    options = Options(**{**given, "bits": int(given["bits"])})
+    if requantise:
+        report = _requantise(adapter, base, out, options, how, progress)
+        return lambda: terminal.show_compression(report, as_json=as_json)
+    if wrong := next((key for key in _HOW if how[key] is not None), None):
+        raise InputError(f"--{wrong} belongs to --requantise", fix="add --requantise")
+    done = bring(adapter, base, out, options=options, progress=progress)
+    return lambda: _show(done, as_json=as_json)
+
+
+_HOW = ("method", "rank", "bases", "inputs", "steps", "model")
+
+
+def _requantise(
+    adapter: str, base: str, out: str, options: Any, how: dict[str, Any], progress: Any
+) -> Any:
+    from kilodelta.compress.adapters.requantise import requantise
+    from kilodelta.compress.distill.compress import options_from
+    from kilodelta.export.merge.checkpoint import merge
+
+    inputs = how.pop("inputs")
+    if inputs is None and how["method"] is None:
+        how |= {"method": "lora", "rank": how["rank"] or _FIT_RANK}
+    chosen = {key: value for key, value in how.items() if key in ("steps", "model") and value}
+    settings = options_from(
+        budget=None,
+        method=how["method"],
+        rank=how["rank"],
+        bases=how["bases"],
+        bits=str(options.bits),
+        lr=None,
+        **chosen,
+    )
+    return requantise(
+        adapter,
+        base,
+        out,
+        merge=merge,
+        options=options,
+        how=settings,
+        inputs=inputs,
+        progress=progress,
+    )
+
+
+def _show(done: Any, *, as_json: bool) -> None:
+    if as_json:
+        terminal.print_json(done.to_json())
+        return
+    settings = ", ".join(f"{k} {v}" for k, v in done.method.items() if k != "name")
+    whole = done.nbytes["file"]
+    terminal.print_facts(
+        [
+            ("file", f"{done.path}, {terminal.size(whole)}"),
+            ("source", f"{done.source}, {terminal.size(done.adapter_bytes)}"),
+            ("method", f"{done.method['name']}: {settings}"),
+            ("targets", f"{done.targets} tensors"),
+            *(("extra", name) for name in done.extras),
+            ("error", f"{done.error:.2e} of the adapter's update"),
+            *(("bytes", f"{count:>9}  {part}") for part, count in done.nbytes.items()),
+            *(("note", note) for note in done.notes),
+            ("result", done.result),
+        ]
+    )

@@ -1,0 +1,90 @@
+"""Looking: what a file, a model or this machine is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from kilodelta import terminal
+from kilodelta.commands.shared import as_json, threads, with_progress
+
+_COMPATIBILITY = "a compatibility form: floats, its result by the ordered sum of this package alone"
+
+
+@click.command()
+@click.argument("file", type=click.Path())
+@as_json
+def inspect(file: str, as_json: bool) -> None:
+    """Say what a .kd FILE is, what it needs, and where its bytes go."""
+    from kilodelta.format.inspect import inspect
+
+    found = inspect(file)
+    if as_json:
+        terminal.print_json(found.to_json())
+        return
+    options = ", ".join(f"{k} {v}" for k, v in found.method.items() if k != "name")
+    terminal.print_facts(
+        [
+            ("file", f"{found.path}, {terminal.size(found.nbytes['file'])}"),
+            ("base", f"{found.base['name'] or 'unnamed'}, {found.base['tensors']} tensors"),
+            ("", found.base["root"]),
+            ("method", f"{found.method['name']}: {options} ({found.paper})"),
+            ("seed", found.seed),
+            ("targets", f"{found.targets['count']}: {' '.join(found.targets['include'])}"),
+            *(
+                (k, " ".join(v))
+                for k, v in found.targets.items()
+                if k != "include" and isinstance(v, tuple) and v
+            ),
+            ("coefficients", f"{found.coefficients} of {found.bits} bits"),
+            *(() if found.exact else [("exactness", _COMPATIBILITY)]),
+            *(("extra", f"{name} {kind}") for name, kind in found.extras.items()),
+            *(("probe", f"{name} {kind}") for name, kind in found.probes.items()),
+            ("result", found.result),
+            *(("made", f"{name} {value}") for name, value in found.made.items()),
+            *(("bytes", f"{count:>9}  {part}") for part, count in found.nbytes.items()),
+        ]
+    )
+
+
+@click.command()
+@click.argument("model", type=click.Path())
+@click.option("--tensors", is_flag=True, help="The digest of each tensor too.")
+@click.option("--no-cache", is_flag=True, help="Hash every byte, trust no remembered digest.")
+@threads
+@as_json
+@with_progress
+def digest(
+    model: str, tensors: bool, no_cache: bool, threads: int | None, as_json: bool, progress: Any
+) -> Callable[[], None]:
+    """Print the root of a MODEL: a .safetensors file, a Hugging Face folder or cache folder."""
+    from kilodelta.files.identity import digest
+
+    found = digest(model, cache=not no_cache, threads=threads, progress=progress)
+
+    def show() -> None:
+        if as_json:
+            listed = {"tensors": dict(found.tensors)} if tensors else {}
+            terminal.print_json({"root": found.root, "count": len(found.tensors), **listed})
+            return
+        for name, text in found.tensors.items() if tensors else ():
+            print(f"{text}  {name}")
+        print(f"{found.root}  {model}" if not tensors else f"{found.root}  (root)")
+
+    return show
+
+
+@click.command()
+@as_json
+def doctor(as_json: bool) -> None:
+    """Say what this machine can do, and the command that installs what is missing."""
+    from kilodelta.verify.environment.checks import examine
+
+    found = examine()
+    if as_json:
+        terminal.print_json(found.to_json())
+        return
+    for table in found.tables():
+        terminal.print_table(table.title, table.columns, table.rows, right=table.right)

@@ -1,0 +1,176 @@
+"""Using a delta: merged with its base, or exported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kilodelta import terminal
+from kilodelta.commands.export_adapter import adapter_options
+from kilodelta.commands.export_peft import peft_options
+from kilodelta.commands.shared import as_json, flavour, threads, with_progress
+from kilodelta.errors import require
+
+if TYPE_CHECKING:
+    from kilodelta.export.manifest.artefacts import Artefact
+    from kilodelta.export.options import Options
+    from kilodelta.export.pipeline import Exported
+    from kilodelta.export.triton.repository import Repository
+
+
+@click.command()
+@click.argument("base", type=click.Path())
+@click.argument("file", type=click.Path())
+@click.option(
+    "-o", "--out", required=True, type=click.Path(), help="A new folder, or NAME.safetensors."
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, or cuda:N.")
+@threads
+@as_json
+@with_progress
+def merge(
+    base: str, file: str, out: str, device: str, threads: int | None, as_json: bool, progress: Any
+) -> Callable[[], None]:
+    """Merge a .kd FILE into its BASE; the result's digest is proved while it is written."""
+    from kilodelta.export.merge.checkpoint import merge
+
+    done = merge(base, file, out, threads=threads, device=device, progress=progress)
+
+    def show() -> None:
+        if as_json:
+            terminal.print_json({**asdict(done), "path": str(done.path)})
+            return
+        print(
+            f"{done.path}: {done.targets} tensors merged, {done.extras} stored whole, "
+            f"{done.copied} copied, {terminal.size(done.nbytes)}"
+        )
+        print(f"result proved: {done.result}")
+        if done.left_out:
+            print(f"left out, the base's weights in other forms: {' '.join(done.left_out)}")
+
+    return show
+
+
+@click.command()
+@click.argument("base", type=click.Path())
+@click.argument("file", type=click.Path())
+@click.option("-o", "--out", required=True, type=click.Path(), help="A new folder.")
+@click.option("--onnx", is_flag=True, help="Keep the ONNX files; the default without --tensorrt.")
+@click.option("--tensorrt", metavar="SM[,SM]", help="Build engines for GPUs such as sm86,sm89.")
+@click.option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    default=["fp32"],
+    show_default=True,
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="Precision of weights and arithmetic; repeat for several.",
+)
+@click.option("--external-data", is_flag=True, help="Weights beside the ONNX file, not in it.")
+@flavour
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    metavar="AXIS=MIN,OPT,MAX",
+    help="Sizes of an axis, such as batch=1,8,32 or sequence=1,64,256; repeat.",
+)
+@click.option("--tf32", is_flag=True, help="Let engines take float32 products in TF32.")
+@click.option("--refittable", is_flag=True, help="Engines whose changed weights can be exchanged.")
+@click.option("--model", help="package.module:function that builds the module.")
+@click.option("--config", type=click.Path(), help="Folder with the tuned model's config.json.")
+@click.option("--inputs", help="A batch to trace with: .npz, .jsonl, .txt or module:function.")
+@click.option(
+    "--triton",
+    metavar="REPOSITORY",
+    help="Also serve it: the next version in this Triton model repository.",
+)
+@click.option("--force", is_flag=True, help="Replace an earlier export.")
+@as_json
+@with_progress
+@adapter_options
+@peft_options
+def export(
+    base: str,
+    file: str,
+    out: str,
+    onnx: bool,
+    tensorrt: str | None,
+    dtypes: tuple[str, ...],
+    external_data: bool,
+    profiles: tuple[str, ...],
+    triton: str | None,
+    as_json: bool,
+    progress: Any,
+    **given: Any,
+) -> Callable[[], None]:
+    """Export BASE with a .kd FILE merged in: ONNX files, TensorRT engines, and a manifest.
+
+    The merge is proved first. OUT appears when everything is there, or not at all.
+    """
+    require("torch", extra="onnx", why="export models")
+    from kilodelta.export.pipeline import SHORT, Options, export
+    from kilodelta.export.tensorrt.profile import read_sizes
+    from kilodelta.export.triton.repository import require_servable, write_repository
+
+    options = Options(
+        onnx=onnx or tensorrt is None,
+        capabilities=tuple(tensorrt.split(",")) if tensorrt is not None else (),
+        dtypes=tuple(SHORT[name] for name in dtypes),
+        external=external_data,
+        sizes=read_sizes(profiles),
+        **given,
+    )
+    if triton is not None:
+        require_servable(file, flavour=None if options.onnx else _flavour(options))
+    done = export(base, file, out, options=options, progress=progress)
+    served = None if triton is None else write_repository(done.path, triton)
+    if as_json:
+        return lambda: terminal.print_json({**done.to_json(), "triton": _triton_json(served)})
+    return lambda: _show_export(done, served)
+
+
+def _flavour(options: Options) -> str:
+    """The TensorRT that would build the engines."""
+    from kilodelta.export.tensorrt.flavour import choose
+
+    return str(choose(options.flavour, options.capabilities, options.dtypes).__name__)
+
+
+def _triton_json(served: Repository | None) -> dict[str, Any] | None:
+    return None if served is None else {**asdict(served), "path": str(served.path)}
+
+
+def _show_export(done: Exported, served: Repository | None) -> None:
+    rows = [
+        (
+            artefact.file,
+            artefact.dtype,
+            terminal.size(sum(file.nbytes for file in artefact.files)),
+            f"{done.seconds[artefact.file]:.1f} s",
+            _made_for(artefact),
+        )
+        for artefact in done.manifest.artefacts
+    ]
+    columns = ("file", "precision", "size", "made in", "for")
+    terminal.print_table(str(done.path), columns, rows, right=(2, 3))
+    facts = [("result proved", done.manifest.result_root)]
+    if done.not_kept:
+        facts.append(("not kept", f"{', '.join(done.not_kept)}; --onnx keeps them"))
+    if served is not None:
+        models = ", ".join(f"{model.name}/{model.version}" for model in served.models)
+        facts.append((f"Triton, {served.path}", models))
+    if served is not None and served.left_out:
+        facts.append(("not for Triton", f"{', '.join(served.left_out)}: TensorRT-RTX"))
+    terminal.print_facts(facts)
+
+
+def _made_for(artefact: Artefact) -> str:
+    """The GPUs of an engine, and the shapes: one where all inputs have the same."""
+    shapes = ["..".join("x".join(map(str, p)) for p in ps) for ps in artefact.profile.values()]
+    engine = artefact.engine
+    runs_on = "" if engine is None else f"{engine.flavour} {','.join(engine.capabilities)} "
+    return runs_on + " ".join(dict.fromkeys(shapes))

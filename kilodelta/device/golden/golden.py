@@ -1,0 +1,121 @@
+"""Golden values: inputs, the outputs they must give, and how far off a precision may be.
+
+A bundle holds them for its base (`base/golden.npz`); a `.kd` file may hold them for its fine-tune
+as tensors `probe.*` (docs/format.md, section 2). Both use the same names: `input.<name>`,
+`output.<name>` and, in a `.kd`, `limit.<dtype>.<output>`, float32 (relative_l2, relative_max).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kilodelta.device.golden.arrays import read_npz, write_npz
+from kilodelta.errors import DeviceError, FileError, InputError
+from kilodelta.files.dtypes import NUMPY
+from kilodelta.files.tensor import Extra, extra
+from kilodelta.format.delta import Delta
+from kilodelta.verify.parity.gate import Limit
+from kilodelta.verify.runners.runner import Arrays
+
+FILE = "golden.npz"
+INPUT, OUTPUT, LIMIT = "input.", "output.", "limit."
+_NUMPY = {kind: name for name, kind in NUMPY.items() if name in np.sctypeDict}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Golden:
+    """Inputs and the outputs they must give, float32, computed in float64 on a build machine."""
+
+    inputs: Arrays
+    outputs: Arrays
+
+
+def write(path: Path, golden: Golden) -> None:
+    """Write a bundle's golden values."""
+    write_npz(path, _flat(golden))
+
+
+def read(path: Path) -> Golden:
+    """Read a bundle's golden values.
+
+    Raises:
+        DeviceError: they are missing or damaged.
+    """
+    try:
+        return _golden(read_npz(path))
+    except InputError as problem:
+        raise DeviceError(problem.what, fix="copy the bundle to the device again") from None
+
+
+def to_probes(golden: Golden, limits: Mapping[str, Mapping[str, Limit]]) -> dict[str, Extra]:
+    """What a `.kd` file carries; `limits` by dtype, then by output."""
+    arrays = _flat(golden)
+    for dtype, outputs in limits.items():
+        for name, limit in outputs.items():
+            pair = np.array([limit.relative_l2, limit.relative_max], np.float32)
+            arrays[f"{LIMIT}{dtype}.{name}"] = pair
+    return {name: extra(array) for name, array in arrays.items()}
+
+
+def of_delta(delta: Delta) -> Golden | None:
+    """A file's own golden values, or None.
+
+    Raises:
+        FileError: its probe is of another kind.
+    """
+    if not delta.probes:
+        return None
+    found = _golden({name: _array(name, tensor) for name, tensor in delta.probes.items()})
+    if not found.inputs or not found.outputs:
+        raise FileError(
+            "the file's probe has no inputs, or no outputs",
+            fix="make the probe with kilodelta release",
+        )
+    return found
+
+
+def limits_of(delta: Delta, dtype: str) -> dict[str, Limit]:
+    """A file's limits by output in one precision; empty where it states none."""
+    prefix = f"{LIMIT}{dtype}."
+    return {
+        name.removeprefix(prefix): _limit(name, _array(name, tensor))
+        for name, tensor in delta.probes.items()
+        if name.startswith(prefix)
+    }
+
+
+def _flat(golden: Golden) -> dict[str, NDArray[Any]]:
+    inputs = {INPUT + name: array for name, array in golden.inputs.items()}
+    return inputs | {OUTPUT + name: array for name, array in golden.outputs.items()}
+
+
+def _golden(arrays: Mapping[str, NDArray[Any]]) -> Golden:
+    return Golden(inputs=_named(arrays, INPUT), outputs=_named(arrays, OUTPUT))
+
+
+def _named(arrays: Mapping[str, NDArray[Any]], prefix: str) -> Arrays:
+    return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+
+
+def _array(name: str, tensor: Extra) -> NDArray[Any]:
+    if tensor.dtype not in _NUMPY:
+        raise FileError(
+            f"probe {name!r:.80} is {tensor.dtype}, which numpy lacks",
+            fix="make the probe with kilodelta release",
+        )
+    return tensor.data.view(_NUMPY[tensor.dtype]).reshape(tensor.shape)
+
+
+def _limit(name: str, pair: NDArray[Any]) -> Limit:
+    if pair.dtype != np.float32 or pair.shape != (2,) or not np.all(pair >= 0):
+        raise FileError(
+            f"probe {name!r:.80} is not two float32 numbers from 0 on",
+            fix="make the probe with kilodelta release",
+        )
+    return Limit(relative_l2=float(pair[0]), relative_max=float(pair[1]))

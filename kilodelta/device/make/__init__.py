@@ -1,0 +1,1 @@
+"""Make device folders and releases, on a build machine with torch."""

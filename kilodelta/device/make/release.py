@@ -1,0 +1,110 @@
+"""`kilodelta release`: a `.kd` file made ready for a fleet, with a version and a probe in it.
+
+Both are covered by the file's digest. The probe holds golden inputs of the task, what the merged
+model gives on them in float64, and how far each precision may be off.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kilodelta.device.golden import golden
+from kilodelta.errors import InputError, OutputError
+from kilodelta.files.baseline import require_base
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.tensor import Extra
+from kilodelta.format.delta import Delta
+from kilodelta.format.file import load
+from kilodelta.progress import Progress, silent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Released:
+    """What was written: its bytes, its version, the precisions in which its probe tells the
+    fine-tune from the base (none without a probe)."""
+
+    path: Path
+    nbytes: int
+    version: int
+    dtypes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "path": str(self.path), "dtypes": list(self.dtypes)}
+
+
+def release(
+    base: str | os.PathLike[str],
+    file: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    version: int,
+    inputs: str | None = None,
+    rows: int = 2,
+    model: str | None = None,
+    config: str | None = None,
+    progress: Progress = silent,
+) -> Released:
+    """Write a `.kd` file with a version, and with a probe where inputs are given.
+
+    Args:
+        base: the model the file was made for.
+        file: the `.kd` file.
+        out: a new `.kd` file.
+        version: a device refuses a lower one than the highest it has had.
+        inputs: inputs of the task; the first `rows` become the probe.
+        model, config: as `kilodelta export` takes them, where the base does not say its
+            architecture.
+
+    Raises:
+        BaseMismatchError: `base` is another model.
+        InputError: the inputs do not tell the fine-tune from its base, or a negative version.
+        OutputError: `out` exists or cannot be written.
+        MissingPackageError: a probe needs torch.
+    """
+    place = Path(out)
+    if place.exists():
+        raise OutputError(f"{place} exists already", fix="give a new name, or remove this file")
+    if version < 0:
+        raise InputError(f"version {version} is negative", fix="count from 1 on")
+    delta = load(file)
+    probes: Mapping[str, Extra] = {}
+    dtypes: tuple[str, ...] = ()
+    if inputs is None:
+        require_base(Checkpoint.open(Path(base)), delta.manifest.base, progress=progress)
+    else:
+        probes, dtypes = _probe(base, delta, inputs, rows, (model, config), progress)
+    made = {**delta.manifest.made, "version": version}
+    fresh = replace(delta, manifest=replace(delta.manifest, made=made), probes=dict(probes))
+    return Released(path=place, nbytes=fresh.save(place), version=version, dtypes=dtypes)
+
+
+def _probe(
+    base: str | os.PathLike[str],
+    delta: Delta,
+    inputs: str,
+    rows: int,
+    architecture: tuple[str | None, str | None],
+    progress: Progress,
+) -> tuple[Mapping[str, Extra], tuple[str, ...]]:
+    """The probe's tensors, and the precisions in which it tells."""
+    from kilodelta.device.golden import reference
+    from kilodelta.export.manifest.facts import DTYPES
+    from kilodelta.export.merge.checkpoint import merge
+    from kilodelta.export.merged_model import open_merged
+    from kilodelta.models import locate, open_model
+
+    checkpoint = Checkpoint.open(locate(os.fspath(base)))
+    model, config = architecture
+    with tempfile.TemporaryDirectory() as work:
+        merged = Path(work) / ("merged" if checkpoint.path.is_dir() else "merged.safetensors")
+        merge(checkpoint, delta, merged, progress=progress)
+        tuned = open_merged(checkpoint, merged, delta, model=model, config=config)
+        known = reference.exact(tuned, reference.golden_inputs(tuned, inputs, rows))
+        plain = open_model(model or config or checkpoint.path, weights=checkpoint)
+        limits = reference.telling_limits(tuned, plain, known, DTYPES)
+    return golden.to_probes(known, limits), tuple(limits)

@@ -1,0 +1,1 @@
+"""Change what a device serves: admit a file, apply it, roll it back; nothing changes by halves."""

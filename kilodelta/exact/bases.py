@@ -1,0 +1,139 @@
+"""Random bases by coordinates: any slice, in any order, gives the same integers.
+
+docs/format.md, section 5. A `Stream` is one delta's seed; its methods draw slices of the bases of
+a role, on the kernels of `kilodelta.exact.philox`, which are loaded when the first is drawn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[Any]
+
+BLOCK = 128
+"""Sign bases that one Philox call serves."""
+KERNEL_SUM = 1 << 32
+"""The kernel's sums of magnitudes are 32 bits wide; coefficients that could pass them are mixed
+byte by byte, which 2^24 bases cannot."""
+
+
+class Role(IntEnum):
+    """The counter's fourth word: which random matrix of which method (format, section 5)."""
+
+    NOLA_A = 0
+    NOLA_B = 1
+    RANDLORA_A = 2
+    RANDLORA_B = 3
+    VERA_A = 4
+    VERA_B = 5
+    UNILORA_ANCHOR = 6
+    UNILORA_U = 7
+    UNILORA_V = 8
+
+
+def _philox() -> ModuleType:
+    """The kernels. numba comes with them, so they wait for the first draw."""
+    from kilodelta.exact import philox
+
+    return philox
+
+
+def _u32(*numbers: int) -> tuple[np.uint32, ...]:
+    return tuple(np.uint32(number) for number in numbers)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """All random bases of one 64-bit seed."""
+
+    seed: int
+
+    @property
+    def key(self) -> tuple[np.uint32, ...]:
+        """Low word, high word."""
+        return _u32(self.seed & 0xFFFFFFFF, self.seed >> 32)
+
+    def words(self, role: int, rows: range, columns: range, blocks: range) -> Ints:
+        """Raw Philox words, uint32 (rows, columns, blocks, 4): packed sign bases, 128 a block."""
+        out = np.empty((len(rows), len(columns), len(blocks), 4), np.uint32)
+        place = _u32(role, rows.start, columns.start, blocks.start)
+        _philox().draw(*self.key, *place, out)
+        return out
+
+    def mix(self, role: int, coefficients: Ints, rows: range, columns: range) -> Ints:
+        """sum_i q_i S_i over sign bases, int64 (rows, columns)."""
+        found: Ints = self.mix_many(role, coefficients[None], rows, columns)[0]
+        return found
+
+    def mix_many(self, role: int, coefficients: Ints, rows: range, columns: range) -> Ints:
+        """`mix` of each line of (n, k), the bases drawn once for all: int64 (n, rows, columns)."""
+        totals = np.abs(coefficients.astype(np.int64)).sum(axis=1)
+        if int(totals.max(initial=0)) >= KERNEL_SUM:
+            low = (coefficients.astype(np.int32) & 255).astype(np.int16)
+            high = ((coefficients - low) >> 8).astype(np.int16)
+            by_bytes: Ints = self.mix_many(role, low, rows, columns)
+            by_bytes += 256 * self.mix_many(role, high, rows, columns)
+            return by_bytes
+        out = np.empty((len(coefficients), len(rows), len(columns)), np.int64)
+        planes, flips = _bit_planes(coefficients)
+        place = _u32(role, rows.start, columns.start)
+        _philox().mix(*self.key, *place, planes, flips, totals, out)
+        return out
+
+    def signs(self, role: int, values: Ints, rows: range, columns: range) -> Ints:
+        """values[j, column] S_j[row, column] for sign bases j: (rows, columns, n).
+
+        `values` is (n, width) with width beyond every column asked for; its type is the result's.
+        """
+        out = np.empty((len(rows), len(columns), values.shape[0]), values.dtype)
+        place = _u32(role, rows.start, columns.start)
+        _philox().signs(*self.key, *place, np.ascontiguousarray(values), out)
+        return out
+
+    def ternary(self, role: int, sparsity: int, values: Ints, rows: range, columns: range) -> Ints:
+        """The same for ternary bases of a sparsity: (rows, columns, n)."""
+        out = np.empty((len(rows), len(columns), values.shape[0]), values.dtype)
+        place = _u32(role, rows.start, columns.start)
+        _philox().ternary(*self.key, *place, sparsity, np.ascontiguousarray(values), out)
+        return out
+
+    def sign(self, role: int, base: int, rows: range, columns: range) -> Ints:
+        """Sign basis `base` itself, int8 (rows, columns) of -1 and +1."""
+        block, bit = divmod(base, BLOCK)
+        words = self.words(role, rows, columns, range(block, block + 1))
+        drawn = (words[:, :, 0, bit // 32] >> np.uint32(bit % 32)) & np.uint32(1)
+        return (1 - 2 * drawn.astype(np.int8)).astype(np.int8)
+
+    def pick(self, role: int, target: int, theta: Ints, rows: range, columns: range) -> Ints:
+        """Uni-LoRA's signed picks from theta (k,), of theta's type: (rows, columns)."""
+        out = np.empty((len(rows), len(columns)), theta.dtype)
+        place = _u32(role, rows.start, columns.start, target)
+        _philox().pick(*self.key, *place, np.ascontiguousarray(theta), out)
+        return out
+
+
+def bit_planes(coefficients: Ints) -> tuple[Ints, Ints]:
+    """Magnitudes of (k,) as bit planes uint32 (P, blocks, 4), and the negative ones (blocks, 4)."""
+    planes, flips = _bit_planes(coefficients[None])
+    return planes[0], flips[0]
+
+
+def _bit_planes(coefficients: Ints) -> tuple[Ints, Ints]:
+    """The same of each line of (n, k): (n, P, blocks, 4) and (n, blocks, 4)."""
+    n, k = coefficients.shape
+    padded = np.zeros((n, -(-k // BLOCK) * BLOCK), np.int64)
+    padded[:, :k] = coefficients
+    sizes = np.abs(padded)
+    count = int(sizes.max(initial=0)).bit_length()
+    bits = np.empty((n, count + 1, padded.shape[1]), np.uint8)
+    bits[:, :count] = (sizes[:, None] >> np.arange(count)[:, None]) & 1
+    bits[:, count] = padded < 0
+    words = np.packbits(bits, axis=2, bitorder="little").view("<u4").astype(np.uint32)
+    stacked = words.reshape(n, count + 1, -1, 4)
+    return np.ascontiguousarray(stacked[:, :count]), np.ascontiguousarray(stacked[:, count])

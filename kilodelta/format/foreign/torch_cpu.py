@@ -1,0 +1,42 @@
+"""PyTorch's random numbers on a CPU, bit for bit, without PyTorch.
+
+Its generator is MT19937 (Matsumoto and Nishimura, 1998) seeded by the low 32 bits; a uniform number
+takes one 32-bit output and keeps its low 24 bits (`kilodelta.files.narrow` names types).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kilodelta.files.narrow import rounded
+
+Floats = npt.NDArray[Any]
+
+
+class TorchCpu:
+    """`torch.Generator("cpu").manual_seed(seed)`."""
+
+    def __init__(self, seed: int) -> None:
+        self._state = np.random.RandomState(seed & 0xFFFFFFFF)
+
+    def _units(self, count: int) -> Floats:
+        """Multiples of 2^-24 in [0, 1), float64 (count,)."""
+        words = self._state.randint(0, 1 << 32, size=count, dtype=np.uint32)
+        found: Floats = (words & np.uint32(0xFFFFFF)) * 2.0**-24
+        return found
+
+    def rand(self, shape: tuple[int, ...]) -> Floats:
+        """`torch.rand`, float32."""
+        return self._units(int(np.prod(shape))).astype(np.float32).reshape(shape)
+
+    def uniform(self, shape: tuple[int, ...], bound: float, dtype: str) -> Floats:
+        """`tensor.uniform_(-bound, bound)` of a safetensors type, as float32."""
+        low, high = np.float32(-bound), np.float32(bound)
+        units = self._units(int(np.prod(shape)))
+        wide = (units * np.float64(high - low) + np.float64(low)).astype(np.float32)
+        drawn = rounded(wide, dtype)
+        top = rounded(np.array([high]), dtype)[0]
+        return np.where(drawn == top, -drawn, drawn).reshape(shape)

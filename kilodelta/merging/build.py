@@ -1,0 +1,210 @@
+"""Making a delta in memory: coefficients in, a checked delta with its proof out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from kilodelta.errors import InputError
+from kilodelta.exact.bounds import exactness
+from kilodelta.exact.selftest import require_good_kernels
+from kilodelta.files.checkpoint import Checkpoint, in_name_order
+from kilodelta.files.identity import Identity, digest, fingerprints, root
+from kilodelta.files.tensor import Extra
+from kilodelta.format.coefficients import Floats, Group, Quantised, pack, quantise, scale_near
+from kilodelta.format.delta import Delta
+from kilodelta.format.foreign import Compat, stored
+from kilodelta.format.manifest import FLOATS, Base, Manifest
+from kilodelta.format.manifest import parse as parse_manifest
+from kilodelta.format.methods import Method
+from kilodelta.format.targets import Patterns, Target, select
+from kilodelta.merging import arithmetic
+from kilodelta.progress import Progress, silent
+
+Numbers = Quantised | Floats
+"""A group's coefficients."""
+
+FINGERPRINTED = 512
+"""Tensors up to which the manifest carries two bytes each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a delta is made of, before its coefficients: everything but the numbers."""
+
+    method: Method | Compat
+    patterns: Patterns
+    seed: int = 0
+    bits: int = 8
+    """Of an integer coefficient; of a float one, 32 or 16, with a compatibility form."""
+    name: str = ""
+    extras: Mapping[str, Extra] = field(default_factory=dict)
+    probes: Mapping[str, Extra] = field(default_factory=dict)
+    made: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+
+
+def targets(base: str | os.PathLike[str] | Checkpoint, patterns: Patterns) -> tuple[Target, ...]:
+    """The targets that patterns choose in a base.
+
+    Raises:
+        InputError: they choose none.
+    """
+    checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
+    chosen = select((checkpoint.info(name) for name in checkpoint.names), patterns)
+    if not chosen:
+        raise InputError(
+            f"no float matrix of {checkpoint.path} matches {list(patterns.include)}",
+            fix="list the tensors with kilodelta digest --tensors, and mind that case counts",
+        )
+    return chosen
+
+
+def build(
+    base: str | os.PathLike[str] | Checkpoint,
+    recipe: Recipe,
+    coefficients: Mapping[str, Mapping[str, Numbers]],
+    shared: Mapping[str, Numbers] | None = None,
+    *,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Delta:
+    """A delta from its coefficients, bound to its base, its result root computed.
+
+    Args:
+        coefficients: by target name, then by group name; integers with their scale, or plain
+            arrays for a compatibility form.
+        shared: the groups that the whole file has once, by name.
+
+    Raises:
+        InputError: a group is missing or has another shape, or the update cannot be exact.
+    """
+    require_good_kernels()
+    checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
+    layout = targets(checkpoint, recipe.patterns)
+    _check_names(layout, coefficients, recipe)
+    groups = _in_order(recipe.method, layout, coefficients, shared or {})
+    known = digest(checkpoint, threads=threads, progress=progress)
+    draft = Delta(
+        manifest=_manifest(recipe, layout, groups, known),
+        blob=np.concatenate([np.empty(0, np.uint8), *(_packed(*g, recipe.bits) for g in groups)]),
+        extras=dict(recipe.extras),
+        probes=dict(recipe.probes),
+    ).bind(checkpoint)
+    found = arithmetic.target_digests(draft, checkpoint, threads=threads, progress=progress)
+    manifest = replace(draft.manifest, result=root(found.values()))
+    parse_manifest(manifest.text())
+    return replace(draft, manifest=manifest)
+
+
+def _check_names(
+    layout: Sequence[Target],
+    coefficients: Mapping[str, Mapping[str, Numbers]],
+    recipe: Recipe,
+) -> None:
+    wrong = {target.name for target in layout} ^ set(coefficients)
+    if wrong:
+        raise InputError(
+            f"the patterns and the coefficients disagree about {min(wrong)!r}",
+            fix="give coefficients for exactly the tensors that the patterns choose",
+        )
+
+
+def _in_order(
+    method: Method | Compat,
+    layout: Sequence[Target],
+    coefficients: Mapping[str, Mapping[str, Numbers]],
+    shared: Mapping[str, Numbers],
+) -> list[tuple[Group, Numbers]]:
+    found = [(group, _take(group, shared, "the file")) for group in method.shared()]
+    for target in layout:
+        own = coefficients[target.name]
+        found += [(group, _take(group, own, target.name)) for group in method.groups(target)]
+    return found
+
+
+def _take(group: Group, found: Mapping[str, Numbers], where: str) -> Numbers:
+    if group.name not in found:
+        raise InputError(f"{where} lacks group {group.name!r}", fix=f"its shape is {group.shape}")
+    value = found[group.name]
+    shape = value.q.shape if isinstance(value, Quantised) else value.shape
+    if shape != group.shape:
+        raise InputError(
+            f"group {group.name!r} of {where} has shape {shape}",
+            fix=f"its shape must be {group.shape}",
+        )
+    return value
+
+
+def _packed(group: Group, value: Numbers, bits: int) -> Floats:
+    if isinstance(value, Quantised):
+        return pack(value.q, bits)
+    return stored.pack(value, group.dtype or FLOATS[bits])
+
+
+def _manifest(
+    recipe: Recipe,
+    layout: Sequence[Target],
+    groups: Sequence[tuple[Group, Numbers]],
+    known: Identity,
+) -> Manifest:
+    return Manifest(
+        base=Base(
+            name=recipe.name,
+            root=known.root,
+            tensors=len(known.tensors),
+            fingerprints=fingerprints(known) if len(known.tensors) <= FINGERPRINTED else b"",
+        ),
+        method=recipe.method,
+        seed=recipe.seed,
+        patterns=recipe.patterns,
+        count=len(layout),
+        bits=recipe.bits,
+        scales=tuple(value.scale for _, value in groups if isinstance(value, Quantised)),
+        extras=in_name_order(recipe.extras),
+        result="sha256:" + "0" * 64,
+        made=dict(recipe.made),
+    )
+
+
+def quantise_target(
+    method: Method,
+    values: Mapping[str, Floats | float],
+    bits: int,
+    shared: Mapping[str, Quantised] | None = None,
+) -> dict[str, Quantised]:
+    """Quantise a target's groups so that its update is exact: the finest scales that allow it.
+
+    Args:
+        values: float coefficients by group, each in its group's shape; for a group without
+            coefficients (Uni-LoRA's `size`) the positive number that its scale stands for.
+        shared: the file's shared groups, already quantised.
+
+    Raises:
+        InputError: not even scales with c = 1 keep the sums below 2^53.
+    """
+    problem = ""
+    for c_max in (255, 127, 63, 31, 15, 7, 3, 1):
+        own = {name: _quantise(value, bits, c_max) for name, value in values.items()}
+        problem = update_problem(method, {**(shared or {}), **own})
+        if not problem:
+            return own
+    raise InputError(f"the update cannot be exact: {problem}", fix="use fewer bits or fewer bases")
+
+
+def _quantise(value: Floats | float, bits: int, c_max: int) -> Quantised:
+    if np.ndim(value):
+        return quantise(np.asarray(value), bits, c_max)
+    return Quantised(q=np.empty(0, np.int8), scale=scale_near(float(value), c_max))
+
+
+def update_problem(method: Method, groups: Mapping[str, Quantised]) -> str:
+    """What keeps an update of these groups from being exact; empty if nothing."""
+    chosen = [groups[name].scale for name in method.scales()]
+    c, e = 1, 0
+    for scale in chosen:
+        c, e = c * scale.c, e + scale.e
+    return exactness(c * method.bound({name: group.q for name, group in groups.items()}), e)

@@ -1,0 +1,61 @@
+"""The unit for a device, after it has proved itself there."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import lru_cache
+
+import torch
+
+from kilodelta.errors import InputError
+from kilodelta.format.methods import Method
+from kilodelta.merging.gpu.on_torch import TorchUnit
+from kilodelta.merging.gpu.selftest import is_ternary, require_good_unit
+from kilodelta.merging.gpu.unit import Unit
+
+
+def device_named(name: str) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        InputError: it is not, or kilodelta cannot merge on it.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"{name!r} is not a device", fix="cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"kilodelta does not merge on {name!r}", fix="cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        raise InputError(
+            f"torch sees {count} CUDA devices, not {name!r}",
+            fix="kilodelta doctor says what is missing; without a GPU use device cpu",
+        )
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def unit_for(device: torch.device, method: Method) -> Unit:
+    """Triton's kernels on CUDA where Triton is installed, else torch operations; self-tested.
+
+    Raises:
+        SelfTestError: the device does not reproduce the known values.
+    """
+    return _proved(device, method.name, is_ternary(method))
+
+
+@lru_cache(maxsize=64)
+def _proved(device: torch.device, method: str, ternary: bool) -> Unit:
+    unit = _unit(device)
+    require_good_unit(unit, method, ternary=ternary)
+    return unit
+
+
+def _unit(device: torch.device) -> Unit:
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from kilodelta.merging.gpu.on_triton import TritonUnit
+
+        return TritonUnit(device)
+    return TorchUnit(device)

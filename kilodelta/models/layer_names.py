@@ -1,0 +1,46 @@
+"""What names and `config.json` tell about a model's layers, without loading it.
+
+A safetensors file does not say whether a matrix belongs to a Linear, a Conv1D or an Embedding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from kilodelta.files.checkpoint import Checkpoint
+
+TABLES = frozenset({"wte", "wpe", "shared"})
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+CONV1D = frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
+"""Modules that GPT-2's relatives store as (in, out)."""
+
+
+def owner(name: str) -> str:
+    """The module path of a tensor's name; empty for a tensor of the model itself."""
+    return name.rpartition(".")[0]
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a weight is by its name the table of an Embedding."""
+    last = owner(name).rpartition(".")[2].lower()
+    return last in TABLES or ("embed" in last and not last.endswith(("_out", "proj")))
+
+
+def is_conv1d(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a weight is by its name the (in, out) matrix of a Conv1D."""
+    last = owner(name).rpartition(".")[2]
+    return config.get("model_type") in CONV1D_MODELS and last in CONV1D
+
+
+def read_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The model folder's `config.json`; empty where there is none, or no JSON object."""
+    place = checkpoint.shards[0].path.parent / "config.json"
+    if not checkpoint.path.is_dir() or not place.is_file():
+        return {}
+    try:
+        found = json.loads(place.read_bytes())
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,169 @@
+"""The front of the import: folders, names, refusals, the command, and the way to exact methods."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from click.testing import CliRunner
+
+import kilodelta
+from kilodelta.cli import main
+from kilodelta.compress.adapters.importing import bring
+from kilodelta.compress.adapters.peft import names
+from kilodelta.errors import BaseMismatchError, CheckpointError, InputError
+from tests.support import adapters, making, pico
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A pico base and a RandLora adapter of it."""
+    folder = tmp_path_factory.mktemp("case")
+    base = pico.bert(folder / "base")
+    options: dict[str, Any] = {"r": 5, "randlora_alpha": 20, "target_modules": ["query", "value"]}
+    with adapters.quiet():
+        model = adapters.wrap(base, "bert", peft.RandLoraConfig(**options))
+    return base, adapters.save(model, folder / "adapter")
+
+
+def changed(case: tuple[Path, Path], tmp_path: Path, **entries: Any) -> Path:
+    """A copy of the adapter with other entries in its configuration."""
+    folder = tmp_path / "changed"
+    shutil.copytree(case[1], folder)
+    table = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**table, **entries}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("entries", "error", "text"),
+    [
+        ({"peft_type": "BOFT"}, InputError, "peft_type 'BOFT' is not known here"),
+        ({"peft_type": None}, InputError, "peft_type 'None' is not known"),
+        ({"r": "five"}, InputError, "r is 'five'"),
+        ({"r": 0}, InputError, "r is 0"),
+        ({"target_modules": ["query"]}, BaseMismatchError, "value .*its target_modules leave out"),
+        (
+            {"target_modules": ["query", "value", "key"]},
+            BaseMismatchError,
+            r"targets encoder.layer.0.attention.self.key, but holds nothing",
+        ),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused(
+    case: tuple[Path, Path], tmp_path: Path, entries: Any, error: Any, text: str
+) -> None:
+    folder = changed(case, tmp_path, **entries)
+    with pytest.raises(error, match=text):
+        bring(folder, case[0], tmp_path / "task.kd")
+    assert not (tmp_path / "task.kd").exists()
+
+
+def test_a_wrong_base_is_named_by_its_tensor(case: tuple[Path, Path], tmp_path: Path) -> None:
+    other = making.folder(tmp_path / "other", making.model())
+    with pytest.raises(BaseMismatchError, match=r"has no tensor encoder.layer.0.*query.weight"):
+        bring(case[1], other, tmp_path / "task.kd")
+
+
+def test_a_damaged_file_is_refused(case: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = changed(case, tmp_path)
+    place = folder / "adapter_model.safetensors"
+    place.write_bytes(place.read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match="the tensors end at byte"):
+        bring(folder, case[0], tmp_path / "task.kd")
+
+
+def test_a_pickle_is_refused_with_a_reason(case: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = changed(case, tmp_path)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="a pickle: reading it could run anything"):
+        bring(folder, case[0], tmp_path / "task.kd")
+
+
+def test_no_adapter_at_all_is_a_sentence(case: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"adapter_config.json cannot be read: No such file"):
+        bring(tmp_path, case[0], tmp_path / "task.kd")
+
+
+def test_keys_that_are_none_of_pefts_are_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"'model\.weight' is no key of a PEFT adapter"):
+        names.sort_keys(["model.weight"], "LORA")
+
+
+def test_an_encoders_adapter_finds_its_tensors_below_a_head(
+    case: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base = pico.bert_classifier(tmp_path / "headed")
+    bring(case[1], base, tmp_path / "task.kd")
+    delta = kilodelta.load(tmp_path / "task.kd", base=base)
+    assert all(name.startswith("bert.encoder.layer.") for name in delta.targets)
+
+
+@pytest.mark.parametrize(
+    ("path", "targets", "expected"),
+    [
+        ("a.query", ["query"], True),
+        ("a.myquery", ["query"], False),
+        ("a.query", r".*\.query", True),
+        ("a.query.b", r".*\.query", False),
+    ],
+)
+def test_targets_are_matched_as_peft_does(path: str, targets: Any, expected: bool) -> None:
+    assert names.is_targeted(path, targets) is expected
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(main, ["import", *map(str, arguments)])
+
+
+def test_the_command(case: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = case
+    done = run(adapter, "--base", base, "-o", tmp_path / "task.kd")
+    assert done.exit_code == 0, done.output
+    assert "peft-randlora: rank 5" in done.output
+    listed = run(adapter, "--base", base, "-o", tmp_path / "again.kd", "--json", "-q")
+    assert json.loads(listed.stdout)["targets"] == 4
+    assert (tmp_path / "again.kd").read_bytes() == (tmp_path / "task.kd").read_bytes()
+    shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "task.kd")])
+    assert "a compatibility form" in shown.output
+
+
+def test_options_of_requantising_alone_are_refused(case: tuple[Path, Path], tmp_path: Path) -> None:
+    done = run(case[1], "--base", case[0], "-o", tmp_path / "task.kd", "--rank", 4)
+    assert done.exit_code == InputError.exit_code
+    assert "--rank belongs to --requantise" in done.output
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+def test_requantising_by_fit_measures_what_is_lost(
+    case: tuple[Path, Path], tmp_path: Path, rank: int
+) -> None:
+    base, adapter = case
+    options = ("--requantise", "--rank", rank, "--method", "lora", "--bits", 8, "--json", "-q")
+    done = run(adapter, "--base", base, "-o", tmp_path / "task.kd", *options)
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    # rank 16 is the full rank of these layers: nothing but int8 rounding is lost
+    assert (report["weight_error"] < 0.02) is (rank == 16)
+    assert 0 < report["weight_error"] < 1
+    delta = kilodelta.load(tmp_path / "task.kd", base=base)
+    assert kilodelta.inspect(tmp_path / "task.kd").exact
+    assert len(delta.targets) == 4
+    assert [place.name for place in tmp_path.iterdir()] == ["task.kd"]
+
+
+def test_requantising_by_distillation(case: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = case
+    (tmp_path / "texts.txt").write_text("\n".join(pico.TEXTS * 4))
+    options = ("--method", "nola", "--rank", 2, "--bases", 16, "--steps", 4, "--json", "-q")
+    done = run(
+        adapter, "--base", base, "-o", tmp_path / "task.kd", "--requantise", *options,
+        "--inputs", tmp_path / "texts.txt",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["method"]["name"] == "nola"
+    assert kilodelta.inspect(tmp_path / "task.kd").exact

@@ -1,0 +1,304 @@
+"""The official NOLA code's checkpoints in: its bases, its formula, its merge() that loses all."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import kilodelta
+from kilodelta.compress.adapters.importing import bring
+from kilodelta.compress.adapters.options import Options
+from kilodelta.errors import BaseMismatchError, CheckpointError, InputError
+from kilodelta.format.foreign.torch_cpu import TorchCpu
+from kilodelta.verify.digests.proof import prove
+from tests.support import pico
+
+RANK, BASES, ALPHA = 3, 7, 6.0
+CPU = Options(drawn_on="cpu")
+
+
+class OfficialLinear(torch.nn.Module):
+    """What the official code's factor computes, on a CPU: its formula, one torch call a step."""
+
+    def __init__(self, in_: int, out: int, *, start: bool) -> None:
+        super().__init__()
+        shape = (out, in_)
+        weight = torch.randn(shape) * 0.3 if start else torch.zeros(shape)
+        seed = torch.randint(int(1e10), (1,))
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.seed = torch.nn.Parameter(seed, requires_grad=False)
+        self.coefficients = torch.nn.Parameter(torch.randn(BASES))
+
+    def factor(self) -> torch.Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(self.seed))
+            U = torch.zeros(BASES, *self.weight.shape).uniform_(-1.0, 1.0)
+        mixed = torch.einsum("b,boi->oi", self.coefficients, U * (1.0 / math.sqrt(BASES)))
+        return (mixed + self.weight).detach()
+
+
+class Layer(torch.nn.Module):
+    """One adapted layer; `lora_B` starts at zero, but in the GPT-2 code, whose model initialises
+    every linear layer once more."""
+
+    def __init__(self, in_: int, out: int, *, start_b: bool = False) -> None:
+        super().__init__()
+        self.lora_A = OfficialLinear(in_, RANK, start=True)
+        self.lora_B = OfficialLinear(RANK, out, start=start_b)
+
+    def update(self) -> torch.Tensor:
+        return ALPHA / RANK * (self.lora_B.factor() @ self.lora_A.factor())
+
+
+def llama_case(tmp_path: Path) -> tuple[Path, dict[str, Layer], Path]:
+    """A pico LLaMA and an adapter folder as the official fork of PEFT saves it."""
+    base = pico.llama(tmp_path / "base")
+    torch.manual_seed(5)
+    tensors = load_file(base / "model.safetensors")
+    paths = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qv"]
+    layers = {p: Layer(*reversed(tensors[f"{p}.weight"].shape)) for p in paths}
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    state = {
+        f"base_model.model.{path}.{key}": value
+        for path, layer in layers.items()
+        for key, value in layer.state_dict().items()
+    }
+    torch.save(state, folder / "adapter_model.bin")
+    config = {"peft_type": "LORA", "use_nola": True, "r": RANK, "lora_alpha": ALPHA}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return base, layers, folder
+
+
+def gpt2_case(tmp_path: Path, *, mlp: bool = True) -> tuple[Path, dict[str, Layer], Path]:
+    """A pico GPT-2 and a `.pt` as the official script saves it."""
+    base = pico.gpt2(tmp_path / "base")
+    torch.manual_seed(6)
+    layers: dict[str, Layer] = {}
+    for i in range(2):
+        for part in ("nola_query", "nola_value"):
+            layers[f"transformer.h.{i}.attn.{part}"] = Layer(16, 16, start_b=True)
+        if mlp:
+            layers[f"transformer.h.{i}.mlp.p1_nola"] = Layer(16, 64, start_b=True)
+            layers[f"transformer.h.{i}.mlp.p2_nola"] = Layer(64, 16, start_b=True)
+    state = {
+        f"module.{path}.{key}": value
+        for path, layer in layers.items()
+        for key, value in layer.state_dict().items()
+    }
+    torch.save({"model_state_dict": state}, tmp_path / "model.pt")
+    return base, layers, tmp_path / "model.pt"
+
+
+@pytest.mark.parametrize("seed", [0, 9_876_543_210, 2**32 + 1])
+def test_a_cpu_basis_is_torchs_bit_for_bit(seed: int) -> None:
+    torch.manual_seed(seed)
+    theirs = torch.zeros(5, 11, 7).uniform_(-1.0, 1.0)
+    assert np.array_equal(TorchCpu(seed).uniform((5, 11, 7), 1.0, "F32"), theirs.numpy())
+
+
+def scalar_update(layer: Layer) -> Any:
+    """The official formula as plain loops over Python floats."""
+    factors = []
+    for part in (layer.lora_A, layer.lora_B):
+        rows, columns = part.weight.shape
+        U = TorchCpu(int(part.seed)).uniform((BASES, rows, columns), 1.0, "F32").tolist()
+        c, start = part.coefficients.tolist(), part.weight.tolist()
+        factors.append(
+            [
+                [
+                    start[y][x] + sum(c[i] * U[i][y][x] for i in range(BASES)) / math.sqrt(BASES)
+                    for x in range(columns)
+                ]
+                for y in range(rows)
+            ]
+        )
+    A, B = factors
+    return np.array(
+        [
+            [ALPHA / RANK * sum(B[y][p] * A[p][x] for p in range(RANK)) for x in range(len(A[0]))]
+            for y in range(len(B))
+        ]
+    )
+
+
+def tolerance(update: Any, layer: Layer) -> float:
+    """Factors rounded to float32 once here and a dozen times there (7 sums, 7 products, the
+    division and the start); the product rounds 2 r times more: under 32 roundings of 2^-24 each,
+    of sums of magnitudes that stay below r max|A| max|B| alpha / r."""
+    tops = [float(part.factor().abs().max()) + 2.0 for part in (layer.lora_A, layer.lora_B)]
+    return 32 * 2.0**-24 * ALPHA * tops[0] * tops[1]
+
+
+def test_llama_updates_are_the_official_ones(tmp_path: Path) -> None:
+    base, layers, folder = llama_case(tmp_path)
+    done = bring(folder, base, tmp_path / "task.kd", options=CPU)
+    assert done.method["name"] == "official-nola"
+    assert done.error < 1e-6
+    delta = kilodelta.load(tmp_path / "task.kd", base=base)
+    assert set(delta.targets) == {f"{path}.weight" for path in layers}
+    for path, layer in layers.items():
+        ours = delta.update(f"{path}.weight")
+        assert np.abs(ours - layer.update().numpy()).max() <= tolerance(ours, layer)
+        assert np.abs(ours - scalar_update(layer)).max() <= tolerance(ours, layer)
+
+
+def test_the_official_merge_loses_the_update_and_ours_does_not(tmp_path: Path) -> None:
+    base, layers, folder = llama_case(tmp_path)
+    before = load_file(base / "model.safetensors")
+    bring(folder, base, tmp_path / "task.kd", options=CPU)
+    kilodelta.merge(base, tmp_path / "task.kd", tmp_path / "out")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    for path, layer in layers.items():
+        name = f"{path}.weight"
+        # the official LLaMA merge(): lora_B.weight @ lora_A.weight, and lora_B.weight is zero
+        official = before[name] + ALPHA / RANK * (layer.lora_B.weight @ layer.lora_A.weight)
+        assert torch.equal(official, before[name])
+        wanted = before[name] + layer.update()
+        assert (wanted - before[name]).abs().max() > 0.1
+        assert (after[name] - wanted).abs().max() <= tolerance(wanted, layer) + 2.0**-21
+    assert prove(base, tmp_path / "task.kd", tmp_path / "out").targets == 4
+
+
+@pytest.mark.parametrize("mlp", [True, False])
+def test_gpt2_updates_query_and_value_of_the_fused_layer(tmp_path: Path, mlp: bool) -> None:
+    base, layers, file = gpt2_case(tmp_path, mlp=mlp)
+    bring(file, base, tmp_path / "task.kd", options=Options(drawn_on="cpu", alpha=ALPHA))
+    kilodelta.merge(base, tmp_path / "task.kd", tmp_path / "out")
+    before, after = (load_file(f / "model.safetensors") for f in (base, tmp_path / "out"))
+    front = "" if "h.0.attn.c_attn.weight" in before else "transformer."
+    for i in range(2):
+        fused = f"{front}h.{i}.attn.c_attn.weight"
+        query, key, value = torch.split((after[fused] - before[fused]).T, 16)
+        assert torch.equal(key, torch.zeros(16, 16))
+        for part, found in (("nola_query", query), ("nola_value", value)):
+            layer = layers[f"transformer.h.{i}.attn.{part}"]
+            assert (found - layer.update()).abs().max() <= tolerance(found, layer) + 2.0**-21
+        if mlp:
+            name, layer = f"{front}h.{i}.mlp.c_fc.weight", layers[f"transformer.h.{i}.mlp.p1_nola"]
+            found = (after[name] - before[name]).T
+            assert (found - layer.update()).abs().max() <= tolerance(found, layer) + 2.0**-21
+    assert prove(base, tmp_path / "task.kd", tmp_path / "out").targets == (6 if mlp else 2)
+
+
+def factors_of(layers: dict[str, Layer]) -> dict[str, torch.Tensor]:
+    return {
+        f"{path}.lora_{side}": getattr(layer, f"lora_{side}").factor().contiguous()
+        for path, layer in layers.items()
+        for side in "AB"
+    }
+
+
+@pytest.mark.parametrize("case", [llama_case, gpt2_case])
+def test_factors_from_a_gpu_become_an_exact_lora(tmp_path: Path, case: Any) -> None:
+    base, layers, path = case(tmp_path)
+    save_file(factors_of(layers), tmp_path / "factors.safetensors")
+    options = Options(factors=str(tmp_path / "factors.safetensors"), alpha=ALPHA, bits=16)
+    done = bring(path, base, tmp_path / "task.kd", options=options)
+    assert done.method["name"] == "lora"
+    assert 0 < done.error < 1e-3
+    assert kilodelta.inspect(tmp_path / "task.kd").exact
+    delta = kilodelta.load(tmp_path / "task.kd", base=base)
+    if case is llama_case:
+        for name, layer in layers.items():
+            wanted = layer.update().numpy()
+            found = delta.update(f"{name}.weight")
+            assert np.linalg.norm(found - wanted) < 1e-3 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (Options(), "does not say where its bases were drawn"),
+        (Options(factors="factors.safetensors"), "disagree about model.layers.0"),
+    ],
+)
+def test_what_a_file_cannot_say_is_asked_for(
+    tmp_path: Path, options: Options, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, layers, folder = llama_case(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    some = factors_of(layers)
+    some.pop("model.layers.0.self_attn.q_proj.lora_A")
+    save_file(some, tmp_path / "factors.safetensors")
+    with pytest.raises(InputError, match=text):
+        bring(folder, base, tmp_path / "task.kd", options=options)
+    assert not (tmp_path / "task.kd").exists()
+
+
+def test_a_checkpoint_saved_from_a_gpu_is_no_cpus(tmp_path: Path) -> None:
+    from kilodelta.compress.adapters.official_nola.checkpoint import NolaCheckpoint
+    from kilodelta.compress.adapters.official_nola.convert import _require_cpu
+
+    found = NolaCheckpoint(
+        path=Path("model.pt"), layers={}, alpha=1.0, device="cuda:0", fan_in_fan_out=False
+    )
+    with pytest.raises(InputError, match=r"saved from cuda:0: .* depend on the GPU model"):
+        _require_cpu(found, CPU)
+
+
+def test_alpha_is_asked_for(tmp_path: Path) -> None:
+    base, _, file = gpt2_case(tmp_path)
+    with pytest.raises(InputError, match="does not say alpha"):
+        bring(file, base, tmp_path / "task.kd", options=CPU)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error", "text"),
+    [
+        ("lora_B.seed", None, CheckpointError, "has no .*lora_B.seed"),
+        (
+            "lora_A.coefficients",
+            torch.zeros(2, 2),
+            CheckpointError,
+            r"coefficients is float32 \(2, 2\)",
+        ),
+        ("lora_A.coefficients", torch.zeros(5), InputError, "number of bases differs"),
+        ("lora_A.weight", torch.zeros(RANK, 9), BaseMismatchError, r"factors \(3, 9\)"),
+        ("lora_A.weight", torch.zeros(2, 16), InputError, "rank differs"),
+        ("lora_B.coefficients", torch.zeros(BASES).half(), InputError, "float16, or not finite"),
+        ("lora_B.coefficients", torch.full((BASES,), torch.inf), InputError, "or not finite"),
+    ],
+)
+def test_a_broken_checkpoint_is_refused(
+    tmp_path: Path, key: str, value: Any, error: Any, text: str
+) -> None:
+    base, _, folder = llama_case(tmp_path)
+    state = torch.load(folder / "adapter_model.bin", weights_only=True)
+    name = f"base_model.model.model.layers.1.self_attn.v_proj.{key}"
+    if value is None:
+        state.pop(name)
+    else:
+        state[name] = value
+    torch.save(state, folder / "adapter_model.bin")
+    with pytest.raises(error, match=text):
+        bring(folder, base, tmp_path / "task.kd", options=CPU)
+    assert not (tmp_path / "task.kd").exists()
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
+    import pickle
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (Path(tmp_path / "owned").touch, ())
+
+    base, _, folder = llama_case(tmp_path)
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(CheckpointError, match="cannot be read as weights"):
+        bring(folder, base, tmp_path / "task.kd", options=CPU)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_the_vit_variant_is_refused_with_a_reason(tmp_path: Path) -> None:
+    base = pico.llama(tmp_path / "base")
+    torch.save({"blocks.0.attn.q.nola_alpha": torch.ones(4)}, tmp_path / "vit.pt")
+    with pytest.raises(InputError, match="ViT variant, which keeps neither its head's bias"):
+        bring(tmp_path / "vit.pt", base, tmp_path / "task.kd", options=CPU)

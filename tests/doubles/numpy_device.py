@@ -1,0 +1,140 @@
+"""A device folder without any runtime: a linear model in numpy behind the modes' interface.
+
+What it serves is computed from the very files that an apply writes, so a mixture of two fine-tunes
+would show in its outputs.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kilodelta.device import modes
+from kilodelta.device.folder.bundle import Bundle
+from kilodelta.device.folder.places import Places
+from kilodelta.device.golden.golden import Golden
+from kilodelta.device.make.seal import seal
+from kilodelta.device.modes import interface
+from kilodelta.files import identity
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.format.delta import Delta
+from kilodelta.format.methods import Lora
+from kilodelta.format.targets import Patterns
+from kilodelta.merging import arithmetic, build
+from kilodelta.verify.parity.gate import Limit
+from tests.support.making import write
+
+PATTERNS = Patterns(include=("*.weight",), exclude=("norm*",))
+TOLERANCE = Limit(relative_l2=1e-5, relative_max=1e-5)
+BATCH = {"x": np.random.default_rng(5).normal(size=(3, 8)).astype(np.float32)}
+
+
+class Linear:
+    """y = B A x + c."""
+
+    def __init__(self, tensors: dict[str, np.ndarray[Any, Any]]) -> None:
+        self.tensors = tensors
+
+    def run(self, batch: Any) -> dict[str, np.ndarray[Any, Any]]:
+        hidden = batch["x"] @ self.tensors["a.weight"].T
+        return {"y": hidden @ self.tensors["b.weight"].T + self.tensors["norm.bias"]}
+
+
+class StandIn:
+    """Writes one file a tensor, slowly if asked, so that a kill finds it half-done."""
+
+    held = 4
+    runtime = "numpy"
+
+    def __init__(self, places: Places, bundle: Bundle) -> None:
+        self.base = Checkpoint.open(places.base / "weights.safetensors")
+
+    def build(self, delta: Delta, stage: Path) -> None:
+        for name, array in self._merged(delta).items():
+            np.save(stage / f"{name}.npy", array)
+            time.sleep(float(os.environ.get("STANDIN_PAUSE", "0")))
+
+    def open(self, folder: Path | None) -> Linear:
+        if folder is None:
+            return Linear({name: self._array(name) for name in self.base.names})
+        return Linear({name: np.load(folder / f"{name}.npy") for name in self.base.names})
+
+    def trial(self, delta: Delta) -> Linear:
+        return Linear(self._merged(delta))
+
+    def mixed(self, rows: Sequence[interface.Session]) -> interface.Session:
+        raise interface.no_slots()
+
+    def _array(self, name: str) -> np.ndarray[Any, Any]:
+        return self.base.data(name).view(np.float32).reshape(self.base.info(name).shape)
+
+    def _merged(self, delta: Delta) -> dict[str, np.ndarray[Any, Any]]:
+        found = {name: self._array(name) for name in self.base.names}
+        for name, target in delta.targets.items():
+            parts = [part.copy() for part in arithmetic.merged(delta, target, self.base.data(name))]
+            found[name] = np.concatenate(parts).view(np.float32).reshape(target.shape)
+        for name, tensor in delta.extras.items():
+            found[name] = tensor.data.view(np.float32).reshape(tensor.shape)
+        return found
+
+
+def install() -> None:
+    """Let the "patch" mode be the stand-in, in this process."""
+    modes.OPENERS["patch"] = StandIn
+
+
+def base(path: Path, seed: int = 0) -> Path:
+    """The linear model's checkpoint."""
+    rng = np.random.default_rng(seed)
+    shapes = {"a.weight": (12, 8), "b.weight": (5, 12), "norm.bias": (5,)}
+    return write(
+        path,
+        {
+            name: ("F32", shape, rng.normal(size=shape).astype("<f4").tobytes())
+            for name, shape in shapes.items()
+        },
+    )
+
+
+def folder(path: Path, source: Path, *, keep: int = 1) -> Path:
+    """A device folder that serves the base."""
+    places = Places(path)
+    places.base.mkdir(parents=True)
+    checkpoint = Checkpoint.open(source)
+    (places.base / "weights.safetensors").write_bytes(source.read_bytes())
+    known = identity.digest(checkpoint)
+    bundle = Bundle(
+        mode="patch",
+        dtype="float32",
+        runtime="onnxruntime-cpu",
+        name="test/linear",
+        root=known.root,
+        files=(),
+        limits={"y": TOLERANCE},
+        keep=keep,
+    )
+    outputs = StandIn(places, bundle).open(None).run(BATCH)
+    infos = {name: checkpoint.info(name) for name in checkpoint.names}
+    golden = Golden(inputs=BATCH, outputs=outputs)
+    seal(places, bundle, known=golden, infos=infos, identity=known)
+    return path
+
+
+def delta(source: Path, seed: int, *, version: int | None = None, **parts: Any) -> Delta:
+    """A fine-tune of the linear model; `parts` are probes and extras."""
+    rng = np.random.default_rng(seed)
+    method = Lora(rank=2)
+    numbers = {
+        target.name: build.quantise_target(
+            method, {g.name: rng.normal(size=g.shape) for g in method.groups(target)}, 8
+        )
+        for target in build.targets(source, PATTERNS)
+    }
+    made: dict[str, str | int | float | bool] = {} if version is None else {"version": version}
+    recipe = build.Recipe(method=method, patterns=PATTERNS, seed=seed, made=made, **parts)
+    return build.build(source, recipe, numbers)

@@ -1,0 +1,1 @@
+"""What tests share: small models, deltas, adapters and files, built on the spot."""

@@ -1,0 +1,115 @@
+"""Proof by digests: the base is the one named, the file is whole, the result as promised."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kilodelta.errors import ProofError
+from kilodelta.exact.selftest import require_good_kernels
+from kilodelta.files import identity
+from kilodelta.files.baseline import require_base
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.identity import Identity, digest
+from kilodelta.format.delta import Delta
+from kilodelta.format.file import load
+from kilodelta.merging import arithmetic
+from kilodelta.progress import Progress, silent
+
+SHOWN = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What was proved; every root is `sha256:<hex>`."""
+
+    base: str
+    result: str
+    targets: int
+    extras: int
+    merged: str
+    """The merged model's own root; empty where none was given."""
+
+
+def prove(
+    base: str | os.PathLike[str] | Checkpoint,
+    delta: str | os.PathLike[str] | Delta,
+    merged: str | os.PathLike[str] | Checkpoint | None = None,
+    *,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Proof:
+    """Prove base, file and result, reading every byte; no remembered digest is trusted.
+
+    The targets are computed anew and their root compared with the file's. With `merged`, that
+    model must hold exactly these targets, the file's extras, and the base's other tensors.
+
+    Raises:
+        BaseMismatchError: the base is another model.
+        FileError: the file is damaged.
+        ProofError: the result, or the merged model, differs; names the tensors.
+    """
+    require_good_kernels()
+    checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
+    found = delta if isinstance(delta, Delta) else load(delta)
+    known = require_base(
+        checkpoint, found.manifest.base, cache=False, threads=threads, progress=progress
+    )
+    bound = found.bind(checkpoint)
+    targets = arithmetic.target_digests(bound, checkpoint, threads=threads, progress=progress)
+    root = identity.root(targets.values())
+    if root != bound.manifest.result:
+        raise ProofError(
+            f"the merged targets have root {root}, the file says {bound.manifest.result}",
+            fix="the file is damaged, or its maker's machine computed wrongly: fetch it again",
+        )
+    other = ""
+    if merged is not None:
+        other = _compare(merged, expected(known, bound, targets), threads, progress)
+    return Proof(
+        base=known.root,
+        result=root,
+        targets=len(targets),
+        extras=len(bound.extras),
+        merged=other,
+    )
+
+
+def expected(known: Identity, delta: Delta, targets: Mapping[str, str]) -> Identity:
+    """The identity that the merged model must have."""
+    extras = {
+        name: identity.tensor_digest(name, tensor.dtype, tensor.shape, tensor.data)
+        for name, tensor in delta.extras.items()
+    }
+    return identity.of_digests({**known.tensors, **targets, **extras})
+
+
+def _compare(
+    merged: str | os.PathLike[str] | Checkpoint,
+    wanted: Identity,
+    threads: int | None,
+    progress: Progress,
+) -> str:
+    found = digest(merged, cache=False, threads=threads, progress=progress)
+    if found.root != wanted.root:
+        place = merged.path if isinstance(merged, Checkpoint) else merged
+        raise ProofError(
+            f"{place} is not this base with this file merged\n{_differences(found, wanted)}",
+            fix="merge again: kilodelta merge BASE FILE -o NEW",
+        )
+    return found.root
+
+
+def _differences(found: Identity, wanted: Identity) -> str:
+    ours, theirs = found.tensors, wanted.tensors
+    lines = [f"  extra: {name}" for name in ours if name not in theirs]
+    lines += [f"  missing: {name}" for name in theirs if name not in ours]
+    lines += [
+        f"  changed: {name}\n    expected {theirs[name]}\n    found    {text}"
+        for name, text in ours.items()
+        if theirs.get(name, text) != text
+    ]
+    more = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return "\n".join(lines[:SHOWN] + more)

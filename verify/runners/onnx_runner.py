@@ -1,0 +1,189 @@
+"""Running an ONNX file in ONNX Runtime, on the provider asked for and on no other."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kilodelta.errors import KiloDeltaError, MissingPackageError, ProofError, require
+from kilodelta.files import bfloat16
+from kilodelta.verify.runners.request import Request
+from kilodelta.verify.runners.runner import Arrays, Batch, UnavailableError, one_line, take
+
+# TF32 rounds float32 products to 11 bits; parity in float32 needs them whole.
+PROVIDERS: dict[str, list[Any]] = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"],
+}
+_EXTRA = {"cpu": "cpu", "cuda": "gpu"}
+_FIX = {
+    "cpu": "install ONNX Runtime again: every wheel of it has the CPU provider",
+    "cuda": "pip uninstall -y onnxruntime, then pip install 'kilodelta[gpu]'",
+}
+_DTYPES: dict[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+}
+_BFLOAT16 = "tensor(bfloat16)"
+_BFLOAT16_ONNX = 16  # TensorProto.BFLOAT16
+
+
+class OnnxRunner:
+    """ONNX Runtime on "cpu" or "cuda", with the default optimisations that users get.
+
+    `model` is the file, or the bytes of a model whose external data lies in `folder`.
+    """
+
+    def __init__(self, model: Path | bytes, *, device: str, folder: Path | None = None) -> None:
+        self.name = f"onnxruntime-{device}"
+        self._model, self._device, self._folder = model, device, folder
+        self._session: Any = None
+
+    def available(self) -> KiloDeltaError | None:
+        """None, or why no session on this provider comes about.
+
+        Raises:
+            ProofError: the file itself is not a valid model.
+        """
+        try:
+            self._session = self._session or self._open()
+        except (MissingPackageError, UnavailableError) as error:
+            return error
+        return None
+
+    def run(self, batch: Batch) -> Arrays:
+        """The outputs by name, in the file's own dtypes (bfloat16 as float32)."""
+        feeds, names = self._feeds(batch), self._outputs()
+        try:
+            values = self._session.run_with_ort_values(names, feeds)
+        except Exception as error:
+            raise ProofError(
+                f"{self.name} cannot compute these inputs: {one_line(error)}",
+                fix="export with a profile that covers these shapes",
+            ) from error
+        return {name: _array(value) for name, value in zip(names, values, strict=True)}
+
+    @contextmanager
+    def request(self, batch: Batch) -> Iterator[Request]:
+        """The batch on the device, its outputs staying there, to be computed as often as is asked.
+
+        ONNX Runtime's own CUDA graphs want a session of their own; there are none here.
+        """
+        feeds, binding = self._feeds(batch), self._session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, value)  # copies it to the device, once
+        for name in self._outputs():
+            binding.bind_output(name, self._device)
+        binding.synchronize_inputs()
+        yield Request(
+            start=lambda: self._session.run_with_iobinding(binding),
+            wait=binding.synchronize_outputs,
+        )
+
+    def _feeds(self, batch: Batch) -> dict[str, Any]:
+        unavailable = self.available()
+        if unavailable is not None:
+            raise unavailable
+        return {i.name: self._value(batch, i.name, i.type) for i in self._session.get_inputs()}
+
+    def _outputs(self) -> list[str]:
+        return [output.name for output in self._session.get_outputs()]
+
+    def _open(self) -> Any:
+        """A session, its provider asserted: ONNX Runtime falls back to the CPU without a word."""
+        ort = require("onnxruntime", extra=_EXTRA[self._device], why="run ONNX models")
+        wanted = _first(PROVIDERS[self._device])
+        if wanted not in ort.get_available_providers():
+            raise UnavailableError(
+                f"this ONNX Runtime ({ort.__version__}) has no {wanted}", fix=_FIX[self._device]
+            )
+        session = self._create(ort)
+        assert_provider(session, wanted)
+        return session
+
+    def _create(self, ort: Any) -> Any:
+        if self._device == "cuda":
+            _find_cuda(ort)
+        source = self._model if isinstance(self._model, bytes) else str(self._model)
+        try:
+            return ort.InferenceSession(
+                source, self._options(ort), providers=PROVIDERS[self._device]
+            )
+        except Exception as error:
+            if type(error).__name__ == "NotImplemented":  # no kernel for this operator and dtype
+                raise UnavailableError(
+                    f"ONNX Runtime on {self._device}: {one_line(error)}",
+                    fix="run it on CUDA or in TensorRT, or export float32 or float16",
+                ) from None
+            raise ProofError(
+                f"ONNX Runtime refuses the model: {one_line(error)}",
+                fix="export it again; `onnx.checker.check_model` may say more",
+            ) from error
+
+    def _options(self, ort: Any) -> Any:
+        options = ort.SessionOptions()
+        options.log_severity_level = 4  # what matters arrives as an exception
+        if self._folder is not None:
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(self._folder)
+            )
+        return options
+
+    def _value(self, batch: Batch, name: str, onnx_type: str) -> Any:
+        ort = require("onnxruntime", extra=_EXTRA[self._device], why="run ONNX models")
+        values = take(batch, name)
+        if onnx_type == _BFLOAT16:
+            words = bfloat16.pack(values)
+            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(words, _BFLOAT16_ONNX)
+        return ort.OrtValue.ortvalue_from_numpy(
+            np.ascontiguousarray(values, dtype=_DTYPES[onnx_type])
+        )
+
+
+def assert_provider(session: Any, wanted: str) -> None:
+    """See that a session runs where it was asked to.
+
+    Raises:
+        UnavailableError: it does not put `wanted` first.
+    """
+    got = session.get_providers()
+    if not got or got[0] != wanted:
+        raise UnavailableError(
+            f"ONNX Runtime was asked for {wanted} and took {', '.join(got) or 'nothing'}",
+            fix="`kilodelta doctor` lists what CUDA lacks; the version of cuDNN is the usual cause",
+        )
+
+
+def _first(providers: list[Any]) -> str:
+    head = providers[0]
+    return str(head[0] if isinstance(head, tuple) else head)
+
+
+def _find_cuda(ort: Any) -> None:
+    """Let ONNX Runtime find CUDA and cuDNN in pip's nvidia packages (it prints what it misses)."""
+    if hasattr(ort, "preload_dlls"):
+        with redirect_stdout(io.StringIO()):
+            ort.preload_dlls()
+
+
+def _array(value: Any) -> NDArray[Any]:
+    """An output in host memory as numpy; bfloat16, which numpy lacks, as the same float32."""
+    if value.data_type() != _BFLOAT16:
+        array: NDArray[Any] = value.numpy()
+        return array
+    words = np.empty(value.shape(), dtype=np.uint16)
+    ctypes.memmove(words.ctypes.data, value.data_ptr(), words.nbytes)
+    return bfloat16.unpack(words)
