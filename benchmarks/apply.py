@@ -379,7 +379,7 @@ _DEVICE = (
     "import kilodelta.device.serving, kilodelta.device.update.apply\n"
     "import kilodelta.device.modes.adapter, kilodelta.device.modes.patch\n"
 )
-_KERNELS = "from kilodelta.format import fused, ordered, philox, rounding\n"
+_KERNELS = "from kilodelta.exact import fused, ordered, philox, rounding\n"
 _PROVED = "from kilodelta.exact.selftest import require_good_kernels as prove; prove()\n"
 IMPORTS = {
     "import of the device side, fresh process": _DEVICE,

@@ -85,7 +85,7 @@ def plain(loaded: Any, path: Path) -> None:
 
     from kilodelta.export.onnx.trace import Positional
     from kilodelta.models import example
-    from kilodelta.models.example import axes
+    from kilodelta.models.example_inputs import axes
     from kilodelta.models.quiet import quiet
 
     shown = example(loaded)

@@ -108,12 +108,12 @@ sys.meta_path.insert(0, Refuse())
 def test_a_device_without_torch_inspects_merges_and_proves(tmp_path: Path) -> None:
     out = run(
         f"{BLOCKED}\nimport kilodelta\nfrom kilodelta.verify.digests.proof import prove\n"
-        f"from kilodelta.format import exact\n"
+        f"from kilodelta.exact import products\n"
         f"base, file = {str(GOLDEN / 'base.safetensors')!r}, {str(GOLDEN / 'randlora-8.kd')!r}\n"
         f"print(kilodelta.inspect(file).method['name'])\n"
         f"kilodelta.merge(base, file, {str(tmp_path / 'out.safetensors')!r})\n"
         f"print(prove(base, file, {str(tmp_path / 'out.safetensors')!r}).targets)\n"
-        f"print(exact._int8_unit().__name__)\n"
+        f"print(products._int8_unit().__name__)\n"
     )
     assert out.split() == ["randlora", "4", "by_float32"]
 

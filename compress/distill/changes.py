@@ -12,7 +12,7 @@ from kilodelta.errors import BaseMismatchError, InputError
 from kilodelta.files import dtypes
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.targets import matches
-from kilodelta.models.fill import tensor
+from kilodelta.models.weights import tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ from kilodelta.format.inspect import inspect
 from kilodelta.format.manifest import method_options
 from kilodelta.format.methods import Lora
 from kilodelta.models import check_spec, locate
-from kilodelta.models.fill import fill
+from kilodelta.models.weights import fill
 from kilodelta.progress import Progress, silent
 
 DEFAULTS = Options()

@@ -19,7 +19,7 @@ from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.methods import Lora, Method
 from kilodelta.format.targets import Target
 from kilodelta.models import LoadedModel
-from kilodelta.models.fill import tensor
+from kilodelta.models.weights import tensor
 
 
 def refuse_without_inputs(method: Method, targets: Mapping[str, Target]) -> None:

@@ -21,7 +21,7 @@ from kilodelta.files.tensor import Extra, extra
 from kilodelta.format.coefficients import Quantised
 from kilodelta.format.delta import Delta
 from kilodelta.merging.build import Recipe, build
-from kilodelta.models.fill import TORCH, tensor
+from kilodelta.models.weights import TORCH, tensor
 from kilodelta.progress import Progress, silent
 
 Made = Mapping[str, str | int | float | bool]

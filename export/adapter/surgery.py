@@ -12,7 +12,7 @@ import onnx_ir as ir
 from kilodelta.errors import ExportError
 from kilodelta.export.adapter.layout import INDEX, AdapterLayout, Exposed
 from kilodelta.export.adapter.sites import Site
-from kilodelta.models.example import BATCH
+from kilodelta.models.example_inputs import BATCH
 
 
 class Surgery:

@@ -24,8 +24,8 @@ from kilodelta.export.onnx.proof import claim, distinct, make_twin, require_kept
 from kilodelta.export.onnx.trace import trace
 from kilodelta.files.checkpoint import Checkpoint, in_name_order
 from kilodelta.models import Batch, LoadedModel, View, example
-from kilodelta.models.example import axes
-from kilodelta.models.fill import tensor
+from kilodelta.models.example_inputs import axes
+from kilodelta.models.weights import tensor
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kilodelta.errors import ExportError, require
 from kilodelta.models import Batch, View
-from kilodelta.models.example import BATCH, SEQUENCE
+from kilodelta.models.example_inputs import BATCH, SEQUENCE
 from kilodelta.models.quiet import quiet
 
 Axes = dict[int, str]

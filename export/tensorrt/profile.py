@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from kilodelta.errors import InputError
 from kilodelta.export.manifest.facts import Port, Profile, Shape, Sizes
 from kilodelta.models import LoadedModel
-from kilodelta.models.example import BATCH, SEQUENCE
+from kilodelta.models.example_inputs import BATCH, SEQUENCE
 
 LONGEST = 512
 """Tokens that a profile goes up to by default: activations of the largest shape take memory."""

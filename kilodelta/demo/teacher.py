@@ -18,8 +18,8 @@ from torch.nn import functional
 from kilodelta.demo.task import Texts
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.models import LoadedModel, open_model, outputs, tokenize
-from kilodelta.models.fill import tensor
 from kilodelta.models.heads import EMBEDDING
+from kilodelta.models.weights import tensor
 from kilodelta.progress import Event, Progress, silent
 
 BATCH = 32

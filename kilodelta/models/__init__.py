@@ -11,8 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kilodelta.models.example import example as example
-    from kilodelta.models.fill import fill as fill
+    from kilodelta.models.example_inputs import example as example
     from kilodelta.models.heads import Pooling as Pooling
     from kilodelta.models.heads import View as View
     from kilodelta.models.heads import counted as counted
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from kilodelta.models.load import open_model as open_model
     from kilodelta.models.loaded import LoadedModel as LoadedModel
     from kilodelta.models.loaded import outputs as outputs
+    from kilodelta.models.weights import fill as fill
 
 _WHERE = {
     "Batch": "kilodelta.models.inputs",
@@ -33,8 +33,8 @@ _WHERE = {
     "View": "kilodelta.models.heads",
     "check_spec": "kilodelta.models.inputs",
     "counted": "kilodelta.models.heads",
-    "example": "kilodelta.models.example",
-    "fill": "kilodelta.models.fill",
+    "example": "kilodelta.models.example_inputs",
+    "fill": "kilodelta.models.weights",
     "locate": "kilodelta.models.load",
     "open_model": "kilodelta.models.load",
     "outputs": "kilodelta.models.loaded",

@@ -19,11 +19,11 @@ from torch import nn
 from kilodelta.errors import CheckpointError, InputError, require
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.models import sentence
-from kilodelta.models.fill import TORCH, fill
 from kilodelta.models.loaded import LoadedModel
 from kilodelta.models.names import match, unfilled
 from kilodelta.models.quiet import quiet
 from kilodelta.models.twin import unique
+from kilodelta.models.weights import TORCH, fill
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")

@@ -11,9 +11,9 @@ from kilodelta.errors import CheckpointError, InputError
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.models import huggingface
 from kilodelta.models.entry import call_entry, is_entry
-from kilodelta.models.fill import fill
 from kilodelta.models.loaded import LoadedModel
 from kilodelta.models.names import unfilled
+from kilodelta.models.weights import fill
 
 
 def open_model(

@@ -19,7 +19,7 @@ from kilodelta.export.onnx.save import save
 from kilodelta.export.onnx.template import export_template, fill_template
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.models import example, open_model
-from kilodelta.models.fill import tensor
+from kilodelta.models.weights import tensor
 from tests.support import pico
 
 MODELS: list[Callable[[Path], Path]] = [

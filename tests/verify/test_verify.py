@@ -26,7 +26,7 @@ from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import Extra, extra
 from kilodelta.format.methods import Nola
 from kilodelta.format.targets import Patterns
-from kilodelta.models.fill import tensor
+from kilodelta.models.weights import tensor
 from tests.support import pico
 from tests.support.making import delta
 
