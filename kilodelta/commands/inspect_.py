@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -44,9 +45,16 @@ def inspect(file: str, as_json: bool) -> None:
             *(("probe", f"{name} {kind}") for name, kind in found.probes.items()),
             ("result", found.result),
             *(("made", f"{name} {value}") for name, value in found.made.items()),
+            *(("config", f"{key} {_short(value)}") for key, value in found.config.items()),
             *(("bytes", f"{count:>9}  {part}") for part, count in found.nbytes.items()),
         ]
     )
+
+
+def _short(value: object, width: int = 100) -> str:
+    """A value of a configuration as JSON, cut to one line."""
+    found = json.dumps(value, ensure_ascii=True)
+    return found if len(found) <= width else f"{found[: width - 3]}..."
 
 
 @click.command()

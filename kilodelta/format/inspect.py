@@ -33,6 +33,8 @@ class Contents:
     probes: Mapping[str, str]
     result: str
     made: Mapping[str, str | int | float | bool]
+    config: Mapping[str, Any]
+    """What the fine-tune changed in the base's `config.json`."""
     nbytes: Mapping[str, int]
 
     def to_json(self) -> dict[str, Any]:
@@ -80,6 +82,7 @@ def inspect(path: str | os.PathLike[str]) -> Contents:
         probes=_kinds(delta.probes),
         result=manifest.result,
         made=manifest.made,
+        config=manifest.config,
         nbytes=_parts(delta, place.stat().st_size),
     )
 

@@ -28,6 +28,7 @@ from kilodelta.format.fields import (
 )
 from kilodelta.format.foreign import COMPAT, Compat
 from kilodelta.format.methods import METHODS, Method, RandLora
+from kilodelta.format.model_config import parse_config
 from kilodelta.format.options import MAX_BASES as MAX_BASES
 from kilodelta.format.options import method_options as method_options
 from kilodelta.format.options import parse_method
@@ -71,6 +72,8 @@ class Manifest:
     extras: tuple[str, ...]
     result: str
     made: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What the fine-tune changed in the base's `config.json`; empty where nothing did."""
 
     @property
     def compat(self) -> Compat | None:
@@ -101,6 +104,7 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
         "extras": list(manifest.extras),
         "result": {"root": manifest.result},
         "made": dict(manifest.made),
+        **({"config": dict(manifest.config)} if manifest.config else {}),
     }
 
 
@@ -131,7 +135,7 @@ def parse(text: str) -> Manifest:
             f"the file has version {table.get('version')!r:.40}; this kilodelta reads {VERSION}",
             fix="pip install --upgrade kilodelta",
         )
-    top = keys(table, "manifest", _TOP)
+    top = keys(table, "manifest", _TOP, {"config"})
     if canonical.dumps(table) != text:
         raise fault("it is not in canonical form")
     return _parse_fields(top)
@@ -159,6 +163,7 @@ def _parse_fields(top: dict[str, Any]) -> Manifest:
         extras=_extras(top["extras"]),
         result=digest(keys(top["result"], "result", {"root"})["root"], "result.root"),
         made=_made(top["made"]),
+        config=parse_config(top["config"]) if "config" in top else {},
     )
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +46,8 @@ class Recipe:
     extras: Mapping[str, Extra] = field(default_factory=dict)
     probes: Mapping[str, Extra] = field(default_factory=dict)
     made: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What the fine-tune changed in the base's `config.json`."""
 
 
 def targets(base: str | os.PathLike[str] | Checkpoint, patterns: Patterns) -> tuple[Target, ...]:
@@ -167,6 +170,7 @@ def _manifest(
         extras=in_name_order(recipe.extras),
         result="sha256:" + "0" * 64,
         made=dict(recipe.made),
+        config=dict(recipe.config),
     )
 
 
