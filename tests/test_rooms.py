@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import pytest
 
 import kilodelta
+from tests.support.processes import BLOCKED, GOLDEN, ROOT, run
 
-ROOT = Path(__file__).parent.parent
-GOLDEN = ROOT / "tests" / "golden" / "0.1.0"
 FLOORS = {
     "files": 1,
     "exact": 2,
@@ -63,6 +61,13 @@ def test_imports_only_go_down_a_floor(room: str) -> None:
                 assert FLOORS[parts[1]] < FLOORS[room], f"{path} imports {name}, up or across"
 
 
+def test_no_test_module_imports_another() -> None:
+    """Code that a test starts in another process counts as well, so the text is searched."""
+    other = re.compile(r"(?:from|import)\s+tests(?:\.\w+)*\.test_\w+")
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not other.search(path.read_text()), f"{path} imports a test module"
+
+
 def test_torch_is_named_in_one_module_of_the_ground_floor() -> None:
     users = {path.name for path in ROOMS["exact"].rglob("*.py") if "torch" in imported(path)}
     assert users == {"products.py"}
@@ -85,24 +90,6 @@ def test_the_package_list_equals_the_disk() -> None:
     for name in ("compress", "export", "verify"):
         assert places[f"kilodelta.{name}"] == name
         assert (ROOT / "kilodelta" / name).is_symlink()
-
-
-def run(code: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT.parent
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-BLOCKED = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition('.')[0] in {'torch', 'transformers', 'onnx', 'onnxruntime', 'tensorrt'}:
-            raise ModuleNotFoundError(f'No module named {name!r}', name=name)
-sys.meta_path.insert(0, Refuse())
-"""
 
 
 def test_a_device_without_torch_inspects_merges_and_proves(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import onnxruntime
 from kilodelta.files import atomic
 from tests.doubles import refitter as fake_refit
 from tests.doubles.refitter import DataType
-from tests.verify.test_runners import FakeCuda
+from tests.doubles.tensorrt import FakeCuda
 
 KINDS = {1: DataType.FLOAT, 7: DataType.INT64, 10: DataType.HALF}
 NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64}

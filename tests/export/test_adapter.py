@@ -271,7 +271,7 @@ def test_a_fused_layer_has_the_rank_of_its_parts_together(tmp_path: Path) -> Non
     from kilodelta.compress.adapters.options import Options
     from kilodelta.export.onnx.template import export_template
     from kilodelta.models import open_model
-    from tests.compress.test_import_nola import ALPHA, gpt2_case
+    from tests.support.nola_checkpoints import ALPHA, gpt2_case
 
     path, _, file = gpt2_case(tmp_path)
     bring(file, path, tmp_path / "task.kd", options=Options(drawn_on="cpu", alpha=ALPHA))

@@ -24,7 +24,7 @@ from kilodelta.format.targets import Patterns
 from kilodelta.merging import build
 from tests.support import pico
 from tests.support.making import delta, numbers, write
-from tests.test_rooms import BLOCKED, GOLDEN, run
+from tests.support.processes import BLOCKED, GOLDEN, run
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -28,8 +28,8 @@ from kilodelta.format.delta import Delta
 from kilodelta.format.methods import Lora, Method, Nola
 from kilodelta.merging import arithmetic
 from kilodelta.merging.gpu import stream
-from kilodelta.merging.gpu.unit import TORCH
 from tests.support import making
+from tests.support.loaded import Model
 
 CPU = torch.device("cpu")
 
@@ -92,27 +92,6 @@ def test_infinity_in_a_base_is_told_as_on_the_cpu(base: Path) -> None:
         list(stream.merged(delta, target, data, CPU))
 
 
-class Model(torch.nn.Module):
-    """The tensors of a base file under their own names."""
-
-    def __init__(self, base: Path) -> None:
-        super().__init__()
-        checkpoint = Checkpoint.open(base)
-        self.tensors = {
-            name: torch.nn.Parameter(self._read(checkpoint, name), requires_grad=False)
-            for name in checkpoint.names
-        }
-
-    @staticmethod
-    def _read(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-        info = checkpoint.info(name)
-        dtype = TORCH.get(info.dtype, torch.int64)
-        return torch.from_numpy(checkpoint.data(name).copy()).view(dtype).view(info.shape)
-
-    def named_parameters(self, *_: Any, **__: Any) -> Iterator[Any]:  # names hold dots
-        return iter(self.tensors.items())
-
-
 def test_merging_in_place_equals_the_merged_file(base: Path, tmp_path: Path) -> None:
     head = extra(np.arange(9, dtype=np.float32))
     delta = making.delta(base, Nola(rank=3, bases=130), extras={"norm.bias": head}).bind(base)
@@ -151,7 +130,7 @@ from pathlib import Path
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from tests.support import making
-from tests.merging.test_gpu_merge import Model
+from tests.support.loaded import Model
 from kilodelta.export.merge.in_place import merge_into
 from kilodelta.format.methods import Nola, RandLora
 base, store, rank = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])

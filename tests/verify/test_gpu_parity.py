@@ -226,7 +226,7 @@ def test_a_runtime_without_graphs_says_nothing_of_them() -> None:
 
 def test_onnx_runtime_computes_bound_inputs_again_and_again() -> None:
     """What a request computes is what `run` gives, though inputs are bound once."""
-    from tests.verify.test_runners import LINEAR_X, linear_model
+    from tests.support.linear import LINEAR_X, linear_model
 
     runner = OnnxRunner(linear_model("float32"), device="cpu")
     wanted = runner.run({"x": LINEAR_X})["y"]
