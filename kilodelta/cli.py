@@ -9,7 +9,17 @@ from typing import Any
 import click
 
 from kilodelta import __version__, terminal
-from kilodelta.commands import compress, demo, device, import_, inspect_, merge_export, verify
+from kilodelta.commands import (
+    compress,
+    demo,
+    device,
+    export_adapter,
+    export_peft,
+    import_,
+    inspect_,
+    merge_export,
+    verify,
+)
 from kilodelta.errors import KiloDeltaError
 
 
@@ -47,6 +57,8 @@ for _command in (
     import_.bring,
     merge_export.merge,
     merge_export.export,
+    export_peft.export_peft,
+    export_adapter.export_adapter,
     verify.verify,
     demo.demo,
     device.bundle,

@@ -34,7 +34,7 @@ from kilodelta.format.file import load
 from kilodelta.models.layer_names import read_config
 from kilodelta.progress import Meter, Progress, silent
 
-DTYPES: Mapping[str, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+DTYPES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 MAX_SVD = 4096
 
 
@@ -43,7 +43,7 @@ class PeftOptions:
     """How an adapter is written.
 
     Args:
-        dtype: of the factors: fp32, fp16 or bf16.
+        dtype: of the factors: float32, float16 or bfloat16.
         svd: truncate every update to this rank; nothing keeps them exact.
         prefix: what the adapted model puts before the base's names, such as `transformer`.
         embeddings: globs of the weights of Embedding modules, where their names do not tell.
@@ -52,7 +52,7 @@ class PeftOptions:
         own_ranks: each target with its own rank (`rank_pattern`) instead of zeros up to one rank.
     """
 
-    dtype: str = "fp32"
+    dtype: str = "float32"
     svd: int | None = None
     prefix: str = ""
     embeddings: tuple[str, ...] = ()

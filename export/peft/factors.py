@@ -139,5 +139,7 @@ def _rounded(values: Matrix, dtype: str, name: str) -> tuple[Matrix, Matrix]:
         bits = encode(values, dtype)
     wide = decode(bits.view(np.uint8), dtype).reshape(values.shape).astype(np.float64)
     if not np.isfinite(wide).all():
-        raise ExportError(f"the update of {name} is too large for {dtype}", fix="--dtype bf16")
+        raise ExportError(
+            f"the update of {name} is too large for {dtype}", fix="--dtype bf16 (bfloat16)"
+        )
     return bits, wide

@@ -1,72 +1,69 @@
-"""`kilodelta export --adapter`: its options, and what is shown of the folder."""
+"""`kilodelta export-adapter`: ONNX Runtime's own adapter files beside one graph of the base."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.export_peft import refuse_others
-from kilodelta.errors import InputError
+from kilodelta.commands.shared import as_json, with_progress
 
 if TYPE_CHECKING:
     from kilodelta.export.adapter.folder import AdapterFolder
 
-F = TypeVar("F", bound=Callable[..., Any])
 
-_OPTIONS = (
-    click.option(
-        "--adapter",
-        is_flag=True,
-        help="The base's graph and an .onnx_adapter file instead; into the same OUT for the next.",
-    ),
-    click.option(
-        "--rank", type=click.IntRange(1), help="Of its graph: the highest rank; 8 by default."
-    ),
-    click.option(
-        "--targets", multiple=True, help="Of its graph: globs of weights to expose; all layers."
-    ),
+@click.command("export-adapter")
+@click.argument("base", type=click.Path())
+@click.argument("file", type=click.Path())
+@click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(),
+    help="A new folder, or one that this command made for the same base.",
 )
+@click.option(
+    "--dtype",
+    default="fp32",
+    show_default=True,
+    type=click.Choice(["fp32", "fp16"]),
+    help="Precision of the graph and the factors.",
+)
+@click.option(
+    "--rank", type=click.IntRange(1), default=8, show_default=True, help="Highest rank of a file."
+)
+@click.option("--targets", multiple=True, help="Glob of weights to expose; repeat. All layers.")
+@click.option("--model", help="package.module:function that builds the module.")
+@click.option("--inputs", help="A batch to trace with: .npz, .jsonl, .txt or module:function.")
+@as_json
+@with_progress
+def export_adapter(
+    base: str,
+    file: str,
+    out: str,
+    dtype: str,
+    rank: int,
+    targets: tuple[str, ...],
+    model: str | None,
+    inputs: str | None,
+    as_json: bool,
+    progress: Any,
+) -> Callable[[], None]:
+    """Write a .kd FILE as an .onnx_adapter file beside the ONNX graph of its BASE.
 
-
-def adapter_options(function: F) -> F:
-    """Add `--adapter` and its companions to the export command, which never sees them."""
-
-    @functools.wraps(function)
-    def wrapped(
-        *args: Any, adapter: bool, rank: int | None, targets: tuple[str, ...], **given: Any
-    ) -> Any:
-        if adapter:
-            return _run(given, rank, targets)
-        if rank or targets:
-            name = "rank" if rank else "targets"
-            raise InputError(f"--{name} is an option of adapter files", fix="add --adapter")
-        return function(*args, **given)
-
-    for option in reversed(_OPTIONS):
-        wrapped = option(wrapped)
-    return wrapped  # type: ignore[return-value]
-
-
-def _run(given: dict[str, Any], rank: int | None, targets: tuple[str, ...]) -> Callable[[], None]:
+    The first call makes the graph, for which --dtype, --rank, --targets, --model and --inputs are;
+    each further file into the same OUT adds one adapter and needs no torch.
+    """
     from kilodelta.export.adapter.folder import AdapterOptions, export_adapter
     from kilodelta.export.options import SHORT
 
-    refuse_others(given, "adapter", ("peft", "config", "force"))
     options = AdapterOptions(
-        dtype=SHORT[given["dtypes"][0]],
-        rank=rank or AdapterOptions.rank,
-        include=targets,
-        model=given["model"],
-        inputs=given["inputs"],
+        dtype=SHORT[dtype], rank=rank, include=targets, model=model, inputs=inputs
     )
-    done = export_adapter(
-        given["base"], given["file"], given["out"], options, progress=given["progress"]
-    )
-    if given["as_json"]:
+    done = export_adapter(base, file, out, options, progress=progress)
+    if as_json:
         return lambda: terminal.print_json(dict(done.to_json()))
     return lambda: _show(done)
 

@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.export_adapter import adapter_options
-from kilodelta.commands.export_peft import peft_options
 from kilodelta.commands.shared import as_json, flavour, threads, with_progress
-from kilodelta.errors import require
+from kilodelta.errors import InputError, require
 
 if TYPE_CHECKING:
     from kilodelta.export.manifest.artefacts import Artefact
@@ -54,7 +52,22 @@ def merge(
     return show
 
 
-@click.command()
+_MOVED = {"--peft": "export-peft", "--adapter": "export-adapter"}
+"""Flags of `export` in version 0.1 that are commands now."""
+
+
+class _Export(click.Command):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Answer the old spelling by the new one, before its other options are looked at."""
+        for flag, command in _MOVED.items():
+            if flag in args:
+                raise InputError(
+                    f"export {flag} is a command now", fix=f"kilodelta {command} BASE FILE -o OUT"
+                )
+        return super().parse_args(ctx, args)
+
+
+@click.command(cls=_Export)
 @click.argument("base", type=click.Path())
 @click.argument("file", type=click.Path())
 @click.option("-o", "--out", required=True, type=click.Path(), help="A new folder.")
@@ -91,8 +104,6 @@ def merge(
 @click.option("--force", is_flag=True, help="Replace an earlier export.")
 @as_json
 @with_progress
-@adapter_options
-@peft_options
 def export(
     base: str,
     file: str,

@@ -26,9 +26,9 @@ from kilodelta.errors import (
     ProofError,
 )
 from kilodelta.export.merge.checkpoint import merge
-from kilodelta.export.patch.make_map import make_map, write_rest
-from kilodelta.export.patch.map import PatchMap, read_map, write_map
-from kilodelta.export.patch.rewrite import patch
+from kilodelta.export.patching.make_map import make_map, write_rest
+from kilodelta.export.patching.map import PatchMap, read_map, write_map
+from kilodelta.export.patching.rewrite import patch
 from kilodelta.files.casting import cast
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import Extra
@@ -479,8 +479,8 @@ def test_a_device_without_torch_and_onnx_makes_the_map_and_patches(
     model, delta, _ = ready
     delta.save(tmp_path / "task.kd")
     code = (
-        f"{BLOCKED}\nfrom kilodelta.export.patch.rewrite import patch\n"
-        "from kilodelta.export.patch.make_map import make_map\n"
+        f"{BLOCKED}\nfrom kilodelta.export.patching.rewrite import patch\n"
+        "from kilodelta.export.patching.make_map import make_map\n"
         f"places = make_map({str(model)!r}, {str(base)!r})\n"
         f"done = patch({str(model)!r}, {str(tmp_path / 'task.kd')!r}, "
         f"{str(tmp_path / 't.onnx')!r}, places=places)\nprint(done.result)\n"

@@ -22,9 +22,9 @@ from kilodelta.errors import ExportError
 from kilodelta.export.merge.checkpoint import merge
 from kilodelta.export.onnx.save import save
 from kilodelta.export.onnx.template import Template, export_template, fill_template
-from kilodelta.export.patch.make_map import make_map, write_rest
-from kilodelta.export.patch.rewrite import patch
-from kilodelta.export.patch.session import open_patched
+from kilodelta.export.patching.make_map import make_map, write_rest
+from kilodelta.export.patching.rewrite import patch
+from kilodelta.export.patching.session import open_patched
 from kilodelta.format.delta import Delta
 from kilodelta.format.methods import Nola
 from kilodelta.format.targets import Patterns

@@ -173,16 +173,15 @@ def test_an_update_of_zero_is_an_adapter_of_zeros(tmp_path: Path) -> None:
     assert all(torch.equal(merged[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize(("dtype", "unit"), [("fp16", 2.0**-11), ("bf16", 2.0**-8)])
+@pytest.mark.parametrize(("dtype", "unit"), [("float16", 2.0**-11), ("bfloat16", 2.0**-8)])
 def test_narrow_factors_lose_what_the_result_says(dtype: str, unit: float, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     base = pico.bert(tmp_path / "base")
     made = delta(base, Nola(rank=3, bases=130), patterns=Patterns(include=("*.query.weight",)))
     done = export_peft(base, made, tmp_path / "lora", PeftOptions(dtype=dtype))
-    long = {"fp16": "float16", "bf16": "bfloat16"}
     tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
-    assert {str(tensor.dtype) for tensor in tensors.values()} == {f"torch.{long[dtype]}"}
+    assert {str(tensor.dtype) for tensor in tensors.values()} == {f"torch.{dtype}"}
     missed = whole = 0.0
     for name in made.targets:
         start = "base_model.model." + name.removesuffix(".weight")
@@ -202,7 +201,7 @@ def test_factors_are_balanced_so_that_float16_does_not_underflow(tmp_path: Path)
     B, A = float_factors(made, "w.weight")
     assert np.allclose(B @ A, made.update("w.weight"), rtol=1e-15)
     assert 0.5 <= np.abs(B).max() / np.abs(A).max() <= 2
-    assert export_peft(base, made, tmp_path / "lora", PeftOptions(dtype="fp16")).error < 1e-3
+    assert export_peft(base, made, tmp_path / "lora", PeftOptions(dtype="float16")).error < 1e-3
 
 
 def test_heads_norms_and_biases_travel(tmp_path: Path) -> None:
@@ -465,26 +464,33 @@ def test_the_command_writes_an_adapter_and_says_what_it_lost(tmp_path: Path) -> 
     from kilodelta.cli import main
 
     def invoke(*options: str) -> Any:
-        given = ["export", str(base), str(tmp_path / "task.kd"), "-o", str(tmp_path / "lora")]
+        given = ["export-peft", str(base), str(tmp_path / "task.kd"), "-o", str(tmp_path / "lora")]
         return CliRunner().invoke(main, [*given, *options])
 
     base = pico.bert(tmp_path / "base")
     delta(base, RandLora(rank=5), patterns=Patterns(include=("*.query.weight",))).save(
         tmp_path / "task.kd"
     )
-    for options, text in (
-        (("--svd", "3"), "--svd is an option of adapters"),
-        (("--peft", "--tensorrt", "sm86"), "--tensorrt is for other exports"),
-        (("--peft", "--dtype", "fp16", "--dtype", "fp32"), "one precision"),
-    ):
-        refused = invoke(*options)
-        assert (refused.exit_code, text in refused.output) == (9, True)
-    refused = invoke("--peft")
+    refused = invoke()
     assert (refused.exit_code, "--svd RANK" in refused.output) == (11, True)
     assert not (tmp_path / "lora").exists()
-    done = invoke("--peft", "--svd", "3", "--dtype", "bf16", "--json")
+    done = invoke("--svd", "3", "--dtype", "bf16", "--json")
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
-    assert (told["rank"], told["dtype"], told["targets"]) == (3, "bf16", 2)
+    assert (told["rank"], told["dtype"], told["targets"]) == (3, "bfloat16", 2)
     assert 0 < told["error"] < 1
     assert opened("AutoModel", base, tmp_path / "lora")
+
+
+@pytest.mark.parametrize("flag", ["peft", "adapter"])
+def test_the_old_spelling_names_the_new_command(flag: str) -> None:
+    """Whatever options of the new command stand beside it."""
+    from click.testing import CliRunner
+
+    from kilodelta.cli import main
+
+    given = ["export", "base", "a.kd", "-o", "out", "--svd", "3", "--rank", "4", f"--{flag}"]
+    done = CliRunner().invoke(main, given)
+    assert done.exit_code == 9, done.output
+    assert f"export --{flag} is a command now" in done.output
+    assert f"kilodelta export-{flag} BASE FILE -o OUT" in done.output

@@ -23,8 +23,8 @@ from kilodelta.export.adapter.graph import with_adapter
 from kilodelta.export.manifest.facts import Sizes
 from kilodelta.export.onnx.save import save
 from kilodelta.export.onnx.template import Template, export_template, fill_template
-from kilodelta.export.patch.make_map import make_map, write_rest
-from kilodelta.export.patch.map import write_map
+from kilodelta.export.patching.make_map import make_map, write_rest
+from kilodelta.export.patching.map import write_map
 from kilodelta.export.tensorrt import build
 from kilodelta.export.tensorrt.flavour import AUTO, choose
 from kilodelta.export.tensorrt.profile import profile_for

@@ -10,9 +10,9 @@ from kilodelta.device.folder.bundle import Bundle
 from kilodelta.device.folder.places import Places
 from kilodelta.device.modes import runtime
 from kilodelta.device.modes.interface import Session, no_slots
-from kilodelta.export.patch.map import read_map
-from kilodelta.export.patch.rewrite import patch
-from kilodelta.export.patch.session import open_patched
+from kilodelta.export.patching.map import read_map
+from kilodelta.export.patching.rewrite import patch
+from kilodelta.export.patching.session import open_patched
 from kilodelta.format.delta import Delta
 from kilodelta.verify.runners.onnx_runner import PROVIDERS, OnnxRunner
 

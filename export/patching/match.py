@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from kilodelta.export.onnx.file import OnnxFile
 from kilodelta.export.onnx.tensors import Stored
-from kilodelta.export.patch.map import Place
+from kilodelta.export.patching.map import Place
 from kilodelta.files import parallel
 from kilodelta.files.casting import cast, castable, turned
 from kilodelta.files.checkpoint import Checkpoint, TensorInfo

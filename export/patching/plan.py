@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from kilodelta.errors import BaseMismatchError, ExportError
 from kilodelta.export.merge.tuned import Tuned, changed, rounded, tuned
-from kilodelta.export.patch.map import PatchMap, Place
+from kilodelta.export.patching.map import PatchMap, Place
 from kilodelta.files.casting import cast, castable, turned
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.copying import pread

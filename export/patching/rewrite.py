@@ -15,9 +15,9 @@ from pathlib import Path
 from kilodelta.errors import CheckpointError, InputError, OutputError
 from kilodelta.exact.selftest import require_good_kernels
 from kilodelta.export.merge.tuned import changed
-from kilodelta.export.patch.map import PatchMap, Place
-from kilodelta.export.patch.plan import Bytes, Plan, make_plan
-from kilodelta.export.patch.run import run
+from kilodelta.export.patching.map import PatchMap, Place
+from kilodelta.export.patching.plan import Bytes, Plan, make_plan
+from kilodelta.export.patching.run import run
 from kilodelta.files import atomic
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.copying import copy_range, pwrite

@@ -1,6 +1,6 @@
 """Making the map of an ONNX file that any tool exported from a base.
 
-Content decides (`kilodelta.export.patch.match`); a name only ever chooses between tensors whose
+Content decides (`kilodelta.export.patching.match`); a name only ever chooses between tensors whose
 bytes are equal. What was fused, folded or merged is noted with its reason, and refused when a delta
 wants to change it.
 """
@@ -15,8 +15,8 @@ from kilodelta.errors import InputError
 from kilodelta.export.manifest.artefacts import file_fact
 from kilodelta.export.manifest.facts import FileFact
 from kilodelta.export.onnx.file import OnnxFile, read_onnx
-from kilodelta.export.patch.map import PatchMap, Place
-from kilodelta.export.patch.match import Match, match_all
+from kilodelta.export.patching.map import PatchMap, Place
+from kilodelta.export.patching.match import Match, match_all
 from kilodelta.files import atomic
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import TARGETS

@@ -13,8 +13,8 @@ from kilodelta.errors import CheckpointError
 from kilodelta.export.manifest.facts import FileFact
 from kilodelta.export.merge.checkpoint import require_result
 from kilodelta.export.merge.tuned import changed
-from kilodelta.export.patch.map import Place
-from kilodelta.export.patch.plan import Bytes, Plan
+from kilodelta.export.patching.map import Place
+from kilodelta.export.patching.plan import Bytes, Plan
 from kilodelta.files import parallel
 from kilodelta.progress import Meter, Progress
 

@@ -22,9 +22,9 @@ from kilodelta.errors import ExportError, require
 from kilodelta.exact.selftest import require_good_kernels
 from kilodelta.export.merge.tuned import changed
 from kilodelta.export.onnx.tensors import NUMBERS
-from kilodelta.export.patch.map import PatchMap, Place
-from kilodelta.export.patch.plan import Bytes, Plan, make_plan
-from kilodelta.export.patch.run import run
+from kilodelta.export.patching.map import PatchMap, Place
+from kilodelta.export.patching.plan import Bytes, Plan, make_plan
+from kilodelta.export.patching.run import run
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
