@@ -1,0 +1,34 @@
+"""Write results as one HTML file that opens without a network, and as JSON beside it.
+
+`pages.py` turns what a command's `--json` prints into sections, `plots.py` draws them with
+matplotlib as inline SVG, `html.py` is the frame, and `verdict.py` says in one line whether the
+result is good and what to do next. Nothing here computes: every number comes from the result.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kilodelta.report.pages import write_report as write_report
+    from kilodelta.report.verdict import Verdict as Verdict
+    from kilodelta.report.verdict import verdict_of as verdict_of
+
+_WHERE = {
+    "Verdict": "kilodelta.report.verdict",
+    "verdict_of": "kilodelta.report.verdict",
+    "write_report": "kilodelta.report.pages",
+}
+
+__all__ = ["Verdict", "verdict_of", "write_report"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,438 @@
+"""Turn what a command prints with `--json` into a page: one function for each command."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kilodelta.errors import InputError
+from kilodelta.report import plots
+from kilodelta.report.html import Cell, Column, Page, Section, commands, figure, paragraph, table
+from kilodelta.report.plots import Series, byte_label
+from kilodelta.report.verdict import verdict_of
+
+Json = Mapping[str, Any]
+
+LEGEND = {
+    "agreement": "how often the model makes the tuned model's choice on inputs that were held out"
+    " (top-1), or how near its vectors are (cosine); 1 is the tuned model itself",
+    "divergence": "KL divergence from the tuned model's probabilities in nats (for vectors,"
+    " 1 - cosine); 0 is the tuned model itself",
+    "relative norm": "norm of the update over the norm of the base's tensor",
+    "explained": "share of the fine-tune's own change of the tensor that the update carries; low"
+    " is no fault: a distilled delta reaches the same outputs by other weights",
+    "update": "share of the fine-tune's effect on an output that an artefact shows: 1 is the"
+    " merged model's output, 0 the base's",
+    "error": "relative L2 distance to the merged model computed in float64; the limit is four"
+    " times what plain torch shows in the same precision",
+}
+"""Every word that a page uses for a number, explained once."""
+
+
+def write_report(path: str | os.PathLike[str], kind: str, result: Json) -> Path:
+    """Write a result as an HTML page, and as JSON beside it.
+
+    Args:
+        path: the page; its JSON takes the same name with the suffix `.json`.
+        kind: the command that made the result: `compress`, `verify`, `export` or `demo`.
+        result: what that command prints with `--json`; `commands` in it, a list of shell lines,
+            are shown as the way to make it again.
+
+    Returns:
+        The path of the JSON.
+
+    Raises:
+        InputError: the path does not end in `.html`, or there is no page for this kind.
+        MissingPackageError: matplotlib is not installed.
+        OutputError: the files cannot be written.
+    """
+    from kilodelta.files import atomic
+
+    place = Path(path)
+    if place.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{place} is no HTML file", fix="give a name that ends in .html")
+    if kind not in PAGES:
+        raise InputError(f"there is no report of {kind!r}", fix=f"one of {', '.join(PAGES)}")
+    text = PAGES[kind](result).html()
+    data = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    atomic.write(place, text.encode("utf-8"))
+    atomic.write(place.with_suffix(".json"), data.encode("utf-8"))
+    return place.with_suffix(".json")
+
+
+def compress_page(result: Json) -> Page:
+    """Lay out the result of `kilodelta compress`."""
+    sections = [
+        _kept(result),
+        _curve(result.get("sizes")),
+        _training(result.get("curve")),
+        _layers(result.get("layers")),
+        _compress_facts(result),
+        _again(result),
+        _legend(["agreement", "divergence", "relative norm", "explained"]),
+    ]
+    return Page(
+        title=f"{Path(str(result['path'])).name}: what was kept",
+        subtitle=f"{byte_label(result['nbytes']['total'])} in place of "
+        f"{byte_label(result['tuned_bytes'])}",
+        verdict=verdict_of(result),
+        sections=[s for s in sections if s is not None],
+    )
+
+
+def verify_page(result: Json) -> Page:
+    """Lay out the result of `kilodelta verify`."""
+    sections = [
+        _parity(result.get("results")),
+        _silent(result.get("results")),
+        _agreement(result.get("agreement")),
+        _digests(result),
+        _again(result),
+        _legend(["error", "update", "agreement", "divergence"]),
+    ]
+    return Page(
+        title="Verification",
+        subtitle=f"base {str(result.get('base', ''))[:23]}…",
+        verdict=verdict_of(result),
+        sections=[s for s in sections if s is not None],
+    )
+
+
+def export_page(result: Json) -> Page:
+    """Lay out the result of `kilodelta export`: its manifest."""
+    rows = [
+        (
+            Cell(text=str(a["kind"])),
+            Cell(text=str(a["dtype"])),
+            Cell(text=file["name"], code=True),
+            Cell(text=byte_label(file["nbytes"]), value=file["nbytes"]),
+            Cell(text=file["sha256"], code=True),
+        )
+        for a in result["artefacts"]
+        for file in a["files"]
+    ]
+    columns = [
+        Column(title="kind"),
+        Column(title="precision"),
+        Column(title="file"),
+        Column(title="bytes", number=True),
+        Column(title="SHA-256"),
+    ]
+    ports = [
+        (
+            Cell(text=port["name"], code=True),
+            Cell(text=direction),
+            Cell(text=str(port["dtype"])),
+            Cell(text=" x ".join(map(str, port["shape"]))),
+        )
+        for a in result["artefacts"][:1]
+        for direction, key in (("input", "inputs"), ("output", "outputs"))
+        for port in a[key]
+    ]
+    heads = [Column(title=t) for t in ("tensor", "direction", "type", "shape")]
+    sections = [
+        Section(title="Files", body=table(columns, rows, sortable=True)),
+        Section(title="Inputs and outputs", body=table(heads, ports)),
+        _digests({"base": result["base"]["root"], "result": result["result"]["root"]}),
+        _again(result),
+    ]
+    return Page(
+        title=f"Export of {result['base']['name'] or 'a model'}",
+        subtitle=f"made by {result['tool']}",
+        sections=[s for s in sections if s is not None],
+    )
+
+
+def demo_page(result: Json) -> Page:
+    """Lay out the result of `kilodelta demo`."""
+    rows = result["summary"]
+    accuracy = plots.bars(
+        [f"{r['name']} ({byte_label(r['nbytes'])})" for r in rows],
+        [100 * r["accuracy"] for r in rows],
+        x="test accuracy in %",
+        alt="Test accuracy: " + ", ".join(f"{r['name']} {100 * r['accuracy']:.1f} %" for r in rows),
+    )
+    steps = [
+        (
+            Cell(text=s["name"]),
+            Cell(text=s["said"]),
+            Cell(text=f"{s['seconds']:.1f}", value=s["seconds"]),
+        )
+        for s in result["steps"]
+    ]
+    columns = [Column(title="step"), Column(title="what came out"), Column(title="s", number=True)]
+    lines = [s["command"] for s in result["steps"] if s["command"]]
+    proof = verify_page(result["verification"])
+    return Page(
+        title="kilodelta demo",
+        subtitle=str(result["folder"]),
+        verdict=proof.verdict,
+        sections=[
+            Section(title="Right answers", body=figure(accuracy, "Right answers on test texts.")),
+            Section(title="Steps", body=table(columns, steps)),
+            *[s for s in proof.sections if s.title != "Run it again"],
+            Section(title="Run it again", body=commands(lines)),
+        ],
+    )
+
+
+PAGES: Mapping[str, Callable[[Json], Page]] = {
+    "compress": compress_page,
+    "verify": verify_page,
+    "export": export_page,
+    "demo": demo_page,
+}
+
+
+def _kept(result: Json) -> Section | None:
+    before, after = result.get("before"), result.get("after")
+    if before is None or after is None:
+        return None
+    kind = f"agreement ({result['kind']})"
+    rows = [
+        ("base", before),
+        ("base + this file", after),
+    ]
+    cells = [
+        (
+            Cell(text=name),
+            Cell(text=f"{m['agreement']:.4f}", value=m["agreement"]),
+            Cell(text=f"{m['divergence']:.4g}", value=m["divergence"]),
+        )
+        for name, m in rows
+    ]
+    columns = [
+        Column(title="model"),
+        Column(title=kind, number=True),
+        Column(title="divergence", number=True),
+    ]
+    caption = f"against the tuned model, on {result['held_out']} held-out inputs"
+    return Section(title="What was kept", body=table(columns, cells, caption=caption))
+
+
+def _training(curve: Sequence[Json] | None) -> Section | None:
+    """Held-out agreement over the steps; `curve` holds `step` and `agreement` of each look."""
+    if not curve or len(curve) < 2:
+        return None
+    points = [(float(p["step"]), float(p["agreement"])) for p in curve]
+    best = max(points, key=lambda p: p[1])
+    svg = plots.lines(
+        [Series(name="held-out agreement", x=[p[0] for p in points], y=[p[1] for p in points])],
+        x="step",
+        y="agreement with the tuned model",
+        alt=f"Agreement rises from {points[0][1]:.3f} at step {points[0][0]:.0f} to "
+        f"{best[1]:.3f} at step {best[0]:.0f}",
+    )
+    text = f"Agreement on held-out inputs while training; best {best[1]:.4f} at step {best[0]:.0f}."
+    return Section(title="Training", body=figure(svg, text))
+
+
+def _curve(sizes: Sequence[Json] | None) -> Section | None:
+    """Size against fidelity; `sizes` holds `name`, `nbytes`, `agreement` of each file."""
+    if not sizes:
+        return None
+    names = list(dict.fromkeys(str(s["name"]) for s in sizes))
+    series = [
+        Series(
+            name=name,
+            x=[float(s["nbytes"]) for s in sizes if s["name"] == name],
+            y=[float(s["agreement"]) for s in sizes if s["name"] == name],
+            reference=index > 0,
+        )
+        for index, name in enumerate(names)
+    ]
+    largest = max(sizes, key=lambda s: s["nbytes"])
+    svg = plots.lines(
+        series,
+        x="bytes of the file",
+        y="agreement with the tuned model",
+        alt=f"Size against agreement for {', '.join(names)}; the largest file, "
+        f"{byte_label(largest['nbytes'])}, reaches {largest['agreement']:.3f}",
+        logarithmic=True,
+    )
+    columns = [
+        Column(title="way"),
+        Column(title="bytes", number=True),
+        Column(title="agreement", number=True),
+    ]
+    rows = [
+        (
+            Cell(text=str(s["name"])),
+            Cell(text=f"{s['nbytes']:,}", value=s["nbytes"]),
+            Cell(text=f"{s['agreement']:.4f}", value=s["agreement"]),
+        )
+        for s in sizes
+    ]
+    body = figure(svg, "Bytes against what they keep.") + table(columns, rows, sortable=True)
+    return Section(title="Size against fidelity", body=body)
+
+
+def _layers(layers: Sequence[Json] | None) -> Section | None:
+    """`layers` holds `name`, `relative_norm` and, where it is known, `explained` of each target."""
+    if not layers:
+        return None
+    norms = {str(t["name"]): float(t["relative_norm"]) for t in layers}
+    most = max(norms, key=lambda name: norms[name])
+    body = figure(
+        plots.layer_map(
+            norms,
+            alt=f"Update of each layer; the largest, {norms[most]:.3g}, is that of {most}",
+        ),
+        "Norm of each update over the norm of the base's tensor.",
+        kind="map",
+    )
+    explained = {
+        str(t["name"]): float(t["explained"]) for t in layers if t.get("explained") is not None
+    }
+    if explained:
+        body += figure(
+            plots.layer_map(
+                explained,
+                alt="Share of the fine-tune's own change that each layer's update carries",
+            ),
+            "Share of the fine-tune's own change of each tensor that the update carries.",
+            kind="map",
+        )
+    return Section(title="Update of each layer", body=body)
+
+
+def _compress_facts(result: Json) -> Section:
+    method = ", ".join(f"{k} {v}" if k != "name" else str(v) for k, v in result["method"].items())
+    facts = [
+        ("method", f"{method}, {result['bits']}-bit coefficients"),
+        ("tensors updated", str(result["targets"])),
+        ("stored whole", ", ".join(result["extras"]) or "none"),
+        (
+            "not carried",
+            f"{len(result['dropped'])} tensors, {100 * result['dropped_energy']:.2g} % of the"
+            " squared change"
+            if result["dropped"]
+            else "nothing",
+        ),
+        ("steps", f"{result['steps']} in {result['seconds']:.0f} s"),
+        ("digest of the result", str(result["result"])),
+    ]
+    return Section(title="The file", body=_facts(facts))
+
+
+def _parity(results: Sequence[Json] | None) -> Section | None:
+    ran = [r for r in results or () if r["checks"]]
+    if not ran:
+        return None
+    rows = []
+    for r in ran:
+        for check in r["checks"]:
+            error, most = check["error"]["relative_l2"], check["limit"]["relative_l2"]
+            share = r["update"].get(check["output"])
+            rows.append(
+                (
+                    Cell(text=r["artefact"], code=True),
+                    Cell(text=f"{r['runner']}, {r['precision']}"),
+                    Cell(text=check["output"], code=True),
+                    Cell(text=f"{check['case']} {'x'.join(map(str, check['shape']))}"),
+                    _number(error),
+                    _number(most),
+                    Cell(text="" if share is None else f"{float(share):.4f}"),
+                    _status("passed" if check["passed"] else "failed"),
+                )
+            )
+    columns = [
+        Column(title="artefact"),
+        Column(title="runner"),
+        Column(title="output"),
+        Column(title="shape"),
+        Column(title="error", number=True),
+        Column(title="at most", number=True),
+        Column(title="update", number=True),
+        Column(title="result"),
+    ]
+    departures = "".join(
+        paragraph(
+            f"{r['artefact']} in {r['runner']}: first off at {r['departure']['layer']}"
+            f" ({r['departure']['operator']} {r['departure']['node']})"
+        )
+        for r in ran
+        if r.get("departure")
+    )
+    body = table(columns, rows, sortable=True) + departures
+    return Section(title="Parity with the merged model in float64", body=body)
+
+
+def _silent(results: Sequence[Json] | None) -> Section | None:
+    silent = [r for r in results or () if not r["checks"]]
+    if not silent:
+        return None
+    rows = [
+        (
+            Cell(text=r["artefact"], code=True),
+            Cell(text=r["runner"]),
+            _status(r["status"]),
+            Cell(text="; ".join(r["reasons"])),
+        )
+        for r in silent
+    ]
+    columns = [Column(title=t) for t in ("artefact", "runner", "status", "why")]
+    return Section(title="Without outputs", body=table(columns, rows))
+
+
+def _agreement(rows: Sequence[Json] | None) -> Section | None:
+    if not rows:
+        return None
+    cells = [
+        (
+            Cell(text=r["output"], code=True),
+            Cell(text=name),
+            _number(r[name]["top1"]),
+            _number(r[name]["cosine"]),
+            _number(r[name]["kl"]),
+        )
+        for r in rows
+        for name in ("merged", "base")
+    ]
+    columns = [
+        Column(title="output"),
+        Column(title="model"),
+        Column(title="top-1", number=True),
+        Column(title="cosine", number=True),
+        Column(title="KL", number=True),
+    ]
+    caption = f"over {rows[0]['rows']} inputs"
+    body = table(columns, cells, caption=caption)
+    return Section(title="Agreement with the tuned model", body=body)
+
+
+def _digests(result: Json) -> Section | None:
+    names = {"base": "base", "result": "targets of the result", "merged": "merged model"}
+    facts = [(text, str(result[key])) for key, text in names.items() if result.get(key)]
+    files = result.get("files") or ()
+    facts += [(f["name"], f"sha256:{f['sha256']}") for f in files]
+    return Section(title="Digests", body=_facts(facts)) if facts else None
+
+
+def _again(result: Json) -> Section | None:
+    lines = result.get("commands")
+    return Section(title="Run it again", body=commands(lines)) if lines else None
+
+
+def _legend(words: Sequence[str]) -> Section:
+    return Section(title="Words", body=_facts([(word, LEGEND[word]) for word in words], code=False))
+
+
+def _facts(facts: Sequence[tuple[str, str]], *, code: bool = True) -> str:
+    rows = [(Cell(text=name), Cell(text=text, code=code and ":" in text)) for name, text in facts]
+    return table([Column(title="what"), Column(title="value")], rows)
+
+
+def _number(value: float | str | None) -> Cell:
+    """Show a number of strict JSON, whose infinities are texts; None is not defined here."""
+    if value is None:
+        return Cell(text="")
+    number = float(value)
+    return Cell(text=f"{number:.3g}", value=number)
+
+
+def _status(status: str) -> Cell:
+    return Cell(text=status, kind=f"status-{status.replace(' ', '-')}")
