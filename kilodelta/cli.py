@@ -1,9 +1,17 @@
-"""The command line: arguments in, one function of the library called, its result shown."""
+"""The command line: arguments in, one function of the library called, its result shown.
+
+Each command has a Python function with the same options (docs/python.md), does no work itself, and
+imports that function when it runs, so that `kilodelta --help` answers at once.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import click
@@ -20,52 +28,109 @@ from kilodelta.commands import (
     merge_export,
     verify,
 )
+from kilodelta.commands.shared import JSON
 from kilodelta.errors import KiloDeltaError
+
+SECTIONS = {
+    "Start": (demo.demo,),
+    "Make a .kd file": (compress.compress, import_.bring),
+    "Use it": (
+        merge_export.merge,
+        merge_export.export,
+        export_peft.export_peft,
+        export_adapter.export_adapter,
+    ),
+    "Look and prove": (inspect_.inspect, inspect_.digest, verify.verify, inspect_.doctor),
+    "Deploy to devices": (
+        device.bundle,
+        device.release,
+        device.apply,
+        device.rollback,
+        device.status,
+        device.run,
+    ),
+}
+"""The commands in the order of a fine-tune's life, as `kilodelta --help` lists them."""
 
 
 class _Commands(click.Group):
-    """Turns the library's errors into a sentence with a fix and an exit code."""
+    """Lists commands by section, and turns errors into a sentence with a fix and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write each section with its commands, their summaries wrapped and never cut."""
+        width = max(map(len, self.commands))
+        for title, commands in SECTIONS.items():
+            rows = [(f"{c.name:<{width}}", c.get_short_help_str()) for c in commands]
+            with formatter.section(title):
+                formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _signals_as_interrupts():
+                return super().invoke(ctx)
         except KiloDeltaError as error:
-            if "--json" in sys.argv:
+            if ctx.meta.get(JSON):
                 terminal.print_json({"error": error.what, "fix": error.fix})
             terminal.print_error(error.what, error.fix)
             raise SystemExit(error.exit_code) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             terminal.print_error("interrupted", "nothing half-done was left behind; start again")
-            raise SystemExit(130) from None
+            raise SystemExit(128 + getattr(stop, "signal", signal.SIGINT)) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(141) from None
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+class _Stopped(KeyboardInterrupt):
+    """The process was asked to end by a signal other than Ctrl-C's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = number
+
+
+@contextlib.contextmanager
+def _signals_as_interrupts() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that it removes what it had begun.
+
+    By default they end a process at once: `docker stop`, systemd and batch systems send SIGTERM,
+    a terminal that is closed SIGHUP.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once: a second one would interrupt the clearing up
+        raise _Stopped(number)
+
+    before = {}
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        # `nohup` ignores SIGHUP on purpose; outside the main thread `signal.signal` raises.
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            with contextlib.suppress(ValueError):
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+)
 @click.version_option(__version__, prog_name="kilodelta")
 def main() -> None:
     """A fine-tuned model as base digest + seed + integer coefficients: kilobytes, merged back
-    bit-identically on every machine."""
+    bit-identically on every machine.
+
+    `kilodelta COMMAND --help` shows a command's options and examples.
+    """
 
 
-for _command in (
-    inspect_.inspect,
-    inspect_.digest,
-    inspect_.doctor,
-    compress.compress,
-    import_.bring,
-    merge_export.merge,
-    merge_export.export,
-    export_peft.export_peft,
-    export_adapter.export_adapter,
-    verify.verify,
-    demo.demo,
-    device.bundle,
-    device.release,
-    device.apply,
-    device.rollback,
-    device.status,
-    device.run,
-):
-    main.add_command(_command)
+for _commands in SECTIONS.values():
+    for _command in _commands:
+        main.add_command(_command)

@@ -17,13 +17,51 @@ Each class has its own exit code, which the command line returns:
 14   `LockedError`               another command is changing the device folder: try again
 15   `DowngradeError`            a file is older than what the device has had
 ===  ==========================  =====================================================
+
+Messages quote names and texts of files that anybody may have written, so `KiloDeltaError` escapes
+and cuts them: no message can send a control sequence to a terminal or fill a journal.
 """
 
 from __future__ import annotations
 
 import importlib
+import unicodedata
 from types import ModuleType
 from typing import ClassVar
+
+LONGEST_MESSAGE = 4000
+"""Characters of a message; real ones stay below 1000."""
+
+
+def printable(text: str, limit: int = LONGEST_MESSAGE, *, keep: str = "") -> str:
+    r"""Return a text that is safe to print: control characters escaped, its length limited.
+
+    Escaped is whatever acts on a terminal, breaks a line or hides other text: control and format
+    characters (Unicode Cc and Cf), line separators, lone surrogates and unassigned code points.
+
+    Args:
+        text: anything, from a file that nobody vouches for.
+        limit: characters of `text` to keep; the number of the others is stated.
+        keep: characters to leave as they are, such as a newline.
+
+    Example:
+        >>> printable("base\x1b[2J")
+        'base\\x1b[2J'
+        >>> printable("abcdef", limit=3)
+        'abc... (3 more characters)'
+    """
+    shown = "".join(c if c in keep or _is_plain(c) else _escaped(c) for c in text[:limit])
+    rest = len(text) - limit
+    return f"{shown}... ({rest} more characters)" if rest > 0 else shown
+
+
+def _is_plain(character: str) -> bool:
+    # `isprintable` is false for spaces other than ASCII's, which do no harm.
+    return character.isprintable() or unicodedata.category(character) == "Zs"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 class KiloDeltaError(Exception):
@@ -32,9 +70,9 @@ class KiloDeltaError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, what: str, *, fix: str) -> None:
-        super().__init__(what)
-        self.what = what
-        self.fix = fix
+        self.what = printable(what, keep="\n")
+        self.fix = printable(fix, keep="\n")
+        super().__init__(self.what)
 
     def __str__(self) -> str:
         return f"{self.what}\n  fix: {self.fix}"
@@ -121,8 +159,13 @@ class DowngradeError(KiloDeltaError):
 def require(package: str, *, extra: str, why: str) -> ModuleType:
     """Import an optional package where it is used.
 
+    Args:
+        package: the name to import.
+        extra: the extra of `pyproject.toml` that installs it.
+        why: what it is needed for, to follow "it is needed to".
+
     Raises:
-        MissingPackageError: naming the extra that brings the package.
+        MissingPackageError: names that extra.
 
     Example:
         >>> require("json", extra="cpu", why="read JSON").__name__
@@ -135,5 +178,5 @@ def require(package: str, *, extra: str, why: str) -> ModuleType:
             raise
         raise MissingPackageError(
             f"{package} is not installed; it is needed to {why}",
-            fix=f"pip install 'kilodelta[{extra}]'",
+            fix=f"in a clone of kilodelta: pip install '.[{extra}]'",
         ) from None

@@ -161,7 +161,7 @@ def test_training_without_torch_names_the_extra() -> None:
         "try:\n    kilodelta.train\nexcept MissingPackageError as error:\n    print(error.fix)\n"
         "print(CliRunner().invoke(main, ['compress', 'a', 'b', '-o', 'c']).exit_code)\n"
     )
-    assert out.splitlines() == ["pip install 'kilodelta[torch]'", "7"]
+    assert out.splitlines() == ["in a clone of kilodelta: pip install '.[torch]'", "7"]
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import as_json, flavour, with_progress
+from kilodelta.commands.shared import Command, as_json, flavour, with_progress
 from kilodelta.errors import require
 
 if TYPE_CHECKING:
@@ -19,7 +19,14 @@ HISTORY = 10
 """Journal entries shown."""
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Make a device folder from a base, once, on a build machine.",
+    examples=[
+        "kilodelta bundle base/ -o device/ --mode adapter --probe texts.jsonl",
+        "kilodelta bundle base/ -o device/ --mode adapter --engine sm86,sm89 --dtype fp16",
+    ],
+)
 @click.argument("base", type=click.Path())
 @click.option("-o", "--out", required=True, type=click.Path(), help="A new folder.")
 @click.option(
@@ -34,28 +41,24 @@ HISTORY = 10
 @click.option(
     "--provider",
     default="cpu",
-    show_default=True,
     type=click.Choice(["cpu", "cuda"]),
     help="Where ONNX Runtime runs.",
 )
 @click.option(
     "--dtype",
     default="fp32",
-    show_default=True,
     type=click.Choice(["fp32", "fp16", "bf16"]),
     help="Precision of weights and arithmetic.",
 )
 @click.option(
     "--rank",
     default=8,
-    show_default=True,
     type=click.IntRange(1),
     help="Adapter mode: the highest rank that a fine-tune may have.",
 )
 @click.option(
     "--slots",
     default=0,
-    show_default=True,
     type=click.IntRange(0),
     help="Adapter mode: how many fine-tunes one batch may mix.",
 )
@@ -74,7 +77,6 @@ HISTORY = 10
 @click.option(
     "--keep",
     default=1,
-    show_default=True,
     type=click.IntRange(1),
     help="Fine-tunes to keep on the disk to go back to.",
 )
@@ -123,7 +125,11 @@ def bundle(
     return show
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Give a .kd file its version and a probe of golden outputs.",
+    examples=["kilodelta release base/ task.kd -o task-7.kd --version 7 --inputs texts.jsonl"],
+)
 @click.argument("base", type=click.Path())
 @click.argument("file", type=click.Path())
 @click.option("-o", "--out", required=True, type=click.Path(), help="A new .kd file.")
@@ -131,7 +137,9 @@ def bundle(
     "--version", "number", required=True, type=click.IntRange(0), help="Devices refuse lower ones."
 )
 @click.option("--inputs", help="Inputs of the task; the first rows become the probe.")
-@click.option("--rows", default=2, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--rows", default=2, type=click.IntRange(1), help="Rows of the inputs that become the probe."
+)
 @click.option("--model", help="package.module:function that builds the module.")
 @click.option("--config", type=click.Path(), help="Folder with the tuned model's config.json.")
 @as_json
@@ -162,7 +170,14 @@ def release(
     return show
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Serve a .kd file from a device folder, or change nothing.",
+    examples=[
+        "kilodelta apply device/ task-7.kd",
+        "kilodelta apply device/ task-6.kd --allow-downgrade --json",
+    ],
+)
 @click.argument("folder", type=click.Path())
 @click.argument("file", type=click.Path())
 @click.option("--allow-downgrade", is_flag=True, help="Take a file of a lower version.")
@@ -194,7 +209,11 @@ def apply(
     return show
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Serve again what a device folder served before.",
+    examples=["kilodelta rollback device/"],
+)
 @click.argument("folder", type=click.Path())
 @as_json
 def rollback(folder: str, as_json: bool) -> None:
@@ -208,7 +227,11 @@ def rollback(folder: str, as_json: bool) -> None:
     terminal.print_facts(_standing(after))
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Say what a device folder serves and what was done to it.",
+    examples=["kilodelta status device/", "kilodelta status device/ --check --json"],
+)
 @click.argument("folder", type=click.Path())
 @click.option("--check", is_flag=True, help="Read every byte, and compare the digests.")
 @as_json
@@ -251,7 +274,14 @@ def _served(item: Served) -> str:
     return f"version {item.version}, {item.delta}" if item.delta else "the base"
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Compute outputs with what a device folder serves.",
+    examples=[
+        "kilodelta run device/ --inputs inputs.npz -o outputs.npz",
+        "kilodelta run device/ --inputs inputs.npz --delta other.kd",
+    ],
+)
 @click.argument("folder", type=click.Path())
 @click.option("--inputs", required=True, type=click.Path(), help="An .npz file, an array an input.")
 @click.option(

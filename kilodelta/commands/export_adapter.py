@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import as_json, with_progress
+from kilodelta.commands.shared import Command, as_json, with_progress
 
 if TYPE_CHECKING:
     from kilodelta.export.adapter.folder import AdapterFolder
 
 
-@click.command("export-adapter")
+@click.command(
+    "export-adapter",
+    cls=Command,
+    short_help="Write a .kd file as an ONNX Runtime adapter beside its base.",
+    examples=[
+        "kilodelta export-adapter base/ task.kd -o out/ --rank 8",
+        "kilodelta export-adapter base/ other.kd -o out/",
+    ],
+)
 @click.argument("base", type=click.Path())
 @click.argument("file", type=click.Path())
 @click.option(
@@ -27,13 +35,10 @@ if TYPE_CHECKING:
 @click.option(
     "--dtype",
     default="fp32",
-    show_default=True,
     type=click.Choice(["fp32", "fp16"]),
     help="Precision of the graph and the factors.",
 )
-@click.option(
-    "--rank", type=click.IntRange(1), default=8, show_default=True, help="Highest rank of a file."
-)
+@click.option("--rank", type=click.IntRange(1), default=8, help="Highest rank of a file.")
 @click.option("--targets", multiple=True, help="Glob of weights to expose; repeat. All layers.")
 @click.option("--model", help="package.module:function that builds the module.")
 @click.option("--inputs", help="A batch to trace with: .npz, .jsonl, .txt or module:function.")

@@ -9,20 +9,27 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import as_json, with_progress
+from kilodelta.commands.shared import Command, as_json, with_progress
 
 if TYPE_CHECKING:
     from kilodelta.export.peft.adapter import PeftAdapter
 
 
-@click.command("export-peft")
+@click.command(
+    "export-peft",
+    cls=Command,
+    short_help="Write a .kd file as a PEFT LoRA adapter.",
+    examples=[
+        "kilodelta export-peft base/ task.kd -o lora/",
+        "kilodelta export-peft base/ full-rank.kd -o lora/ --svd 16",
+    ],
+)
 @click.argument("base", type=click.Path())
 @click.argument("file", type=click.Path())
 @click.option("-o", "--out", required=True, type=click.Path(), help="A new folder.")
 @click.option(
     "--dtype",
     default="fp32",
-    show_default=True,
     type=click.Choice(["fp32", "fp16", "bf16"]),
     help="Precision of the factors.",
 )

@@ -8,14 +8,23 @@ from typing import Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import as_json, with_progress
+from kilodelta.commands import compress
+from kilodelta.commands.shared import Command, as_json, with_progress
 from kilodelta.errors import InputError, require
 
 _METHODS = ("nola", "randlora", "lora", "vera", "unilora")
 _FIT_RANK = 8
 
 
-@click.command("import")
+@click.command(
+    "import",
+    cls=Command,
+    short_help="Turn an adapter of PEFT or of official NOLA into a .kd file.",
+    examples=[
+        "kilodelta import adapter/ --base base/ -o task.kd",
+        "kilodelta import adapter/ --base base/ -o task.kd --requantise --inputs texts.jsonl",
+    ],
+)
 @click.argument("adapter", type=click.Path())
 @click.option("--base", required=True, type=click.Path(), help="The model it was trained on.")
 @click.option("-o", "--out", required=True, type=click.Path(), help="The .kd file to write.")
@@ -69,7 +78,7 @@ def bring(
     options = Options(**{**given, "bits": int(given["bits"])})
     if requantise:
         report = _requantise(adapter, base, out, options, how, progress)
-        return lambda: terminal.show_compression(report, as_json=as_json)
+        return lambda: compress.show(report, as_json=as_json)
     if wrong := next((key for key in _HOW if how[key] is not None), None):
         raise InputError(f"--{wrong} belongs to --requantise", fix="add --requantise")
     done = bring(adapter, base, out, options=options, progress=progress)

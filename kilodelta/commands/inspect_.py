@@ -9,12 +9,16 @@ from typing import Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import as_json, threads, with_progress
+from kilodelta.commands.shared import Command, as_json, threads, with_progress
 
 _COMPATIBILITY = "a compatibility form: floats, its result by the ordered sum of this package alone"
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Say what a .kd file is, needs and holds.",
+    examples=["kilodelta inspect task.kd", "kilodelta inspect task.kd --json"],
+)
 @click.argument("file", type=click.Path())
 @as_json
 def inspect(file: str, as_json: bool) -> None:
@@ -57,7 +61,11 @@ def _short(value: object, width: int = 100) -> str:
     return found if len(found) <= width else f"{found[: width - 3]}..."
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Print a model's root, by which .kd files name their base.",
+    examples=["kilodelta digest base/", "kilodelta digest base/model.safetensors --tensors"],
+)
 @click.argument("model", type=click.Path())
 @click.option("--tensors", is_flag=True, help="The digest of each tensor too.")
 @click.option("--no-cache", is_flag=True, help="Hash every byte, trust no remembered digest.")
@@ -84,7 +92,11 @@ def digest(
     return show
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Say what this machine can run, and how to install the rest.",
+    examples=["kilodelta doctor"],
+)
 @as_json
 def doctor(as_json: bool) -> None:
     """Say what this machine can do, and the command that installs what is missing."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import as_json, flavour, threads, with_progress
+from kilodelta.commands.shared import Command, as_json, flavour, threads, with_progress
 from kilodelta.errors import InputError, require
 
 if TYPE_CHECKING:
@@ -19,13 +19,20 @@ if TYPE_CHECKING:
     from kilodelta.export.triton.repository import Repository
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Merge a .kd file into its base, and prove the result.",
+    examples=[
+        "kilodelta merge base/ task.kd -o merged/",
+        "kilodelta merge base.safetensors task.kd -o merged.safetensors --threads 4",
+    ],
+)
 @click.argument("base", type=click.Path())
 @click.argument("file", type=click.Path())
 @click.option(
     "-o", "--out", required=True, type=click.Path(), help="A new folder, or NAME.safetensors."
 )
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, or cuda:N.")
+@click.option("--device", default="cpu", help="cpu, cuda, or cuda:N.")
 @threads
 @as_json
 @with_progress
@@ -56,7 +63,7 @@ _MOVED = {"--peft": "export-peft", "--adapter": "export-adapter"}
 """Flags of `export` in version 0.1 that are commands now."""
 
 
-class _Export(click.Command):
+class _Export(Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Answer the old spelling by the new one, before its other options are looked at."""
         for flag, command in _MOVED.items():
@@ -67,7 +74,14 @@ class _Export(click.Command):
         return super().parse_args(ctx, args)
 
 
-@click.command(cls=_Export)
+@click.command(
+    cls=_Export,
+    short_help="Write ONNX files and engines with a .kd file merged in.",
+    examples=[
+        "kilodelta export base/ task.kd -o out/ --dtype fp16",
+        "kilodelta export base/ task.kd -o out/ --onnx --tensorrt sm86,sm89 --profile batch=1,8,32",
+    ],
+)
 @click.argument("base", type=click.Path())
 @click.argument("file", type=click.Path())
 @click.option("-o", "--out", required=True, type=click.Path(), help="A new folder.")
@@ -78,7 +92,6 @@ class _Export(click.Command):
     "dtypes",
     multiple=True,
     default=["fp32"],
-    show_default=True,
     type=click.Choice(["fp32", "fp16", "bf16"]),
     help="Precision of weights and arithmetic; repeat for several.",
 )

@@ -1,9 +1,9 @@
-"""What commands share: options, and progress that is drawn or silent."""
+"""Declare commands, lay out their help, and share options that mean the same in several."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -12,12 +12,43 @@ from kilodelta import terminal
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+JSON = "kilodelta.json"
+"""The key of `click.Context.meta` under which a command notes that it answers in JSON."""
+
+
+class Command(click.Command):
+    """A command whose help ends with examples, printed as they are typed.
+
+    Declare one with `@click.command(cls=Command, short_help=..., examples=[...])`: `short_help` is
+    the line that `kilodelta --help` shows in full, `examples` are whole command lines.
+    """
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.examples = tuple(examples)
+        for option in self.params:
+            if isinstance(option, click.Option) and option.default == "":
+                option.show_default = False  # its help says what nothing stands for
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples, unwrapped: a command line is copied whole or not at all."""
+        if self.examples:
+            with formatter.section("Examples"):
+                formatter.write("".join(f"  {line}\n" for line in self.examples))
+
+
+def _note_json(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
+    ctx.meta[JSON] = value
+    return value
+
+
+as_json = click.option(
+    "--json", "as_json", is_flag=True, callback=_note_json, help="Print one JSON document."
+)
 quiet = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 flavour = click.option(
     "--flavour",
     default="auto",
-    show_default=True,
     type=click.Choice(["auto", "tensorrt", "tensorrt_rtx"]),
     help="Which TensorRT; auto takes RTX where it builds for the GPUs asked for.",
 )
@@ -27,7 +58,10 @@ threads = click.option(
 
 
 def with_progress(function: F) -> F:
-    """Hand a command `progress`, drawn unless --quiet or --json is given."""
+    """Hand a command `progress`, which draws unless --quiet or --json is given.
+
+    What the command returns is called once the progress bars are gone, to show the result.
+    """
 
     @quiet
     @functools.wraps(function)

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import as_json, threads, with_progress
+from kilodelta.commands.shared import Command, as_json, threads, with_progress
+
+if TYPE_CHECKING:
+    from kilodelta.verify.verification import Verification
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Prove a .kd file, its base, a merged model and an export.",
+    examples=[
+        "kilodelta verify base/ task.kd merged/",
+        "kilodelta verify base/ task.kd merged/ out/ --inputs texts.jsonl --against tuned/",
+    ],
+)
 @click.argument("base", type=click.Path())
 @click.argument("file", type=click.Path())
 @click.argument("places", type=click.Path(), nargs=-1, metavar="[MERGED] [OUT]")
@@ -21,14 +31,13 @@ from kilodelta.commands.shared import as_json, threads, with_progress
     "--device",
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
-    show_default=True,
     help="Where torch computes the float64 reference.",
 )
 @click.option("--require", default="", help="Fail unless these ran, such as ort,tensorrt.")
 @click.option("--report", type=click.Path(), help="Write the JSON to this file too.")
 @click.option("--limit", type=click.IntRange(1), help="Read at most so many inputs.")
 @click.option("--max-length", type=click.IntRange(1), help="Cut texts to so many tokens.")
-@click.option("--field", default="text", show_default=True, help="The text's key in .jsonl.")
+@click.option("--field", default="text", help="The text's key in .jsonl.")
 @click.option("--labels", help="Labels, one a line, that two models' embeddings agree about.")
 @click.option("--model", help="package.module:function that builds the module.")
 @click.option("--config", type=click.Path(), help="Folder with the tuned model's config.json.")
@@ -56,4 +65,40 @@ def verify(
     names = tuple(name.strip() for name in require.split(",") if name.strip())
     options = Options(require=names, **given)
     found = verify(base, file, places, options=options, threads=threads, progress=progress)
-    return lambda: terminal.show_verification(found, as_json=as_json)
+    return lambda: show(found, as_json=as_json)
+
+
+def show(found: Verification, *, as_json: bool) -> None:
+    """Print what was proved; exit with the failure's code if something was not."""
+    if as_json:
+        terminal.print_json(found.to_json())
+    else:
+        print_proof(found)
+    exit_with(found)
+
+
+def exit_with(found: Verification) -> None:
+    """Print a verification's failure and exit with its code, if it has one."""
+    if found.failure is not None:
+        terminal.print_error(found.failure.what, found.failure.fix)
+        raise SystemExit(found.failure.exit_code)
+
+
+def print_proof(found: Verification) -> None:
+    """Print the digests that were proved and the tables of outputs compared."""
+    proof, export, report = found.proof, found.export, found.report
+    rows = [
+        ("base proved", proof.base),
+        ("result proved", f"{proof.result} ({proof.targets} targets)"),
+    ]
+    if proof.merged:
+        rows.append(("merged proved", proof.merged))
+    if export is not None:
+        count = sum(len(artefact.files) for artefact in export.artefacts)
+        rows.append(("export proved", f"{count} files, by digest"))
+    compared = "not compared; give --inputs for that" if report is None else report.summary()
+    rows.append(("outputs", compared))
+    terminal.print_facts(rows)
+    for table in () if report is None else report.tables():
+        print()
+        terminal.print_table(table.title, table.columns, table.rows, right=table.right)

@@ -112,7 +112,7 @@ def test_a_missing_package_names_its_extra() -> None:
         require("no_such_package", extra="cpu", why="run ONNX models")
     assert str(caught.value) == (
         "no_such_package is not installed; it is needed to run ONNX models\n"
-        "  fix: pip install 'kilodelta[cpu]'"
+        "  fix: in a clone of kilodelta: pip install '.[cpu]'"
     )
 
 

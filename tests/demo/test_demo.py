@@ -13,8 +13,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-from kilodelta import terminal
 from kilodelta.cli import main
+from kilodelta.commands import demo as command
 from kilodelta.demo import run as running
 from kilodelta.demo.docstrings import paragraphs
 from kilodelta.demo.run import Demo, Effort, demo
@@ -125,7 +125,7 @@ def test_a_tiny_demo_on_the_real_model(
     assert [row.name for row in done.rows] == ["base", "tuned", "delta"]
     assert done.rows[2].nbytes == (done.folder / "task.kd").stat().st_size < effort.budget
     json.dumps(done.to_json(), allow_nan=False)
-    terminal.show_demo(done, as_json=False)
+    command.show(done, as_json=False)
     shown = capsys.readouterr().out
     assert "  $ kilodelta compress base tuned -o task.kd --inputs train.jsonl" in shown
     assert "no engine, for tensorrt_rtx is not installed" in shown

@@ -230,7 +230,7 @@ def test_a_further_adapter_file_needs_no_torch(tmp_path: Path) -> None:
         f"given = ['export-adapter', {str(of.path)!r}, {str(tmp_path / 'task.kd')!r}, '-o']\n"
         f"for out in ({str(out)!r}, {str(tmp_path / 'new')!r}):\n"
         "    done = CliRunner().invoke(main, [*given, out])\n"
-        "    print(done.exit_code, \"pip install 'kilodelta[onnx]'\" in done.output)\n"
+        "    print(done.exit_code, \"pip install '.[onnx]'\" in done.output)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == ["0 False", "7 True"], done.stderr

@@ -185,7 +185,7 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(MissingPackageError, match="build TensorRT engines") as caught:
         choose("tensorrt_rtx", ("sm89",), ())
-    assert caught.value.fix == "pip install 'kilodelta[rtx]'"
+    assert caught.value.fix == "in a clone of kilodelta: pip install '.[rtx]'"
 
 
 @pytest.fixture

@@ -324,7 +324,7 @@ def test_what_is_required_must_run(world: World, tmp_path: Path) -> None:
     assert Report(results=results, required=("ort",)).passed
     failure = Report(results=results, required=("ort", "tensorrt")).failure()
     assert isinstance(failure, MissingPackageError)
-    assert failure.fix == "pip install 'kilodelta[tensorrt]'"
+    assert failure.fix == "in a clone of kilodelta: pip install '.[tensorrt]'"
     absent = Report(results=results, required=("ort-cuda",)).failure()
     assert isinstance(absent, ProofError)
     assert "there is nothing for it to run" in absent.what
