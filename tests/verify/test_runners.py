@@ -297,7 +297,7 @@ def test_a_missing_flavour_is_a_missing_package(
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
     reason = TensorrtRunner(engine_file, flavour="tensorrt").available()
     assert isinstance(reason, MissingPackageError)
-    assert "kilodelta[tensorrt]" in reason.fix
+    assert ".[tensorrt]" in reason.fix
 
 
 def has_gpu() -> bool:
