@@ -176,12 +176,14 @@ def _one_layer() -> tuple[Any, Any, Any]:
 
 
 def _write_bfloat16(path: Path, tensors: dict[str, Any]) -> None:
-    from kilodelta.files.safetensors import header_bytes
+    from kilodelta.files import safetensors
+    from kilodelta.files.tensor import RawTensor
 
-    with path.open("wb") as file:
-        file.write(header_bytes([(n, "BF16", t.shape) for n, t in tensors.items()], {}))
-        for tensor in tensors.values():
-            file.write((tensor.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+    def cut(tensor: Any) -> RawTensor:
+        data = (tensor.view(np.uint32) >> 16).astype("<u2").reshape(-1).view(np.uint8)
+        return RawTensor(dtype="BF16", shape=tensor.shape, data=data)
+
+    safetensors.write(path, {name: cut(tensor) for name, tensor in tensors.items()})
 
 
 def _nola_delta(checkpoint: Any, bases: int = NOLA_BASES) -> Any:
@@ -326,18 +328,18 @@ def _timed_merge(
 def _merge_child(base: Path, delta: Path, out: Path, threads: int, sender: Any) -> None:
     import kilodelta
     from kilodelta.exact.selftest import require_good_kernels
-    from kilodelta.files import atomic
+    from kilodelta.files import staging
 
     require_good_kernels()  # compiled kernels come from the cache; their loading is not merging
     synced = [0.0]
-    original = atomic.sync
+    original = staging.sync
 
     def sync(path: Path) -> None:
         began = time.perf_counter()
         original(path)
         synced[0] += time.perf_counter() - began
 
-    atomic.sync = sync
+    staging.sync = sync
     with peak_memory() as peak:
         began = time.perf_counter()
         kilodelta.merge(base, delta, out, threads=threads)

@@ -23,6 +23,7 @@ from machine import describe
 from kilodelta.exact import ordered
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.safetensors import header_bytes
+from kilodelta.files.tensor import TensorInfo
 from kilodelta.format.delta import Delta
 from kilodelta.format.foreign import PeftRandLora, stored
 from kilodelta.format.foreign.peft_randlora import digest, draw
@@ -64,15 +65,15 @@ def peft_bytes(layers: int, dtype_bytes: int = 4) -> tuple[int, int]:
 
 def base_file(path: Path, layers: int) -> Checkpoint:
     """A sparse file of the base's shape: its bytes are zeros that take no disk."""
-    order: list[tuple[str, str, tuple[int, ...]]] = [
-        (f"layers.{i:02}.{name}.weight", "BF16", shape)
+    order = [
+        TensorInfo(name=f"layers.{i:02}.{name}.weight", dtype="BF16", shape=shape)
         for i in range(layers)
         for name, shape in SHAPES.items()
     ]
     header = header_bytes(order, {})
     with path.open("wb") as file:
         file.write(header)
-        file.truncate(len(header) + 2 * sum(a * b for _, _, (a, b) in order))
+        file.truncate(len(header) + sum(info.nbytes for info in order))
     return Checkpoint.open(path)
 
 

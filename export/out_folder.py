@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from kilodelta.errors import FileError, OutputError
 from kilodelta.export.manifest import artefacts
-from kilodelta.files import atomic
+from kilodelta.files import staging
 
 
 @contextmanager
@@ -24,16 +22,11 @@ def out_folder(path: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         OutputError: `path` holds something that may not be replaced, or cannot be written.
     """
-    if not _is_occupied(path):
-        with atomic.new_folder(path) as stage:
-            yield stage
-        return
-    _require_replaceable(path, force=force)
-    path = path.resolve()  # a link stays, and what it leads to is replaced
-    fresh = path.parent / f".{path.name}.{os.getpid()}.new"
-    with atomic.new_folder(fresh) as stage:
+    occupied = _is_occupied(path)
+    if occupied:
+        _require_replaceable(path, force=force)
+    with staging.new_folder(path, replace=occupied) as stage:
         yield stage
-    _swap(fresh, path)
 
 
 def _is_occupied(path: Path) -> bool:
@@ -60,23 +53,3 @@ def _require_replaceable(path: Path, *, force: bool) -> None:
             f"{path} holds {', '.join(foreign[:5])} too, which no export wrote",
             fix="move that away, or give a new folder as output",
         )
-
-
-def _swap(fresh: Path, path: Path) -> None:
-    """Put `fresh` in the place of `path`, which stays if that fails."""
-    old = atomic.temporary(path)
-    try:
-        os.replace(path, old)
-        try:
-            os.replace(fresh, path)
-        except BaseException:
-            os.replace(old, path)
-            raise
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be replaced: {error.strerror or error}",
-            fix="check the folder above and its permissions",
-        ) from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kilodelta.errors import InputError, KiloDeltaError, OutputError, require
 from kilodelta.export.manifest.artefacts import Manifest
-from kilodelta.files import atomic
+from kilodelta.files import staging
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.progress import Progress, silent
 from kilodelta.verify.digests.exported import check_export, is_export
@@ -55,7 +55,7 @@ class Verification:
     def save(self, path: Path) -> None:
         """Write the JSON."""
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-        atomic.write(path, text.encode("utf-8") + b"\n")
+        staging.write(path, text.encode("utf-8") + b"\n")
 
 
 def verify(

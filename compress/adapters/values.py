@@ -6,9 +6,8 @@ import numpy as np
 
 from kilodelta.errors import CheckpointError, InputError
 from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.dtypes import FLOATS
 from kilodelta.format.coefficients import Floats
-
-_VIEWS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 def floats(tensors: Checkpoint, key: str) -> Floats:
@@ -19,14 +18,12 @@ def floats(tensors: Checkpoint, key: str) -> Floats:
         InputError: it holds NaN or infinity.
     """
     info = tensors.info(key)
-    if info.dtype not in _VIEWS:
+    if info.dtype not in FLOATS:
         raise CheckpointError(
             f"{tensors.path}: tensor {key} is {info.dtype}, not a float type",
             fix="give the adapter as its tool saved it",
         )
-    raw = tensors.data(key).copy().view(_VIEWS[info.dtype]).reshape(info.shape)
-    wide = (raw.astype(np.uint32) << 16).view(np.float32) if info.dtype == "BF16" else raw
-    found = wide.astype(np.float32)
+    found = FLOATS[info.dtype].widen(tensors.data(key)).reshape(info.shape)
     if not np.isfinite(found).all():
         raise InputError(
             f"{tensors.path}: tensor {key} holds NaN or infinity",

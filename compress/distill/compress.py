@@ -24,7 +24,6 @@ from kilodelta.compress.training import train
 from kilodelta.errors import InputError, QualityError
 from kilodelta.files.checkpoint import in_name_order
 from kilodelta.files.identity import digest
-from kilodelta.files.tensor import Extra
 from kilodelta.format.delta import Delta
 from kilodelta.format.inspect import inspect
 from kilodelta.format.manifest import method_options
@@ -173,14 +172,7 @@ def _with_new_extras(delta: Delta, job: Job) -> Delta:
     absent = [c.name for c in job.split.extras if c.name not in delta.extras]
     if not absent:
         return delta
-    added = {
-        name: Extra(
-            dtype=job.tuned.info(name).dtype,
-            shape=job.tuned.info(name).shape,
-            data=job.tuned.data(name),
-        )
-        for name in absent
-    }
+    added = {name: job.tuned.raw(name) for name in absent}
     extras = {**delta.extras, **added}
     manifest = replace(delta.manifest, extras=in_name_order(extras))
     return replace(delta, manifest=manifest, extras=extras)

@@ -16,7 +16,7 @@ from kilodelta.compress.distill.changes import Change, Split, compare, patterns_
 from kilodelta.compress.distill.options import DEFAULT_BUDGET, Options
 from kilodelta.errors import InputError
 from kilodelta.files.checkpoint import Checkpoint, in_name_order
-from kilodelta.files.tensor import Extra
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format import file
 from kilodelta.format.coefficients import Group, Scale
 from kilodelta.format.delta import Delta
@@ -188,7 +188,9 @@ def _overhead(
         made=LONGEST_MADE,
     )
     empty = np.empty(0, np.uint8)
-    extras = {c.name: Extra(dtype="F32", shape=(0, *c.shape[1:]), data=empty) for c in parts.extras}
+    extras = {
+        c.name: RawTensor(dtype="F32", shape=(0, *c.shape[1:]), data=empty) for c in parts.extras
+    }
     header = file.size(Delta(manifest=manifest, blob=empty, extras=extras))
     return header + OFFSETS * (1 + len(extras)) + sum(change.nbytes for change in parts.extras)
 

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from kilodelta.compress.training.attachment import Attachment
 from kilodelta.compress.training.precision import Precision
 from kilodelta.errors import BaseMismatchError, InputError
-from kilodelta.files import identity
-from kilodelta.files.checkpoint import Checkpoint, in_name_order
-from kilodelta.files.safetensors import header_bytes
-from kilodelta.files.tensor import Extra, extra
+from kilodelta.files import safetensors
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.coefficients import Quantised
 from kilodelta.format.delta import Delta
 from kilodelta.merging.build import Recipe, build
@@ -101,12 +100,7 @@ def _checkpoint(
 def _write(place: Path, tensors: dict[str, Tensor]) -> None:
     """Tensors as a safetensors file, tied ones once."""
     first = {id(value): name for name, value in reversed(tensors.items())}
-    names = in_name_order(first.values())
-    found = {name: identity.raw(tensors[name]) for name in names}
-    with place.open("wb") as file:
-        file.write(header_bytes([(name, *found[name][:2]) for name in names], {}))
-        for name in names:
-            file.write(found[name][2].data)
+    safetensors.write(place, {name: RawTensor.of(tensors[name]) for name in first.values()})
 
 
 def _check_names(attachment: Attachment, checkpoint: Checkpoint) -> None:
@@ -154,10 +148,12 @@ def _same(value: Tensor, checkpoint: Checkpoint, name: str) -> bool:
     return torch.equal(value.detach().cpu(), there)
 
 
-def _extras(model: nn.Module, attachment: Attachment, checkpoint: Checkpoint) -> dict[str, Extra]:
+def _extras(
+    model: nn.Module, attachment: Attachment, checkpoint: Checkpoint
+) -> dict[str, RawTensor]:
     """The extras in the types that the base keeps them in."""
     found = {}
     for name, value in attachment.frozen.trained(model).items():
         known = TORCH.get(checkpoint.info(name).dtype) if name in checkpoint else None
-        found[name] = extra(value if known is None else value.to(known))
+        found[name] = RawTensor.copy_of(value if known is None else value.to(known))
     return found

@@ -18,7 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from kilodelta.errors import InputError
 from kilodelta.files import dtypes
-from kilodelta.files.checkpoint import TensorInfo
+from kilodelta.files.tensor import TensorInfo
 from kilodelta.format.targets import Patterns, Target, matches, select
 
 
@@ -144,8 +144,13 @@ def _choose(
 
 
 def _is_matrix(parameter: Tensor) -> bool:
-    known = dtypes.NUMPY.get(str(parameter.dtype).removeprefix("torch."))
-    return known in dtypes.TARGETS and parameter.ndim >= 2 and parameter.numel() > 0
+    known = dtypes.BY_LONG.get(str(parameter.dtype).removeprefix("torch."))
+    return (
+        known is not None
+        and known.name in dtypes.TARGETS
+        and parameter.ndim >= 2
+        and parameter.numel() > 0
+    )
 
 
 def _nothing(glob: str, names: Sequence[str]) -> InputError:
@@ -157,9 +162,9 @@ def _nothing(glob: str, names: Sequence[str]) -> InputError:
 
 
 def _info(name: str, parameter: Tensor) -> TensorInfo:
-    dtype = dtypes.NUMPY[str(parameter.dtype).removeprefix("torch.")]
+    dtype = dtypes.BY_LONG[str(parameter.dtype).removeprefix("torch.")].name
     shape = tuple(parameter.shape)
-    return TensorInfo(name=name, dtype=dtype, shape=shape, nbytes=dtypes.nbytes(dtype, shape))
+    return TensorInfo(name=name, dtype=dtype, shape=shape)
 
 
 def _place(target: Target, same: Sequence[_Use]) -> Place:

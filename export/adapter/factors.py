@@ -20,7 +20,7 @@ from kilodelta.errors import BaseMismatchError, InputError
 from kilodelta.export.adapter.layout import AdapterLayout, Exposed
 from kilodelta.export.peft.factors import float_factors, scales
 from kilodelta.files import parallel
-from kilodelta.files.checkpoint import TensorInfo
+from kilodelta.files.tensor import TensorInfo
 from kilodelta.format.delta import Delta
 from kilodelta.format.foreign import PeftRandLora
 from kilodelta.format.methods import RandLora
@@ -31,7 +31,7 @@ from kilodelta.progress import Meter, Progress, silent
 Matrix = npt.NDArray[Any]
 Factors = dict[str, Matrix]
 """Arrays by input name. Those of a bfloat16 graph are float32: numpy lacks the type, so whoever
-feeds them rounds them, as `kilodelta.files.bfloat16.pack` does."""
+feeds them rounds them, as `kilodelta.files.dtypes.FloatType.narrow` does."""
 
 _DTYPES: Mapping[str, Any] = {
     "float32": np.float32,

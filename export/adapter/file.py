@@ -14,7 +14,7 @@ import numpy as np
 from kilodelta.errors import InputError, require
 from kilodelta.export.adapter.factors import expand
 from kilodelta.export.adapter.layout import AdapterLayout
-from kilodelta.files import atomic
+from kilodelta.files import staging
 from kilodelta.format.delta import Delta
 from kilodelta.progress import Progress, silent
 
@@ -54,6 +54,6 @@ def write_adapter(
             for name, values in factors.items()
         }
     )
-    with atomic.new_file(path) as stage:
+    with staging.new_file(path) as stage:
         made.export_adapter(str(stage))
         return stage.stat().st_size

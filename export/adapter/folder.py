@@ -24,7 +24,7 @@ from kilodelta.export.adapter.factors import fit
 from kilodelta.export.adapter.file import write_adapter
 from kilodelta.export.adapter.layout import NAME, read_layout
 from kilodelta.export.options import short
-from kilodelta.files import atomic
+from kilodelta.files import staging
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.progress import Progress, silent
@@ -94,7 +94,7 @@ def export_adapter(
             raise InputError(
                 f"adapter files do not come in {chosen.dtype}", fix="--dtype fp32 or --dtype fp16"
             )
-        with atomic.new_folder(place) as stage:
+        with staging.new_folder(place) as stage:
             _write_graph(base, delta, stage, chosen, progress)
             _add(delta, stage, name, progress)
     else:

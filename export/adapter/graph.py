@@ -19,8 +19,9 @@ from kilodelta.export.adapter.sites import Site, is_layer, sites, use_of
 from kilodelta.export.adapter.surgery import Surgery
 from kilodelta.export.manifest.facts import Port
 from kilodelta.export.onnx.template import Template
-from kilodelta.files.checkpoint import Checkpoint, TensorInfo
+from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.identity import digest
+from kilodelta.files.tensor import TensorInfo
 from kilodelta.format.options import MAX_RANK
 from kilodelta.format.targets import Patterns, select
 

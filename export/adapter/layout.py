@@ -26,8 +26,8 @@ from typing import Any, Literal, TypeAlias
 
 from kilodelta.errors import FileError
 from kilodelta.export.manifest.facts import DTYPES
-from kilodelta.files import atomic, canonical, dtypes, untrusted
-from kilodelta.files.checkpoint import TensorInfo
+from kilodelta.files import canonical, dtypes, staging, untrusted
+from kilodelta.files.tensor import TensorInfo
 from kilodelta.format.options import MAX_RANK
 
 VERSION = 1
@@ -97,7 +97,7 @@ class AdapterLayout:
             OutputError: it cannot be written.
         """
         text = json.dumps(_to_json(self), indent=1, ensure_ascii=False)
-        atomic.write(folder / NAME, text.encode("utf-8") + b"\n")
+        staging.write(folder / NAME, text.encode("utf-8") + b"\n")
         return folder / NAME
 
 
@@ -172,7 +172,7 @@ def _exposed(value: Any, where: str) -> Exposed:
     if len(shape) < 2 or prod(shape) == 0:
         raise untrusted.FieldError(f"{where}.shape is {list(shape)}, not that of a matrix")
     name = untrusted.text(row["name"], f"{where}.name")
-    info = TensorInfo(name=name, dtype=dtype, shape=shape, nbytes=dtypes.nbytes(dtype, shape))
+    info = TensorInfo(name=name, dtype=dtype, shape=shape)
     use = row["use"]
     untrusted.choice(use, f"{where}.use", USES)
     return Exposed(info=info, use=use)

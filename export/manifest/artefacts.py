@@ -23,7 +23,7 @@ from kilodelta.export.manifest.facts import Profile as Profile
 from kilodelta.export.manifest.facts import Shape as Shape
 from kilodelta.export.manifest.parse import LIMIT, VERSION, parse
 from kilodelta.export.manifest.parse import MANIFEST as MANIFEST
-from kilodelta.files import atomic, canonical
+from kilodelta.files import canonical, staging
 from kilodelta.files.untrusted import FieldError
 from kilodelta.progress import Event, Progress, silent
 
@@ -67,7 +67,7 @@ def write(manifest: Manifest, folder: Path) -> Path:
         OutputError: it cannot be written.
     """
     text = json.dumps(to_json(manifest), indent=1, ensure_ascii=False, allow_nan=False)
-    atomic.write(folder / MANIFEST, text.encode("utf-8") + b"\n")
+    staging.write(folder / MANIFEST, text.encode("utf-8") + b"\n")
     return folder / MANIFEST
 
 

@@ -17,7 +17,7 @@ from kilodelta.exact.selftest import require_good_kernels
 from kilodelta.export.merge.expanders import Expander, expander
 from kilodelta.export.merge.plan import FilePlan, Piece, plan_checkpoint
 from kilodelta.export.merge.sidecars import copy_sidecars
-from kilodelta.files import atomic, identity, parallel
+from kilodelta.files import identity, parallel, staging
 from kilodelta.files.baseline import require_base
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.copying import copy_range, pwrite
@@ -85,7 +85,7 @@ def merge(
     found = delta if isinstance(delta, Delta) else load(delta)
     require_base(checkpoint, found.manifest.base, threads=threads, progress=progress)
     bound = found.bind(checkpoint)
-    with atomic.new_file(place) if single else atomic.new_folder(place) as stage:
+    with staging.new_file(place) if single else staging.new_folder(place) as stage:
         plans = plan_checkpoint(checkpoint, bound, stage, single=single)
         _run(checkpoint, bound, plans, way, threads or way.threads, progress)
         left_out = () if single else copy_sidecars(checkpoint, bound, stage)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from kilodelta.errors import require
-from kilodelta.files.identity import Bytes
+from kilodelta.files.tensor import Bytes
 from kilodelta.format.delta import Delta
 from kilodelta.format.targets import Target
 

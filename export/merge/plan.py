@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kilodelta.files import dtypes
 from kilodelta.files.checkpoint import Checkpoint, Shard
 from kilodelta.files.safetensors import Entry, header_bytes
-from kilodelta.files.tensor import Extra
+from kilodelta.files.tensor import RawTensor, TensorInfo
 from kilodelta.format.delta import Delta
 
 
@@ -53,13 +52,13 @@ def plan_checkpoint(
     ]
 
 
-def _plan_shard(shard: Shard, delta: Delta, path: Path, added: Mapping[str, Extra]) -> FilePlan:
+def _plan_shard(shard: Shard, delta: Delta, path: Path, added: Mapping[str, RawTensor]) -> FilePlan:
     replaced = {e.name for e in shard.layout.entries if e.name in delta.extras}
-    order = [(e.name, *_kind_of(e, delta)) for e in shard.layout.entries]
-    order += [(name, tensor.dtype, tensor.shape) for name, tensor in added.items()]
+    order = [_new_kind(e, delta) for e in shard.layout.entries]
+    order += [tensor.info(name) for name, tensor in added.items()]
     same = not added and all(
-        (e.dtype, e.shape) == (d, s)
-        for e, (_, d, s) in zip(shard.layout.entries, order, strict=True)
+        (old.dtype, old.shape) == (new.dtype, new.shape)
+        for old, new in zip(shard.layout.entries, order, strict=True)
     )
     header = shard.data[: shard.layout.data_start] if same else _header(order, shard)
     pieces = _pieces(shard, delta, order, len(header), replaced | set(added))
@@ -67,31 +66,31 @@ def _plan_shard(shard: Shard, delta: Delta, path: Path, added: Mapping[str, Extr
         path=path,
         source=shard.path,
         header=header,
-        size=len(header) + sum(dtypes.nbytes(d, s) for _, d, s in order),
+        size=len(header) + sum(info.nbytes for info in order),
         pieces=tuple(pieces),
     )
 
 
-def _kind_of(entry: Entry, delta: Delta) -> tuple[str, tuple[int, ...]]:
+def _new_kind(entry: Entry, delta: Delta) -> TensorInfo:
     extra = delta.extras.get(entry.name)
-    return (extra.dtype, extra.shape) if extra else (entry.dtype, entry.shape)
+    return extra.info(entry.name) if extra else entry
 
 
-def _header(order: list[tuple[str, str, tuple[int, ...]]], shard: Shard) -> bytes:
+def _header(order: list[TensorInfo], shard: Shard) -> bytes:
     return header_bytes(order, shard.layout.metadata)
 
 
 def _pieces(
     shard: Shard,
     delta: Delta,
-    order: list[tuple[str, str, tuple[int, ...]]],
+    order: list[TensorInfo],
     start: int,
     whole: set[str],
 ) -> list[Piece]:
     entries = {entry.name: entry for entry in shard.layout.entries}
     pieces: list[Piece] = []
-    for name, dtype, shape in order:
-        size = dtypes.nbytes(dtype, shape)
+    for info in order:
+        name, size = info.name, info.nbytes
         if name in whole:
             pieces.append(Piece(kind="extra", name=name, begin=start, nbytes=size))
         elif name in delta.targets:

@@ -10,19 +10,17 @@ import numpy.typing as npt
 
 from kilodelta.errors import CheckpointError, ExportError
 from kilodelta.files import dtypes, identity
-from kilodelta.files.casting import cast, overflows
+from kilodelta.files.floats import cast, overflows
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 
 Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuned:
-    """A tensor of the fine-tune: safetensors dtype, shape, raw bytes, and a target's digest."""
+class Tuned(RawTensor):
+    """A tensor of the fine-tune, and its digest where it is a target."""
 
-    dtype: str
-    shape: tuple[int, ...]
-    data: Bytes
     digest: str = ""
 
 
@@ -63,7 +61,7 @@ def tuned(delta: Delta, name: str, base: Callable[[str], Bytes]) -> Tuned:
     return Tuned(dtype=target.dtype, shape=target.shape, data=data, digest=digest)
 
 
-def rounded(name: str, found: Tuned, dtype: str) -> Bytes:
+def rounded(name: str, found: RawTensor, dtype: str) -> Bytes:
     """Its raw bytes in another precision, to nearest even.
 
     Raises:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kilodelta.errors import InputError, OutputError
-from kilodelta.files import atomic
+from kilodelta.files import staging
 from kilodelta.progress import Event, Progress, silent
 
 ONE_FILE = (2 << 30) - (64 << 20)
@@ -46,9 +46,9 @@ def save(
             _write(model, Path(stage) / path.name, beside, progress)
             names = [path.name] if beside is None else [beside, path.name]
             for name in names:
-                atomic.sync(Path(stage) / name)
+                staging.sync(Path(stage) / name)
                 os.replace(Path(stage) / name, path.parent / name)
-            atomic.sync(path.parent)
+            staging.sync(path.parent)
     except OSError as error:
         raise OutputError(
             f"{path} cannot be written: {error.strerror or error}",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from types import MappingProxyType
 
 from kilodelta.export.onnx.protobuf import (
     BYTES,
@@ -20,17 +19,7 @@ from kilodelta.export.onnx.protobuf import (
     varints,
 )
 from kilodelta.files import dtypes
-
-DTYPES = MappingProxyType(
-    {
-        1: "F32", 2: "U8", 3: "I8", 4: "U16", 5: "I16", 6: "I32", 7: "I64", 9: "BOOL",
-        10: "F16", 11: "F64", 12: "U32", 13: "U64", 14: "C64", 16: "BF16",
-    }
-)  # fmt: skip
-"""TensorProto.DataType to safetensors dtype, of the types that weights have."""
-
-NUMBERS = MappingProxyType({dtype: number for number, dtype in DTYPES.items()})
-"""The other way round."""
+from kilodelta.files.tensor import TensorInfo
 
 _DIMS, _DATA_TYPE, _SEGMENT, _FLOAT_DATA, _NAME, _RAW_DATA = 1, 2, 3, 4, 8, 9
 _DOUBLE_DATA, _EXTERNAL_DATA, _DATA_LOCATION = 10, 13, 14
@@ -40,18 +29,14 @@ _TYPED = {"F32": _FLOAT_DATA, "F64": _DOUBLE_DATA}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
+class Stored(TensorInfo):
     """One tensor: `file` relative to the model's folder, its bytes there from `begin` on.
 
     `top` says that it is an initializer of the main graph, which runtimes know by its name.
     """
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
     file: str
     begin: int
-    nbytes: int
     top: bool
 
 
@@ -94,17 +79,15 @@ def read_tensor(
     for part in fields(data, message.begin, message.end):
         found.add(data, part)
     name = name or found.name
-    if found.kind not in DTYPES or _SEGMENT in found.pieces:
+    if found.kind not in dtypes.BY_ONNX_NUMBER or _SEGMENT in found.pieces:
         return name, None
-    dtype, shape = DTYPES[found.kind], _shape(found.shape, name)
+    dtype, shape = dtypes.BY_ONNX_NUMBER[found.kind].name, _shape(found.shape, name)
     size = dtypes.nbytes(dtype, shape)
     place = _external(data, found, size) if found.external else _inside(found, dtype, size, main)
     if place is None:
         return name, None
     file, begin = place
-    return name, Stored(
-        name=name, dtype=dtype, shape=shape, file=file, begin=begin, nbytes=size, top=top
-    )
+    return name, Stored(name=name, dtype=dtype, shape=shape, file=file, begin=begin, top=top)
 
 
 def _shape(found: list[int], name: str) -> tuple[int, ...]:

@@ -17,11 +17,10 @@ from kilodelta.export.manifest.facts import FileFact
 from kilodelta.export.onnx.file import OnnxFile, read_onnx
 from kilodelta.export.patching.map import PatchMap, Place
 from kilodelta.export.patching.match import Match, match_all
-from kilodelta.files import atomic
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import TARGETS
 from kilodelta.files.identity import digest
-from kilodelta.files.safetensors import header_bytes
+from kilodelta.files.safetensors import write_stream
 from kilodelta.progress import Progress, silent
 
 SHOWN = 3
@@ -88,8 +87,7 @@ def write_rest(found: PatchMap, base: str | Path | Checkpoint, path: str | Path)
     ]
     if not lacking:
         return None
-    header = header_bytes([(info.name, info.dtype, info.shape) for info in lacking], {})
-    atomic.write(Path(path), header, *(checkpoint.data(info.name).data for info in lacking))
+    write_stream(Path(path), lacking, (checkpoint.data(info.name).data for info in lacking))
     return Path(path)
 
 

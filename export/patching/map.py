@@ -14,11 +14,11 @@ from typing import Any
 from kilodelta.errors import FileError
 from kilodelta.export.manifest.facts import FileFact
 from kilodelta.export.onnx.tensors import is_inside
-from kilodelta.files import atomic, canonical, untrusted
-from kilodelta.files.casting import castable, lossless
-from kilodelta.files.checkpoint import TensorInfo
-from kilodelta.files.dtypes import BITS, nbytes
+from kilodelta.files import canonical, staging, untrusted
+from kilodelta.files.dtypes import DTYPES, nbytes
+from kilodelta.files.floats import castable, lossless
 from kilodelta.files.identity import of_digests
+from kilodelta.files.tensor import TensorInfo
 from kilodelta.files.untrusted import FieldError
 
 VERSION = 1
@@ -86,7 +86,7 @@ def write_map(found: PatchMap, path: str | Path) -> None:
         OutputError: it cannot be written.
     """
     text = canonical.dumps(_to_json(found))
-    atomic.write(Path(path), text.encode("utf-8"), b"\n")
+    staging.write(Path(path), text.encode("utf-8"), b"\n")
 
 
 def read_map(path: str | Path) -> PatchMap:
@@ -167,11 +167,11 @@ def _tensor(value: Any, where: str) -> _Row:
 
 def _info(name: str, row: _Row) -> TensorInfo:
     dtype, shape, _ = row
-    return TensorInfo(name=name, dtype=dtype, shape=shape, nbytes=nbytes(dtype, shape))
+    return TensorInfo(name=name, dtype=dtype, shape=shape)
 
 
 def _dtype(value: Any, where: str) -> str:
-    return untrusted.choice(value, where, BITS)
+    return untrusted.choice(value, where, DTYPES)
 
 
 def _shape(value: Any, where: str) -> tuple[int, ...]:

@@ -17,9 +17,10 @@ from kilodelta.export.onnx.file import OnnxFile
 from kilodelta.export.onnx.tensors import Stored
 from kilodelta.export.patching.map import Place
 from kilodelta.files import parallel
-from kilodelta.files.casting import cast, castable, turned
-from kilodelta.files.checkpoint import Checkpoint, TensorInfo
+from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.copying import pread
+from kilodelta.files.floats import cast, castable, transposed
+from kilodelta.files.tensor import TensorInfo
 from kilodelta.progress import Meter, Progress
 
 Bytes = npt.NDArray[np.uint8]
@@ -88,7 +89,7 @@ def _places(
         if (dtype, values.size) not in sizes:
             continue
         plain = _content(dtype, values)
-        other = _content(dtype, turned(values, info.shape))
+        other = _content(dtype, transposed(values, info.shape))
         yield from (_place(tensor, turned=False) for tensor in contents.get(plain, ()))
         if other != plain:
             yield from (
@@ -117,5 +118,5 @@ def _match(info: TensorInfo, data: Bytes, places: tuple[Place, ...]) -> Match:
         name=info.name,
         places=places,
         constant=not data.size or bool((elements == elements[0]).all()),
-        symmetric=bool(places) and square and np.array_equal(turned(data, info.shape), data),
+        symmetric=bool(places) and square and np.array_equal(transposed(data, info.shape), data),
     )

@@ -12,9 +12,9 @@ import numpy.typing as npt
 from kilodelta.errors import BaseMismatchError, ExportError
 from kilodelta.export.merge.tuned import Tuned, changed, rounded, tuned
 from kilodelta.export.patching.map import PatchMap, Place
-from kilodelta.files.casting import cast, castable, turned
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.copying import pread
+from kilodelta.files.floats import cast, castable, transposed
 from kilodelta.format.delta import Delta
 
 Bytes = npt.NDArray[np.uint8]
@@ -56,7 +56,7 @@ class Plan:
         """
         for place in self.places(name):
             values = rounded(name, found, place.dtype)
-            yield place, turned(values, found.shape) if place.transposed else values
+            yield place, transposed(values, found.shape) if place.transposed else values
 
     def _base(self, name: str) -> Bytes:
         place = self.found.exact(name)
@@ -64,7 +64,7 @@ class Plan:
             assert self.rest is not None  # `make_plan` has seen to it
             return self.rest.data(name)
         data = pread(self.path(place.file), place.begin, place.nbytes)
-        plain = turned(data, place.shape) if place.transposed else data
+        plain = transposed(data, place.shape) if place.transposed else data
         return cast(plain, place.dtype, self.found.tensors[name].dtype)
 
 

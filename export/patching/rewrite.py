@@ -18,7 +18,7 @@ from kilodelta.export.merge.tuned import changed
 from kilodelta.export.patching.map import PatchMap, Place
 from kilodelta.export.patching.plan import Bytes, Plan, make_plan
 from kilodelta.export.patching.run import run
-from kilodelta.files import atomic
+from kilodelta.files import staging
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.copying import copy_range, pwrite
 from kilodelta.format.delta import Delta
@@ -98,11 +98,13 @@ def _copies(plan: Plan, out: Path) -> Iterator[tuple[Mapping[str, int], tuple[Pa
     paths = {main: out, **{name: out.parent / name for name in others}}
     _require_free(plan, paths.values(), alone=not others)
     with ExitStack() as stack:
-        stages = {name: stack.enter_context(atomic.new_file(p)) for name, p in paths.items()}
+        stages = {
+            name: stack.enter_context(staging.new_file(path, parents=True))
+            for name, path in paths.items()
+        }
         with ExitStack() as opened:
             files = {}
             for name, stage in stages.items():
-                stage.parent.mkdir(parents=True, exist_ok=True)
                 files[name] = os.open(stage, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
                 opened.callback(os.close, files[name])
                 _copy(plan.path(name), files[name])

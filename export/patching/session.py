@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,23 +20,14 @@ import numpy.typing as npt
 from kilodelta.errors import ExportError, require
 from kilodelta.exact.selftest import require_good_kernels
 from kilodelta.export.merge.tuned import changed
-from kilodelta.export.onnx.tensors import NUMBERS
 from kilodelta.export.patching.map import PatchMap, Place
 from kilodelta.export.patching.plan import Bytes, Plan, make_plan
 from kilodelta.export.patching.run import run
 from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.dtypes import DTYPES
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.progress import Progress, silent
-
-NUMPY: Mapping[str, str] = MappingProxyType(
-    {
-        "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "I32": "<i4",
-        "U32": "<u4", "I64": "<i8", "U64": "<u8", "F16": "<f2", "BF16": "<u2", "F32": "<f4",
-        "F64": "<f8",
-    }
-)  # fmt: skip
-"""safetensors dtype to numpy's; bfloat16, which numpy lacks, by its bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +67,7 @@ def patched_weights(
         if place.file == places.files[0].file:
             inline.append((place.begin, data))
         else:
-            array = data.view(NUMPY[place.dtype]).reshape(place.shape)
+            array = data.view(DTYPES[place.dtype].storage).reshape(place.shape)
             initializers[place.name] = place.dtype, array
 
     run(plan, write, threads=threads, progress=progress)
@@ -144,6 +134,7 @@ def open_patched(
 
 
 def _value(ort: Any, dtype: str, array: npt.NDArray[Any]) -> Any:
-    if dtype == "BF16":
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, NUMBERS["BF16"])
+    if dtype == "BF16":  # numpy lacks it
+        number = DTYPES["BF16"].onnx_number
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, number)
     return ort.OrtValue.ortvalue_from_numpy(array)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from kilodelta.errors import ExportError
 from kilodelta.exact.lowrank import product_error, product_norm
 from kilodelta.export.peft.svd import truncated
-from kilodelta.files.narrow import decode, encode
+from kilodelta.files.dtypes import FLOATS
 from kilodelta.format.delta import Delta
 from kilodelta.format.foreign import PeftRandLora
 from kilodelta.format.methods import RandLora
@@ -136,8 +136,8 @@ def _rounded(values: Matrix, dtype: str, name: str) -> tuple[Matrix, Matrix]:
         ExportError: a factor is beyond the dtype's range.
     """
     with np.errstate(over="ignore"):
-        bits = encode(values, dtype)
-    wide = decode(bits.view(np.uint8), dtype).reshape(values.shape).astype(np.float64)
+        bits = FLOATS[dtype].narrow(values)
+    wide = FLOATS[dtype].widen(bits).reshape(values.shape).astype(np.float64)
     if not np.isfinite(wide).all():
         raise ExportError(
             f"the update of {name} is too large for {dtype}", fix="--dtype bf16 (bfloat16)"

@@ -17,10 +17,9 @@ import numpy as np
 
 from kilodelta.export.peft.factors import Pair, padded
 from kilodelta.export.peft.modules import Kind, Naming, Whole, sort_extras
-from kilodelta.files import atomic, dtypes
+from kilodelta.files import safetensors, staging
 from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.files.safetensors import header_bytes
-from kilodelta.files.tensor import Extra
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.format.targets import Target
 from kilodelta.models.layer_names import owner
@@ -54,10 +53,10 @@ def make_plan(delta: Delta, checkpoint: Checkpoint, naming: Naming) -> Plan:
 
 def adapter_tensors(
     plan: Plan, pairs: Mapping[str, Pair], dtype: str, *, own_ranks: bool
-) -> tuple[dict[str, Extra], dict[str, int]]:
+) -> tuple[dict[str, RawTensor], dict[str, int]]:
     """The adapter's factors by key, and the rank of each module."""
     top = max(1, *(pair.rank for pair in pairs.values()))
-    found: dict[str, Extra] = {}
+    found: dict[str, RawTensor] = {}
     ranks = {}
     for name, pair in pairs.items():
         rank = max(1, pair.rank) if own_ranks else top
@@ -66,7 +65,7 @@ def adapter_tensors(
     return found, ranks
 
 
-def _keyed(plan: Plan, name: str, pair: Pair, dtype: str) -> dict[str, Extra]:
+def _keyed(plan: Plan, name: str, pair: Pair, dtype: str) -> dict[str, RawTensor]:
     """One target's two tensors under the names, and in the shapes, of its kind of layer."""
     kind, target, start = (
         plan.kinds[name],
@@ -83,23 +82,22 @@ def _keyed(plan: Plan, name: str, pair: Pair, dtype: str) -> dict[str, Extra]:
         keys = f"{start}.lora_embedding_A", f"{start}.lora_embedding_B"
     else:
         keys = f"{start}.lora_A.weight", f"{start}.lora_B.weight"
-    return {key: _extra(dtype, values) for key, values in zip(keys, (A, B), strict=True)}
+    return {key: _raw(dtype, values) for key, values in zip(keys, (A, B), strict=True)}
 
 
-def _extra(dtype: str, values: Any) -> Extra:
+def _raw(dtype: str, values: Any) -> RawTensor:
     data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    return Extra(dtype=dtype, shape=values.shape, data=data)
+    return RawTensor(dtype=dtype, shape=values.shape, data=data)
 
 
-def stored_tensors(whole: Whole, delta: Delta, checkpoint: Checkpoint) -> dict[str, Extra]:
+def stored_tensors(whole: Whole, delta: Delta, checkpoint: Checkpoint) -> dict[str, RawTensor]:
     """The tensors of whole modules: the delta's, and the base's beside them."""
     found = {}
     for name, key in whole.tensors.items():
         if name in delta.extras:
             found[key] = delta.extras[name]
         else:
-            info = checkpoint.info(name)
-            found[key] = Extra(dtype=info.dtype, shape=info.shape, data=checkpoint.data(name))
+            found[key] = checkpoint.raw(name)
     return found
 
 
@@ -135,16 +133,9 @@ def _target_modules(paths: Sequence[str], modules: Sequence[str]) -> list[str] |
     return list(paths)
 
 
-def write_folder(out: Path, config: Mapping[str, Any], tensors: Mapping[str, Extra]) -> int:
-    order = sorted(tensors, key=lambda name: (-dtypes.BITS[tensors[name].dtype], name))
-    header = header_bytes(
-        [(name, tensors[name].dtype, tensors[name].shape) for name in order], {"format": "pt"}
-    )
-    with atomic.new_folder(out) as stage:
+def write_folder(out: Path, config: Mapping[str, Any], tensors: Mapping[str, RawTensor]) -> int:
+    with staging.new_folder(out) as stage:
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (stage / "adapter_config.json").write_text(text, encoding="utf-8")
-        with (stage / "adapter_model.safetensors").open("wb") as file:
-            file.write(header)
-            for name in order:
-                file.write(tensors[name].data.data)
-    return len(header) + sum(tensor.data.size for tensor in tensors.values())
+        place = stage / "adapter_model.safetensors"
+        return safetensors.write(place, tensors, {"format": "pt"})

@@ -17,7 +17,7 @@ from kilodelta.export.tensorrt.flavour import RTX
 from kilodelta.export.tensorrt.log import clean_stdout, logger
 from kilodelta.export.tensorrt.network import Network
 from kilodelta.export.tensorrt.watch import Watch, attended, monitor
-from kilodelta.files import atomic
+from kilodelta.files import staging
 from kilodelta.progress import Progress, silent
 
 
@@ -59,7 +59,7 @@ def build(
         config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
         network.mark_refittable(refit)
     plan = _run(network, config, progress)
-    atomic.write(engine, memoryview(plan))
+    staging.write(engine, memoryview(plan))
     return int(plan.nbytes)
 
 

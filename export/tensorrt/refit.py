@@ -20,7 +20,7 @@ from kilodelta.export.tensorrt.flavour import CLASSIC, EXTRAS
 from kilodelta.export.tensorrt.log import logger
 from kilodelta.export.tensorrt.refit_values import Values
 from kilodelta.export.tensorrt.refit_weights import DeviceStream, hand_over
-from kilodelta.files import atomic
+from kilodelta.files import staging
 from kilodelta.files.baseline import require_base
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
@@ -149,7 +149,7 @@ class RefitEngine:
         plan = self.engine.serialize_with_config(config)
         if plan is None:
             raise self._failed("does not serialize")
-        atomic.write(Path(path), memoryview(plan))
+        staging.write(Path(path), memoryview(plan))
         return int(plan.nbytes)
 
     def _load(self) -> Any:

@@ -6,9 +6,10 @@ from kilodelta.errors import ExportError
 from kilodelta.export.merge.checkpoint import require_result
 from kilodelta.export.merge.tuned import Bytes, Tuned, changed, rounded, tuned
 from kilodelta.files import parallel
-from kilodelta.files.casting import castable
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import nbytes
+from kilodelta.files.floats import castable
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.progress import Meter, Progress
 
@@ -49,14 +50,10 @@ class Values:
             ExportError: it does not fit the engine.
             CheckpointError: nothing of that name is known.
         """
-        found = self._tuned.get(name) or self._of_base(name)
+        found: RawTensor = self._tuned.get(name) or self._base.raw(name)
         if not castable(found.dtype, dtype) or nbytes("U8", found.shape) != count:
             raise ExportError(
                 f"{name} is {found.dtype} {found.shape}, the engine's has {count} of {dtype}",
                 fix="give the engine of this base, or a delta without that extra tensor",
             )
         return rounded(name, found, dtype)
-
-    def _of_base(self, name: str) -> Tuned:
-        info = self._base.info(name)
-        return Tuned(dtype=info.dtype, shape=info.shape, data=self._base.data(name))

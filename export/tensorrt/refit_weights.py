@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import MappingProxyType
 from typing import Any, Protocol
 
 from kilodelta.errors import ExportError
 from kilodelta.export.merge.tuned import Bytes
 from kilodelta.export.tensorrt.refit_values import Values
-
-DTYPES = MappingProxyType(
-    {
-        "FLOAT": "F32", "HALF": "F16", "BF16": "BF16", "INT64": "I64", "INT32": "I32",
-        "INT8": "I8", "UINT8": "U8", "BOOL": "BOOL",
-    }
-)  # fmt: skip
-"""TensorRT's DataType to safetensors dtype."""
+from kilodelta.files.dtypes import BY_TENSORRT
 
 
 class DeviceStream(Protocol):
@@ -60,7 +52,8 @@ def _set(
     trt: Any, refitter: Any, name: str, values: Values, stream: DeviceStream | None
 ) -> list[Bytes]:
     prototype = refitter.get_weights_prototype(name)
-    dtype = DTYPES.get(prototype.dtype.name, prototype.dtype.name)
+    kind = prototype.dtype.name
+    dtype = BY_TENSORRT[kind].name if kind in BY_TENSORRT else kind
     data = values.get(name, dtype, prototype.size)
     address = data.ctypes.data if stream is None else stream.upload(data)
     place = trt.TensorLocation.HOST if stream is None else trt.TensorLocation.DEVICE

@@ -23,7 +23,7 @@ from kilodelta.errors import ExportError, InputError, OutputError
 from kilodelta.export.manifest import artefacts
 from kilodelta.export.manifest.artefacts import Artefact
 from kilodelta.export.triton.config import MODEL_FILES, config
-from kilodelta.files import atomic
+from kilodelta.files import staging
 
 CONFIG = "config.pbtxt"
 _RUN = "tensorrt"
@@ -142,8 +142,8 @@ def _add(source: Path, model: Path, artefact: Artefact) -> Served:
     version = 1 + max((int(place.name) for place in _versions(model)), default=0)
     model.mkdir(exist_ok=True)
     if not known.exists():
-        atomic.write(known, text.encode("utf-8"))
-    with atomic.new_folder(model / str(version)) as stage:
+        staging.write(known, text.encode("utf-8"))
+    with staging.new_folder(model / str(version)) as stage:
         for index, file in enumerate(artefact.files):
             own = MODEL_FILES[artefact.kind] if index == 0 else file.file
             shutil.copyfile(source / file.file, stage / own)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from kilodelta.errors import CheckpointError
 from kilodelta.files import canonical
 from kilodelta.files.safetensors import Entry, Layout, map_file, read_layout
+from kilodelta.files.tensor import RawTensor, TensorInfo
 
 INDEX = "model.safetensors.index.json"
 INDEX_LIMIT = 64 << 20
@@ -22,16 +23,6 @@ INDEX_LIMIT = 64 << 20
 def in_name_order(names: Iterable[str]) -> tuple[str, ...]:
     """Names sorted by their UTF-8 bytes."""
     return tuple(sorted(names, key=lambda name: name.encode("utf-8")))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorInfo:
-    """What a tensor is: `dtype` by its safetensors name, `nbytes` as stored."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +40,7 @@ class Checkpoint:
     Example:
         >>> Checkpoint.open("model/").info("encoder.layer.0.attention.self.query.weight")
         ... # doctest: +SKIP
-        TensorInfo(name='encoder...', dtype='F32', shape=(384, 384), nbytes=589824)
+        TensorInfo(name='encoder...', dtype='F32', shape=(384, 384))
     """
 
     def __init__(self, path: Path, shards: tuple[Shard, ...], *, index: bytes | None) -> None:
@@ -101,12 +92,17 @@ class Checkpoint:
 
     def info(self, name: str) -> TensorInfo:
         _, entry = self.entry(name)
-        return TensorInfo(name=name, dtype=entry.dtype, shape=entry.shape, nbytes=entry.nbytes)
+        return TensorInfo(name=name, dtype=entry.dtype, shape=entry.shape)
 
     def data(self, name: str) -> npt.NDArray[np.uint8]:
         """The tensor's raw little-endian bytes, a read-only view of the mapped file."""
         shard, entry = self.entry(name)
         return np.frombuffer(shard.data, np.uint8, entry.nbytes, entry.begin)
+
+    def raw(self, name: str) -> RawTensor:
+        """The tensor as `data` gives it, with its dtype and shape."""
+        _, entry = self.entry(name)
+        return RawTensor(dtype=entry.dtype, shape=entry.shape, data=self.data(name))
 
 
 def _open_shard(path: Path) -> Shard:

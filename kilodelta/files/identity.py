@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from kilodelta.errors import InputError
-from kilodelta.files import digest_cache, dtypes, parallel
+from kilodelta.files import digest_cache, parallel
 from kilodelta.files.checkpoint import Checkpoint, Shard, in_name_order
 from kilodelta.files.safetensors import Entry
+from kilodelta.files.tensor import RawTensor
 from kilodelta.progress import Meter, Progress, silent
 
 CHUNK = 16 << 20
 """Bytes hashed between two reports of progress."""
-
-Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +45,11 @@ def tensor_digest(name: str, dtype: str, shape: tuple[int, ...], data: Any) -> s
     state = tensor_hash(name, dtype, shape)
     state.update(data)
     return "sha256:" + state.hexdigest()
+
+
+def raw_digest(name: str, tensor: RawTensor) -> str:
+    """The digest of one tensor in memory under a name."""
+    return tensor_digest(name, tensor.dtype, tensor.shape, tensor.data)
 
 
 def root(digests: Iterable[str]) -> str:
@@ -140,7 +142,7 @@ def _of_memory(model: Any) -> Identity:
     tensors = _state(model)
     tied = _tied_away(model, tensors)
     return of_digests(
-        {n: tensor_digest(n, *raw(value)) for n, value in tensors.items() if n not in tied}
+        {n: raw_digest(n, RawTensor.of(v)) for n, v in tensors.items() if n not in tied}
     )
 
 
@@ -175,30 +177,3 @@ def _place(value: Any) -> tuple[Any, ...] | None:
     if not hasattr(value, "data_ptr") or value.numel() == 0:
         return None
     return (value.data_ptr(), tuple(value.shape), str(value.dtype))
-
-
-def raw(value: Any) -> tuple[str, tuple[int, ...], Bytes]:
-    """A numpy array's or torch tensor's safetensors dtype, shape and raw little-endian bytes.
-
-    Raises:
-        InputError: neither of the two, or a dtype that safetensors does not know.
-    """
-    if isinstance(value, np.ndarray):
-        name, data = value.dtype.name, value
-    elif hasattr(value, "data_ptr"):
-        name, data = str(value.dtype).removeprefix("torch."), _torch_bytes(value)
-    else:
-        raise InputError(
-            f"a {type(value).__name__} is not a tensor", fix="give torch tensors or numpy arrays"
-        )
-    if name not in dtypes.NUMPY:
-        raise InputError(f"dtype {name} has no safetensors name", fix="convert the tensor first")
-    data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-    return dtypes.NUMPY[name], tuple(map(int, value.shape)), data
-
-
-def _torch_bytes(tensor: Any) -> Bytes:
-    """A torch tensor's bytes; torch is there already, or there would be no tensor."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    found: Bytes = flat.view(sys.modules["torch"].uint8).numpy()
-    return found

@@ -10,31 +10,28 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kilodelta.errors import CheckpointError, KiloDeltaError
-from kilodelta.files import canonical, dtypes
+from kilodelta.files import canonical, dtypes, staging
+from kilodelta.files.tensor import RawTensor, TensorInfo
 
 HEADER_LIMIT = 32 << 20
 """Bytes of header accepted in a model's file; real ones stay below 10 MiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One tensor of a file; `begin` and `end` count from the start of the file."""
+class Entry(TensorInfo):
+    """One tensor of a file; `begin` and `end` are bytes from the start of the file."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
     begin: int
-    end: int
 
     @property
-    def nbytes(self) -> int:
-        return self.end - self.begin
+    def end(self) -> int:
+        return self.begin + self.nbytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +144,7 @@ def _entry(name: str, fields: Any, start: int, fault: _Fault) -> Entry:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         raise fault(f"tensor {name!r} does not have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in dtypes.BITS:
+    if not isinstance(dtype, str) or dtype not in dtypes.DTYPES:
         raise fault(f"tensor {name!r} has unknown dtype {dtype!r}")
     if not isinstance(shape, list) or len(shape) > 32 or not all(map(_is_count, shape)):
         raise fault(f"tensor {name!r} has impossible shape {shape!r:.200}")
@@ -163,7 +160,6 @@ def _entry(name: str, fields: Any, start: int, fault: _Fault) -> Entry:
         dtype=dtype,
         shape=tuple(shape),
         begin=start + offsets[0],
-        end=start + offsets[1],
     )
 
 
@@ -178,17 +174,84 @@ def _check_cover(entries: list[Entry], start: int, size: int, fault: _Fault) -> 
         raise fault(f"the tensors end at byte {position}, the file at {size}")
 
 
-def header_bytes(
-    tensors: list[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
-) -> bytes:
-    """The length and header of a file whose tensors stand in the given order, canonical JSON,
-    padded with spaces to a multiple of eight."""
+def header_bytes(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """Encode the length and header of a file whose tensors' data follow in the given order.
+
+    The header is canonical JSON, padded with spaces to a multiple of eight bytes.
+
+    Example:
+        >>> header_bytes([TensorInfo(name="w", dtype="U8", shape=(3,))], {})[8:]
+        b'{"w":{"data_offsets":[0,3],"dtype":"U8","shape":[3]}}   '
+    """
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
-    for name, dtype, shape in tensors:
-        end = position + dtypes.nbytes(dtype, shape)
-        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+    for tensor in tensors:
+        end = position + tensor.nbytes
+        table[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
         position = end
     text = canonical.dumps(table).encode("utf-8")
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def wide_first(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
+    """Sort by descending element width, so that every tensor is aligned, then by UTF-8 name."""
+    return sorted(tensors, key=lambda t: (-dtypes.DTYPES[t.dtype].bits, t.name.encode("utf-8")))
+
+
+def encode(
+    tensors: Mapping[str, RawTensor], metadata: Mapping[str, str]
+) -> tuple[bytes, list[memoryview]]:
+    """Return a file's header and its tensors' data, in the order of `wide_first`."""
+    order = wide_first(tensor.info(name) for name, tensor in tensors.items())
+    return header_bytes(order, metadata), [tensors[info.name].data.data for info in order]
+
+
+def write(
+    path: Path, tensors: Mapping[str, RawTensor], metadata: Mapping[str, str] | None = None
+) -> int:
+    """Write a safetensors file in full or not at all; return its size in bytes.
+
+    Args:
+        path: the new file; an earlier one is replaced.
+        tensors: by name, written in the order of `wide_first`.
+        metadata: the texts of `__metadata__`.
+
+    Raises:
+        OutputError: it cannot be written there.
+    """
+    header, data = encode(tensors, metadata or {})
+    staging.write(path, header, *data)
+    return len(header) + sum(part.nbytes for part in data)
+
+
+def write_stream(
+    path: Path,
+    order: Sequence[TensorInfo],
+    data: Iterable[bytes | memoryview],
+    metadata: Mapping[str, str] | None = None,
+) -> int:
+    """Write a safetensors file whose tensors are made one by one; return its size in bytes.
+
+    Args:
+        path: the new file; an earlier one is replaced.
+        order: the tensors in the order of their data.
+        data: their raw little-endian bytes, in that order.
+        metadata: the texts of `__metadata__`.
+
+    Raises:
+        OutputError: it cannot be written there.
+        ValueError: a part has another size than its tensor.
+    """
+    header = header_bytes(order, metadata or {})
+    with staging.new_file(path) as stage, stage.open("wb") as file:
+        file.write(header)
+        for tensor, part in zip(order, data, strict=True):
+            if memoryview(part).nbytes != tensor.nbytes:
+                raise ValueError(f"{tensor} came with {memoryview(part).nbytes} bytes")
+            file.write(part)
+    return len(header) + sum(tensor.nbytes for tensor in order)

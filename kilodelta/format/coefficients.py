@@ -85,7 +85,7 @@ def groups_size(groups: Iterable[Group], bits: int) -> int:
 
 def group_size(group: Group, bits: int) -> int:
     """Bytes of one group."""
-    return packed_size(group.size, dtypes.BITS[group.dtype] if group.dtype else bits)
+    return packed_size(group.size, dtypes.DTYPES[group.dtype].bits if group.dtype else bits)
 
 
 def pack(q: Ints, bits: int) -> Ints:

@@ -16,8 +16,8 @@ from kilodelta.errors import BaseMismatchError, FileError, InputError
 from kilodelta.exact import products
 from kilodelta.exact.bases import Stream
 from kilodelta.exact.bounds import exactness
-from kilodelta.files.checkpoint import Checkpoint, TensorInfo
-from kilodelta.files.tensor import Extra
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.tensor import RawTensor, TensorInfo
 from kilodelta.format.coefficients import Group, Ints, group_size, groups_size, unpack
 from kilodelta.format.foreign import Compat, stored
 from kilodelta.format.manifest import FLOATS, Manifest
@@ -51,8 +51,8 @@ class Delta:
 
     manifest: Manifest
     blob: npt.NDArray[np.uint8]
-    extras: Mapping[str, Extra] = field(default_factory=dict)
-    probes: Mapping[str, Extra] = field(default_factory=dict)
+    extras: Mapping[str, RawTensor] = field(default_factory=dict)
+    probes: Mapping[str, RawTensor] = field(default_factory=dict)
     layout: tuple[Target, ...] | None = None
 
     @property

@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from kilodelta.errors import FileError, InputError
-from kilodelta.files import atomic, dtypes, identity
+from kilodelta.files import identity, staging
 from kilodelta.files.checkpoint import Checkpoint, in_name_order
-from kilodelta.files.safetensors import header_bytes, map_file, read_layout
-from kilodelta.files.tensor import Extra
+from kilodelta.files.safetensors import encode, header_bytes, map_file, read_layout, wide_first
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format import manifest as manifests
 from kilodelta.format.coefficients import groups_size
 from kilodelta.format.delta import Delta
@@ -42,7 +41,7 @@ def write(delta: Delta, path: Path) -> int:
             f"the header takes {len(header) - 8} bytes; the format allows {HEADER_LIMIT}",
             fix="use fewer target patterns or fewer extras",
         )
-    atomic.write(path, header, *(part.data for part in data))
+    staging.write(path, header, *data)
     return len(header) + sum(part.nbytes for part in data)
 
 
@@ -52,33 +51,24 @@ def size(delta: Delta) -> int:
     return len(header) + sum(part.nbytes for part in data)
 
 
-def _encode(delta: Delta) -> tuple[bytes, list[npt.NDArray[np.uint8]]]:
+def _encode(delta: Delta) -> tuple[bytes, list[memoryview]]:
     tensors = _tensors(delta)
     text = delta.manifest.text()
     metadata = {MANIFEST: text, DIGEST: _digest(text, tensors)}
-    order = _data_order({name: (t.dtype, t.shape) for name, t in tensors.items()})
-    return header_bytes(order, metadata), [tensors[name].data for name, _, _ in order]
+    return encode(tensors, metadata)
 
 
-def _tensors(delta: Delta) -> dict[str, Extra]:
-    blob = Extra(dtype="U8", shape=(delta.blob.size,), data=delta.blob)
+def _tensors(delta: Delta) -> dict[str, RawTensor]:
+    blob = RawTensor(dtype="U8", shape=(delta.blob.size,), data=delta.blob)
     extras = {EXTRA + name: tensor for name, tensor in delta.extras.items()}
     probes = {PROBE + name: tensor for name, tensor in delta.probes.items()}
     return {COEFFICIENTS: blob, **extras, **probes}
 
 
-def _data_order(
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
-) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Wide types first, so that every tensor is aligned; then by name."""
-    names = sorted(in_name_order(tensors), key=lambda name: -dtypes.BITS[tensors[name][0]])
-    return [(name, *tensors[name]) for name in names]
-
-
-def _digest(text: str, tensors: Mapping[str, Extra]) -> str:
+def _digest(text: str, tensors: Mapping[str, RawTensor]) -> str:
     """Over the manifest and the root of all the file's tensors."""
     root = identity.of_digests(
-        {n: identity.tensor_digest(n, t.dtype, t.shape, t.data) for n, t in tensors.items()}
+        {name: identity.raw_digest(name, tensor) for name, tensor in tensors.items()}
     ).root
     state = hashlib.sha256(text.encode("utf-8") + b"\0" + root.encode("ascii"))
     return "sha256:" + state.hexdigest()
@@ -109,15 +99,14 @@ def _read(path: Path) -> Delta:
     if set(layout.metadata) != {MANIFEST, DIGEST}:
         raise _fault(path, f"its metadata has not exactly the keys {MANIFEST!r} and {DIGEST!r}")
     found = {
-        entry.name: Extra(
+        entry.name: RawTensor(
             dtype=entry.dtype,
             shape=entry.shape,
             data=np.frombuffer(data, np.uint8, entry.nbytes, entry.begin),
         )
         for entry in layout.entries
     }
-    order = _data_order({name: (t.dtype, t.shape) for name, t in found.items()})
-    if header_bytes(order, layout.metadata)[8:] != layout.header:
+    if header_bytes(wide_first(layout.entries), layout.metadata)[8:] != layout.header:
         raise _fault(path, "its header is not in canonical form")
     text = layout.metadata[MANIFEST]
     if _digest(text, found) != layout.metadata[DIGEST]:
@@ -125,7 +114,7 @@ def _read(path: Path) -> Delta:
     return _assemble(path, manifests.parse(text), found)
 
 
-def _assemble(path: Path, manifest: Manifest, found: Mapping[str, Extra]) -> Delta:
+def _assemble(path: Path, manifest: Manifest, found: Mapping[str, RawTensor]) -> Delta:
     blob = found.get(COEFFICIENTS)
     if blob is None or blob.dtype != "U8" or len(blob.shape) != 1:
         raise _fault(path, "it has no one-dimensional U8 tensor 'coefficients'")
@@ -140,7 +129,7 @@ def _assemble(path: Path, manifest: Manifest, found: Mapping[str, Extra]) -> Del
     return Delta(manifest=manifest, blob=blob.data, extras=extras, probes=probes)
 
 
-def _named(found: Mapping[str, Extra], prefix: str) -> dict[str, Extra]:
+def _named(found: Mapping[str, RawTensor], prefix: str) -> dict[str, RawTensor]:
     return {n.removeprefix(prefix): t for n, t in found.items() if n.startswith(prefix)}
 
 

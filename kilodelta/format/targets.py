@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 from math import prod
 
 from kilodelta.files import dtypes
-from kilodelta.files.checkpoint import TensorInfo, in_name_order
+from kilodelta.files.checkpoint import in_name_order
+from kilodelta.files.tensor import TensorInfo
 
 Shape = tuple[int, int]
 

@@ -15,7 +15,7 @@ from kilodelta.exact.bounds import exactness
 from kilodelta.exact.selftest import require_good_kernels
 from kilodelta.files.checkpoint import Checkpoint, in_name_order
 from kilodelta.files.identity import Identity, digest, fingerprints, root
-from kilodelta.files.tensor import Extra
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.coefficients import Floats, Group, Quantised, pack, quantise, scale_near
 from kilodelta.format.delta import Delta
 from kilodelta.format.foreign import Compat, stored
@@ -43,8 +43,8 @@ class Recipe:
     bits: int = 8
     """Of an integer coefficient; of a float one, 32 or 16, with a compatibility form."""
     name: str = ""
-    extras: Mapping[str, Extra] = field(default_factory=dict)
-    probes: Mapping[str, Extra] = field(default_factory=dict)
+    extras: Mapping[str, RawTensor] = field(default_factory=dict)
+    probes: Mapping[str, RawTensor] = field(default_factory=dict)
     made: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     """What the fine-tune changed in the base's `config.json`."""

@@ -33,7 +33,7 @@ from kilodelta.errors import (
     MissingPackageError,
     ProofError,
 )
-from kilodelta.files.tensor import Extra
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from tests.doubles import numpy_device
@@ -308,7 +308,7 @@ def test_an_update_that_is_not_there_is_noticed(
 
 
 def test_outputs_that_are_no_numbers_are_refused(bench: Bench) -> None:
-    bias = Extra(dtype="F32", shape=(5,), data=np.full(5, np.inf, np.float32).view(np.uint8))
+    bias = RawTensor(dtype="F32", shape=(5,), data=np.full(5, np.inf, np.float32).view(np.uint8))
     file = bench.save("inf", 1, extras={"norm.bias": bias})
     with pytest.raises(ProofError, match="output y holds NaN or infinity"):
         apply(bench.device, file)

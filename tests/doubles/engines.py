@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from kilodelta.files import atomic
+from kilodelta.files import staging
 from tests.doubles import refitter as fake_refit
 from tests.doubles.refitter import DataType
 from tests.doubles.tensorrt import FakeCuda
@@ -233,7 +233,7 @@ class TensorRT(fake_refit.TensorRT):
             profile={name: [list(shape) for shape in points] for name, points in profile.items()},
             cuda=self.cuda,
         ).plan()
-        atomic.write(engine, plan)
+        staging.write(engine, plan)
         return len(plan)
 
     def _load(self, plan: bytes) -> Engine:

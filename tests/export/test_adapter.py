@@ -25,7 +25,7 @@ from kilodelta.export.adapter.file import write_adapter
 from kilodelta.export.adapter.graph import with_adapter
 from kilodelta.export.adapter.layout import AdapterLayout, Exposed, read_layout
 from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.files.tensor import extra
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.file import load
 from kilodelta.format.methods import Lora, Method, Nola, RandLora, UniLora, Vera
 from kilodelta.format.targets import Patterns
@@ -249,7 +249,7 @@ def test_deltas_that_the_graph_cannot_take_are_refused() -> None:
     few = fine_tune(of, Lora(rank=1))
     with pytest.raises(InputError, match=r"exposes 14 of the 17 tensors that the file changes"):
         expand(few, layout)
-    head = {"bert.pooler.dense.bias": extra(np.zeros(pico.WIDTH, np.float32))}
+    head = {"bert.pooler.dense.bias": RawTensor.copy_of(np.zeros(pico.WIDTH, np.float32))}
     with pytest.raises(InputError, match=r"no inputs of the graph: bert\.pooler\.dense\.bias"):
         expand(fine_tune(of, Lora(rank=1), patterns=LAYERS, extras=head), layout)
 

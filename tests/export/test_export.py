@@ -29,7 +29,7 @@ from kilodelta.export.onnx import save
 from kilodelta.export.onnx.template import export_template
 from kilodelta.export.pipeline import Exported, Options, export
 from kilodelta.export.tensorrt.profile import read_sizes
-from kilodelta.files.tensor import Extra, extra
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.methods import Nola
 from kilodelta.format.targets import Patterns
 from kilodelta.models import LoadedModel, example, open_model
@@ -41,13 +41,13 @@ MATRICES = Patterns(include=("*.weight",), exclude=(), transposed=CONV1D)
 TOLERANCE = 1e-5  # relative L2, what float32 sums in another order may differ by
 
 
-def head() -> dict[str, Extra]:
+def head() -> dict[str, RawTensor]:
     """A new classifier, which a bare encoder has no place for."""
     rng = np.random.default_rng(3)
     weight = rng.normal(size=(pico.LABELS, pico.WIDTH)).astype(np.float32)
     return {
-        "classifier.bias": extra(rng.normal(size=pico.LABELS).astype(np.float32)),
-        "classifier.weight": extra(weight),
+        "classifier.bias": RawTensor.copy_of(rng.normal(size=pico.LABELS).astype(np.float32)),
+        "classifier.weight": RawTensor.copy_of(weight),
     }
 
 

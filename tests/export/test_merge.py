@@ -21,7 +21,7 @@ from kilodelta.errors import (
 )
 from kilodelta.export.merge.checkpoint import merge
 from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.files.tensor import extra
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.format.methods import Lora, Method, Nola
 from kilodelta.format.targets import Patterns
@@ -79,9 +79,9 @@ def test_threads_and_layouts_agree(tmp_path: Path) -> None:
 def test_extras_replace_grow_and_are_added(shards: int, tmp_path: Path) -> None:
     base = folder(tmp_path / "base", model(), shards)
     extras = {
-        "norm.bias": extra(np.arange(9, dtype=np.float32)),
-        "norm.weight": extra(np.ones((2, 5), np.float16)),
-        "classifier.weight": extra(np.full((3, 9), 0.5, np.float32)),
+        "norm.bias": RawTensor.copy_of(np.arange(9, dtype=np.float32)),
+        "norm.weight": RawTensor.copy_of(np.ones((2, 5), np.float16)),
+        "classifier.weight": RawTensor.copy_of(np.full((3, 9), 0.5, np.float32)),
     }
     made = delta(base, Lora(rank=1), extras=extras)
     merge(base, made, tmp_path / "out")

@@ -21,8 +21,8 @@ from kilodelta.errors import CheckpointError
 from kilodelta.export.onnx.file import read_onnx, scan
 from kilodelta.export.onnx.protobuf import WireError, varint
 from kilodelta.export.onnx.tensors import is_inside
-from kilodelta.files.casting import cast, overflows, turned
 from kilodelta.files.copying import pread
+from kilodelta.files.floats import cast, overflows, transposed
 from tests.support import making, onnx_files
 
 FLOATS = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -212,5 +212,5 @@ def test_turning_a_matrix_is_transposing_it() -> None:
     for width in (1, 2, 4, 8):
         values = np.arange(12, dtype=f"u{width}").reshape(3, 4)
         data = values.reshape(-1).view(np.uint8)
-        assert turned(data, (3, 4)).tobytes() == np.ascontiguousarray(values.T).tobytes()
-        assert turned(data, (3, 2, 2)) is data
+        assert transposed(data, (3, 4)).tobytes() == np.ascontiguousarray(values.T).tobytes()
+        assert transposed(data, (3, 2, 2)) is data

@@ -29,9 +29,9 @@ from kilodelta.export.merge.checkpoint import merge
 from kilodelta.export.patching.make_map import make_map, write_rest
 from kilodelta.export.patching.map import PatchMap, read_map, write_map
 from kilodelta.export.patching.rewrite import patch
-from kilodelta.files.casting import cast
 from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.files.tensor import Extra
+from kilodelta.files.floats import cast
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.methods import Lora, Method
 from tests.support import making, onnx_files
 
@@ -156,10 +156,10 @@ def test_float_data_are_patched_too(base: Path, tmp_path: Path) -> None:
 # extras
 
 
-def extra(dtype: str, shape: tuple[int, ...]) -> Extra:
+def extra(dtype: str, shape: tuple[int, ...]) -> RawTensor:
     values = np.random.default_rng(5).normal(size=shape).astype(np.float32)
     data = np.frombuffer(making.bits_of(dtype, values), np.uint8)
-    return Extra(dtype=dtype, shape=shape, data=data)
+    return RawTensor(dtype=dtype, shape=shape, data=data)
 
 
 def test_extras_are_written_in_the_files_precision(base: Path, tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_extras_are_written_in_the_files_precision(base: Path, tmp_path: Path) -
 
 
 def test_a_value_beyond_the_files_precision_is_refused(base: Path, tmp_path: Path) -> None:
-    huge = Extra(dtype="F32", shape=(9,), data=np.full(9, 1e6, "<f4").view(np.uint8))
+    huge = RawTensor(dtype="F32", shape=(9,), data=np.full(9, 1e6, "<f4").view(np.uint8))
     delta = making.delta(base, Lora(rank=2), extras={"norm.bias": huge})
     model = onnx_files.write(tmp_path / "m.onnx", onnx_files.model(as_dtype(making.model(), "F16")))
     with pytest.raises(ExportError, match=r"norm\.bias holds values beyond F16"):
@@ -186,11 +186,11 @@ def test_a_value_beyond_the_files_precision_is_refused(base: Path, tmp_path: Pat
         ("norm.bias", extra("F32", (3, 3)), r"norm.bias: its shape is \(3, 3\), the base's \(9,\)"),
         ("head.weight", extra("F32", (9,)), "head.weight: the base has no tensor of that name"),
         ("count", extra("F32", ()), "count: it is F32, the file's tensor I64"),
-        ("norm.bias", Extra(dtype="I64", shape=(9,), data=np.zeros(72, np.uint8)), "it is I64"),
+        ("norm.bias", RawTensor(dtype="I64", shape=(9,), data=np.zeros(72, np.uint8)), "it is I64"),
     ],
 )
 def test_extras_without_a_place_are_refused_by_name(
-    base: Path, tmp_path: Path, name: str, value: Extra, what: str
+    base: Path, tmp_path: Path, name: str, value: RawTensor, what: str
 ) -> None:
     delta = making.delta(base, Lora(rank=2), extras={name: value})
     tensors = making.model()

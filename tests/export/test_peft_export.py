@@ -16,7 +16,7 @@ from kilodelta.errors import BaseMismatchError, ExportError, InputError, OutputE
 from kilodelta.export.peft.adapter import PeftOptions, export_peft
 from kilodelta.export.peft.factors import float_factors
 from kilodelta.export.peft.svd import truncated
-from kilodelta.files.tensor import extra
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.coefficients import Quantised
 from kilodelta.format.delta import Delta
 from kilodelta.format.methods import Lora, Method, Nola, RandLora, UniLora, Vera
@@ -213,7 +213,7 @@ def test_heads_norms_and_biases_travel(tmp_path: Path) -> None:
         "bert.encoder.layer.0.output.LayerNorm.bias",
         "bert.encoder.layer.1.attention.self.query.bias",
     )
-    extras = {name: extra(state[name] + 0.25) for name in names}
+    extras = {name: RawTensor.copy_of(state[name] + 0.25) for name in names}
     made = delta(base, Lora(rank=2), patterns=Patterns(include=("*.query.weight",)), extras=extras)
     done = export_peft(base, made, tmp_path / "lora")
     kilodelta.merge(base, made, tmp_path / "merged")
@@ -228,8 +228,8 @@ def test_a_new_head_and_a_prefix(tmp_path: Path) -> None:
     base = pico.bert(tmp_path / "base")
     generator = torch.Generator().manual_seed(5)
     head = {
-        "classifier.weight": extra(torch.randn(3, pico.WIDTH, generator=generator)),
-        "classifier.bias": extra(torch.randn(3, generator=generator)),
+        "classifier.weight": RawTensor.copy_of(torch.randn(3, pico.WIDTH, generator=generator)),
+        "classifier.bias": RawTensor.copy_of(torch.randn(3, generator=generator)),
     }
     made = delta(
         base, Nola(rank=3, bases=20), patterns=Patterns(include=("*.value.weight",)), extras=head
@@ -342,7 +342,7 @@ def test_a_tied_embedding_is_refused_with_the_reason(tmp_path: Path) -> None:
     for as_loaded in (False, True):
         with pytest.raises(ExportError, match=f"{wte} cannot travel .* tied"):
             export_peft(base, made, tmp_path / "lora", PeftOptions(as_loaded=as_loaded))
-    whole = {wte: extra(np.zeros((pico.VOCABULARY, pico.WIDTH), np.float32))}
+    whole = {wte: RawTensor.copy_of(np.zeros((pico.VOCABULARY, pico.WIDTH), np.float32))}
     made = delta(base, Lora(rank=1), patterns=Patterns(include=("*.c_fc.weight",)), extras=whole)
     with pytest.raises(ExportError, match=f"{wte} cannot travel .* tied"):
         export_peft(base, made, tmp_path / "lora")
@@ -395,7 +395,7 @@ def test_an_extra_without_a_place_is_named(name: str, why: str, tmp_path: Path) 
     ones = np.ones((4, 4), "<f4").tobytes()
     names = ("encoder.layer.weight", "pre_classifier.weight", "classifier.weight")
     base = write(tmp_path / "base.safetensors", {n: ("F32", (4, 4), ones) for n in names})
-    extras = {name: extra(np.zeros((4, 4), np.float32))}
+    extras = {name: RawTensor.copy_of(np.zeros((4, 4), np.float32))}
     made = delta(base, Lora(rank=1), patterns=Patterns(include=("encoder.*",)), extras=extras)
     with pytest.raises(ExportError, match=f"{name} cannot travel .*{why}"):
         export_peft(base, made, tmp_path / "lora")

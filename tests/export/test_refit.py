@@ -20,9 +20,9 @@ from kilodelta.errors import (
 from kilodelta.export.merge.checkpoint import merge
 from kilodelta.export.tensorrt import refit as module
 from kilodelta.export.tensorrt.refit import GEMM_BIAS, RefitEngine, warnings
-from kilodelta.files.casting import cast
 from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.files.tensor import Extra
+from kilodelta.files.floats import cast
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.format.methods import Lora, Method, Nola
 from kilodelta.format.targets import Patterns
@@ -115,9 +115,9 @@ def test_a_refit_starts_from_the_base_never_from_the_last_delta(base: Path, trt:
     assert refit.engine.data == merged(base, first)
 
 
-def extra(shape: tuple[int, ...] = (9,)) -> Extra:
+def extra(shape: tuple[int, ...] = (9,)) -> RawTensor:
     data = np.arange(int(np.prod(shape)), dtype="<f4").view(np.uint8)
-    return Extra(dtype="F32", shape=shape, data=data)
+    return RawTensor(dtype="F32", shape=shape, data=data)
 
 
 def test_what_the_refitter_misses_is_the_bases(base: Path, trt: TensorRT) -> None:

@@ -16,7 +16,7 @@ import kilodelta
 from kilodelta.errors import BaseMismatchError, FileError, InputError
 from kilodelta.exact.bounds import exactness
 from kilodelta.files import canonical
-from kilodelta.files.tensor import Extra, extra
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.format.methods import Lora, Method, Nola, UniLora
 from kilodelta.format.targets import Patterns
@@ -30,7 +30,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def small(base: Path) -> Delta:
-    return delta(base, Nola(rank=1, bases=3), extras={"norm.bias": extra(np.ones(9, np.float32))})
+    return delta(
+        base, Nola(rank=1, bases=3), extras={"norm.bias": RawTensor.copy_of(np.ones(9, np.float32))}
+    )
 
 
 def error_of(path: Path, base: Path | None = None) -> str:
@@ -45,7 +47,10 @@ def error_of(path: Path, base: Path | None = None) -> str:
 def test_what_is_read_is_what_was_written(
     method: Method, bits: int, base: Path, tmp_path: Path
 ) -> None:
-    extras = {"norm.bias": extra(np.arange(9, dtype=np.float32)), "new": extra(np.array(3))}
+    extras = {
+        "norm.bias": RawTensor.copy_of(np.arange(9, dtype=np.float32)),
+        "new": RawTensor.copy_of(np.array(3)),
+    }
     made = delta(base, method, bits=bits, extras=extras)
     size = made.save(tmp_path / "task.kd")
     found = kilodelta.load(tmp_path / "task.kd", base=base)
@@ -336,7 +341,9 @@ def test_a_delta_for_another_architecture_is_refused(small: Delta, tmp_path: Pat
 
 def test_an_extra_that_is_a_target_is_refused(base: Path) -> None:
     with pytest.raises(FileError, match=r"tall.weight is a target and an extra too"):
-        delta(base, Lora(rank=1), extras={"tall.weight": extra(np.zeros(3, np.float32))})
+        delta(
+            base, Lora(rank=1), extras={"tall.weight": RawTensor.copy_of(np.zeros(3, np.float32))}
+        )
 
 
 @pytest.mark.parametrize(
@@ -373,7 +380,7 @@ def test_a_writer_takes_smaller_scales_before_it_refuses() -> None:
 
 def test_the_header_limit_is_kept_by_the_writer(base: Path, tmp_path: Path) -> None:
     names = {
-        f"{'n' * 500}{i}": Extra(dtype="U8", shape=(0,), data=np.empty(0, np.uint8))
+        f"{'n' * 500}{i}": RawTensor(dtype="U8", shape=(0,), data=np.empty(0, np.uint8))
         for i in range(1500)
     }
     with pytest.raises(InputError, match="the format allows 1048576"):

@@ -23,7 +23,7 @@ from kilodelta.export.merge import checkpoint as merge_module
 from kilodelta.export.merge import expanders
 from kilodelta.export.merge.in_place import merge_into
 from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.files.tensor import extra
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.format.methods import Lora, Method, Nola
 from kilodelta.merging import arithmetic
@@ -93,7 +93,7 @@ def test_infinity_in_a_base_is_told_as_on_the_cpu(base: Path) -> None:
 
 
 def test_merging_in_place_equals_the_merged_file(base: Path, tmp_path: Path) -> None:
-    head = extra(np.arange(9, dtype=np.float32))
+    head = RawTensor.copy_of(np.arange(9, dtype=np.float32))
     delta = making.delta(base, Nola(rank=3, bases=130), extras={"norm.bias": head}).bind(base)
     kilodelta.merge(base, delta, tmp_path / "merged.safetensors")
     model = Model(base)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kilodelta.files import bfloat16
+from kilodelta.files.dtypes import named
 
 onnx = pytest.importorskip("onnx")
 
@@ -17,7 +17,7 @@ def linear_model(precision: str) -> bytes:
     """y = x w with x (rows, 64) and w (64, 3) in one precision."""
     kind = {"float32": "FLOAT"}.get(precision, precision.upper())
     dtype, helper = getattr(onnx.TensorProto, kind), onnx.helper
-    words = bfloat16.pack(LINEAR_W) if precision == "bfloat16" else LINEAR_W.astype(precision)
+    words = named(precision).narrow(LINEAR_W)
     weight = helper.make_tensor("w", dtype, [64, 3], words.tobytes(), raw=True)
     infos = [
         helper.make_tensor_value_info(name, dtype, ["rows", width])

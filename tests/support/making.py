@@ -12,7 +12,7 @@ import numpy as np
 
 from kilodelta.files import canonical
 from kilodelta.files.safetensors import header_bytes
-from kilodelta.files.tensor import Extra
+from kilodelta.files.tensor import RawTensor, TensorInfo
 from kilodelta.format.coefficients import Quantised, quantise
 from kilodelta.format.delta import Delta
 from kilodelta.format.methods import Lora, Method, Nola, RandLora, UniLora, Vera
@@ -66,7 +66,10 @@ PATTERNS = Patterns(include=("*.weight",), exclude=("norm*",), transposed=("h.*"
 
 def write(path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> Path:
     """A safetensors file with the tensors in the order given."""
-    order = [(name, dtype, shape) for name, (dtype, shape, _) in tensors.items()]
+    order = [
+        TensorInfo(name=name, dtype=dtype, shape=shape)
+        for name, (dtype, shape, _) in tensors.items()
+    ]
     data = b"".join(raw for _, _, raw in tensors.values())
     path.write_bytes(header_bytes(order, metadata or {"format": "pt"}) + data)
     return path
@@ -116,7 +119,7 @@ def delta(
     patterns: Patterns = PATTERNS,
     bits: int = 8,
     seed: int = 2**63 + 5,
-    extras: Mapping[str, Extra] | None = None,
+    extras: Mapping[str, RawTensor] | None = None,
 ) -> Delta:
     """A whole delta with random coefficients."""
     own, shared = numbers(method, base, patterns, bits)

@@ -18,7 +18,7 @@ import torch
 from kilodelta.errors import MissingPackageError, ProofError
 from kilodelta.export.tensorrt import cuda
 from kilodelta.export.tensorrt.log import logger
-from kilodelta.files import bfloat16
+from kilodelta.files.dtypes import FLOATS
 from kilodelta.verify.runners.onnx_runner import OnnxRunner, assert_provider
 from kilodelta.verify.runners.runner import UNIT_ROUNDOFF, UnavailableError
 from kilodelta.verify.runners.tensorrt_runner import TensorrtRunner, covering
@@ -39,7 +39,7 @@ def test_bfloat16_equals_torch_on_every_kind_of_number() -> None:
     values[:5] = [np.nan, np.inf, -np.inf, 0.0, -0.0]
     values.view(np.uint32)[5] = 0x7F800001  # a NaN whose upper half alone is infinity
     expected = torch.from_numpy(values).bfloat16().float().numpy()
-    np.testing.assert_array_equal(bfloat16.unpack(bfloat16.pack(values)), expected)
+    np.testing.assert_array_equal(FLOATS["BF16"].rounded(values), expected)
 
 
 # torch

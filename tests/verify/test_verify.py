@@ -23,7 +23,7 @@ from kilodelta.errors import FileError, InputError, OutputError, ProofError
 from kilodelta.export.manifest import artefacts
 from kilodelta.export.pipeline import Options, export
 from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.files.tensor import Extra, extra
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.methods import Nola
 from kilodelta.format.targets import Patterns
 from kilodelta.models.weights import tensor
@@ -63,7 +63,7 @@ class World:
         return Path(shutil.copytree(self.out, to / "out"))
 
 
-def make(place: Path, name: str, extras: dict[str, Extra] | None = None) -> World:
+def make(place: Path, name: str, extras: dict[str, RawTensor] | None = None) -> World:
     base = pico.MODELS[name](place / "base")
     delta(base, Nola(rank=2, bases=9), patterns=MATRICES, extras=extras).save(place / "task.kd")
     texts = [*pico.TEXTS, *reversed(pico.TEXTS)]
@@ -317,8 +317,8 @@ def test_a_new_head_comes_from_the_delta(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     weight = rng.normal(size=(pico.LABELS, pico.WIDTH)).astype(np.float32)
     head = {
-        "classifier.bias": extra(rng.normal(size=pico.LABELS).astype(np.float32)),
-        "classifier.weight": extra(weight),
+        "classifier.bias": RawTensor.copy_of(rng.normal(size=pico.LABELS).astype(np.float32)),
+        "classifier.weight": RawTensor.copy_of(weight),
     }
     world = make(tmp_path, "bert", extras=head)
     config = pico.bert_classifier(tmp_path / "config")

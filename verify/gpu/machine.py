@@ -21,7 +21,7 @@ from pathlib import Path
 
 from kilodelta.errors import KiloDeltaError, ProofError
 from kilodelta.export.tensorrt import cuda
-from kilodelta.files import atomic
+from kilodelta.files import staging
 from kilodelta.verify.environment import packages
 from kilodelta.verify.gpu.part import Part, Row, Setting, run
 from kilodelta.verify.parity.result import FAILED, NOT_RUN, Json
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="some of the parts")
     given = parser.parse_args(arguments)
     try:
-        with atomic.new_folder(given.out) as stage:
+        with staging.new_folder(given.out) as stage:
             proof = prove(given.device, only=given.only)
             text = proof.text()
             (stage / "gpu.json").write_text(json.dumps(proof.to_json(), indent=2) + "\n")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from kilodelta.files import dtypes
-from kilodelta.files.safetensors import header_bytes
+from kilodelta.files.dtypes import FLOATS, TARGETS
+from kilodelta.files.safetensors import write_stream
+from kilodelta.files.tensor import TensorInfo
 from kilodelta.format.coefficients import quantise
 from kilodelta.format.delta import Delta
 from kilodelta.format.methods import Lora, Method, Nola, RandLora, UniLora, Vera
@@ -29,7 +29,7 @@ METHODS: tuple[Method, ...] = (
 
 SMALL: Shapes = {
     f"{kind}.{dtype}.weight": (dtype, shape)
-    for dtype in sorted(dtypes.TARGETS)
+    for dtype in sorted(TARGETS)
     for kind, shape in {
         "tall": (333, 130),
         "wide": (129, 515),
@@ -57,18 +57,14 @@ def llama(layers: int, width: int, hidden: int) -> Shapes:
 def write(path: Path, shapes: Shapes, seed: int = 0) -> Path:
     """A `.safetensors` file of normal numbers, tensor by tensor."""
     rng = np.random.default_rng(seed)
-    order = [(name, dtype, shape) for name, (dtype, shape) in shapes.items()]
-    with path.open("wb") as file:
-        file.write(header_bytes(order, {"format": "pt"}))
-        for _, dtype, shape in order:
-            file.write(_bytes(dtype, rng.standard_normal(shape, np.float32) * np.float32(0.05)))
+    order = [TensorInfo(name=n, dtype=dtype, shape=shape) for n, (dtype, shape) in shapes.items()]
+
+    def data(info: TensorInfo) -> bytes:
+        values = rng.standard_normal(info.shape, np.float32) * np.float32(0.05)
+        return bytes(FLOATS[info.dtype].narrow(values).tobytes())
+
+    write_stream(path, order, map(data, order), {"format": "pt"})
     return path
-
-
-def _bytes(dtype: str, values: Any) -> bytes:
-    if dtype == "BF16":
-        return bytes((values.view(np.uint32) >> 16).astype("<u2").tobytes())
-    return bytes(values.astype("<f2" if dtype == "F16" else "<f4").tobytes())
 
 
 def delta(

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kilodelta.errors import KiloDeltaError, MissingPackageError, ProofError, require
-from kilodelta.files import bfloat16
+from kilodelta.files.dtypes import FLOATS
 from kilodelta.verify.runners.request import Request
 from kilodelta.verify.runners.runner import Arrays, Batch, UnavailableError, one_line, take
 
@@ -146,7 +146,7 @@ class OnnxRunner:
         ort = require("onnxruntime", extra=_EXTRA[self._device], why="run ONNX models")
         values = take(batch, name)
         if onnx_type == _BFLOAT16:
-            words = bfloat16.pack(values)
+            words = FLOATS["BF16"].narrow(values)
             return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(words, _BFLOAT16_ONNX)
         return ort.OrtValue.ortvalue_from_numpy(
             np.ascontiguousarray(values, dtype=_DTYPES[onnx_type])
@@ -186,4 +186,4 @@ def _array(value: Any) -> NDArray[Any]:
         return array
     words = np.empty(value.shape(), dtype=np.uint16)
     ctypes.memmove(words.ctypes.data, value.data_ptr(), words.nbytes)
-    return bfloat16.unpack(words)
+    return FLOATS["BF16"].widen(words)

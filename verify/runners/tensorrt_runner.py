@@ -18,7 +18,7 @@ from kilodelta.errors import KiloDeltaError, MissingPackageError, ProofError, re
 from kilodelta.export.tensorrt.cuda import CudaError, Gpu, Stream, driver
 from kilodelta.export.tensorrt.flavour import EXTRAS
 from kilodelta.export.tensorrt.log import logger
-from kilodelta.files import bfloat16
+from kilodelta.files.dtypes import FLOATS
 from kilodelta.verify.runners.cuda_graph import Graph
 from kilodelta.verify.runners.request import Request
 from kilodelta.verify.runners.runner import Arrays, Batch, UnavailableError, take
@@ -169,7 +169,7 @@ class _Call:
     def _feed(self, name: str, batch: Batch) -> NDArray[Any]:
         values = take(batch, name)
         if self._kind(name) == _BFLOAT16:
-            return bfloat16.pack(values)
+            return FLOATS["BF16"].narrow(values)
         return np.ascontiguousarray(values, dtype=_DTYPES[self._kind(name)])
 
     def _choose_profile(self, feeds: Arrays) -> None:
@@ -200,7 +200,7 @@ class _Call:
     def _fetch(self, name: str, address: int) -> NDArray[Any]:
         shape, kind = tuple(self._context.get_tensor_shape(name)), self._kind(name)
         array = self.stream.download(address, shape, _DTYPES[kind])
-        return bfloat16.unpack(array) if kind == _BFLOAT16 else array
+        return FLOATS["BF16"].widen(array) if kind == _BFLOAT16 else array
 
 
 def profiles(engine: Any, names: Sequence[str]) -> list[Profile]:

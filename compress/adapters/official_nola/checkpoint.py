@@ -16,7 +16,7 @@ import numpy as np
 from kilodelta.compress.adapters.peft.folder import PICKLE, WEIGHTS, read_config
 from kilodelta.errors import CheckpointError, InputError, require
 from kilodelta.files.checkpoint import Checkpoint, in_name_order
-from kilodelta.files.identity import raw
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.coefficients import Floats
 
 _KEY = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.(?P<what>\w+)\Z")
@@ -88,11 +88,7 @@ def _tensors(path: Path) -> tuple[dict[str, Floats], str | None]:
 
 
 def _array(checkpoint: Checkpoint, name: str) -> Floats:
-    info = checkpoint.info(name)
-    views = {"F32": "<f4", "I64": "<i8", "F16": "<f2", "BF16": "<u2"}
-    view = views.get(info.dtype)
-    data = checkpoint.data(name).copy()
-    return data.view(view).reshape(info.shape) if view else data
+    return checkpoint.raw(name).values().copy()
 
 
 def _unpickled(path: Path) -> tuple[dict[str, Floats], str | None]:
@@ -116,9 +112,7 @@ def _unpickled(path: Path) -> tuple[dict[str, Floats], str | None]:
 
 
 def _from_torch(value: Any) -> Floats:
-    dtype, shape, data = raw(value)
-    views = {"F32": "<f4", "I64": "<i8", "F16": "<f2", "BF16": "<u2"}
-    return data.view(views[dtype]).reshape(shape) if dtype in views else data
+    return RawTensor.of(value).values()
 
 
 def _layers(path: Path, tensors: Mapping[str, Floats]) -> Layers:

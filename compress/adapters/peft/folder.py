@@ -17,7 +17,7 @@ from kilodelta.compress.distill.changes import patterns_for
 from kilodelta.errors import CheckpointError, InputError
 from kilodelta.files import canonical, dtypes
 from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.files.tensor import Extra
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.coefficients import Floats
 from kilodelta.format.targets import Patterns
 
@@ -94,12 +94,12 @@ class Adapter:
         return rank
 
     @cached_property
-    def extras(self) -> dict[str, Extra]:
+    def extras(self) -> dict[str, RawTensor]:
         """The tensors that replace the base's or are new, by their names there."""
         found = {}
         for key, name in self.whole.items():
             info = self.tensors.info(key)
-            found[name] = Extra(dtype=info.dtype, shape=info.shape, data=self.tensors.data(key))
+            found[name] = RawTensor(dtype=info.dtype, shape=info.shape, data=self.tensors.data(key))
         return found
 
     def patterns(self, transposed: Sequence[str]) -> Patterns:

@@ -20,7 +20,7 @@ from kilodelta.compress.adapters.peft.settings import check_settings, rank_of, s
 from kilodelta.compress.adapters.refactorise import Best, Pair, by_singular_values, quantise_product
 from kilodelta.compress.adapters.values import floats
 from kilodelta.errors import BaseMismatchError, CheckpointError, InputError
-from kilodelta.files.tensor import Extra
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.coefficients import Floats
 from kilodelta.format.foreign import stored
 from kilodelta.format.methods import Lora
@@ -65,7 +65,7 @@ def draft_of(
     options: Options,
     source: str,
     products: Mapping[str, Product],
-    extras: Mapping[str, Extra],
+    extras: Mapping[str, RawTensor],
 ) -> Draft:
     """The draft of a `lora` delta from products of low rank, with the loss of each."""
     products = {name: _thinned(product) for name, product in products.items()}
@@ -151,7 +151,7 @@ def _scaled(B: Floats, A: Floats, scaling: float, *, transposed: bool = False) -
     return Product(pair=pair, transposed=transposed)
 
 
-def _extras(adapter: Adapter) -> dict[str, Extra]:
+def _extras(adapter: Adapter) -> dict[str, RawTensor]:
     """What is stored whole and differs from the base. PEFT saves a targeted embedding's own weight
     too, and with `bias` every bias."""
     targets = set(adapter.modules.values())
@@ -165,7 +165,7 @@ def _extras(adapter: Adapter) -> dict[str, Extra]:
     return found
 
 
-def _is_base(adapter: Adapter, name: str, tensor: Extra) -> bool:
+def _is_base(adapter: Adapter, name: str, tensor: RawTensor) -> bool:
     if name not in adapter.base or adapter.base.info(name).shape != tensor.shape:
         return False
     key = next(key for key, at in adapter.whole.items() if at == name)
@@ -178,7 +178,7 @@ def _is_base(adapter: Adapter, name: str, tensor: Extra) -> bool:
         return False
 
 
-def _biases(adapter: Adapter) -> dict[str, Extra]:
+def _biases(adapter: Adapter) -> dict[str, RawTensor]:
     """`lora_bias`: what lora_B adds to its layer's own bias."""
     found = {}
     for path, weight in adapter.modules.items():
@@ -197,7 +197,7 @@ def _biases(adapter: Adapter) -> dict[str, Extra]:
     return found
 
 
-def _like_base(adapter: Adapter, name: str, values: Floats) -> Extra:
+def _like_base(adapter: Adapter, name: str, values: Floats) -> RawTensor:
     """A tensor in the base's own type."""
     dtype = adapter.base.info(name).dtype
-    return Extra(dtype=dtype, shape=values.shape, data=stored.pack(values, dtype))
+    return RawTensor(dtype=dtype, shape=values.shape, data=stored.pack(values, dtype))

@@ -15,7 +15,7 @@ from kilodelta.compress.adapters.parsed import Draft
 from kilodelta.compress.adapters.peft.folder import CONFIG, Adapter
 from kilodelta.compress.adapters.peft.names import ROOT
 from kilodelta.errors import CheckpointError, InputError
-from kilodelta.files.narrow import TYPES
+from kilodelta.files.dtypes import FLOATS, TARGETS
 from kilodelta.format.coefficients import Floats
 from kilodelta.format.foreign import PeftRandLora
 from kilodelta.format.foreign.peft_randlora import Basis, ceil_div, digest, draw, sides
@@ -169,8 +169,13 @@ def _saved(adapter: Adapter, needed: tuple[int, int]) -> _Found | None:
     rank, n = adapter.rank, ceil_div(needed[0], adapter.rank)
     A = adapter.shaped(keys[0][0], (rank, 1, needed[0]))[:, 0]
     B = adapter.shaped(keys[1][0], (needed[1], n, rank))
-    types = {type_: dtype for dtype, type_ in TYPES.items()}
-    return _Found(kind="stored", dtype=types[adapter.tensors.info(keys[0][0]).dtype], basis=(A, B))
+    dtype = adapter.tensors.info(keys[0][0]).dtype
+    if dtype not in TARGETS:
+        raise InputError(
+            f"{adapter.path}: the basis {keys[0][0]} is stored as {dtype}",
+            fix="save it in float32, float16 or bfloat16",
+        )
+    return _Found(kind="stored", dtype=FLOATS[dtype].long, basis=(A, B))
 
 
 def _require_same(adapter: Adapter, part: str, names: list[str]) -> None:

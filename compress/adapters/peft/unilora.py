@@ -17,7 +17,7 @@ from kilodelta.compress.adapters.peft.folder import Adapter
 from kilodelta.compress.adapters.peft.names import ROOT
 from kilodelta.compress.adapters.peft.orientation import is_conv1d_like
 from kilodelta.errors import InputError
-from kilodelta.files.narrow import TYPES
+from kilodelta.files.dtypes import FLOATS
 from kilodelta.format.coefficients import Floats
 from kilodelta.format.foreign.peft_unilora import PeftUniLora, deal, digest, places, scales_of
 from kilodelta.merging.build import Recipe, targets
@@ -128,4 +128,4 @@ def _scale_type(adapter: Adapter, options: Options) -> Any:
         return options.basis_dtype
     name = next(iter(adapter.modules.values()))
     found = adapter.tensors.info(named[0]).dtype if named else adapter.base.info(name).dtype
-    return {type_: dtype for dtype, type_ in TYPES.items()}[found]
+    return FLOATS[found].long

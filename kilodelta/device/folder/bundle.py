@@ -13,10 +13,9 @@ from kilodelta.device.folder.places import Places
 from kilodelta.errors import DeviceError, ProofError
 from kilodelta.export.manifest.artefacts import file_fact
 from kilodelta.export.manifest.facts import DTYPES, FLAVOURS, FileFact
-from kilodelta.files import atomic, canonical, untrusted
-from kilodelta.files.checkpoint import TensorInfo
-from kilodelta.files.dtypes import BITS, nbytes
+from kilodelta.files import canonical, dtypes, staging, untrusted
 from kilodelta.files.identity import Identity, of_digests
+from kilodelta.files.tensor import TensorInfo
 from kilodelta.verify.parity.gate import Limit
 
 VERSION = 1
@@ -72,7 +71,7 @@ class Tensors:
 def write(places: Places, bundle: Bundle) -> None:
     """Write `bundle.json`, in full or not at all."""
     text = json.dumps(bundle.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
-    atomic.write(places.bundle, text.encode() + b"\n")
+    staging.write(places.bundle, text.encode() + b"\n")
 
 
 def read(places: Places) -> Bundle:
@@ -87,7 +86,7 @@ def read(places: Places) -> Bundle:
 def write_tensors(places: Places, infos: Mapping[str, TensorInfo], identity: Identity) -> None:
     """Write `base/tensors.json`: name, dtype, shape and digest of every tensor."""
     rows = [[n, infos[n].dtype, list(infos[n].shape), d] for n, d in identity.tensors.items()]
-    atomic.write(places.base / TENSORS, canonical.dumps(rows).encode())
+    staging.write(places.base / TENSORS, canonical.dumps(rows).encode())
 
 
 def read_tensors(places: Places) -> Tensors:
@@ -179,7 +178,7 @@ def _row(value: Any, where: str) -> tuple[TensorInfo, str]:
     if not isinstance(value, list) or len(value) != 4:
         raise untrusted.FieldError(f"{where} is not [name, dtype, shape, digest]")
     name = untrusted.text(value[0], f"{where} name")
-    dtype = untrusted.choice(value[1], f"{where} dtype", BITS)
+    dtype = untrusted.choice(value[1], f"{where} dtype", dtypes.DTYPES)
     shape = untrusted.listed(value[2], f"{where} shape", untrusted.whole)
-    info = TensorInfo(name=name, dtype=dtype, shape=shape, nbytes=nbytes(dtype, shape))
+    info = TensorInfo(name=name, dtype=dtype, shape=shape)
     return info, untrusted.digest(value[3], f"{where} digest")

@@ -13,7 +13,7 @@ from kilodelta.device.modes.interface import DELTA, Mode, Session
 from kilodelta.errors import DeviceError, FileError
 from kilodelta.export.manifest.artefacts import file_fact
 from kilodelta.export.manifest.facts import FileFact
-from kilodelta.files import atomic, canonical, untrusted
+from kilodelta.files import canonical, staging, untrusted
 from kilodelta.format.delta import Delta
 
 FACTS = "facts.json"
@@ -34,7 +34,7 @@ def build(mode: Mode, delta: Delta, folder: Path, file: Path, digest: str) -> Se
         FileError: the file changed since it was proved.
         OutputError: the disk is full or not writable.
     """
-    with atomic.new_folder(folder) as stage:
+    with staging.new_folder(folder) as stage:
         if copy(file, stage) != digest:
             raise FileError(f"{file} changed while it was read", fix="apply it again")
         mode.build(delta, stage)

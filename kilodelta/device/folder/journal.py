@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from kilodelta.errors import OutputError
-from kilodelta.files import atomic, canonical
+from kilodelta.files import canonical, staging
 
 Entry: TypeAlias = dict[str, Any]
 
@@ -75,4 +75,4 @@ def repair(path: Path) -> None:
     if len(whole) > LIMIT:
         whole = whole[whole.index(b"\n", len(whole) // 2) + 1 :]
     if whole != data:
-        atomic.write(path, whole)
+        staging.write(path, whole)

@@ -11,7 +11,7 @@ from typing import Any
 
 from kilodelta.device.folder.places import Places
 from kilodelta.errors import DeviceError
-from kilodelta.files import atomic, canonical, untrusted
+from kilodelta.files import canonical, staging, untrusted
 
 _FOLDER = re.compile(r"[0-9]{6,}-[0-9a-f]{12}\Z")
 
@@ -101,7 +101,7 @@ def write(places: Places, state: State) -> None:
     Raises:
         OutputError: it cannot be written; the old one stands.
     """
-    atomic.write(places.current, (canonical.dumps(state.to_json()) + "\n").encode())
+    staging.write(places.current, (canonical.dumps(state.to_json()) + "\n").encode())
 
 
 def parse(value: Any) -> State:

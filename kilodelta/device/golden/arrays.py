@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kilodelta.errors import InputError
-from kilodelta.files import atomic
+from kilodelta.files import staging
 
 
 def read_npz(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
@@ -44,7 +44,7 @@ def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]]) 
     """
     file = io.BytesIO()
     np.savez(file, **arrays)  # type: ignore[arg-type]
-    atomic.write(Path(path), file.getvalue())
+    staging.write(Path(path), file.getvalue())
 
 
 def summary(arrays: Mapping[str, NDArray[Any]]) -> list[dict[str, Any]]:

@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 
 from kilodelta.device.golden.arrays import read_npz, write_npz
 from kilodelta.errors import DeviceError, FileError, InputError
-from kilodelta.files.dtypes import NUMPY
-from kilodelta.files.tensor import Extra, extra
+from kilodelta.files.dtypes import BY_LONG
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.verify.parity.gate import Limit
 from kilodelta.verify.runners.runner import Arrays
 
 FILE = "golden.npz"
 INPUT, OUTPUT, LIMIT = "input.", "output.", "limit."
-_NUMPY = {kind: name for name, kind in NUMPY.items() if name in np.sctypeDict}
+_NUMPY = {dtype.name: long for long, dtype in BY_LONG.items() if long in np.sctypeDict}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +53,14 @@ def read(path: Path) -> Golden:
         raise DeviceError(problem.what, fix="copy the bundle to the device again") from None
 
 
-def to_probes(golden: Golden, limits: Mapping[str, Mapping[str, Limit]]) -> dict[str, Extra]:
+def to_probes(golden: Golden, limits: Mapping[str, Mapping[str, Limit]]) -> dict[str, RawTensor]:
     """What a `.kd` file carries; `limits` by dtype, then by output."""
     arrays = _flat(golden)
     for dtype, outputs in limits.items():
         for name, limit in outputs.items():
             pair = np.array([limit.relative_l2, limit.relative_max], np.float32)
             arrays[f"{LIMIT}{dtype}.{name}"] = pair
-    return {name: extra(array) for name, array in arrays.items()}
+    return {name: RawTensor.copy_of(array) for name, array in arrays.items()}
 
 
 def of_delta(delta: Delta) -> Golden | None:
@@ -103,7 +103,7 @@ def _named(arrays: Mapping[str, NDArray[Any]], prefix: str) -> Arrays:
     return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
 
 
-def _array(name: str, tensor: Extra) -> NDArray[Any]:
+def _array(name: str, tensor: RawTensor) -> NDArray[Any]:
     if tensor.dtype not in _NUMPY:
         raise FileError(
             f"probe {name!r:.80} is {tensor.dtype}, which numpy lacks",

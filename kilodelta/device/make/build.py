@@ -28,10 +28,10 @@ from kilodelta.export.patching.map import write_map
 from kilodelta.export.tensorrt import build
 from kilodelta.export.tensorrt.flavour import AUTO, choose
 from kilodelta.export.tensorrt.profile import profile_for
-from kilodelta.files import atomic
+from kilodelta.files import staging
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.identity import digest
-from kilodelta.files.safetensors import header_bytes
+from kilodelta.files.safetensors import write_stream
 from kilodelta.format.targets import Patterns, select
 from kilodelta.models import LoadedModel, locate, open_model
 from kilodelta.progress import Event, Progress, silent
@@ -100,7 +100,7 @@ def make(
     """
     require("onnxscript", extra="onnx", why="export ONNX models")
     _check(options)
-    with atomic.new_folder(Path(out)) as stage:
+    with staging.new_folder(Path(out)) as stage:
         return _Job(os.fspath(base), options, progress).run(Places(stage))
 
 
@@ -221,9 +221,8 @@ def _refit(job: _Job, template: Template, folder: Path) -> None:
     job.save(template, folder)
     job.engine(template, folder, refit=tuple(names))
     infos = [job.base.info(name) for name in job.chosen()]
-    header = header_bytes([(info.name, info.dtype, info.shape) for info in infos], {})
     data = (job.base.data(info.name).data for info in infos)
-    atomic.write(folder / mode_refit.WEIGHTS, header, *data)
+    write_stream(folder / mode_refit.WEIGHTS, infos, data)
     mode_refit.write_unused(folder, template.unused)
 
 

@@ -17,7 +17,7 @@ from kilodelta.device.golden import golden
 from kilodelta.errors import InputError, OutputError
 from kilodelta.files.baseline import require_base
 from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.files.tensor import Extra
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.progress import Progress, silent
@@ -72,7 +72,7 @@ def release(
     if version < 0:
         raise InputError(f"version {version} is negative", fix="count from 1 on")
     delta = load(file)
-    probes: Mapping[str, Extra] = {}
+    probes: Mapping[str, RawTensor] = {}
     dtypes: tuple[str, ...] = ()
     if inputs is None:
         require_base(Checkpoint.open(Path(base)), delta.manifest.base, progress=progress)
@@ -90,7 +90,7 @@ def _probe(
     rows: int,
     architecture: tuple[str | None, str | None],
     progress: Progress,
-) -> tuple[Mapping[str, Extra], tuple[str, ...]]:
+) -> tuple[Mapping[str, RawTensor], tuple[str, ...]]:
     """The probe's tensors, and the precisions in which it tells."""
     from kilodelta.device.golden import reference
     from kilodelta.export.manifest.facts import DTYPES

@@ -14,8 +14,8 @@ from kilodelta.device.folder.state import State
 from kilodelta.device.golden import golden
 from kilodelta.device.golden.golden import Golden
 from kilodelta.export.manifest.artefacts import file_fact
-from kilodelta.files.checkpoint import TensorInfo
 from kilodelta.files.identity import Identity
+from kilodelta.files.tensor import TensorInfo
 
 
 def seal(

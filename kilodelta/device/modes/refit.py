@@ -15,7 +15,7 @@ from kilodelta.device.modes import runtime
 from kilodelta.device.modes.interface import Session, no_slots
 from kilodelta.errors import DeviceError
 from kilodelta.export.tensorrt.refit import RefitEngine
-from kilodelta.files import atomic, canonical, untrusted
+from kilodelta.files import canonical, staging, untrusted
 from kilodelta.format.delta import Delta
 
 WEIGHTS, FACTS = "weights.safetensors", "refit.json"
@@ -57,7 +57,7 @@ class RefitMode:
 
 def write_unused(folder: Path, unused: Sequence[str]) -> None:
     """Write down the tensors that the outputs do not depend on."""
-    atomic.write(folder / FACTS, canonical.dumps({"unused": list(unused)}).encode())
+    staging.write(folder / FACTS, canonical.dumps({"unused": list(unused)}).encode())
 
 
 def read_unused(folder: Path) -> tuple[str, ...]:

@@ -17,9 +17,10 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from kilodelta.exact.bases import Stream
-from kilodelta.files.narrow import TYPES, encode, rounded
+from kilodelta.files.dtypes import FLOATS, named
 from kilodelta.format.coefficients import Group
 from kilodelta.format.foreign.base import Floats, Values, require_print
+from kilodelta.format.foreign.stored import DTYPES
 from kilodelta.format.foreign.torch_cpu import TorchCpu
 from kilodelta.format.targets import Target
 
@@ -38,7 +39,10 @@ class PeftRandLora:
     name: ClassVar[str] = "peft-randlora"
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.00987"
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
-        {"basis": ("dense", "sparse", "very-sparse", "stored"), "dtype": tuple(TYPES)}
+        {
+            "basis": ("dense", "sparse", "very-sparse", "stored"),
+            "dtype": DTYPES,
+        }
     )
     rank: int
     alpha: float
@@ -60,7 +64,7 @@ class PeftRandLora:
         """A basis that no recipe rebuilds travels in the file."""
         if self.basis != "stored":
             return ()
-        n, type_ = ceil_div(self.small, self.rank), TYPES[self.dtype]
+        n, type_ = ceil_div(self.small, self.rank), named(self.dtype).name
         return (
             Group(name="A", shape=(self.rank, self.small), dtype=type_),
             Group(name="B", shape=(self.large, n, self.rank), dtype=type_),
@@ -126,7 +130,7 @@ def digest(basis: Basis, dtype: str) -> str:
     """SHA-256 of a basis in its own type, A first."""
     state = hashlib.sha256()
     for part in basis:
-        state.update(encode(part, TYPES[dtype]).data)
+        state.update(named(dtype).narrow(part).data)
     return "sha256:" + state.hexdigest()
 
 
@@ -134,7 +138,7 @@ def draw(kind: str, dtype: str, seed: int, rank: int, small: int, large: int) ->
     """The basis that PEFT draws with `projection_prng_key = seed`."""
     generator, n = TorchCpu(seed), ceil_div(small, rank)
     if kind == "dense":
-        return _dense(generator, TYPES[dtype], rank, n, small, large)
+        return _dense(generator, named(dtype).name, rank, n, small, large)
     sparsity = 3.0 if kind == "sparse" else sqrt(small)
     return _sparse(generator.rand((rank, small)), sparsity), _sparse(
         generator.rand((large, n, rank)), sparsity
@@ -155,8 +159,8 @@ def _kaiming(fan_in: int) -> float:
 
 def _normal(values: Floats, type_: str) -> Floats:
     deviation = np.std(values.astype(np.float64), ddof=1)
-    divisor = rounded(np.array([deviation]), type_)[0]
-    return rounded(values / divisor, type_)
+    divisor = FLOATS[type_].rounded(np.array([deviation]))[0]
+    return FLOATS[type_].rounded(values / divisor)
 
 
 def _sparse(units: Floats, sparsity: float) -> Floats:

@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kilodelta.exact.bases import Stream
-from kilodelta.files.narrow import TYPES, rounded
+from kilodelta.files.dtypes import named
 from kilodelta.format.coefficients import Group
 from kilodelta.format.foreign.base import Floats, Values, require_print
+from kilodelta.format.foreign.stored import DTYPES
 from kilodelta.format.targets import Target
 
 Dealt = tuple[npt.NDArray[Any], Floats]
@@ -32,7 +33,7 @@ class PeftUniLora:
 
     name: ClassVar[str] = "peft-unilora"
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.00799"
-    choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({"dtype": tuple(TYPES)})
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({"dtype": DTYPES})
     rank: int
     bases: int
     """Length of the vector, k."""
@@ -105,7 +106,7 @@ def scales_of(indices: npt.NDArray[Any], bases: int, dtype: str) -> Floats:
     """1 / sqrt of how often each entry is dealt out, 0 for never, float32 of a type's values."""
     counts = np.bincount(indices, minlength=bases).astype(np.float32)
     scales = np.where(counts > 0, 1 / np.sqrt(np.maximum(counts, 1)), 0).astype(np.float32)
-    return rounded(scales, TYPES[dtype])
+    return named(dtype).rounded(scales)
 
 
 def digest(indices: npt.NDArray[Any]) -> str:

@@ -8,11 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kilodelta.errors import InputError
-from kilodelta.files.narrow import TYPES, decode, encode
+from kilodelta.files.dtypes import FLOATS, TARGETS
 
 Values = npt.NDArray[Any]
 
-_FLOATS = frozenset(TYPES.values())
+DTYPES = ("bfloat16", "float16", "float32")
+"""The types that PEFT's bases are drawn or stored in, by torch's names."""
+
 _WHOLE = {"I64": "<i8", "U8": "u1"}
 
 
@@ -22,11 +24,10 @@ def pack(values: Values, dtype: str) -> npt.NDArray[np.uint8]:
     Raises:
         InputError: a float is not finite, or leaves the type's range.
     """
-    if dtype not in _FLOATS:
+    if dtype not in TARGETS:
         return np.ascontiguousarray(values, _WHOLE[dtype]).reshape(-1).view(np.uint8)
-    with np.errstate(over="ignore"):
-        found = encode(np.asarray(values).reshape(-1), dtype).view(np.uint8)
-    if not np.isfinite(decode(found, dtype)).all():
+    found = FLOATS[dtype].narrow(np.asarray(values).reshape(-1)).view(np.uint8)
+    if not np.isfinite(FLOATS[dtype].widen(found)).all():
         raise InputError(
             f"a coefficient does not fit {dtype}", fix="keep the coefficients in float32"
         )
@@ -35,6 +36,6 @@ def pack(values: Values, dtype: str) -> npt.NDArray[np.uint8]:
 
 def unpack(data: Values, dtype: str) -> Values:
     """The inverse of `pack`: float32, int64 or uint8 (count,)."""
-    if dtype in _FLOATS:
-        return decode(data, dtype)
+    if dtype in TARGETS:
+        return FLOATS[dtype].widen(data)
     return np.frombuffer(data.tobytes(), _WHOLE[dtype])

@@ -1,7 +1,7 @@
 """PyTorch's random numbers on a CPU, bit for bit, without PyTorch.
 
 Its generator is MT19937 (Matsumoto and Nishimura, 1998) seeded by the low 32 bits; a uniform number
-takes one 32-bit output and keeps its low 24 bits (`kilodelta.files.narrow` names types).
+takes one 32-bit output and keeps its low 24 bits.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kilodelta.files.narrow import rounded
+from kilodelta.files.dtypes import FLOATS
 
 Floats = npt.NDArray[Any]
 
@@ -37,6 +37,6 @@ class TorchCpu:
         low, high = np.float32(-bound), np.float32(bound)
         units = self._units(int(np.prod(shape)))
         wide = (units * np.float64(high - low) + np.float64(low)).astype(np.float32)
-        drawn = rounded(wide, dtype)
-        top = rounded(np.array([high]), dtype)[0]
+        drawn = FLOATS[dtype].rounded(wide)
+        top = FLOATS[dtype].rounded(np.array([high]))[0]
         return np.where(drawn == top, -drawn, drawn).reshape(shape)
