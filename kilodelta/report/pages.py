@@ -49,7 +49,7 @@ def write_report(path: str | os.PathLike[str], kind: str, result: Json) -> Path:
         MissingPackageError: matplotlib is not installed.
         OutputError: the files cannot be written.
     """
-    from kilodelta.files import atomic
+    from kilodelta.files import staging
 
     place = Path(path)
     if place.suffix.lower() not in (".html", ".htm"):
@@ -58,8 +58,8 @@ def write_report(path: str | os.PathLike[str], kind: str, result: Json) -> Path:
         raise InputError(f"there is no report of {kind!r}", fix=f"one of {', '.join(PAGES)}")
     text = PAGES[kind](result).html()
     data = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    atomic.write(place, text.encode("utf-8"))
-    atomic.write(place.with_suffix(".json"), data.encode("utf-8"))
+    staging.write(place, text.encode("utf-8"))
+    staging.write(place.with_suffix(".json"), data.encode("utf-8"))
     return place.with_suffix(".json")
 
 
