@@ -16,6 +16,7 @@ Each class has its own exit code, which the command line returns:
 13   `DeviceError`               a folder is no device folder, or cannot take this step
 14   `LockedError`               another command is changing the device folder: try again
 15   `DowngradeError`            a file is older than what the device has had
+16   `SignatureError`            a release is not signed by, or not meant for, who reads it
 ===  ==========================  =====================================================
 
 Messages quote names and texts of files that anybody may have written, so `KiloDeltaError` escapes
@@ -154,6 +155,12 @@ class DowngradeError(KiloDeltaError):
     """A file's version is lower than the highest that the device has had."""
 
     exit_code = 15
+
+
+class SignatureError(KiloDeltaError):
+    """A release lacks a signature that is asked for, has expired, or is for somebody else."""
+
+    exit_code = 16
 
 
 def require(package: str, *, extra: str, why: str) -> ModuleType:

@@ -22,6 +22,7 @@ BELOW: dict[str, frozenset[str]] = {
 }
 """Each room, and the rooms that it may import; `errors` and `progress` are open to all."""
 BELOW["report"] = frozenset({"files"})
+BELOW["trust"] = frozenset({"files"})
 BELOW["compress"] = frozenset(BELOW)
 BELOW["export"] = BELOW["compress"]
 BELOW["verify"] = frozenset(BELOW)

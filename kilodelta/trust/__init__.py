@@ -1,0 +1,44 @@
+"""Sign releases, and decide on a device whether a signed release may be applied.
+
+A release travels with `NAME.kd.sig`: a DSSE envelope over a statement of what the file is, for
+which base, task and devices, in which order and until when. A device pins public keys, a
+threshold, a task and a kind when it is provisioned, and refuses what they do not cover before
+anything of the file is expanded. Checking an Ed25519 signature needs `securesystemslib` alone,
+which is pure Python; making one needs `cryptography`. The threat model is `docs/security.md`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kilodelta.trust.envelope import sign as sign
+    from kilodelta.trust.envelope import verify as verify
+    from kilodelta.trust.keys import PublicKey as PublicKey
+    from kilodelta.trust.keys import keygen as keygen
+    from kilodelta.trust.keys import read_public as read_public
+    from kilodelta.trust.policy import Pins as Pins
+    from kilodelta.trust.statement import Statement as Statement
+
+_WHERE = {
+    "Pins": "kilodelta.trust.policy",
+    "PublicKey": "kilodelta.trust.keys",
+    "Statement": "kilodelta.trust.statement",
+    "keygen": "kilodelta.trust.keys",
+    "read_public": "kilodelta.trust.keys",
+    "sign": "kilodelta.trust.envelope",
+    "verify": "kilodelta.trust.envelope",
+}
+
+__all__ = ["Pins", "PublicKey", "Statement", "keygen", "read_public", "sign", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
