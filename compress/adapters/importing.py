@@ -28,10 +28,10 @@ DEFAULTS = Options()
 Reader = Callable[[Adapter, Options], Draft]
 
 PEFT: Mapping[str, str] = {
-    "LORA": "peft_lora",
-    "RANDLORA": "peft_randlora",
-    "UNILORA": "peft_unilora",
-    "VERA": "peft_vera",
+    "LORA": "peft.lora",
+    "RANDLORA": "peft.randlora",
+    "UNILORA": "peft.unilora",
+    "VERA": "peft.vera",
 }
 """`peft_type` to the module of this package whose `read` takes it."""
 
