@@ -20,18 +20,32 @@ if TYPE_CHECKING:
     from kilodelta.trust.keys import read_public as read_public
     from kilodelta.trust.policy import Pins as Pins
     from kilodelta.trust.statement import Statement as Statement
+    from kilodelta.trust.tuf_client import pull as pull
+    from kilodelta.trust.tuf_repository import publish as publish
 
 _WHERE = {
     "Pins": "kilodelta.trust.policy",
     "PublicKey": "kilodelta.trust.keys",
     "Statement": "kilodelta.trust.statement",
     "keygen": "kilodelta.trust.keys",
+    "publish": "kilodelta.trust.tuf_repository",
+    "pull": "kilodelta.trust.tuf_client",
     "read_public": "kilodelta.trust.keys",
     "sign": "kilodelta.trust.envelope",
     "verify": "kilodelta.trust.envelope",
 }
 
-__all__ = ["Pins", "PublicKey", "Statement", "keygen", "read_public", "sign", "verify"]
+__all__ = [
+    "Pins",
+    "PublicKey",
+    "Statement",
+    "keygen",
+    "publish",
+    "pull",
+    "read_public",
+    "sign",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kilodelta.errors import InputError, OutputError, SignatureError, require
-from kilodelta.files import atomic
+from kilodelta.files import staging
 from kilodelta.files.untrusted import FieldError
 from kilodelta.trust.keys import PublicKey, parse_public, read_private
 from kilodelta.trust.statement import Statement, parse
@@ -197,5 +197,5 @@ def write_signature(file: str | os.PathLike[str], data: bytes) -> Path:
     place = signature_path(file)
     if place.is_symlink():
         raise OutputError(f"{place} is a link", fix="remove it")
-    atomic.write(place, data)
+    staging.write(place, data)
     return place

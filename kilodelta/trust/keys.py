@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kilodelta.errors import InputError, OutputError, require
-from kilodelta.files import atomic
+from kilodelta.files import staging
 
 ED25519_SPKI = bytes.fromhex("302a300506032b6570032100")
 """The DER bytes before the 32 bytes of an Ed25519 public key (RFC 8410, section 4)."""
@@ -91,8 +91,8 @@ def keygen(name: str | os.PathLike[str], *, password: bytes | None = None) -> Ke
     nist = ec.generate_private_key(ec.SECP256R1())
     _write_private(files[".key"], signing, password)
     _write_private(files[".p256.key"], nist, password)
-    atomic.write(files[".pub"], _public_pem(signing.public_key()))
-    atomic.write(files[".p256.pub"], _public_pem(nist.public_key()))
+    staging.write(files[".pub"], _public_pem(signing.public_key()))
+    staging.write(files[".p256.pub"], _public_pem(nist.public_key()))
     return KeyFiles(
         private=files[".key"],
         public=files[".pub"],

@@ -1,0 +1,223 @@
+"""Fetch the newest release for a device from a TUF repository, by the reference client.
+
+Source: the TUF specification 1.0, section 5, by `python-tuf`'s `Updater`. It walks the chain of
+roots from the one that the device was given, and refuses metadata that are older than what it has
+seen, expired, or not of one publication. It keeps a link and writes targets in place, so it works
+in a folder of its own, to which nothing else looks; `apply` then takes the file by its own rules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from kilodelta.errors import InputError, OutputError, SignatureError, require
+from kilodelta.trust.envelope import SUFFIX
+from kilodelta.trust.policy import Clock
+from kilodelta.trust.statement import MAX_VERSION
+
+WHY = "fetch releases"
+MAX_RELEASE = 1 << 30
+"""Bytes of one release that are fetched at most; a `.kd` with a whole head stays far below."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pulled:
+    """The newest release for a device: its file, its version, and whether it was fetched now."""
+
+    path: Path
+    version: int
+    fetched: bool
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**vars(self), "path": str(self.path)}
+
+
+def pull(
+    folder: str | os.PathLike[str],
+    url: str,
+    *,
+    root: bytes,
+    task: str = "",
+    kind: str = "",
+    floor: int = 0,
+) -> Pulled | None:
+    """Fetch the release of the highest version that is for a task and a kind of device.
+
+    Args:
+        folder: the client's own folder, made where there is none; it holds what was seen before.
+        url: the repository, `https://...`; plain `http://` is as safe but shows what is fetched.
+        root: bytes of the first root, pinned when the device was provisioned.
+        task: the one task to take; empty for any.
+        kind: the device's kind; releases for other kinds are passed over.
+        floor: a time in seconds since 1970 UTC that certainly has passed.
+
+    Returns:
+        The release, or None where the repository has none for this device.
+
+    Raises:
+        SignatureError: metadata are older than what was seen, expired, not of one publication,
+            not signed by the repository's keys, or a release lacks its `.sig`.
+        InputError: the URL is none, or the server does not answer.
+        OutputError: the folder cannot be written, or another pull is under way.
+        MissingPackageError: `tuf` is not installed.
+    """
+    require("tuf", extra="mirror", why=WHY)
+    from tuf.ngclient import Updater
+
+    if not url.startswith(("https://", "http://")):
+        raise InputError(f"{url!r:.200} is no URL", fix="give https://host/path of the repository")
+    place = Path(folder)
+    clock = Clock.floored(floor)
+    with _locked(place), _explained(url):
+        targets = place / "targets"
+        updater = Updater(
+            str(place / "metadata"),
+            url.rstrip("/") + "/metadata/",
+            str(targets),
+            url.rstrip("/") + "/targets/",
+            bootstrap=root,
+        )
+        updater.refresh()
+        _require_fresh(place / "metadata", clock)
+        best = _newest(place / "metadata" / "targets.json", task, kind)
+        if best is None:
+            return None
+        name, version = best
+        fetched = [_fetch(updater, target) for target in (name, name + SUFFIX)]
+        return Pulled(path=targets / name, version=version, fetched=any(fetched), note=clock.note)
+
+
+@contextlib.contextmanager
+def _locked(place: Path) -> Iterator[None]:
+    """Two clients at once on one folder are not supported by python-tuf."""
+    require("filelock", extra="mirror", why=WHY)
+    import filelock
+
+    try:
+        for folder in (place, place / "metadata", place / "targets"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with filelock.FileLock(place / ".lock", timeout=0):
+            yield
+    except filelock.Timeout:
+        raise OutputError(f"another pull is at work in {place}", fix="try again") from None
+    except PermissionError as error:
+        raise OutputError(
+            f"{place} cannot be written: {error.strerror}", fix="give a folder that you can write"
+        ) from None
+
+
+@contextlib.contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """Turn python-tuf's families of errors into sentences."""
+    from tuf.api import exceptions as e
+    from urllib3.exceptions import HTTPError
+
+    kinds: tuple[tuple[type[Exception], str, str], ...] = (
+        (
+            e.ExpiredMetadataError,
+            "offers metadata that have expired: it may be frozen",
+            "publish again: kilodelta publish REPO --key team.key",
+        ),
+        (
+            e.BadVersionNumberError,
+            "offers metadata older than what this device has seen",
+            "restore the repository; versions only count up",
+        ),
+        (
+            e.UnsignedMetadataError,
+            "offers metadata that its keys have not signed",
+            "check that the device was given this repository's 1.root.json",
+        ),
+        (
+            e.LengthOrHashMismatchError,
+            "offers files that are not of one publication",
+            "try again; if it stays so, the mirror is damaged",
+        ),
+    )
+    try:
+        yield
+    except e.RepositoryError as error:
+        for kind, what, fix in kinds:
+            if isinstance(error, kind):
+                raise SignatureError(f"{url} {what}: {error}", fix=fix) from None
+        raise SignatureError(
+            f"{url} offers damaged metadata: {error}", fix="try again, or publish again"
+        ) from None
+    except (e.DownloadError, HTTPError) as error:
+        told = str(error) or "no answer"
+        raise InputError(
+            f"{url} cannot be fetched from: {told}", fix="check the URL and the network"
+        ) from None
+
+
+def _require_fresh(metadata: Path, clock: Clock) -> None:
+    """python-tuf judges by the system's clock; where that lies before the floor, judge again."""
+    if not clock.note:
+        return
+    from tuf.api.metadata import Metadata
+
+    now = datetime.fromtimestamp(clock.now, timezone.utc)
+    for role in ("root", "timestamp", "snapshot", "targets"):
+        signed: Any = Metadata.from_bytes((metadata / f"{role}.json").read_bytes()).signed
+        if signed.is_expired(now):
+            raise SignatureError(
+                f"the mirror's {role} expired at {signed.expires:%Y-%m-%dT%H:%M:%SZ}; {clock.note}",
+                fix="set the clock, and publish again",
+            )
+
+
+def _newest(targets: Path, task: str, kind: str) -> tuple[str, int] | None:
+    """Name and version of the best release; entries that are not ours are passed over."""
+    from tuf.api.metadata import Metadata
+
+    signed: Any = Metadata.from_bytes(targets.read_bytes()).signed
+    found = [
+        (version, name)
+        for name, target in signed.targets.items()
+        if not name.endswith(SUFFIX)
+        and name + SUFFIX in signed.targets
+        and (version := _fitting(target.unrecognized_fields.get("custom"), task, kind)) is not None
+        and target.length <= MAX_RELEASE
+    ]
+    if not found:
+        return None
+    version, name = max(found)
+    return name, version
+
+
+def _fitting(custom: Any, task: str, kind: str) -> int | None:
+    """The version of an entry for this task and kind, or None."""
+    if not isinstance(custom, dict):
+        return None
+    version, kinds = custom.get("version"), custom.get("kinds")
+    if not isinstance(version, str) or not version.isascii() or not version.isdigit():
+        return None
+    if len(version) > 16 or int(version) > MAX_VERSION or not isinstance(kinds, list):
+        return None
+    if (task and custom.get("task") != task) or (kinds and kind not in kinds):
+        return None
+    return int(version)
+
+
+def _fetch(updater: Any, name: str) -> bool:
+    """Bring one target into the client's folder; True if it was not there already."""
+    info = updater.get_targetinfo(name)
+    if info is None:
+        raise SignatureError(f"the mirror lacks {name}", fix="publish again")
+    if updater.find_cached_target(info) is not None:
+        return False
+    # python-tuf writes into the file that is there, whoever has it open; a new one is ours alone.
+    place = Path(updater.target_dir) / name
+    with contextlib.suppress(FileNotFoundError):
+        place.unlink()
+    download: Callable[[Any], str] = updater.download_target
+    download(info)
+    return True

@@ -1,0 +1,272 @@
+"""Publish releases in a static TUF repository: a folder of files for any web server.
+
+Source: the TUF specification 1.0 (https://theupdateframework.github.io/specification/latest/), by
+`python-tuf`. A mirror, or whoever breaks into it, can then serve neither other bytes, nor old
+ones, nor a mixture, nor the same ones for ever: a client refuses all four. All keys are Ed25519:
+one key of a kind that an older client does not know would end that client for good.
+
+::
+
+    repo/metadata/  1.root.json, 4.targets.json, 4.snapshot.json, timestamp.json
+    repo/targets/   <sha256>.task-7.kd, <sha256>.task-7.kd.sig
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+from kilodelta.errors import InputError, OutputError, SignatureError, require
+from kilodelta.files import staging
+from kilodelta.trust.envelope import read_signature, signature_path, verify
+from kilodelta.trust.keys import PublicKey, read_private
+from kilodelta.trust.statement import Statement
+
+ROLES = ("root", "timestamp", "snapshot", "targets")
+ROOT_DAYS = 365
+TIMESTAMP_DAYS = 30
+"""For how long a device believes that there is nothing newer: publish at least as often."""
+WHY = "publish releases"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """What a repository holds after a publication."""
+
+    repository: Path
+    version: int
+    """Of targets and snapshot, counted up by one each time."""
+
+    timestamp: int
+    expires: str
+    targets: tuple[str, ...]
+    root: Path
+    """The first root's file: what a device is given when it is provisioned."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        shown = {n: str(v) if isinstance(v, Path) else v for n, v in vars(self).items()}
+        return {**shown, "targets": list(self.targets)}
+
+
+def publish(
+    files: Sequence[str | os.PathLike[str]],
+    repository: str | os.PathLike[str],
+    *,
+    key: str | os.PathLike[str],
+    password: bytes | None = None,
+    days: int = TIMESTAMP_DAYS,
+) -> Published:
+    """Add signed releases to a repository, which is made where there is none.
+
+    Without files the timestamp is renewed: do that before it expires. Everything new is written
+    before the timestamp, which is the only file that a client starts from, so a publication that
+    is killed midway is one that did not happen; the next one goes on from what stands.
+
+    Args:
+        files: `.kd` files, each with its `.sig` beside it, signed by `key` among others.
+        repository: a folder, served as it is.
+        key: the Ed25519 private key of all four roles.
+        password: of an encrypted key, or None.
+        days: until the timestamp expires.
+
+    Raises:
+        InputError: the key is of another kind, or days make no sense.
+        SignatureError: a file has no signature by this key, or another file's.
+        OutputError: the repository is another key's, is damaged, or cannot be written.
+        MissingPackageError: `tuf` is not installed.
+    """
+    require("tuf", extra="mirror", why=WHY)
+    if not 1 <= days <= ROOT_DAYS:
+        raise InputError(f"{days} days make no sense", fix=f"give 1 to {ROOT_DAYS}")
+    signer, public = _signer(key, password)
+    place = Path(repository)
+    releases = [_release(Path(file), public) for file in files]
+    with _locked(place):
+        metadata = place / "metadata"
+        (place / "targets").mkdir(parents=True, exist_ok=True)
+        metadata.mkdir(exist_ok=True)
+        if not (metadata / "1.root.json").exists():
+            _write_root(metadata, signer)
+        _require_own(metadata, public)
+        return _add(place, releases, signer, days)
+
+
+def _signer(key: str | os.PathLike[str], password: bytes | None) -> tuple[Any, PublicKey]:
+    from cryptography.hazmat.primitives import serialization as s
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from securesystemslib.signer import CryptoSigner
+
+    private = read_private(key, password)
+    if not isinstance(private, Ed25519PrivateKey):
+        raise InputError(
+            f"{os.fspath(key)} is no Ed25519 key", fix="give NAME.key of kilodelta keygen"
+        )
+    raw = private.public_key().public_bytes(s.Encoding.Raw, s.PublicFormat.Raw)
+    public = PublicKey(hex=raw.hex())
+    return CryptoSigner(private, public.securesystemslib()), public
+
+
+def _release(file: Path, public: PublicKey) -> tuple[Path, Statement]:
+    """Read a file's signature and hold it against the bytes at hand, before anything is written."""
+    data = read_signature(file)
+    if data is None:
+        raise SignatureError(
+            f"{file} has no signature: {signature_path(file).name} is missing",
+            fix="kilodelta release ... --sign team.key",
+        )
+    statement, _ = verify(data, [public], 1)
+    try:
+        digest = "sha256:" + hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(
+            f"{file} cannot be read: {error.strerror}", fix="give a .kd file"
+        ) from None
+    if digest != statement.file:
+        raise SignatureError(
+            f"{signature_path(file)} is of another file than {file.name}",
+            fix="publish the .kd and the .sig of one release",
+        )
+    return file, statement
+
+
+def _locked(place: Path) -> Any:
+    """One publication at a time; a killed one frees the lock."""
+    require("filelock", extra="mirror", why=WHY)
+    import filelock
+
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(place / ".lock", timeout=0)
+        lock.acquire()
+    except filelock.Timeout:
+        raise OutputError(
+            f"{place} is being published to by another command", fix="try again"
+        ) from None
+    except OSError as error:
+        raise OutputError(
+            f"{place} cannot be written: {error.strerror}", fix="give a folder that you can write"
+        ) from None
+    return lock
+
+
+def _later(days: int) -> datetime:
+    return datetime.now(timezone.utc).replace(microsecond=0) + timedelta(days=days)
+
+
+def _write_root(metadata: Path, signer: Any) -> None:
+    from tuf.api.metadata import Metadata, Root
+
+    root = Root(consistent_snapshot=True, expires=_later(ROOT_DAYS))
+    for role in ROLES:
+        root.add_key(signer.public_key, role)
+    signed = Metadata(root)
+    signed.sign(signer)
+    staging.write(metadata / "1.root.json", signed.to_bytes())
+
+
+def _require_own(metadata: Path, public: PublicKey) -> None:
+    newest = max(metadata.glob("*.root.json"), key=lambda p: int(p.name.split(".")[0]))
+    keyids = _read(newest).signed.roles["timestamp"].keyids
+    if public.keyid not in keyids:
+        raise OutputError(
+            f"{metadata.parent} is another key's repository",
+            fix="publish with the key it began with",
+        )
+
+
+def _read(path: Path) -> Any:
+    from tuf.api.exceptions import RepositoryError
+    from tuf.api.metadata import Metadata
+
+    try:
+        return Metadata.from_bytes(path.read_bytes())
+    except (OSError, RepositoryError):
+        raise OutputError(
+            f"{path} is damaged, so its version cannot be counted on",
+            fix="restore it: a lower version would be refused by every device",
+        ) from None
+
+
+def _add(
+    place: Path, releases: Sequence[tuple[Path, Statement]], signer: Any, days: int
+) -> Published:
+    from tuf.api.metadata import Metadata, MetaFile, Snapshot, Targets, Timestamp
+
+    metadata = place / "metadata"
+    stands = metadata / "timestamp.json"
+    old_time = _read(stands).signed if stands.exists() else None
+    version = old_time.snapshot_meta.version if old_time is not None else 0
+    targets = Targets(expires=_later(ROOT_DAYS))
+    if version:
+        targets.targets = dict(_read(metadata / f"{version}.targets.json").signed.targets)
+    for file, statement in releases:
+        for path in (file, signature_path(file)):
+            targets.targets[path.name] = _target(place, path, statement)
+    version += 1
+    targets.version = version
+    snapshot = Snapshot(version=version, expires=_later(ROOT_DAYS))
+    snapshot.meta["targets.json"] = MetaFile(version)
+    timestamp = Timestamp(
+        version=1 if old_time is None else old_time.version + 1, expires=_later(days)
+    )
+    timestamp.snapshot_meta.version = version
+    for name, signed in (
+        (f"{version}.targets.json", targets),
+        (f"{version}.snapshot.json", snapshot),
+        ("timestamp.json", timestamp),
+    ):
+        one = Metadata(signed)
+        one.sign(signer)
+        staging.write(metadata / name, one.to_bytes())
+    return Published(
+        repository=place,
+        version=version,
+        timestamp=timestamp.version,
+        expires=timestamp.expires.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        targets=tuple(sorted(targets.targets)),
+        root=metadata / "1.root.json",
+    )
+
+
+def _target(place: Path, file: Path, statement: Statement) -> Any:
+    """Copy one file under its hashed name and describe it; numbers in `custom` are texts."""
+    from tuf.api.metadata import TargetFile
+
+    data = file.read_bytes()
+    target = TargetFile.from_data(file.name, data, ["sha256"])
+    target.unrecognized_fields["custom"] = {
+        "task": statement.task,
+        "version": str(statement.version),
+        "kinds": list(statement.kinds),
+    }
+    staging.write(place / "targets" / f"{target.hashes['sha256']}.{file.name}", data)
+    return target
+
+
+def first_root(path: str | os.PathLike[str]) -> bytes:
+    """Read a repository's first root, for pinning it when a device is provisioned.
+
+    Raises:
+        InputError: it is no TUF root.
+        MissingPackageError: `tuf` is not installed.
+    """
+    require("tuf", extra="mirror", why="read a mirror's root")
+    from tuf.api.exceptions import RepositoryError
+    from tuf.api.metadata import Metadata, Root
+
+    try:
+        data = Path(path).read_bytes()
+        if not isinstance(Metadata[Root].from_bytes(data).signed, Root):
+            raise RepositoryError("no root")
+    except (OSError, RepositoryError):
+        raise InputError(
+            f"{os.fspath(path)} is no root of a TUF repository",
+            fix="give metadata/1.root.json of what kilodelta publish wrote",
+        ) from None
+    return data

@@ -1,0 +1,240 @@
+"""The mirror: a static TUF repository, and a client that refuses what a mirror may not do."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import threading
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("tuf")
+pytest.importorskip("cryptography")
+from kilodelta.errors import InputError, KiloDeltaError, OutputError, SignatureError
+from kilodelta.trust import keygen, sign
+from kilodelta.trust.envelope import write_signature
+from kilodelta.trust.statement import stated
+from kilodelta.trust.tuf_client import Pulled, pull
+from kilodelta.trust.tuf_repository import first_root, publish
+
+
+@pytest.fixture(scope="module")
+def key(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return keygen(tmp_path_factory.mktemp("keys") / "team")
+
+
+def release(folder: Path, key: Any, version: int, task: str = "intents", kinds: Any = ()) -> Path:
+    """Bytes that stand for a `.kd`, signed: a mirror does not look into them."""
+    file = folder / f"{task}-{version}.kd"
+    file.write_bytes(f"release {version} of {task}".encode())
+    statement = stated(
+        {
+            "file": "sha256:" + hashlib.sha256(file.read_bytes()).hexdigest(),
+            "base": "sha256:" + "cd" * 32,
+            "result": "sha256:" + "ef" * 32,
+            "version": version,
+            "task": task,
+            "kinds": tuple(kinds),
+        }
+    )
+    write_signature(file, sign(statement, [key.private]))
+    return file
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder served as it is, on a loopback port."""
+    place = tmp_path / "repo"
+    place.mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(place)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield place, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def client(tmp_path: Path, served: tuple[Path, str], **more: Any) -> Pulled | None:
+    root = first_root(served[0] / "metadata" / "1.root.json")
+    return pull(tmp_path / "client", served[1], root=root, **more)
+
+
+def test_what_is_published_is_pulled(tmp_path: Path, key: Any, served: tuple[Path, str]) -> None:
+    file = release(tmp_path, key, 7)
+    made = publish([file], served[0], key=key.private)
+    assert (made.version, made.timestamp) == (1, 1)
+    assert made.targets == ("intents-7.kd", "intents-7.kd.sig")
+    got = client(tmp_path, served, task="intents")
+    assert got is not None
+    assert (got.version, got.fetched) == (7, True)
+    assert got.path.read_bytes() == file.read_bytes()
+    assert Path(f"{got.path}.sig").read_bytes() == Path(f"{file}.sig").read_bytes()
+    again = client(tmp_path, served, task="intents")
+    assert again is not None
+    assert not again.fetched
+
+
+def test_versions_tasks_and_kinds_are_chosen_by(
+    tmp_path: Path, key: Any, served: tuple[Path, str]
+) -> None:
+    publish([release(tmp_path, key, 9)], served[0], key=key.private)
+    more = [
+        release(tmp_path, key, 10),
+        release(tmp_path, key, 12, kinds=["orin"]),
+        release(tmp_path, key, 30, task="names"),
+    ]
+    assert publish(more, served[0], key=key.private).version == 2
+    for given, version in (
+        ({"task": "intents"}, 10),
+        ({"task": "intents", "kind": "orin"}, 12),
+        ({"task": "names"}, 30),
+        ({}, 30),
+    ):
+        got = client(tmp_path, served, **given)
+        assert got is not None
+        assert got.version == version
+    assert client(tmp_path, served, task="other") is None
+
+
+def test_a_rollback_is_refused(tmp_path: Path, key: Any, served: tuple[Path, str]) -> None:
+    publish([release(tmp_path, key, 1)], served[0], key=key.private)
+    shutil.copytree(served[0], tmp_path / "old")
+    publish([release(tmp_path, key, 2)], served[0], key=key.private)
+    assert client(tmp_path, served) is not None
+    shutil.rmtree(served[0])
+    shutil.copytree(tmp_path / "old", served[0])
+    with pytest.raises(SignatureError, match="older than what this device has seen"):
+        client(tmp_path, served)
+
+
+def test_a_frozen_mirror_is_refused(
+    tmp_path: Path, key: Any, served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kilodelta.trust import tuf_repository
+
+    long_ago = datetime.now(timezone.utc).replace(microsecond=0) - timedelta(days=40)
+    monkeypatch.setattr(tuf_repository, "_later", lambda days: long_ago + timedelta(days=days))
+    publish([release(tmp_path, key, 1)], served[0], key=key.private)
+    with pytest.raises(SignatureError, match="expired: it may be frozen"):
+        client(tmp_path, served)
+
+
+def test_a_clock_that_stands_still_does_not_help_a_frozen_mirror(
+    tmp_path: Path, key: Any, served: tuple[Path, str]
+) -> None:
+    """The device has seen a time after the timestamp's end, and its clock lies before that."""
+    publish([release(tmp_path, key, 1)], served[0], key=key.private)
+    later = int((datetime.now(timezone.utc) + timedelta(days=60)).timestamp())
+    with pytest.raises(SignatureError, match="the mirror's timestamp expired"):
+        client(tmp_path, served, floor=later)
+
+
+def test_other_bytes_and_mixtures_are_refused(
+    tmp_path: Path, key: Any, served: tuple[Path, str]
+) -> None:
+    publish([release(tmp_path, key, 1)], served[0], key=key.private)
+    [target] = served[0].glob("targets/*.kd")
+    data = target.read_bytes()
+    target.write_bytes(data[:-1] + b"!")
+    with pytest.raises(SignatureError, match="not of one publication"):
+        client(tmp_path, served)
+    target.write_bytes(data)
+    assert client(tmp_path, served) is not None
+    other = tmp_path / "other"
+    publish([], other, key=keygen(tmp_path / "stranger").private)
+    shutil.copy(other / "metadata" / "timestamp.json", served[0] / "metadata")
+    with pytest.raises(SignatureError, match="keys have not signed"):
+        client(tmp_path, served)
+
+
+def test_a_publication_that_is_killed_did_not_happen(
+    tmp_path: Path, key: Any, served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before each file in turn: clients see the old release, the next one goes on."""
+    from kilodelta.trust import tuf_repository
+
+    publish([release(tmp_path, key, 1)], served[0], key=key.private)
+    real = tuf_repository.staging.write
+    new = release(tmp_path, key, 2)
+    for number in range(5):
+        left = iter(range(number))
+
+        def dying(path: Path, data: bytes, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            real(path, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tuf_repository.staging, "write", dying)
+            with pytest.raises(KeyboardInterrupt):
+                publish([new], served[0], key=key.private)
+        got = client(tmp_path, served)
+        assert got is not None
+        assert got.version == 1
+    made = publish([new], served[0], key=key.private)
+    assert made.version == 2
+    got = client(tmp_path, served)
+    assert got is not None
+    assert got.version == 2
+
+
+def test_what_is_not_ours_is_not_published(tmp_path: Path, key: Any) -> None:
+    file = release(tmp_path, key, 1)
+    stranger = keygen(tmp_path / "stranger")
+    repo = tmp_path / "repo"
+    with pytest.raises(SignatureError, match="signed by 0"):
+        publish([file], repo, key=stranger.private)
+    assert not repo.exists()
+    publish([file], repo, key=key.private)
+    with pytest.raises(OutputError, match="another key's repository"):
+        publish([], repo, key=stranger.private)
+    file.write_bytes(b"other bytes")
+    with pytest.raises(SignatureError, match="of another file"):
+        publish([file], repo, key=key.private)
+    Path(f"{file}.sig").unlink()
+    with pytest.raises(SignatureError, match="has no signature"):
+        publish([file], repo, key=key.private)
+    with pytest.raises(InputError, match="no Ed25519 key"):
+        publish([], repo, key=key.p256_private)
+    with pytest.raises(InputError, match="400 days"):
+        publish([], repo, key=key.private, days=400)
+    (repo / "metadata" / "timestamp.json").write_bytes(b"{}")
+    with pytest.raises(OutputError, match="damaged"):
+        publish([], repo, key=key.private)
+
+
+def test_two_publications_at_once(tmp_path: Path, key: Any) -> None:
+    import filelock
+
+    repo = tmp_path / "repo"
+    repo.mkdir()
+    with filelock.FileLock(repo / ".lock"), pytest.raises(OutputError, match="another command"):
+        publish([], repo, key=key.private)
+
+
+@pytest.mark.parametrize("url", ["file:///tmp/x", "repo", "ftp://host/x"])
+def test_odd_urls(url: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is no URL"):
+        pull(tmp_path / "client", url, root=b"")
+
+
+def test_a_server_that_is_gone(tmp_path: Path, key: Any) -> None:
+    made = publish([], tmp_path / "repo", key=key.private)
+    with pytest.raises(InputError, match="cannot be fetched from"):
+        pull(tmp_path / "client", "http://127.0.0.1:9", root=made.root.read_bytes())
+    with pytest.raises(InputError, match="is no root"):
+        first_root(tmp_path / "repo" / "metadata" / "timestamp.json")
+    with pytest.raises(KiloDeltaError):
+        pull(tmp_path / "client2", "http://127.0.0.1:9", root=b"{}")
