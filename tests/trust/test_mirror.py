@@ -163,10 +163,10 @@ def test_a_publication_that_is_killed_did_not_happen(
     tmp_path: Path, key: Any, served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed before each file in turn: clients see the old release, the next one goes on."""
-    from kilodelta.trust import tuf_repository
+    from kilodelta.files import staging
 
     publish([release(tmp_path, key, 1)], served[0], key=key.private)
-    real = tuf_repository.staging.write
+    real = staging.write
     new = release(tmp_path, key, 2)
     for number in range(5):
         left = iter(range(number))
@@ -177,7 +177,7 @@ def test_a_publication_that_is_killed_did_not_happen(
             real(path, data)
 
         with monkeypatch.context() as patch:
-            patch.setattr(tuf_repository.staging, "write", dying)
+            patch.setattr(staging, "write", dying)
             with pytest.raises(KeyboardInterrupt):
                 publish([new], served[0], key=key.private)
         got = client(tmp_path, served)
