@@ -16,14 +16,15 @@ if TYPE_CHECKING:
     from kilodelta.models.heads import View as View
     from kilodelta.models.heads import counted as counted
     from kilodelta.models.inputs import Batch as Batch
-    from kilodelta.models.inputs import check_spec as check_spec
     from kilodelta.models.inputs import read_inputs as read_inputs
-    from kilodelta.models.inputs import read_texts as read_texts
     from kilodelta.models.inputs import tokenize as tokenize
     from kilodelta.models.load import locate as locate
     from kilodelta.models.load import open_model as open_model
     from kilodelta.models.loaded import LoadedModel as LoadedModel
     from kilodelta.models.loaded import outputs as outputs
+    from kilodelta.models.sources import check_spec as check_spec
+    from kilodelta.models.sources import open_source as open_source
+    from kilodelta.models.texts import read_texts as read_texts
     from kilodelta.models.weights import fill as fill
 
 _WHERE = {
@@ -31,15 +32,16 @@ _WHERE = {
     "LoadedModel": "kilodelta.models.loaded",
     "Pooling": "kilodelta.models.heads",
     "View": "kilodelta.models.heads",
-    "check_spec": "kilodelta.models.inputs",
+    "check_spec": "kilodelta.models.sources",
     "counted": "kilodelta.models.heads",
     "example": "kilodelta.models.example_inputs",
     "fill": "kilodelta.models.weights",
     "locate": "kilodelta.models.load",
     "open_model": "kilodelta.models.load",
+    "open_source": "kilodelta.models.sources",
     "outputs": "kilodelta.models.loaded",
     "read_inputs": "kilodelta.models.inputs",
-    "read_texts": "kilodelta.models.inputs",
+    "read_texts": "kilodelta.models.texts",
     "tokenize": "kilodelta.models.inputs",
 }
 
@@ -54,6 +56,7 @@ __all__ = [
     "fill",
     "locate",
     "open_model",
+    "open_source",
     "outputs",
     "read_inputs",
     "read_texts",

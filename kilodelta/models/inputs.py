@@ -1,4 +1,4 @@
-"""Reading inputs for a model: texts, arrays, or batches that a function yields."""
+"""Turn inputs into batches that a model takes, and refuse by name those that it does not."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kilodelta.errors import InputError
-from kilodelta.models.entry import call_entry, is_entry
+from kilodelta.errors import InputError, KiloDeltaError
+from kilodelta.files.npz import ArrayHeader, read_npz
 from kilodelta.models.loaded import Batch as Batch
-from kilodelta.models.loaded import LoadedModel
+from kilodelta.models.loaded import LoadedModel, outputs
+from kilodelta.models.quiet import quiet
+from kilodelta.models.sources import CalledSource, Source, TextSource, open_source
+from kilodelta.models.sources import check_spec as check_spec
 from kilodelta.models.texts import read_texts as read_texts
 
-_KINDS = ".jsonl, .txt, .npz or package.module:function"
+TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+"""Inputs of text models: integers of shape (batch, tokens)."""
+IMAGES = "pixel_values"
+_PLAIN = {"f": np.float32, "i": np.int64, "u": np.int64}
+"""By the kind of numpy's dtype: what a model computes with."""
 
 
 def read_inputs(
-    spec: str | Path,
+    spec: str | Path | Source,
     loaded: LoadedModel,
     *,
     limit: int | None = None,
@@ -28,87 +35,92 @@ def read_inputs(
     field: str = "text",
     max_length: int | None = None,
 ) -> list[Batch]:
-    """Read inputs into batches, in their order.
+    """Read inputs into batches, in their order, and see that the model computes with one row.
 
     Args:
-        spec: a `.jsonl` or `.txt` file of texts, one a line; a `.npz` file with one array per
-            input; or `package.module:function`, which returns batches (mappings from names to
-            tensors or arrays, or bare ones for the model's main input).
-        limit: read at most so many rows.
+        spec: a `.jsonl` or `.txt` file of texts, one per line; a `.npz` file with one array per
+            input; `package.module:function`, which returns batches (mappings from names to
+            tensors or arrays, or bare ones for the model's main input); or what
+            `kilodelta.models.sources.open_source` made of one of these.
+        loaded: the model that is to take them.
+        limit: read at most so many rows; a source that is open has its own limit.
         batch_size: rows in a batch; a function's batches stay as they are.
         field: the key of the text in a `.jsonl` record.
         max_length: cut texts to so many tokens; by default the model's own limit.
 
+    Returns:
+        Batches: floats as float32, integers as int64, booleans as they are.
+
     Raises:
-        InputError: the inputs cannot be read, or do not fit the model.
+        InputError: the inputs cannot be read, or the model cannot compute with them.
     """
-    check_spec(spec)
-    batches = list(_batches(str(spec), loaded, limit, batch_size, field, max_length))
+    source = open_source(spec, field=field, limit=limit) if isinstance(spec, (str, Path)) else spec
+    batches = list(_batches(source, loaded, batch_size, max_length))
     if not batches:
-        raise InputError(f"{spec} holds no inputs", fix="give at least one")
+        raise InputError(f"{source.spec} holds no inputs", fix="give at least one")
+    try_one(batches[0], loaded, source.spec)
     return batches
 
 
-def check_spec(spec: str | Path) -> None:
-    """See that inputs are there and of a known kind, before any long work.
-
-    Raises:
-        InputError: they are not.
-    """
-    path = Path(spec)
-    if path.suffix in (".jsonl", ".txt", ".npz"):
-        if not path.is_file():
-            raise InputError(f"{spec} is no file", fix="check the path")
-    elif not is_entry(str(spec)):
-        raise InputError(f"{spec} is no kind of input", fix=f"give {_KINDS}")
-
-
 def tokenize(loaded: LoadedModel, texts: Sequence[str], *, max_length: int | None = None) -> Batch:
-    """One batch of texts, padded at the right to the longest.
+    """Make one batch of texts, int64 (texts, tokens), padded at the right to the longest.
+
+    Args:
+        loaded: a model with a tokenizer.
+        texts: the texts.
+        max_length: cut to so many tokens; by default the model's own limit.
 
     Raises:
-        InputError: the model has no tokenizer.
+        InputError: the model has no tokenizer, or one that cannot pad; or a length beyond the
+            model's limit is asked for.
     """
     if loaded.tokenizer is None:
         raise InputError(
             f"{loaded.source} has no tokenizer, so it cannot read texts",
             fix="give token ids in a .npz file, or a folder with a tokenizer",
         )
-    limit = max_length or loaded.max_length
-    encoded = loaded.tokenizer(
-        list(texts),
-        padding=True,
-        truncation=limit is not None,
-        max_length=limit,
-        return_tensors="pt",
-    )
+    limit = _length(loaded, max_length)
+    try:
+        encoded = loaded.tokenizer(
+            list(texts),
+            padding=True,
+            truncation=limit is not None,
+            max_length=limit,
+            return_tensors="pt",
+        )
+    except (ValueError, TypeError) as error:  # no pad token, or characters that it cannot take
+        raise InputError(
+            f"the tokenizer of {loaded.source} cannot make a batch: {_first_line(error)}",
+            fix="give token ids in a .npz file, or a tokenizer with a pad token",
+        ) from None
     return {name: encoded[name] for name in loaded.accepts if name in encoded}
 
 
+def _length(loaded: LoadedModel, wanted: int | None) -> int | None:
+    if wanted is None or loaded.max_length is None:
+        return loaded.max_length if wanted is None else wanted
+    if wanted > loaded.max_length:
+        raise InputError(
+            f"texts of {wanted} tokens are longer than {loaded.source} takes",
+            fix=f"cut them to {loaded.max_length} tokens or fewer",
+        )
+    return wanted
+
+
 def _batches(
-    spec: str,
-    loaded: LoadedModel,
-    limit: int | None,
-    batch_size: int,
-    field: str,
-    max_length: int | None,
+    source: Source, loaded: LoadedModel, batch_size: int, max_length: int | None
 ) -> Iterator[Batch]:
-    suffix = Path(spec).suffix
-    if suffix in (".jsonl", ".txt"):
-        for texts in _parts(read_texts(spec, field=field, limit=limit), batch_size):
-            yield tokenize(loaded, texts, max_length=max_length)
-    elif suffix == ".npz":
-        arrays = check(_read_npz(Path(spec)), loaded, spec)
-        rows = _rows(arrays) if limit is None else min(limit, _rows(arrays))
-        for start in range(0, rows, batch_size):
-            yield _cut(arrays, start, min(start + batch_size, rows))
+    if isinstance(source, TextSource):
+        for start in range(0, len(source.texts), batch_size):
+            part = source.texts[start : start + batch_size]
+            yield tokenize(loaded, part, max_length=max_length)
+    elif isinstance(source, CalledSource):
+        yield from _limited(_called(source, loaded), source.limit)
     else:
-        yield from _limited(_called(spec, loaded), limit)
-
-
-def _parts(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    for start in range(0, len(texts), size):
-        yield texts[start : start + size]
+        check_headers(source.headers, loaded, source.spec)
+        arrays = check(read_npz(source.spec, rows=source.rows), loaded, source.spec)
+        for start in range(0, _rows(arrays), batch_size):
+            yield _cut(arrays, start, start + batch_size)
 
 
 def _rows(batch: Mapping[str, Tensor]) -> int:
@@ -120,7 +132,7 @@ def _cut(batch: Batch, start: int, stop: int) -> Batch:
 
 
 def _limited(batches: Iterable[Batch], limit: int | None) -> Iterator[Batch]:
-    """Batches until `limit` rows, the last one cut."""
+    """Yield batches until `limit` rows, the last one cut."""
     left = limit
     for batch in batches:
         if left is None:
@@ -132,43 +144,106 @@ def _limited(batches: Iterable[Batch], limit: int | None) -> Iterator[Batch]:
             return
 
 
-def _read_npz(path: Path) -> dict[str, Any]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, AttributeError) as error:
-        raise InputError(
-            f"{path} is not an .npz file of plain arrays: {error}",
-            fix="write it with numpy.savez(path, name=array)",
-        ) from None
-
-
-def _called(spec: str, loaded: LoadedModel) -> Iterator[Batch]:
-    result = call_entry(spec)
+def _called(source: CalledSource, loaded: LoadedModel) -> Iterator[Batch]:
+    result = _call(source, source.function)
     if isinstance(result, (str, bytes, Mapping)) or not isinstance(result, Iterable):
         raise InputError(
-            f"{spec} returned a {type(result).__name__}",
+            f"{source.spec} returned a {type(result).__name__}",
             fix="return or yield batches: mappings from input names to tensors or arrays",
         )
-    for item in result:
+    items = iter(result)
+    end = object()
+    while (item := _call(source, lambda: next(items, end))) is not end:
         named = item if isinstance(item, Mapping) else {loaded.required[0]: item}
-        yield check(named, loaded, spec)
+        yield check(named, loaded, source.spec)
+
+
+def _call(source: CalledSource, step: Any) -> Any:
+    """Run a piece of the user's code; what it raises becomes a sentence, its cause chained."""
+    try:
+        return step()
+    except KiloDeltaError:
+        raise
+    except Exception as error:
+        place, _, name = source.spec.partition(":")
+        raise InputError(
+            f"{source.spec} fails with {type(error).__name__}: {_first_line(error)}",
+            fix=f'see where by python -c "import {place}; list({place}.{name}())"',
+        ) from error
 
 
 def check(named: Mapping[str, Any], loaded: LoadedModel, origin: str) -> Batch:
-    """A batch as the model takes it: known names, known shapes, int64 or float32.
+    """Check a batch's names, types and shapes against a model, and convert it.
+
+    Args:
+        named: tensors or arrays by input name.
+        loaded: the model that is to take them.
+        origin: where they come from, for the error.
+
+    Returns:
+        The batch: floats as float32, integers as int64, booleans as they are.
 
     Raises:
         InputError: naming the input, what it is and what it should be.
     """
     _check_names(named, loaded, origin)
-    batch = {name: _tensor(name, value, origin) for name, value in named.items()}
+    values = {name: _array(name, value, origin) for name, value in named.items()}
+    for name, value in values.items():
+        _check_kind(name, _kind(value), tuple(value.shape), loaded, origin)
+    batch = {name: _tensor(value) for name, value in values.items()}
+    counts = {name: len(tensor) for name, tensor in batch.items()}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise InputError(f"{origin}: rows differ: {listed}", fix="give as many of each")
     for name, tensor in batch.items():
-        _check_shape(name, tensor, loaded, origin)
-    if len({len(tensor) for tensor in batch.values()}) > 1:
-        counts = ", ".join(f"{name} {len(tensor)}" for name, tensor in batch.items())
-        raise InputError(f"{origin}: rows differ: {counts}", fix="give as many of each")
+        _check_values(name, tensor, loaded, origin)
     return batch
+
+
+def check_headers(headers: Mapping[str, ArrayHeader], loaded: LoadedModel, origin: str) -> None:
+    """Check the arrays of an `.npz` file against a model before they are read.
+
+    Raises:
+        InputError: naming the array, what it is and what it should be.
+    """
+    _check_names(headers, loaded, origin)
+    for name, header in headers.items():
+        _check_kind(name, header.dtype.name, header.shape, loaded, origin)
+
+
+def try_one(batch: Batch, loaded: LoadedModel, origin: str) -> None:
+    """Compute with the first row of a batch, so that inputs are blamed before long work begins.
+
+    A model may need more than one row; then the whole batch is tried.
+
+    Raises:
+        InputError: naming the inputs with types and shapes, and the model's own complaint.
+    """
+    first = _cut(batch, 0, 1)
+    with torch.no_grad(), quiet():
+        problem = _failure(first, loaded)
+        if problem is not None and _rows(batch) > 1 and _failure(batch, loaded) is None:
+            return
+    if problem is not None:
+        given = ", ".join(
+            f"{name} {str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}"
+            for name, t in first.items()
+        )
+        raise InputError(
+            f"{origin}: {loaded.source} cannot compute with {given}: {_first_line(problem)}",
+            fix="give what the model was trained on: floats as float32 (pixels scaled and"
+            " normalised), token ids as integers, within the sizes that it takes",
+        )
+
+
+def _failure(batch: Batch, loaded: LoadedModel) -> Exception | None:
+    try:
+        outputs(loaded, batch)
+    except KiloDeltaError:
+        raise
+    except Exception as error:  # a module's own code may raise anything
+        return error
+    return None
 
 
 def _check_names(named: Mapping[str, Any], loaded: LoadedModel, origin: str) -> None:
@@ -185,45 +260,87 @@ def _check_names(named: Mapping[str, Any], loaded: LoadedModel, origin: str) -> 
         )
 
 
-def _tensor(name: str, value: Any, origin: str) -> Tensor:
-    """Floats as float32, integers as int64, booleans as they are."""
-    tensor = value if isinstance(value, Tensor) else _from_array(name, value, origin)
-    if tensor.is_floating_point():
-        return tensor.float()
-    return tensor if tensor.dtype == torch.bool else tensor.long()
-
-
-def _from_array(name: str, value: Any, origin: str) -> Tensor:
+def _array(name: str, value: Any, origin: str) -> Any:
+    """A tensor or numpy array of floats, integers or booleans, in its own dtype."""
+    if isinstance(value, Tensor):
+        if value.is_complex():
+            raise _no_array(name, value.dtype, origin)
+        return value.detach()
     array = np.asarray(value)
     if array.dtype.kind not in "fiub":
-        raise InputError(
-            f"{origin}: {name} is an array of {array.dtype}",
-            fix="give floats, integers or booleans",
-        )
-    return torch.from_numpy(np.array(array, dtype=_PLAIN.get(array.dtype.kind, array.dtype)))
+        raise _no_array(name, array.dtype, origin)
+    return array
 
 
-_PLAIN = {"f": np.float32, "i": np.int64, "u": np.int64}
+def _no_array(name: str, dtype: Any, origin: str) -> InputError:
+    return InputError(
+        f"{origin}: {name} is an array of {dtype}", fix="give floats, integers or booleans"
+    )
 
 
-def _check_shape(name: str, tensor: Tensor, loaded: LoadedModel, origin: str) -> None:
-    wanted = _wanted(name, tensor, loaded)
-    if tensor.ndim == 0 or len(tensor) == 0:
+def _kind(value: Any) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def _tensor(value: Any) -> Tensor:
+    """Floats as float32, integers as int64, booleans as they are."""
+    if not isinstance(value, Tensor):
+        return torch.from_numpy(np.array(value, dtype=_PLAIN.get(value.dtype.kind, value.dtype)))
+    if value.is_floating_point():
+        return value.float()
+    return value if value.dtype == torch.bool else value.long()
+
+
+def _check_kind(
+    name: str, dtype: str, shape: tuple[int, ...], loaded: LoadedModel, origin: str
+) -> None:
+    """Check one input's dtype and shape, of which a model's kind says what they should be."""
+    wanted = _wanted(name, dtype, shape, loaded)
+    if not shape or shape[0] == 0:
         wanted = wanted or "(batch, ...) with at least one row"
     if wanted is not None:
-        raise InputError(
-            f"{origin}: {name} has shape {tuple(tensor.shape)} of {tensor.dtype}",
-            fix=f"give {wanted}",
-        )
+        raise InputError(f"{origin}: {name} has shape {shape} of {dtype}", fix=f"give {wanted}")
 
 
-def _wanted(name: str, tensor: Tensor, loaded: LoadedModel) -> str | None:
+def _wanted(name: str, dtype: str, shape: tuple[int, ...], loaded: LoadedModel) -> str | None:
     """What the input should be where it is not that; None where it is right or not known."""
-    if loaded.kind == "text" and name in ("input_ids", "attention_mask", "token_type_ids"):
-        right = tensor.ndim == 2 and not tensor.is_floating_point()
-        return None if right else "integers of shape (batch, tokens)"
-    if loaded.kind == "image" and name == "pixel_values":
+    is_float = "float" in dtype
+    if loaded.kind == "text" and name in TOKENS:
+        return None if len(shape) == 2 and not is_float else "integers of shape (batch, tokens)"
+    if loaded.kind == "image" and name == IMAGES:
         channels = getattr(getattr(loaded.module, "config", None), "num_channels", 3)
-        right = tensor.ndim == 4 and tensor.is_floating_point() and tensor.shape[1] == channels
-        return None if right else f"floats of shape (batch, {channels}, height, width)"
+        if len(shape) == 4 and is_float and shape[1] == channels:
+            return None
+        wanted = f"floats of shape (batch, {channels}, height, width)"
+        raw = ", scaled and normalised as the model's image processor does"
+        return wanted if is_float else wanted + raw
     return None
+
+
+def _check_values(name: str, tensor: Tensor, loaded: LoadedModel, origin: str) -> None:
+    if tensor.is_floating_point() and bool(tensor.isnan().any()):
+        row = int(tensor.reshape(len(tensor), -1).isnan().any(1).nonzero()[0])
+        raise InputError(f"{origin}: {name} holds NaN in row {row}", fix="remove or repair the row")
+    size = _vocabulary(loaded) if loaded.kind == "text" and name == "input_ids" else None
+    if size is not None and tensor.numel():
+        low, high = int(tensor.min()), int(tensor.max())
+        if low < 0 or high >= size:
+            raise InputError(
+                f"{origin}: {name} holds {low if low < 0 else high},"
+                f" which is no token of {loaded.source}",
+                fix=f"give ids from 0 to {size - 1}: those of this model's own tokenizer",
+            )
+
+
+def _vocabulary(loaded: LoadedModel) -> int | None:
+    """How many rows the model's table of words has; None where it does not say."""
+    try:
+        table = loaded.module.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    count = getattr(table, "num_embeddings", None)
+    return count if isinstance(count, int) else None
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""Reading texts from `.jsonl` and `.txt` files, one a line."""
+"""Reading texts from `.jsonl` and `.txt` files, one per line."""
 
 from __future__ import annotations
 
@@ -9,15 +9,22 @@ from kilodelta.errors import InputError
 
 
 def read_texts(path: str | Path, *, field: str = "text", limit: int | None = None) -> list[str]:
-    """The texts of a file in their order; empty lines are skipped.
+    """Read the texts of a file in their order; empty lines are skipped.
 
     Args:
         path: a `.jsonl` file of objects, or any other file of plain lines, UTF-8.
         field: the key of the text in an object.
-        limit: read at most so many.
+        limit: read at most so many texts; None reads all.
 
     Raises:
-        InputError: the file is missing, empty or not UTF-8, or a line is not what it should be.
+        InputError: the file is missing, empty or not UTF-8, or a line is no object with a text.
+
+    Example:
+        >>> import tempfile
+        >>> place = Path(tempfile.mkdtemp()) / "a.jsonl"
+        >>> _ = place.write_text('{"text": "one"}\\n\\n{"text": "two"}\\n')
+        >>> read_texts(place)
+        ['one', 'two']
     """
     place = Path(path)
     texts: list[str] = []
@@ -28,12 +35,14 @@ def read_texts(path: str | Path, *, field: str = "text", limit: int | None = Non
             is_record = place.suffix == ".jsonl"
             texts.append(_text(line, field, f"{place}:{number}") if is_record else line.strip())
     if not texts:
-        raise InputError(f"{place} holds no text", fix="give a file with one text a line")
+        raise InputError(f"{place} holds no text", fix="give a file with one text per line")
     return texts
 
 
 def _lines(path: Path) -> list[str]:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+            raise InputError(f"{path} is not a regular file", fix="give a file of texts")
         return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(
@@ -48,7 +57,7 @@ def _text(line: str, field: str, place: str) -> str:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{place} is not JSON: {error}", fix="write one object a line") from None
+        raise InputError(f"{place} is not JSON: {error}", fix="write one object per line") from None
     if not isinstance(record, dict):
         raise InputError(
             f"{place} is a {type(record).__name__}, not an object",
@@ -56,9 +65,21 @@ def _text(line: str, field: str, place: str) -> str:
         )
     text = record.get(field)
     if not isinstance(text, str):
-        known = ", ".join(record) or "nothing"
+        present = ", ".join(record) or "nothing"
         what = "has no" if field not in record else "has no text in its"
         raise InputError(
-            f"{place} {what} field {field!r}; it holds {known}", fix="name the field of the text"
+            f"{place} {what} field {field!r}; it holds {present}", fix="name the field of the text"
         )
+    _check_encodable(text, place)
     return text
+
+
+def _check_encodable(text: str, place: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can spell and no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{place} holds half of a surrogate pair, {error.object[error.start]!a}",
+            fix="write whole characters, as json.dumps(..., ensure_ascii=False) does",
+        ) from None

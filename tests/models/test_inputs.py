@@ -1,0 +1,230 @@
+"""Reading inputs: what is read, and what is refused by name before long work begins."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kilodelta.errors import InputError
+from kilodelta.models.entry import call_entry, find_entry, is_entry
+from kilodelta.models.inputs import read_inputs, tokenize
+from kilodelta.models.loaded import LoadedModel
+from kilodelta.models.sources import ArraySource, CalledSource, TextSource, open_source
+from kilodelta.models.texts import read_texts
+
+
+class Pixels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 2, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        found: Tensor = self.layer(image).mean((2, 3))
+        return found
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, 4)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.table
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        found: Tensor = self.table(input_ids)
+        return found
+
+
+class Pairs(nn.Module):
+    """Takes at least two rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[0] + x[1:]
+
+
+def loaded(module: nn.Module, kind: Any = "any", **more: Any) -> LoadedModel:
+    return LoadedModel(source=type(module).__name__, module=module, kind=kind, names={}, **more)
+
+
+def saved(path: Path, **arrays: Any) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+def error(call: Callable[[], Any]) -> InputError:
+    with pytest.raises(InputError) as caught:
+        call()
+    assert caught.value.fix
+    return caught.value
+
+
+def test_arrays_become_batches_in_their_order(tmp_path: Path) -> None:
+    ids = np.arange(14, dtype=np.int32).reshape(7, 2) % 10
+    path = saved(tmp_path / "a.npz", input_ids=ids, attention_mask=np.ones((7, 2), bool))
+    batches = read_inputs(path, loaded(Tokens(), "text"), batch_size=3, limit=5)
+    assert [len(batch["input_ids"]) for batch in batches] == [3, 2]
+    assert torch.equal(torch.cat([b["input_ids"] for b in batches]), torch.from_numpy(ids[:5]))
+    assert batches[0]["input_ids"].dtype == torch.int64
+    assert batches[0]["attention_mask"].dtype == torch.bool
+
+
+@pytest.mark.parametrize(
+    ("arrays", "expected"),
+    [
+        ({"image": np.zeros((2, 3, 4, 4), np.uint8)}, "cannot compute with image int64 (1, 3, 4"),
+        ({"image": np.zeros((2, 4, 4, 3), np.float32)}, "cannot compute with image float32"),
+        ({"image": np.full((2, 3, 4, 4), np.nan, np.float32)}, "image holds NaN in row 0"),
+        ({"pixels": np.zeros((2, 3, 4, 4), np.float32)}, "lacks image and holds pixels"),
+        ({"image": np.array(1.0)}, "holds no rows: image float64 ()"),
+        ({"image": np.zeros((0, 3), np.float32)}, "holds no rows"),
+        ({"image": np.zeros((2, 3), complex)}, "image is an array of complex128"),
+    ],
+)
+def test_arrays_that_a_module_cannot_take(
+    arrays: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    path = saved(tmp_path / "a.npz", **arrays)
+    assert expected in error(lambda: read_inputs(path, loaded(Pixels()))).what
+
+
+@pytest.mark.parametrize(
+    ("arrays", "expected"),
+    [
+        ({"input_ids": np.zeros((2, 3), np.float32)}, "input_ids has shape (2, 3) of float32"),
+        ({"input_ids": np.zeros(5, np.int64)}, "input_ids has shape (5,) of int64"),
+        ({"input_ids": np.array([[1, 10]])}, "holds 10, which is no token of Tokens"),
+        ({"input_ids": np.array([[1, -2]])}, "holds -2, which is no token of Tokens"),
+        ({"input_ids": np.zeros((2, 3), int), "attention_mask": np.ones((3, 3), int)}, "differ"),
+        ({"attention_mask": np.ones((3, 3), int)}, "lacks input_ids"),
+    ],
+)
+def test_arrays_that_are_no_texts(arrays: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.npz", **arrays)
+    assert expected in error(lambda: read_inputs(path, loaded(Tokens(), "text"))).what
+
+
+def test_raw_pixels_of_an_image_model_are_named(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.npz", pixel_values=np.zeros((2, 3, 4, 4), np.uint8))
+
+    class Image(Pixels):
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            return super().forward(pixel_values)
+
+    found = error(lambda: read_inputs(path, loaded(Image(), "image")))
+    assert "pixel_values has shape (2, 3, 4, 4) of uint8" in found.what
+    assert "scaled and normalised" in found.fix
+
+
+def test_float_ids_of_any_module_are_a_sentence(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.npz", input_ids=np.zeros((2, 3), np.float32))
+    found = error(lambda: read_inputs(path, loaded(Tokens())))
+    assert "Tokens cannot compute with input_ids float32 (1, 3)" in found.what
+
+
+def test_a_model_may_need_more_than_one_row(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.npz", x=np.zeros((4, 3), np.float32))
+    assert len(read_inputs(path, loaded(Pairs()))) == 1
+
+
+def test_large_arrays_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.npz", input_ids=np.zeros(50_000_000, np.uint8))
+    import tracemalloc
+
+    tracemalloc.start()
+    try:
+        error(lambda: read_inputs(path, loaded(Tokens(), "text")))
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_texts_that_no_tokenizer_takes(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": "\\ud800"}\n')
+    assert ":2 holds half of a surrogate pair" in error(lambda: read_texts(path)).what
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert "not a regular file" in error(lambda: read_texts(tmp_path / "pipe.txt")).what
+    path.write_text("[1]\n")
+    assert ":1 is a list, not an object" in error(lambda: read_texts(path)).what
+    path.write_text('{"words": "a"}\n')
+    assert "it holds words" in error(lambda: read_texts(path)).what
+    assert read_texts(path, field="words") == ["a"]
+
+
+def test_a_tokenizer_s_own_complaint_is_a_sentence() -> None:
+    def tokenizer(texts: list[str], **options: Any) -> dict[str, Tensor]:
+        raise ValueError("Asking to pad but the tokenizer does not have a padding token.\nmore")
+
+    model = loaded(Tokens(), "text", tokenizer=tokenizer, max_length=8)
+    found = error(lambda: tokenize(model, ["a"]))
+    assert found.what.endswith("cannot make a batch: Asking to pad but the tokenizer does not"
+                               " have a padding token.")  # fmt: skip
+    assert "texts of 9 tokens" in error(lambda: tokenize(model, ["a"], max_length=9)).what
+    assert "no tokenizer" in error(lambda: tokenize(loaded(Tokens(), "text"), ["a"])).what
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A module of the user's in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "import numpy as np\n"
+        "number = 3\n"
+        "def batches():\n    for n in (2, 3):\n        yield {'input_ids': np.zeros((n, n), int)}\n"
+        "def bare():\n    return [np.ones((2, 2), int)]\n"
+        "def one():\n    return {'input_ids': np.zeros((2, 2), int)}\n"
+        "def late():\n    yield {'input_ids': np.zeros((2, 2), int)}\n    raise KeyError('gone')\n"
+        "def fails():\n    return 1 / 0\n"
+    )
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
+@pytest.mark.usefixtures("mine")
+def test_functions_of_the_user() -> None:
+    model = loaded(Tokens(), "text")
+    assert [b["input_ids"].shape[0] for b in read_inputs("mine:batches", model)] == [2, 3]
+    assert [b["input_ids"].shape[0] for b in read_inputs("mine:batches", model, limit=3)] == [2, 1]
+    assert read_inputs("mine:bare", model)[0]["input_ids"].sum() == 4
+    assert "returned a dict" in error(lambda: read_inputs("mine:one", model)).what
+    assert "fails with ZeroDivisionError" in error(lambda: read_inputs("mine:fails", model)).what
+    found = error(lambda: read_inputs("mine:late", model))
+    assert "fails with KeyError: 'gone'" in found.what
+    assert 'python -c "import mine; list(mine.late())"' in found.fix
+    assert "mine has no function number" in error(lambda: find_entry("mine:number")).what
+    assert "there is no module absent" in error(lambda: find_entry("absent:f")).what
+    assert "fails with ZeroDivisionError" in error(lambda: call_entry("mine:fails")).what
+
+
+def test_a_module_with_a_fault_is_a_sentence(mine: Path) -> None:
+    (mine / "broken.py").write_text("def f(:\n")
+    assert "broken:f fails with SyntaxError" in error(lambda: find_entry("broken:f")).what
+
+
+@pytest.mark.usefixtures("mine")
+def test_sources_are_judged_without_a_model(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"t": f"{i}"}) + "\n" for i in range(5)))
+    texts = open_source(tmp_path / "a.jsonl", field="t", limit=3)
+    assert isinstance(texts, TextSource)
+    assert (texts.rows, texts.texts) == (3, ("0", "1", "2"))
+    arrays = open_source(saved(tmp_path / "a.npz", x=np.zeros((4, 2))), limit=9)
+    assert isinstance(arrays, ArraySource)
+    assert arrays.rows == 4
+    called = open_source("mine:fails")
+    assert isinstance(called, CalledSource)
+    assert called.rows is None
+    uneven = saved(tmp_path / "b.npz", x=np.zeros((4, 2)), y=np.zeros(3))
+    assert "rows differ: x float64 (4, 2), y" in error(lambda: open_source(uneven)).what
+    assert "is no kind of input" in error(lambda: open_source("a.csv")).what
+    assert "is no file" in error(lambda: open_source("absent.txt")).what
+    assert not is_entry("a:b:c")
