@@ -19,7 +19,7 @@ from kilodelta.errors import InputError, require
 from kilodelta.export.manifest import artefacts
 from kilodelta.export.manifest.artefacts import Artefact, DeltaFacts, Manifest, file_fact
 from kilodelta.export.merge.checkpoint import merge
-from kilodelta.export.merge.tuned import changed
+from kilodelta.export.merge.tensor import changed_names
 from kilodelta.export.merged_model import open_merged
 from kilodelta.export.options import SHORT as SHORT
 from kilodelta.export.options import Options as Options
@@ -90,7 +90,7 @@ def export(
         maker = Maker(
             options=chosen,
             trt=trt,
-            refit=frozenset(changed(found)) if chosen.refittable else frozenset(),
+            refit=frozenset(changed_names(found)) if chosen.refittable else frozenset(),
             stage=stage,
             work=Path(work),
             progress=progress,

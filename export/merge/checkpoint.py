@@ -1,37 +1,35 @@
-"""Streaming merge: base and delta in, safetensors out, the result proved while it is written.
+"""Merge a base and a delta into new files, proved while they are written.
 
-Untouched tensors are copied by the kernel, targets go through one small reused buffer a thread,
-and the output takes its name only after its digest has come out right.
+The output takes its name only after the copied tensors have come out as the base's and the merged
+ones as the delta promises.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kilodelta.errors import InputError, OutputError, ProofError
+from kilodelta.errors import InputError, OutputError
 from kilodelta.exact.selftest import require_good_kernels
-from kilodelta.export.merge.expanders import Expander, expander
-from kilodelta.export.merge.plan import FilePlan, Piece, plan_checkpoint
+from kilodelta.export.merge.base_files import BaseFiles
+from kilodelta.export.merge.config import read_given, write_config
+from kilodelta.export.merge.plan import FilePlan, merged_index, plan_files
 from kilodelta.export.merge.sidecars import copy_sidecars
-from kilodelta.files import identity, parallel, staging
+from kilodelta.export.merge.streaming import Stream
+from kilodelta.files import staging
 from kilodelta.files.baseline import require_base
-from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.files.copying import copy_range, pwrite
+from kilodelta.files.checkpoint import INDEX, Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
-from kilodelta.progress import Meter, Progress, silent
-
-COPY = 64 << 20
-"""Bytes that the kernel copies between two reports of progress."""
+from kilodelta.merging.devices import merger
+from kilodelta.progress import Progress, silent
 
 
 @dataclass(frozen=True, kw_only=True)
 class Merged:
-    """What a merge wrote: its place, the proved root over the targets, and counts."""
+    """What a merge wrote: its place, the proved root over the targets, and counts of tensors."""
 
     path: Path
     result: str
@@ -39,8 +37,16 @@ class Merged:
     extras: int
     copied: int
     nbytes: int
-    left_out: tuple[str, ...]
-    """Files of the base folder that hold the base's weights in another form, not copied."""
+    """Bytes of the weights' files."""
+
+    config: str
+    """Where config.json comes from: `base`, `delta` or `given`; empty where there is none."""
+
+    left_out: Mapping[str, str]
+    """What of the base's folder was not copied, and why."""
+
+    new: tuple[str, ...]
+    """Extras that the base lacks or holds in another shape."""
 
 
 def merge(
@@ -48,6 +54,7 @@ def merge(
     delta: str | os.PathLike[str] | Delta,
     out: str | os.PathLike[str],
     *,
+    config: str | os.PathLike[str] | None = None,
     threads: int | None = None,
     device: str = "cpu",
     progress: Progress = silent,
@@ -59,22 +66,56 @@ def merge(
         delta: a `.kd` file or a `Delta`.
         out: a new path; `.safetensors` for one file, else a folder with the base's sharding,
             configuration and tokenizer.
+        config: the tuned model's folder, or its `config.json`; by default the base's with what the
+            delta says of it.
         threads: cores to use; all by default.
         device: `cpu`, or `cuda` or `cuda:N` for a GPU, whose memory need not hold the model.
+        progress: what is told how far the work is, in bytes.
 
     Raises:
-        BaseMismatchError: `base` is another model; nothing is written.
-        CheckpointError: the base cannot be read, or a target holds NaN or infinity.
+        BaseMismatchError: `base` is another model, and nothing is written; or it changes meanwhile.
+        CheckpointError: the base cannot be read, is cut meanwhile, or a target holds NaN.
         ProofError: the result's digest is not the file's; nothing is left behind.
         OutputError: `out` exists or cannot be written.
-        InputError: there is no such device.
+        InputError: there is no such device or configuration.
         SelfTestError: the CPU or the device computes wrongly.
+
+    Example:
+        >>> import tempfile
+        >>> golden = Path("tests/golden/0.1.0")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     out = Path(folder, "merged.safetensors")
+        ...     done = merge(golden / "base.safetensors", golden / "nola-8.kd", out)
+        >>> done.targets, done.copied
+        (4, 2)
     """
     require_good_kernels()
-    way = expander(device)
+    merge_target, at_once = merger(device)
     checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
     place = Path(out)
     single = place.suffix == ".safetensors"
+    _require_place(checkpoint, place, single)
+    given = None if config is None else _read_config(Path(config), single)
+    opened = delta if isinstance(delta, Delta) else load(delta)
+    identity = require_base(checkpoint, opened.manifest.base, threads=threads, progress=progress)
+    bound = opened.bind_to(checkpoint.info(name) for name in checkpoint.names)
+    with (
+        BaseFiles(checkpoint) as files,
+        staging.new_file(place, replace=False) if single else staging.new_folder(place) as stage,
+    ):
+        plans = plan_files(checkpoint, bound, stage, single=single)
+        Stream(
+            checkpoint=checkpoint, base=files, identity=identity, delta=bound, merge=merge_target
+        ).write(plans, threads or at_once, progress)
+        source, left_out = "", dict[str, str]()
+        if checkpoint.path.is_dir() and not single:
+            left_out = _copy_beside(checkpoint, bound, stage)
+        if not single:
+            source = write_config(stage, files, bound, given)
+    return _summary(checkpoint, bound, plans, place, source, left_out)
+
+
+def _require_place(checkpoint: Checkpoint, place: Path, single: bool) -> None:
     if single and len(checkpoint.shards) > 1:
         raise InputError(
             f"{checkpoint.path} has {len(checkpoint.shards)} shards, {place} is one file",
@@ -82,14 +123,23 @@ def merge(
         )
     if single and place.exists():
         raise OutputError(f"{place} exists already", fix="give a new name, or remove this file")
-    found = delta if isinstance(delta, Delta) else load(delta)
-    require_base(checkpoint, found.manifest.base, threads=threads, progress=progress)
-    bound = found.bind(checkpoint)
-    with staging.new_file(place) if single else staging.new_folder(place) as stage:
-        plans = plan_checkpoint(checkpoint, bound, stage, single=single)
-        _run(checkpoint, bound, plans, way, threads or way.threads, progress)
-        left_out = () if single else copy_sidecars(checkpoint, bound, stage)
-    return _summary(checkpoint, bound, plans, place, left_out)
+
+
+def _read_config(path: Path, single: bool) -> dict[str, object]:
+    if single:
+        raise InputError(
+            "a configuration has no place beside a single .safetensors file",
+            fix="give a folder as output, or leave --config out",
+        )
+    return read_given(path)
+
+
+def _copy_beside(checkpoint: Checkpoint, delta: Delta, stage: Path) -> dict[str, str]:
+    own = frozenset(shard.path.name for shard in checkpoint.shards) | {INDEX}
+    left_out = copy_sidecars(checkpoint.shards[0].path.parent, stage, own)
+    if checkpoint.index is not None:
+        (stage / INDEX).write_bytes(merged_index(checkpoint, delta))
+    return left_out
 
 
 def _summary(
@@ -97,123 +147,22 @@ def _summary(
     delta: Delta,
     plans: list[FilePlan],
     place: Path,
-    left_out: tuple[str, ...],
+    config: str,
+    left_out: Mapping[str, str],
 ) -> Merged:
+    kinds = [piece.kind for plan in plans for piece in plan.pieces]
     return Merged(
         path=place,
         result=delta.manifest.result,
-        targets=len(delta.targets),
-        extras=len(delta.extras),
-        copied=len(checkpoint.names)
-        - len(delta.targets)
-        - len(delta.extras.keys() & set(checkpoint.names)),
+        targets=kinds.count("merge"),
+        extras=kinds.count("store"),
+        copied=kinds.count("copy"),
         nbytes=sum(plan.size for plan in plans),
+        config=config,
         left_out=left_out,
+        new=tuple(
+            name
+            for name, tensor in delta.extras.items()
+            if name not in checkpoint or checkpoint.info(name).shape != tensor.shape
+        ),
     )
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Pieces of one output file that belong together, on an open descriptor."""
-
-    descriptor: int
-    plan: FilePlan
-    piece: Piece
-
-
-def _run(
-    checkpoint: Checkpoint,
-    delta: Delta,
-    plans: list[FilePlan],
-    way: Expander,
-    threads: int | None,
-    progress: Progress,
-) -> None:
-    meter = Meter("merge", sum(plan.size for plan in plans), "B", progress)
-    with _opened(plans) as files:
-        jobs = [_Job(files[plan.path], plan, piece) for plan in plans for piece in plan.pieces]
-        digests = parallel.run(
-            lambda job: _write(checkpoint, delta, way, job, meter),
-            jobs,
-            meter,
-            weight=lambda job: job.piece.nbytes,
-            threads=threads,
-        )
-    found = {job.piece.name: text for job, text in zip(jobs, digests, strict=True) if text}
-    require_result(delta, found)
-
-
-@contextmanager
-def _opened(plans: list[FilePlan]) -> Iterator[Mapping[Path, int]]:
-    files: dict[Path, int] = {}
-    try:
-        for plan in plans:
-            files[plan.path] = os.open(plan.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            os.ftruncate(files[plan.path], plan.size)
-            os.pwrite(files[plan.path], plan.header, 0)
-        yield files
-    finally:
-        for descriptor in files.values():
-            os.close(descriptor)
-
-
-def _write(checkpoint: Checkpoint, delta: Delta, way: Expander, job: _Job, meter: Meter) -> str:
-    """Write one piece; returns the digest of a merged target, else nothing."""
-    piece = job.piece
-    if piece.kind == "merge":
-        return _write_target(checkpoint, delta, way, job, meter)
-    if piece.kind == "extra":
-        pwrite(job.descriptor, delta.extras[piece.name].data.data, piece.begin)
-        meter.add(piece.nbytes)
-    else:
-        _copy(job, meter)
-    return ""
-
-
-def _write_target(
-    checkpoint: Checkpoint, delta: Delta, way: Expander, job: _Job, meter: Meter
-) -> str:
-    target = delta.target(job.piece.name)
-    state = identity.tensor_hash(target.name, target.dtype, target.shape)
-    position = job.piece.begin
-    for part in way.merged(delta, target, checkpoint.data(target.name)):
-        pwrite(job.descriptor, part.data, position)
-        state.update(part.data)
-        position += part.nbytes
-        meter.add(part.nbytes)
-    return "sha256:" + state.hexdigest()
-
-
-def _copy(job: _Job, meter: Meter) -> None:
-    """A run of untouched bytes, from file to file without passing through here."""
-    piece = job.piece
-    source = os.open(job.plan.source, os.O_RDONLY)
-    try:
-        done = 0
-        while done < piece.nbytes:
-            count = min(COPY, piece.nbytes - done)
-            done += copy_range(
-                source, job.descriptor, count, piece.source + done, piece.begin + done
-            )
-            meter.add(0)
-        meter.add(piece.nbytes)
-    finally:
-        os.close(source)
-
-
-def require_result(delta: Delta, digests: Mapping[str, str]) -> None:
-    """See that merged targets are the ones that the file promises.
-
-    Args:
-        delta: bound to its base.
-        digests: of every merged target, by name.
-
-    Raises:
-        ProofError: they are not.
-    """
-    root = identity.root(digests[name] for name in delta.targets)
-    if root != delta.manifest.result:
-        raise ProofError(
-            f"the merged targets have root {root}, the file says {delta.manifest.result}",
-            fix="the file is damaged, or its maker's machine computed wrongly: fetch it again",
-        )

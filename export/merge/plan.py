@@ -1,7 +1,8 @@
-"""Where each byte of a merged checkpoint comes from, before anything is written."""
+"""Plan where each byte of a merged checkpoint comes from, before anything is written."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,34 +16,48 @@ from kilodelta.format.delta import Delta
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A run of bytes of an output file: merged, stored whole, or copied from `source` on."""
+    """One tensor of an output file: `nbytes` from byte `begin` on, and what writes them.
 
-    kind: Literal["merge", "extra", "copy"]
+    A target is merged, an extra is stored, every other tensor is copied from the base.
+    """
+
+    kind: Literal["merge", "store", "copy"]
     name: str
     begin: int
     nbytes: int
-    source: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilePlan:
-    """One output file: its header, its pieces, and the base file that it follows."""
+    """One output file: its header and its tensors in the order of their offsets."""
 
     path: Path
-    source: Path
     header: bytes
-    size: int
     pieces: tuple[Piece, ...]
 
+    @property
+    def size(self) -> int:
+        """The file's bytes."""
+        return len(self.header) + sum(piece.nbytes for piece in self.pieces)
 
-def plan_checkpoint(
+
+def plan_files(
     checkpoint: Checkpoint, delta: Delta, stage: Path, *, single: bool
 ) -> list[FilePlan]:
-    """Plans for all files of a merged model; tensors that the base lacks go into the last one."""
+    """Plan all files of a merged model, in the base's sharding.
+
+    Tensors that the base lacks go into the last file.
+
+    Args:
+        checkpoint: the base.
+        delta: bound to it.
+        stage: the output file where `single`, else the folder of the output files.
+        single: write one file.
+    """
     added = {name: tensor for name, tensor in delta.extras.items() if name not in checkpoint}
     last = checkpoint.shards[-1]
     return [
-        _plan_shard(
+        _plan_file(
             shard,
             delta,
             stage if single else stage / shard.path.name,
@@ -52,67 +67,52 @@ def plan_checkpoint(
     ]
 
 
-def _plan_shard(shard: Shard, delta: Delta, path: Path, added: Mapping[str, RawTensor]) -> FilePlan:
-    replaced = {e.name for e in shard.layout.entries if e.name in delta.extras}
-    order = [_new_kind(e, delta) for e in shard.layout.entries]
-    order += [tensor.info(name) for name, tensor in added.items()]
+def _plan_file(shard: Shard, delta: Delta, path: Path, added: Mapping[str, RawTensor]) -> FilePlan:
+    order = [_merged_info(entry, delta) for entry in shard.layout.entries]
     same = not added and all(
-        (old.dtype, old.shape) == (new.dtype, new.shape)
-        for old, new in zip(shard.layout.entries, order, strict=True)
+        info is entry for info, entry in zip(order, shard.layout.entries, strict=True)
     )
-    header = shard.data[: shard.layout.data_start] if same else _header(order, shard)
-    pieces = _pieces(shard, delta, order, len(header), replaced | set(added))
-    return FilePlan(
-        path=path,
-        source=shard.path,
-        header=header,
-        size=len(header) + sum(info.nbytes for info in order),
-        pieces=tuple(pieces),
-    )
-
-
-def _new_kind(entry: Entry, delta: Delta) -> TensorInfo:
-    extra = delta.extras.get(entry.name)
-    return extra.info(entry.name) if extra else entry
-
-
-def _header(order: list[TensorInfo], shard: Shard) -> bytes:
-    return header_bytes(order, shard.layout.metadata)
-
-
-def _pieces(
-    shard: Shard,
-    delta: Delta,
-    order: list[TensorInfo],
-    start: int,
-    whole: set[str],
-) -> list[Piece]:
-    entries = {entry.name: entry for entry in shard.layout.entries}
-    pieces: list[Piece] = []
+    order += [tensor.info(name) for name, tensor in added.items()]
+    header = _header(shard) if same else header_bytes(order, shard.layout.metadata)
+    pieces, begin = [], len(header)
     for info in order:
-        name, size = info.name, info.nbytes
-        if name in whole:
-            pieces.append(Piece(kind="extra", name=name, begin=start, nbytes=size))
-        elif name in delta.targets:
-            pieces.append(Piece(kind="merge", name=name, begin=start, nbytes=size))
-        else:
-            _append_copy(pieces, entries[name], start)
-        start += size
-    return pieces
+        kind: Literal["merge", "store", "copy"] = "copy"
+        if info.name in delta.extras:
+            kind = "store"
+        elif info.name in delta.targets:
+            kind = "merge"
+        pieces.append(Piece(kind=kind, name=info.name, begin=begin, nbytes=info.nbytes))
+        begin += info.nbytes
+    return FilePlan(path=path, header=header, pieces=tuple(pieces))
 
 
-def _append_copy(pieces: list[Piece], entry: Entry, begin: int) -> None:
-    """Add a copied tensor, in one run with the one before where both lie side by side."""
-    last = pieces[-1] if pieces else None
-    if (
-        last is not None
-        and last.kind == "copy"
-        and last.source + last.nbytes == entry.begin
-        and last.begin + last.nbytes == begin
-    ):
-        begin, source, size = last.begin, last.source, last.nbytes + entry.nbytes
-        pieces[-1] = Piece(kind="copy", name=last.name, begin=begin, nbytes=size, source=source)
-        return
-    pieces.append(
-        Piece(kind="copy", name=entry.name, begin=begin, nbytes=entry.nbytes, source=entry.begin)
-    )
+def _merged_info(entry: Entry, delta: Delta) -> TensorInfo:
+    """What a base tensor is in the merged model; the entry itself where it is the same."""
+    extra = delta.extras.get(entry.name)
+    if extra is None or (extra.dtype, extra.shape) == (entry.dtype, entry.shape):
+        return entry
+    return extra.info(entry.name)
+
+
+def _header(shard: Shard) -> bytes:
+    """A base file's own header, byte for byte, from memory of our own."""
+    return len(shard.layout.header).to_bytes(8, "little") + shard.layout.header
+
+
+def merged_index(checkpoint: Checkpoint, delta: Delta) -> bytes:
+    """The base's index (`model.safetensors.index.json`), brought up to date where tensors are
+    added or change their size; empty where the base has none."""
+    added = [name for name in delta.extras if name not in checkpoint]
+    resized = [
+        name
+        for name, tensor in delta.extras.items()
+        if name in checkpoint and tensor.nbytes != checkpoint.info(name).nbytes
+    ]
+    if checkpoint.index is None or not (added or resized):
+        return checkpoint.index or b""
+    index = json.loads(checkpoint.index)
+    index["weight_map"] |= {name: checkpoint.shards[-1].path.name for name in added}
+    kept = sum(checkpoint.info(n).nbytes for n in checkpoint.names if n not in delta.extras)
+    stored = sum(tensor.nbytes for tensor in delta.extras.values())
+    index["metadata"] = {**(index.get("metadata") or {}), "total_size": kept + stored}
+    return json.dumps(index, indent=2, sort_keys=True).encode("utf-8") + b"\n"

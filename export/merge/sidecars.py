@@ -1,60 +1,215 @@
-"""What lies beside the weights of a model folder: configuration, tokenizer, pooling."""
+"""Copy what lies beside the weights of a model folder: configuration, tokenizer, pooling.
+
+A folder may come from anybody. Only regular files inside it are copied, each opened by the
+descriptor of its own folder and without following links, so that nothing outside can get into the
+result. The one exception is a Hugging Face cache, whose snapshots are links into its own blobs.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
-import shutil
-from pathlib import Path
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 
-from kilodelta.files.checkpoint import INDEX, Checkpoint
-from kilodelta.format.delta import Delta
+from kilodelta.errors import CheckpointError
+
+LIMIT = 1 << 30
+"""Bytes of one file; tokenizers take tens of megabytes."""
+CHUNK = 1 << 20
+"""Bytes copied at a time."""
+MODULES_LIMIT = 1 << 20
+"""Bytes of a `modules.json` that are read."""
 
 WEIGHTS = frozenset(
-    {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite"}
-    | {".safetensors", ".engine", ".plan"}
+    {".bin", ".ckpt", ".distcp", ".engine", ".ggml", ".gguf", ".h5", ".mlmodel", ".mlpackage"}
+    | {".msgpack", ".ot", ".pb", ".pdparams", ".plan", ".pt", ".pth", ".safetensors", ".tflite"}
 )
-"""Files of these kinds beside the weights are the base's weights in another form."""
-OTHER_FORMS = frozenset({"onnx", "openvino", "coreml", "tf", "flax"})
-"""Folders that hold exports of the base."""
+"""Suffixes of files that hold weights. Those of the base would be the wrong model."""
+OTHER_FORMS = frozenset({"coreml", "flax", "gguf", "onnx", "openvino", "original", "tf"})
+"""Folders that hold the base in another form."""
+
+HOLDS_WEIGHTS = "the base's weights in another form"
+LEADS_OUT = "a link, a pipe or a device"
+TOO_LARGE = f"larger than {LIMIT >> 30} GiB"
+
+_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
-def copy_sidecars(checkpoint: Checkpoint, delta: Delta, stage: Path) -> tuple[str, ...]:
-    """Copy everything but the base's weights; returns what was left out, by name.
+def copy_sidecars(folder: Path, stage: Path, own: frozenset[str]) -> dict[str, str]:
+    """Copy a model folder's files but its weights into a new folder.
 
-    The base's weights in other forms (`pytorch_model.bin`, `onnx/`) would be the wrong model.
+    Hidden entries are passed over without a word.
+
+    Args:
+        folder: the model folder.
+        stage: where the copies go.
+        own: names in `folder` that the caller writes itself.
+
+    Returns:
+        What was left out: its path in `folder` (folders end in a slash), and why.
+
+    Raises:
+        CheckpointError: a file cannot be read.
     """
-    if not checkpoint.path.is_dir():
-        return ()
-    folder = checkpoint.shards[0].path.parent
-    own = {shard.path.name for shard in checkpoint.shards} | {INDEX}
-    left_out = []
-    for place in sorted(folder.iterdir()):
-        if place.name in own or place.name.startswith("."):
-            continue
-        if place.name in OTHER_FORMS or (place.is_file() and place.suffix in WEIGHTS):
-            left_out.append(place.name)
-        elif place.is_dir():
-            shutil.copytree(place, stage / place.name)
-        elif place.is_file():
-            shutil.copyfile(place, stage / place.name)
-    if checkpoint.index is not None:
-        (stage / INDEX).write_bytes(_index(checkpoint, delta))
-    return tuple(left_out)
+    walk = _Walk(root=folder.absolute(), blobs=_blobs_of(folder), own=own)
+    with _opened(os.fspath(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) as descriptor:
+        walk.modules.update(_modules(walk, descriptor))
+        walk.copy(descriptor, stage, PurePosixPath())
+    return dict(sorted(walk.left_out.items()))
 
 
-def _index(checkpoint: Checkpoint, delta: Delta) -> bytes:
-    """The base's index, with the tensors that the base lacks in the last shard."""
-    added = [name for name in delta.extras if name not in checkpoint]
-    changed = [
-        name
-        for name, tensor in delta.extras.items()
-        if name in checkpoint and tensor.data.size != checkpoint.info(name).nbytes
-    ]
-    if checkpoint.index is None or not (added or changed):
-        return checkpoint.index or b""
-    index = json.loads(checkpoint.index)
-    index["weight_map"] |= {name: checkpoint.shards[-1].path.name for name in added}
-    sizes = [checkpoint.info(n).nbytes for n in checkpoint.names if n not in delta.extras]
-    total = sum(sizes) + sum(tensor.data.size for tensor in delta.extras.values())
-    index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
-    return json.dumps(index, indent=2, sort_keys=True).encode("utf-8") + b"\n"
+@dataclass(frozen=True, kw_only=True)
+class _Walk:
+    root: Path
+    blobs: Path | None
+    """Where the links of a Hugging Face snapshot lead; None in any other folder."""
+
+    own: frozenset[str]
+    modules: set[str] = field(default_factory=set)
+    """Folders of further modules (sentence-transformers), whose weights no delta changes."""
+
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def copy(self, descriptor: int, target: Path, place: PurePosixPath) -> None:
+        """Copy the entries of an open folder, which lies at `place`."""
+        with os.scandir(descriptor) as entries:
+            for entry in sorted(entries, key=lambda found: found.name):
+                at_top = not place.parts
+                if entry.name.startswith(".") or (at_top and entry.name in self.own):
+                    continue
+                self._copy_entry(descriptor, entry, target / entry.name, place / entry.name)
+
+    def _copy_entry(
+        self, descriptor: int, entry: os.DirEntry[str], target: Path, place: PurePosixPath
+    ) -> None:
+        if entry.is_dir(follow_symlinks=False):
+            with _opened(entry.name, _FLAGS | os.O_DIRECTORY, descriptor) as inner:
+                if self._is_other_form(inner, place):
+                    self.left_out[f"{place}/"] = HOLDS_WEIGHTS
+                    return
+                target.mkdir()
+                self.copy(inner, target, place)
+        elif holds_weights(entry.name) and str(place.parent) not in self.modules:
+            self.left_out[str(place)] = HOLDS_WEIGHTS
+        elif why := self._copy_file(descriptor, entry, target, place):
+            self.left_out[str(place)] = why
+
+    def _is_other_form(self, descriptor: int, place: PurePosixPath) -> bool:
+        if str(place) in self.modules:
+            return False
+        if place.name.lower() in OTHER_FORMS or holds_weights(place.name):
+            return True
+        with os.scandir(descriptor) as entries:
+            return any(holds_weights(entry.name) for entry in entries)
+
+    def _copy_file(
+        self, descriptor: int, entry: os.DirEntry[str], target: Path, place: PurePosixPath
+    ) -> str:
+        """Copy a regular file; returns why it was left out, or nothing."""
+        name = self.inside(descriptor, entry.name, place)
+        if name is None:
+            return LEADS_OUT
+        with _opened(name, _FLAGS, descriptor) as source:
+            status = os.fstat(source)
+            if not stat.S_ISREG(status.st_mode):
+                return LEADS_OUT
+            if status.st_size > LIMIT:
+                return TOO_LARGE
+            with target.open("xb") as file:
+                while part := os.read(source, CHUNK):
+                    file.write(part)
+                    if file.tell() > LIMIT:
+                        raise CheckpointError(
+                            f"{self.root / place} grows beyond {LIMIT} bytes while it is copied",
+                            fix="let nothing write into the base's folder, and merge again",
+                        )
+        return ""
+
+    def inside(self, descriptor: int, name: str, place: PurePosixPath) -> str | None:
+        """The name to open an entry by: its own, or that of the blob that it is a link to.
+
+        None for links to anywhere else, and for what is neither file nor link.
+        """
+        mode = os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode
+        if stat.S_ISREG(mode):
+            return name
+        if self.blobs is None or not stat.S_ISLNK(mode):
+            return None
+        link = os.readlink(name, dir_fd=descriptor)
+        blob = Path(os.path.normpath(self.root / place.parent / link))
+        return str(blob) if blob.parent == self.blobs and _is_regular(blob) else None
+
+
+def _is_regular(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def holds_weights(name: str) -> bool:
+    """Whether a file's name says that it holds weights, or an index of such files.
+
+    Example:
+        >>> [holds_weights(n) for n in ("model.onnx_data", "tokenizer.json", "consolidated.00.pth")]
+        [True, False, True]
+    """
+    low = name.lower()
+    return (
+        PurePosixPath(low).suffix in WEIGHTS
+        or ".onnx" in low
+        or low.endswith(".index.json")
+        or low.startswith("openvino_")
+        or low == "adapter_config.json"  # without its weights it keeps the folder from opening
+    )
+
+
+def _blobs_of(folder: Path) -> Path | None:
+    """The blobs of a Hugging Face cache, of a folder `models--org--name/snapshots/<revision>`."""
+    place = folder.absolute()
+    repository = place.parent.parent
+    if place.parent.name != "snapshots" or not repository.name.startswith("models--"):
+        return None
+    blobs = repository / "blobs"
+    return None if blobs.is_symlink() else blobs
+
+
+def _modules(walk: _Walk, descriptor: int) -> frozenset[str]:
+    """Folders that sentence-transformers' `modules.json` names; none where it makes no sense."""
+    name = "modules.json"
+    try:
+        name = walk.inside(descriptor, name, PurePosixPath(name)) or ""
+        with _opened(name, _FLAGS, descriptor) as source:
+            found = json.loads(os.read(source, MODULES_LIMIT))
+        return frozenset(str(PurePosixPath(m["path"])) for m in found if m["path"])
+    except (OSError, CheckpointError, RecursionError, ValueError, TypeError, KeyError):
+        return frozenset()
+
+
+@contextmanager
+def _opened(name: str, flags: int, folder: int | None = None) -> Iterator[int]:
+    """A descriptor of a file or folder, closed at the end.
+
+    Raises:
+        CheckpointError: it cannot be opened, or cannot be read in the block.
+    """
+    try:
+        descriptor = os.open(name, flags, dir_fd=folder)
+    except OSError as problem:
+        if problem.errno == errno.ELOOP:
+            reason = "it became a link while it was read"
+        else:
+            reason = problem.strerror or str(problem)
+        raise CheckpointError(
+            f"{name} in the base's folder cannot be read: {reason}",
+            fix="check its permissions, and let nothing write into the folder",
+        ) from None
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kilodelta.errors import BaseMismatchError, ExportError
-from kilodelta.export.merge.tuned import Tuned, changed, rounded, tuned
+from kilodelta.export.merge.tensor import changed_names, merged_tensor, rounded
 from kilodelta.export.patching.map import PatchMap, Place
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.copying import pread
 from kilodelta.files.floats import cast, castable, transposed
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 
 Bytes = npt.NDArray[np.uint8]
@@ -44,11 +45,11 @@ class Plan:
         """The bytes of a tensor in the base's dtype."""
         return self.found.tensors[name].nbytes
 
-    def tuned(self, name: str) -> Tuned:
+    def tuned(self, name: str) -> RawTensor:
         """A changed tensor."""
-        return tuned(self.delta, name, self._base)
+        return merged_tensor(self.delta, name, self._base)
 
-    def written(self, name: str, found: Tuned) -> Iterator[tuple[Place, Bytes]]:
+    def written(self, name: str, found: RawTensor) -> Iterator[tuple[Place, Bytes]]:
         """A changed tensor's bytes as each of its places holds them.
 
         Raises:
@@ -86,7 +87,8 @@ def make_plan(
     bound = delta if delta.layout is not None else delta.bind_to(found.tensors.values())
     rest = None if base is None else Checkpoint.open(base)
     plan = Plan(model=model, found=found, delta=bound, rest=rest)
-    _refuse([f"{n}: {why}" for n in changed(bound) if (why := _no_place(plan, n))], "has no place")
+    names = changed_names(bound)
+    _refuse([f"{n}: {why}" for n in names if (why := _no_place(plan, n))], "has no place")
     _refuse([f"{n}: {why}" for n in bound.extras if (why := _misfit(plan, n))], "does not fit")
     lacking = [n for n in bound.targets if found.exact(n) is None and n not in (rest or ())]
     _refuse(lacking, "is not held exactly", fix="give the base checkpoint too, or `write_rest`'s")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kilodelta.errors import CheckpointError, InputError, OutputError
 from kilodelta.exact.selftest import require_good_kernels
-from kilodelta.export.merge.tuned import changed
+from kilodelta.export.merge.tensor import changed_names
 from kilodelta.export.patching.map import PatchMap, Place
 from kilodelta.export.patching.plan import Bytes, Plan, make_plan
 from kilodelta.export.patching.run import run
@@ -85,8 +85,10 @@ def patch(
         result=plan.delta.manifest.result,
         targets=len(plan.delta.targets),
         extras=len(plan.delta.extras),
-        written=sum(place.nbytes for name in changed(plan.delta) for place in plan.places(name)),
-        unused=tuple(name for name in changed(plan.delta) if not plan.places(name)),
+        written=sum(
+            place.nbytes for name in changed_names(plan.delta) for place in plan.places(name)
+        ),
+        unused=tuple(name for name in changed_names(plan.delta) if not plan.places(name)),
     )
 
 

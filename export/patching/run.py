@@ -11,11 +11,11 @@ from pathlib import Path
 
 from kilodelta.errors import CheckpointError
 from kilodelta.export.manifest.facts import FileFact
-from kilodelta.export.merge.checkpoint import require_result
-from kilodelta.export.merge.tuned import changed
+from kilodelta.export.merge.tensor import changed_names, require_result
 from kilodelta.export.patching.map import Place
 from kilodelta.export.patching.plan import Bytes, Plan
 from kilodelta.files import parallel
+from kilodelta.files.identity import raw_digest
 from kilodelta.progress import Meter, Progress
 
 CHUNK = 1 << 20
@@ -38,7 +38,7 @@ def run(
         ExportError: a value does not fit into the file's dtype.
         ProofError: the tuned weights are not the ones that the delta promises.
     """
-    jobs: list[FileFact | str] = [*plan.found.files, *changed(plan.delta)]
+    jobs: list[FileFact | str] = [*plan.found.files, *changed_names(plan.delta)]
     meter = Meter("patch", sum(_weight(plan, job) for job in jobs), "B", progress)
     digests: dict[str, str] = {}
 
@@ -47,7 +47,8 @@ def run(
             _check(plan.path(job.file), job, meter)
             return
         found = plan.tuned(job)
-        digests[job] = found.digest
+        if job in plan.delta.targets:
+            digests[job] = raw_digest(job, found)
         for place, data in plan.written(job, found):
             write(place, data)
         meter.add(plan.size(job))

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from kilodelta.errors import ExportError, require
 from kilodelta.exact.selftest import require_good_kernels
-from kilodelta.export.merge.tuned import changed
+from kilodelta.export.merge.tensor import changed_names
 from kilodelta.export.patching.map import PatchMap, Place
 from kilodelta.export.patching.plan import Bytes, Plan, make_plan
 from kilodelta.export.patching.run import run
@@ -79,7 +79,7 @@ def patched_weights(
 
 
 def _require_reachable(plan: Plan) -> None:
-    for name in changed(plan.delta):
+    for name in changed_names(plan.delta):
         for place in plan.places(name):
             if place.file != plan.found.files[0].file and not place.top:
                 raise ExportError(

@@ -15,7 +15,7 @@ from typing import Any
 
 from kilodelta.errors import CheckpointError, ExportError, require
 from kilodelta.exact.selftest import require_good_kernels
-from kilodelta.export.merge.tuned import changed
+from kilodelta.export.merge.tensor import changed_names
 from kilodelta.export.tensorrt.flavour import CLASSIC, EXTRAS
 from kilodelta.export.tensorrt.log import logger
 from kilodelta.export.tensorrt.refit_values import Values
@@ -121,7 +121,7 @@ class RefitEngine:
         return Refitted(
             result=self.result,
             weights=names,
-            unused=tuple(name for name in changed(bound) if name not in names),
+            unused=tuple(name for name in changed_names(bound) if name not in names),
             warnings=warnings(self._trt),
         )
 
@@ -180,7 +180,7 @@ class RefitEngine:
         return found.bind(self._base)
 
     def _require_refittable(self, delta: Delta, names: tuple[str, ...]) -> None:
-        wrong = [n for n in changed(delta) if n not in names and n not in self._unused]
+        wrong = [n for n in changed_names(delta) if n not in names and n not in self._unused]
         if wrong:
             raise ExportError(
                 f"{self._path} was not built to take new values for {', '.join(wrong)}",

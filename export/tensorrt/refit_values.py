@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from kilodelta.errors import ExportError
-from kilodelta.export.merge.checkpoint import require_result
-from kilodelta.export.merge.tuned import Bytes, Tuned, changed, rounded, tuned
+from kilodelta.export.merge.tensor import (
+    changed_names,
+    merged_tensor,
+    require_result,
+    rounded,
+)
 from kilodelta.files import parallel
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import nbytes
 from kilodelta.files.floats import castable
-from kilodelta.files.tensor import RawTensor
+from kilodelta.files.identity import raw_digest
+from kilodelta.files.tensor import Bytes, RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.progress import Meter, Progress
 
@@ -29,19 +34,19 @@ class Values:
     def __init__(
         self, delta: Delta, base: Checkpoint, *, threads: int | None, progress: Progress
     ) -> None:
-        names = changed(delta)
+        names = changed_names(delta)
         sizes = {n: base.info(n).nbytes for n in delta.targets}
         sizes |= {n: extra.data.size for n, extra in delta.extras.items()}
         meter = Meter("expand", sum(sizes.values()), "B", progress)
 
-        def work(name: str) -> Tuned:
-            found = tuned(delta, name, base.data)
+        def work(name: str) -> RawTensor:
+            found = merged_tensor(delta, name, base.data)
             meter.add(sizes[name])
             return found
 
         made = parallel.run(work, names, meter, weight=lambda n: sizes[n], threads=threads)
         self._base, self._tuned = base, dict(zip(names, made, strict=True))
-        require_result(delta, {name: found.digest for name, found in self._tuned.items()})
+        require_result(delta, {n: raw_digest(n, self._tuned[n]) for n in delta.targets})
 
     def get(self, name: str, dtype: str, count: int) -> Bytes:
         """A weight's raw bytes, as an engine holds it.
@@ -50,7 +55,7 @@ class Values:
             ExportError: it does not fit the engine.
             CheckpointError: nothing of that name is known.
         """
-        found: RawTensor = self._tuned.get(name) or self._base.raw(name)
+        found = self._tuned.get(name) or self._base.raw(name)
         if not castable(found.dtype, dtype) or nbytes("U8", found.shape) != count:
             raise ExportError(
                 f"{name} is {found.dtype} {found.shape}, the engine's has {count} of {dtype}",

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from kilodelta.errors import ExportError
-from kilodelta.export.merge.tuned import Bytes
 from kilodelta.export.tensorrt.refit_values import Values
 from kilodelta.files.dtypes import BY_TENSORRT
+from kilodelta.files.tensor import Bytes
 
 
 class DeviceStream(Protocol):

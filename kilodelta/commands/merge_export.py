@@ -14,6 +14,7 @@ from kilodelta.errors import InputError, require
 
 if TYPE_CHECKING:
     from kilodelta.export.manifest.artefacts import Artefact
+    from kilodelta.export.merge.checkpoint import Merged
     from kilodelta.export.options import Options
     from kilodelta.export.pipeline import Exported
     from kilodelta.export.triton.repository import Repository
@@ -32,31 +33,52 @@ if TYPE_CHECKING:
 @click.option(
     "-o", "--out", required=True, type=click.Path(), help="A new folder, or NAME.safetensors."
 )
+@click.option(
+    "--config",
+    type=click.Path(),
+    help="The tuned model's folder or config.json; else the base's with what FILE says of it.",
+)
 @click.option("--device", default="cpu", help="cpu, cuda, or cuda:N.")
 @threads
 @as_json
 @with_progress
 def merge(
-    base: str, file: str, out: str, device: str, threads: int | None, as_json: bool, progress: Any
+    base: str,
+    file: str,
+    out: str,
+    config: str | None,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+    progress: Any,
 ) -> Callable[[], None]:
-    """Merge a .kd FILE into its BASE; the result's digest is proved while it is written."""
+    """Merge a .kd FILE into its BASE: every tensor is proved while it is written.
+
+    A folder keeps the base's sharding, tokenizer and further files; weights in other forms, and
+    links that leave the folder, are not copied, and named.
+    """
     from kilodelta.export.merge.checkpoint import merge
 
-    done = merge(base, file, out, threads=threads, device=device, progress=progress)
+    done = merge(base, file, out, config=config, threads=threads, device=device, progress=progress)
+    if as_json:
+        return lambda: terminal.print_json({**asdict(done), "path": str(done.path)})
+    return lambda: _show_merge(done)
 
-    def show() -> None:
-        if as_json:
-            terminal.print_json({**asdict(done), "path": str(done.path)})
-            return
-        print(
-            f"{done.path}: {done.targets} tensors merged, {done.extras} stored whole, "
-            f"{done.copied} copied, {terminal.size(done.nbytes)}"
+
+def _show_merge(done: Merged) -> None:
+    terminal.print_line(
+        f"{done.path}: {done.targets} tensors merged, {done.extras} stored whole, "
+        f"{done.copied} copied, {terminal.size(done.nbytes)}"
+    )
+    terminal.print_line(f"result proved: {done.result}")
+    for why in dict.fromkeys(done.left_out.values()):
+        names = [name for name, reason in done.left_out.items() if reason == why]
+        terminal.print_line(f"left out, {why}: {' '.join(names)}")
+    if done.new and done.config == "base":
+        terminal.print_warning(
+            f"the file brings {', '.join(done.new[:5])}, which the base's config.json does not "
+            "know; --config TUNED takes the tuned model's"
         )
-        print(f"result proved: {done.result}")
-        if done.left_out:
-            print(f"left out, the base's weights in other forms: {' '.join(done.left_out)}")
-
-    return show
 
 
 _MOVED = {"--peft": "export-peft", "--adapter": "export-adapter"}

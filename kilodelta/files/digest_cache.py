@@ -54,9 +54,9 @@ def load(path: Path) -> dict[str, str] | None:
 
 def store(path: Path, before: Key, tensors: dict[str, str]) -> None:
     """Remember a file's digests if it did not change while it was hashed."""
-    if key(path) != before or time.time_ns() - max(before[3:]) < SETTLED_NS:
-        return
-    with contextlib.suppress(OSError, RuntimeError):
+    with contextlib.suppress(OSError, RuntimeError):  # the file is gone, or the cache cannot be had
+        if key(path) != before or time.time_ns() - max(before[3:]) < SETTLED_NS:
+            return
         target = _file(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as file:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ldexp
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,15 @@ BAND = 1 << 15
 """Elements of the left factor drawn at a time."""
 
 Bytes = npt.NDArray[np.uint8]
+
+
+class Source(Protocol):
+    """A tensor's raw bytes, uint8 `(size,)`: an array, or a file that is read as it is sliced."""
+
+    @property
+    def size(self) -> int: ...
+
+    def __getitem__(self, span: slice, /) -> Bytes: ...
 
 
 @dataclass(frozen=True)
@@ -51,12 +60,12 @@ class _Update:
         return lambda rows: left[rows.start : rows.stop], right
 
 
-def merged(delta: Delta, target: Target, base: Bytes) -> Iterator[Bytes]:
+def merged(delta: Delta, target: Target, base: Source) -> Iterator[Bytes]:
     """The merged tensor's bytes, chunk by chunk in order; each is overwritten by the next.
 
     Args:
         delta: bound to the base.
-        base: the base tensor's raw bytes, uint8 (n,).
+        base: the base tensor's raw bytes; sliced in order, each slice used before the next.
 
     Raises:
         CheckpointError: the base tensor holds NaN or infinity.
@@ -64,13 +73,14 @@ def merged(delta: Delta, target: Target, base: Bytes) -> Iterator[Bytes]:
     """
     view, _ = rounding.ADD[target.dtype]
     rows, columns = target.stored
-    weights = base.view(view).reshape(rows, columns)
+    row = base.size // rows
     left, right = _Update(delta, target).factors()
     add = _adder(delta, target, right)
     step = min(rows, _step(columns, right.shape[0]))
     out = np.empty((step, columns), view)
     for span, factors in _bands(left, rows, step, right.shape[0]):
-        chunk, part = weights[span.start : span.stop], out[: len(span)]
+        raw, part = base[span.start * row : span.stop * row], out[: len(span)]
+        chunk = raw.view(view).reshape(len(span), columns)
         if add(factors, chunk, part):
             raise _not_finite(target, chunk.reshape(-1))
         yield part.reshape(-1).view(np.uint8)

@@ -20,7 +20,6 @@ from kilodelta.errors import (
     ProofError,
 )
 from kilodelta.export.merge import checkpoint as merge_module
-from kilodelta.export.merge import expanders
 from kilodelta.export.merge.in_place import merge_into
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import RawTensor
@@ -62,8 +61,7 @@ def test_merge_streams_through_the_device(
         seen.append(target.name)
         return stream.merged(delta, target, data, CPU, 64)
 
-    way = expanders.Expander(merged=through, threads=2)
-    monkeypatch.setattr(merge_module, "expander", lambda device: way)
+    monkeypatch.setattr(merge_module, "merger", lambda device: (through, 2))
     kilodelta.merge(base, delta, tmp_path / "gpu.safetensors", device="cuda")
     assert sorted(seen) == sorted(delta.bind(base).targets)
     found, wanted = (tmp_path / f"{n}.safetensors" for n in ("gpu", "cpu"))

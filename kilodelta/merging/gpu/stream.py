@@ -18,7 +18,7 @@ from kilodelta.errors import SelfTestError
 from kilodelta.format.delta import Delta
 from kilodelta.format.targets import Target
 from kilodelta.merging import arithmetic
-from kilodelta.merging.arithmetic import Bytes
+from kilodelta.merging.arithmetic import Bytes, Source
 from kilodelta.merging.gpu.choose import unit_for
 from kilodelta.merging.gpu.unit import TORCH
 from kilodelta.merging.gpu.update import Update
@@ -72,7 +72,7 @@ class Lane:
 
 
 def merged(
-    delta: Delta, target: Target, base: Bytes, device: torch.device, band: int = BAND
+    delta: Delta, target: Target, base: Source, device: torch.device, band: int = BAND
 ) -> Iterator[Bytes]:
     """The merged tensor's bytes in order, as `kilodelta.merging.arithmetic.merged` gives them; a
     piece is overwritten by the next but one.
@@ -105,14 +105,14 @@ def _merge(update: Update, rows: range, columns: range) -> Merge:
     return lambda weights: update.merge(weights, rows, columns)
 
 
-def _checked(lane: Lane, delta: Delta, target: Target, base: Bytes) -> Bytes:
+def _checked(lane: Lane, delta: Delta, target: Target, base: Source) -> Bytes:
     found, is_finite = lane.finish()
     if not is_finite:
         raise_not_finite(delta, target, base)
     return found
 
 
-def raise_not_finite(delta: Delta, target: Target, base: Bytes) -> None:
+def raise_not_finite(delta: Delta, target: Target, base: Source) -> None:
     """Say why a merge is not finite, as the CPU says it.
 
     Raises:

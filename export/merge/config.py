@@ -1,0 +1,154 @@
+"""Write the `config.json` of a merged folder, so that its Auto class opens it with right labels.
+
+A new head needs another class and other labels than the base's configuration names. They come from
+the manifest's `config`, or from the tuned model's own folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kilodelta.errors import InputError
+from kilodelta.export.merge.base_files import CHUNK, BaseFiles
+from kilodelta.files.tensor import Bytes
+from kilodelta.format.delta import Delta
+from kilodelta.format.model_config import apply_config
+from kilodelta.models import layer_names
+
+NAME, KEY = "config.json", "tie_word_embeddings"
+LIMIT = 16 << 20
+"""Bytes of a configuration that are read; one with 21,000 labels takes 2 MB."""
+
+
+def read_given(path: Path) -> dict[str, Any]:
+    """Read a tuned model's configuration, given as its folder or as the file itself.
+
+    Raises:
+        InputError: there is none, or it is no JSON object.
+    """
+    place = path / NAME if path.is_dir() else path
+    if not place.is_file():
+        raise InputError(
+            f"{place} is not a configuration file", fix="give the tuned model's folder"
+        )
+    found = _read(place)
+    if found is None:
+        raise InputError(
+            f"{place} is no JSON object of at most {LIMIT} bytes",
+            fix="give the config.json that save_pretrained wrote beside the tuned model",
+        )
+    return found
+
+
+def write_config(
+    stage: Path, base: BaseFiles, delta: Delta, given: Mapping[str, Any] | None
+) -> str:
+    """Complete the configuration in a merged folder, which holds a copy of the base's.
+
+    A file that needs no change stays byte for byte what it was.
+
+    Args:
+        stage: the merged folder.
+        base: the base's files.
+        delta: bound to the base.
+        given: the tuned model's configuration, which replaces the base's whole.
+
+    Returns:
+        Where the configuration comes from: `base`, `delta` or `given`; empty where there is none.
+    """
+    before = _read(stage / NAME)
+    if given is not None:
+        config, source = dict(given), "given"
+    elif before is None:
+        return "base" if (stage / NAME).exists() else ""
+    else:
+        config = apply_config(before, delta.manifest.config)
+        source = "delta" if delta.manifest.config else "base"
+    if unties(base, delta, config):
+        config = _untied(config)
+    if config != before:
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        (stage / NAME).write_text(text, encoding="utf-8")
+    return source
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        with path.open("rb") as file:
+            text = file.read(LIMIT + 1)
+        found = json.loads(text) if len(text) <= LIMIT else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def unties(base: BaseFiles, delta: Delta, config: Mapping[str, Any]) -> bool:
+    """Whether the merged model holds an output head that is no longer its input embedding.
+
+    Transformers 4 ties the two whatever the files hold, unless the configuration says otherwise;
+    PEFT says otherwise when it merges such a model.
+
+    Args:
+        base: the base's files.
+        delta: bound to the base.
+        config: the merged model's configuration.
+    """
+    text = _text_config(config)
+    rows = text.get("vocab_size", config.get("vocab_size"))
+    if type(rows) is not int or not _ties(config):
+        return False
+    shapes = {name: info.shape for name, info in base.infos.items()}
+    shapes |= {name: extra.shape for name, extra in delta.extras.items()}
+    sized = [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] == rows]
+    tables = [name for name in sized if layer_names.is_embedding(name)]
+    heads = [name for name in sized if not layer_names.is_embedding(name)]
+    return any(
+        shapes[head] == shapes[table] and _differ(base, delta, head, table)
+        for head in heads
+        for table in tables
+    )
+
+
+def _differ(base: BaseFiles, delta: Delta, one: str, other: str) -> bool:
+    """Whether the merged values of two tensors of one shape differ, and the delta is why."""
+    if not {one, other} & {*delta.extras, *delta.targets}:
+        return False
+    if {one, other} & set(delta.targets):
+        return True  # two updates, or an update and none, are never the same
+    chunks = (_chunks(base, delta, name) for name in (one, other))
+    return any(
+        left is None or right is None or not np.array_equal(left, right)
+        for left, right in zip_longest(*chunks)
+    )
+
+
+def _chunks(base: BaseFiles, delta: Delta, name: str) -> Iterator[Bytes]:
+    if name not in delta.extras:
+        return base.tensor(name).chunks()
+    data = delta.extras[name].data
+    return (data[start : start + CHUNK] for start in range(0, data.size, CHUNK))
+
+
+def _ties(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration leaves embeddings tied: it says so, or says nothing."""
+    stated = [table[KEY] for table in (config, _text_config(config)) if table.get(KEY) is not None]
+    return not stated or any(stated)
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a configuration that describes the language model."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
+
+
+def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    found = {**config, KEY: False}
+    if isinstance(config.get("text_config"), dict):
+        found["text_config"] = {**config["text_config"], KEY: False}
+    return found

@@ -1,0 +1,122 @@
+"""Write the files of a merged checkpoint, every tensor hashed on its way.
+
+Each tensor goes through one small reused buffer per thread: a target is merged, anything else is
+read and written. The digests are compared with the base's and with the promised result, so that
+nothing gets a name that was not proved, even where the base changes while it is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from kilodelta.errors import BaseMismatchError, ProofError
+from kilodelta.export.merge.base_files import BaseFiles
+from kilodelta.export.merge.plan import FilePlan, Piece
+from kilodelta.export.merge.tensor import require_result
+from kilodelta.files import identity, parallel
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.copying import pwrite
+from kilodelta.files.identity import Identity
+from kilodelta.format.delta import Delta
+from kilodelta.merging.devices import Merge
+from kilodelta.progress import Meter, Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """What the threads share."""
+
+    checkpoint: Checkpoint
+    base: BaseFiles
+    identity: Identity
+    """The base's proved root, and the digests that it is over."""
+
+    delta: Delta
+    merge: Merge
+
+    def write(self, plans: list[FilePlan], threads: int | None, progress: Progress) -> None:
+        """Write all planned files.
+
+        Raises:
+            CheckpointError: the base was cut, cannot be read, or a target holds NaN or infinity.
+            BaseMismatchError: a tensor of the base is not what it was when the base was proved.
+            ProofError: the merged targets are not the ones that the delta promises.
+        """
+        meter = Meter("merge", sum(plan.size for plan in plans), "B", progress)
+        with _opened(plans) as files:
+            jobs = [(files[plan.path], piece) for plan in plans for piece in plan.pieces]
+            digests = parallel.run(
+                lambda job: self._write_piece(*job, meter),
+                jobs,
+                meter,
+                weight=lambda job: job[1].nbytes,
+                threads=threads,
+            )
+        pairs = zip((piece for _, piece in jobs), digests, strict=True)
+        merged = {piece.name: digest for piece, digest in pairs if piece.kind == "merge"}
+        try:
+            require_result(self.delta, merged)
+        except ProofError:
+            self._require_unchanged(merged)  # says so if it was the base that changed
+            raise
+
+    def _write_piece(self, descriptor: int, piece: Piece, meter: Meter) -> str:
+        """Write one tensor; returns the digest of what was written, empty for an extra."""
+        if piece.kind == "store":
+            pwrite(descriptor, self.delta.extras[piece.name].data.data, piece.begin)
+            meter.add(piece.nbytes)
+            return ""
+        info, position = self.checkpoint.info(piece.name), piece.begin
+        state = identity.tensor_hash(piece.name, info.dtype, info.shape)
+        source = self.base.tensor(piece.name)
+        parts = (
+            self.merge(self.delta, self.delta.target(piece.name), source)
+            if piece.kind == "merge"
+            else source.chunks()
+        )
+        for part in parts:
+            state.update(part.data)
+            pwrite(descriptor, part.data, position)
+            position += part.nbytes
+            meter.add(part.nbytes)
+        digest = "sha256:" + state.hexdigest()
+        if piece.kind == "copy":
+            self._require_known(piece.name, digest)
+        return digest
+
+    def _require_unchanged(self, names: Mapping[str, str]) -> None:
+        for name in names:
+            info = self.checkpoint.info(name)
+            state = identity.tensor_hash(name, info.dtype, info.shape)
+            for part in self.base.tensor(name).chunks():
+                state.update(part.data)
+            self._require_known(name, "sha256:" + state.hexdigest())
+
+    def _require_known(self, name: str, digest: str) -> None:
+        if digest != self.identity.tensors[name]:
+            shard, _ = self.checkpoint.entry(name)
+            raise BaseMismatchError(
+                f"{name} in {shard.path} is not the base's: it is {digest}, and was "
+                f"{self.identity.tensors[name]} when the base was proved",
+                fix="something wrote to the file, now or since its digest was remembered: "
+                "fetch the base again, and let nothing write to it",
+            )
+
+
+@contextmanager
+def _opened(plans: list[FilePlan]) -> Iterator[Mapping[Path, int]]:
+    """Make the files in their full size with their headers; yields their descriptors."""
+    files: dict[Path, int] = {}
+    try:
+        for plan in plans:
+            files[plan.path] = os.open(plan.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            os.ftruncate(files[plan.path], plan.size)
+            pwrite(files[plan.path], memoryview(plan.header), 0)
+        yield files
+    finally:
+        for descriptor in files.values():
+            os.close(descriptor)
