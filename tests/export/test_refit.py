@@ -366,7 +366,9 @@ def test_the_real_parser_knows_every_matrix_by_its_name(
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
     pytest.importorskip("onnxscript")
-    pico = pytest.importorskip("pico")
+    pytest.importorskip("transformers")
+    from tests.support import pico
+
     assert check_names(pico.MODELS[name](tmp_path / "base"), tmp_path, dtype) == count
 
 
@@ -384,7 +386,7 @@ def test_the_real_parser_knows_all_of_minilm(tmp_path: Path) -> None:
 @pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
 @pytest.mark.filterwarnings("default")
 def test_a_real_engine_computes_what_the_merged_model_does(tmp_path: Path, on_device: bool) -> None:
-    pico = pytest.importorskip("pico")
+    pytest.importorskip("transformers")
     from kilodelta.export.onnx.save import save
     from kilodelta.export.onnx.template import export_template, fill_template
     from kilodelta.export.tensorrt import cuda, flavour
@@ -393,6 +395,7 @@ def test_a_real_engine_computes_what_the_merged_model_does(tmp_path: Path, on_de
     from kilodelta.models import open_model
     from kilodelta.verify.runners.onnx_runner import OnnxRunner
     from kilodelta.verify.runners.tensorrt_runner import TensorrtRunner
+    from tests.support import pico
 
     here = cuda.present()
     assert here is not None
