@@ -87,8 +87,9 @@ def nola(threads: int) -> list[dict[str, Any]]:
     """Mixing both factors, and the whole layer into bfloat16 weights."""
     import torch
 
-    from kilodelta.exact.bases import Role, Stream
-    from kilodelta.merging import arithmetic
+    from kilodelta.exact.bases import Stream
+    from kilodelta.format.methods.nola.spec import ROLE_A, ROLE_B
+    from kilodelta.merging import cpu
 
     delta, target, weights = _one_layer()
     q = delta.coefficients(target.name)
@@ -99,13 +100,13 @@ def nola(threads: int) -> list[dict[str, Any]]:
 
     def mix() -> None:
         if threads == 1:
-            stream.mix(Role.NOLA_A, q["alpha"], range(NOLA_RANK), range(D))
-            stream.mix(Role.NOLA_B, q["beta"], range(D), range(NOLA_RANK))
+            stream.mix(ROLE_A, q["alpha"], range(NOLA_RANK), range(D))
+            stream.mix(ROLE_B, q["beta"], range(D), range(NOLA_RANK))
         else:
             _all(
                 [
-                    lambda: stream.mix(Role.NOLA_A, q["alpha"], range(NOLA_RANK), range(D)),
-                    lambda: stream.mix(Role.NOLA_B, q["beta"], range(D), range(NOLA_RANK)),
+                    lambda: stream.mix(ROLE_A, q["alpha"], range(NOLA_RANK), range(D)),
+                    lambda: stream.mix(ROLE_B, q["beta"], range(D), range(NOLA_RANK)),
                 ]
             )
 
@@ -126,7 +127,7 @@ def nola(threads: int) -> list[dict[str, Any]]:
 
     def layer() -> None:
         """As many layers at a time as there are threads."""
-        _all([lambda: collections.deque(arithmetic.merged(delta, target, weights), 0)] * threads)
+        _all([lambda: collections.deque(cpu.merged(delta, target, weights), 0)] * threads)
 
     factors = side_by_side({"ours": mix, "official": official}, repeats=5)
     whole = side_by_side({"ours": layer, "official": official_layer, "lora": lora_merge}, repeats=5)
@@ -215,7 +216,7 @@ def randlora(threads: int) -> list[dict[str, Any]]:
     from kilodelta.format.coefficients import quantise
     from kilodelta.format.methods import RandLora
     from kilodelta.format.targets import Target
-    from kilodelta.merging.arithmetic import LARGE
+    from kilodelta.merging.cpu import LARGE
 
     model = torch.nn.Sequential(torch.nn.Linear(D, D, bias=False))
     config = RandLoraConfig(r=RANDLORA_RANK, target_modules=["0"], randlora_alpha=1)

@@ -29,7 +29,7 @@ from kilodelta.format.foreign import PeftRandLora, stored
 from kilodelta.format.foreign.peft_randlora import digest, draw
 from kilodelta.format.manifest import FLOATS, Base, Manifest
 from kilodelta.format.targets import Patterns
-from kilodelta.merging import arithmetic
+from kilodelta.merging import cpu
 from kilodelta.merging.build import Recipe, targets
 
 RANK = 32
@@ -149,7 +149,7 @@ def merging() -> dict[str, Any]:
         data = checkpoint.data(target.name)
         ordered.multiplier(right[:, :8])(left[:8])  # compiled before the clock runs
         began = time.process_time()
-        for _ in arithmetic.merged(delta, target, data):
+        for _ in cpu.merged(delta, target, data):
             pass
         ours = time.process_time() - began
         began = time.process_time()

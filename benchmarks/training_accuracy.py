@@ -32,7 +32,6 @@ from torch import nn
 from training_methods import METHODS, VERA_RANK, ours
 
 import kilodelta
-from kilodelta.compress.distill.options import usual_rate
 from kilodelta.compress.training import train
 
 EQUAL: Mapping[str, tuple[tuple[Any, int], ...]] = {
@@ -83,10 +82,10 @@ def compare(
 
 def _rows(bench: Bench, against: Sequence[str]) -> Iterator[dict[str, Any]]:
     for peft in against:
-        rate = usual_rate(EQUAL[peft][0][0])
+        rate = EQUAL[peft][0][0].rate
         yield {"what": f"{peft}, int8", "rate": rate, **_peft(bench, peft, rate)}
         for method, bits in EQUAL[peft]:
-            rate = usual_rate(method)
+            rate = method.rate
             yield {"what": f"{method}, int{bits}", "rate": rate, **_ours(bench, method, bits, rate)}
 
 

@@ -30,7 +30,6 @@ from kilodelta.export.tensorrt.flavour import AUTO, choose
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
-from kilodelta.format.manifest import method_options
 from kilodelta.models import locate, read_inputs
 from kilodelta.progress import Progress, silent
 
@@ -139,9 +138,7 @@ def _manifest(delta: Delta, path: Path, options: Options, made: list[Artefact]) 
         libraries=MappingProxyType(_versions()),
         base_name=known.base.name,
         base_root=known.base.root,
-        delta=DeltaFacts(
-            file=file_fact(path), method=MappingProxyType(method_options(known.method))
-        ),
+        delta=DeltaFacts(file=file_fact(path), method=MappingProxyType(known.method.to_manifest())),
         result_root=known.result,
         extras=tuple(delta.extras),
         model=options.model,

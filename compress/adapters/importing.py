@@ -20,7 +20,6 @@ from kilodelta.errors import InputError
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.inspect import inspect
-from kilodelta.format.manifest import method_options
 from kilodelta.merging.build import build
 from kilodelta.progress import Progress, silent
 
@@ -80,7 +79,7 @@ def bring(
     return Brought(
         path=Path(out),
         source=draft.source,
-        method=method_options(delta.manifest.method),
+        method=delta.manifest.method.to_manifest(),
         targets=len(delta.targets),
         extras=tuple(delta.extras),
         error=error,

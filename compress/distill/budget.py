@@ -10,18 +10,16 @@ bits do as well as eight, for half the bytes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from kilodelta.errors import InputError
-from kilodelta.format.coefficients import groups_size
-from kilodelta.format.manifest import MAX_BASES
-from kilodelta.format.methods import Lora, Method, Nola, RandLora, UniLora, Vera
+from kilodelta.format.fields import MAX_BASES
+from kilodelta.format.methods import METHODS, Lora, Method, UniLora
+from kilodelta.format.packing import groups_size
 from kilodelta.format.targets import Target
 
 BITS = 4
-UNILORA_RANK = 4
 SMALLEST = 64
 """Coefficients below which a budget is too small to be worth a file."""
 
@@ -37,24 +35,6 @@ class Choice:
 
     method: Method
     bits: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Sized:
-    """A method with the option that bytes buy; `rising` where more of it costs more."""
-
-    method: Any
-    option: str
-    rising: bool = True
-
-
-_SIZED: Mapping[str, _Sized] = {
-    "lora": _Sized(method=Lora(), option="rank"),
-    "nola": _Sized(method=Nola(), option="bases"),
-    "randlora": _Sized(method=RandLora(), option="rank", rising=False),
-    "unilora": _Sized(method=UniLora(rank=UNILORA_RANK), option="bases"),
-    "vera": _Sized(method=Vera(), option="rank"),
-}
 
 
 def parse_bytes(text: str) -> int:
@@ -92,13 +72,13 @@ def choose(
     Raises:
         InputError: the budget does not hold the rest of the file and some coefficients.
     """
-    families = ("lora", "unilora") if family is None else (family,)
+    families = (Lora.name, UniLora.name) if family is None else (family,)
     for name in families:
         method = _largest(name, budget, overhead, targets, bits)
-        shared = family is None and name == "lora" and method and method.rank < UNILORA_RANK
+        shared = family is None and name == Lora.name and method and method.rank < UniLora().rank
         if method is not None and not shared:
             return Choice(method=method, bits=bits)
-    rest = overhead(_SIZED[family or "unilora"].method)
+    rest = overhead(METHODS[family or UniLora.name].usual())
     raise InputError(
         f"a budget of {budget} bytes leaves {max(budget - rest, 0)} for coefficients"
         f"{f' of {family}' if family else ''}; the rest of the file takes {rest}",
@@ -124,23 +104,17 @@ def _largest(
     family: str, budget: int, overhead: Overhead, targets: Sequence[Target], bits: int
 ) -> Method | None:
     """The largest of a method's sizes that fits, or None."""
-    sized = _SIZED[family]
-    sides = [target.matrix for target in targets]
-    narrowest, widest = min(map(min, sides)), max(map(max, sides))
-    base = replace(
-        sized.method, rank=min(sized.method.rank, widest if family == "unilora" else narrowest)
-    )
-    values = range(1, (narrowest if sized.option == "rank" else MAX_BASES) + 1)
+    kind, sides = METHODS[family], [target.matrix for target in targets]
+    values = range(1, (min(map(min, sides)) if kind.bought == "rank" else MAX_BASES) + 1)
 
     def fits(value: int) -> bool:
-        method = replace(base, **{sized.option: value})
+        method = kind.of_size(value, sides)
         return overhead(method) + size_of(method, targets, bits) <= budget
 
-    value = _last(fits, values) if sized.rising else _first(fits, values)
-    if value is None or (sized.option == "bases" and value < SMALLEST):
+    value = _last(fits, values) if kind.more_costs_more else _first(fits, values)
+    if value is None or (kind.bought == "bases" and value < SMALLEST):
         return None
-    found: Method = replace(base, **{sized.option: value})
-    return found
+    return kind.of_size(value, sides)
 
 
 def _last(holds: Callable[[int], bool], values: range) -> int | None:

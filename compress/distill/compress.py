@@ -18,7 +18,6 @@ from kilodelta.compress.distill.loop import Distilled, Schedule, distill, measur
 from kilodelta.compress.distill.objective import Measures
 from kilodelta.compress.distill.options import Options as Options
 from kilodelta.compress.distill.options import options_from as options_from
-from kilodelta.compress.distill.options import usual_rate
 from kilodelta.compress.distill.report import Report
 from kilodelta.compress.training import train
 from kilodelta.errors import InputError, QualityError
@@ -26,7 +25,6 @@ from kilodelta.files.checkpoint import in_name_order
 from kilodelta.files.identity import digest
 from kilodelta.format.delta import Delta
 from kilodelta.format.inspect import inspect
-from kilodelta.format.manifest import method_options
 from kilodelta.format.methods import Lora
 from kilodelta.models import check_spec, locate
 from kilodelta.models.weights import fill
@@ -108,7 +106,7 @@ def _distil(job: Job, inputs: str | Path, resume: bool, progress: Progress) -> R
     _attach(job)
     schedule = Schedule(
         steps=options.steps,
-        rate=options.rate or usual_rate(job.method),
+        rate=options.rate or job.method.rate,
         batch=options.batch,
         bits=job.bits,
         seed=options.seed,
@@ -129,7 +127,7 @@ def _key(job: Job, data: Data, schedule: Schedule) -> str:
         "tuned": digest(job.tuned).root,
         "inputs": data.digest,
         "labels": digest_of(job.options.labels) if job.options.labels else "",
-        "method": method_options(job.method),
+        "method": job.method.to_manifest(),
         "schedule": asdict(schedule),
         "patterns": asdict(job.patterns),
         "extras": [change.name for change in job.split.extras],
@@ -190,7 +188,7 @@ def _report(
     kind = data.objective.kind if data is not None else ""
     return Report(
         path=job.out,
-        method=method_options(delta.method),
+        method=delta.method.to_manifest(),
         bits=delta.manifest.bits,
         nbytes=inspect(job.out).nbytes,
         tuned_bytes=sum(job.tuned.info(name).nbytes for name in job.tuned.names),

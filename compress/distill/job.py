@@ -17,7 +17,6 @@ from kilodelta.compress.distill.options import DEFAULT_BUDGET, Options
 from kilodelta.errors import InputError
 from kilodelta.files.checkpoint import Checkpoint, in_name_order
 from kilodelta.files.tensor import RawTensor
-from kilodelta.format import file
 from kilodelta.format.coefficients import Group, Scale
 from kilodelta.format.delta import Delta
 from kilodelta.format.manifest import Base, Manifest
@@ -191,7 +190,7 @@ def _overhead(
     extras = {
         c.name: RawTensor(dtype="F32", shape=(0, *c.shape[1:]), data=empty) for c in parts.extras
     }
-    header = file.size(Delta(manifest=manifest, blob=empty, extras=extras))
+    header = Delta(manifest=manifest, blob=empty, extras=extras).file_size()
     return header + OFFSETS * (1 + len(extras)) + sum(change.nbytes for change in parts.extras)
 
 

@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from math import sqrt
 from typing import Any
 
 from kilodelta.compress.distill import budget as budgets
 from kilodelta.errors import InputError
-from kilodelta.format.methods import METHODS, Lora, Method
-
-RATES: Mapping[str, float] = {
-    "lora": 1e-2,
-    "nola": 5e-3,
-    "randlora": 1e-3,
-    "unilora": 1.5e-2,
-    "vera": 2e-2,
-}
-"""Learning rates by method: LoRA's, Uni-LoRA's and VeRA's are the best of those tried on a sentence
-encoder, the others the usual ones for Adam."""
-
-
-def usual_rate(method: Method) -> float:
-    """A learning rate of Adam that suits a method.
-
-    LoRA's is that of rank 1: the entries of wider factors move together, so that their update grows
-    with the rank (rsLoRA, https://arxiv.org/abs/2312.03732), and it falls with the rank's root.
-    """
-    rate = RATES[method.name]
-    return rate / sqrt(method.rank) if isinstance(method, Lora) else rate
+from kilodelta.format.methods import METHODS, Method
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ factors) is computed once a forward pass and dropped when a coefficient changes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,31 +15,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kilodelta.compress.training import layers
+from kilodelta.compress.training.factors import CoefficientValues, factors_of
 from kilodelta.compress.training.frozen import Frozen
-from kilodelta.compress.training.methods.base import Factors, Values
-from kilodelta.compress.training.methods.lora import LoraFactors
-from kilodelta.compress.training.methods.nola import NolaFactors
-from kilodelta.compress.training.methods.randlora import RandLoraFactors
-from kilodelta.compress.training.methods.unilora import UniLoraFactors
-from kilodelta.compress.training.methods.vera import VeraFactors
 from kilodelta.compress.training.precision import Precision, choose, from_numbers, to_numbers
-from kilodelta.compress.training.sites import Place
+from kilodelta.compress.training.sites import AttachedTarget
 from kilodelta.compress.training.trainables import GroupSet, submodule_name
-from kilodelta.compress.training.update import Update
-from kilodelta.format.methods import Lora, Method, Nola, RandLora, UniLora, Vera
+from kilodelta.compress.training.update import FactoredUpdate
+from kilodelta.format.methods import Method
 from kilodelta.format.targets import Patterns
 
 NAME = "kilodelta"
 """The attachment's name in the model."""
-
-FACTORS: Mapping[type[Any], type[Factors]] = {
-    Nola: NolaFactors,
-    RandLora: RandLoraFactors,
-    Lora: LoraFactors,
-    Vera: VeraFactors,
-    UniLora: UniLoraFactors,
-}
-"""By the format's method: how torch computes it."""
 
 
 class Attachment(nn.Module):
@@ -49,7 +35,7 @@ class Attachment(nn.Module):
         self,
         method: Method,
         patterns: Patterns,
-        places: Sequence[Place],
+        places: Sequence[AttachedTarget],
         frozen: Frozen,
         seed: int,
     ) -> None:
@@ -61,7 +47,7 @@ class Attachment(nn.Module):
         self.frozen = frozen
         self.precision: Precision | None = None
         targets = [place.target for place in places]
-        self.factors = FACTORS[type(method)](method, seed, targets)
+        self.factors = factors_of(method, seed, targets)
         generator = torch.Generator().manual_seed(seed & (2**63 - 1))
         self.file = GroupSet(method.shared(), self.factors.start_shared(generator))
         self.targets = nn.Module()
@@ -69,7 +55,7 @@ class Attachment(nn.Module):
             starts = self.factors.start(target, generator)
             self.targets.add_module(submodule_name(target), GroupSet(method.groups(target), starts))
         self.rounding: Tensor
-        self.register_buffer("rounding", to_numbers(None))
+        self.register_buffer("rounding", to_numbers(None, self.factors.settled))
         self._handles: list[RemovableHandle] = []
         self._cache = _Cache()
         self.to(places[0].parameter.device)
@@ -83,11 +69,11 @@ class Attachment(nn.Module):
         """The coefficients target by target."""
         return list(self.targets._modules.values())  # type: ignore[arg-type]
 
-    def values(self) -> Values:
+    def values(self) -> CoefficientValues:
         """What the coefficients stand for now."""
-        return Values(shared=self.file, own=self.own, precision=self.precision)
+        return CoefficientValues(shared=self.file, own=self.own, precision=self.precision)
 
-    def update(self, index: int) -> Update:
+    def update(self, index: int) -> FactoredUpdate:
         """A target's update, float32."""
         values = self.values()
         prepared = self._cache.get(self)
@@ -96,12 +82,13 @@ class Attachment(nn.Module):
     def quantise(self, bits: int | None) -> None:
         """Compute with what a file of so many bits would hold; None: with the exact values."""
         self.precision = None if bits is None else self.precision_for(bits)
-        self.rounding.copy_(to_numbers(self.precision))
+        self.rounding.copy_(to_numbers(self.precision, self.factors.settled))
         self._cache.clear()
 
     def precision_for(self, bits: int) -> Precision:
         """How the coefficients are rounded to so many bits."""
-        chosen = choose(self.method, [place.target for place in self.places], bits)
+        targets = [place.target for place in self.places]
+        chosen = choose(self.method, self.factors.widest(), targets, bits)
         return self.factors.settle(self.file, chosen)
 
     def fits(self, model: nn.Module) -> bool:
@@ -144,7 +131,7 @@ class Attachment(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.precision = from_numbers(self.method, self.rounding)
+        self.precision = from_numbers(self.rounding, self.method, self.factors.settled)
         self._cache.clear()
 
     def __getstate__(self) -> dict[str, Any]:

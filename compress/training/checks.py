@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
-
 from torch import nn
 
-from kilodelta.compress.training.sites import Place, Site
+from kilodelta.compress.training.sites import AttachedTarget, Site
 from kilodelta.errors import InputError
-from kilodelta.format.methods import Method
+from kilodelta.files.untrusted import FieldError
+from kilodelta.format.methods import METHODS, Method
 
 
-def check_options(method: Method, seed: int, kinds: Collection[type[Any]]) -> None:
-    """Whether a method and its options make sense.
+def check_options(method: Method, seed: int) -> None:
+    """Check that a method and its options are what a file can hold.
 
     Raises:
-        InputError: they do not.
+        InputError: they are not; the message names the option.
     """
-    if type(method) not in kinds:
-        raise InputError(
-            f"{method!r} is not a method",
-            fix=f"give one of {', '.join(kind.__name__ for kind in kinds)}, with its options",
-        )
+    if not isinstance(method, Method):
+        kinds = ", ".join(kind.__name__ for kind in METHODS.values())
+        raise InputError(f"{method!r} is not a method", fix=f"give one of {kinds}, with options")
     if not 0 <= seed < 1 << 64:
         raise InputError(f"seed {seed} is not a 64-bit integer", fix="choose 0 .. 2^64 - 1")
-    for option in ("rank", "bases"):
-        if getattr(method, option, 1) < 1:
-            raise InputError(f"{option} is {getattr(method, option)}", fix="it must be 1 or more")
-    if getattr(method, "basis", "sign") == "ternary" and getattr(method, "sparsity", 0) < 1:
-        raise InputError(
-            "a ternary basis needs its sparsity", fix="sparsity=3 keeps one entry in three"
-        )
+    options = method.to_manifest()
+    del options["name"]
+    for option, value in options.items():
+        try:
+            method.checks[option](value, f"{type(method).__name__}.{option}")
+        except FieldError as problem:
+            raise InputError(str(problem), fix="give a value in the range that it names") from None
 
 
-def check_place(place: Place, method: Method) -> None:
+def check_place(place: AttachedTarget, method: Method) -> None:
     """Whether a target can be attached.
 
     Raises:
@@ -53,7 +49,7 @@ def check_place(place: Place, method: Method) -> None:
             raise _refused(place, site, "rewrites its weights as it runs (max_norm)")
 
 
-def _refused(place: Place, site: Site, why: str) -> InputError:
+def _refused(place: AttachedTarget, site: Site, why: str) -> InputError:
     return InputError(
         f"{place.target.name} belongs to a {type(site.owner).__name__}, which {why}",
         fix="exclude it",

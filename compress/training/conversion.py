@@ -17,8 +17,8 @@ from kilodelta.errors import BaseMismatchError, InputError
 from kilodelta.files import safetensors
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import RawTensor
-from kilodelta.format.coefficients import Quantised
 from kilodelta.format.delta import Delta
+from kilodelta.format.quantise import Quantised
 from kilodelta.merging.build import Recipe, build
 from kilodelta.models.weights import TORCH, tensor
 from kilodelta.progress import Progress, silent

@@ -20,8 +20,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kilodelta.compress.training.sites import Place, Site, is_conv1d
-from kilodelta.compress.training.update import Update
+from kilodelta.compress.training.sites import AttachedTarget, Site, is_conv1d
+from kilodelta.compress.training.update import FactoredUpdate
 
 _UPDATE = "_kilodelta_update"
 """What an attached linear layer holds its update as while it runs."""
@@ -30,7 +30,7 @@ _UPDATE = "_kilodelta_update"
 class Source(Protocol):
     """Who knows the updates."""
 
-    def update(self, index: int) -> Update:
+    def update(self, index: int) -> FactoredUpdate:
         """That of target `index`, float32."""
 
 
@@ -43,7 +43,7 @@ class _Layer:
     site: Site
     transposed: bool
 
-    def update(self, like: Tensor) -> Update:
+    def update(self, like: Tensor) -> FactoredUpdate:
         """The update where `like` lives; in its type too, unless autocast will choose one."""
         found = self.source.update(self.index)
         dtype = found.left.dtype if torch.is_autocast_enabled(like.device.type) else like.dtype
@@ -174,7 +174,7 @@ def _computes_in_float32(weight: Any, given: Tensor) -> bool:
     )
 
 
-def sum_is_cheaper(rows: int, update: Update) -> bool:
+def sum_is_cheaper(rows: int, update: FactoredUpdate) -> bool:
     """Whether a training step on W + dW costs fewer operations than one with the factors beside
     W, for `rows` rows of input.
 
@@ -218,7 +218,7 @@ def _kind(site: Site) -> _Kind:
     return kind
 
 
-def install(source: Source, place: Place) -> list[RemovableHandle]:
+def install(source: Source, place: AttachedTarget) -> list[RemovableHandle]:
     """Let all sites of a target compute with its update; the handles undo it."""
     target = place.target
     handles: list[RemovableHandle] = []

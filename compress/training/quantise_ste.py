@@ -1,6 +1,6 @@
 """Training through the file's own rounding: integers with a scale c * 2^e, gradients straight on.
 
-The rule is `kilodelta.format.coefficients.quantise`, in torch, so that it runs inside a training
+The rule is `kilodelta.format.quantise.quantise`, in torch, so that it runs inside a training
 step on any device. A forward pass computes with q * c * 2^e, exactly what the file will hold; the
 backward pass treats the rounding as the identity (straight-through estimator: Bengio et al.,
 https://arxiv.org/abs/1308.3432).
@@ -8,24 +8,13 @@ https://arxiv.org/abs/1308.3432).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from kilodelta.errors import InputError
-from kilodelta.exact.bounds import EXACT
-from kilodelta.format.coefficients import BITS, Scale, largest
-from kilodelta.format.methods import Method, RandLora
-from kilodelta.format.targets import Target
-
-CLIPS = tuple(float(clip) for clip in np.linspace(1.0, 0.5, 21))
-"""Shares of the largest coefficient that 4 bits try as the end of their range."""
-
-
-LARGEST_ANCHOR = 32767
-"""What the file can say; `Manifest` checks it."""
+from kilodelta.format.packing import largest
+from kilodelta.format.quantise import CLIPS, Scale
 
 
 @dataclass(frozen=True)
@@ -40,47 +29,6 @@ class Rounded:
     def value(self) -> Tensor:
         """q * c * 2^e as float32, which it is exactly: q and c take 23 bits together."""
         return (self.q * self.c * power_of_two(self.e)).float()
-
-
-def check_bits(method: Method, bits: int) -> None:
-    """Whether a method can be stored in so many bits.
-
-    Raises:
-        InputError: it cannot.
-    """
-    allowed = [b for b in BITS if b <= 8 or not isinstance(method, RandLora)]
-    if bits not in allowed:
-        raise InputError(
-            f"{method.name} coefficients cannot have {bits} bits",
-            fix=f"choose one of {', '.join(map(str, allowed))}",
-        )
-
-
-def largest_mantissa(method: Method, target: Target, bits: int) -> int:
-    """The largest c that keeps every update exact whatever the coefficients, at most 255.
-
-    Raises:
-        InputError: not even c = 1 does.
-    """
-    groups = (*method.shared(), *method.groups(target))
-    full = {g.name: np.full(g.shape, largest(bits), np.int64) for g in groups}
-    factors = len(method.scales())
-    room = (EXACT - 1) // _widest(method).bound(full)
-    c_max = next((c for c in range(255, 0, -1) if c**factors <= room), 0)
-    if c_max == 0:
-        raise InputError(
-            f"{method.name} with {bits}-bit coefficients could leave the range of exact sums"
-            f" on {target.name}",
-            fix="use fewer bits, fewer bases or a smaller rank",
-        )
-    return c_max
-
-
-def _widest(method: Method) -> Method:
-    """The method with the largest anchor, which is chosen only after the mantissas."""
-    if any(option.name == "anchor" for option in fields(method)):  # type: ignore[arg-type]
-        return replace(method, anchor=LARGEST_ANCHOR)  # type: ignore[type-var]
-    return method
 
 
 def power_of_two(e: Tensor) -> Tensor:

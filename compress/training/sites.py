@@ -37,7 +37,7 @@ class Site:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Place:
+class AttachedTarget:
     """A target in a module: all its names (the checkpoint's naming) and all its sites."""
 
     target: Target
@@ -62,7 +62,7 @@ class _Use:
 
 def find(
     model: nn.Module, include: Sequence[str], exclude: Sequence[str], names: Mapping[str, str]
-) -> tuple[Patterns, tuple[Place, ...]]:
+) -> tuple[Patterns, tuple[AttachedTarget, ...]]:
     """The targets that patterns choose in a module, in file order, and the file's patterns.
 
     Args:
@@ -167,9 +167,9 @@ def _info(name: str, parameter: Tensor) -> TensorInfo:
     return TensorInfo(name=name, dtype=dtype, shape=shape)
 
 
-def _place(target: Target, same: Sequence[_Use]) -> Place:
+def _place(target: Target, same: Sequence[_Use]) -> AttachedTarget:
     sites = {(id(use.site.owner), use.site.attribute): use.site for use in same}
-    return Place(
+    return AttachedTarget(
         target=target,
         aliases=tuple(dict.fromkeys((target.name, *(use.name for use in same)))),
         sites=tuple(sites.values()),

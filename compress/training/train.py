@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from kilodelta.compress.training.attachment import FACTORS, NAME, Attachment
+from kilodelta.compress.training.attachment import NAME, Attachment
 from kilodelta.compress.training.checks import check_free, check_options, check_place
 from kilodelta.compress.training.conversion import Made, convert
 from kilodelta.compress.training.frozen import Frozen
@@ -96,7 +96,7 @@ def attach(
             is attached already, a method or seed out of range.
     """
     check_free(model, NAME, Attachment)
-    check_options(method, seed, FACTORS)
+    check_options(method, seed)
     patterns, places = find(model, _globs(targets), _globs(exclude), names)
     for place in places:
         check_place(place, method)

@@ -25,7 +25,8 @@ from kilodelta.compress.training.quantise_ste import (
     straight_through,
 )
 from kilodelta.errors import InputError
-from kilodelta.format.coefficients import Group, Quantised, storage
+from kilodelta.format.packing import Group, storage
+from kilodelta.format.quantise import Quantised
 from kilodelta.format.targets import Target
 
 

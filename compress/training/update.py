@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Update:
+class FactoredUpdate:
     """diag(rows) left diag(inner) right^T; a diagonal that is None is one.
 
     A method whose factors are fixed and whose coefficients are diagonals (VeRA) keeps them apart:
@@ -25,11 +25,13 @@ class Update:
     rows: Tensor | None = None
     """(out,)."""
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Update:
+    def map(self, function: Callable[[Tensor], Tensor]) -> FactoredUpdate:
         """The same product of changed tensors."""
         inner = None if self.inner is None else function(self.inner)
         rows = None if self.rows is None else function(self.rows)
-        return Update(left=function(self.left), right=function(self.right), inner=inner, rows=rows)
+        return FactoredUpdate(
+            left=function(self.left), right=function(self.right), inner=inner, rows=rows
+        )
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """(out, K) and (in, K) with the diagonals within: the update is the first times the

@@ -22,8 +22,6 @@ from kilodelta.export.peft.factors import float_factors, scales
 from kilodelta.files import parallel
 from kilodelta.files.tensor import TensorInfo
 from kilodelta.format.delta import Delta
-from kilodelta.format.foreign import PeftRandLora
-from kilodelta.format.methods import RandLora
 from kilodelta.format.targets import Target, select
 from kilodelta.merging import stacks as together
 from kilodelta.progress import Meter, Progress, silent
@@ -125,7 +123,7 @@ def put_slot(stacked: Factors, slot: int, factors: Factors) -> None:
 
 def _require_low_rank(delta: Delta, layout: AdapterLayout) -> None:
     form = delta.form
-    if isinstance(form, (RandLora, PeftRandLora)):
+    if form.full_rank:
         raise InputError(
             f"a {form.name} update has full rank; the graph takes low-rank factors",
             fix="apply the file in patch or refit mode, or merge it",

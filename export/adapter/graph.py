@@ -22,7 +22,7 @@ from kilodelta.export.onnx.template import Template
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.identity import digest
 from kilodelta.files.tensor import TensorInfo
-from kilodelta.format.options import MAX_RANK
+from kilodelta.format.fields import MAX_RANK
 from kilodelta.format.targets import Patterns, select
 
 

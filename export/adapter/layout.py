@@ -28,7 +28,7 @@ from kilodelta.errors import FileError
 from kilodelta.export.manifest.facts import DTYPES
 from kilodelta.files import canonical, dtypes, staging, untrusted
 from kilodelta.files.tensor import TensorInfo
-from kilodelta.format.options import MAX_RANK
+from kilodelta.format.fields import MAX_RANK
 
 VERSION = 1
 NAME = "adapter.json"

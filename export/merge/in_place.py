@@ -21,8 +21,8 @@ from kilodelta.files import identity
 from kilodelta.format.delta import Delta
 from kilodelta.format.targets import Target
 from kilodelta.merging.gpu.choose import unit_for
+from kilodelta.merging.gpu.device_update import DeviceUpdate
 from kilodelta.merging.gpu.unit import DTYPES, TORCH
-from kilodelta.merging.gpu.update import Update
 
 
 def merge_into(
@@ -118,7 +118,7 @@ def _merged(delta: Delta, target: Target, tensor: Tensor) -> Tensor:
     if not local.numel():
         return local
     rows, columns = _box(tensor, target)
-    update = Update(delta, target, unit_for(local.device, delta.method))
+    update = DeviceUpdate(delta, target, unit_for(local.device, delta.method))
     matrix = local.contiguous().view(len(rows), len(columns))
     new, flag = update.merge(matrix, rows, columns)
     if flag.any():

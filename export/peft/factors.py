@@ -19,8 +19,6 @@ from kilodelta.exact.lowrank import product_error, product_norm
 from kilodelta.export.peft.svd import truncated
 from kilodelta.files.dtypes import FLOATS
 from kilodelta.format.delta import Delta
-from kilodelta.format.foreign import PeftRandLora
-from kilodelta.format.methods import RandLora
 
 Matrix = npt.NDArray[Any]
 
@@ -113,7 +111,7 @@ def require_low_rank(delta: Delta) -> None:
         ExportError: the method is of full rank, or its rank is too high for the targets.
     """
     method = delta.form
-    if isinstance(method, (RandLora, PeftRandLora)):
+    if method.full_rank:
         raise ExportError(
             f"a {method.name} update has full rank, so no LoRA adapter of a useful rank equals it",
             fix="--svd RANK keeps the largest part of it and says how much is lost; or merge",

@@ -11,8 +11,8 @@ from kilodelta import terminal
 from kilodelta.commands import compress
 from kilodelta.commands.shared import Command, as_json, with_progress
 from kilodelta.errors import InputError, require
+from kilodelta.format.methods import TABLE
 
-_METHODS = ("nola", "randlora", "lora", "vera", "unilora")
 _FIT_RANK = 8
 
 
@@ -58,7 +58,7 @@ _FIT_RANK = 8
     is_flag=True,
     help="Into an exact integer method: a LoRA by truncated SVD, or with --inputs by distillation.",
 )
-@click.option("--method", type=click.Choice(_METHODS), help="Of --requantise.")
+@click.option("--method", type=click.Choice(tuple(TABLE)), help="Of --requantise.")
 @click.option("--rank", type=click.IntRange(1), help="Of --requantise.")
 @click.option("--bases", type=click.IntRange(1), help="Of --requantise.")
 @click.option("--inputs", help="Of --requantise: unlabelled inputs, as for kilodelta compress.")

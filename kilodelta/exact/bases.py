@@ -7,7 +7,6 @@ a role, on the kernels of `kilodelta.exact.philox`, which are loaded when the fi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 from types import ModuleType
 from typing import Any
 
@@ -21,20 +20,6 @@ BLOCK = 128
 KERNEL_SUM = 1 << 32
 """The kernel's sums of magnitudes are 32 bits wide; coefficients that could pass them are mixed
 byte by byte, which 2^24 bases cannot."""
-
-
-class Role(IntEnum):
-    """The counter's fourth word: which random matrix of which method (format, section 5)."""
-
-    NOLA_A = 0
-    NOLA_B = 1
-    RANDLORA_A = 2
-    RANDLORA_B = 3
-    VERA_A = 4
-    VERA_B = 5
-    UNILORA_ANCHOR = 6
-    UNILORA_U = 7
-    UNILORA_V = 8
 
 
 def _philox() -> ModuleType:

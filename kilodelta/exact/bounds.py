@@ -1,17 +1,26 @@
-"""How large an exact update may be (docs/format.md, section 6)."""
+"""How large an exact update may be, and what it is counted in (docs/format.md, section 6)."""
 
 from __future__ import annotations
 
 from math import ldexp
 
 EXACT = 1 << 53
-"""Every partial sum and every element of N stays below this in magnitude."""
+"""Every partial sum and every element of N stays below this in magnitude, as float64 holds it."""
 
 
 def exactness(bound: int, e: int) -> str:
-    """What is wrong with an update 2^e N, |N| and all its partial sums <= bound; empty if nothing.
+    """Say what is wrong with an update 2^e N, |N| and all its partial sums <= bound.
 
-    An update of zero is exact whatever its scale.
+    Args:
+        bound: of the sums of magnitudes, scales included.
+        e: the exponent of the update's unit.
+
+    Returns:
+        A sentence without its end, or nothing: also for an update of zero, whatever its exponent.
+
+    Example:
+        >>> exactness(1 << 53, 0)
+        'its sums can reach 9.0072e+15, 2^53 is the limit'
     """
     if bound == 0:
         return ""
@@ -22,3 +31,16 @@ def exactness(bound: int, e: int) -> str:
     if e > 127 or ldexp(bound, e) >= 2.0**127:
         return f"it can reach {bound:g} * 2^{e}, float32 ends at 2^128"
     return ""
+
+
+def unit(bound: int, e: int) -> float:
+    """Return 2^e, what an update 2^e N is counted in; 1 for an update of zero.
+
+    The format lets a zero update have any exponent. Kernels multiply by this float32 number, and
+    zero times 2^128, which is infinite there, would not be zero.
+
+    Example:
+        >>> unit(0, 254), unit(1, -3)
+        (1.0, 0.125)
+    """
+    return 1.0 if bound == 0 else ldexp(1.0, e)

@@ -11,7 +11,6 @@ from typing import Any
 from kilodelta.files.checkpoint import in_name_order
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
-from kilodelta.format.manifest import method_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +65,7 @@ def inspect(path: str | os.PathLike[str]) -> Contents:
             "root": manifest.base.root,
             "tensors": manifest.base.tensors,
         },
-        method=method_options(manifest.method),
+        method=manifest.method.to_manifest(),
         paper=manifest.method.paper,
         seed=manifest.seed,
         targets={

@@ -15,23 +15,15 @@ from typing import Any
 from kilodelta.errors import FileError
 from kilodelta.files import canonical
 from kilodelta.files.checkpoint import in_name_order
-from kilodelta.format.coefficients import BITS, Scale
-from kilodelta.format.fields import (
-    choice,
-    digest,
-    fault,
-    from_base64,
-    keys,
-    text,
-    to_base64,
-    whole,
-)
-from kilodelta.format.foreign import COMPAT, Compat
-from kilodelta.format.methods import METHODS, Method, RandLora
+from kilodelta.files.untrusted import FieldError, choice, digest, table, text, whole
+from kilodelta.format.fields import from_base64, to_base64
+from kilodelta.format.foreign import Compat
+from kilodelta.format.form import Form
+from kilodelta.format.method_options import parse_method
+from kilodelta.format.methods import Method
 from kilodelta.format.model_config import parse_config
-from kilodelta.format.options import MAX_BASES as MAX_BASES
-from kilodelta.format.options import method_options as method_options
-from kilodelta.format.options import parse_method
+from kilodelta.format.packing import BITS
+from kilodelta.format.quantise import Scale
 from kilodelta.format.targets import Patterns
 
 VERSION = 1
@@ -45,30 +37,30 @@ _SEED = re.compile(r"(?:0|[1-9][0-9]{0,19})\Z")
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """The model that a delta was made for.
-
-    `fingerprints` (optional) holds two bytes a tensor in name order, the first byte of the name's
-    SHA-256 and of the tensor's digest: enough to name what differs in a wrong base.
-    """
+    """The model that a delta was made for."""
 
     name: str
     root: str
     tensors: int
     fingerprints: bytes = b""
+    """Two bytes per tensor in name order, the first byte of the name's SHA-256 and of the tensor's
+    digest, or none: enough to name what differs in a wrong base."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a file says about itself; `scales` in file order: shared groups, then each target's."""
+    """What a file says about itself."""
 
     base: Base
-    method: Method | Compat
+    method: Form
     seed: int
     patterns: Patterns
     count: int
+    """How many tensors the patterns choose in the base."""
     bits: int
     """Bits of an integer coefficient; of a float one, 32 or 16, in a compatibility form."""
     scales: tuple[Scale, ...]
+    """In file order: of the shared groups, then of each target's."""
     extras: tuple[str, ...]
     result: str
     made: Mapping[str, str | int | float | bool] = field(default_factory=dict)
@@ -78,21 +70,20 @@ class Manifest:
     @property
     def compat(self) -> Compat | None:
         """The compatibility form, where the method is one."""
-        return None if self.method.name in METHODS else self.method  # type: ignore[return-value]
+        return self.method if isinstance(self.method, Compat) else None
 
     def text(self) -> str:
-        """The canonical JSON."""
+        """Return the canonical JSON."""
         return canonical.dumps(_to_json(self))
 
 
 def _to_json(manifest: Manifest) -> dict[str, Any]:
-    base = manifest.base
-    printed = {"fingerprints": to_base64(base.fingerprints)} if base.fingerprints else {}
-    patterns = manifest.patterns
+    base, patterns = manifest.base, manifest.patterns
+    prints = {"fingerprints": to_base64(base.fingerprints)} if base.fingerprints else {}
     return {
         "version": VERSION,
-        "base": {"name": base.name, "root": base.root, "tensors": base.tensors, **printed},
-        "method": method_options(manifest.method),
+        "base": {"name": base.name, "root": base.root, "tensors": base.tensors, **prints},
+        "method": manifest.method.to_manifest(),
         "seed": str(manifest.seed),
         "targets": {
             "include": list(patterns.include),
@@ -111,43 +102,46 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
 def _coefficients_to_json(manifest: Manifest) -> dict[str, Any]:
     if manifest.compat is not None:
         return {"dtype": FLOATS[manifest.bits]}
-    return {"bits": manifest.bits, "scales": to_base64(_scale_bytes(manifest.scales))}
-
-
-def _scale_bytes(scales: tuple[Scale, ...]) -> bytes:
-    return b"".join(bytes((scale.c, scale.e & 0xFF)) for scale in scales)
+    pairs = b"".join(bytes((scale.c, scale.e & 0xFF)) for scale in manifest.scales)
+    return {"bits": manifest.bits, "scales": to_base64(pairs)}
 
 
 def parse(text: str) -> Manifest:
-    """Read a manifest, trusting nothing.
+    """Read a manifest that nobody vouches for.
 
     Raises:
         FileError: naming the field that breaks a rule.
     """
     try:
-        table = canonical.loads(text.encode("utf-8"))
+        fields = canonical.loads(text.encode("utf-8"))
     except canonical.NotCanonicalError as problem:
-        raise fault(f"it is not JSON: {problem}") from None
-    if not isinstance(table, dict):
-        raise fault("it is not an object")
-    if table.get("version") != VERSION or table["version"] is True:
+        raise _fault(f"it is not JSON: {problem}") from None
+    try:
+        return _parse(fields, text)
+    except FieldError as problem:
+        raise _fault(str(problem)) from None
+
+
+def _fault(what: str) -> FileError:
+    return FileError(
+        f"the manifest is wrong: {what}",
+        fix="the file is damaged or not written by kilodelta: fetch it again",
+    )
+
+
+def _parse(fields: Any, text: str) -> Manifest:
+    if not isinstance(fields, dict):
+        raise FieldError("it is not an object")
+    version = fields.get("version")
+    if type(version) is not int or version != VERSION:
         raise FileError(
-            f"the file has version {table.get('version')!r:.40}; this kilodelta reads {VERSION}",
-            fix="pip install --upgrade kilodelta",
+            f"the file has version {version!r:.40}; this kilodelta reads {VERSION}",
+            fix="update kilodelta: git pull in its clone, then pip install .",
         )
-    top = keys(table, "manifest", _TOP, {"config"})
-    if canonical.dumps(table) != text:
-        raise fault("it is not in canonical form")
-    return _parse_fields(top)
-
-
-_TOP = {
-    "version", "base", "method", "seed", "targets", "coefficients", "extras", "result", "made"
-}  # fmt: skip
-
-
-def _parse_fields(top: dict[str, Any]) -> Manifest:
-    targets = keys(top["targets"], "targets", {"include", "exclude", "transposed", "count"})
+    top = table(fields, "manifest", _TOP, optional=("config",))
+    if canonical.dumps(fields) != text:
+        raise FieldError("it is not in canonical form")
+    targets = table(top["targets"], "targets", ("include", "exclude", "transposed", "count"))
     method = parse_method(top["method"])
     bits, scales = _coefficients(top["coefficients"], method)
     return Manifest(
@@ -155,83 +149,90 @@ def _parse_fields(top: dict[str, Any]) -> Manifest:
         method=method,
         seed=_seed(top["seed"]),
         patterns=Patterns(
-            **{k: _globs(targets[k], k) for k in ("include", "exclude", "transposed")}
+            **{k: _globs(targets[k], f"targets.{k}") for k in ("include", "exclude", "transposed")}
         ),
         count=whole(targets["count"], "targets.count", 1, MAX_TARGETS),
         bits=bits,
         scales=scales,
         extras=_extras(top["extras"]),
-        result=digest(keys(top["result"], "result", {"root"})["root"], "result.root"),
+        result=digest(table(top["result"], "result", ("root",))["root"], "result.root"),
         made=_made(top["made"]),
         config=parse_config(top["config"]) if "config" in top else {},
     )
 
 
+_TOP = (
+    "version", "base", "method", "seed", "targets", "coefficients", "extras", "result", "made"
+)  # fmt: skip
+
+
 def _seed(value: Any) -> int:
     if not isinstance(value, str) or not _SEED.match(value) or int(value) >= 1 << 64:
-        raise fault("seed is not a 64-bit integer as a decimal text")
+        raise FieldError("seed is not a 64-bit integer as a decimal text")
     return int(value)
 
 
 def _base(value: Any) -> Base:
-    found = keys(value, "base", {"name", "root", "tensors"}, {"fingerprints"})
-    tensors = whole(found["tensors"], "base.tensors", 1, 1 << 24)
-    printed = b""
-    if "fingerprints" in found:
-        printed = from_base64(found["fingerprints"], "base.fingerprints")
-        if len(printed) != 2 * tensors:
-            raise fault(f"base.fingerprints has {len(printed)} bytes, not two a tensor")
+    given = table(value, "base", ("name", "root", "tensors"), optional=("fingerprints",))
+    tensors = whole(given["tensors"], "base.tensors", 1, 1 << 24)
+    prints = b""
+    if "fingerprints" in given:
+        prints = from_base64(given["fingerprints"], "base.fingerprints")
+        if len(prints) != 2 * tensors:
+            raise FieldError(f"base.fingerprints has {len(prints)} bytes, not two per tensor")
     return Base(
-        name=text(found["name"], "base.name"),
-        root=digest(found["root"], "base.root"),
+        name=text(given["name"], "base.name"),
+        root=digest(given["root"], "base.root"),
         tensors=tensors,
-        fingerprints=printed,
+        fingerprints=prints,
     )
 
 
 def _globs(value: Any, where: str) -> tuple[str, ...]:
     if not isinstance(value, list) or len(value) > MAX_PATTERNS:
-        raise fault(f"targets.{where} is not a list of at most {MAX_PATTERNS} patterns")
-    return tuple(text(item, f"targets.{where}") for item in value)
+        raise FieldError(f"{where} is not a list of at most {MAX_PATTERNS} patterns")
+    return tuple(text(item, where) for item in value)
 
 
-def _coefficients(value: Any, method: Method | Compat) -> tuple[int, tuple[Scale, ...]]:
-    """(bits, scales); floats have no scales."""
-    if method.name in COMPAT:
-        dtype = keys(value, "coefficients", {"dtype"})["dtype"]
-        choice(dtype, "coefficients.dtype", tuple(FLOATS.values()))
+def _coefficients(value: Any, method: Form) -> tuple[int, tuple[Scale, ...]]:
+    """Read (bits, scales); floats have no scales."""
+    if not isinstance(method, Method):
+        dtype = table(value, "coefficients", ("dtype",))["dtype"]
+        choice(dtype, "coefficients.dtype", FLOATS.values())
         return next(bits for bits, name in FLOATS.items() if name == dtype), ()
-    found = keys(value, "coefficients", {"bits", "scales"})
-    bits = found["bits"]
+    given = table(value, "coefficients", ("bits", "scales"))
+    bits = given["bits"]
     if type(bits) is not int or bits not in BITS:
-        raise fault(f"coefficients.bits is {bits!r:.40}, not one of {BITS}")
-    if isinstance(method, RandLora) and bits > 8:
-        raise fault("randlora takes coefficients of 4 or 8 bits")
-    return bits, _scales(found["scales"])
+        raise FieldError(f"coefficients.bits is {bits!r:.40}, not one of {BITS}")
+    if bits not in method.bits:
+        allowed = " or ".join(map(str, method.bits))
+        raise FieldError(f"{method.name} takes coefficients of {allowed} bits, not {bits}")
+    return bits, _scales(given["scales"])
 
 
 def _scales(value: Any) -> tuple[Scale, ...]:
-    data = from_base64(value, "coefficients.scales")
-    if len(data) % 2 or 0 in data[::2]:
-        raise fault("coefficients.scales is not pairs (c, e) with c from 1 to 255")
-    return tuple(Scale(c, e - 256 if e > 127 else e) for c, e in zip(data[::2], data[1::2]))  # noqa: B905
+    pairs = from_base64(value, "coefficients.scales")
+    if len(pairs) % 2 or 0 in pairs[::2]:
+        raise FieldError("coefficients.scales is not pairs (c, e) with c from 1 to 255")
+    exponents = (e - 256 if e > 127 else e for e in pairs[1::2])
+    return tuple(Scale(c, e) for c, e in zip(pairs[::2], exponents, strict=True))
 
 
 def _extras(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise fault("extras is not a list of names")
+        raise FieldError("extras is not a list of names")
     names = tuple(value)
     if in_name_order(set(names)) != names:
-        raise fault("extras are not in name order, each once")
+        raise FieldError("extras are not in name order, each once")
     return names
 
 
 def _made(value: Any) -> Mapping[str, str | int | float | bool]:
     if not isinstance(value, dict):
-        raise fault("made is not an object")
+        raise FieldError("made is not an object")
     for key, item in value.items():
         if not isinstance(item, (str, int, float, bool)):
-            raise fault(f"made.{key:.80} is not a text, number or boolean")
+            raise FieldError(f"made.{key:.80} is not a text, number or boolean")
         if isinstance(item, float) and not isfinite(item):
-            raise fault(f"made.{key:.80} is not finite")
+            raise FieldError(f"made.{key:.80} is not finite")
     return value

@@ -13,7 +13,7 @@ from math import isfinite
 from typing import Any
 
 from kilodelta.files import canonical
-from kilodelta.format.fields import MAX_TEXT, fault, text
+from kilodelta.files.untrusted import MAX_TEXT, FieldError, text
 
 MAX_BYTES = 64 << 10
 """Bytes of the whole object as canonical JSON."""
@@ -40,7 +40,7 @@ def parse_config(value: Any) -> Mapping[str, Any]:
         The same object.
 
     Raises:
-        FileError: it is no object, empty, too large or too deep, or a key is one that a loader
+        FieldError: it is no object, empty, too large or too deep, or a key is one that a loader
             would act on; `architectures` and the label tables have the shapes that transformers
             writes.
 
@@ -49,10 +49,10 @@ def parse_config(value: Any) -> Mapping[str, Any]:
         {'architectures': ['BertForSequenceClassification']}
     """
     if not isinstance(value, dict) or not value:
-        raise fault("config is not an object with at least one key")
+        raise FieldError("config is not an object with at least one key")
     size = len(canonical.dumps(value).encode("utf-8"))
     if size > MAX_BYTES:
-        raise fault(f"config takes {size} bytes; at most {MAX_BYTES} are allowed")
+        raise FieldError(f"config takes {size} bytes; at most {MAX_BYTES} are allowed")
     _check_settings(value, "config", 1)
     return value
 
@@ -80,7 +80,7 @@ def _check_settings(table: dict[str, Any], where: str, depth: int) -> None:
     """Check an object of settings; its keys are names of a configuration."""
     for key, item in table.items():
         if not _NAME.match(key) or key in FORBIDDEN:
-            raise fault(f"{where} has a key {key!r:.80}, which is not allowed there")
+            raise FieldError(f"{where} has a key {key!r:.80}, which is not allowed there")
         place = f"{where}.{key}"
         if key in _SHAPES:
             _SHAPES[key](item, place)
@@ -104,26 +104,26 @@ def _check_value(value: Any, where: str, depth: int) -> None:
         text(value, where)
     elif isinstance(value, float):
         if not isfinite(value):
-            raise fault(f"{where} is not finite")
+            raise FieldError(f"{where} is not finite")
     elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
-        raise fault(f"{where} is not a 64-bit integer")
+        raise FieldError(f"{where} is not a 64-bit integer")
 
 
 def _check_depth(where: str, depth: int) -> None:
     if depth > MAX_DEPTH:
-        raise fault(f"{where} is nested more than {MAX_DEPTH} deep")
+        raise FieldError(f"{where} is nested more than {MAX_DEPTH} deep")
 
 
 def _check_architectures(value: Any, where: str) -> None:
     names = value if isinstance(value, list) else []
     right = all(isinstance(name, str) and _CLASS.match(name) for name in names)
     if not right or not 1 <= len(names) <= MAX_ARCHITECTURES:
-        raise fault(f"{where} is not a list of 1 to {MAX_ARCHITECTURES} names of classes")
+        raise FieldError(f"{where} is not a list of 1 to {MAX_ARCHITECTURES} names of classes")
 
 
 def _check_id2label(value: Any, where: str) -> None:
     if not isinstance(value, dict) or not all(map(_INDEX.match, value)):
-        raise fault(f"{where} is not an object whose keys are label numbers")
+        raise FieldError(f"{where} is not an object whose keys are label numbers")
     for label in value.values():
         text(label, where)
 
@@ -131,9 +131,9 @@ def _check_id2label(value: Any, where: str) -> None:
 def _check_label2id(value: Any, where: str) -> None:
     numbers = value.values() if isinstance(value, dict) else [None]
     if not all(type(number) is int and 0 <= number < 1 << 20 for number in numbers):
-        raise fault(f"{where} is not an object from labels to their numbers")
+        raise FieldError(f"{where} is not an object from labels to their numbers")
     if any(len(label) > MAX_TEXT for label in value):
-        raise fault(f"{where} has a label of more than {MAX_TEXT} characters")
+        raise FieldError(f"{where} has a label of more than {MAX_TEXT} characters")
 
 
 _SHAPES = {

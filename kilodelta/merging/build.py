@@ -1,10 +1,11 @@
-"""Making a delta in memory: coefficients in, a checked delta with its proof out."""
+"""Make a delta in memory: coefficients in, a checked delta with its proof out."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ from kilodelta.exact.selftest import require_good_kernels
 from kilodelta.files.checkpoint import Checkpoint, in_name_order
 from kilodelta.files.identity import Identity, digest, fingerprints, root
 from kilodelta.files.tensor import RawTensor
-from kilodelta.format.coefficients import Floats, Group, Quantised, pack, quantise, scale_near
 from kilodelta.format.delta import Delta
-from kilodelta.format.foreign import Compat, stored
+from kilodelta.format.foreign import stored
+from kilodelta.format.form import Form
 from kilodelta.format.manifest import FLOATS, Base, Manifest
 from kilodelta.format.manifest import parse as parse_manifest
 from kilodelta.format.methods import Method
+from kilodelta.format.packing import Group, Ints, pack
+from kilodelta.format.quantise import Floats, Quantised, quantise, scale_near
 from kilodelta.format.targets import Patterns, Target, select
-from kilodelta.merging import arithmetic
+from kilodelta.merging.proof import target_digests
 from kilodelta.progress import Progress, silent
 
 Numbers = Quantised | Floats
@@ -32,17 +35,21 @@ Numbers = Quantised | Floats
 FINGERPRINTED = 512
 """Tensors up to which the manifest carries two bytes each."""
 
+MANTISSAS = (255, 127, 63, 31, 15, 7, 3, 1)
+"""Largest mantissas of scales, finest first, that `quantise_target` tries."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What a delta is made of, before its coefficients: everything but the numbers."""
 
-    method: Method | Compat
+    method: Form
     patterns: Patterns
     seed: int = 0
     bits: int = 8
-    """Of an integer coefficient; of a float one, 32 or 16, with a compatibility form."""
+    """Of an integer coefficient; of a float one, 32 or 16, in a compatibility form."""
     name: str = ""
+    """What the base is called, for people."""
     extras: Mapping[str, RawTensor] = field(default_factory=dict)
     probes: Mapping[str, RawTensor] = field(default_factory=dict)
     made: Mapping[str, str | int | float | bool] = field(default_factory=dict)
@@ -51,7 +58,7 @@ class Recipe:
 
 
 def targets(base: str | os.PathLike[str] | Checkpoint, patterns: Patterns) -> tuple[Target, ...]:
-    """The targets that patterns choose in a base.
+    """Return the targets that patterns choose in a base.
 
     Raises:
         InputError: they choose none.
@@ -75,38 +82,52 @@ def build(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Delta:
-    """A delta from its coefficients, bound to its base, its result root computed.
+    """Make a delta from its coefficients, bound to its base, with its result's root computed.
 
     Args:
+        base: the model that the delta changes.
+        recipe: everything but the coefficients.
         coefficients: by target name, then by group name; integers with their scale, or plain
             arrays for a compatibility form.
         shared: the groups that the whole file has once, by name.
+        threads: cores to use; all by default.
+        progress: what is told how far the work is.
 
     Raises:
-        InputError: a group is missing or has another shape, or the update cannot be exact.
+        InputError: a group is missing or has another shape, or the patterns choose other tensors.
+        FileError: an update cannot be exact.
+        CheckpointError: a target of the base holds NaN or infinity.
+
+    Example:
+        >>> from kilodelta.format.methods import Lora
+        >>> base = "tests/golden/0.1.0/base.safetensors"
+        >>> recipe = Recipe(method=Lora(rank=1), patterns=Patterns(include=("tall.weight",)))
+        >>> ones = {"A": np.ones((1, 4)) / 8, "B": np.ones((11, 1))}
+        >>> made = build(base, recipe, {"tall.weight": quantise_target(recipe.method, ones, 8)})
+        >>> made.update("tall.weight")[0, 0]
+        np.float32(0.125)
     """
     require_good_kernels()
     checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
     layout = targets(checkpoint, recipe.patterns)
-    _check_names(layout, coefficients, recipe)
+    _check_names(layout, coefficients)
     groups = _in_order(recipe.method, layout, coefficients, shared or {})
-    known = digest(checkpoint, threads=threads, progress=progress)
+    model = digest(checkpoint, threads=threads, progress=progress)
     draft = Delta(
-        manifest=_manifest(recipe, layout, groups, known),
+        manifest=_manifest(recipe, layout, groups, model),
         blob=np.concatenate([np.empty(0, np.uint8), *(_packed(*g, recipe.bits) for g in groups)]),
         extras=dict(recipe.extras),
         probes=dict(recipe.probes),
+        max_work=inf,  # whoever makes a delta may ask for as much work as needed
     ).bind(checkpoint)
-    found = arithmetic.target_digests(draft, checkpoint, threads=threads, progress=progress)
-    manifest = replace(draft.manifest, result=root(found.values()))
-    parse_manifest(manifest.text())
+    digests = target_digests(draft, checkpoint, threads=threads, progress=progress)
+    manifest = replace(draft.manifest, result=root(digests.values()))
+    parse_manifest(manifest.text())  # nothing is made that a reader would refuse
     return replace(draft, manifest=manifest)
 
 
 def _check_names(
-    layout: Sequence[Target],
-    coefficients: Mapping[str, Mapping[str, Numbers]],
-    recipe: Recipe,
+    layout: Sequence[Target], coefficients: Mapping[str, Mapping[str, Numbers]]
 ) -> None:
     wrong = {target.name for target in layout} ^ set(coefficients)
     if wrong:
@@ -117,22 +138,23 @@ def _check_names(
 
 
 def _in_order(
-    method: Method | Compat,
+    method: Form,
     layout: Sequence[Target],
     coefficients: Mapping[str, Mapping[str, Numbers]],
     shared: Mapping[str, Numbers],
 ) -> list[tuple[Group, Numbers]]:
-    found = [(group, _take(group, shared, "the file")) for group in method.shared()]
+    """Return all groups in file order with their numbers."""
+    ordered = [(group, _take(group, shared, "the file")) for group in method.shared()]
     for target in layout:
         own = coefficients[target.name]
-        found += [(group, _take(group, own, target.name)) for group in method.groups(target)]
-    return found
+        ordered += [(group, _take(group, own, target.name)) for group in method.groups(target)]
+    return ordered
 
 
-def _take(group: Group, found: Mapping[str, Numbers], where: str) -> Numbers:
-    if group.name not in found:
+def _take(group: Group, given: Mapping[str, Numbers], where: str) -> Numbers:
+    if group.name not in given:
         raise InputError(f"{where} lacks group {group.name!r}", fix=f"its shape is {group.shape}")
-    value = found[group.name]
+    value = given[group.name]
     shape = value.q.shape if isinstance(value, Quantised) else value.shape
     if shape != group.shape:
         raise InputError(
@@ -142,7 +164,7 @@ def _take(group: Group, found: Mapping[str, Numbers], where: str) -> Numbers:
     return value
 
 
-def _packed(group: Group, value: Numbers, bits: int) -> Floats:
+def _packed(group: Group, value: Numbers, bits: int) -> Ints:
     if isinstance(value, Quantised):
         return pack(value.q, bits)
     return stored.pack(value, group.dtype or FLOATS[bits])
@@ -152,14 +174,14 @@ def _manifest(
     recipe: Recipe,
     layout: Sequence[Target],
     groups: Sequence[tuple[Group, Numbers]],
-    known: Identity,
+    model: Identity,
 ) -> Manifest:
     return Manifest(
         base=Base(
             name=recipe.name,
-            root=known.root,
-            tensors=len(known.tensors),
-            fingerprints=fingerprints(known) if len(known.tensors) <= FINGERPRINTED else b"",
+            root=model.root,
+            tensors=len(model.tensors),
+            fingerprints=fingerprints(model) if len(model.tensors) <= FINGERPRINTED else b"",
         ),
         method=recipe.method,
         seed=recipe.seed,
@@ -180,18 +202,20 @@ def quantise_target(
     bits: int,
     shared: Mapping[str, Quantised] | None = None,
 ) -> dict[str, Quantised]:
-    """Quantise a target's groups so that its update is exact: the finest scales that allow it.
+    """Quantise a target's groups with the finest scales that keep its update exact.
 
     Args:
+        method: whose groups they are.
         values: float coefficients by group, each in its group's shape; for a group without
             coefficients (Uni-LoRA's `size`) the positive number that its scale stands for.
+        bits: 4, 8 or 16.
         shared: the file's shared groups, already quantised.
 
     Raises:
         InputError: not even scales with c = 1 keep the sums below 2^53.
     """
     problem = ""
-    for c_max in (255, 127, 63, 31, 15, 7, 3, 1):
+    for c_max in MANTISSAS:
         own = {name: _quantise(value, bits, c_max) for name, value in values.items()}
         problem = update_problem(method, {**(shared or {}), **own})
         if not problem:
@@ -206,9 +230,7 @@ def _quantise(value: Floats | float, bits: int, c_max: int) -> Quantised:
 
 
 def update_problem(method: Method, groups: Mapping[str, Quantised]) -> str:
-    """What keeps an update of these groups from being exact; empty if nothing."""
-    chosen = [groups[name].scale for name in method.scales()]
-    c, e = 1, 0
-    for scale in chosen:
-        c, e = c * scale.c, e + scale.e
-    return exactness(c * method.bound({name: group.q for name, group in groups.items()}), e)
+    """Say what keeps an update of these groups from being exact; empty if nothing."""
+    scales = [groups[name].scale for name in method.scales()]
+    bound = method.bound({name: group.q for name, group in groups.items()})
+    return exactness(prod(s.c for s in scales) * bound, sum(s.e for s in scales))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeAlias
 
 from kilodelta.errors import require
+from kilodelta.files.tensor import Bytes
 from kilodelta.format.delta import Delta
 from kilodelta.format.targets import Target
-from kilodelta.merging import arithmetic
-from kilodelta.merging.arithmetic import Bytes, Source
 
-Merge = Callable[[Delta, Target, Source], Iterator[Bytes]]
+if TYPE_CHECKING:  # the CPU's kernels come with numba, for which reading a file need not wait
+    from kilodelta.merging.cpu import Source
+
+Merge: TypeAlias = "Callable[[Delta, Target, Source], Iterator[Bytes]]"
 """From a target's base bytes to the merged ones, piece by piece."""
 
 GPU_THREADS = 16
@@ -30,7 +33,9 @@ def merger(device: str) -> tuple[Merge, int | None]:
         InputError: there is no such device.
     """
     if device == "cpu":
-        return arithmetic.merged, None
+        from kilodelta.merging import cpu
+
+        return cpu.merged, None
     require("torch", extra="torch", why=f"merge on {device}")
     from kilodelta.merging.gpu.choose import device_named
     from kilodelta.merging.gpu.stream import merged

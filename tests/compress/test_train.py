@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import kilodelta
 from kilodelta.compress.training import layers, train
-from kilodelta.compress.training.update import Update
+from kilodelta.compress.training.update import FactoredUpdate
 from kilodelta.errors import BaseMismatchError, InputError
 from kilodelta.format.methods import Method
 from tests.support.making import METHODS, ids
@@ -222,5 +222,6 @@ def test_the_sum_is_taken_where_it_costs_less(trained: str, rows: int, cheaper: 
     right.requires_grad_(trained != "diagonals")
     one = torch.ones(768, requires_grad=True) if trained == "diagonals" else None
     assert (
-        layers.sum_is_cheaper(rows, Update(left=left, right=right, inner=one, rows=one)) == cheaper
+        layers.sum_is_cheaper(rows, FactoredUpdate(left=left, right=right, inner=one, rows=one))
+        == cheaper
     )

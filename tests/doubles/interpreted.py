@@ -16,13 +16,13 @@ from kilodelta.compress.training.packed import SignBases, SignMixer, mix_signs, 
 from kilodelta.errors import SelfTestError
 from kilodelta.exact.bases import Stream
 from kilodelta.exact.selftest import KNOWN_ANSWERS
-from kilodelta.format.methods import Method, Nola
+from kilodelta.format.methods import METHODS, Method, Nola
+from kilodelta.format.methods.nola import gpu as nola_on_gpu
 from kilodelta.format.targets import Target
-from kilodelta.merging.gpu import sides as sides_module
 from kilodelta.merging.gpu.on_triton import TritonUnit
-from kilodelta.merging.gpu.selftest import SAMPLES, is_ternary, require_good_unit
+from kilodelta.merging.gpu.selftest import require_good_unit
 from kilodelta.merging.gpu.sides import sides
-from kilodelta.merging.gpu.unit import Place, Step
+from kilodelta.merging.gpu.unit import Bases, UpdateScale
 
 variants = pytest.importorskip("kilodelta.merging.gpu.variants", exc_type=ImportError)
 CPU = torch.device("cpu")
@@ -35,16 +35,19 @@ def target_of(*shape: int) -> Target:
     return Target(name="x", dtype="F32", shape=shape, transposed=False, index=0)
 
 
-@pytest.mark.parametrize("method", {(m.name, is_ternary(m)): m for m in SAMPLES}.values(), ids=str)
+SAMPLES = {(m.name, m.variant): m for kind in METHODS.values() for m in kind.samples()}
+
+
+@pytest.mark.parametrize("method", SAMPLES.values(), ids=str)
 def test_every_method_and_dtype_comes_out_as_on_the_cpu(method: Method) -> None:
-    require_good_unit(TritonUnit(CPU), method.name, ternary=is_ternary(method))
+    require_good_unit(TritonUnit(CPU), method.name, method.variant)
 
 
 def test_philox_gives_the_known_answer_of_its_authors() -> None:
     counter, key, expected = KNOWN_ANSWERS[0]
     assert counter == (0, 0, 0, 0)
     assert key == (0, 0)
-    place = Place(stream=Stream(0), role=0, lines_are_rows=True)
+    place = Bases(stream=Stream(0), role=0, lines_are_rows=True)
     for u, word in enumerate(expected):
         q = np.zeros(128, np.int64)
         q[32 * u : 32 * u + 16] = 2 ** np.arange(16)
@@ -54,7 +57,7 @@ def test_philox_gives_the_known_answer_of_its_authors() -> None:
 
 def test_pieces_of_either_factor_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """As sums beyond 2^31 come; `test_kernels.py` has one of those."""
-    monkeypatch.setattr(sides_module, "MOST", 500)
+    monkeypatch.setattr(nola_on_gpu, "MOST", 500)
     rng, method, target = np.random.default_rng(3), Nola(rank=2, bases=40), target_of(5, 4)
     large, small = rng.integers(-99, 100, 40), np.eye(1, 40, 7, dtype=np.int64)[0]
     for q in ({"alpha": large, "beta": small}, {"alpha": small, "beta": large}):
@@ -74,15 +77,15 @@ def test_no_axis_of_a_grid_is_too_long(
     grids = []
     monkeypatch.setattr(variants.Variant, "launch", lambda self, grid, *_: grids.append(grid))
     left, right = (torch.zeros(1, size, dtype=torch.int32) for size in shape)
-    TritonUnit(CPU).add(torch.zeros(shape), left, right, Step(c=1, e=0, bound=1))
+    TritonUnit(CPU).add(torch.zeros(shape), left, right, UpdateScale(c=1, e=0, bound=1))
     [(programs, *others)] = grids
     assert programs >= shape[0] * shape[1] / (32 * 128)
     assert all(size <= 65_535 for size in others)
 
 
 def test_a_range_of_lines_is_a_slice_of_all() -> None:
-    place = Place(stream=Stream(SEED), role=0, lines_are_rows=False)
-    draw = TritonUnit(CPU).picked(place, np.arange(-25, 25), 3, 2, 9)
+    place = Bases(stream=Stream(SEED), role=0, lines_are_rows=False)
+    draw = TritonUnit(CPU).picked(place, np.arange(-25, 25), 3, 2, anchor=9, anchor_role=6)
     assert torch.equal(draw(range(40, 60)), draw(range(100))[:, 40:60])
 
 
@@ -90,7 +93,7 @@ def test_a_range_of_lines_is_a_slice_of_all() -> None:
 def test_numbers_beyond_float32_are_rounded_once_to_nearest_even(number: int) -> None:
     left = torch.tensor([[2**26], [1]], dtype=torch.int32)
     right = torch.tensor([[number >> 26], [number % 2**26]], dtype=torch.int32)
-    weights, step = torch.zeros(1, 1), Step(c=1, e=-3, bound=2**52)
+    weights, step = torch.zeros(1, 1), UpdateScale(c=1, e=-3, bound=2**52)
     out, flag = TritonUnit(CPU).add(weights, left, right, step)
     assert out.item() == float(np.float32(np.int64(number))) / 8
     assert not flag.any()
@@ -101,7 +104,7 @@ def test_numbers_beyond_float32_are_rounded_once_to_nearest_even(number: int) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 def test_what_is_not_finite_raises_the_flag(dtype: torch.dtype, bad: float) -> None:
-    unit, step = TritonUnit(CPU), Step(c=1, e=0, bound=1)
+    unit, step = TritonUnit(CPU), UpdateScale(c=1, e=0, bound=1)
     one = torch.ones(1, 1, dtype=torch.int32)
     row = torch.ones(1, 5, dtype=torch.int32)
     weights = torch.zeros(1, 5, dtype=dtype)
@@ -115,19 +118,21 @@ def test_an_update_out_of_range_raises_the_flag() -> None:
     weights = torch.full((1, 1), 65504.0, dtype=torch.float16)
     one = torch.ones(1, 1, dtype=torch.int32)
     unit = TritonUnit(CPU)
-    assert not unit.add(weights, one, one, Step(c=15, e=0, bound=1))[1].any()
-    assert unit.add(weights, one, one, Step(c=16, e=0, bound=1))[1].any()
+    assert not unit.add(weights, one, one, UpdateScale(c=15, e=0, bound=1))[1].any()
+    assert unit.add(weights, one, one, UpdateScale(c=16, e=0, bound=1))[1].any()
 
 
 def test_a_wrong_kernel_does_not_pass_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong(TritonUnit):
         def add(
-            self, weights: torch.Tensor, left: torch.Tensor, right: torch.Tensor, step: Step
+            self, weights: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: UpdateScale
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            return super().add(weights, left, right, Step(c=step.c, e=step.e + 1, bound=step.bound))
+            return super().add(
+                weights, left, right, UpdateScale(c=scale.c, e=scale.e + 1, bound=scale.bound)
+            )
 
     with pytest.raises(SelfTestError, match="does not reproduce the known values of rounding"):
-        require_good_unit(Wrong(CPU), "lora", ternary=False)
+        require_good_unit(Wrong(CPU), "lora")
 
 
 @pytest.mark.parametrize("rows", [True, False])

@@ -25,7 +25,7 @@ from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Patterns
-from kilodelta.merging import arithmetic, build
+from kilodelta.merging import build, cpu
 from kilodelta.verify.parity.gate import Limit
 from tests.support.making import write
 
@@ -76,7 +76,7 @@ class StandIn:
     def _merged(self, delta: Delta) -> dict[str, np.ndarray[Any, Any]]:
         found = {name: self._array(name) for name in self.base.names}
         for name, target in delta.targets.items():
-            parts = [part.copy() for part in arithmetic.merged(delta, target, self.base.data(name))]
+            parts = [part.copy() for part in cpu.merged(delta, target, self.base.data(name))]
             found[name] = np.concatenate(parts).view(np.float32).reshape(target.shape)
         for name, tensor in delta.extras.items():
             found[name] = tensor.data.view(np.float32).reshape(tensor.shape)

@@ -340,7 +340,7 @@ def test_a_delta_for_another_architecture_is_refused(small: Delta, tmp_path: Pat
 
 
 def test_an_extra_that_is_a_target_is_refused(base: Path) -> None:
-    with pytest.raises(FileError, match=r"tall.weight is a target and an extra too"):
+    with pytest.raises(FileError, match=r"tall.weight is a target and an extra as well"):
         delta(
             base, Lora(rank=1), extras={"tall.weight": RawTensor.copy_of(np.zeros(3, np.float32))}
         )

@@ -11,7 +11,7 @@ import pytest
 
 import kilodelta
 from kilodelta.format.foreign import COMPAT
-from kilodelta.merging import arithmetic
+from kilodelta.merging import cpu
 from kilodelta.verify.digests.proof import prove
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -39,7 +39,7 @@ def test_compatibility_forms_give_the_scalar_updates_bit_for_bit(path: Path) -> 
     assert list(delta.targets) == list(expected["targets"])
     for target, wanted in expected["targets"].items():
         assert np.array_equal(delta.update(target), np.array(wanted["update"], np.float32)), target
-        parts = arithmetic.merged(delta, delta.target(target), base.data(target))
+        parts = cpu.merged(delta, delta.target(target), base.data(target))
         assert b"".join(part.tobytes() for part in parts).hex() == wanted["merged"], target
 
 
@@ -52,7 +52,7 @@ def test_updates_and_merged_weights_are_the_scalar_ones(path: Path) -> None:
     for target, wanted in expected["targets"].items():
         assert np.array_equal(delta.expand(target), np.array(wanted["dq"])), target
         assert delta.scale(target) == (wanted["c"], wanted["e"])
-        parts = arithmetic.merged(delta, delta.target(target), base.data(target))
+        parts = cpu.merged(delta, delta.target(target), base.data(target))
         assert b"".join(part.tobytes() for part in parts).hex() == wanted["merged"], target
 
 

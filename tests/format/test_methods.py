@@ -14,23 +14,21 @@ from kilodelta.exact import fused, products, reference
 from kilodelta.exact.bases import Ints
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
-from kilodelta.format.manifest import method_options
 from kilodelta.format.methods import Lora, Method, Nola, RandLora, UniLora, Vera
 from kilodelta.format.targets import Patterns
-from kilodelta.merging import arithmetic
+from kilodelta.merging import cpu
 from tests.support.making import METHODS, PATTERNS, delta, ids, model, write
 
 
 def check_against_reference(found: Delta, base: Checkpoint) -> None:
     for name, target in found.targets.items():
         q = {group: values.tolist() for group, values in found.coefficients(name).items()}
-        options = method_options(found.method)
-        dq = reference.update(options, found.manifest.seed, q, target.matrix, target.index)
+        dq = found.method.scalar(q, target.matrix, found.manifest.seed, target.index)
         assert np.array_equal(found.expand(name), np.array(dq)), name
         c, e = found.scale(name)
         weights = base.data(name).tobytes()
         expected = reference.merge(target.dtype, weights, target.shape, target.transposed, c, e, dq)
-        parts = arithmetic.merged(found, target, base.data(name))
+        parts = cpu.merged(found, target, base.data(name))
         assert b"".join(part.tobytes() for part in parts) == expected, name
         assert expected != weights, f"{name} did not change: the test would prove nothing"
 
@@ -95,11 +93,11 @@ def test_any_shape_rank_and_seed(
     found = delta(base, method, patterns=patterns, seed=seed)
     for name, target in found.targets.items():
         q = {g: v.tolist() for g, v in found.coefficients(name).items()}
-        dq = reference.update(method_options(method), seed, q, target.matrix, 0)
+        dq = method.scalar(q, target.matrix, seed)
         assert np.array_equal(found.expand(name), np.array(dq))
         c, e = found.scale(name)
         data = Checkpoint.open(base).data(name)
-        parts = arithmetic.merged(found, target, data)
+        parts = cpu.merged(found, target, data)
         merged = b"".join(part.tobytes() for part in parts)
         assert merged == reference.merge(dtype, data.tobytes(), target.shape, turned, c, e, dq)
 

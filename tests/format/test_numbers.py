@@ -11,16 +11,8 @@ from hypothesis import strategies as st
 
 from kilodelta.errors import FileError, InputError
 from kilodelta.exact import reference, rounding
-from kilodelta.format.coefficients import (
-    Scale,
-    largest,
-    pack,
-    packed_size,
-    quantise,
-    scale_above,
-    scale_near,
-    unpack,
-)
+from kilodelta.format.packing import largest, pack, packed_size, unpack
+from kilodelta.format.quantise import Scale, quantise, scale_above, scale_near
 
 
 def test_packing_typed_in() -> None:

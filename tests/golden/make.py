@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from kilodelta.exact import reference
+from kilodelta.format.methods import METHODS
 
 SEED = 0x0123456789ABCDEF
 BASE: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -87,6 +88,11 @@ def base_tensors() -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     return found
 
 
+def made_by(options: dict[str, Any]) -> Any:
+    """The method of a manifest's options."""
+    return METHODS[options["name"]](**{k: v for k, v in options.items() if k != "name"})
+
+
 def group_shapes(method: dict[str, Any], out: int, in_: int) -> list[tuple[str, tuple[int, ...]]]:
     rank = method["rank"]
     n = ceil(min(out, in_) / rank)
@@ -145,7 +151,7 @@ def case(name: str, base: dict[str, tuple[str, tuple[int, ...], bytes]]) -> tupl
         C, e_all = prod(c for c, _ in own), sum(e for _, e in own)
         if shared:
             C, e_all = C * 9, e_all - 8
-        dq = reference.update(method, SEED, q, (out, in_), index)
+        dq = made_by(method).scalar(q, (out, in_), SEED, index)
         merged = reference.merge(dtype, data, shape, turned, C, e_all, dq)
         digests.append(digest(target, dtype, shape, merged))
         expected[target] = {"dq": dq, "c": C, "e": e_all, "merged": merged.hex()}

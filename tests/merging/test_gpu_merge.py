@@ -25,7 +25,7 @@ from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.format.methods import Lora, Method, Nola
-from kilodelta.merging import arithmetic
+from kilodelta.merging import cpu
 from kilodelta.merging.gpu import stream
 from tests.support import making
 from tests.support.loaded import Model
@@ -45,7 +45,7 @@ def test_bands_of_any_size_give_the_cpu_bytes(base: Path, method: Method, band: 
     delta = making.delta(base, method).bind(checkpoint)
     for target in delta.targets.values():
         data = checkpoint.data(target.name)
-        wanted = b"".join(part.tobytes() for part in arithmetic.merged(delta, target, data))
+        wanted = b"".join(part.tobytes() for part in cpu.merged(delta, target, data))
         parts = stream.merged(delta, target, data, CPU, band)
         assert b"".join(part.tobytes() for part in parts) == wanted, target.name
 

@@ -13,18 +13,19 @@ import pytest
 import torch
 
 from kilodelta.errors import SelfTestError
-from kilodelta.exact.bases import Role, Stream
-from kilodelta.format.methods import Method, Nola
+from kilodelta.exact.bases import Stream
+from kilodelta.format.methods import METHODS, Method, Nola
+from kilodelta.format.methods.nola.spec import ROLE_A
 from kilodelta.format.targets import Target
 from kilodelta.merging.gpu import choose
 from kilodelta.merging.gpu.on_torch import TorchUnit
-from kilodelta.merging.gpu.selftest import SAMPLES, is_ternary, require_good_unit
+from kilodelta.merging.gpu.selftest import require_good_unit
 from kilodelta.merging.gpu.sides import sides
-from kilodelta.merging.gpu.unit import Draw, Place, Step
+from kilodelta.merging.gpu.unit import Bases, Draw, UpdateScale
 
 variants = pytest.importorskip("kilodelta.merging.gpu.variants", exc_type=ImportError)
 ROOT = Path(__file__).parents[2]
-KINDS = list({(m.name, is_ternary(m)): m for m in SAMPLES}.values())
+KINDS = list({(m.name, m.variant): m for kind in METHODS.values() for m in kind.samples()}.values())
 RUNS = [variant for variant in variants.ALL if "fp64" not in variant.name]
 """What a GPU runs; float64 is for checking gradients in the interpreter."""
 
@@ -115,9 +116,9 @@ class Counting(TorchUnit):
         super().__init__(torch.device("cpu"))
         self.sums: list[int] = []
 
-    def mixed(self, place: Place, q: Any, rank: int) -> Draw:
+    def mixed(self, bases: Bases, q: Any, rank: int) -> Draw:
         self.sums.append(int(np.abs(q.astype(np.int64)).sum()))
-        return super().mixed(place, q, rank)
+        return super().mixed(bases, q, rank)
 
 
 def test_nola_sums_beyond_31_bits_equal_the_cpus() -> None:
@@ -125,7 +126,7 @@ def test_nola_sums_beyond_31_bits_equal_the_cpus() -> None:
     66,000 times 32,767, which is more than 2^31."""
     method, seed = Nola(rank=1, bases=66_000), Stream(2**63 + 5)
     target = Target(name="x", dtype="F32", shape=(3, 2), transposed=False, index=0)
-    words = seed.words(Role.NOLA_A, range(1), range(1), range(-(-method.bases // 128)))
+    words = seed.words(ROLE_A, range(1), range(1), range(-(-method.bases // 128)))
     bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: method.bases]
     beta = np.zeros(method.bases, np.int16)
     beta[[0, 5, 65_999]] = 3, -7, 1
@@ -135,8 +136,8 @@ def test_nola_sums_beyond_31_bits_equal_the_cpus() -> None:
     unit = Counting()
     found = sides(method, q, target, seed, unit)
     assert unit.sums == [11, 65_537 * 32_767, 463 * 32_767]  # below 2^31, as units want them
-    step = Step(c=1, e=-35, bound=method.bound(q))
-    out, _ = unit.add(torch.zeros(3, 2), found.out(range(3)), found.in_(range(2)), step)
+    scale = UpdateScale(c=1, e=-35, bound=method.bound(q))
+    out, _ = unit.add(torch.zeros(3, 2), found.out(range(3)), found.in_(range(2)), scale)
     assert np.array_equal(out.numpy(), (left @ right).astype(np.float32) * np.float32(2.0**-35))
 
 
@@ -144,10 +145,12 @@ def test_nola_sums_beyond_31_bits_equal_the_cpus() -> None:
 def test_a_device_that_computes_wrongly_is_refused(wrong: dict[str, int]) -> None:
     class Wrong(TorchUnit):
         def add(
-            self, weights: torch.Tensor, left: torch.Tensor, right: torch.Tensor, step: Step
+            self, weights: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: UpdateScale
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            off = Step(c=step.c + wrong.get("c", 0), e=step.e + wrong.get("e", 0), bound=step.bound)
+            off = UpdateScale(
+                c=scale.c + wrong.get("c", 0), e=scale.e + wrong.get("e", 0), bound=scale.bound
+            )
             return super().add(weights, left, right, off)
 
     with pytest.raises(SelfTestError, match="torch on cpu does not reproduce the known values"):
-        require_good_unit(Wrong(torch.device("cpu")), "lora", ternary=False)
+        require_good_unit(Wrong(torch.device("cpu")), "lora")

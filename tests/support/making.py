@@ -13,9 +13,9 @@ import numpy as np
 from kilodelta.files import canonical
 from kilodelta.files.safetensors import header_bytes
 from kilodelta.files.tensor import RawTensor, TensorInfo
-from kilodelta.format.coefficients import Quantised, quantise
 from kilodelta.format.delta import Delta
 from kilodelta.format.methods import Lora, Method, Nola, RandLora, UniLora, Vera
+from kilodelta.format.quantise import Quantised, quantise
 from kilodelta.format.targets import Patterns
 from kilodelta.merging import build
 

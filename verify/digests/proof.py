@@ -15,7 +15,7 @@ from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.identity import Identity, digest
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
-from kilodelta.merging import arithmetic
+from kilodelta.merging.proof import target_digests
 from kilodelta.progress import Progress, silent
 
 SHOWN = 10
@@ -58,7 +58,7 @@ def prove(
         checkpoint, found.manifest.base, cache=False, threads=threads, progress=progress
     )
     bound = found.bind(checkpoint)
-    targets = arithmetic.target_digests(bound, checkpoint, threads=threads, progress=progress)
+    targets = target_digests(bound, checkpoint, threads=threads, progress=progress)
     root = identity.root(targets.values())
     if root != bound.manifest.result:
         raise ProofError(

@@ -12,7 +12,7 @@ from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.methods import Method, Nola, RandLora
 from kilodelta.format.targets import Patterns
-from kilodelta.merging import arithmetic
+from kilodelta.merging import cpu
 from kilodelta.merging.gpu import stream
 from kilodelta.verify.gpu import synthetic
 from kilodelta.verify.gpu.part import Row, Setting
@@ -35,7 +35,7 @@ def _small(checkpoint: Checkpoint, delta: Delta, setting: Setting) -> Row:
     wrong = []
     for target in bound.targets.values():
         data = checkpoint.data(target.name)
-        wanted = b"".join(part.tobytes() for part in arithmetic.merged(bound, target, data))
+        wanted = b"".join(part.tobytes() for part in cpu.merged(bound, target, data))
         found = b"".join(
             part.tobytes() for part in stream.merged(bound, target, data, device, 1 << 16)
         )

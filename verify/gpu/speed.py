@@ -20,7 +20,7 @@ from kilodelta.format.methods import Method, Nola, RandLora
 from kilodelta.format.targets import Target
 from kilodelta.merging.gpu.choose import device_named, unit_for
 from kilodelta.merging.gpu.sides import sides
-from kilodelta.merging.gpu.unit import Step
+from kilodelta.merging.gpu.unit import UpdateScale
 from kilodelta.verify.gpu.measure import Measure, Run, Wanted, captured, side_by_side
 from kilodelta.verify.gpu.part import Row, Setting, guarded
 from kilodelta.verify.gpu.synthetic import llama
@@ -131,7 +131,7 @@ def merging(method: Method, weights: list[Tensor], device: torch.device) -> Run:
             for group in method.groups(target)
         }
         bound = method.bound(q)
-        step = Step(c=1, e=-bound.bit_length(), bound=bound)
+        step = UpdateScale(c=1, e=-bound.bit_length(), bound=bound)
         jobs.append((weight, sides(method, q, target, STREAM, unit), step))
     return lambda: [
         unit.add(weight, found.out(range(weight.shape[0])), found.in_(range(weight.shape[1])), step)

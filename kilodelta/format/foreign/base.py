@@ -2,59 +2,54 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy.typing as npt
 
 from kilodelta.errors import SelfTestError
-from kilodelta.exact.bases import Stream
-from kilodelta.format.coefficients import Group
+from kilodelta.files.untrusted import digest, number
+from kilodelta.format.fields import Check, one_of
+from kilodelta.format.foreign.stored import DTYPES
+from kilodelta.format.form import Form
 from kilodelta.format.targets import Target
 
 Floats = npt.NDArray[Any]
 Values = Mapping[str, Floats]
 """A target's coefficients by group name, the file's shared groups among them."""
 
+ALPHA: Check = number
+DTYPE: Check = one_of(*DTYPES)
+FINGERPRINT: Check = digest
 
-class Compat(Protocol):
+
+@dataclass(frozen=True, kw_only=True)
+class Compat(Form):
     """One way from float coefficients to an update scaling * left @ right of shape (out, in).
 
     Both factors are float32 and come from elementwise operations alone, so that every machine
     computes the same; `kilodelta.exact.ordered` multiplies them in one fixed order.
     """
 
-    name: ClassVar[str]
-    paper: ClassVar[str]
-    choices: ClassVar[Mapping[str, tuple[str, ...]]]
-    """The texts that an option may be."""
-
     @property
-    def rank(self) -> int:
-        """r of the other tool."""
-
-    @property
+    @abstractmethod
     def scaling(self) -> float:
         """What the product is multiplied by, alpha / r."""
 
-    def shared(self) -> tuple[Group, ...]:
-        """Groups that the whole file has once."""
-
-    def groups(self, target: Target) -> tuple[Group, ...]:
-        """Groups of one target, in file order."""
-
     def problem(self, layout: tuple[Target, ...]) -> str:
-        """What does not fit between the options and the base's targets; empty if nothing."""
-
-    def left(self, q: Values, target: Target, stream: Stream, rows: range) -> Floats:
-        """Rows of the left factor, float32 (rows, K)."""
-
-    def right(self, q: Values, target: Target, stream: Stream) -> Floats:
-        """The right factor, float32 (K, in)."""
+        """Say what does not fit between the options and the base's targets; empty if nothing."""
+        return ""
 
 
 def require_print(expected: str, found: str, what: str) -> None:
-    """The basis drawn here must be the one that the file was made with.
+    """Check that a basis drawn here is the one that the file was made with.
+
+    Args:
+        expected: the fingerprint that the file states.
+        found: the fingerprint of the basis drawn here.
+        what: what the message calls the basis.
 
     Raises:
         SelfTestError: it is another one.

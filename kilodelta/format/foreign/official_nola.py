@@ -16,9 +16,10 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from kilodelta.exact.bases import Stream
-from kilodelta.format.coefficients import Group
-from kilodelta.format.foreign.base import Floats, Values, require_print
+from kilodelta.format.fields import BASES, RANK, Check, one_of
+from kilodelta.format.foreign.base import ALPHA, Compat, Floats, Values, require_print
 from kilodelta.format.foreign.torch_cpu import TorchCpu
+from kilodelta.format.packing import Group
 from kilodelta.format.targets import Target
 
 CHUNK = 1 << 22
@@ -26,7 +27,7 @@ CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
-class OfficialNola:
+class OfficialNola(Compat):
     """dW = (alpha / r) (B0 + sum_j beta_j V_j / sqrt k) (A0 + sum_i alpha_i U_i / sqrt k).
 
     With the layout `gpt2`, a target with out = 3 in is GPT-2's fused query, key and value: two such
@@ -35,8 +36,14 @@ class OfficialNola:
 
     name: ClassVar[str] = "official-nola"
     paper: ClassVar[str] = "https://arxiv.org/abs/2310.02556"
-    choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
-        {"layout": ("plain", "gpt2"), "start": ("A", "both")}
+    checks: ClassVar[Mapping[str, Check]] = MappingProxyType(
+        {
+            "rank": RANK,
+            "bases": BASES,
+            "alpha": ALPHA,
+            "layout": one_of("plain", "gpt2"),
+            "start": one_of("A", "both"),
+        }
     )
     rank: int
     bases: int
@@ -56,9 +63,6 @@ class OfficialNola:
             return range(in_), range(2 * in_, out)
         return (range(out),)
 
-    def shared(self) -> tuple[Group, ...]:
-        return ()
-
     def groups(self, target: Target) -> tuple[Group, ...]:
         parts = self.parts(target)
         count, height = len(parts), len(parts[0])
@@ -72,8 +76,12 @@ class OfficialNola:
             *((B0,) if self.start == "both" else ()),
         )
 
-    def problem(self, layout: tuple[Target, ...]) -> str:
-        return ""
+    def inner(self, target: Target) -> int:
+        return len(self.parts(target)) * self.rank
+
+    def draws(self, target: Target) -> int:
+        parts = self.parts(target)
+        return len(parts) * self.rank * self.bases * (len(parts[0]) + target.matrix[1])
 
     def left(self, q: Values, target: Target, stream: Stream, rows: range) -> Floats:
         parts = self.parts(target)

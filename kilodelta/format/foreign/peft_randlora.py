@@ -18,10 +18,18 @@ import numpy as np
 
 from kilodelta.exact.bases import Stream
 from kilodelta.files.dtypes import FLOATS, named
-from kilodelta.format.coefficients import Group
-from kilodelta.format.foreign.base import Floats, Values, require_print
-from kilodelta.format.foreign.stored import DTYPES
+from kilodelta.format.fields import RANK, SIDE, Check, one_of
+from kilodelta.format.foreign.base import (
+    ALPHA,
+    DTYPE,
+    FINGERPRINT,
+    Compat,
+    Floats,
+    Values,
+    require_print,
+)
 from kilodelta.format.foreign.torch_cpu import TorchCpu
+from kilodelta.format.packing import Group
 from kilodelta.format.targets import Target
 
 Kind = Literal["dense", "sparse", "very-sparse", "stored"]
@@ -30,7 +38,7 @@ Basis = tuple[Floats, Floats]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PeftRandLora:
+class PeftRandLora(Compat):
     """dW = (alpha / r) Bhat L, transposed where out < in.
 
     Bhat (M, n r) is B flattened base-major, L (r n, m) is lambda A gamma flattened rank-major.
@@ -38,12 +46,18 @@ class PeftRandLora:
 
     name: ClassVar[str] = "peft-randlora"
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.00987"
-    choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    checks: ClassVar[Mapping[str, Check]] = MappingProxyType(
         {
-            "basis": ("dense", "sparse", "very-sparse", "stored"),
-            "dtype": DTYPES,
+            "rank": RANK,
+            "alpha": ALPHA,
+            "basis": one_of("dense", "sparse", "very-sparse", "stored"),
+            "dtype": DTYPE,
+            "small": SIDE,
+            "large": SIDE,
+            "fingerprint": FINGERPRINT,
         }
     )
+    full_rank: ClassVar[bool] = True
     rank: int
     alpha: float
     basis: Kind
@@ -74,6 +88,13 @@ class PeftRandLora:
         small = min(target.matrix)
         n = ceil_div(small, self.rank)
         return Group(name="lambda", shape=(self.rank, n)), Group(name="gamma", shape=(n, small))
+
+    def inner(self, target: Target) -> int:
+        return ceil_div(min(target.matrix), self.rank) * self.rank
+
+    def draws(self, target: Target) -> int:
+        """The basis, drawn once for all targets and counted at each."""
+        return (self.small + self.rank) * (self.large + self.rank)
 
     def problem(self, layout: tuple[Target, ...]) -> str:
         needed = sides(layout)

@@ -18,22 +18,40 @@ import numpy.typing as npt
 
 from kilodelta.exact.bases import Stream
 from kilodelta.files.dtypes import named
-from kilodelta.format.coefficients import Group
-from kilodelta.format.foreign.base import Floats, Values, require_print
-from kilodelta.format.foreign.stored import DTYPES
+from kilodelta.format.fields import BASES, RANK, Check, whole_in
+from kilodelta.format.foreign.base import (
+    DTYPE,
+    FINGERPRINT,
+    Compat,
+    Floats,
+    Values,
+    require_print,
+)
+from kilodelta.format.packing import Group
 from kilodelta.format.targets import Target
+
+MAX_PLACES = 1 << 40
+"""Most entries of all factors together."""
 
 Dealt = tuple[npt.NDArray[Any], Floats]
 """Which entry every place takes, int64 (total,), and what each entry is scaled by, (k,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PeftUniLora:
+class PeftUniLora(Compat):
     """dW = B A; A (r, in) and then B (out, r) take the next places from the target's `start`."""
 
     name: ClassVar[str] = "peft-unilora"
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.00799"
-    choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({"dtype": DTYPES})
+    checks: ClassVar[Mapping[str, Check]] = MappingProxyType(
+        {
+            "rank": RANK,
+            "bases": BASES,
+            "total": whole_in(1, MAX_PLACES),
+            "dtype": DTYPE,
+            "fingerprint": FINGERPRINT,
+        }
+    )
     rank: int
     bases: int
     """Length of the vector, k."""
@@ -53,6 +71,10 @@ class PeftUniLora:
 
     def groups(self, target: Target) -> tuple[Group, ...]:
         return (Group(name="start", shape=(1,), dtype="I64"),)
+
+    def draws(self, target: Target) -> int:
+        """The shuffle, drawn once for all targets and counted by their shares."""
+        return places(self.rank, [target.matrix])
 
     def problem(self, layout: tuple[Target, ...]) -> str:
         needed = places(self.rank, [target.matrix for target in layout])

@@ -16,9 +16,10 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from kilodelta.exact.bases import Stream
-from kilodelta.format.coefficients import Group
-from kilodelta.format.foreign.base import Floats, Values, require_print
+from kilodelta.format.fields import RANK, SIDE, Check, one_of
+from kilodelta.format.foreign.base import FINGERPRINT, Compat, Floats, Values, require_print
 from kilodelta.format.foreign.torch_cpu import TorchCpu
+from kilodelta.format.packing import Group
 from kilodelta.format.targets import Target
 
 Basis = tuple[Floats, Floats]
@@ -26,13 +27,19 @@ Basis = tuple[Floats, Floats]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PeftVera:
+class PeftVera(Compat):
     """dW = diag(b) B diag(d) A, with the first rows of B and the first columns of A."""
 
     name: ClassVar[str] = "peft-vera"
     paper: ClassVar[str] = "https://arxiv.org/abs/2310.11454"
-    choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
-        {"basis": ("drawn", "stored")}
+    checks: ClassVar[Mapping[str, Check]] = MappingProxyType(
+        {
+            "rank": RANK,
+            "basis": one_of("drawn", "stored"),
+            "height": SIDE,
+            "width": SIDE,
+            "fingerprint": FINGERPRINT,
+        }
     )
     rank: int
     basis: Literal["drawn", "stored"]
@@ -61,6 +68,10 @@ class PeftVera:
             Group(name="d", shape=(self.rank,)),
             Group(name="b", shape=(target.matrix[0],)),
         )
+
+    def draws(self, target: Target) -> int:
+        """The basis, drawn once for all targets and counted at each."""
+        return self.rank * (self.height + self.width)
 
     def problem(self, layout: tuple[Target, ...]) -> str:
         """A drawn basis is of the layers' own size; a file cannot ask for a larger one."""

@@ -10,7 +10,7 @@ import torch
 from kilodelta.errors import InputError
 from kilodelta.format.methods import Method
 from kilodelta.merging.gpu.on_torch import TorchUnit
-from kilodelta.merging.gpu.selftest import is_ternary, require_good_unit
+from kilodelta.merging.gpu.selftest import require_good_unit
 from kilodelta.merging.gpu.unit import Unit
 
 
@@ -43,13 +43,13 @@ def unit_for(device: torch.device, method: Method) -> Unit:
     Raises:
         SelfTestError: the device does not reproduce the known values.
     """
-    return _proved(device, method.name, is_ternary(method))
+    return _proved(device, method.name, method.variant)
 
 
 @lru_cache(maxsize=64)
-def _proved(device: torch.device, method: str, ternary: bool) -> Unit:
+def _proved(device: torch.device, method: str, variant: str) -> Unit:
     unit = _unit(device)
-    require_good_unit(unit, method, ternary=ternary)
+    require_good_unit(unit, method, variant)
     return unit
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kilodelta.exact.bases import BLOCK, Ints, Role
-from kilodelta.merging.gpu.unit import Draw, Place, Step
+from kilodelta.exact.bases import BLOCK, Ints
+from kilodelta.merging.gpu.unit import Bases, Draw, UpdateScale
 
 MASK = 0xFFFFFFFF
 
@@ -43,7 +43,7 @@ class TorchUnit:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def mixed(self, place: Place, q: Ints, rank: int) -> Draw:
+    def mixed(self, bases: Bases, q: Ints, rank: int) -> Draw:
         values = torch.zeros(-(-q.size // BLOCK), BLOCK, dtype=torch.float64, device=self.device)
         values.view(-1)[: q.size] = self._put(q)
 
@@ -51,30 +51,39 @@ class TorchUnit:
             found = torch.zeros(rank, len(lines), dtype=torch.float64, device=self.device)
             for block, part in enumerate(values):
                 for word, numbers in zip(
-                    self._words(place, lines, rank, block), part.view(4, 32), strict=True
+                    self._words(bases, lines, rank, block), part.view(4, 32), strict=True
                 ):
                     found += self._bits(word) @ numbers
             return found
 
         return draw
 
-    def signed(self, place: Place, over_rank: Ints, over_lines: Ints) -> Draw:
+    def signed(self, bases: Bases, over_rank: Ints, over_lines: Ints) -> Draw:
         ranks, all_lines = self._put(over_rank), self._put(over_lines)
 
         def draw(lines: range) -> Tensor:
             sizes = ranks[:, None] * all_lines[lines.start : lines.stop]
-            return sizes * self._sign(self._words(place, lines, ranks.numel(), 0)[0])
+            return sizes * self._sign(self._words(bases, lines, ranks.numel(), 0)[0])
 
         return draw
 
-    def picked(self, place: Place, theta: Ints, index: int, rank: int, anchor: int = 0) -> Draw:
+    def picked(
+        self,
+        bases: Bases,
+        theta: Ints,
+        index: int,
+        rank: int,
+        *,
+        anchor: int = 0,
+        anchor_role: int = 0,
+    ) -> Draw:
         values, k = self._put(theta), theta.size
 
         def draw(lines: range) -> Tensor:
-            first, odd, _, _ = self._words(place, lines, rank, index)
+            first, odd, _, _ = self._words(bases, lines, rank, index)
             found = values[_multiply(first, k)[0]] * self._sign(odd)
             if anchor:
-                at = Place(stream=place.stream, role=Role.UNILORA_ANCHOR, lines_are_rows=False)
+                at = Bases(stream=bases.stream, role=anchor_role, lines_are_rows=False)
                 found += anchor * self._sign(self._words(at, lines, rank, 0)[0])
             return found
 
@@ -84,14 +93,14 @@ class TorchUnit:
         values = self._put(factor)
         return lambda lines: values[:, lines.start : lines.stop]
 
-    def large(self, place: Place, lambda_: Ints, sparsity: int) -> Draw:
+    def large(self, bases: Bases, lambda_: Ints, sparsity: int) -> Draw:
         n, rank = lambda_.shape
         values, size = self._put(lambda_).t(), 4 if sparsity else BLOCK
 
         def draw(lines: range) -> Tensor:
             parts = []
             for block in range(-(-n // size)):
-                words = self._words(place, lines, rank, block)
+                words = self._words(bases, lines, rank, block)
                 bits = [
                     self._ternary(word, sparsity)[..., None] if sparsity else self._bits(word)
                     for word in words
@@ -102,35 +111,35 @@ class TorchUnit:
 
         return draw
 
-    def small(self, place: Place, gamma: Ints, rank: int, sparsity: int) -> Draw:
+    def small(self, bases: Bases, gamma: Ints, rank: int, sparsity: int) -> Draw:
         values = self._put(gamma).t()
 
         def draw(lines: range) -> Tensor:
-            word = self._words(place, lines, rank, 0)[0]
+            word = self._words(bases, lines, rank, 0)[0]
             entries = self._ternary(word, sparsity) if sparsity else self._sign(word)
             return self._wide(entries[..., None] * values[lines.start : lines.stop])
 
         return draw
 
     def add(
-        self, weights: Tensor, left: Tensor, right: Tensor, step: Step
+        self, weights: Tensor, left: Tensor, right: Tensor, scale: UpdateScale
     ) -> tuple[Tensor, Tensor]:
         is_wide = left.dtype == torch.int8
         product = left.double() @ right.double().t() if is_wide else left.t() @ right
-        number = (product * step.c + 0.0).float()  # + 0.0: no sum may be a zero below zero
-        new = (weights.float() + number * step.scale).to(weights.dtype)
+        number = (product * scale.c + 0.0).float()  # + 0.0: no sum may be a zero below zero
+        new = (weights.float() + number * scale.unit).to(weights.dtype)
         return new, (~torch.isfinite(new)).any().int().reshape(1)
 
     def _put(self, values: Ints) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values, np.float64)).to(self.device)
 
-    def _words(self, place: Place, lines: range, rank: int, block: int) -> tuple[Tensor, ...]:
+    def _words(self, bases: Bases, lines: range, rank: int, block: int) -> tuple[Tensor, ...]:
         """The four words of all entries, each int64 (rank, lines)."""
         line = torch.arange(lines.start, lines.stop, device=self.device)[None, :]
         rho = torch.arange(rank, device=self.device)[:, None]
-        row, column = (line, rho) if place.lines_are_rows else (rho, line)
-        others = torch.tensor([block, place.role], device=self.device)
-        return philox((row, column, others[0], others[1]), place.stream.seed)
+        row, column = (line, rho) if bases.lines_are_rows else (rho, line)
+        others = torch.tensor([block, bases.role], device=self.device)
+        return philox((row, column, others[0], others[1]), bases.stream.seed)
 
     def _bits(self, word: Tensor) -> Tensor:
         """Signs of the 32 bits of each word, float64 (..., 32)."""

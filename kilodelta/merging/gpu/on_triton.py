@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kilodelta.exact.bases import BLOCK, Ints, Role, bit_planes
+from kilodelta.exact.bases import BLOCK, Ints, bit_planes
 from kilodelta.merging.gpu import variants
-from kilodelta.merging.gpu.unit import DTYPES, Draw, Place, Step
+from kilodelta.merging.gpu.unit import DTYPES, Bases, Draw, UpdateScale
 
 
 def word(value: int) -> int:
@@ -39,40 +39,49 @@ class TritonUnit:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def mixed(self, place: Place, q: Ints, rank: int) -> Draw:
+    def mixed(self, bases: Bases, q: Ints, rank: int) -> Draw:
         planes, flips = (self._put(bits.view(np.int32)) for bits in bit_planes(q))
         total = int(np.abs(q.astype(np.int64)).sum())
-        variant = variants.MIXED[place.lines_are_rows]
+        variant = variants.MIXED[bases.lines_are_rows]
 
         def draw(lines: range) -> Tensor:
             out = self._new(rank, len(lines))
             sizes = len(lines), rank, planes.shape[1], planes.shape[0]
-            before = out, planes, flips, total, *key(place.stream.seed), place.role, lines.start
+            before = out, planes, flips, total, *key(bases.stream.seed), bases.role, lines.start
             variant.launch(_flat(out), *before, *sizes)
             return out
 
         return draw
 
-    def signed(self, place: Place, over_rank: Ints, over_lines: Ints) -> Draw:
+    def signed(self, bases: Bases, over_rank: Ints, over_lines: Ints) -> Draw:
         ranks, all_lines = self._put(over_rank), self._put(over_lines)
-        variant = variants.SIGNED[place.lines_are_rows]
+        variant = variants.SIGNED[bases.lines_are_rows]
 
         def draw(lines: range) -> Tensor:
             out = self._new(ranks.numel(), len(lines))
-            where = *key(place.stream.seed), place.role, lines.start
+            where = *key(bases.stream.seed), bases.role, lines.start
             variant.launch(_flat(out), out, ranks, all_lines, *where, len(lines), ranks.numel())
             return out
 
         return draw
 
-    def picked(self, place: Place, theta: Ints, index: int, rank: int, anchor: int = 0) -> Draw:
+    def picked(
+        self,
+        bases: Bases,
+        theta: Ints,
+        index: int,
+        rank: int,
+        *,
+        anchor: int = 0,
+        anchor_role: int = 0,
+    ) -> Draw:
         values = self._put(theta)
-        variant = variants.PICKED[place.lines_are_rows, anchor != 0]
+        variant = variants.PICKED[bases.lines_are_rows, anchor != 0]
 
         def draw(lines: range) -> Tensor:
             out = self._new(rank, len(lines))
-            roles = place.role, int(Role.UNILORA_ANCHOR)
-            before = out, values, theta.size, anchor, *key(place.stream.seed), *roles, index
+            roles = bases.role, anchor_role
+            before = out, values, theta.size, anchor, *key(bases.stream.seed), *roles, index
             variant.launch(_flat(out), *before, lines.start, len(lines), rank)
             return out
 
@@ -82,7 +91,7 @@ class TritonUnit:
         values = self._put(factor)
         return lambda lines: values[:, lines.start : lines.stop].contiguous()
 
-    def large(self, place: Place, lambda_: Ints, sparsity: int) -> Draw:
+    def large(self, bases: Bases, lambda_: Ints, sparsity: int) -> Draw:
         n, rank = lambda_.shape
         values = self._put(lambda_, np.int8)
         variant = variants.LARGE[sparsity > 0]
@@ -90,13 +99,13 @@ class TritonUnit:
         def draw(lines: range) -> Tensor:
             out = self._wide(len(lines), rank * n)
             grid = tiles(len(lines), variants.LINES), rank, tiles(n, BLOCK)
-            where = *key(place.stream.seed), place.role, lines.start, *_edges(sparsity)
+            where = *key(bases.stream.seed), bases.role, lines.start, *_edges(sparsity)
             variant.launch(grid, out, values, *where, len(lines), rank, n, out.shape[1])
             return out
 
         return draw
 
-    def small(self, place: Place, gamma: Ints, rank: int, sparsity: int) -> Draw:
+    def small(self, bases: Bases, gamma: Ints, rank: int, sparsity: int) -> Draw:
         n, all_lines = gamma.shape
         values = self._put(gamma, np.int8)
         variant = variants.SMALL[sparsity > 0]
@@ -104,14 +113,14 @@ class TritonUnit:
         def draw(lines: range) -> Tensor:
             out = self._wide(len(lines), rank * n)
             grid = tiles(len(lines), variants.LINES), rank, tiles(n, 32)
-            where = *key(place.stream.seed), place.role, lines.start, *_edges(sparsity)
+            where = *key(bases.stream.seed), bases.role, lines.start, *_edges(sparsity)
             variant.launch(grid, out, values, *where, len(lines), all_lines, n, out.shape[1])
             return out
 
         return draw
 
     def add(
-        self, weights: Tensor, left: Tensor, right: Tensor, step: Step
+        self, weights: Tensor, left: Tensor, right: Tensor, scale: UpdateScale
     ) -> tuple[Tensor, Tensor]:
         dtype, (rows, columns) = DTYPES[weights.dtype], weights.shape
         bits = torch.int32 if dtype == "F32" else torch.int16
@@ -120,10 +129,10 @@ class TritonUnit:
         if left.dtype == torch.int8:
             variant, inner = variants.BY_INT8[dtype], left.shape[1]
         else:
-            variant, inner = variants.LOW_RANK[dtype, step.bound >= 2**31], left.shape[0]
+            variant, inner = variants.LOW_RANK[dtype, scale.bound >= 2**31], left.shape[0]
         tall, broad = variant.constants["BM"], variant.constants["BN"]
         grid = (tiles(rows, tall) * tiles(columns, broad),)
-        variant.launch(grid, *before, inner, step.c, step.scale)
+        variant.launch(grid, *before, inner, scale.c, scale.unit)
         return out, flag
 
     def _put(self, values: Ints, dtype: type[np.signedinteger[Any]] = np.int32) -> Tensor:

@@ -18,42 +18,38 @@ from kilodelta.exact import rounding
 from kilodelta.exact.bases import Ints, Stream
 from kilodelta.exact.bounds import EXACT
 from kilodelta.exact.selftest import ROUNDED, require_good_kernels
-from kilodelta.format.coefficients import largest, storage
-from kilodelta.format.methods import Coefficients, Lora, Method, Nola, RandLora, UniLora, Vera
+from kilodelta.format.methods import METHODS, Coefficients, Method
+from kilodelta.format.packing import largest, storage
 from kilodelta.format.targets import Target
 from kilodelta.merging.gpu.sides import sides
-from kilodelta.merging.gpu.unit import TORCH, Step, Unit
+from kilodelta.merging.gpu.unit import TORCH, Unit, UpdateScale
 
 STREAM = Stream(0xFEDCBA9876543210)
 SHAPES = ((38, 21), (21, 140))
 """A tall and a wide target; neither divides into tiles."""
 
-SAMPLES: tuple[Method, ...] = (
-    Nola(rank=2, bases=130),
-    RandLora(rank=3),
-    RandLora(rank=2, basis="ternary", sparsity=3),
-    Lora(rank=5),
-    Vera(rank=6),
-    UniLora(rank=3, bases=50),
-    UniLora(rank=3, bases=50, anchor=9),
-)
 DIGITS = {"F32": 23, "F16": 10, "BF16": 7}
 """Stored bits of a significand."""
 
 
-def is_ternary(method: Method) -> bool:
-    """Whether a method's bases are ternary."""
-    return getattr(method, "sparsity", 0) > 0
+def require_good_unit(unit: Unit, name: str, variant: str = "") -> None:
+    """Merge small targets of a method on a unit and by the CPU's kernels, and compare.
 
-
-def require_good_unit(unit: Unit, name: str, *, ternary: bool) -> None:
-    """Merge small targets of a method on a unit and by the CPU's kernels.
+    Args:
+        unit: the device.
+        name: of the method.
+        variant: which of the method's kernels are tried (`Method.variant`).
 
     Raises:
         SelfTestError: they differ.
     """
     require_good_kernels()
-    chosen = [m for m in SAMPLES if m.name == name and is_ternary(m) == ternary]
+    chosen = [sample for sample in METHODS[name].samples() if sample.variant == variant]
+    if not chosen:
+        raise SelfTestError(
+            f"{name} has no sample of its variant {variant!r} to prove {unit.name} with",
+            fix="merge with device cpu, and report it",
+        )
     wrong = [f"rounding to {dtype}" for dtype in TORCH if not _rounds(unit, dtype)]
     wrong += [
         f"{name} in {dtype}"
@@ -74,7 +70,7 @@ def _rounds(unit: Unit, dtype: str) -> bool:
     weights = _on(unit, np.array([bits], width), dtype)
     left = unit.held(np.ones((1, 1), np.int8))(range(1))
     right = unit.held(np.array([[1, 1, 1, 0, 0]], np.int8))(range(5))
-    out, flag = unit.add(weights, left, right, Step(c=1, e=-DIGITS[dtype] - 1, bound=1))
+    out, flag = unit.add(weights, left, right, UpdateScale(c=1, e=-DIGITS[dtype] - 1, bound=1))
     expected = [bits[0], bits[1] + 1, bits[0], bits[3], 0]
     return _bits(out).view(width).tolist() == expected and not flag.any()
 
@@ -97,11 +93,11 @@ class _Case:
     q: Coefficients
 
     @property
-    def step(self) -> Step:
-        """About as large as the weights; C takes the numbers beyond what float32 holds exactly."""
+    def scale(self) -> UpdateScale:
+        """An update about as large as the weights; C takes the numbers beyond float32's 24 bits."""
         bound = self.method.bound(self.q)
         c = min(255 * 255, (EXACT - 1) // bound)
-        return Step(c=c, e=-(c * bound).bit_length(), bound=bound)
+        return UpdateScale(c=c, e=-(c * bound).bit_length(), bound=bound)
 
     def wrong_dtypes(self, unit: Unit) -> list[str]:
         """Types of weights for which a unit differs from the CPU."""
@@ -111,7 +107,7 @@ class _Case:
         wrong = []
         for dtype in TORCH:
             bits = _weights(self.target.stored, dtype)
-            out, flag = unit.add(_on(unit, bits, dtype), left, right, self.step)
+            out, flag = unit.add(_on(unit, bits, dtype), left, right, self.scale)
             expected = self._expected(bits, dtype)
             if flag.any() or not np.array_equal(_bits(out).view(expected.dtype), expected):
                 wrong.append(dtype)
@@ -123,15 +119,15 @@ class _Case:
         left = self.method.left(self.q, self.target, STREAM, rows).astype(np.int64)
         numbers = left @ self.method.right(self.q, self.target, STREAM).astype(np.int64)
         flat = bits.view(view).reshape(-1)
-        out, scale = np.empty_like(flat), np.float32(self.step.scale)
-        add(flat, numbers.astype(np.float64).reshape(-1), np.float64(self.step.c), scale, out)
+        out, scale = np.empty_like(flat), np.float32(self.scale.unit)
+        add(flat, numbers.astype(np.float64).reshape(-1), np.float64(self.scale.c), scale, out)
         return out.view(bits.dtype)
 
 
 def _cases(method: Method) -> Iterator[_Case]:
     """A tall and a wide target; the sums of one fit 31 bits, those of the other do not."""
     rng = np.random.default_rng(1)
-    for shape, bits in zip(SHAPES, (8, 8 if method.name == "randlora" else 16), strict=True):
+    for shape, bits in zip(SHAPES, (8, max(method.bits)), strict=True):
         target = Target(name="x", dtype="F32", shape=shape, transposed=False, index=7)
         top = largest(bits)
         q = {

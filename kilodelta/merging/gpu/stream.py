@@ -17,11 +17,12 @@ from torch import Tensor
 from kilodelta.errors import SelfTestError
 from kilodelta.format.delta import Delta
 from kilodelta.format.targets import Target
-from kilodelta.merging import arithmetic
-from kilodelta.merging.arithmetic import Bytes, Source
+from kilodelta.merging import cpu
+from kilodelta.merging.cpu import Bytes
+from kilodelta.merging.cpu import Source
 from kilodelta.merging.gpu.choose import unit_for
+from kilodelta.merging.gpu.device_update import DeviceUpdate
 from kilodelta.merging.gpu.unit import TORCH
-from kilodelta.merging.gpu.update import Update
 
 BAND = 16 << 20
 """Bytes of a band, at least one row."""
@@ -74,7 +75,7 @@ class Lane:
 def merged(
     delta: Delta, target: Target, base: Source, device: torch.device, band: int = BAND
 ) -> Iterator[Bytes]:
-    """The merged tensor's bytes in order, as `kilodelta.merging.arithmetic.merged` gives them; a
+    """The merged tensor's bytes in order, as `kilodelta.merging.cpu.merged` gives them; a
     piece is overwritten by the next but one.
 
     Raises:
@@ -82,7 +83,7 @@ def merged(
         ProofError: the update takes a finite weight out of its type's range.
         SelfTestError: the device computes wrongly.
     """
-    update = Update(delta, target, unit_for(device, delta.method))
+    update = DeviceUpdate(delta, target, unit_for(device, delta.method))
     rows, columns = target.stored
     row = base.size // rows
     step = min(rows, max(1, band // row))
@@ -101,7 +102,7 @@ def merged(
     yield _checked(waiting.pop(0), delta, target, base)
 
 
-def _merge(update: Update, rows: range, columns: range) -> Merge:
+def _merge(update: DeviceUpdate, rows: range, columns: range) -> Merge:
     return lambda weights: update.merge(weights, rows, columns)
 
 
@@ -120,7 +121,7 @@ def raise_not_finite(delta: Delta, target: Target, base: Source) -> None:
         ProofError: the update takes a finite weight out of its type's range.
         SelfTestError: the CPU finds every number finite.
     """
-    for _ in arithmetic.merged(delta, target, base):
+    for _ in cpu.merged(delta, target, base):
         pass
     raise SelfTestError(
         f"the device says that {target.name} is not finite, and the CPU that it is",

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ldexp
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from kilodelta.exact import bounds
 from kilodelta.exact.bases import Ints, Stream
 
 Draw = Callable[[range], Tensor]
@@ -23,8 +23,8 @@ Draw = Callable[[range], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """A role's bases under a seed; a line is a row of the basis, or a column."""
+class Bases:
+    """The bases of a role under a seed; a line is a row of each basis, or a column."""
 
     stream: Stream
     role: int
@@ -32,17 +32,17 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """An update 2^e * C * dQ, every sum in dQ at most `bound` in magnitude."""
+class UpdateScale:
+    """The scale 2^e * C of an update 2^e * C * dQ, every sum in dQ at most `bound` in magnitude."""
 
     c: int
     e: int
     bound: int
 
     @property
-    def scale(self) -> float:
-        """2^e; an update of zero may have any e."""
-        return ldexp(1.0, max(self.e, -149))
+    def unit(self) -> float:
+        """2^e; 1 for an update of zero, whose e may be any."""
+        return bounds.unit(self.bound, self.e)
 
 
 class Unit(Protocol):
@@ -51,33 +51,52 @@ class Unit(Protocol):
     name: str
     device: torch.device
 
-    def mixed(self, place: Place, q: Ints, rank: int) -> Draw:
-        """sum_i q_i S_i over sign bases; sum |q| below 2^31."""
+    def mixed(self, bases: Bases, q: Ints, rank: int) -> Draw:
+        """Draw sum_i q_i S_i over sign bases; sum |q| is below 2^31."""
 
-    def signed(self, place: Place, over_rank: Ints, over_lines: Ints) -> Draw:
-        """over_rank[rho] over_lines[line] S_0[line, rho]."""
+    def signed(self, bases: Bases, over_rank: Ints, over_lines: Ints) -> Draw:
+        """Draw over_rank[rho] over_lines[line] S_0[line, rho]."""
 
-    def picked(self, place: Place, theta: Ints, index: int, rank: int, anchor: int = 0) -> Draw:
-        """Signed picks from theta for target `index`, plus `anchor` times S_0 of the anchor."""
+    def picked(
+        self,
+        bases: Bases,
+        theta: Ints,
+        index: int,
+        rank: int,
+        *,
+        anchor: int = 0,
+        anchor_role: int = 0,
+    ) -> Draw:
+        """Draw signed picks from theta, plus `anchor` times sign basis 0 of another role.
+
+        Args:
+            bases: where the picks come from.
+            theta: integers (k,).
+            index: the target's position among the targets.
+            rank: entries of each line.
+            anchor: the multiple; 0 for none.
+            anchor_role: the other role, whose rows are the ranks.
+        """
 
     def held(self, factor: Ints) -> Draw:
-        """A factor (rank, lines) that is there already."""
+        """Copy a factor (rank, lines) that the CPU has computed; entries are below 2^31."""
 
-    def large(self, place: Place, lambda_: Ints, sparsity: int) -> Draw:
-        """RandLoRA's lambda_j[rho] B_j[line, rho], lambda (n, rank); sparsity 0 for signs."""
+    def large(self, bases: Bases, lambda_: Ints, sparsity: int) -> Draw:
+        """Draw RandLoRA's lambda_j[rho] B_j[line, rho], lambda (n, rank); sparsity 0 for signs."""
 
-    def small(self, place: Place, gamma: Ints, rank: int, sparsity: int) -> Draw:
-        """RandLoRA's A[rho, line] gamma_j[line], gamma (n, all lines)."""
+    def small(self, bases: Bases, gamma: Ints, rank: int, sparsity: int) -> Draw:
+        """Draw RandLoRA's A[rho, line] gamma_j[line], gamma (n, all lines)."""
 
     def add(
-        self, weights: Tensor, left: Tensor, right: Tensor, step: Step
+        self, weights: Tensor, left: Tensor, right: Tensor, scale: UpdateScale
     ) -> tuple[Tensor, Tensor]:
-        """New weights (rows, columns), and a flag (1,) that is not zero where one is not finite.
+        """Merge: new weights (rows, columns), and a flag (1,), not zero where one is not finite.
 
         Args:
             weights: contiguous float32, float16 or bfloat16 (rows, columns).
             left: the rows' factor, of a `Draw`.
             right: the columns' factor.
+            scale: what their product is multiplied by.
         """
 
 
@@ -85,4 +104,4 @@ DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """torch's types of weights to safetensors names."""
 
 TORCH = {name: dtype for dtype, name in DTYPES.items()}
-"""And back."""
+"""safetensors names to torch's types of weights."""

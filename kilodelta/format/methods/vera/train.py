@@ -11,16 +11,16 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from kilodelta.compress.training.methods.base import Factors, Values
+from kilodelta.compress.training.factors import CoefficientValues, TrainableFactors
 from kilodelta.compress.training.packed import PerDevice
 from kilodelta.compress.training.trainables import Start
-from kilodelta.compress.training.update import Update
-from kilodelta.exact.bases import Role
-from kilodelta.format.methods import Method
+from kilodelta.compress.training.update import FactoredUpdate
+from kilodelta.format.methods.base import Method
+from kilodelta.format.methods.vera.spec import ROLE_A, ROLE_B
 from kilodelta.format.targets import Target
 
 
-class VeraFactors(Factors):
+class VeraFactors(TrainableFactors):
     """update = diag(b) B diag(lambda) A, A (r, in) and B (out, r)."""
 
     def __init__(self, method: Method, seed: int, targets: Sequence[Target]) -> None:
@@ -30,12 +30,12 @@ class VeraFactors(Factors):
 
     def _draw_A(self) -> Tensor:  # noqa: N802
         width = max(target.matrix[1] for target in self.targets)
-        drawn = self.stream.sign(Role.VERA_A, 0, range(self.method.rank), range(width))
+        drawn = self.stream.sign(ROLE_A, 0, range(self.method.rank), range(width))
         return torch.from_numpy(drawn).float().t().contiguous()
 
     def _draw_B(self) -> Tensor:  # noqa: N802
         height = max(target.matrix[0] for target in self.targets)
-        drawn = self.stream.sign(Role.VERA_B, 0, range(height), range(self.method.rank))
+        drawn = self.stream.sign(ROLE_B, 0, range(height), range(self.method.rank))
         return torch.from_numpy(drawn).float()
 
     @property
@@ -51,8 +51,10 @@ class VeraFactors(Factors):
             "b": Start(values=torch.zeros(out), gain=sqrt(2 / rank)),
         }
 
-    def update(self, prepared: tuple[Tensor, ...], values: Values, index: int) -> Update:
+    def update(
+        self, prepared: tuple[Tensor, ...], values: CoefficientValues, index: int
+    ) -> FactoredUpdate:
         out, in_ = self.targets[index].matrix
         b, lambda_ = values.of(index, "b"), values.of(index, "lambda")
         B, A = self._B.on(b.device)[:out], self._A.on(b.device)[:in_]
-        return Update(left=B, right=A, inner=lambda_, rows=b)
+        return FactoredUpdate(left=B, right=A, inner=lambda_, rows=b)

@@ -11,13 +11,13 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from kilodelta.compress.training.methods.base import Factors, Values, uniform
+from kilodelta.compress.training.factors import CoefficientValues, TrainableFactors, uniform
 from kilodelta.compress.training.trainables import Start
-from kilodelta.compress.training.update import Update
+from kilodelta.compress.training.update import FactoredUpdate
 from kilodelta.format.targets import Target
 
 
-class LoraFactors(Factors):
+class LoraFactors(TrainableFactors):
     """update = B A, A (r, in) and B (out, r)."""
 
     def start(self, target: Target, generator: torch.Generator) -> Mapping[str, Start]:
@@ -29,5 +29,7 @@ class LoraFactors(Factors):
             "B": Start(values=torch.zeros(out, rank)),
         }
 
-    def update(self, prepared: tuple[Tensor, ...], values: Values, index: int) -> Update:
-        return Update(left=values.of(index, "B"), right=values.of(index, "A").t())
+    def update(
+        self, prepared: tuple[Tensor, ...], values: CoefficientValues, index: int
+    ) -> FactoredUpdate:
+        return FactoredUpdate(left=values.of(index, "B"), right=values.of(index, "A").t())

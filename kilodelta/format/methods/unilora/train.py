@@ -8,21 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kilodelta.compress.training.methods.base import Factors, Values, uniform
+from kilodelta.compress.training.factors import CoefficientValues, TrainableFactors, uniform
 from kilodelta.compress.training.packed import PerDevice
-from kilodelta.compress.training.precision import Precision
-from kilodelta.compress.training.quantise_ste import LARGEST_ANCHOR, as_scale, round_group
+from kilodelta.compress.training.precision import Precision, Settled
+from kilodelta.compress.training.quantise_ste import as_scale, round_group
 from kilodelta.compress.training.trainables import GroupSet, Start
-from kilodelta.compress.training.update import Update
-from kilodelta.exact.bases import Role
-from kilodelta.format.coefficients import scale_near
-from kilodelta.format.methods import Method
+from kilodelta.compress.training.update import FactoredUpdate
+from kilodelta.format.methods.base import Method
+from kilodelta.format.methods.unilora.spec import LARGEST_ANCHOR, ROLE_S, ROLE_U, ROLE_V, UniLora
+from kilodelta.format.quantise import scale_near
 from kilodelta.format.targets import Target
 
 UNIT = 2.0**-10
@@ -31,12 +31,15 @@ SMALL = 0.02
 """Largest entry of theta at the start where there is no anchor, as in the paper's code."""
 
 
-class UniLoraFactors(Factors):
+class UniLoraFactors(TrainableFactors):
     """update = size V (a S + U), U (r, in) and V (out, r) signed picks from theta.
 
     Until quantised training begins the anchor is counted in `UNIT`s. Then `settle` gives theta its
     scale and chooses the integer that keeps the anchor's size.
     """
+
+    settled: ClassVar[Settled] = Settled(options=("anchor",), groups=("theta",))
+    method: UniLora
 
     def __init__(self, method: Method, seed: int, targets: Sequence[Target]) -> None:
         super().__init__(method, seed, targets)
@@ -49,7 +52,7 @@ class UniLoraFactors(Factors):
     def _draw_S(self) -> Tensor:  # noqa: N802
         """S^T, float32 (in, r)."""
         width = max(target.matrix[1] for target in self.targets)
-        drawn = self.stream.sign(Role.UNILORA_ANCHOR, 0, range(self.method.rank), range(width))
+        drawn = self.stream.sign(ROLE_S, 0, range(self.method.rank), range(width))
         return torch.from_numpy(drawn).float().t().contiguous()
 
     def _draw_picks(self) -> Tensor:
@@ -61,8 +64,8 @@ class UniLoraFactors(Factors):
         out, in_ = target.matrix
         k, ranks = self.method.bases, range(self.method.rank)
         marks = np.arange(1, k + 1, dtype=np.int32)  # theta's own indices, made signed by `pick`
-        V = self.stream.pick(Role.UNILORA_V, target.index, marks, range(out), ranks)
-        U = self.stream.pick(Role.UNILORA_U, target.index, marks, ranks, range(in_))
+        V = self.stream.pick(ROLE_V, target.index, marks, range(out), ranks)
+        U = self.stream.pick(ROLE_U, target.index, marks, ranks, range(in_))
         both = V, np.ascontiguousarray(U.T)
         found = [np.where(p > 0, p - 1, k - p - 1).astype(np.int32).reshape(-1) for p in both]
         return torch.from_numpy(found[0]), torch.from_numpy(found[1])
@@ -83,11 +86,13 @@ class UniLoraFactors(Factors):
         size = 1 / (anchor * sqrt(3 * target.matrix[1])) if anchor else 1.0
         return {"size": Start(values=torch.zeros(()), gain=size)}
 
-    def prepare(self, values: Values) -> tuple[Tensor, ...]:
+    def prepare(self, values: CoefficientValues) -> tuple[Tensor, ...]:
         theta = values.of_file("theta")
         return (torch.cat((theta, -theta)).index_select(0, self._picks.on(theta.device)),)
 
-    def update(self, prepared: tuple[Tensor, ...], values: Values, index: int) -> Update:
+    def update(
+        self, prepared: tuple[Tensor, ...], values: CoefficientValues, index: int
+    ) -> FactoredUpdate:
         (gathered,) = prepared
         out, in_ = self.targets[index].matrix
         begin, middle, end = self._starts[2 * index : 2 * index + 3]
@@ -95,14 +100,18 @@ class UniLoraFactors(Factors):
         right = gathered[middle:end].view(in_, -1)
         if self.method.anchor:
             right = torch.add(right, self._S.on(right.device)[:in_], alpha=self._anchor(values))
-        return Update(left=V, right=right * values.of(index, "size"))
+        return FactoredUpdate(left=V, right=right * values.of(index, "size"))
 
-    def _anchor(self, values: Values) -> float:
+    def _anchor(self, values: CoefficientValues) -> float:
         """The anchor in theta's own measure."""
         if values.precision is None:
             return float(self.method.anchor * UNIT)
         file_method: Any = values.precision.method
         return float(file_method.anchor * values.precision.fixed["theta"].value)
+
+    def widest(self) -> Method:
+        """The anchor is chosen only after the mantissas."""
+        return replace(self.method, anchor=LARGEST_ANCHOR)
 
     def settle(self, shared: GroupSet, precision: Precision) -> Precision:
         """Fix theta's scale, and the anchor as the nearest whole number of its steps."""

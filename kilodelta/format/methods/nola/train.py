@@ -11,25 +11,25 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from kilodelta.compress.training.methods.base import Factors, Values
+from kilodelta.compress.training.factors import CoefficientValues, TrainableFactors
 from kilodelta.compress.training.packed import PerDevice, SignBases, SignMixer
 from kilodelta.compress.training.trainables import Start
-from kilodelta.compress.training.update import Update
-from kilodelta.exact.bases import Role
-from kilodelta.format.methods import Method
+from kilodelta.compress.training.update import FactoredUpdate
+from kilodelta.format.methods.base import Method
+from kilodelta.format.methods.nola.spec import ROLE_A, ROLE_B
 from kilodelta.format.targets import Target
 
 
-class NolaFactors(Factors):
+class NolaFactors(TrainableFactors):
     """update = (sum_j beta_j V_j) (sum_i alpha_i U_i), V_j (out, r), U_i (r, in)."""
 
     def __init__(self, method: Method, seed: int, targets: Sequence[Target]) -> None:
         super().__init__(method, seed, targets)
         outs, ins = zip(*(target.matrix for target in targets), strict=True)
-        self._left = self._mixer(Role.NOLA_B, outs, lines_are_rows=True)
-        self._right = self._mixer(Role.NOLA_A, ins, lines_are_rows=False)
+        self._left = self._mixer(ROLE_B, outs, lines_are_rows=True)
+        self._right = self._mixer(ROLE_A, ins, lines_are_rows=False)
 
-    def _mixer(self, role: Role, lines: Sequence[int], *, lines_are_rows: bool) -> SignMixer:
+    def _mixer(self, role: int, lines: Sequence[int], *, lines_are_rows: bool) -> SignMixer:
         rank, bases = self.method.rank, self.method.bases
         signs = SignBases(
             self.stream,
@@ -56,9 +56,13 @@ class NolaFactors(Factors):
             "beta": Start(values=torch.zeros(k), gain=1 / sqrt(k)),
         }
 
-    def prepare(self, values: Values) -> tuple[Tensor, ...]:
+    def prepare(self, values: CoefficientValues) -> tuple[Tensor, ...]:
         return self._left.mix(values.all("beta")), self._right.mix(values.all("alpha"))
 
-    def update(self, prepared: tuple[Tensor, ...], values: Values, index: int) -> Update:
+    def update(
+        self, prepared: tuple[Tensor, ...], values: CoefficientValues, index: int
+    ) -> FactoredUpdate:
         left, right = prepared
-        return Update(left=self._left.part(left, index), right=self._right.part(right, index))
+        return FactoredUpdate(
+            left=self._left.part(left, index), right=self._right.part(right, index)
+        )

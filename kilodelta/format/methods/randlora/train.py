@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kilodelta.compress.training.methods.base import Factors, Values
+from kilodelta.compress.training.factors import CoefficientValues, TrainableFactors
 from kilodelta.compress.training.packed import PerDevice
 from kilodelta.compress.training.trainables import Start
-from kilodelta.compress.training.update import Update
-from kilodelta.exact.bases import Role
-from kilodelta.format.methods import Method
+from kilodelta.compress.training.update import FactoredUpdate
+from kilodelta.format.methods.base import Method
+from kilodelta.format.methods.randlora.spec import ROLE_A, ROLE_B
 from kilodelta.format.targets import Target
 
 SIZE = 20.0
 """What the paper multiplies the update with."""
 
 
-class RandLoraFactors(Factors):
+class RandLoraFactors(TrainableFactors):
     """The large side M gets the B_j, the small side m the scaled A."""
 
     def __init__(self, method: Method, seed: int, targets: Sequence[Target]) -> None:
@@ -39,7 +39,7 @@ class RandLoraFactors(Factors):
         """A^T, float32 (m, r)."""
         small = max(min(target.matrix) for target in self.targets)
         one = np.ones((1, small), np.int8)
-        drawn = self._draw(Role.RANDLORA_A, one, range(self.method.rank), range(small))
+        drawn = self.method.draw(self.stream, ROLE_A, one, range(self.method.rank), range(small))
         return torch.from_numpy(drawn[:, :, 0]).float().t().contiguous()
 
     def _draw_B(self) -> Tensor:  # noqa: N802
@@ -47,13 +47,9 @@ class RandLoraFactors(Factors):
         rank = self.method.rank
         large = max(max(target.matrix) for target in self.targets)
         n = max(-(-min(target.matrix) // rank) for target in self.targets)
-        drawn = self._draw(Role.RANDLORA_B, np.ones((n, rank), np.int8), range(large), range(rank))
+        ones = np.ones((n, rank), np.int8)
+        drawn = self.method.draw(self.stream, ROLE_B, ones, range(large), range(rank))
         return torch.from_numpy(drawn).permute(0, 2, 1).float().reshape(large, n * rank)
-
-    def _draw(self, role: Role, ones: Any, rows: range, columns: range) -> Any:
-        if self.method.basis == "ternary":
-            return self.stream.ternary(role, self.method.sparsity, ones, rows, columns)
-        return self.stream.signs(role, ones, rows, columns)
 
     @property
     def constants(self) -> Sequence[PerDevice]:
@@ -68,14 +64,20 @@ class RandLoraFactors(Factors):
             "gamma": Start(values=torch.full((n, small), 1 / small)),
         }
 
-    def update(self, prepared: tuple[Tensor, ...], values: Values, index: int) -> Update:
+    def update(
+        self, prepared: tuple[Tensor, ...], values: CoefficientValues, index: int
+    ) -> FactoredUpdate:
         out, in_ = self.targets[index].matrix
         lambda_, gamma = values.of(index, "lambda"), values.of(index, "gamma")
         n, small = gamma.shape
         A = self._A.on(gamma.device)[:small]
         B = self._B.on(gamma.device)[: max(out, in_), : n * self.method.rank]
         scaled: Tensor = Fold.apply(lambda_, gamma, A)  # type: ignore[no-untyped-call]
-        return Update(left=scaled, right=B) if out < in_ else Update(left=B, right=scaled)
+        return (
+            FactoredUpdate(left=scaled, right=B)
+            if out < in_
+            else FactoredUpdate(left=B, right=scaled)
+        )
 
 
 class Fold(torch.autograd.Function):

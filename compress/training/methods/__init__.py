@@ -1,1 +1,0 @@
-"""Compute each method's update in torch, differentiably: one file for each method."""

@@ -1,0 +1,38 @@
+"""Read the manifest's field `method`: the name of an exact method or a form, and its options.
+
+docs/format.md, sections 3 and 9.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kilodelta.files.untrusted import FieldError, table
+from kilodelta.format.foreign import COMPAT
+from kilodelta.format.form import Form
+from kilodelta.format.methods import METHODS
+
+
+def parse_method(value: Any) -> Form:
+    """Make the method that a manifest names, each option checked.
+
+    Raises:
+        FieldError: naming the option that breaks a rule.
+
+    Example:
+        >>> parse_method({"name": "lora", "rank": 2})
+        Lora(rank=2)
+    """
+    name = value.get("name") if isinstance(value, dict) else value
+    kind: Any = None
+    if isinstance(value, dict) and isinstance(name, str):  # a list is no key of a mapping
+        kind = METHODS.get(name) or COMPAT.get(name)
+    if kind is None:
+        known = ", ".join((*METHODS, *COMPAT))
+        raise FieldError(f"method {name!r:.80} is unknown; known are {known}")
+    options = dict(table(value, "method", {"name", *kind.option_names(value)}))
+    del options["name"]
+    for option, given in options.items():
+        kind.checks[option](given, f"method.{option}")
+    method: Form = kind(**options)
+    return method

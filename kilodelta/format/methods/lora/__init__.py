@@ -1,0 +1,1 @@
+"""LoRA: a low-rank delta whose factors are the coefficients themselves."""

@@ -1,0 +1,1 @@
+"""RandLoRA: a full-rank delta, the sum of many low-rank products of random matrices."""

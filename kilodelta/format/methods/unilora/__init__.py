@@ -1,0 +1,1 @@
+"""Uni-LoRA: one trained vector for the whole model, scattered into every layer's factors."""
