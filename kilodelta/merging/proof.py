@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kilodelta.files import identity, parallel
 from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.tensor import Bytes
 from kilodelta.format.delta import Delta
 from kilodelta.format.targets import Target
 from kilodelta.merging import cpu
@@ -42,7 +43,7 @@ def target_digests(
     return dict(zip(delta.targets, digests, strict=True))
 
 
-def _merged_digest(delta: Delta, target: Target, base: cpu.Bytes, meter: Meter) -> str:
+def _merged_digest(delta: Delta, target: Target, base: Bytes, meter: Meter) -> str:
     state = identity.tensor_hash(target.name, target.dtype, target.shape)
     for part in cpu.merged(delta, target, base):
         state.update(part.data)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from kilodelta.errors import SelfTestError
+from kilodelta.files.tensor import Bytes
 from kilodelta.format.delta import Delta
 from kilodelta.format.targets import Target
 from kilodelta.merging import cpu
-from kilodelta.merging.cpu import Bytes
 from kilodelta.merging.cpu import Source
 from kilodelta.merging.gpu.choose import unit_for
 from kilodelta.merging.gpu.device_update import DeviceUpdate
