@@ -22,6 +22,7 @@ LARGE = 1 << 23
 BAND = 1 << 15
 """Elements of the left factor drawn at a time."""
 
+
 class Source(Protocol):
     """A tensor's raw bytes, uint8 `(size,)`: an array, or a file that is read as it is sliced."""
 
