@@ -129,8 +129,8 @@ def prepare(root: Path) -> Fleet:
     from fidelity_task import base_folder  # torch, which would be in every child's memory
 
     import kilodelta
+    from kilodelta.device import bundle
     from kilodelta.device.golden import reference
-    from kilodelta.device.make.build import Options, make
     from kilodelta.export.onnx.save import save
     from kilodelta.export.onnx.template import export_template, fill_template
     from kilodelta.models import open_model
@@ -144,8 +144,7 @@ def prepare(root: Path) -> Fleet:
     files = [_fine_tune(base, root, seed) for seed in range(1, 1 + FINE_TUNES)]
     devices = {}
     for mode in ("adapter", "patch"):
-        options = Options(mode=mode, rank=RANK, probe=str(root / "inputs.npz"))
-        make(base, root / mode, options)
+        bundle(base, root / mode, mode=mode, rank=RANK, probe=str(root / "inputs.npz"))
         devices[mode] = root / mode
     loaded = open_model(base)
     batch = reference.golden_inputs(loaded, str(root / "inputs.npz"), reference.ROWS)
@@ -163,7 +162,7 @@ def prepare(root: Path) -> Fleet:
 
 def _fine_tune(base: Path, root: Path, seed: int) -> Path:
     """A released `.kd` file with random coefficients and a probe of two rows."""
-    from kilodelta.device.make.release import release
+    from kilodelta.device import release
     from kilodelta.format.methods import Nola
     from kilodelta.format.targets import Patterns
     from kilodelta.merging import build
@@ -188,7 +187,7 @@ def _fine_tune(base: Path, root: Path, seed: int) -> Path:
 
 
 def _batch(fleet: Fleet) -> dict[str, Any]:
-    from kilodelta.device.golden.arrays import read_npz
+    from kilodelta.files.npz import read_npz
 
     return read_npz(fleet.inputs)
 
@@ -317,7 +316,7 @@ def _measured(sender: Any, work: Callable[..., None], arguments: tuple[Any, ...]
 
 def apply(fleet: Fleet) -> list[dict[str, Any]]:
     """`apply` from end to end, probe included, against merging, exporting and opening anew."""
-    from kilodelta.device.update.apply import apply
+    from kilodelta.device import apply
 
     def applier(mode: str) -> Callable[[], object]:
         turns = itertools.cycle(fleet.files)
@@ -361,15 +360,15 @@ def footprint(fleet: Fleet) -> list[dict[str, Any]]:
 
 
 def _apply(device: Path, file: Path) -> None:
-    from kilodelta.device.update.apply import apply
+    from kilodelta.device import apply
 
     apply(device, file)
 
 
 def _only_run(device: Path, file: Path) -> None:
     """The runtime on what is served, and one request: nothing of it is kilodelta's work."""
+    from kilodelta.device import Device
     from kilodelta.device.golden import golden
-    from kilodelta.device.serving import Device
 
     served = Device(device)
     served.run(golden.read(device / "base" / golden.FILE).inputs)
@@ -413,8 +412,7 @@ def kills(fleet: Fleet, count: int) -> list[dict[str, Any]]:
 
 def _killed(context: Any, device: Path, fleet: Fleet, count: int) -> tuple[int, int, str]:
     """(mixtures, lost states, how often each of two fine-tunes was served)."""
-    from kilodelta.device import Device
-    from kilodelta.device.update.apply import apply
+    from kilodelta.device import Device, apply
 
     chance, batch, pair = random.Random(11), _batch(fleet), fleet.files[:2]
     known = {file.stem: Device(device).run(batch, file) for file in pair}
@@ -437,8 +435,7 @@ def _killed(context: Any, device: Path, fleet: Fleet, count: int) -> tuple[int, 
 
 def _named(device: Path, batch: Any, known: dict[str, Any]) -> str | None:
     """Which fine-tune is served, by digests and outputs; None for a mixture."""
-    from kilodelta.device import Device
-    from kilodelta.device.folder.status import status
+    from kilodelta.device import Device, status
 
     status(device, check=True)
     found = Device(device).run(batch)
@@ -459,7 +456,7 @@ def _kill(context: Any, device: Path, pair: list[Path], delay: float) -> None:
 
 
 def _apply_for_ever(sender: Any, device: Path, pair: list[Path]) -> None:
-    from kilodelta.device.update.apply import apply
+    from kilodelta.device import apply
     from kilodelta.exact.selftest import require_good_kernels
 
     require_good_kernels()

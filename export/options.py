@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from kilodelta.errors import InputError
 from kilodelta.export.manifest.facts import Sizes
 from kilodelta.export.tensorrt.flavour import AUTO
 
@@ -48,3 +49,30 @@ class Options:
     """A batch to trace with, where the model does not say what its inputs look like."""
 
     force: bool = False
+
+
+_MOST = (1 << 31) - 1  # TensorRT counts in 32 bits where a shape is an index
+
+
+def read_sizes(texts: Sequence[str]) -> dict[str, Sizes]:
+    """Read sizes of axes as a user writes them: `batch=1,8,32`.
+
+    Raises:
+        InputError: a text of another form, or sizes that do not rise.
+
+    Example:
+        >>> read_sizes(["batch=1,8,32"])
+        {'batch': (1, 8, 32)}
+    """
+    found: dict[str, Sizes] = {}
+    for text in texts:
+        name, _, numbers = text.partition("=")
+        sizes = tuple(int(n) if n.isdecimal() else 0 for n in numbers.split(","))
+        rises = len(sizes) == 3 and 1 <= sizes[0] <= sizes[1] <= sizes[2] <= _MOST
+        if not rises or name in found:
+            raise InputError(
+                f"{text!r} is no profile of an axis",
+                fix="give each axis once, as in batch=1,8,32: smallest, usual, largest",
+            )
+        found[name] = (sizes[0], sizes[1], sizes[2])
+    return found

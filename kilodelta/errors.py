@@ -15,7 +15,7 @@ Each class has its own exit code, which the command line returns:
 12   `QualityError`              a result is worse than the caller allowed
 13   `DeviceError`               a folder is no device folder, or cannot take this step
 14   `LockedError`               another command is changing the device folder: try again
-15   `DowngradeError`            a file is older than what the device has had
+15   `DowngradeError`            a file's version is too old for the device, or too far ahead
 16   `SignatureError`            a release is not signed by, or not meant for, who reads it
 ===  ==========================  =====================================================
 
@@ -152,7 +152,7 @@ class LockedError(KiloDeltaError):
 
 
 class DowngradeError(KiloDeltaError):
-    """A file's version is lower than the highest that the device has had."""
+    """A file's version is lower than the highest the device has had, or too far ahead of it."""
 
     exit_code = 15
 

@@ -12,28 +12,6 @@ from kilodelta.models.example_inputs import BATCH, SEQUENCE
 LONGEST = 512
 """Tokens that a profile goes up to by default: activations of the largest shape take memory."""
 
-_MOST = (1 << 31) - 1  # TensorRT counts in 32 bits where a shape is an index
-
-
-def read_sizes(texts: Sequence[str]) -> dict[str, Sizes]:
-    """Sizes of axes as a user writes them: `batch=1,8,32`.
-
-    Raises:
-        InputError: a text of another form, or sizes that do not rise.
-    """
-    found: dict[str, Sizes] = {}
-    for text in texts:
-        name, _, numbers = text.partition("=")
-        sizes = tuple(int(n) if n.isdecimal() else 0 for n in numbers.split(","))
-        rises = len(sizes) == 3 and 1 <= sizes[0] <= sizes[1] <= sizes[2] <= _MOST
-        if not rises or name in found:
-            raise InputError(
-                f"{text!r} is no profile of an axis",
-                fix="give each axis once, as in batch=1,8,32: smallest, usual, largest",
-            )
-        found[name] = (sizes[0], sizes[1], sizes[2])
-    return found
-
 
 def profile_for(
     loaded: LoadedModel, inputs: Sequence[Port], by_hand: Mapping[str, Sizes]

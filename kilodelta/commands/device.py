@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from kilodelta import terminal
 from kilodelta.commands.shared import Command, as_json, flavour, with_progress
-from kilodelta.errors import require
 
 if TYPE_CHECKING:
-    from kilodelta.device.folder.state import Served, State
-    from kilodelta.device.folder.status import Status
+    from kilodelta.device import Applied, Bundle, Released, Served, State, Status
 
 HISTORY = 10
 """Journal entries shown."""
@@ -25,6 +23,7 @@ HISTORY = 10
     examples=[
         "kilodelta bundle base/ -o device/ --mode adapter --probe texts.jsonl",
         "kilodelta bundle base/ -o device/ --mode adapter --engine sm86,sm89 --dtype fp16",
+        "kilodelta bundle base/ -o device/ --mode patch --keep 2",
     ],
 )
 @click.argument("base", type=click.Path())
@@ -35,8 +34,8 @@ HISTORY = 10
     type=click.Choice(["adapter", "patch", "refit"]),
     help="How fine-tunes are applied.",
 )
-@click.option("--onnx", is_flag=True, help="Keep the ONNX file; the default without --engine.")
-@click.option("--engine", metavar="SM[,SM]", help="Run in TensorRT on GPUs such as sm89.")
+@click.option("--onnx", is_flag=True, help="Keep the ONNX file that an engine is built from.")
+@click.option("--engine", metavar="SM[,SM]", help="Run in TensorRT, on GPUs such as sm89.")
 @flavour
 @click.option(
     "--provider",
@@ -62,67 +61,70 @@ HISTORY = 10
     type=click.IntRange(0),
     help="Adapter mode: how many fine-tunes one batch may mix.",
 )
-@click.option("--targets", multiple=True, help="Globs of tensors that fine-tunes change; repeat.")
-@click.option("--exclude", multiple=True, help="Globs of tensors that they do not; repeat.")
+@click.option(
+    "--targets",
+    multiple=True,
+    help="Glob of tensors that fine-tunes may change; repeat. All layers by default.",
+)
+@click.option("--exclude", multiple=True, help="Glob of tensors that they may not; repeat.")
 @click.option(
     "--profile",
-    "profiles",
     multiple=True,
     metavar="AXIS=MIN,OPT,MAX",
     help="An engine's sizes of an axis, such as batch=1,8,32; repeat.",
 )
 @click.option("--model", help="package.module:function that builds the module.")
-@click.option("--name", default="", help="The base's name, for messages.")
-@click.option("--probe", help="Golden inputs: .npz, .jsonl, .txt or module:function.")
+@click.option("--name", default="", help="The base's name, for messages; its folder's by default.")
+@click.option(
+    "--probe", help="Golden inputs: .npz, .jsonl, .txt or package.module:function; else made up."
+)
 @click.option(
     "--keep",
     default=1,
-    type=click.IntRange(1),
+    type=click.IntRange(1, 1000),
     help="Fine-tunes to keep on the disk to go back to.",
+)
+@click.option(
+    "--ceiling",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="The most that a file's own probe may allow an output to be off, relative; by default "
+    "0.01 in fp32, 0.1 in fp16, 0.5 in bf16.",
+)
+@click.option(
+    "--max-jump",
+    default=1_000_000,
+    type=click.IntRange(1),
+    help="How far a version may exceed the highest one that the device has had.",
 )
 @as_json
 @with_progress
 def bundle(
-    base: str,
-    out: str,
-    engine: str | None,
-    dtype: str,
-    targets: tuple[str, ...],
-    profiles: tuple[str, ...],
-    as_json: bool,
-    progress: Any,
-    **given: Any,
+    base: str, out: str, engine: str | None, as_json: bool, progress: Any, **given: Any
 ) -> Callable[[], None]:
-    """Make a device folder from BASE, on a build machine: what is deployed once."""
-    require("torch", extra="onnx", why="export models")
-    from kilodelta.device.make.build import Options, make
-    from kilodelta.export.pipeline import SHORT
-    from kilodelta.export.tensorrt.profile import read_sizes
+    """Make a device folder from BASE, on a build machine: what is deployed once.
 
-    options = Options(
-        dtype=SHORT[dtype],
-        capabilities=tuple(engine.split(",")) if engine is not None else (),
-        include=targets,
-        sizes=read_sizes(profiles),
-        **given,
+    BASE is a .safetensors file, a Hugging Face folder or a hub id. The folder serves the base until
+    a fine-tune is applied to it.
+    """
+    from kilodelta.device import bundle
+
+    engines = engine.split(",") if engine is not None else ()
+    done = bundle(base, out, engine=engines, progress=progress, **given)
+    if as_json:
+        return lambda: terminal.print_json(done.to_json())
+    return lambda: _show_bundle(out, done)
+
+
+def _show_bundle(out: str, done: Bundle) -> None:
+    size = sum(file.nbytes for file in done.files)
+    terminal.print_facts(
+        [
+            ("device folder", f"{out}, {terminal.size(size)}"),
+            ("mode", f"{done.mode}, {done.dtype}, {done.runtime}"),
+            ("base", f"{done.base_name or 'unnamed'} {done.base_root}"),
+            *(("file", f"{file.file}, {terminal.size(file.nbytes)}") for file in done.files),
+        ]
     )
-    done = make(base, out, options, progress=progress)
-
-    def show() -> None:
-        if as_json:
-            terminal.print_json(done.to_json())
-            return
-        size = sum(file.nbytes for file in done.files)
-        terminal.print_facts(
-            [
-                ("device folder", f"{out}, {terminal.size(size)}"),
-                ("mode", f"{done.mode}, {done.dtype}, {done.runtime}"),
-                ("base", f"{done.name or 'unnamed'} {done.root}"),
-                *(("file", f"{file.file}, {terminal.size(file.nbytes)}") for file in done.files),
-            ]
-        )
-
-    return show
 
 
 @click.command(
@@ -134,7 +136,10 @@ def bundle(
 @click.argument("file", type=click.Path())
 @click.option("-o", "--out", required=True, type=click.Path(), help="A new .kd file.")
 @click.option(
-    "--version", "number", required=True, type=click.IntRange(0), help="Devices refuse lower ones."
+    "--version",
+    required=True,
+    type=click.IntRange(0, 2**63 - 1),
+    help="Devices refuse lower ones than they have had; count from 1 on.",
 )
 @click.option("--inputs", help="Inputs of the task; the first rows become the probe.")
 @click.option(
@@ -145,29 +150,30 @@ def bundle(
 @as_json
 @with_progress
 def release(
-    base: str, file: str, out: str, number: int, as_json: bool, progress: Any, **given: Any
+    base: str, file: str, out: str, as_json: bool, progress: Any, **given: Any
 ) -> Callable[[], None]:
-    """Give a .kd FILE a version and a probe: golden inputs, and what it must give on them."""
-    from kilodelta.device.make.release import release
+    """Give a .kd FILE for BASE a version and a probe: golden inputs, and what it must give on them.
 
-    if given["inputs"] is not None:
-        require("torch", extra="hf", why="compute golden outputs")
-    done = release(base, file, out, version=number, progress=progress, **given)
+    Without --inputs there is no probe: a device then only sees that outputs are finite numbers and
+    not the base's.
+    """
+    from kilodelta.device import release
 
-    def show() -> None:
-        if as_json:
-            terminal.print_json(done.to_json())
-            return
-        probe = f"tells in {', '.join(done.dtypes)}" if done.dtypes else "none; give --inputs"
-        terminal.print_facts(
-            [
-                ("file", f"{done.path}, {terminal.size(done.nbytes)}"),
-                ("version", done.version),
-                ("probe", probe),
-            ]
-        )
+    done = release(base, file, out, progress=progress, **given)
+    if as_json:
+        return lambda: terminal.print_json(done.to_json())
+    return lambda: _show_release(done)
 
-    return show
+
+def _show_release(done: Released) -> None:
+    probe = f"tells in {', '.join(done.dtypes)}" if done.dtypes else "none; give --inputs"
+    terminal.print_facts(
+        [
+            ("file", f"{done.path}, {terminal.size(done.nbytes)}"),
+            ("version", done.version),
+            ("probe", probe),
+        ]
+    )
 
 
 @click.command(
@@ -181,32 +187,48 @@ def release(
 @click.argument("folder", type=click.Path())
 @click.argument("file", type=click.Path())
 @click.option("--allow-downgrade", is_flag=True, help="Take a file of a lower version.")
+@click.option(
+    "--allow-jump", is_flag=True, help="Take a version further ahead than the bundle allows."
+)
 @as_json
 @with_progress
 def apply(
-    folder: str, file: str, allow_downgrade: bool, as_json: bool, progress: Any
+    folder: str, file: str, as_json: bool, progress: Any, **given: bool
 ) -> Callable[[], None]:
-    """Serve a .kd FILE from a device FOLDER: prove, build, probe, commit; or change nothing."""
-    from kilodelta.device.update.apply import apply
+    """Serve a .kd FILE from a device FOLDER: prove, build, probe, commit; or change nothing.
 
-    done = apply(folder, file, allow_downgrade=allow_downgrade, progress=progress)
+    On any error what was served before goes on being served. What goes wrong after the commit is
+    a warning, and the command exits 0.
+    """
+    from kilodelta.device import apply
 
-    def show() -> None:
-        if as_json:
-            terminal.print_json(done.to_json())
-            return
-        rows: list[tuple[str, object]] = [
-            ("serving", _served(done.state.serving)),
-            ("before", _served(done.before.serving)),
-        ]
-        for name, error in done.seen.errors.items():
-            most = done.seen.limits[name].relative_l2
-            rows.append(("probe", f"{name} within {error.relative_l2:.2g} (at most {most:.2g})"))
-        if not done.seen.errors:
-            rows.append(("probe", "finite, and not the base's; the file states no golden values"))
-        terminal.print_facts(rows)
+    done = apply(folder, file, progress=progress, **given)
+    if as_json:
+        return lambda: terminal.print_json(done.to_json())
+    return lambda: _show_apply(done)
 
-    return show
+
+def _show_apply(done: Applied) -> None:
+    rows: list[tuple[str, object]] = [
+        ("serving", _served(done.state.serving)),
+        ("before", _served(done.before.serving)),
+    ]
+    for name, error in done.seen.errors.items():
+        most = done.seen.limits[name].relative_l2
+        rows.append(("probe", f"{name} within {error.relative_l2:.2g} (at most {most:.2g})"))
+    if not done.seen.errors:
+        rows.append(("probe", "finite, and not the base's; the file states no golden values"))
+    if done.result_proved:
+        rows.append(("result proved", done.result))
+    else:
+        rows.append(("result", "not proved: weights are not merged here, only the probe tells"))
+    terminal.print_facts(rows)
+    _warn(done.warnings)
+
+
+def _warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        terminal.print_warning(warning)
 
 
 @click.command(
@@ -217,14 +239,18 @@ def apply(
 @click.argument("folder", type=click.Path())
 @as_json
 def rollback(folder: str, as_json: bool) -> None:
-    """Serve again what a device FOLDER served before."""
-    from kilodelta.device.update.rollback import rollback
+    """Serve again what a device FOLDER served before.
 
-    after = rollback(folder)
+    It still lies there, built and probed; its bytes are checked first. No network is needed.
+    """
+    from kilodelta.device import rollback
+
+    done = rollback(folder)
     if as_json:
-        terminal.print_json(after.to_json())
+        terminal.print_json(done.to_json())
         return
-    terminal.print_facts(_standing(after))
+    terminal.print_facts(_standing(done.state))
+    _warn(done.warnings)
 
 
 @click.command(
@@ -237,30 +263,30 @@ def rollback(folder: str, as_json: bool) -> None:
 @as_json
 def status(folder: str, check: bool, as_json: bool) -> None:
     """Say what a device FOLDER is, what it serves, and what was done to it."""
-    from kilodelta.device.folder.status import status
+    from kilodelta.device import status
 
-    found = status(folder, check=check)
+    done = status(folder, check=check)
     if as_json:
-        terminal.print_json(found.to_json())
+        terminal.print_json(done.to_json())
         return
-    _show_status(found)
+    _show_status(done)
 
 
-def _show_status(found: Status) -> None:
-    used, free = found.nbytes["base"] + found.nbytes["deltas"], found.nbytes["free"]
+def _show_status(done: Status) -> None:
+    used, free = done.nbytes["base"] + done.nbytes["deltas"], done.nbytes["free"]
     rows: list[tuple[str, object]] = [
-        ("mode", f"{found.bundle.mode}, {found.bundle.dtype}, {found.bundle.runtime}"),
-        ("base", f"{found.bundle.name or 'unnamed'} {found.bundle.root}"),
-        *_standing(found.state),
+        ("mode", f"{done.bundle.mode}, {done.bundle.dtype}, {done.bundle.runtime}"),
+        ("base", f"{done.bundle.base_name or 'unnamed'} {done.bundle.base_root}"),
+        *_standing(done.state),
         ("disk", f"{terminal.size(used)} used, {terminal.size(free)} free"),
     ]
-    if found.checked:
+    if done.checked:
         rows.append(("checked", "every byte is as it was written"))
-    if found.unfinished:
+    if done.unfinished:
         rows.append(("unfinished", "a command is at work, or was killed: the next one recovers"))
-    for entry in found.history[-HISTORY:]:
+    for entry in done.history[-HISTORY:]:
         why = f": {entry['why']}" if "why" in entry else ""
-        rows.append((str(entry.get("at", "")), f"{entry['event']}{why}".splitlines()[0]))
+        rows.append((str(entry.get("at", "")), f"{entry['event']}{why}"))
     terminal.print_facts(rows)
 
 
@@ -280,36 +306,57 @@ def _served(item: Served) -> str:
     examples=[
         "kilodelta run device/ --inputs inputs.npz -o outputs.npz",
         "kilodelta run device/ --inputs inputs.npz --delta other.kd",
+        "kilodelta run device/ --inputs two-rows.npz --delta a.kd --delta base",
     ],
 )
 @click.argument("folder", type=click.Path())
-@click.option("--inputs", required=True, type=click.Path(), help="An .npz file, an array an input.")
+@click.option(
+    "--inputs", required=True, type=click.Path(), help="An .npz file with one array per input."
+)
 @click.option(
     "--delta",
-    "deltas",
     multiple=True,
     type=click.Path(),
-    help="Another .kd file for this request, or: base. Repeat it once a row where the folder was "
-    "bundled with --slots.",
+    help="Another .kd file for this request, or: base. Repeat it, once per row of the inputs, "
+    "where the folder was bundled with --slots.",
 )
 @click.option("-o", "--out", type=click.Path(), help="An .npz file for the outputs.")
 @as_json
-def run(folder: str, inputs: str, deltas: tuple[str, ...], out: str | None, as_json: bool) -> None:
-    """Compute outputs with what a device FOLDER serves."""
-    from kilodelta.device import Device
-    from kilodelta.device.golden.arrays import read_npz, summary, write_npz
+def run(folder: str, inputs: str, delta: tuple[str, ...], out: str | None, as_json: bool) -> None:
+    """Compute outputs with what a device FOLDER serves.
 
-    chosen = {"delta": deltas[0] if deltas else None} if len(deltas) < 2 else {"deltas": deltas}
-    found = Device(folder).run(read_npz(inputs), **chosen)
-    if out is not None:
-        write_npz(out, found)
-    described = summary(found)
+    Inputs are arrays, not texts: tokenize in the application.
+    """
+    from kilodelta.device import run
+
+    described = _summary(run(folder, inputs, delta=delta, out=out))
     if as_json:
         terminal.print_json({"outputs": described, "out": out})
         return
     columns = ("output", "dtype", "shape", "least", "mean", "largest")
     rows = [[_short(value) for value in row.values()] for row in described]
     terminal.print_table(folder, columns, rows)
+
+
+def _summary(outputs: Any) -> list[dict[str, Any]]:
+    """What outputs look like, as JSON can hold it."""
+    return [
+        {
+            "output": name,
+            "dtype": str(array.dtype),
+            "shape": list(array.shape),
+            "least": _number(array.min()) if array.size else None,
+            "mean": _number(array.mean(dtype="float64")) if array.size else None,
+            "largest": _number(array.max()) if array.size else None,
+        }
+        for name, array in outputs.items()
+    ]
+
+
+def _number(value: Any) -> float | str:
+    """A number, or "nan" and "inf" as texts, which strict JSON lacks."""
+    number = float(value)
+    return number if abs(number) < float("inf") else str(number)
 
 
 def _short(value: object) -> object:

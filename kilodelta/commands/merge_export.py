@@ -158,8 +158,8 @@ def export(
     The merge is proved first. OUT appears when everything is there, or not at all.
     """
     require("torch", extra="onnx", why="export models")
+    from kilodelta.export.options import read_sizes
     from kilodelta.export.pipeline import SHORT, Options, export
-    from kilodelta.export.tensorrt.profile import read_sizes
     from kilodelta.export.triton.repository import require_servable, write_repository
 
     options = Options(

@@ -10,6 +10,7 @@ Format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import zipfile
@@ -25,9 +26,12 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from kilodelta.errors import InputError
+from kilodelta.files import staging
 
 KINDS = "biuf"
 """Kinds of numpy dtypes that models take: booleans, integers and floats."""
+FREE, TIMES = 64 << 20, 4
+"""What `read_modest` unpacks: `FREE` bytes and `TIMES` the file's own size."""
 _FIX = "write it with numpy.savez(path, name=array)"
 _SUFFIX = ".npy"
 
@@ -96,6 +100,39 @@ def read_npz(path: str | os.PathLike[str], *, rows: int | None = None) -> dict[s
             f"the arrays of {place} take {total} bytes, which do not fit the memory",
             fix="give fewer rows, or package.module:function, which yields batches",
         ) from None
+
+
+def read_modest(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
+    """Read the arrays of an `.npz` file for which no model can say what fits.
+
+    Raises:
+        InputError: as `read_npz`, or unpacked the arrays would take far more than the file does.
+    """
+    unpacked = sum(header.nbytes for header in read_headers(path).values())
+    size = os.path.getsize(path)
+    if unpacked > FREE + TIMES * size:
+        raise InputError(
+            f"{path} has {size} bytes and would take {unpacked} unpacked",
+            fix="write it with numpy.savez, which does not compress",
+        )
+    return read_npz(path)
+
+
+def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write arrays, in full or not at all; an earlier file is replaced.
+
+    Unlike `numpy.savez`, equal arrays give equal bytes, and an array may be called `file`.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as container:
+        for name, array in arrays.items():
+            member = zipfile.ZipInfo(f"{name}{_SUFFIX}")  # of a fixed date
+            with container.open(member, "w", force_zip64=True) as file:
+                npy.write_array(file, np.asanyarray(array), allow_pickle=False)
+    staging.write(Path(path), archive.getbuffer())
 
 
 @contextmanager

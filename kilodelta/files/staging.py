@@ -196,12 +196,20 @@ def _make(folder: Path) -> _Stage:
     while True:
         root = folder / f".kilodelta.{secrets.token_hex(8)}.tmp"
         root.mkdir(mode=0o700)
-        # A sweep may take the folder for a dead one until it is locked: then take another.
-        with contextlib.suppress(FileNotFoundError):
+        lock = -1
+        try:
             lock = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o600)
             if _try_lock(lock) is not False and _is_open_file(lock, root / _LOCK):
                 (root / _CONTENT).mkdir(mode=0o700)
                 return _Stage(root=root, lock=lock)
+        except FileNotFoundError:
+            pass  # a sweep took the folder for a dead one before it was locked: take another
+        except BaseException:  # a full disk: with the lock held, no sweep would remove the rest
+            _remove(root)
+            if lock >= 0:
+                os.close(lock)
+            raise
+        if lock >= 0:
             os.close(lock)
 
 

@@ -21,11 +21,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kilodelta.device import Device, modes
+from kilodelta.device import Device, apply, modes, rollback, status
 from kilodelta.device.folder import journal
-from kilodelta.device.folder.status import status
-from kilodelta.device.update.apply import apply
-from kilodelta.device.update.rollback import rollback
+from kilodelta.device.folder.journal import Journal
 from kilodelta.errors import OutputError
 from tests.doubles import numpy_device
 from tests.doubles.numpy_device import BATCH
@@ -190,7 +188,7 @@ def test_killed_at_random_moments(bench: Bench, monkeypatch: pytest.MonkeyPatch)
         if len(seen) >= 20 and set(seen) == {"a", "b"}:
             break
     assert set(seen) == {"a", "b"}
-    events = [entry["event"] for entry in journal.read(bench.device / "journal")]
+    events = [entry["event"] for entry in Journal(bench.device / "journal").entries()]
     assert "recovered" in events, "no kill fell into an apply"
     apply(bench.device, bench.b)
     assert bench.serves() == "b"
@@ -203,12 +201,12 @@ def test_two_hundred_kills(bench: Bench) -> None:
 
 def test_a_part_of_a_line_at_the_journals_end_is_removed(bench: Bench) -> None:
     place = bench.device / "journal"
-    before = journal.read(place)
+    before = Journal(place).entries()
     with place.open("ab") as file:
         file.write(b'{"at":"2026')
-    assert journal.read(place) == before
+    assert Journal(place).entries() == before
     apply(bench.device, bench.b)
-    assert [e["event"] for e in journal.read(place)[len(before) :]] == [
+    assert [e["event"] for e in Journal(place).entries()[len(before) :]] == [
         "proved",
         "built",
         "probed",
@@ -220,7 +218,7 @@ def test_the_journal_does_not_grow_for_ever(bench: Bench, monkeypatch: pytest.Mo
     monkeypatch.setattr(journal, "LIMIT", 4000)
     for _ in range(4):
         apply(bench.device, bench.b)
-    entries = journal.read(bench.device / "journal")
+    entries = Journal(bench.device / "journal").entries()
     assert (bench.device / "journal").stat().st_size < 8000
     assert entries[-1]["event"] == "committed"
     assert bench.serves() == "b"

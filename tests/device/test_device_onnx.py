@@ -13,13 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from kilodelta.cli import main
-from kilodelta.device import Device
-from kilodelta.device.folder.status import status
+from kilodelta.device import Device, apply, bundle, release, rollback, status
 from kilodelta.device.golden import golden
-from kilodelta.device.make.build import Options, make
-from kilodelta.device.make.release import release
-from kilodelta.device.update.apply import apply
-from kilodelta.device.update.rollback import rollback
 from kilodelta.errors import InputError, KiloDeltaError, OutputError, ProofError
 from kilodelta.export.tensorrt import cuda
 from kilodelta.format.file import load
@@ -73,7 +68,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             inputs=str(root / "texts.txt"),
         )
     for mode in MODES:
-        make(base, root / mode, Options(mode=mode, rank=4, probe=str(root / "texts.txt")))
+        bundle(base, root / mode, mode=mode, rank=4, probe=str(root / "texts.txt"))
     return root
 
 
@@ -166,8 +161,8 @@ def test_inputs_that_do_not_tell_are_refused(root: Path, tmp_path: Path) -> None
 @pytest.fixture(scope="module")
 def slotted(root: Path) -> Path:
     """A folder whose batches may mix two fine-tunes; it serves the first one."""
-    options = Options(mode="adapter", rank=4, slots=2, probe=str(root / "texts.txt"))
-    make(root / "base", root / "slotted", options)
+    texts = str(root / "texts.txt")
+    bundle(root / "base", root / "slotted", mode="adapter", rank=4, slots=2, probe=texts)
     apply(root / "slotted", root / "a1.kd")
     return root / "slotted"
 
@@ -239,7 +234,7 @@ def test_run_takes_a_delta_for_each_row(root: Path, slotted: Path, tmp_path: Pat
 )
 def test_options_that_do_not_go_together(root: Path, tmp_path: Path, options: Any) -> None:
     with pytest.raises(InputError):
-        make(root / "base", tmp_path / "device", Options(**options))
+        bundle(root / "base", tmp_path / "device", **options)
     assert not (tmp_path / "device").exists()
 
 
@@ -299,8 +294,7 @@ def test_an_engine_folder_is_built_here_and_refuses_where_no_gpu_is(
     root: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
-    options = Options(mode="adapter", rank=4, capabilities=("sm89",))
-    made = make(root / "base", tmp_path / "device", options)
+    made = bundle(root / "base", tmp_path / "device", mode="adapter", rank=4, engine=["sm89"])
     assert made.runtime == "tensorrt_rtx"
     names = {file.file for file in made.files}
     assert {"model.engine", "adapter.json"} <= names

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from kilodelta.device import modes
-from kilodelta.device.folder.bundle import Bundle
-from kilodelta.device.folder.places import Places
+from kilodelta.device.folder import Bundle, DeviceFolder
+from kilodelta.device.golden import golden
 from kilodelta.device.golden.golden import Golden
-from kilodelta.device.make.seal import seal
 from kilodelta.device.modes import interface
 from kilodelta.files import identity
 from kilodelta.files.checkpoint import Checkpoint
@@ -49,10 +48,11 @@ class StandIn:
     """Writes one file a tensor, slowly if asked, so that a kill finds it half-done."""
 
     held = 4
+    proves_result = True
     runtime = "numpy"
 
-    def __init__(self, places: Places, bundle: Bundle) -> None:
-        self.base = Checkpoint.open(places.base / "weights.safetensors")
+    def __init__(self, folder: DeviceFolder) -> None:
+        self.base = Checkpoint.open(folder.base / "weights.safetensors")
 
     def build(self, delta: Delta, stage: Path) -> None:
         for name, array in self._merged(delta).items():
@@ -61,7 +61,7 @@ class StandIn:
 
     def open(self, folder: Path | None) -> Linear:
         if folder is None:
-            return Linear({name: self._array(name) for name in self.base.names})
+            return of_checkpoint(self.base)
         return Linear({name: np.load(folder / f"{name}.npy") for name in self.base.names})
 
     def trial(self, delta: Delta) -> Linear:
@@ -70,17 +70,24 @@ class StandIn:
     def mixed(self, rows: Sequence[interface.Session]) -> interface.Session:
         raise interface.no_slots()
 
-    def _array(self, name: str) -> np.ndarray[Any, Any]:
-        return self.base.data(name).view(np.float32).reshape(self.base.info(name).shape)
-
     def _merged(self, delta: Delta) -> dict[str, np.ndarray[Any, Any]]:
-        found = {name: self._array(name) for name in self.base.names}
+        found = dict(of_checkpoint(self.base).tensors)
         for name, target in delta.targets.items():
             parts = [part.copy() for part in cpu.merged(delta, target, self.base.data(name))]
             found[name] = np.concatenate(parts).view(np.float32).reshape(target.shape)
         for name, tensor in delta.extras.items():
             found[name] = tensor.data.view(np.float32).reshape(tensor.shape)
         return found
+
+
+def of_checkpoint(checkpoint: Checkpoint) -> Linear:
+    """The linear model of a checkpoint."""
+    return Linear(
+        {
+            name: checkpoint.data(name).view(np.float32).reshape(checkpoint.info(name).shape)
+            for name in checkpoint.names
+        }
+    )
 
 
 def install() -> None:
@@ -101,27 +108,27 @@ def base(path: Path, seed: int = 0) -> Path:
     )
 
 
-def folder(path: Path, source: Path, *, keep: int = 1) -> Path:
-    """A device folder that serves the base."""
-    places = Places(path)
-    places.base.mkdir(parents=True)
+def folder(path: Path, source: Path, **settings: Any) -> Path:
+    """A device folder that serves the base; `settings` are fields of its bundle."""
+    base = path / "base"
+    base.mkdir(parents=True)
     checkpoint = Checkpoint.open(source)
-    (places.base / "weights.safetensors").write_bytes(source.read_bytes())
+    (base / "weights.safetensors").write_bytes(source.read_bytes())
+    outputs = of_checkpoint(checkpoint).run(BATCH)
+    golden.write(base / golden.FILE, Golden(inputs=BATCH, outputs=outputs))
     known = identity.digest(checkpoint)
-    bundle = Bundle(
-        mode="patch",
-        dtype="float32",
-        runtime="onnxruntime-cpu",
-        name="test/linear",
-        root=known.root,
-        files=(),
-        limits={"y": TOLERANCE},
-        keep=keep,
-    )
-    outputs = StandIn(places, bundle).open(None).run(BATCH)
+    fields: dict[str, Any] = {
+        "mode": "patch",
+        "dtype": "float32",
+        "runtime": "onnxruntime-cpu",
+        "base_name": "test/linear",
+        "base_root": known.root,
+        "files": (),
+        "limits": {"y": TOLERANCE},
+        "ceiling": 0.01,
+    }
     infos = {name: checkpoint.info(name) for name in checkpoint.names}
-    golden = Golden(inputs=BATCH, outputs=outputs)
-    seal(places, bundle, known=golden, infos=infos, identity=known)
+    DeviceFolder.create(path, Bundle(**fields | settings), infos=infos, identity=known)
     return path
 
 

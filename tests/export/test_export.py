@@ -27,8 +27,8 @@ from kilodelta.errors import BaseMismatchError, ExportError, InputError, OutputE
 from kilodelta.export.manifest import artefacts
 from kilodelta.export.onnx import save
 from kilodelta.export.onnx.template import export_template
+from kilodelta.export.options import read_sizes
 from kilodelta.export.pipeline import Exported, Options, export
-from kilodelta.export.tensorrt.profile import read_sizes
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.methods import Nola
 from kilodelta.format.targets import Patterns

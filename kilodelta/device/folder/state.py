@@ -7,25 +7,34 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from kilodelta.device.folder.places import Places
 from kilodelta.errors import DeviceError
-from kilodelta.files import canonical, staging, untrusted
+from kilodelta.files import canonical, plain, staging, untrusted
 
 _FOLDER = re.compile(r"[0-9]{6,}-[0-9a-f]{12}\Z")
+_LIMIT = 1 << 20
+"""Bytes of `current`; a fine-tune to go back to takes 150."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """One fine-tune on a device: its folder in `deltas/`, its file's SHA-256, its version.
+    """One fine-tune on a device; the base itself has neither folder nor digest.
 
-    The base itself has neither folder nor digest.
+    Attributes:
+        folder: its name in `deltas/`.
+        delta: `sha256:<hex>` of its `.kd` file.
+        version: the file's version; 0 where it states none.
     """
 
     folder: str = ""
     delta: str = ""
     version: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return dict(vars(self))
 
 
 BASE = Served()
@@ -33,8 +42,20 @@ BASE = Served()
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """What is served, what a rollback goes back to (newest first), and two numbers that only grow:
-    of the last step that changed the state, and the highest version that was ever served."""
+    """What is served, and what a rollback goes back to.
+
+    Attributes:
+        sequence: the number of the last step that changed the state; it only grows.
+        highest: the highest version that was ever served; it only grows.
+        serving: what is served.
+        before: what a rollback goes back to, newest first.
+
+    Example:
+        >>> fresh = Served(folder="000001-0123456789ab", delta="sha256:" + "01" * 32, version=3)
+        >>> after = State().committed(fresh, keep=1)
+        >>> after.highest, after.rolled_back().serving == BASE
+        (3, True)
+    """
 
     sequence: int = 0
     highest: int = 0
@@ -42,11 +63,11 @@ class State:
     before: tuple[Served, ...] = ()
 
     def names(self) -> set[str]:
-        """The folders that must stay."""
+        """Return the folders in `deltas/` that must stay."""
         return {item.folder for item in (self.serving, *self.before) if item.folder}
 
     def committed(self, fresh: Served, keep: int) -> State:
-        """The state that serves `fresh`, with `keep` fine-tunes to go back to."""
+        """Return the state that serves `fresh`, with `keep` fine-tunes to go back to."""
         same = fresh.delta == self.serving.delta  # the same file again: no step back to itself
         before = self.before if same else (self.serving, *self.before)
         return State(
@@ -57,10 +78,10 @@ class State:
         )
 
     def rolled_back(self) -> State:
-        """The state before.
+        """Return the state that serves what was served before.
 
         Raises:
-            DeviceError: there is none.
+            DeviceError: there is nothing to go back to.
         """
         if not self.before:
             raise DeviceError(
@@ -72,60 +93,62 @@ class State:
         )
 
     def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
         return {
             "sequence": self.sequence,
             "highest": self.highest,
-            "serving": vars(self.serving),
-            "before": [vars(item) for item in self.before],
+            "serving": self.serving.to_json(),
+            "before": [item.to_json() for item in self.before],
         }
 
 
-def read(places: Places) -> State:
-    """The state as it is now.
+def read_state(path: Path) -> State:
+    """Read `current`.
 
     Raises:
         DeviceError: the file is missing or damaged.
     """
     try:
-        return parse(canonical.loads(places.current.read_bytes()))
+        return parse_state(canonical.loads(plain.read(path, _LIMIT)))
     except (OSError, ValueError) as problem:
         raise DeviceError(
-            f"{places.current} cannot be read: {problem}",
+            f"{path} cannot be read: {getattr(problem, 'strerror', None) or problem}",
             fix="apply or roll back: that writes it anew from the journal",
         ) from None
 
 
-def write(places: Places, state: State) -> None:
-    """Make a state the current one, in full or not at all.
+def write_state(path: Path, state: State) -> None:
+    """Make a state the current one by one rename.
 
     Raises:
-        OutputError: it cannot be written; the old one stands.
+        OutputError: it cannot be written, or not synced to the disk after the rename;
+            `read_state` says which state stands.
     """
-    staging.write(places.current, (canonical.dumps(state.to_json()) + "\n").encode())
+    staging.write(path, (canonical.dumps(state.to_json()) + "\n").encode())
 
 
-def parse(value: Any) -> State:
-    """A state from JSON.
+def parse_state(value: Any) -> State:
+    """Check a state from JSON.
 
     Raises:
-        FieldError: naming the field that is wrong.
+        FieldError: names the field that is wrong.
     """
-    found = untrusted.table(value, "state", {"sequence", "highest", "serving", "before"})
+    table = untrusted.table(value, "state", {"sequence", "highest", "serving", "before"})
     return State(
-        sequence=untrusted.whole(found["sequence"], "state.sequence"),
-        highest=untrusted.whole(found["highest"], "state.highest"),
-        serving=_served(found["serving"], "state.serving"),
-        before=untrusted.listed(found["before"], "state.before", _served),
+        sequence=untrusted.whole(table["sequence"], "state.sequence"),
+        highest=untrusted.whole(table["highest"], "state.highest"),
+        serving=_served(table["serving"], "state.serving"),
+        before=untrusted.listed(table["before"], "state.before", _served),
     )
 
 
 def _served(value: Any, where: str) -> Served:
-    found = untrusted.table(value, where, {"folder", "delta", "version"})
-    version = untrusted.whole(found["version"], f"{where}.version")
-    if found["folder"] == found["delta"] == "":
+    table = untrusted.table(value, where, {"folder", "delta", "version"})
+    version = untrusted.whole(table["version"], f"{where}.version")
+    if table["folder"] == table["delta"] == "":
         return replace(BASE, version=version)
-    folder = untrusted.file_name(found["folder"], f"{where}.folder")
+    folder = untrusted.file_name(table["folder"], f"{where}.folder")
     if not _FOLDER.match(folder):
         raise untrusted.FieldError(f"{where}.folder is {folder!r:.80}, no folder of deltas/")
-    delta = untrusted.digest(found["delta"], f"{where}.delta")
+    delta = untrusted.digest(table["delta"], f"{where}.delta")
     return Served(folder=folder, delta=delta, version=version)

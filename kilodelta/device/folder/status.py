@@ -9,36 +9,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kilodelta.device.folder import bundle as bundles
-from kilodelta.device.folder import fine_tune, journal, state
 from kilodelta.device.folder.bundle import Bundle
-from kilodelta.device.folder.places import Places
-from kilodelta.device.folder.recover import FINAL
+from kilodelta.device.folder.device_folder import DeviceFolder
+from kilodelta.device.folder.fine_tune import check_files, check_fine_tune
+from kilodelta.device.folder.journal import SETTLED, Entry
 from kilodelta.device.folder.state import State
 
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """A device folder at a glance. `nbytes` holds `base`, `deltas` and `free`, of the disk;
-    `unfinished` says that a command is at work or was killed."""
+    """A device folder at a glance.
+
+    Attributes:
+        folder: its path.
+        bundle: what it is.
+        state: what it serves.
+        history: the journal's entries, oldest first.
+        nbytes: on the disk: `base`, `deltas`, and what is `free`.
+        unfinished: a command is at work, or was killed.
+        checked: every byte was read and is as it was written.
+    """
 
     folder: Path
     bundle: Bundle
     state: State
-    history: tuple[Mapping[str, Any], ...]
+    history: tuple[Entry, ...]
     nbytes: Mapping[str, int]
     unfinished: bool
     checked: bool
 
     def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
         return {
             "folder": str(self.folder),
             "mode": self.bundle.mode,
             "dtype": self.bundle.dtype,
             "runtime": self.bundle.runtime,
-            "base": {"name": self.bundle.name, "root": self.bundle.root},
+            "base": {"name": self.bundle.base_name, "root": self.bundle.base_root},
+            "ceiling": self.bundle.ceiling,
+            "max_jump": self.bundle.max_jump,
             **self.state.to_json(),
-            "history": list(self.history),
+            "history": [dict(entry) for entry in self.history],
             "bytes": dict(self.nbytes),
             "unfinished": self.unfinished,
             "checked": self.checked,
@@ -49,30 +60,36 @@ def status(folder: str | os.PathLike[str], *, check: bool = False) -> Status:
     """Look at a device folder; needs no lock and changes nothing.
 
     Args:
+        folder: the device folder.
         check: read every byte of the base and of what is served, and compare the digests.
 
     Raises:
         DeviceError: no device folder, or a damaged one.
         ProofError: a file is not what it was (`check`).
+        OutputError: the journal cannot be read.
+
+    Example:
+        >>> status("device/").state.highest  # doctest: +SKIP
+        7
     """
-    places = Places.open(folder)
-    bundle, found = bundles.read(places), state.read(places)
+    device = DeviceFolder.open(folder)
+    state = device.state
     if check:
-        bundles.check_files(places.base, bundle.files)
-        for name in sorted(found.names()):
-            fine_tune.check(places.deltas / name)
-    history = journal.read(places.journal)
+        check_files(device.base, device.bundle.files)
+        for name in sorted(state.names()):
+            check_fine_tune(device.fine_tune(name))
+    history = tuple(device.journal.entries())
     return Status(
-        folder=places.root,
-        bundle=bundle,
-        state=found,
-        history=tuple(history),
+        folder=device.root,
+        bundle=device.bundle,
+        state=state,
+        history=history,
         nbytes={
-            "base": _size(places.base),
-            "deltas": _size(places.deltas),
-            "free": shutil.disk_usage(places.root).free,
+            "base": _size(device.base),
+            "deltas": _size(device.deltas),
+            "free": shutil.disk_usage(device.root).free,
         },
-        unfinished=bool(history) and history[-1]["event"] not in FINAL,
+        unfinished=bool(history) and history[-1]["event"] not in SETTLED,
         checked=check,
     )
 
@@ -82,7 +99,7 @@ def _size(folder: Path) -> int:
     total = 0
     for place in folder.rglob("*"):
         try:
-            total += place.stat().st_blocks * 512
+            total += place.lstat().st_blocks * 512
         except FileNotFoundError:  # an apply is at work
             continue
     return total

@@ -10,50 +10,57 @@ from pathlib import Path
 
 import numpy as np
 
-from kilodelta.device.folder.bundle import Bundle
-from kilodelta.device.folder.places import Places
+from kilodelta.device.folder.device_folder import DeviceFolder
 from kilodelta.device.golden import golden
-from kilodelta.device.golden.arrays import read_npz, write_npz
 from kilodelta.device.golden.probe import require_close, require_finite
 from kilodelta.device.modes.interface import Mode
 from kilodelta.errors import InputError, ProofError
+from kilodelta.files import npz, plain
 from kilodelta.verify.runners.runner import Arrays
 
-FILE = "baseline.npz"
 _RUNTIME = "runtime"
 
 
-def device_base(places: Places, bundle: Bundle, mode: Mode, known: golden.Golden) -> Arrays:
-    """The base's outputs on the golden inputs, here.
+def device_base(folder: DeviceFolder, mode: Mode, known: golden.Golden) -> Arrays:
+    """Return the base's outputs on the golden inputs, as this device computes them.
+
+    Args:
+        folder: remembers them.
+        mode: computes them.
+        known: the golden inputs and outputs.
 
     Raises:
         ProofError: the base does not give the golden outputs on this device.
         OutputError: they cannot be remembered.
     """
-    place = places.root / FILE
-    remembered = _read(place, mode.runtime)
+    remembered = _read(folder.remembered, mode.runtime)
     if remembered is not None:
         return remembered
-    found = mode.open(None).run(known.inputs)
+    outputs = mode.open(None).run(known.inputs)
     try:
-        require_finite(found, known.inputs)
-        require_close(found, known, bundle.limits)
+        require_finite(outputs, known.inputs)
+        require_close(outputs, known, folder.bundle.limits)
     except ProofError as problem:
         raise ProofError(
             f"the base itself is wrong on this device: {problem.what}",
             fix="bundle it for this device's runtime, or in float32; see kilodelta doctor",
         ) from None
-    outputs = {golden.OUTPUT + name: array for name, array in found.items()}
-    write_npz(place, {_RUNTIME: np.array(mode.runtime), **outputs})
-    return found
+    named = {golden.OUTPUT + name: array for name, array in outputs.items()}
+    # As bytes: an .npz file of plain numbers holds no texts.
+    version = np.frombuffer(mode.runtime.encode(), np.uint8)
+    npz.write_npz(folder.remembered, {_RUNTIME: version, **named})
+    return outputs
 
 
 def _read(path: Path, runtime: str) -> Arrays | None:
     """What is remembered from the same runtime, or None."""
+    if not plain.is_file(path):
+        return None
     try:
-        found = read_npz(path)
+        arrays = npz.read_modest(path)
     except InputError:
         return None
-    if str(found.pop(_RUNTIME, None)) != runtime:
+    version = arrays.pop(_RUNTIME, np.empty(0, np.uint8))
+    if version.dtype != np.uint8 or version.tobytes() != runtime.encode():
         return None
-    return {name.removeprefix(golden.OUTPUT): array for name, array in found.items()}
+    return {name.removeprefix(golden.OUTPUT): array for name, array in arrays.items()}

@@ -1,6 +1,6 @@
 """Golden values: inputs, the outputs they must give, and how far off a precision may be.
 
-A bundle holds them for its base (`base/golden.npz`); a `.kd` file may hold them for its fine-tune
+A bundle holds them for its base (`base/golden.npz`). A `.kd` file may hold them for its fine-tune
 as tensors `probe.*` (docs/format.md, section 2). Both use the same names: `input.<name>`,
 `output.<name>` and, in a `.kd`, `limit.<dtype>.<output>`, float32 (relative_l2, relative_max).
 """
@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kilodelta.device.golden.arrays import read_npz, write_npz
 from kilodelta.errors import DeviceError, FileError, InputError
+from kilodelta.files import npz
 from kilodelta.files.dtypes import BY_LONG
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
@@ -30,15 +30,19 @@ _NUMPY = {dtype.name: long for long, dtype in BY_LONG.items() if long in np.scty
 
 @dataclass(frozen=True, kw_only=True)
 class Golden:
-    """Inputs and the outputs they must give, float32, computed in float64 on a build machine."""
+    """Inputs by name, and the outputs they must give: float32, computed in float64."""
 
     inputs: Arrays
     outputs: Arrays
 
 
 def write(path: Path, golden: Golden) -> None:
-    """Write a bundle's golden values."""
-    write_npz(path, _flat(golden))
+    """Write a bundle's golden values.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
+    npz.write_npz(path, _flat(golden))
 
 
 def read(path: Path) -> Golden:
@@ -48,13 +52,18 @@ def read(path: Path) -> Golden:
         DeviceError: they are missing or damaged.
     """
     try:
-        return _golden(read_npz(path))
+        return _golden(npz.read_modest(path))
     except InputError as problem:
         raise DeviceError(problem.what, fix="copy the bundle to the device again") from None
 
 
 def to_probes(golden: Golden, limits: Mapping[str, Mapping[str, Limit]]) -> dict[str, RawTensor]:
-    """What a `.kd` file carries; `limits` by dtype, then by output."""
+    """Return the tensors that a `.kd` file carries.
+
+    Args:
+        golden: inputs and outputs of the fine-tune.
+        limits: by precision, then by output.
+    """
     arrays = _flat(golden)
     for dtype, outputs in limits.items():
         for name, limit in outputs.items():
@@ -64,24 +73,25 @@ def to_probes(golden: Golden, limits: Mapping[str, Mapping[str, Limit]]) -> dict
 
 
 def of_delta(delta: Delta) -> Golden | None:
-    """A file's own golden values, or None.
+    """Return a file's own golden values, or None.
 
     Raises:
-        FileError: its probe is of another kind.
+        FileError: its probe is damaged or of another kind.
     """
     if not delta.probes:
         return None
-    found = _golden({name: _array(name, tensor) for name, tensor in delta.probes.items()})
-    if not found.inputs or not found.outputs:
-        raise FileError(
-            "the file's probe has no inputs, or no outputs",
-            fix="make the probe with kilodelta release",
-        )
-    return found
+    golden = _golden({name: _array(name, tensor) for name, tensor in delta.probes.items()})
+    if not golden.inputs or not golden.outputs:
+        raise _unfit("the file's probe has no inputs, or no outputs")
+    return golden
 
 
 def limits_of(delta: Delta, dtype: str) -> dict[str, Limit]:
-    """A file's limits by output in one precision; empty where it states none."""
+    """Return a file's limits by output in one precision; empty where it states none.
+
+    Raises:
+        FileError: one is no pair of numbers.
+    """
     prefix = f"{LIMIT}{dtype}."
     return {
         name.removeprefix(prefix): _limit(name, _array(name, tensor))
@@ -105,17 +115,15 @@ def _named(arrays: Mapping[str, NDArray[Any]], prefix: str) -> Arrays:
 
 def _array(name: str, tensor: RawTensor) -> NDArray[Any]:
     if tensor.dtype not in _NUMPY:
-        raise FileError(
-            f"probe {name!r:.80} is {tensor.dtype}, which numpy lacks",
-            fix="make the probe with kilodelta release",
-        )
+        raise _unfit(f"probe {name!r:.80} is {tensor.dtype}, which numpy lacks")
     return tensor.data.view(_NUMPY[tensor.dtype]).reshape(tensor.shape)
 
 
 def _limit(name: str, pair: NDArray[Any]) -> Limit:
     if pair.dtype != np.float32 or pair.shape != (2,) or not np.all(pair >= 0):
-        raise FileError(
-            f"probe {name!r:.80} is not two float32 numbers from 0 on",
-            fix="make the probe with kilodelta release",
-        )
+        raise _unfit(f"probe {name!r:.80} is not two float32 numbers from 0 on")
     return Limit(relative_l2=float(pair[0]), relative_max=float(pair[1]))
+
+
+def _unfit(what: str) -> FileError:
+    return FileError(what, fix="make the probe with kilodelta release")

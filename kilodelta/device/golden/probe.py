@@ -1,8 +1,8 @@
 """The probe decides: what was just built must compute the fine-tune, or it is never served.
 
 Three questions, with the device's own runtime: are the outputs on the bundle's golden inputs finite
-numbers? Is the update there, so that they are not the base's? And where the file brings golden
-values of its own: are its outputs within the limits that it states for this precision?
+numbers? Is the update there, so that they are not the base's? And if the file brings golden values:
+are its outputs within the limits that it states for this precision?
 """
 
 from __future__ import annotations

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from kilodelta.device.folder.bundle import CEILINGS
 from kilodelta.device.golden.golden import Golden
 from kilodelta.errors import InputError, KiloDeltaError
 from kilodelta.models import Batch, LoadedModel, example, outputs, read_inputs
 from kilodelta.verify.parity.cases import live
-from kilodelta.verify.parity.gate import Limit, limit
+from kilodelta.verify.parity.gate import MULTIPLE, Limit, limit
 from kilodelta.verify.parity.metrics import Metrics, compare
 from kilodelta.verify.runners.runner import Arrays
 from kilodelta.verify.runners.torch_runner import TorchRunner
@@ -24,7 +25,12 @@ ROWS, TOKENS = 4, 16
 
 
 def golden_inputs(loaded: LoadedModel, spec: str | None, rows: int) -> Batch:
-    """The first rows of given inputs; without any, made-up ones where the model's kind is known.
+    """Read the first rows of given inputs; without any, make some up for a known kind of model.
+
+    Args:
+        loaded: the model.
+        spec: as `kilodelta.models.read_inputs` takes it, or None.
+        rows: rows to read.
 
     Raises:
         InputError: they cannot be read, or nothing is known about the model's inputs.
@@ -49,26 +55,24 @@ def _filled(
 
 
 def exact(loaded: LoadedModel, batch: Batch) -> Golden:
-    """A model's outputs on a batch, computed in float64."""
+    """Compute a model's outputs on a batch in float64, and return both, outputs in float32."""
     arrays = {name: tensor.numpy() for name, tensor in batch.items()}
     with torch.inference_mode():
         names = list(outputs(loaded, batch))
-    found = TorchRunner(loaded.view(), names, precision="float64", device="cpu").run(arrays)
-    return Golden(
-        inputs=arrays,
-        outputs={name: array.astype(np.float32) for name, array in found.items()},
-    )
+    runner = TorchRunner(loaded.view(), names, precision="float64", device="cpu")
+    narrow = {name: array.astype(np.float32) for name, array in runner.run(arrays).items()}
+    return Golden(inputs=arrays, outputs=narrow)
 
 
 def limits(loaded: LoadedModel, known: Golden, dtype: str) -> dict[str, Limit]:
-    """By output, how far an artefact in `dtype` may be from the golden values."""
+    """Return by output how far an artefact in `dtype` may be from the golden values."""
     runner = TorchRunner(loaded.view(), list(known.outputs), precision=dtype, device="cpu")
     errors = distances(runner.run(known.inputs), known)
     return {name: limit([error], dtype) for name, error in errors.items()}
 
 
 def distances(found: Arrays, known: Golden) -> dict[str, Metrics]:
-    """By output, the distance from the golden values, padding aside."""
+    """Return by output the distance from the golden values, without padding."""
     return {
         name: compare(live(found[name], known.inputs), live(array, known.inputs))
         for name, array in known.outputs.items()
@@ -78,25 +82,43 @@ def distances(found: Arrays, known: Golden) -> dict[str, Metrics]:
 def telling_limits(
     merged: LoadedModel, base: LoadedModel, known: Golden, dtypes: Sequence[str]
 ) -> Mapping[str, Mapping[str, Limit]]:
-    """Limits by precision, of those in which the base would be outside them.
+    """Return limits by precision and output, for the precisions that tell fine-tune from base.
+
+    A precision tells if the base would be outside its limits. One whose limits are above what
+    devices accept (`CEILINGS`) is left out as well: torch itself is lost in it.
+
+    Args:
+        merged: the fine-tune.
+        base: its base.
+        known: golden values of the fine-tune.
+        dtypes: the precisions to try.
 
     Raises:
-        InputError: not even in float32 do the inputs tell the fine-tune from its base.
+        InputError: not even in float32 do the inputs tell the fine-tune from its base, or is torch
+            as exact as a device must be.
     """
     names = list(known.outputs)
     runner = TorchRunner(base.view(), names, precision="float64", device="cpu")
     away = distances(runner.run(known.inputs), known)
-    found = {}
+    telling = {}
     for dtype in dtypes:
         try:
             allowed = limits(merged, known, dtype)
         except KiloDeltaError:  # torch cannot compute in it here: no statement
             continue
-        if any(away[name].relative_l2 > 2 * allowed[name].relative_l2 for name in names):
-            found[dtype] = allowed
-    if "float32" not in found:
+        loosest = max(max(most.relative_l2, most.relative_max) for most in allowed.values())
+        tells = any(away[name].relative_l2 > 2 * allowed[name].relative_l2 for name in names)
+        if loosest > CEILINGS[dtype] and dtype == "float32":
+            raise InputError(
+                f"on these inputs torch itself is off by {loosest / MULTIPLE:.2g} in float32, so "
+                "no device can be held to anything",
+                fix="give other inputs of the task, or release it without --inputs",
+            )
+        if tells and loosest <= CEILINGS[dtype]:
+            telling[dtype] = allowed
+    if "float32" not in telling:
         raise InputError(
             "on these inputs the fine-tune and its base give the same outputs",
             fix="give inputs of the task that the fine-tune was made for",
         )
-    return found
+    return telling

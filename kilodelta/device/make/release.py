@@ -7,14 +7,15 @@ model gives on them in float64, and how far each precision may be off.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kilodelta.device.golden import golden
-from kilodelta.errors import InputError, OutputError
+from kilodelta.device.update.admit import HIGHEST
+from kilodelta.errors import InputError, OutputError, require
+from kilodelta.files import staging
 from kilodelta.files.baseline import require_base
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import RawTensor
@@ -25,8 +26,15 @@ from kilodelta.progress import Progress, silent
 
 @dataclass(frozen=True, kw_only=True)
 class Released:
-    """What was written: its bytes, its version, the precisions in which its probe tells the
-    fine-tune from the base (none without a probe)."""
+    """What was written.
+
+    Attributes:
+        path: the file.
+        nbytes: its bytes.
+        version: its version.
+        dtypes: the precisions in which its probe tells the fine-tune from the base; none without
+            a probe.
+    """
 
     path: Path
     nbytes: int
@@ -34,6 +42,7 @@ class Released:
     dtypes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
         return {**vars(self), "path": str(self.path), "dtypes": list(self.dtypes)}
 
 
@@ -55,29 +64,42 @@ def release(
         base: the model the file was made for.
         file: the `.kd` file.
         out: a new `.kd` file.
-        version: a device refuses a lower one than the highest it has had.
+        version: a whole number; a device refuses a lower one than the highest it has had.
         inputs: inputs of the task; the first `rows` become the probe.
-        model, config: as `kilodelta export` takes them, where the base does not say its
-            architecture.
+        rows: rows of the probe.
+        model: `package.module:function` that builds the module, for a probe of a base without a
+            configuration.
+        config: folder with the tuned model's `config.json`, for a probe where the base does not
+            say the architecture.
+        progress: called while the base is read and merged.
 
     Raises:
         BaseMismatchError: `base` is another model.
-        InputError: the inputs do not tell the fine-tune from its base, or a negative version.
+        InputError: the inputs do not tell the fine-tune from its base, or a version out of range.
         OutputError: `out` exists or cannot be written.
         MissingPackageError: a probe needs torch.
+
+    Example:
+        >>> release("base/", "task.kd", "task-7.kd", version=7).dtypes  # doctest: +SKIP
+        ()
     """
     place = Path(out)
-    if place.exists():
+    if not 0 <= version <= HIGHEST:
+        raise InputError(
+            f"version {version} is out of range", fix=f"count from 1 on, up to {HIGHEST}"
+        )
+    if rows < 1:
+        raise InputError(f"a probe of {rows} rows probes nothing", fix="give --rows 1 or more")
+    if os.path.lexists(place):
         raise OutputError(f"{place} exists already", fix="give a new name, or remove this file")
-    if version < 0:
-        raise InputError(f"version {version} is negative", fix="count from 1 on")
     delta = load(file)
     probes: Mapping[str, RawTensor] = {}
     dtypes: tuple[str, ...] = ()
     if inputs is None:
         require_base(Checkpoint.open(Path(base)), delta.manifest.base, progress=progress)
     else:
-        probes, dtypes = _probe(base, delta, inputs, rows, (model, config), progress)
+        require("torch", extra="hf", why="compute golden outputs")
+        probes, dtypes = _probe(base, delta, inputs, rows, (model, config), place, progress)
     made = {**delta.manifest.made, "version": version}
     fresh = replace(delta, manifest=replace(delta.manifest, made=made), probes=dict(probes))
     return Released(path=place, nbytes=fresh.save(place), version=version, dtypes=dtypes)
@@ -89,6 +111,7 @@ def _probe(
     inputs: str,
     rows: int,
     architecture: tuple[str | None, str | None],
+    out: Path,
     progress: Progress,
 ) -> tuple[Mapping[str, RawTensor], tuple[str, ...]]:
     """The probe's tensors, and the precisions in which it tells."""
@@ -100,8 +123,9 @@ def _probe(
 
     checkpoint = Checkpoint.open(locate(os.fspath(base)))
     model, config = architecture
-    with tempfile.TemporaryDirectory() as work:
-        merged = Path(work) / ("merged" if checkpoint.path.is_dir() else "merged.safetensors")
+    # Beside the output: the system's temporary folder may be too small for a model.
+    with staging.scratch(out) as work:
+        merged = work / ("merged" if checkpoint.path.is_dir() else "merged.safetensors")
         merge(checkpoint, delta, merged, progress=progress)
         tuned = open_merged(checkpoint, merged, delta, model=model, config=config)
         known = reference.exact(tuned, reference.golden_inputs(tuned, inputs, rows))

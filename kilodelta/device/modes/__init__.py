@@ -12,41 +12,42 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
-from kilodelta.device.folder.bundle import Bundle
-from kilodelta.device.folder.places import Places
-from kilodelta.device.modes.interface import DELTA as DELTA
+from kilodelta.device.folder.device_folder import DeviceFolder
 from kilodelta.device.modes.interface import Mode as Mode
 from kilodelta.device.modes.interface import Session as Session
 
-Opener: TypeAlias = Callable[[Places, Bundle], Mode]
+__all__ = ["Mode", "Session", "open_mode"]
+
+Opener: TypeAlias = Callable[[DeviceFolder], Mode]
 
 
-def _adapter(places: Places, bundle: Bundle) -> Mode:
+def _adapter(folder: DeviceFolder) -> Mode:
     from kilodelta.device.modes.adapter import AdapterMode
 
-    return AdapterMode(places, bundle)
+    return AdapterMode(folder)
 
 
-def _patch(places: Places, bundle: Bundle) -> Mode:
+def _patch(folder: DeviceFolder) -> Mode:
     from kilodelta.device.modes.patch import PatchMode
 
-    return PatchMode(places, bundle)
+    return PatchMode(folder)
 
 
-def _refit(places: Places, bundle: Bundle) -> Mode:
+def _refit(folder: DeviceFolder) -> Mode:
     from kilodelta.device.modes.refit import RefitMode
 
-    return RefitMode(places, bundle)
+    return RefitMode(folder)
 
 
 OPENERS: dict[str, Opener] = {"adapter": _adapter, "patch": _patch, "refit": _refit}
+"""The modes by name; each is imported when a folder of its kind is opened."""
 
 
-def open_mode(places: Places, bundle: Bundle) -> Mode:
-    """The bundle's mode.
+def open_mode(folder: DeviceFolder) -> Mode:
+    """Open what a folder deploys, in its mode.
 
     Raises:
-        DeviceError: a file of `base/` is missing or damaged.
+        DeviceError, FileError: a file of `base/` is missing or damaged.
         MissingPackageError: the runtime is not installed.
     """
-    return OPENERS[bundle.mode](places, bundle)
+    return OPENERS[folder.bundle.mode](folder)

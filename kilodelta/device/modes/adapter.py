@@ -1,7 +1,7 @@
 """Adapter mode on a device: one model for all fine-tunes, whose low-rank factors are its inputs.
 
-A fine-tune's folder holds nothing but its file of kilobytes; the factors are expanded when it is
-first used, and from then on switching is binding other inputs.
+A fine-tune's folder holds only its file of kilobytes. Its factors are expanded when it is first
+used; from then on a switch binds other inputs.
 
 Where the graph has slots, fine-tunes lie beside each other in its inputs and each row of a batch
 names its own. Tables of slots are never changed, so requests under way keep theirs; the next one
@@ -17,10 +17,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from kilodelta.device.folder.bundle import Bundle
-from kilodelta.device.folder.places import Places
+from kilodelta.device.folder.device_folder import DeviceFolder
+from kilodelta.device.folder.fine_tune import DELTA
 from kilodelta.device.modes import runtime
-from kilodelta.device.modes.interface import DELTA, Session, no_slots
+from kilodelta.device.modes.interface import Session, no_slots
 from kilodelta.errors import require
 from kilodelta.export.adapter.factors import Factors, base_factors, expand, in_slots
 from kilodelta.export.adapter.layout import INDEX, read_layout
@@ -34,31 +34,36 @@ class AdapterMode:
     """The graph with its factors as inputs, opened once for all fine-tunes."""
 
     held = 64
+    proves_result = False
 
-    def __init__(self, places: Places, bundle: Bundle) -> None:
-        self._bundle = bundle
-        self._layout = read_layout(places.base)
-        self.runtime = runtime.version(bundle)
-        self._runner: Any = self._opened(places.base)
+    def __init__(self, folder: DeviceFolder) -> None:
+        self._bundle = folder.bundle
+        self._layout = read_layout(folder.base)
+        self.runtime = runtime.version(folder.bundle)
+        self._runner: Any = self._opened(folder.base)
         self._lock = threading.Lock()
         self._table: tuple[_Slots, Mapping[str, Any]] = ((), {})
 
     def build(self, delta: Delta, stage: Path) -> None:
-        """See that the graph can take the delta; its file is all that has to lie there."""
+        """See that the graph can take the delta, whose file is all that its folder needs."""
         expand(delta, self._layout)
 
     def open(self, folder: Path | None) -> Session:
-        """A fine-tune's factors bound, or zeros."""
+        """Bind a fine-tune's factors, or zeros."""
         if folder is None:
             return self._base()
         return self.trial(load(folder / DELTA))
 
     def trial(self, delta: Delta) -> Session:
-        """The same for a delta from anywhere."""
+        """Bind the factors of any delta."""
         return self._bound(expand(delta, self._layout))
 
     def mixed(self, rows: Sequence[Session]) -> Session:
-        """A table of slots that has them all."""
+        """Bind a table of slots that has all of these fine-tunes.
+
+        Raises:
+            InputError: the graph has no slots, or fewer than fine-tunes.
+        """
         if not self._layout.slots:
             raise no_slots()
         chosen: list[Any] = list(rows)
@@ -68,14 +73,18 @@ class AdapterMode:
         return _Switched(self._runner, {**feeds, INDEX: index})
 
     def _slots(self, wanted: Mapping[Any, None]) -> tuple[_Slots, Mapping[str, Any]]:
-        """Fine-tunes in slots, the wanted among them, and the inputs that hold their factors."""
+        """The fine-tunes in slots, all wanted ones among them, and the inputs for them."""
+        slots, inputs = self._table  # replaced whole, never changed, so no lock to read it
+        if inputs and wanted.keys() <= set(slots):
+            return slots, inputs
         with self._lock:
-            known, _ = self._table
-            if not self._table[1] or wanted.keys() - set(known):
-                rest = [one for one in known if one not in wanted]
+            held, inputs = self._table
+            if not inputs or wanted.keys() - set(held):
+                rest = [one for one in held if one not in wanted]
                 room = max(0, self._layout.slots - len(wanted))
                 slots = (*wanted, *rest[:room])
-                stacked = in_slots(self._layout, [one.factors for one in slots])
+                factors = [one.factors for one in slots if one.factors is not None]
+                stacked = in_slots(self._layout, factors)
                 self._table = (slots, self._prepared(stacked))
             return self._table
 
@@ -97,8 +106,8 @@ class AdapterMode:
 
     def _prepared(self, factors: Factors) -> Mapping[str, Any]:
         prepare = getattr(self._runner, "prepare", dict)
-        found: Mapping[str, Any] = prepare(factors)
-        return found
+        prepared: Mapping[str, Any] = prepare(factors)
+        return prepared
 
 
 class _Switched:
@@ -108,8 +117,8 @@ class _Switched:
         self._runner, self._factors = runner, factors
 
     def run(self, batch: Batch) -> Arrays:
-        found: Arrays = self._runner.run({**batch, **self._factors})
-        return found
+        outputs: Arrays = self._runner.run({**batch, **self._factors})
+        return outputs
 
 
 class _InSlot:
@@ -130,7 +139,7 @@ class _Prepared(OnnxRunner):
     """ONNX Runtime whose inputs may be values that were handed over to it before."""
 
     def prepare(self, factors: Factors) -> dict[str, Any]:
-        """Factors as ONNX Runtime's own values, made once a fine-tune."""
+        """Turn factors into ONNX Runtime's own values, once per fine-tune."""
         kinds = {given.name: given.type for given in self._session.get_inputs()}
         return {name: self._value(factors, name, kinds[name]) for name in factors}
 

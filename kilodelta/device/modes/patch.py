@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kilodelta.device.folder.bundle import Bundle
-from kilodelta.device.folder.places import Places
+from kilodelta.device.folder.device_folder import DeviceFolder
 from kilodelta.device.modes import runtime
 from kilodelta.device.modes.interface import Session, no_slots
 from kilodelta.export.patching.map import read_map
@@ -17,20 +16,22 @@ from kilodelta.format.delta import Delta
 from kilodelta.verify.runners.onnx_runner import PROVIDERS, OnnxRunner
 
 MAP, REST = "model.map.json", "rest.safetensors"
+"""The map of the base's ONNX file, and the weights that the file does not hold exactly."""
 
 
 class PatchMode:
-    """The base's ONNX file, its map, and the weights that it does not hold exactly."""
+    """The base's ONNX file and its map."""
 
     held = 2
+    proves_result = True
 
-    def __init__(self, places: Places, bundle: Bundle) -> None:
-        self._bundle, self._folder = bundle, places.base
-        self._model = places.base / runtime.ONNX
-        self.runtime = runtime.version(bundle)
-        rest = places.base / REST
+    def __init__(self, folder: DeviceFolder) -> None:
+        self._bundle, self._base = folder.bundle, folder.base
+        self._model = folder.base / runtime.ONNX
+        self.runtime = runtime.version(folder.bundle)
+        rest = folder.base / REST
         self._source: dict[str, Any] = {
-            "places": read_map(places.base / MAP),
+            "places": read_map(folder.base / MAP),
             "base": rest if rest.exists() else None,
         }
 
@@ -39,16 +40,16 @@ class PatchMode:
         patch(self._model, delta, stage / runtime.ONNX, **self._source)
 
     def open(self, folder: Path | None) -> Session:
-        """ONNX Runtime on the tuned file, or on the base's."""
-        return runtime.open_runner(self._bundle, folder or self._folder)
+        """Open the tuned file, or the base's, in ONNX Runtime."""
+        return runtime.open_runner(self._bundle, folder or self._base)
 
     def trial(self, delta: Delta) -> Session:
-        """ONNX Runtime with the tuned weights in memory."""
+        """Open the base's file in ONNX Runtime with the tuned weights in memory."""
         runner = _InMemory(self._model, delta, self._source, runtime.provider(self._bundle))
-        found: Session = runtime.ready(runner)
-        return found
+        return runtime.ready(runner)
 
     def mixed(self, rows: Sequence[Session]) -> Session:
+        """Refuse: the weights of one file are one fine-tune's."""
         raise no_slots()
 
 

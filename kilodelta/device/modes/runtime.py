@@ -15,40 +15,41 @@ from kilodelta.verify.runners.tensorrt_runner import TensorrtRunner
 
 ONNX, ENGINE = "model.onnx", "model.engine"
 
+R = TypeVar("R", bound=Runner)
+
 
 def is_engine(bundle: Bundle) -> bool:
-    """Whether a bundle runs in TensorRT."""
+    """Return whether a bundle runs in TensorRT."""
     return bundle.runtime in FLAVOURS
 
 
-def model_name(bundle: Bundle) -> str:
-    """The file that is run."""
-    return ENGINE if is_engine(bundle) else ONNX
-
-
 def provider(bundle: Bundle) -> str:
-    """ONNX Runtime's device: "cpu" or "cuda"."""
+    """Return ONNX Runtime's device: "cpu" or "cuda"."""
     return bundle.runtime.removeprefix("onnxruntime-")
 
 
 def open_runner(bundle: Bundle, folder: Path) -> Runner:
-    """The model in a folder, ready to compute.
+    """Open the model in a folder, ready to compute.
+
+    Args:
+        bundle: names the runtime.
+        folder: holds `model.onnx` or `model.engine`.
 
     Raises:
         MissingPackageError: the runtime is not installed.
-        ProofError: it cannot run here.
+        ProofError: it cannot run the model here.
     """
-    path = folder / model_name(bundle)
     if is_engine(bundle):
-        return ready(TensorrtRunner(path, flavour=bundle.runtime))
-    return ready(OnnxRunner(path, device=provider(bundle)))
-
-
-R = TypeVar("R", bound=Runner)
+        return ready(TensorrtRunner(folder / ENGINE, flavour=bundle.runtime))
+    return ready(OnnxRunner(folder / ONNX, device=provider(bundle)))
 
 
 def ready(runner: R) -> R:
-    """A runner that is known to work here."""
+    """Return a runner that is known to work here.
+
+    Raises:
+        MissingPackageError, ProofError: why it does not.
+    """
     problem = runner.available()
     if problem is not None:
         raise problem
@@ -56,14 +57,14 @@ def ready(runner: R) -> R:
 
 
 def version(bundle: Bundle) -> str:
-    """The runtime's name and version.
+    """Return the runtime's name and version.
 
     Raises:
         MissingPackageError: it is not installed.
     """
     if is_engine(bundle):
         package = require(bundle.runtime, extra=EXTRAS[bundle.runtime], why="run engines")
-        return f"{bundle.runtime} {package.__version__}"
-    extra = "cpu" if provider(bundle) == "cpu" else "gpu"
-    package = require("onnxruntime", extra=extra, why="run ONNX models")
+    else:
+        extra = "cpu" if provider(bundle) == "cpu" else "gpu"
+        package = require("onnxruntime", extra=extra, why="run ONNX models")
     return f"{bundle.runtime} {package.__version__}"

@@ -6,25 +6,21 @@ by then. So a process killed at any point, or a full disk, leaves the old state 
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kilodelta.device.folder import bundle as bundles
-from kilodelta.device.folder import fine_tune, journal, lock, state
-from kilodelta.device.folder.bundle import Bundle
-from kilodelta.device.folder.places import Places
-from kilodelta.device.folder.recover import recover, sweep
+from kilodelta.device.folder.changing import Change, changing
+from kilodelta.device.folder.device_folder import DeviceFolder
+from kilodelta.device.folder.fine_tune import build_fine_tune
 from kilodelta.device.folder.state import Served, State
 from kilodelta.device.golden import golden
 from kilodelta.device.golden.base_outputs import device_base
 from kilodelta.device.golden.probe import Seen, probe
-from kilodelta.device.modes import Mode, Session, open_mode
+from kilodelta.device.modes import Mode, open_mode
 from kilodelta.device.update import admit
-from kilodelta.errors import KiloDeltaError
 from kilodelta.export.manifest.artefacts import file_fact
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
@@ -35,18 +31,33 @@ STEPS = ("proved", "built", "probed", "committed")
 
 @dataclass(frozen=True, kw_only=True)
 class Applied:
-    """What an apply did: the state that it made, the state before, and what the probe saw."""
+    """What an `apply` did.
+
+    Attributes:
+        state: what is served now.
+        before: what was served.
+        seen: what the probe saw.
+        result: the digest of the merged weights, as the file states it.
+        result_proved: whether the device proved it. In adapter mode weights are never merged.
+        warnings: what went wrong after the commit, which stands.
+    """
 
     state: State
     before: State
     seen: Seen
+    result: str
+    result_proved: bool
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
         return {
-            "serving": vars(self.state.serving),
-            "before": vars(self.before.serving),
+            "serving": self.state.serving.to_json(),
+            "before": self.before.serving.to_json(),
             "sequence": self.state.sequence,
             "probe": self.seen.to_json(),
+            "result": {"root": self.result, "proved": self.result_proved},
+            "warnings": list(self.warnings),
         }
 
 
@@ -55,89 +66,113 @@ def apply(
     file: str | os.PathLike[str],
     *,
     allow_downgrade: bool = False,
+    allow_jump: bool = False,
     progress: Progress = silent,
 ) -> Applied:
-    """Serve another fine-tune from a device folder.
+    """Serve another fine-tune from a device folder: prove, build, probe, commit.
+
+    On any error what was served before goes on being served. What goes wrong after the commit is
+    a warning.
 
     Args:
         folder: the device folder.
         file: the `.kd` file.
         allow_downgrade: take a file whose version is lower than the highest this device has had.
+        allow_jump: take one whose version is further above it than the bundle allows.
+        progress: called after each step.
 
     Raises:
         DeviceError: no device folder, or a damaged one.
         LockedError: another command is changing it.
-        FileError, BaseMismatchError, DowngradeError, InputError: the file is damaged, for another
-            base, too old, or of a kind that this folder's mode cannot take.
-        ProofError: the probe failed; what was served before goes on.
-        OutputError: the disk is full or not writable; what was served before goes on.
+        FileError, BaseMismatchError, InputError: the file is damaged, for another base, or of a
+            kind that this folder's mode cannot take.
+        DowngradeError: its version is too low, or too far ahead.
+        ProofError: the probe failed, or could not have failed.
+        OutputError: the disk is full or not writable.
+
+    Example:
+        >>> apply("device/", "task-7.kd").state.serving.version  # doctest: +SKIP
+        7
     """
-    places = Places.open(folder)
-    with lock.held(places.lock):
-        bundle, before = bundles.read(places), recover(places)
-        job = _Job(places=places, bundle=bundle, before=before, file=Path(file), progress=progress)
-        with undone(places, before.sequence + 1):
-            return job.run(allow_downgrade)
+    with changing(DeviceFolder.open(folder)) as change:
+        tell = _teller(progress)
+        candidate = _admitted(change, Path(file), allow_downgrade, allow_jump)
+        served, delta = candidate.served, candidate.delta
+        change.note("proved", **served.to_json())
+        tell("proved")
+        mode = open_mode(change.folder)
+        session = build_fine_tune(
+            change.folder.deltas / served.folder,
+            candidate.file,
+            served.delta,
+            fill=lambda stage: mode.build(delta, stage),
+            open_=mode.open,
+        )
+        change.note("built")
+        tell("built")
+        seen = _probe(change.folder, mode, delta, session)
+        change.note("probed", probe=seen.to_json())
+        tell("probed")
+        after = change.before.committed(served, change.folder.bundle.keep)
+        warnings = change.commit(after, "committed")
+    tell("committed")
+    return Applied(
+        state=after,
+        before=change.before,
+        seen=seen,
+        result=delta.manifest.result,
+        result_proved=mode.proves_result,
+        warnings=warnings,
+    )
 
 
-@contextlib.contextmanager
-def undone(places: Places, sequence: int) -> Iterator[None]:
-    """On any error remove what is not served, and write the error down; the state stands."""
-    try:
-        yield
-    except BaseException as problem:
-        with contextlib.suppress(KiloDeltaError, OSError):
-            standing = state.read(places)
-            sweep(places, standing)
-            what = getattr(problem, "what", type(problem).__name__)
-            journal.append(places.journal, "failed", sequence, why=what, state=standing.to_json())
-        raise
+def _teller(progress: Progress) -> Callable[[str], None]:
+    def tell(step: str) -> None:
+        done = STEPS.index(step) + 1
+        progress(Event(stage="apply", done=done, total=len(STEPS), unit="steps"))
+
+    return tell
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
-    """One apply, under the lock."""
+class _Candidate:
+    """A file that was admitted, and the place it will have."""
 
-    places: Places
-    bundle: Bundle
-    before: State
     file: Path
-    progress: Progress
+    delta: Delta
+    served: Served
 
-    def run(self, allow_downgrade: bool) -> Applied:
-        digest = self._digest()
-        tensors = bundles.read_tensors(self.places)
-        delta = admit.bind(self.bundle, tensors, load(self.file))
-        fresh = self._named(digest, admit.version(delta))
-        if not allow_downgrade:
-            admit.require_newer(fresh.version, self.before)
-        self._step("proved", **vars(fresh))
-        mode, folder = open_mode(self.places, self.bundle), self.places.deltas / fresh.folder
-        session = fine_tune.build(mode, delta, folder, self.file, digest)
-        self._step("built")
-        seen = self._probe(mode, delta, session)
-        self._step("probed", probe=seen.to_json())
-        after = self.before.committed(fresh, self.bundle.keep)
-        state.write(self.places, after)
-        self._step("committed", state=after.to_json())
-        return Applied(state=after, before=self.before, seen=seen)
 
-    def _digest(self) -> str:
-        """Taken before the file is read, so that one that changes meanwhile is noticed."""
-        return file_fact(self.file).sha256 if self.file.is_file() else ""
+def _admitted(change: Change, file: Path, allow_downgrade: bool, allow_jump: bool) -> _Candidate:
+    folder = change.folder
+    # Taken before the file is read, so that one that changes meanwhile is noticed.
+    digest = _digest(file)
+    delta = admit.bind(folder, load(file))
+    version = admit.version_of(delta)
+    admit.require_version(
+        version,
+        change.before,
+        folder.bundle,
+        allow_downgrade=allow_downgrade,
+        allow_jump=allow_jump,
+    )
+    admit.require_strict(delta, folder.bundle)
+    # The sequence in the name: no other apply has used this folder, or will.
+    name = f"{change.sequence:06}-{digest.removeprefix('sha256:')[:12]}"
+    return _Candidate(
+        file=file, delta=delta, served=Served(folder=name, delta=digest, version=version)
+    )
 
-    def _named(self, digest: str, version: int) -> Served:
-        """The file's place: a folder that no other apply has used or will use."""
-        folder = f"{self.before.sequence + 1:06}-{digest.removeprefix('sha256:')[:12]}"
-        return Served(folder=folder, delta=digest, version=version)
 
-    def _probe(self, mode: Mode, delta: Delta, session: Session) -> Seen:
-        known = golden.read(self.places.base / golden.FILE)
-        base = device_base(self.places, self.bundle, mode, known)
-        return probe(session.run, delta, known.inputs, base, self.bundle.dtype)
+def _digest(file: Path) -> str:
+    """`sha256:<hex>` of a file; empty where it cannot be read, of which `load` says why."""
+    try:
+        return file_fact(file).sha256 if file.is_file() else ""
+    except OSError:
+        return ""
 
-    def _step(self, event: str, **facts: Any) -> None:
-        """Write a step down, and tell it."""
-        journal.append(self.places.journal, event, self.before.sequence + 1, **facts)
-        done = STEPS.index(event) + 1
-        self.progress(Event(stage="apply", done=done, total=len(STEPS), unit="steps"))
+
+def _probe(folder: DeviceFolder, mode: Mode, delta: Delta, session: Any) -> Seen:
+    known = golden.read(folder.base / golden.FILE)
+    base = device_base(folder, mode, known)
+    return probe(session.run, delta, known.inputs, base, folder.bundle.dtype)

@@ -1,0 +1,178 @@
+"""A device folder: what lies where, checked once when it is opened, and passed on as one object.
+
+::
+
+    device/
+      bundle.json     what the folder is: mode, precision, the base's root, digests; never changes
+      base/           the base's artefact and what maps a delta onto it; never changes
+      deltas/         one folder per fine-tune, complete before it has its name, never changed after
+      current         which of them is served: one small file, replaced by one rename
+      journal         what was done, one JSON object per line
+      lock            held while a command changes the folder
+      baseline.npz    what this device computes with the base, remembered
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import kilodelta
+from kilodelta.device.folder.bundle import (
+    Bundle,
+    Tensors,
+    read_bundle,
+    read_tensors,
+    write_bundle,
+    write_tensors,
+)
+from kilodelta.device.folder.journal import Journal
+from kilodelta.device.folder.state import State, read_state, write_state
+from kilodelta.errors import DeviceError
+from kilodelta.export.manifest.artefacts import file_fact
+from kilodelta.files import plain
+from kilodelta.files.identity import Identity
+from kilodelta.files.tensor import TensorInfo
+
+_BUNDLE, _TENSORS = "bundle.json", "tensors.json"
+
+
+@dataclass(frozen=True)
+class DeviceFolder:
+    """A device folder whose bundle was read and whose parts are what they should be.
+
+    Attributes:
+        root: its path.
+        bundle: what it is.
+    """
+
+    root: Path
+    bundle: Bundle
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> DeviceFolder:
+        """Open a device folder, and see that neither it nor its base holds links or pipes.
+
+        Raises:
+            DeviceError: it is no device folder, or a damaged one.
+        """
+        root = Path(folder)
+        for name in (_BUNDLE, "base", "deltas"):
+            if not os.path.lexists(root / name):
+                raise DeviceError(
+                    f"{root} is not a device folder: it has no {name}",
+                    fix="make one on a build machine: kilodelta bundle BASE -o device/ --mode ...",
+                )
+        for name in ("base", "deltas"):
+            if not plain.is_folder(root / name):
+                raise _unusable(root / name, plain.kind(root / name))
+        _require_plain(root / "base")
+        return cls(root, read_bundle(root / _BUNDLE))
+
+    @classmethod
+    def create(
+        cls, root: Path, bundle: Bundle, *, infos: Mapping[str, TensorInfo], identity: Identity
+    ) -> DeviceFolder:
+        """Make a device folder, serving its base, of a folder whose `base/` is filled.
+
+        Args:
+            root: the folder; nothing but `base/` is in it.
+            bundle: what it is; its files are found in `base/`.
+            infos: what the base's tensors are, by name.
+            identity: their digests.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        base = root / "base"
+        (root / "deltas").mkdir()
+        write_tensors(base / _TENSORS, infos, identity)
+        files = tuple(file_fact(path) for path in sorted(base.iterdir()))
+        bundle = replace(bundle, files=files, tool=f"kilodelta {kilodelta.__version__}")
+        write_bundle(root / _BUNDLE, bundle)
+        folder = cls(root, bundle)
+        write_state(folder.current, State())
+        folder.journal.append("bundled", 0, state=State().to_json())
+        return folder
+
+    @property
+    def base(self) -> Path:
+        """Where the base's artefact lies."""
+        return self.root / "base"
+
+    @property
+    def deltas(self) -> Path:
+        """Where the fine-tunes lie."""
+        return self.root / "deltas"
+
+    @property
+    def current(self) -> Path:
+        """The file that says which of them is served."""
+        return self.root / "current"
+
+    @property
+    def lock(self) -> Path:
+        """The file that is locked while the folder changes."""
+        return self.root / "lock"
+
+    @property
+    def remembered(self) -> Path:
+        """The file that holds what this device computes with the base."""
+        return self.root / "baseline.npz"
+
+    @property
+    def journal(self) -> Journal:
+        """What was done to the folder."""
+        return Journal(self.root / "journal")
+
+    @property
+    def state(self) -> State:
+        """What is served now, read anew each time.
+
+        Raises:
+            DeviceError: `current` is missing or damaged.
+        """
+        return read_state(self.current)
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        """What the base's tensors are.
+
+        Raises:
+            DeviceError: `base/tensors.json` is damaged, or is another base's.
+        """
+        place = self.base / _TENSORS
+        tensors = read_tensors(place)
+        if tensors.identity.root != self.bundle.base_root:
+            raise _unusable(place, f"gives the root {tensors.identity.root}, the bundle another")
+        return tensors
+
+    def fine_tune(self, name: str) -> Path:
+        """Return the folder of a fine-tune, having seen that it holds regular files only.
+
+        Raises:
+            DeviceError: it holds something else, or is missing.
+        """
+        place = self.deltas / name
+        if not plain.is_folder(place):
+            raise DeviceError(f"{place} {plain.kind(place)}", fix="apply the file again")
+        _require_plain(place)
+        return place
+
+
+def _require_plain(folder: Path) -> None:
+    try:
+        entry = plain.unplain(folder)
+    except OSError as problem:
+        raise _unusable(folder, f"cannot be read: {problem.strerror}") from None
+    if entry is not None:
+        raise _unusable(*entry)
+
+
+def _unusable(path: Path, why: str) -> DeviceError:
+    return DeviceError(
+        f"{path} {why}", fix="copy the bundle to the device again, files instead of links"
+    )

@@ -1,0 +1,156 @@
+"""Make a device folder: export the base, prepare it for one mode, and compute its golden values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from kilodelta.device.folder.bundle import Bundle
+from kilodelta.device.folder.device_folder import DeviceFolder
+from kilodelta.device.golden import golden, reference
+from kilodelta.device.make.build import Settings
+from kilodelta.device.modes import patch, refit, runtime
+from kilodelta.export.adapter.graph import with_adapter
+from kilodelta.export.onnx.save import save
+from kilodelta.export.onnx.template import Template, export_template, fill_template
+from kilodelta.export.patching.make_map import make_map, write_rest
+from kilodelta.export.patching.map import write_map
+from kilodelta.export.tensorrt import build
+from kilodelta.export.tensorrt.flavour import choose
+from kilodelta.export.tensorrt.profile import profile_for
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.identity import digest
+from kilodelta.files.safetensors import write_stream
+from kilodelta.format.targets import Patterns, select
+from kilodelta.models import LoadedModel, locate, open_model
+from kilodelta.progress import Event, Progress
+
+
+class Job:
+    """One bundle in the making.
+
+    Args:
+        base: a folder, a `.safetensors` file or a hub id.
+        settings: what to deploy.
+        progress: called after each step.
+
+    Raises:
+        CheckpointError, InputError: the base cannot be opened.
+        ExportError: no engine can be built for these GPUs.
+        MissingPackageError: TensorRT or transformers is needed.
+    """
+
+    def __init__(self, base: str, settings: Settings, progress: Progress) -> None:
+        self.settings, self.progress = settings, progress
+        self.trt: Any = None
+        if settings.capabilities:
+            self.trt = choose(settings.flavour, settings.capabilities, (settings.dtype,))
+        folder = locate(base)
+        self.base = Checkpoint.open(folder)
+        weights = self.base if settings.model else None
+        self.loaded: LoadedModel = open_model(settings.model or folder, weights=weights)
+
+    def run(self, root: Path) -> Bundle:
+        """Fill an empty folder, and return the bundle that it holds.
+
+        Raises:
+            InputError: the golden inputs do not fit the model.
+            ExportError: the model cannot be exported, or no engine be built.
+            OutputError: the folder cannot be written.
+        """
+        settings = self.settings
+        base = root / "base"
+        base.mkdir()
+        batch = reference.golden_inputs(self.loaded, settings.probe, reference.ROWS)
+        self._tell("golden", 1)
+        known = reference.exact(self.loaded, batch)
+        limits = reference.limits(self.loaded, known, settings.dtype)
+        self._tell("export", 2)
+        template = export_template(self.loaded, batch, dtype=settings.dtype)
+        MAKERS[settings.mode](self, template, base)
+        self._tell("sealed", 3)
+        golden.write(base / golden.FILE, known)
+        identity = digest(self.base)
+        bundle = Bundle(
+            mode=settings.mode,
+            dtype=settings.dtype,
+            runtime=self.trt.__name__ if self.trt else f"onnxruntime-{settings.provider}",
+            base_name=settings.name,
+            base_root=identity.root,
+            files=(),
+            limits=limits,
+            ceiling=settings.ceiling,
+            max_jump=settings.max_jump,
+            keep=settings.keep,
+        )
+        infos = {name: self.base.info(name) for name in self.base.names}
+        return DeviceFolder.create(root, bundle, infos=infos, identity=identity).bundle
+
+    def save(self, template: Template, folder: Path) -> Path:
+        """Write the filled template as a folder's ONNX file."""
+        return save(fill_template(template, self.base), folder / runtime.ONNX)[0]
+
+    def engine(self, template: Template, folder: Path, refittable: tuple[str, ...] = ()) -> None:
+        """Build a folder's engine from its ONNX file, which then goes unless it is wanted."""
+        onnx = folder / runtime.ONNX
+        build.build(
+            self.trt,
+            onnx,
+            folder / runtime.ENGINE,
+            capabilities=self.settings.capabilities,
+            profile=profile_for(self.loaded, template.inputs, self.settings.sizes),
+            refit=refittable,
+            progress=self.progress,
+        )
+        if not self.settings.keep_onnx:
+            for path in folder.glob(f"{runtime.ONNX}*"):
+                path.unlink()
+
+    def chosen(self) -> tuple[str, ...]:
+        """Return the names of the base's tensors that fine-tunes may change."""
+        include, exclude = self.settings.include or ("*",), self.settings.exclude
+        infos = (self.base.info(name) for name in self.base.names)
+        patterns = Patterns(include=include, exclude=exclude)
+        return tuple(target.name for target in select(infos, patterns))
+
+    def _tell(self, what: str, done: int) -> None:
+        self.progress(Event(stage=f"bundle: {what}", done=done, total=3, unit="steps"))
+
+
+def _adapter(job: Job, template: Template, base: Path) -> None:
+    settings = job.settings
+    wide, layout = with_adapter(
+        template,
+        job.base,
+        include=settings.include,
+        exclude=settings.exclude,
+        name=settings.name,
+        rank=settings.rank,
+        slots=settings.slots,
+    )
+    job.save(wide, base)
+    layout.write(base)
+    if job.trt:
+        job.engine(wide, base)
+
+
+def _patch(job: Job, template: Template, base: Path) -> None:
+    places = make_map(job.save(template, base), job.base, unused=template.unused)
+    write_map(places, base / patch.MAP)
+    write_rest(places, job.base, base / patch.REST)
+
+
+def _refit(job: Job, template: Template, base: Path) -> None:
+    chosen = job.chosen()
+    job.save(template, base)
+    job.engine(template, base, tuple(name for name in chosen if name in template.weights))
+    data = (job.base.data(name).data for name in chosen)
+    write_stream(base / refit.WEIGHTS, [job.base.info(name) for name in chosen], data)
+    refit.write_unused(base, template.unused)
+
+
+MAKERS: Mapping[str, Callable[[Job, Template, Path], None]] = MappingProxyType(
+    {"adapter": _adapter, "patch": _patch, "refit": _refit}
+)
