@@ -27,7 +27,9 @@ def clean(model: Any) -> None:
 
 
 def _drop_unused(graph: Any) -> None:
-    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+    outputs = set(graph.outputs)  # an output that depends on no input is an initializer itself
+    unused = [n for n, v in graph.initializers.items() if not v.uses() and v not in outputs]
+    for name in unused:
         del graph.initializers[name]
 
 

@@ -82,7 +82,7 @@ def export_template(
         raise InputError(f"{dtype} is no precision to export in", fix=f"give {', '.join(DTYPES)}")
     twin = make_twin(loaded.module, DTYPES[dtype])
     shown = _in_dtype(batch or example(loaded), DTYPES[dtype])
-    view = View(twin, loaded.pooling)
+    view = View(twin, loaded.pooling, loaded.chosen)
     raw = trace(view, shown, {name: axes(loaded, name, t) for name, t in shown.items()})
     claimed = claim(raw, twin)
     clean(raw.model)

@@ -35,7 +35,10 @@ class Positional(nn.Module):
         self.view, self.inputs = view, inputs
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.view(**dict(zip(self.inputs, tensors, strict=True))).values())
+        named = self.view(**dict(zip(self.inputs, tensors, strict=True)))
+        # A copy of each: one tensor under two names, or an input or weight that is passed on,
+        # would otherwise be one graph value, whose last name alone stays.
+        return tuple(tensor.clone() for tensor in named.values())
 
 
 def trace(view: View, batch: Batch, axes: dict[str, Axes]) -> Trace:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
@@ -59,6 +59,9 @@ class LoadedModel:
     pooling: Pooling | None = None
     """How token states become a sentence embedding (sentence-transformers), or None."""
 
+    chosen: tuple[str, ...] = ()
+    """Names or globs of the outputs that count; empty for all that the model declares."""
+
     @property
     def accepts(self) -> tuple[str, ...]:
         """The names of the tensors that the module's forward takes."""
@@ -78,16 +81,30 @@ class LoadedModel:
         parameters = inspect.signature(self.module.forward).parameters
         return tuple(n for n in self.accepts if parameters[n].default is inspect.Parameter.empty)
 
+    def choosing(self, patterns: Sequence[str]) -> LoadedModel:
+        """Return the same model with other outputs: those that a name or glob matches.
+
+        Args:
+            patterns: as `--outputs` takes them; empty for the model's own choice.
+        """
+        return replace(self, chosen=tuple(patterns))
+
     def view(self) -> View:
-        """The model as a function from named tensors to the named outputs that matter."""
-        return View(self.module, self.pooling)
+        """Wrap the module as a function from named tensors to its named outputs."""
+        return View(self.module, self.pooling, self.chosen)
 
 
 def outputs(loaded: LoadedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the model puts out for a batch, by name; gradients are the caller's affair.
+    """Compute every output that counts, by name, in the model's order.
+
+    Gradients flow as the caller's context says.
+
+    Args:
+        loaded: names that it has chosen (`LoadedModel.choosing`) limit what comes back.
+        batch: tensors by input name.
 
     Raises:
-        InputError: the module returns no tensors.
+        InputError: the module returns no tensor, or lacks an output that was chosen.
     """
-    found: dict[str, Tensor] = loaded.view()(**batch)
-    return found
+    named: dict[str, Tensor] = loaded.view()(**batch)
+    return named
