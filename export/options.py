@@ -48,6 +48,9 @@ class Options:
     inputs: str | None = None
     """A batch to trace with, where the model does not say what its inputs look like."""
 
+    outputs: tuple[str, ...] = ()
+    """Names or globs of the outputs to export; by default all that the model declares."""
+
     force: bool = False
 
 

@@ -123,6 +123,7 @@ def _run(base: Checkpoint, delta: Delta, maker: Maker) -> list[Artefact]:
     with maker.timed("merge"):
         merge(base, delta, merged, progress=maker.progress)
     loaded = open_merged(base, merged, delta, model=options.model, config=options.config)
+    loaded = loaded.choosing(options.outputs)
     batch = read_inputs(options.inputs, loaded, limit=2)[0] if options.inputs else None
     return [
         artefact

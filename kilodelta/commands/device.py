@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import Command, as_json, flavour, with_progress
+from kilodelta.commands.shared import Command, as_json, flavour, outputs, with_progress
 
 if TYPE_CHECKING:
     from kilodelta.device import Applied, Bundle, Released, Served, State, Status
@@ -78,6 +78,7 @@ HISTORY = 10
 @click.option(
     "--probe", help="Golden inputs: .npz, .jsonl, .txt or package.module:function; else made up."
 )
+@outputs
 @click.option(
     "--keep",
     default=1,
@@ -142,6 +143,7 @@ def _show_bundle(out: str, done: Bundle) -> None:
     help="Devices refuse lower ones than they have had; count from 1 on.",
 )
 @click.option("--inputs", help="Inputs of the task; the first rows become the probe.")
+@outputs
 @click.option(
     "--rows", default=2, type=click.IntRange(1), help="Rows of the inputs that become the probe."
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import Command, as_json, flavour, threads, with_progress
+from kilodelta.commands.shared import Command, as_json, flavour, outputs, threads, with_progress
 from kilodelta.errors import InputError, require
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ class _Export(Command):
 @click.option("--model", help="package.module:function that builds the module.")
 @click.option("--config", type=click.Path(), help="Folder with the tuned model's config.json.")
 @click.option("--inputs", help="A batch to trace with: .npz, .jsonl, .txt or module:function.")
+@outputs
 @click.option(
     "--triton",
     metavar="REPOSITORY",

@@ -55,6 +55,12 @@ flavour = click.option(
 threads = click.option(
     "--threads", type=click.IntRange(1), help="Cores to use; all by default.", metavar="N"
 )
+outputs = click.option(
+    "--outputs",
+    multiple=True,
+    metavar="NAME",
+    help="Names or globs of outputs to take, such as logits or 'aux.*'; repeat. All by default.",
+)
 
 
 def with_progress(function: F) -> F:

@@ -107,7 +107,7 @@ def test_the_patched_file_is_our_export_of_the_merged_model(
 
 def by_torch(folder: Path, path: Path, *, dynamo: bool = True) -> Path:
     """One of torch's own exporters, with its default optimisations."""
-    loaded = open_model(folder)
+    loaded = open_model(folder).choosing(["last_hidden_state"])  # the pooler stays idle
     batch = example(loaded, rows=2, tokens=5)
 
     class Positional(torch.nn.Module):

@@ -46,9 +46,10 @@ class Base:
 
 @functools.cache
 def base(name: str) -> Base:
+    """A pico model, exported once; of the bare encoder without its pooler, which then is idle."""
     folder = Path(tempfile.mkdtemp(prefix="adapting-"))
     path = pico.MODELS[name](folder / "base")
-    loaded = open_model(path)
+    loaded = open_model(path).choosing(["last_hidden_state"] if name == "bert" else [])
     template = export_template(loaded)
     rng = np.random.default_rng(0)
     batch = example(loaded, rows=ROWS, tokens=TOKENS)

@@ -35,7 +35,7 @@ IMAGE = 16
 
 
 def bert(folder: Path, *, seed: int = 0) -> Path:
-    """An encoder with a pooler that nobody uses, and a tokenizer."""
+    """An encoder with a pooler, which puts out `pooler_output`, and a tokenizer."""
     from transformers import BertConfig, BertModel
 
     return _save(lambda: BertModel(BertConfig(**_bert_options())), folder, seed, tokens=True)

@@ -38,6 +38,7 @@ class Settings:
         model: `package.module:function` that builds the module, or None.
         name: the base's name, for messages.
         probe: where golden inputs come from, or None to make them up.
+        outputs: names or globs of the outputs to serve; empty for all.
         keep, ceiling, max_jump: as the bundle states them.
     """
 
@@ -55,6 +56,7 @@ class Settings:
     model: str | None
     name: str
     probe: str | None
+    outputs: tuple[str, ...]
     keep: int
     ceiling: float
     max_jump: int
@@ -78,6 +80,7 @@ def bundle(
     model: str | None = None,
     name: str = "",
     probe: str | None = None,
+    outputs: Sequence[str] = (),
     keep: int = 1,
     ceiling: float | None = None,
     max_jump: int = MAX_JUMP,
@@ -105,6 +108,7 @@ def bundle(
         name: the base's name, for messages; its folder's by default.
         probe: golden inputs: `.npz`, `.jsonl`, `.txt` or `package.module:function`. Without any
             they are made up, where the model's kind is known.
+        outputs: names or globs of the outputs to serve; by default all that the model declares.
         keep: fine-tunes that stay on the device's disk to go back to.
         ceiling: the most that a `.kd` file's own probe may allow an output to be off, relative;
             by default 0.01 in fp32, 0.1 in fp16, 0.5 in bf16.
@@ -137,6 +141,7 @@ def bundle(
         model=model,
         name=name or Path(source).name,
         probe=probe,
+        outputs=tuple(outputs),
         keep=_from(keep, "keep", 1, MAX_KEEP),
         ceiling=_ceiling(CEILINGS[precision] if ceiling is None else ceiling),
         max_jump=_from(max_jump, "max-jump", 1),

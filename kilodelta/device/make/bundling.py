@@ -50,7 +50,8 @@ class Job:
         folder = locate(base)
         self.base = Checkpoint.open(folder)
         weights = self.base if settings.model else None
-        self.loaded: LoadedModel = open_model(settings.model or folder, weights=weights)
+        loaded = open_model(settings.model or folder, weights=weights)
+        self.loaded: LoadedModel = loaded.choosing(settings.outputs)
 
     def run(self, root: Path) -> Bundle:
         """Fill an empty folder, and return the bundle that it holds.

@@ -7,7 +7,7 @@ model gives on them in float64, and how far each precision may be off.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ def release(
     rows: int = 2,
     model: str | None = None,
     config: str | None = None,
+    outputs: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Released:
     """Write a `.kd` file with a version, and with a probe where inputs are given.
@@ -71,6 +72,8 @@ def release(
             configuration.
         config: folder with the tuned model's `config.json`, for a probe where the base does not
             say the architecture.
+        outputs: names or globs of the outputs that the probe holds, as the bundle was given them;
+            by default all that the model declares.
         progress: called while the base is read and merged.
 
     Raises:
@@ -99,7 +102,9 @@ def release(
         require_base(Checkpoint.open(Path(base)), delta.manifest.base, progress=progress)
     else:
         require("torch", extra="hf", why="compute golden outputs")
-        probes, dtypes = _probe(base, delta, inputs, rows, (model, config), place, progress)
+        probes, dtypes = _probe(
+            base, delta, inputs, rows, (model, config, tuple(outputs)), place, progress
+        )
     made = {**delta.manifest.made, "version": version}
     fresh = replace(delta, manifest=replace(delta.manifest, made=made), probes=dict(probes))
     return Released(path=place, nbytes=fresh.save(place), version=version, dtypes=dtypes)
@@ -110,7 +115,7 @@ def _probe(
     delta: Delta,
     inputs: str,
     rows: int,
-    architecture: tuple[str | None, str | None],
+    architecture: tuple[str | None, str | None, tuple[str, ...]],
     out: Path,
     progress: Progress,
 ) -> tuple[Mapping[str, RawTensor], tuple[str, ...]]:
@@ -122,12 +127,13 @@ def _probe(
     from kilodelta.models import locate, open_model
 
     checkpoint = Checkpoint.open(locate(os.fspath(base)))
-    model, config = architecture
+    model, config, outputs = architecture
     # Beside the output: the system's temporary folder may be too small for a model.
     with staging.scratch(out) as work:
         merged = work / ("merged" if checkpoint.path.is_dir() else "merged.safetensors")
         merge(checkpoint, delta, merged, progress=progress)
         tuned = open_merged(checkpoint, merged, delta, model=model, config=config)
+        tuned = tuned.choosing(outputs)
         known = reference.exact(tuned, reference.golden_inputs(tuned, inputs, rows))
         plain = open_model(model or config or checkpoint.path, weights=checkpoint)
         limits = reference.telling_limits(tuned, plain, known, DTYPES)
