@@ -12,10 +12,11 @@ from kilodelta.cli import main as root
 PLACE = Path(__file__).parents[2] / "docs" / "cli.md"
 HEAD = """# Commands
 
-Made from the command line's own help by `python -m tests.support.cli_page`; a test compares the two.
+Made from the command line's own help by `python -m tests.support.cli_page`; a test compares them.
 
-Every command takes `-h`. Options that hold a size take `12KB`, `1.5MB`, `8KiB` or bytes. Results go to standard output, progress and
-errors to standard error; exit codes are in [troubleshooting](troubleshooting.md). Completion in the shell:
+Every command takes `--help`. Options that hold a size take `12KB`, `1.5MB`, `8KiB` or bytes.
+Results go to standard output, progress and errors to standard error; exit codes are in
+[troubleshooting](troubleshooting.md). Completion in the shell:
 `eval "$(_KILODELTA_COMPLETE=bash_source kilodelta)"` (`zsh_source`, `fish_source`).
 """
 
