@@ -80,8 +80,9 @@ def card(
 
 # {_text(title or name)}
 
-A fine-tune of {_text(shown)} as a `.kd` file: the base's digest, a seed and small integers. Merged with exactly that base it gives
-the same bits on every machine, and the digest below proves it.
+A fine-tune of {_text(shown)} as a `.kd` file: the base's digest, a seed and small integers.
+Merged with exactly that base it gives the same bits on every machine, and the digest below
+proves it.
 
 | | |
 |---|---|
@@ -98,7 +99,8 @@ On devices, as ONNX, TensorRT or PEFT: see the documentation of kilodelta.
 
 ## What it is not
 
-It holds none of the base's weights and is of no use without them. The base's licence and intended use apply.
+It holds none of the base's weights and is of no use without them. The base's licence and
+intended use apply.
 """
 
 

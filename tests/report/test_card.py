@@ -18,7 +18,7 @@ def contents(**more: Any) -> dict[str, Any]:
 
 
 def test_the_hub_reads_the_front_matter() -> None:
-    repocard = pytest.importorskip("huggingface_hub").repocard
+    repocard = pytest.importorskip("huggingface_hub.repocard")
     text = card(contents(), base_model="org/name", licence="apache-2.0")
     data = repocard.ModelCard(text).data.to_dict()
     assert data["library_name"] == "kilodelta"
