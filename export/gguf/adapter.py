@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def _pairs(
         return made
 
     names = list(delta.targets)
-    sizes = {name: float(np.prod(delta.targets[name].matrix)) for name in names}
+    sizes = {name: prod(delta.targets[name].matrix) for name in names}
     made = parallel.run(pair, names, meter, weight=sizes.__getitem__, threads=threads)
     return dict(zip(names, made, strict=True))
 
