@@ -27,6 +27,7 @@ BELOW["compress"] = frozenset(BELOW)
 BELOW["export"] = BELOW["compress"]
 BELOW["verify"] = frozenset(BELOW)
 BELOW["device"] = frozenset({*BELOW["verify"], "verify"})
+BELOW["fleet"] = frozenset(BELOW)
 TOPS = ("compress", "export", "verify")
 ROOMS = {name: ROOT / (name if name in TOPS else f"kilodelta/{name}") for name in BELOW}
 COMMAND_LINE = {"cli", "commands", "terminal", "demo"}

@@ -1,0 +1,39 @@
+"""Make hundreds of fine-tunes for many targets, from one TOML file, and go on where a run stopped.
+
+`schema.py` reads the file, `graph.py` makes tasks whose names are digests of everything that they
+depend on, `work.py` does one task with the library's own functions, `child.py` gives each task a
+process of its own, and `local.py`, `shard` in it, and `on_ray.py` run them. There is no scheduler
+here beyond a pool of threads: resuming is running again, because what is whole is not redone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kilodelta.fleet.graph import Plan as Plan
+    from kilodelta.fleet.graph import make_plan as make_plan
+    from kilodelta.fleet.local import run as run
+    from kilodelta.fleet.schema import Fleet as Fleet
+    from kilodelta.fleet.schema import read_fleet as read_fleet
+
+_WHERE = {
+    "Fleet": "kilodelta.fleet.schema",
+    "Plan": "kilodelta.fleet.graph",
+    "make_plan": "kilodelta.fleet.graph",
+    "read_fleet": "kilodelta.fleet.schema",
+    "run": "kilodelta.fleet.local",
+}
+
+__all__ = ["Fleet", "Plan", "make_plan", "read_fleet", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

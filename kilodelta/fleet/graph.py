@@ -1,0 +1,348 @@
+"""From a fleet to tasks: what is made of what, where it lies, and what is done already.
+
+A task's id is a SHA-256 over everything that decides its result: its kind, the roots and digests of
+what it reads, its options, the ids of the tasks before it and this tool's version. It stands in
+`task.json` beside the result, so a result is either that of this very task, or it is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kilodelta import __version__
+from kilodelta.errors import InputError
+from kilodelta.files import canonical
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.identity import digest
+from kilodelta.fleet.schema import NEEDS_INPUTS, Base, FineTune, Fleet, Target
+from kilodelta.progress import Event, Progress, silent
+
+RECORD = "task.json"
+MAX_RECORD = 1 << 20
+NEW, DONE, AGAIN = "new", "done", "again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One piece of work.
+
+    Attributes:
+        id: digest of `key`.
+        kind: which function of `work.py` does it.
+        name: for people, such as `intents/onnx16`.
+        place: the folder of its result, relative to the fleet's output.
+        key: everything that decides the result, as plain JSON.
+        params: arguments of the function, paths as texts; `{out}/` stands before those of other
+            tasks' results.
+        needs: ids of the tasks before it.
+        fine_tune: whose it is; empty for work that fine-tunes share.
+        resources: what a cluster's machine must have.
+        nbytes: of the models that it holds, for estimates of memory and time.
+    """
+
+    id: str
+    kind: str
+    name: str
+    place: str
+    key: Mapping[str, Any]
+    params: Mapping[str, Any]
+    needs: tuple[str, ...] = ()
+    fine_tune: str = ""
+    resources: Mapping[str, float] = field(default_factory=dict)
+    nbytes: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**vars(self), "needs": list(self.needs)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Whether a task's result is there: `new`, `done`, or `again` and why."""
+
+    status: str
+    why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All tasks of a fleet, each after those that it needs, and what is done of them."""
+
+    out: Path
+    tasks: tuple[Task, ...]
+    states: Mapping[str, State]
+
+    def open_tasks(self) -> tuple[Task, ...]:
+        """Return the tasks whose result is not there."""
+        return tuple(t for t in self.tasks if self.states[t.id].status != DONE)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        rows = [
+            {
+                "id": t.id,
+                "kind": t.kind,
+                "name": t.name,
+                "status": self.states[t.id].status,
+                "why": self.states[t.id].why,
+                "resources": dict(t.resources),
+                "memory": memory_of(t),
+            }
+            for t in self.tasks
+        ]
+        counts = {s: sum(r["status"] == s for r in rows) for s in (NEW, AGAIN, DONE)}
+        return {"out": str(self.out), "counts": counts, "tasks": rows}
+
+
+MEMORY = {
+    "compress": 8.0,
+    "onnx-base": 6.0,
+    "tensorrt": 8.0,
+    "onnx": 1.0,
+    "merge": 0.5,
+    "peft": 1.0,
+    "gguf": 1.0,
+    "adapter": 6.0,
+    "release": 6.0,
+}
+"""Memory by kind, in multiples of the model's bytes, above what the libraries themselves take."""
+LIBRARIES = {"compress", "onnx-base", "tensorrt", "adapter", "release"}
+"""Kinds that load torch."""
+
+
+def memory_of(task: Task) -> int:
+    """Return the bytes of memory that a task is expected to need."""
+    own = 700 << 20 if task.kind in LIBRARIES else 200 << 20
+    return own + int(MEMORY[task.kind] * task.nbytes)
+
+
+def make_plan(fleet: Fleet, out: str | Path, *, progress: Progress = silent) -> Plan:
+    """Make the tasks of a fleet and see what of them is done.
+
+    Args:
+        fleet: from `read_fleet`.
+        out: the folder of results, which need not exist.
+        progress: called while models are hashed; bases are remembered, as elsewhere.
+
+    Raises:
+        InputError: a target needs inputs and a fine-tune has none.
+        CheckpointError: a model cannot be read.
+    """
+    maker = _Maker(fleet, progress)
+    tasks = tuple(maker.tasks())
+    place = Path(out)
+    states = {task.id: state_of(task, place) for task in tasks}
+    return Plan(out=place, tasks=tasks, states=states)
+
+
+class _Maker:
+    """Makes tasks; models and inputs are hashed once, whoever needs them."""
+
+    def __init__(self, fleet: Fleet, progress: Progress) -> None:
+        self._fleet, self._progress = fleet, progress
+        self._digests: dict[Path, str] = {}
+        self._sizes: dict[Path, int] = {}
+        self._shared: dict[str, Task] = {}
+
+    def tasks(self) -> Iterator[Task]:
+        total = len(self._fleet.fine_tunes)
+        for number, tune in enumerate(self._fleet.fine_tunes):
+            self._progress(Event(stage="plan", done=number, total=total, unit="fine-tunes"))
+            base = self._fleet.bases[tune.base]
+            source, before = self._delta(tune, base)
+            if before is not None:
+                yield before
+            for target in self._fleet.targets:
+                yield from self._target(tune, base, target, source, before)
+
+    def _model(self, path: Path) -> str:
+        if path not in self._digests:
+            checkpoint = Checkpoint.open(path)
+            self._digests[path] = digest(checkpoint, progress=self._progress).root
+            self._sizes[path] = sum(checkpoint.info(n).nbytes for n in checkpoint.names)
+        return self._digests[path]
+
+    def _file(self, path: Path | None) -> str:
+        if path is None:
+            return ""
+        if path not in self._digests:
+            self._digests[path] = file_digest(path)
+        return self._digests[path]
+
+    def _delta(self, tune: FineTune, base: Base) -> tuple[dict[str, Any], Task | None]:
+        """What later tasks know of the `.kd` file, and the task that makes it, if one does."""
+        root = self._model(base.path)
+        if tune.delta is not None:
+            return {"file": self._file(tune.delta), "path": str(tune.delta.resolve())}, None
+        assert tune.tuned is not None
+        place = f"fine-tunes/{tune.name}/delta"
+        key = {
+            "kind": "compress",
+            "base": root,
+            "tuned": self._model(tune.tuned),
+            "inputs": self._file(tune.inputs),
+            "labels": self._file(tune.labels),
+            "options": dict(tune.compress),
+            "model": base.model,
+        }
+        params = {
+            "base": str(base.path.resolve()),
+            "tuned": str(tune.tuned.resolve()),
+            "inputs": None if tune.inputs is None else str(tune.inputs.resolve()),
+            "labels": None if tune.labels is None else str(tune.labels.resolve()),
+            "model": base.model or None,
+            "options": dict(tune.compress),
+            "name": tune.name,
+        }
+        task = self._task("compress", f"{tune.name}/delta", place, key, params, tune, base)
+        return {"task": task.id, "path": f"{{out}}/{place}/{tune.name}.kd"}, task
+
+    def _target(
+        self,
+        tune: FineTune,
+        base: Base,
+        target: Target,
+        source: Mapping[str, Any],
+        before: Task | None,
+    ) -> Iterator[Task]:
+        if target.kind in NEEDS_INPUTS and target.options.get("probe", True) and not tune.inputs:
+            raise InputError(
+                f"target {target.name} needs inputs, and fine-tune {tune.name} has none",
+                fix="give inputs in [[fine-tunes]] or [base.NAME], or probe = false",
+            )
+        needs = [] if before is None else [before.id]
+        key = {
+            "kind": target.kind,
+            "base": self._model(base.path),
+            "delta": {k: v for k, v in source.items() if k != "path"},
+            "options": dict(target.options),
+            "inputs": self._file(tune.inputs) if target.kind in NEEDS_INPUTS else "",
+            "model": base.model,
+        }
+        params = {
+            "base": str(base.path.resolve()),
+            "delta": source["path"],
+            "options": dict(target.options),
+            "inputs": None if tune.inputs is None else str(tune.inputs.resolve()),
+            "model": base.model or None,
+            "name": tune.name,
+        }
+        if target.kind == "onnx":
+            shared = self._onnx_base(base, target.options.get("dtype", "fp32"))
+            if shared.id not in self._shared:
+                self._shared[shared.id] = shared
+                yield shared
+            needs.append(shared.id)
+            key["template"] = shared.id
+            params["template"] = f"{{out}}/{shared.place}"
+        place = f"fine-tunes/{tune.name}/{target.name}"
+        name = f"{tune.name}/{target.name}"
+        yield self._task(target.kind, name, place, key, params, tune, base, needs, target.resources)
+
+    def _onnx_base(self, base: Base, dtype: str) -> Task:
+        """The base's ONNX file and the map of its weights: exported once for all fine-tunes."""
+        key = {
+            "kind": "onnx-base",
+            "base": self._model(base.path),
+            "dtype": dtype,
+            "inputs": self._file(base.inputs),
+            "model": base.model,
+        }
+        params = {
+            "base": str(base.path.resolve()),
+            "dtype": dtype,
+            "inputs": None if base.inputs is None else str(base.inputs.resolve()),
+            "model": base.model or None,
+        }
+        name = f"{base.name}/onnx-{dtype}"
+        return self._task("onnx-base", name, f"bases/{name}", key, params, None, base)
+
+    def _task(
+        self,
+        kind: str,
+        name: str,
+        place: str,
+        key: dict[str, Any],
+        params: dict[str, Any],
+        tune: FineTune | None,
+        base: Base,
+        needs: list[str] | None = None,
+        resources: Mapping[str, float] | None = None,
+    ) -> Task:
+        key = {**key, "tool": __version__}
+        return Task(
+            id=hashlib.sha256(canonical.dumps(key).encode("utf-8")).hexdigest(),
+            kind=kind,
+            name=name,
+            place=place,
+            key=key,
+            params=params,
+            needs=tuple(needs or ()),
+            fine_tune="" if tune is None else tune.name,
+            resources=resources or {},
+            nbytes=self._sizes[base.path],
+        )
+
+
+def file_digest(path: Path) -> str:
+    """Return `sha256:` and the digest of a file, or of a folder's files and their names.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    total = hashlib.sha256()
+    try:
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        for file in files:
+            with file.open("rb") as opened:
+                one = (
+                    hashlib.file_digest(opened, "sha256")
+                    if hasattr(hashlib, "file_digest")
+                    else hashlib.sha256(opened.read())
+                )
+            if not path.is_dir():
+                return f"sha256:{one.hexdigest()}"
+            total.update(str(file.relative_to(path)).encode("utf-8", "surrogateescape"))
+            total.update(b"\0" + one.digest())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}", fix="check the path") from None
+    return f"sha256:{total.hexdigest()}"
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Return a result's `task.json`, or None where there is none that can be used."""
+    try:
+        with (folder / RECORD).open("rb") as file:
+            value = json.loads(file.read(MAX_RECORD))
+    except (OSError, ValueError, RecursionError):
+        return None
+    good = isinstance(value, dict) and isinstance(value.get("files"), dict)
+    return value if good and isinstance(value.get("key"), dict) else None
+
+
+def state_of(task: Task, out: Path) -> State:
+    """See whether a task's result is there, whole, and of this very task."""
+    folder = out / task.place
+    record = read_record(folder)
+    if record is None:
+        return (
+            State(status=NEW)
+            if not folder.exists()
+            else State(status=AGAIN, why="its task.json is missing or damaged")
+        )
+    if record.get("id") != task.id:
+        changed = [k for k in task.key if record["key"].get(k) != task.key[k]]
+        return State(status=AGAIN, why=f"changed: {', '.join(changed) or 'its definition'}")
+    for name, nbytes in record["files"].items():
+        try:
+            size = (folder / name).stat().st_size
+        except (OSError, ValueError):
+            return State(status=AGAIN, why=f"{name} is missing")
+        if size != nbytes:
+            return State(status=AGAIN, why=f"{name} has {size} bytes, not {nbytes}")
+    return State(status=DONE)

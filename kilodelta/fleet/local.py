@@ -1,0 +1,256 @@
+"""Run a plan on this machine: a pool of threads, each waiting for one child process at a time.
+
+Children are forked from one server process that has loaded the libraries, so a task of milliseconds
+does not wait seconds for torch. A killed child costs its own task, unlike a process pool's worker,
+which takes all tasks of the pool with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kilodelta.errors import InputError
+from kilodelta.files import staging
+from kilodelta.fleet import child
+from kilodelta.fleet.graph import Plan, Task, memory_of
+from kilodelta.fleet.work import preload
+from kilodelta.progress import Event, Progress, silent
+
+ANSWERS = "run.json"
+RETRIES = 1
+"""How often a task whose process was killed is tried again; an error is never tried again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What became of every open task of a plan, as the children answered.
+
+    Attributes:
+        out: where the results are.
+        answers: by task id, in the order of the plan.
+        skipped: tasks that were not begun, because one before them failed, with its name.
+        done_before: how many tasks needed no work.
+    """
+
+    out: Path
+    answers: Mapping[str, Mapping[str, Any]]
+    skipped: Mapping[str, str]
+    done_before: int
+
+    @property
+    def failed(self) -> tuple[Mapping[str, Any], ...]:
+        """Answers of tasks that did not come out."""
+        return tuple(a for a in self.answers.values() if a["status"] != "done")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "out": str(self.out),
+            "done": sum(a["status"] == "done" for a in self.answers.values()),
+            "done_before": self.done_before,
+            "failed": [dict(a) for a in self.failed],
+            "skipped": dict(self.skipped),
+            "seconds": round(sum(a["seconds"] for a in self.answers.values()), 3),
+        }
+
+
+def shard_of(tasks: Sequence[Task], shard: tuple[int, int] | None) -> list[Task]:
+    """Return the tasks of one of n shards: every n-th fine-tune, and what they share.
+
+    Args:
+        tasks: of a plan.
+        shard: (k, n) with 1 <= k <= n, or None for all.
+
+    Raises:
+        InputError: there is no such shard.
+    """
+    if shard is None:
+        return list(tasks)
+    k, n = shard
+    if not 1 <= k <= n:
+        raise InputError(f"there is no shard {k} of {n}", fix="write --shard 1/8 to --shard 8/8")
+    names = list(dict.fromkeys(t.fine_tune for t in tasks if t.fine_tune))
+    mine = set(names[k - 1 :: n])
+    own = [t for t in tasks if t.fine_tune in mine]
+    needed = {i for t in own for i in t.needs}
+    return [t for t in tasks if t in own or t.id in needed]
+
+
+def choose_jobs(tasks: Sequence[Task], jobs: int | None) -> int:
+    """Return how many tasks run at once: what was asked for, else what cores and memory allow."""
+    if jobs is not None:
+        if jobs < 1:
+            raise InputError(f"{jobs} jobs make no sense", fix="give 1 or more, or leave it out")
+        return jobs
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    largest = max((memory_of(t) for t in tasks), default=1)
+    return max(1, min(cores or 1, int(0.8 * _available() / largest), len(tasks)))
+
+
+def _available() -> int:
+    """Bytes of memory that are free, or a cautious guess where the system does not say."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return 4 << 30
+
+
+def run(
+    plan: Plan,
+    *,
+    jobs: int | None = None,
+    shard: tuple[int, int] | None = None,
+    progress: Progress = silent,
+) -> Run:
+    """Do what is open of a plan. Failures stop what depends on them and nothing else.
+
+    Args:
+        plan: from `make_plan`.
+        jobs: tasks at once; None for what cores and memory allow.
+        shard: (k, n): do the k-th of n parts only.
+        progress: called with the tasks done.
+
+    Raises:
+        InputError: jobs or shard make no sense.
+        OutputError: the output folder cannot be written.
+    """
+    chosen = shard_of(plan.tasks, shard)
+    done = {t.id for t in plan.tasks if t not in plan.open_tasks()}
+    todo = [t for t in chosen if t.id not in done]
+    before = len(chosen) - len(todo)
+    plan.out.mkdir(parents=True, exist_ok=True)
+    staging.sweep(plan.out)
+    workers = choose_jobs(todo, jobs)
+    with _server(todo, workers) as context:
+        answers, skipped = _run_all(todo, done, plan.out, workers, context, progress)
+    ordered = {t.id: answers[t.id] for t in todo if t.id in answers}
+    made = Run(out=plan.out, answers=ordered, skipped=skipped, done_before=before)
+    name = ANSWERS if shard is None else f"run-{shard[0]}-of-{shard[1]}.json"
+    text = json.dumps(made.to_json(), indent=1, ensure_ascii=False)
+    staging.write(plan.out / name, text.encode("utf-8") + b"\n")
+    return made
+
+
+@contextlib.contextmanager
+def _server(tasks: Sequence[Task], workers: int) -> Iterator[Any]:
+    """Start the process that children are forked from, with its threads fixed from the start."""
+    cores = os.cpu_count() or 1
+    threads = child.thread_environment(max(1, cores // workers))
+    before = {name: os.environ.get(name) for name in threads}
+    os.environ.update(threads)
+    try:
+        context: Any = multiprocessing.get_context("forkserver")
+        kinds = {task.kind for task in tasks}
+        context.set_forkserver_preload(["kilodelta.fleet.child", *preload(kinds)])
+        yield context
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _run_all(
+    todo: Sequence[Task],
+    done: set[str],
+    out: Path,
+    workers: int,
+    context: Any,
+    progress: Progress,
+) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
+    """Feed tasks to threads as soon as what they need is done."""
+    answers: dict[str, Mapping[str, Any]] = {}
+    skipped: dict[str, str] = {}
+    waiting = list(todo)
+    running: dict[Future[Mapping[str, Any]], Task] = {}
+    lost: dict[str, str] = {}
+    stop = threading.Event()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            while waiting or running:
+                for task in list(waiting):
+                    if any(need in lost for need in task.needs):
+                        waiting.remove(task)
+                        cause = next(lost[need] for need in task.needs if need in lost)
+                        skipped[task.name] = lost[task.id] = cause
+                    elif len(running) < workers and done.issuperset(task.needs):
+                        waiting.remove(task)
+                        future = pool.submit(_attended, task, out, context, stop)
+                        running[future] = task
+                if not running:
+                    continue
+                ended, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    task, answer = running.pop(future), future.result()
+                    answers[task.id] = answer
+                    if answer["status"] == "done":
+                        done.add(task.id)
+                    else:
+                        lost[task.id] = task.name
+                    count = len(answers) + len(skipped)
+                    progress(Event(stage="fleet", done=count, total=len(todo), unit="tasks"))
+        finally:
+            stop.set()
+    return answers, skipped
+
+
+def _attended(task: Task, out: Path, context: Any, stop: threading.Event) -> Mapping[str, Any]:
+    """Run a task in a child and wait for its answer; a killed child is tried again."""
+    for attempt in range(RETRIES + 1):
+        receiving, sending = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(task.to_json(), str(out), sending))
+        process.start()
+        sending.close()
+        answer: Mapping[str, Any] | None = None
+        while not stop.is_set():
+            if receiving.poll(0.05):
+                with contextlib.suppress(EOFError, ConnectionError):
+                    answer = receiving.recv()
+                break
+        else:
+            process.terminate()
+        process.join()
+        receiving.close()
+        if answer is not None:
+            return answer
+        code = process.exitcode or 0
+        if attempt == RETRIES or stop.is_set():
+            return _killed(task, code)
+    raise AssertionError("unreachable")
+
+
+def _killed(task: Task, code: int) -> dict[str, Any]:
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return {
+        "id": task.id,
+        "name": task.name,
+        "status": "failed",
+        "error": f"its process ended by {how} without an answer",
+        "fix": "give it more memory (--jobs 1), then run the fleet again",
+        "exit_code": 1,
+        "seconds": 0.0,
+    }
+
+
+def _child(task: Mapping[str, Any], out: str, answers: Any) -> None:
+    """What runs in the child; Ctrl-C reaches it by its parent alone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Libraries' talk would break into the parent's progress.
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    answers.send(child.do(task, Path(out)))
+    answers.close()

@@ -1,0 +1,181 @@
+"""Do one task with the library's own functions, into a folder of its own.
+
+Each function takes the task's parameters and an empty folder, and returns plain JSON for the
+record. Heavy libraries are imported by `preload`, in the process that children are forked from.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Params = Mapping[str, Any]
+MODEL, MAP, REST = "model.onnx", "model.map.json", "rest.safetensors"
+PRELOAD: Mapping[str, tuple[str, ...]] = {
+    "compress": ("torch", "transformers", "kilodelta.compress.distill.compress"),
+    "onnx-base": ("torch", "transformers", "onnxscript", "kilodelta.export.pipeline"),
+    "tensorrt": ("torch", "transformers", "onnxscript", "kilodelta.export.pipeline"),
+    "onnx": ("kilodelta.export.patching.rewrite", "kilodelta.exact.selftest"),
+    "merge": ("kilodelta.export.merge.checkpoint",),
+    "peft": ("kilodelta.export.peft.adapter",),
+    "gguf": ("kilodelta.export.gguf.adapter", "gguf"),
+    "adapter": ("torch", "transformers", "onnxscript", "kilodelta.export.adapter.folder"),
+    "release": ("torch", "transformers", "kilodelta.device.make.release"),
+}
+
+
+def preload(kinds: set[str]) -> list[str]:
+    """Return the modules that children of these kinds need, those that are installed."""
+    names = dict.fromkeys(name for kind in sorted(kinds) for name in PRELOAD[kind])
+    return [name for name in names if importlib.util.find_spec(name.partition(".")[0])]
+
+
+def compress(p: Params, out: Path) -> dict[str, Any]:
+    """Distil a tuned model; the record holds what `kilodelta compress --json` prints."""
+    from kilodelta.compress.distill.compress import compress, options_from
+
+    given = {"budget": None, "method": None, "rank": None, "bases": None, "lr": None}
+    given |= p["options"]
+    bits = given.pop("bits", None)
+    for name in ("targets", "exclude"):
+        if name in given:
+            given[name] = tuple(given[name])
+    options = options_from(
+        bits=None if bits is None else str(bits), labels=p["labels"], model=p["model"], **given
+    )
+    report = compress(
+        p["base"], p["tuned"], out / f"{p['name']}.kd", inputs=p["inputs"], options=options
+    )
+    return report.to_json()
+
+
+def onnx_base(p: Params, out: Path) -> dict[str, Any]:
+    """Export the base once, and map its weights, so that fine-tunes are patched in."""
+    from kilodelta.export.onnx.save import save
+    from kilodelta.export.onnx.template import export_template, fill_template
+    from kilodelta.export.options import SHORT
+    from kilodelta.export.patching.make_map import make_map, write_rest
+    from kilodelta.export.patching.map import write_map
+    from kilodelta.models import open_model, read_inputs
+
+    loaded = open_model(p["model"] or p["base"], weights=p["base"] if p["model"] else None)
+    batch = None
+    if p["inputs"] is not None:
+        batch = read_inputs(p["inputs"], loaded, limit=2, batch_size=2)[0]
+    template = export_template(loaded, batch, dtype=SHORT[p["dtype"]])
+    save(fill_template(template, p["base"]), out / MODEL)
+    places = make_map(out / MODEL, Path(p["base"]), unused=template.unused)
+    write_map(places, out / MAP)
+    write_rest(places, Path(p["base"]), out / REST)
+    return {"weights": len(template.weights)}
+
+
+def onnx(p: Params, out: Path) -> dict[str, Any]:
+    """Patch a fine-tune into the base's ONNX file: the bytes of an export of the merged model."""
+    from kilodelta.export.patching.map import read_map
+    from kilodelta.export.patching.rewrite import patch
+
+    shared = Path(p["template"])
+    rest = shared / REST
+    made = patch(
+        shared / MODEL,
+        p["delta"],
+        out / MODEL,
+        places=read_map(shared / MAP),
+        base=rest if rest.exists() else None,
+    )
+    return {"changed": len(getattr(made, "changed", ()))}
+
+
+def tensorrt(p: Params, out: Path) -> dict[str, Any]:
+    """Export and build an engine."""
+    from kilodelta.export.options import SHORT, Options
+    from kilodelta.export.pipeline import export
+
+    options = Options(
+        capabilities=tuple(p["options"]["for"]),
+        dtypes=(SHORT[p["options"].get("dtype", "fp32")],),
+        model=p["model"],
+        inputs=p["inputs"],
+    )
+    made = export(p["base"], p["delta"], out / "engine", options=options)
+    return {"artefacts": len(made.manifest.artefacts)}
+
+
+def merge(p: Params, out: Path) -> dict[str, Any]:
+    """Merge into a folder, or a file where the base is one."""
+    from kilodelta.export.merge.checkpoint import merge
+
+    name = "merged.safetensors" if Path(p["base"]).is_file() else "merged"
+    made = merge(p["base"], p["delta"], out / name)
+    return {"targets": made.targets}
+
+
+def peft(p: Params, out: Path) -> dict[str, Any]:
+    """Write a PEFT LoRA adapter."""
+    from kilodelta.export.options import SHORT
+    from kilodelta.export.peft.adapter import PeftOptions, export_peft
+
+    options = PeftOptions(
+        dtype=SHORT[p["options"].get("dtype", "fp32")], svd=p["options"].get("svd")
+    )
+    made = export_peft(p["base"], p["delta"], out / "adapter", options)
+    return {"rank": made.rank, "error": made.error}
+
+
+def gguf(p: Params, out: Path) -> dict[str, Any]:
+    """Write a GGUF LoRA adapter."""
+    from kilodelta.export.gguf import export_gguf
+    from kilodelta.export.options import SHORT
+
+    made = export_gguf(
+        p["base"],
+        p["delta"],
+        out / f"{p['name']}.gguf",
+        dtype=SHORT[p["options"].get("dtype", "fp32")],
+        svd=p["options"].get("svd"),
+    )
+    return {"rank": made.rank, "error": made.error}
+
+
+def adapter(p: Params, out: Path) -> dict[str, Any]:
+    """Write an `.onnx_adapter` file beside a graph of the base."""
+    from kilodelta.export.adapter.folder import AdapterOptions, export_adapter
+    from kilodelta.export.options import SHORT
+
+    given = {"dtype": SHORT[p["options"].get("dtype", "fp32")], "model": p["model"]}
+    if "rank" in p["options"]:
+        given["rank"] = p["options"]["rank"]
+    made = export_adapter(p["base"], p["delta"], out / "adapter", AdapterOptions(**given))
+    return {"rank": getattr(made, "rank", None)}
+
+
+def release(p: Params, out: Path) -> dict[str, Any]:
+    """Write a release with a version and, unless it is told not to, a probe."""
+    from kilodelta.device.make.release import release
+
+    version = p["options"]["version"]
+    made = release(
+        p["base"],
+        p["delta"],
+        out / f"{p['name']}-{version}.kd",
+        version=version,
+        inputs=p["inputs"] if p["options"].get("probe", True) else None,
+        model=p["model"],
+    )
+    return {"version": made.version, "dtypes": list(made.dtypes)}
+
+
+WORK: Mapping[str, Callable[[Params, Path], dict[str, Any]]] = {
+    "compress": compress,
+    "onnx-base": onnx_base,
+    "onnx": onnx,
+    "tensorrt": tensorrt,
+    "merge": merge,
+    "peft": peft,
+    "gguf": gguf,
+    "adapter": adapter,
+    "release": release,
+}

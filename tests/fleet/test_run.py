@@ -1,0 +1,277 @@
+"""A fleet of pico models, run for real: shared work once, resumed, killed, in shards, on Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("tomllib")
+pytest.importorskip("onnxscript")
+pytest.importorskip("transformers")
+import kilodelta
+from kilodelta.errors import InputError
+from kilodelta.export.pipeline import export
+from kilodelta.fleet import child, local, make_plan, read_fleet, run
+from kilodelta.fleet.graph import AGAIN, DONE, NEW, RECORD
+from kilodelta.fleet.local import choose_jobs, shard_of
+from kilodelta.format.methods import Lora
+from kilodelta.format.targets import Patterns
+from tests.support import making, pico
+
+COUNT = 3
+LAYERS = Patterns(include=("bert.encoder.*.weight",), exclude=("*LayerNorm*",))
+OTHER = Patterns(include=("encoder.*.weight",), exclude=("*LayerNorm*",))
+FLEET = """
+version = 1
+[base.mini]
+path = "base"
+[[fine-tunes]]
+deltas = ["ready/*.kd"]
+[target.merged]
+kind = "merge"
+[target.onnx]
+kind = "onnx"
+[target.lora]
+kind = "peft"
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, three ready fine-tunes, and the file that names them."""
+    folder = tmp_path_factory.mktemp("fleet")
+    pico.bert_classifier(folder / "base")
+    (folder / "ready").mkdir()
+    for number in range(COUNT):
+        tune = making.delta(folder / "base", Lora(rank=2), patterns=LAYERS, seed=number + 1)
+        tune.save(folder / "ready" / f"t{number}.kd")
+    (folder / "fleet.toml").write_text(FLEET)
+    return folder
+
+
+def plan_of(world: Path, out: Path) -> Any:
+    return make_plan(read_fleet(world / "fleet.toml"), out)
+
+
+def digests(out: Path) -> dict[str, str]:
+    """Of every result's bytes; records hold times and do not count."""
+    return {
+        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.name not in (RECORD, local.ANSWERS)
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole fleet, run once."""
+    out = tmp_path_factory.mktemp("out") / "fleet"
+    done = run(plan_of(world, out), jobs=2)
+    assert done.failed == ()
+    assert len(done.answers) == 3 * COUNT + 1
+    return out
+
+
+def test_results_are_those_of_the_commands(world: Path, finished: Path, tmp_path: Path) -> None:
+    """The patched ONNX file is, byte for byte, an export of the merged model."""
+    place = finished / "fine-tunes" / "t1"
+    export(world / "base", world / "ready" / "t1.kd", tmp_path / "out")
+    [single] = (tmp_path / "out").glob("*.onnx")
+    assert (place / "onnx" / "model.onnx").read_bytes() == single.read_bytes()
+    kilodelta.merge(world / "base", world / "ready" / "t1.kd", tmp_path / "merged")
+    [one] = (place / "merged" / "merged").glob("*.safetensors")
+    [two] = (tmp_path / "merged").glob("*.safetensors")
+    assert one.read_bytes() == two.read_bytes()
+    assert (place / "lora" / "adapter" / "adapter_config.json").exists()
+
+
+def test_a_second_run_does_nothing(world: Path, finished: Path) -> None:
+    plan = plan_of(world, finished)
+    assert {s.status for s in plan.states.values()} == {DONE}
+    before = digests(finished)
+    again = run(plan, jobs=1)
+    assert again.answers == {}
+    assert again.done_before == 3 * COUNT + 1
+    assert digests(finished) == before
+
+
+def test_what_is_lost_is_made_again_and_nothing_else(
+    world: Path, finished: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "fine-tunes" / "t0" / "onnx" / "model.onnx").unlink()
+    shutil.rmtree(out / "fine-tunes" / "t2" / "merged")
+    record = out / "fine-tunes" / "t1" / "lora" / RECORD
+    facts = json.loads(record.read_text())
+    facts["id"], facts["key"]["options"] = "0" * 64, {"dtype": "fp16"}
+    record.write_text(json.dumps(facts))
+    plan = plan_of(world, out)
+    told = {t.name: plan.states[t.id] for t in plan.open_tasks()}
+    assert {n: s.status for n, s in told.items()} == {
+        "t0/onnx": AGAIN,
+        "t1/lora": AGAIN,
+        "t2/merged": NEW,
+    }
+    assert told["t0/onnx"].why == "model.onnx is missing"
+    assert told["t1/lora"].why == "changed: options"
+    assert len(run(plan, jobs=2).answers) == 3
+    assert digests(out) == digests(finished)
+
+
+def test_a_failure_stops_what_needs_it_and_nothing_else(world: Path, tmp_path: Path) -> None:
+    import shutil
+
+    place = tmp_path / "world"
+    shutil.copytree(world, place)
+    other = pico.bert(tmp_path / "other")
+    making.delta(other, Lora(rank=1), patterns=OTHER).save(place / "ready" / "t1.kd")
+    done = run(plan_of(place, tmp_path / "out"), jobs=1)
+    assert {a["name"] for a in done.failed} == {"t1/merged", "t1/onnx", "t1/lora"}
+    assert all("is not the base" in a["error"] or "base" in a["error"] for a in done.failed)
+    assert {a["exit_code"] for a in done.failed} == {5}
+    assert done.skipped == {}
+    assert not (tmp_path / "out" / "fine-tunes" / "t1" / "merged").exists()
+
+
+def test_what_depends_on_a_failure_is_skipped(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(task: Any, out: Path, context: Any, stop: Any) -> dict[str, Any]:
+        answer = {"id": task.id, "name": task.name, "seconds": 0.0, "exit_code": 11}
+        status = "failed" if task.kind == "onnx-base" else "done"
+        return {**answer, "status": status, "error": "x", "fix": "y"}
+
+    monkeypatch.setattr(local, "_attended", failing)
+    done = run(plan_of(world, tmp_path / "out"), jobs=1)
+    assert done.skipped == {f"t{i}/onnx": "mini/onnx-fp32" for i in range(COUNT)}
+    saved = json.loads((tmp_path / "out" / local.ANSWERS).read_text())
+    assert saved["skipped"] == done.skipped
+
+
+def test_a_killed_child_costs_its_own_task(
+    world: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first child of one task kills itself; the task is tried again, the rest goes on."""
+    real = local._child
+    mark = tmp_path / "killed-once"
+    monkeypatch.setattr(local, "_child", real)
+    context_child = _dying_child(str(mark))
+    monkeypatch.setattr(local, "_child", context_child)
+    done = run(plan_of(world, tmp_path / "out"), jobs=2)
+    assert mark.exists()
+    assert done.failed == ()
+    assert digests(tmp_path / "out") == digests(finished)
+
+
+class _dying_child:  # noqa: N801  (pickled by name, called like the function that it replaces)
+    def __init__(self, mark: str) -> None:
+        self._mark = mark
+
+    def __call__(self, task: Any, out: str, answers: Any) -> None:
+        if task["name"] == "t1/merged" and not os.path.exists(self._mark):
+            open(self._mark, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        local._child(task, out, answers)
+
+
+def test_shards_together_make_the_whole(world: Path, finished: Path, tmp_path: Path) -> None:
+    plan = plan_of(world, tmp_path / "out")
+    parts = [shard_of(plan.tasks, (k, 2)) for k in (1, 2)]
+    tunes = [{t.fine_tune for t in part if t.fine_tune} for part in parts]
+    assert tunes == [{"t0", "t2"}, {"t1"}]
+    for k in (1, 2):
+        assert run(plan_of(world, tmp_path / "out"), jobs=1, shard=(k, 2)).failed == ()
+    assert digests(tmp_path / "out").items() >= digests(finished).items()
+    with pytest.raises(InputError, match="no shard 3 of 2"):
+        shard_of(plan.tasks, (3, 2))
+
+
+def test_jobs_follow_cores_and_memory(world: Path, tmp_path: Path) -> None:
+    tasks = plan_of(world, tmp_path / "out").tasks
+    assert choose_jobs(tasks, 5) == 5
+    assert 1 <= choose_jobs(tasks, None) <= (os.cpu_count() or 1)
+    with pytest.raises(InputError, match="0 jobs"):
+        choose_jobs(tasks, 0)
+
+
+def test_a_tuned_model_is_compressed_and_an_option_makes_it_again(tmp_path: Path) -> None:
+    base = pico.bert_classifier(tmp_path / "base")
+    pico.bert_classifier(tmp_path / "tuned" / "one", seed=1)
+    (tmp_path / "texts.txt").write_text("\n".join(pico.TEXTS * 8) + "\n")
+    text = (
+        'version = 1\n[base.b]\npath = "base"\ninputs = "texts.txt"\n[[fine-tunes]]\n'
+        'tuned = ["tuned/*"]\ncompress = { method = "lora", rank = 2, steps = 4, batch = 4 }\n'
+        '[target.m]\nkind = "merge"\n'
+    )
+    (tmp_path / "fleet.toml").write_text(text)
+    done = run(plan_of(tmp_path, tmp_path / "out"), jobs=1)
+    assert done.failed == (), done.failed
+    file = tmp_path / "out" / "fine-tunes" / "one" / "delta" / "one.kd"
+    assert kilodelta.inspect(file).base["root"] == kilodelta.digest(base).root
+    (tmp_path / "fleet.toml").write_text(text.replace("steps = 4", "steps = 6"))
+    plan = plan_of(tmp_path, tmp_path / "out")
+    told = {t.name: plan.states[t.id].why for t in plan.open_tasks()}
+    assert told == {"one/delta": "changed: options", "one/m": "changed: delta"}
+
+
+def test_a_fault_of_ours_is_one_tasks_answer(tmp_path: Path) -> None:
+    task = {"id": "0", "name": "x", "place": "x", "kind": "merge", "key": {}, "params": {}}
+    answer = child.do(task, tmp_path)
+    assert answer["status"] == "failed"
+    assert answer["error"].startswith("KeyError")
+    assert "traceback" in answer
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_ray_with_a_killed_worker_gives_the_same_bytes(
+    world: Path, finished: Path, tmp_path: Path
+) -> None:
+    """Two workers; the child of one task is killed from outside while it works."""
+    ray = pytest.importorskip("ray")
+    from kilodelta.fleet.on_ray import require_resources, run_on_ray
+
+    plan = plan_of(world, tmp_path / "out")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        killed = threading.Event()
+        threading.Thread(target=_kill_one_worker, args=(killed,), daemon=True).start()
+        done = run_on_ray(plan)
+        assert killed.wait(60)
+        assert done.failed == (), done.failed
+        assert digests(tmp_path / "out") == digests(finished)
+        lacking = dataclasses.replace(plan.tasks[0], resources={"sm87": 1})
+        with pytest.raises(InputError, match="needs 1 of 'sm87', the cluster has 0"):
+            require_resources([lacking], ray.cluster_resources())
+    finally:
+        ray.shutdown()
+    again = plan_of(world, tmp_path / "out")
+    assert again.open_tasks() == ()
+
+
+def _kill_one_worker(killed: threading.Event) -> None:
+    """Kill the first Ray worker that has a child of ours."""
+    for _ in range(600):
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                line = (folder / "cmdline").read_bytes()
+                parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except (OSError, ValueError, IndexError):
+                continue
+            if b"kilodelta.fleet.child" in line:
+                os.kill(parent, signal.SIGKILL)
+                killed.set()
+                return
+        time.sleep(0.1)

@@ -1,0 +1,109 @@
+"""Fleet files: what is read, and that everything else is refused by its field's name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kilodelta.errors import InputError
+from kilodelta.fleet.schema import read_fleet
+
+pytest.importorskip("tomllib")
+GOOD = """
+version = 1
+[base.mini]
+path = "base"
+[[fine-tunes]]
+tuned = ["tuned/*"]
+inputs = "inputs/{name}.txt"
+compress = { budget = "12KB", steps = 4, lr = 1 }
+[[fine-tunes]]
+base = "mini"
+deltas = ["ready/*.kd"]
+[target.onnx16]
+kind = "onnx"
+dtype = "fp16"
+[target.rtx]
+kind = "tensorrt"
+for = ["sm86"]
+resources = { sm86 = 1 }
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("base", "tuned/b", "tuned/a", "inputs", "ready"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "ready" / "c.kd").touch()
+    for name in "ab":
+        (tmp_path / "inputs" / f"{name}.txt").touch()
+    return tmp_path
+
+
+def read(folder: Path, text: str) -> object:
+    (folder / "fleet.toml").write_text(text)
+    return read_fleet(folder / "fleet.toml")
+
+
+def test_a_fleet_is_read(folder: Path) -> None:
+    (folder / "fleet.toml").write_text(GOOD)
+    fleet = read_fleet(folder / "fleet.toml")
+    assert [t.name for t in fleet.fine_tunes] == ["a", "b", "c"]
+    assert fleet.fine_tunes[0].inputs == folder / "inputs" / "a.txt"
+    assert fleet.fine_tunes[0].compress == {"budget": "12KB", "steps": 4, "lr": 1}
+    assert fleet.fine_tunes[2].delta == folder / "ready" / "c.kd"
+    assert {t.base for t in fleet.fine_tunes} == {"mini"}
+    assert [(t.name, t.kind) for t in fleet.targets] == [("onnx16", "onnx"), ("rtx", "tensorrt")]
+    assert fleet.targets[1].resources == {"sm86": 1}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("version = 1", "version = 2", "version is 2, not 1"),
+        ("version = 1", "version = true", "version is True"),
+        ("version = 1", "", "version is None"),
+        ("version = 1", "version = 1\nname = 'x'", "name is no field"),
+        ('path = "base"', 'path = "none"', r"base\.mini\.path: .*none is missing"),
+        ('path = "base"', 'path = "base"\nx = 1', r"base\.mini\.x is no field"),
+        ("[base.mini]", "[base.'mini/x']", "is no name"),
+        ('"tuned/*"', '"nothing/*"', r"fine-tunes\[0\]\.tuned: 'nothing/\*' matches nothing"),
+        ('tuned = ["tuned/*"]', "", r"fine-tunes\[0\] needs either"),
+        ('tuned = ["tuned/*"]', 'tuned = ["tuned/*"]\ndeltas = ["ready/*"]', "needs either"),
+        ('tuned = ["tuned/*"]', "tuned = [1]", r"tuned is not a list of texts"),
+        ('tuned = ["tuned/*"]', 'tuned = "tuned/*"', r"tuned is 'tuned/\*', not of type list"),
+        ("{name}.txt", "{name}.no", r"fine-tunes\[0\]\.inputs: .*a\.no is missing"),
+        ("steps = 4", "step = 4", r"fine-tunes\[0\]\.compress\.step is no field"),
+        ("steps = 4", "steps = 4.5", r"compress\.steps is 4\.5, not of type int"),
+        ("steps = 4", "steps = true", r"compress\.steps is True"),
+        ('base = "mini"', 'base = "other"', r"fine-tunes\[1\]\.base is 'other'"),
+        ('deltas = ["ready/*.kd"]', 'deltas = ["ready/*.kd"]\ncompress = {}', "for tuned models"),
+        ('kind = "onnx"', 'kind = "onx"', r"target\.onnx16\.kind is 'onx', not one of merge"),
+        ('kind = "onnx"', 'kind = "onnx"\nfor = ["sm86"]', r"target\.onnx16\.for is no field"),
+        ('for = ["sm86"]', "", r"target\.rtx\.for is missing"),
+        ("sm86 = 1", "sm86 = 0", r"target\.rtx\.resources\.sm86 is 0, no positive"),
+        ("[target.rtx]", "[target.rtx", "is no TOML"),
+    ],
+)
+def test_faults_are_named(folder: Path, old: str, new: str, words: str) -> None:
+    assert old in GOOD
+    with pytest.raises(InputError, match=words):
+        read(folder, GOOD.replace(old, new, 1))
+
+
+def test_two_fine_tunes_of_one_name(folder: Path) -> None:
+    (folder / "ready" / "a.kd").touch()
+    with pytest.raises(InputError, match=r"two fine-tunes are called 'a': .*tuned/a and .*a\.kd"):
+        read(folder, GOOD)
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        read_fleet(tmp_path / "none.toml")
+    (tmp_path / "big.toml").write_text("#" * (2 << 20))
+    with pytest.raises(InputError, match="larger than"):
+        read_fleet(tmp_path / "big.toml")
+    (tmp_path / "odd.toml").write_bytes(b"\xff")
+    with pytest.raises(InputError, match="is no TOML"):
+        read_fleet(tmp_path / "odd.toml")
