@@ -91,7 +91,7 @@ def require_resources(tasks: Sequence[Task], there: Mapping[str, float], cpus: i
 def _collect(ray: Any, plan: Plan, todo: list[Task], cpus: int, progress: Progress) -> Run:
     remote = ray.remote(max_retries=RETRIES)(_started)
     done = {t.id for t in plan.tasks} - {t.id for t in todo}
-    waiting, running = list(todo), {}
+    waiting, running = list(todo), dict[Any, Task]()
     answers: dict[str, Mapping[str, Any]] = {}
     skipped: dict[str, str] = {}
     lost: dict[str, str] = {}

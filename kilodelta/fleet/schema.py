@@ -143,7 +143,7 @@ def _parse(data: bytes) -> dict[str, Any]:
     except ModuleNotFoundError:  # Python 3.10
         from kilodelta.errors import require
 
-        toml = require("tomli", extra="fleet", why="read fleet.toml")  # type: ignore[assignment]
+        toml = require("tomli", extra="fleet", why="read fleet.toml")
     try:
         return toml.loads(data.decode("utf-8"))
     except ValueError as error:
