@@ -36,7 +36,13 @@ def compress(p: Params, out: Path) -> dict[str, Any]:
     """Distil a tuned model; the record holds what `kilodelta compress --json` prints."""
     from kilodelta.compress.distill.compress import compress, options_from
 
-    given: dict[str, Any] = {"budget": None, "method": None, "rank": None, "bases": None, "lr": None}
+    given: dict[str, Any] = {
+        "budget": None,
+        "method": None,
+        "rank": None,
+        "bases": None,
+        "lr": None,
+    }
     given |= p["options"]
     bits = given.pop("bits", None)
     for name in ("targets", "exclude"):
