@@ -1,7 +1,8 @@
-"""Random bases by coordinates: any slice, in any order, gives the same integers.
+"""Draw random bases by coordinates: any slice, in any order, gives the same integers.
 
-docs/format.md, section 5. A `Stream` is one delta's seed; its methods draw slices of the bases of
-a role, on the kernels of `kilodelta.exact.philox`, which are loaded when the first is drawn.
+docs/format.md, section 5. A `Stream` is one delta's seed; its methods draw slices of the bases of a
+role, the number that keeps the random matrices of all methods apart. They run on the kernels of
+`kilodelta.exact.philox`, which are loaded at the first draw.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ Ints = npt.NDArray[Any]
 BLOCK = 128
 """Sign bases that one Philox call serves."""
 KERNEL_SUM = 1 << 32
-"""The kernel's sums of magnitudes are 32 bits wide; coefficients that could pass them are mixed
-byte by byte, which 2^24 bases cannot."""
+"""The kernel's sums of magnitudes are 32 bits wide. Coefficients that could exceed them are mixed
+byte by byte: 2^24 bases (the most) times 2^8 just fit."""
 
 
 def _philox() -> ModuleType:
-    """The kernels. numba comes with them, so they wait for the first draw."""
+    """Load the kernels: numba comes with them, so they wait for the first draw."""
     from kilodelta.exact import philox
 
     return philox
@@ -35,29 +36,51 @@ def _u32(*numbers: int) -> tuple[np.uint32, ...]:
 
 @dataclass(frozen=True)
 class Stream:
-    """All random bases of one 64-bit seed."""
+    """All random bases of one 64-bit seed.
+
+    Example:
+        >>> Stream(1).sign(0, 0, range(2), range(3)).tolist()
+        [[1, 1, 1], [-1, -1, -1]]
+    """
 
     seed: int
 
     @property
     def key(self) -> tuple[np.uint32, ...]:
-        """Low word, high word."""
+        """The key of Philox: low word, high word."""
         return _u32(self.seed & 0xFFFFFFFF, self.seed >> 32)
 
     def words(self, role: int, rows: range, columns: range, blocks: range) -> Ints:
-        """Raw Philox words, uint32 (rows, columns, blocks, 4): packed sign bases, 128 a block."""
+        """Draw raw words, uint32 (rows, columns, blocks, 4): sign bases as bits, 128 per block.
+
+        Args:
+            role: of the bases.
+            rows, columns, blocks: the box of coordinates.
+        """
         out = np.empty((len(rows), len(columns), len(blocks), 4), np.uint32)
         place = _u32(role, rows.start, columns.start, blocks.start)
         _philox().draw(*self.key, *place, out)
         return out
 
     def mix(self, role: int, coefficients: Ints, rows: range, columns: range) -> Ints:
-        """sum_i q_i S_i over sign bases, int64 (rows, columns)."""
-        found: Ints = self.mix_many(role, coefficients[None], rows, columns)[0]
-        return found
+        """Compute sum_i q_i S_i over sign bases, int64 (rows, columns).
+
+        Args:
+            role: of the bases.
+            coefficients: q, integers (k,).
+            rows, columns: the slice of each basis.
+        """
+        mixed: Ints = self.mix_many(role, coefficients[None], rows, columns)[0]
+        return mixed
 
     def mix_many(self, role: int, coefficients: Ints, rows: range, columns: range) -> Ints:
-        """`mix` of each line of (n, k), the bases drawn once for all: int64 (n, rows, columns)."""
+        """Compute `mix` for each line of (n, k), each basis drawn once: int64 (n, rows, columns).
+
+        Args:
+            role: of the bases.
+            coefficients: integers (n, k).
+            rows, columns: the slice of each basis.
+        """
         totals = np.abs(coefficients.astype(np.int64)).sum(axis=1)
         if int(totals.max(initial=0)) >= KERNEL_SUM:
             low = (coefficients.astype(np.int32) & 255).astype(np.int16)
@@ -72,9 +95,13 @@ class Stream:
         return out
 
     def signs(self, role: int, values: Ints, rows: range, columns: range) -> Ints:
-        """values[j, column] S_j[row, column] for sign bases j: (rows, columns, n).
+        """Draw values[j, column] S_j[row, column] for sign bases j: (rows, columns, n).
 
-        `values` is (n, width) with width beyond every column asked for; its type is the result's.
+        Args:
+            role: of the bases.
+            values: signed integers (n, width), wide enough for every column asked for; the result
+                has their type.
+            rows, columns: the slice of each basis.
         """
         out = np.empty((len(rows), len(columns), values.shape[0]), values.dtype)
         place = _u32(role, rows.start, columns.start)
@@ -82,21 +109,35 @@ class Stream:
         return out
 
     def ternary(self, role: int, sparsity: int, values: Ints, rows: range, columns: range) -> Ints:
-        """The same for ternary bases of a sparsity: (rows, columns, n)."""
+        """Draw what `signs` draws, for ternary bases: (rows, columns, n).
+
+        Args:
+            role: of the bases.
+            sparsity: one entry in so many is not zero.
+            values: signed integers (n, width).
+            rows, columns: the slice of each basis.
+        """
         out = np.empty((len(rows), len(columns), values.shape[0]), values.dtype)
         place = _u32(role, rows.start, columns.start)
         _philox().ternary(*self.key, *place, sparsity, np.ascontiguousarray(values), out)
         return out
 
     def sign(self, role: int, base: int, rows: range, columns: range) -> Ints:
-        """Sign basis `base` itself, int8 (rows, columns) of -1 and +1."""
+        """Draw sign basis `base` itself, int8 (rows, columns) of -1 and +1."""
         block, bit = divmod(base, BLOCK)
         words = self.words(role, rows, columns, range(block, block + 1))
         drawn = (words[:, :, 0, bit // 32] >> np.uint32(bit % 32)) & np.uint32(1)
         return (1 - 2 * drawn.astype(np.int8)).astype(np.int8)
 
     def pick(self, role: int, target: int, theta: Ints, rows: range, columns: range) -> Ints:
-        """Uni-LoRA's signed picks from theta (k,), of theta's type: (rows, columns)."""
+        """Draw signed picks from a vector (Uni-LoRA), of the vector's type: (rows, columns).
+
+        Args:
+            role: of the picks.
+            target: the target's position among the targets; each has separate picks.
+            theta: the vector (k,).
+            rows, columns: the slice of the target's factor.
+        """
         out = np.empty((len(rows), len(columns)), theta.dtype)
         place = _u32(role, rows.start, columns.start, target)
         _philox().pick(*self.key, *place, np.ascontiguousarray(theta), out)
@@ -104,13 +145,13 @@ class Stream:
 
 
 def bit_planes(coefficients: Ints) -> tuple[Ints, Ints]:
-    """Magnitudes of (k,) as bit planes uint32 (P, blocks, 4), and the negative ones (blocks, 4)."""
+    """Split (k,) into bit planes of magnitudes, uint32 (P, blocks, 4), and of signs (blocks, 4)."""
     planes, flips = _bit_planes(coefficients[None])
     return planes[0], flips[0]
 
 
 def _bit_planes(coefficients: Ints) -> tuple[Ints, Ints]:
-    """The same of each line of (n, k): (n, P, blocks, 4) and (n, blocks, 4)."""
+    """Split each line of (n, k): (n, P, blocks, 4) and (n, blocks, 4)."""
     n, k = coefficients.shape
     padded = np.zeros((n, -(-k // BLOCK) * BLOCK), np.int64)
     padded[:, :k] = coefficients

@@ -1,5 +1,5 @@
-"""Low-rank updates merged in one pass: the product, the addition and the rounding of a tile at a
-time, which never leaves the nearest cache.
+"""Merge low-rank updates in one pass: product, addition and rounding of one tile after the other,
+which stays in the nearest cache.
 
 Products and sums are integers below 2^53 in float64, so they are exact in any order, and fused
 multiply-adds change nothing.
@@ -8,20 +8,20 @@ multiply-adds change nothing.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from kilodelta.exact.compiled import kernel
 from kilodelta.exact.rounding import add_bf16, add_f16, add_f32
 
 FEW = 32
-"""Inner dimension up to which this is faster than a product by BLAS."""
+"""The largest inner dimension for which this is faster than a product by BLAS."""
 
 TILE = 512
-"""Columns a tile; with eight rows of the right factor it takes 36 KiB."""
+"""Columns of a tile; with eight rows of the right factor it takes 36 KiB."""
 
 
-@njit(nogil=True, cache=True, fastmath={"contract"})
+@kernel(fastmath={"contract"})
 def _row(left, right, start, acc):  # type: ignore[no-untyped-def]
-    """acc (n,) = left (K,) @ right (K, start : start + n), float64."""
+    """Compute acc (n,) = left (K,) @ right (K, start : start + n), float64."""
     stop = start + acc.size
     acc[:] = 0.0
     k = 0
@@ -39,9 +39,9 @@ def _row(left, right, start, acc):  # type: ignore[no-untyped-def]
         k += 1
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def merge_f32(left, right, weights, factor, scale, out):  # type: ignore[no-untyped-def]
-    """`out` (rows, d) = weights + 2^e C left @ right; returns whether any is not finite."""
+    """Compute `out` (rows, d) = weights + 2^e C left @ right; return whether any is not finite."""
     bad, buffer = np.uint32(0), np.empty(TILE)
     for start in range(0, right.shape[1], TILE):
         stop = min(right.shape[1], start + TILE)
@@ -52,9 +52,9 @@ def merge_f32(left, right, weights, factor, scale, out):  # type: ignore[no-unty
     return bad
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def merge_bf16(left, right, weights, factor, scale, out):  # type: ignore[no-untyped-def]
-    """The same for bfloat16, as uint16."""
+    """Do what `merge_f32` does, for bfloat16 as uint16."""
     bad, buffer = np.uint32(0), np.empty(TILE)
     for start in range(0, right.shape[1], TILE):
         stop = min(right.shape[1], start + TILE)
@@ -65,9 +65,9 @@ def merge_bf16(left, right, weights, factor, scale, out):  # type: ignore[no-unt
     return bad
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def merge_f16(left, right, weights, factor, scale, out):  # type: ignore[no-untyped-def]
-    """The same for float16, as uint16."""
+    """Do what `merge_f32` does, for float16 as uint16."""
     bad, buffer = np.uint32(0), np.empty(TILE)
     for start in range(0, right.shape[1], TILE):
         stop = min(right.shape[1], start + TILE)
@@ -79,4 +79,4 @@ def merge_f16(left, right, weights, factor, scale, out):  # type: ignore[no-unty
 
 
 MERGE = {"F32": merge_f32, "F16": merge_f16, "BF16": merge_bf16}
-"""By safetensors dtype."""
+"""Kernels by safetensors dtype."""

@@ -1,4 +1,4 @@
-"""Matrices that are given as two thin factors."""
+"""Measure matrices that are given as two thin factors."""
 
 from __future__ import annotations
 
@@ -11,16 +11,28 @@ Matrix = npt.NDArray[Any]
 
 
 def product_norm(left: Matrix, right: Matrix) -> float:
-    """The Frobenius norm of left @ right, float64, without making the product."""
+    """Compute the Frobenius norm of left @ right without making the product.
+
+    Args:
+        left: float64 (out, K).
+        right: float64 (K, in).
+
+    Example:
+        >>> product_norm(np.array([[3.0], [4.0]]), np.array([[2.0]]))
+        10.0
+    """
     return float(np.sqrt(max(0.0, float(np.sum((left.T @ left) * (right @ right.T))))))
 
 
-def product_error(found: tuple[Matrix, Matrix], wanted: tuple[Matrix, Matrix]) -> float:
-    """The Frobenius norm of the difference of two products whose factors are close.
+def product_error(actual: tuple[Matrix, Matrix], wanted: tuple[Matrix, Matrix]) -> float:
+    """Compute the Frobenius norm of the difference of two products whose factors are close.
 
     Differences of factors are taken first, so that nothing cancels.
+
+    Args:
+        actual, wanted: (left, right) of each product.
     """
-    left, right = found
+    left, right = actual
     return product_norm(
         np.hstack([left - wanted[0], wanted[0]]), np.vstack([right, right - wanted[1]])
     )

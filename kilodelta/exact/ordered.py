@@ -1,4 +1,4 @@
-"""Products of float32 matrices in one fixed order, the same on every machine.
+"""Multiply float32 matrices in one fixed order, the same on every machine.
 
 Each element is summed over the inner index from the first to the last, in float64. The product of
 two float32 numbers is exact there, so a fused multiply-add changes nothing, and each addition is
@@ -12,19 +12,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from kilodelta.exact.compiled import kernel
 
 Matrix = npt.NDArray[Any]
 
 TILE = 256
-"""Columns a tile."""
+"""Columns of a tile."""
 DEPTH = 128
-"""Inner indices a tile: with its columns 256 KiB of float64, which stay in the second cache."""
+"""Inner indices of a tile: with its columns 256 KiB of float64, which stay in the second cache."""
 
 
-@njit(nogil=True, cache=True, fastmath={"contract"})
+@kernel(fastmath={"contract"})
 def _multiply(left, right, out):  # type: ignore[no-untyped-def]
-    """out (D, d) += left (D, K) @ right (K, d), all float64, K ascending for every element."""
+    """Add left (D, K) @ right (K, d) to out (D, d), all float64, K ascending for every element."""
     for first in range(0, right.shape[0], DEPTH):
         last = min(right.shape[0], first + DEPTH)
         for start in range(0, right.shape[1], TILE):
@@ -33,7 +34,7 @@ def _multiply(left, right, out):  # type: ignore[no-untyped-def]
                 _row(left[i], right, first, last, start, out[i, start:stop])
 
 
-@njit(nogil=True, cache=True, fastmath={"contract"})
+@kernel(fastmath={"contract"})
 def _row(left, right, first, last, start, acc):  # type: ignore[no-untyped-def]
     stop = start + acc.size
     k = first
@@ -52,7 +53,18 @@ def _row(left, right, first, last, start, acc):  # type: ignore[no-untyped-def]
 
 
 def multiplier(right: Matrix) -> Callable[[Matrix], Matrix]:
-    """The multiplication of left factors with one right factor (K, d), float64 (rows, d)."""
+    """Prepare the multiplication of left factors with one right factor.
+
+    Args:
+        right: float32 (K, d).
+
+    Returns:
+        A function of left factors, float32 (rows, K), to their products, float64 (rows, d).
+
+    Example:
+        >>> multiplier(np.float32([[2], [3]]))(np.float32([[1, 10]])).tolist()
+        [[32.0]]
+    """
     held = np.ascontiguousarray(right, dtype=np.float64)
 
     def multiply(left: Matrix) -> Matrix:

@@ -1,4 +1,4 @@
-"""Philox4x32-10 at coordinates, and what is made of its bits, as numba kernels.
+"""Draw Philox4x32-10 at coordinates, and make bases of its bits: numba kernels.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11. The counter is
 (row, column, block, role), the key the 64-bit seed (docs/format.md, section 5). The kernels run
@@ -10,8 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from kilodelta.exact.compiled import kernel
 
 TILE = 1024
 """Elements that one pass keeps in the nearest cache: words, coordinates and sums take 28 KiB."""
@@ -23,7 +25,7 @@ _32 = np.uint64(32)
 
 @intrinsic  # type: ignore[untyped-decorator]
 def popcount(typing_context: Any, word: Any) -> Any:
-    """The set bits of a uint32."""
+    """Count the set bits of a uint32: one instruction, which numba has no name for."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.ctpop(arguments[0])
@@ -31,7 +33,7 @@ def popcount(typing_context: Any, word: Any) -> Any:
     return types.uint32(types.uint32), build
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _round(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
     p0 = _M0 * np.uint64(c0)
     p1 = _M1 * np.uint64(c2)
@@ -40,14 +42,14 @@ def _round(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
     return high1, np.uint32(p1), high0, np.uint32(p0)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _bump(k0, k1, i):  # type: ignore[no-untyped-def]
     return np.uint32(k0 + np.uint32(i) * _W0), np.uint32(k1 + np.uint32(i) * _W1)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _schedule(k0, k1):  # type: ignore[no-untyped-def]
-    """The keys of the ten rounds, once for many calls."""
+    """Return the keys of the ten rounds, once for many calls."""
     return (
         _bump(k0, k1, 0) + _bump(k0, k1, 1) + _bump(k0, k1, 2) + _bump(k0, k1, 3)
         + _bump(k0, k1, 4) + _bump(k0, k1, 5) + _bump(k0, k1, 6) + _bump(k0, k1, 7)
@@ -55,7 +57,7 @@ def _schedule(k0, k1):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _philox(a, b, c, d, keys):  # type: ignore[no-untyped-def]
     # Written out, because a loop in here keeps the loop over columns from being vectorised.
     a, b, c, d = _round(a, b, c, d, keys[0], keys[1])
@@ -70,9 +72,9 @@ def _philox(a, b, c, d, keys):  # type: ignore[no-untyped-def]
     return _round(a, b, c, d, keys[18], keys[19])
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _fill(w0, w1, w2, w3, ys, xs, block, role, keys):  # type: ignore[no-untyped-def]
-    """The four words at (ys[j], xs[j], block, role) into four lines, uint32 (n,)."""
+    """Write the four words at (ys[j], xs[j], block, role) into four lines, uint32 (n,)."""
     for j in range(w0.size):
         a, b, c, d = _philox(ys[j], xs[j], block, role, keys)
         w0[j] = a
@@ -81,18 +83,18 @@ def _fill(w0, w1, w2, w3, ys, xs, block, role, keys):  # type: ignore[no-untyped
         w3[j] = d
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _place(start, row, column, columns, ys, xs):  # type: ignore[no-untyped-def]
-    """The coordinates of consecutive elements, row-major, from element `start` on."""
+    """Write the coordinates of consecutive elements, row-major, from element `start` on."""
     for j in range(ys.size):
         y, x = divmod(start + j, columns)
         ys[j] = np.uint32(row + y)
         xs[j] = np.uint32(column + x)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def draw(k0, k1, role, row, column, block, out):  # type: ignore[no-untyped-def]
-    """Words of a box: `out` uint32 (rows, columns, blocks, 4) from (row, column, block) on."""
+    """Draw a box of words: `out` uint32 (rows, columns, blocks, 4) from (row, column, block) on."""
     rows, columns, blocks, _ = out.shape
     keys = _schedule(k0, k1)
     for i in range(rows):
@@ -105,9 +107,9 @@ def draw(k0, k1, role, row, column, block, out):  # type: ignore[no-untyped-def]
                     out[i, j, b, u] = w[u]
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def mix(k0, k1, role, row, column, planes, flips, totals, out):  # type: ignore[no-untyped-def]
-    """Sums of sign bases, many over the same bases: `out` int64 (n, rows, columns) of
+    """Compute many sums over the same sign bases: `out` int64 (n, rows, columns) of
     sum_i q_i S_i, S_i[row + ., column + .].
 
     With q_i = sign_i |q_i| and the basis bit b_i, the sum is sum |q_i| - 2 sum |q_i| (b_i ^ neg_i):
@@ -139,9 +141,9 @@ def mix(k0, k1, role, row, column, planes, flips, totals, out):  # type: ignore[
                 line[j] = totals[t] - 2 * np.int64(acc[j])
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _count(w0, w1, w2, w3, mask, flip, shift, acc):  # type: ignore[no-untyped-def]
-    """acc[j] += 2^shift popcount((w[j] ^ flip) & mask) over the four words of a call."""
+    """Add 2^shift popcount((w[j] ^ flip) & mask), over the four words of a call, to acc[j]."""
     m0, m1, m2, m3 = mask[0], mask[1], mask[2], mask[3]
     f0, f1, f2, f3 = flip[0], flip[1], flip[2], flip[3]
     for j in range(acc.size):
@@ -155,12 +157,12 @@ def _count(w0, w1, w2, w3, mask, flip, shift, acc):  # type: ignore[no-untyped-d
         acc[j] = np.uint32(acc[j] + np.uint32(count << (shift & np.uint32(31))))
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def signs(k0, k1, role, row, column, values, out):  # type: ignore[no-untyped-def]
-    """Sign bases times values: `out` (rows, columns, n) = values[j, column + .] S_j[row + ., .].
+    """Compute `out` (rows, columns, n) = values[j, column + .] S_j[row + ., .] for sign bases.
 
-    `values` is (n, all columns); `out` and `values` share a signed integer type, which -value
-    fits too.
+    `values` is (n, all columns); `out` and `values` share a signed integer type, which holds -value
+    as well.
     """
     rows, columns, n = out.shape
     keys = _schedule(k0, k1)
@@ -177,9 +179,9 @@ def signs(k0, k1, role, row, column, values, out):  # type: ignore[no-untyped-de
                         line[first + t] = -value if (word >> np.uint32(t)) & np.uint32(1) else value
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def ternary(k0, k1, role, row, column, sparsity, values, out):  # type: ignore[no-untyped-def]
-    """The same with ternary bases: below floor(2^32 / 2s) is -1, the same share on top +1."""
+    """Do the same for ternary bases: words below floor(2^32 / 2s) are -1, as many on top +1."""
     rows, columns, n = out.shape
     keys = _schedule(k0, k1)
     edge = np.uint64((np.uint64(1) << _32) // np.uint64(2 * sparsity))
@@ -196,9 +198,9 @@ def ternary(k0, k1, role, row, column, sparsity, values, out):  # type: ignore[n
                     line[4 * b + u] = value * sign
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def pick(k0, k1, role, row, column, block, theta, out):  # type: ignore[no-untyped-def]
-    """Signed picks: `out` (rows, columns) takes theta[(w0 k) >> 32], negated where w1 is odd."""
+    """Draw signed picks: `out` (rows, columns) is theta[(w0 k) >> 32], negated where w1 is odd."""
     rows, columns = out.shape
     keys = _schedule(k0, k1)
     k = np.uint64(theta.size)

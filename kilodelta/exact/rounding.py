@@ -1,4 +1,4 @@
-"""The one rounding of the format: y = float32(W) + 2^e float32(N), then to the tensor's type.
+"""Add an update and round, as the format says: y = float32(W) + 2^e float32(N), then to its type.
 
 All to nearest even (docs/format.md, section 6). `2^e float32(N)` is exact, so a fused multiply-add
 changes nothing. float16 and bfloat16 travel as uint16, converted by integer arithmetic, because
@@ -8,7 +8,8 @@ neither numpy nor numba knows both on every processor.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from kilodelta.exact.compiled import kernel
 
 _1, _13, _16 = np.uint32(1), np.uint32(13), np.uint32(16)
 _HALF_MIN = np.uint32(0x38800000)  # 2^-14, the smallest normal float16
@@ -17,16 +18,16 @@ _MAGIC = np.float32(8388608.0)  # 2^23: adding it rounds to an integer, to neare
 _MAGIC_BITS = np.uint32(0x4B000000)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _step(number, factor, scale):  # type: ignore[no-untyped-def]
-    """2^e float32(C dQ); C dQ is exact in float64. BLAS may leave a zero as -0.0, which would keep
-    a weight of -0.0 from becoming +0.0."""
+    """Compute 2^e float32(C dQ); C dQ is exact in float64."""
+    # BLAS may leave a zero as -0.0, which would keep a weight of -0.0 from becoming +0.0.
     return scale * np.float32(np.float64(number) * factor + 0.0)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def add_f32(weights, numbers, factor, scale, out):  # type: ignore[no-untyped-def]
-    """`out` float32 (n,); returns whether anything in it is not finite."""
+    """Merge float32 (n,) into `out`; return whether anything in it is not finite."""
     bad = np.uint32(0)
     for j in range(out.size):
         y = np.float32(weights[j] + _step(numbers[j], factor, scale))
@@ -36,14 +37,15 @@ def add_f32(weights, numbers, factor, scale, out):  # type: ignore[no-untyped-de
     return bad
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def add_bf16(weights, numbers, factor, scale, out):  # type: ignore[no-untyped-def]
-    """The same for bfloat16, as uint16."""
+    """Do what `add_f32` does, for bfloat16 as uint16."""
     bad = np.uint32(0)
     for j in range(out.size):
         w = np.uint32(np.uint32(weights[j]) << _16).view(np.float32)
         bits = np.float32(w + _step(numbers[j], factor, scale)).view(np.uint32)
-        # A NaN may carry any payload, and one of all ones would round to zero: look before, too.
+        # Test for NaN before rounding as well: adding the bias to an all-ones payload wraps around
+        # to zero.
         bad |= np.uint32(np.uint32(bits & np.uint32(0x7F800000)) == np.uint32(0x7F800000))
         odd = np.uint32(np.uint32(bits >> _16) & _1)
         bits = np.uint32(np.uint32(bits + np.uint32(np.uint32(0x7FFF) + odd)) >> _16)
@@ -52,9 +54,9 @@ def add_bf16(weights, numbers, factor, scale, out):  # type: ignore[no-untyped-d
     return bad
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def from_half(half):  # type: ignore[no-untyped-def]
-    """float16 bits to float32; infinity and NaN come out as infinity."""
+    """Widen float16 bits to float32; infinity and NaN come out as infinity."""
     magnitude = np.uint32(half & np.uint32(0x7FFF))
     normal = np.uint32(np.uint32(magnitude << _13) + _HALF_BIAS).view(np.float32)
     small = np.float32(np.float32(magnitude) * np.float32(2.0**-24))
@@ -63,9 +65,9 @@ def from_half(half):  # type: ignore[no-untyped-def]
     return -value if half & np.uint32(0x8000) else value
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def to_half(value):  # type: ignore[no-untyped-def]
-    """float32 to float16 bits, to nearest even, subnormals kept."""
+    """Round float32 to float16 bits, to nearest even, subnormals kept."""
     bits = np.uint32(np.float32(value).view(np.uint32))
     sign = np.uint32(np.uint32(bits >> _16) & np.uint32(0x8000))
     size = np.uint32(bits & np.uint32(0x7FFFFFFF))
@@ -78,9 +80,9 @@ def to_half(value):  # type: ignore[no-untyped-def]
     return np.uint32(half | sign)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def add_f16(weights, numbers, factor, scale, out):  # type: ignore[no-untyped-def]
-    """The same for float16, as uint16."""
+    """Do what `add_f32` does, for float16 as uint16."""
     bad = np.uint32(0)
     for j in range(out.size):
         w = from_half(np.uint32(weights[j]))

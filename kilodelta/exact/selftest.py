@@ -1,8 +1,8 @@
-"""Before a machine merges anything, its kernels must reproduce typed-in values.
+"""Prove a machine's kernels on typed-in values before it merges anything.
 
-docs/format.md, section 7. The values are those of `tests/golden/`; a processor that flushes
-subnormal numbers to zero, a miscompiled kernel or a saturating int8 product is refused here.
-Kernels are loaded by the checks, so that what decodes nothing does not wait for numba.
+docs/format.md, section 7. A processor that flushes subnormal numbers to zero, a miscompiled kernel
+or a saturating int8 product is refused here. Kernels are loaded by the checks, so that commands
+which decode nothing do not wait for numba.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ KNOWN_ANSWERS = (
 
 @lru_cache(maxsize=1)
 def require_good_kernels() -> None:
-    """Run every kernel once on known values.
+    """Run every kernel once a process on known values.
 
     Raises:
-        SelfTestError: one of them differs.
+        SelfTestError: a result differs.
     """
     for name, passes in _CHECKS.items():
         if not passes():
@@ -84,7 +84,7 @@ BASES_DIGEST = "6fbbebf587ccf7caf1f4d3a4c93d0eace00d2a51ecc2514dbd1871cc76d529b4
 
 
 def _products_are_right() -> bool:
-    """Those without torch, which is not loaded for this: its unit is tested where it is chosen."""
+    """Check the products that need no torch; torch's is tested where it is chosen."""
     rng = np.random.default_rng(1)
     left = rng.integers(-(2**20), 2**20, (5, 47))
     right = rng.integers(-(2**20), 2**20, (47, 530))

@@ -20,11 +20,11 @@ SECOND = 7e9
 """Multiply-adds in a second of one core, roughly."""
 
 PER_WEIGHT = 4096
-"""Operations per weight that any file may ask for, beside the length of the matrix's shorter side:
-so many multiply-adds per weight an update of full rank (RandLoRA) takes."""
+"""Operations per weight that a file may ask for. One of full rank (RandLoRA) may ask for as many
+more as the matrix's shorter side is long, which are the multiply-adds of its product."""
 
-ALWAYS = 2e10
-"""Operations that any file may ask for, some three seconds of one core."""
+ALWAYS = 3e10
+"""Operations that any file may ask for, some four seconds of one core."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def estimate(form: Form, targets: Sequence[Target]) -> Work:
         >>> from kilodelta.format.methods import Nola
         >>> square = Target(name="w", dtype="F32", shape=(512, 512), transposed=False, index=0)
         >>> estimate(Nola(rank=8, bases=256), [square])
-        Work(draws=16384, products=2097152, allowed=20000000000.0)
+        Work(draws=16384, products=2097152, allowed=30000000000.0)
     """
     products = draws = 0
     suits = 0.0
@@ -64,7 +64,7 @@ def estimate(form: Form, targets: Sequence[Target]) -> Work:
         out, in_ = target.matrix
         products += out * in_ * form.inner(target)
         draws += form.draws(target)
-        suits += out * in_ * (PER_WEIGHT + min(out, in_))
+        suits += out * in_ * (PER_WEIGHT + (min(out, in_) if form.full_rank else 0))
     return Work(draws=draws, products=products, allowed=max(ALWAYS, suits))
 
 
