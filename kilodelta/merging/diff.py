@@ -17,7 +17,6 @@ from kilodelta.files.checkpoint import Checkpoint, in_name_order
 from kilodelta.files.dtypes import FLOATS
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
-from kilodelta.format.manifest import method_options
 from kilodelta.progress import Meter, Progress, silent
 
 SAME, CHANGED, ONLY_FIRST, ONLY_SECOND, OTHER_SHAPE, OTHER_TYPE = (
@@ -274,7 +273,7 @@ def _facts(delta: Delta) -> dict[str, Any]:
     manifest = delta.manifest
     return {
         "base": manifest.base.root,
-        "method": dict(method_options(manifest.method)),
+        "method": dict(manifest.method.to_manifest()),
         "bits": manifest.bits,
         "seed": str(manifest.seed),
         "targets": manifest.count,
