@@ -18,14 +18,18 @@ import click
 
 from kilodelta import __version__, terminal
 from kilodelta.commands import (
+    compare,
     compress,
     demo,
     device,
     export_adapter,
+    export_gguf,
     export_peft,
+    fleet,
     import_,
     inspect_,
     merge_export,
+    trust,
     verify,
 )
 from kilodelta.commands.shared import JSON
@@ -39,8 +43,16 @@ SECTIONS = {
         merge_export.export,
         export_peft.export_peft,
         export_adapter.export_adapter,
+        export_gguf.export_gguf,
+        compare.card,
     ),
-    "Look and prove": (inspect_.inspect, inspect_.digest, verify.verify, inspect_.doctor),
+    "Look and prove": (
+        inspect_.inspect,
+        inspect_.digest,
+        compare.diff,
+        verify.verify,
+        inspect_.doctor,
+    ),
     "Deploy to devices": (
         device.bundle,
         device.release,
@@ -49,6 +61,7 @@ SECTIONS = {
         device.status,
         device.run,
     ),
+    "Sign, publish, and do many at once": (trust.keygen, trust.publish, fleet.fleet),
 }
 """The commands in the order of a fine-tune's life, as `kilodelta --help` lists them."""
 

@@ -17,6 +17,7 @@ Each class has its own exit code, which the command line returns:
 14   `LockedError`               another command is changing the device folder: try again
 15   `DowngradeError`            a file's version is too old for the device, or too far ahead
 16   `SignatureError`            a release is not signed by, or not meant for, who reads it
+17   `FleetError`                tasks of a fleet failed; the others are done
 ===  ==========================  =====================================================
 
 Messages quote names and texts of files that anybody may have written, so `KiloDeltaError` escapes
@@ -161,6 +162,12 @@ class SignatureError(KiloDeltaError):
     """A release lacks a signature that is asked for, has expired, or is for somebody else."""
 
     exit_code = 16
+
+
+class FleetError(KiloDeltaError):
+    """Some tasks of a fleet failed; the others are done."""
+
+    exit_code = 17
 
 
 def require(package: str, *, extra: str, why: str) -> ModuleType:

@@ -22,11 +22,16 @@ from kilodelta.cli import SECTIONS, main
 from kilodelta.commands.shared import Command
 from kilodelta.errors import KiloDeltaError, printable
 
-COMMANDS = sorted(main.commands.items())
+COMMANDS = sorted(
+    (f"{name} {inner}".strip(), command)
+    for name, outer in main.commands.items()
+    for inner, command in getattr(outer, "commands", {"": outer}).items()
+)
+"""Every command by its whole name; those of a group by the group's and their own."""
 
 
 def help_of(*names: str) -> str:
-    result = CliRunner().invoke(main, [*names, "--help"])
+    result = CliRunner().invoke(main, [*" ".join(names).split(), "--help"])
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -60,7 +65,8 @@ def test_a_summary_fits_into_one_line_of_a_terminal(name: str, command: click.Co
     assert command.short_help is not None
     assert command.short_help.endswith(".")
     width = max(map(len, main.commands))
-    assert any(line.endswith(command.short_help) for line in help_of().splitlines()), width
+    group = name.split()[:-1]
+    assert any(line.endswith(command.short_help) for line in help_of(*group).splitlines()), width
 
 
 @pytest.mark.parametrize(("name", "command"), COMMANDS)
@@ -87,8 +93,9 @@ def test_examples_are_command_lines_that_parse(name: str, command: click.Command
     shown = help_of(name).splitlines()
     for example in command.examples:
         assert f"  {example}" in shown
-        program, called, *arguments = example.split()
-        assert (program, called) == ("kilodelta", name)
+        program, *words = example.split()
+        called, arguments = words[: len(name.split())], words[len(name.split()) :]
+        assert (program, " ".join(called)) == ("kilodelta", name)
         command.make_context(name, arguments)  # a usage error raises
 
 

@@ -23,6 +23,7 @@ from kilodelta.export.pipeline import export
 from kilodelta.fleet import child, local, make_plan, read_fleet, run
 from kilodelta.fleet.graph import AGAIN, DONE, NEW, RECORD
 from kilodelta.fleet.local import choose_jobs, shard_of
+from kilodelta.fleet.status import status_of
 from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Patterns
 from tests.support import making, pico
@@ -196,6 +197,24 @@ def test_shards_together_make_the_whole(world: Path, finished: Path, tmp_path: P
     assert digests(tmp_path / "out").items() >= digests(finished).items()
     with pytest.raises(InputError, match="no shard 3 of 2"):
         shard_of(plan.tasks, (3, 2))
+
+
+def test_the_status_puts_the_worst_first(world: Path, finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "fine-tunes" / "t2" / "merged")
+    plan = plan_of(world, out)
+    [lost] = plan.open_tasks()
+    note = {"failed": [{"id": lost.id, "error": "no room", "fix": "make room"}], "skipped": {}}
+    (out / local.ANSWERS).write_text(json.dumps(note))
+    (out / "run-1-of-2.json").write_text("{")
+    found = status_of(plan)
+    assert found["rows"][0]["fine_tune"] == "t2"
+    assert found["rows"][0]["why"] == "no room; make room"
+    assert found["counts"] == {"failed": 1, "not begun": 0, "open": 0, "done": 3 * COUNT}
+    assert all(row["nbytes"] > 0 for row in found["rows"][1:])
 
 
 def test_jobs_follow_cores_and_memory(world: Path, tmp_path: Path) -> None:

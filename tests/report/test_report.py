@@ -120,7 +120,24 @@ EXPORT = {
         }
     ],
 }
-RESULTS = {"compress": COMPRESS, "verify": VERIFY, "demo": DEMO, "export": EXPORT}
+FLEET = {
+    "out": "out",
+    "counts": {"failed": 1, "not begun": 0, "open": 0, "done": 1},
+    "rows": [
+        {
+            "fine_tune": "intents",
+            "target": "onnx16",
+            "status": status,
+            "why": why,
+            "agreement": agreement,
+            "nbytes": 11984,
+            "seconds": 1.5,
+            "place": "fine-tunes/intents/onnx16",
+        }
+        for status, why, agreement in (("failed", "no room", None), ("done", "", 0.981))
+    ],
+}
+RESULTS = {"fleet": FLEET, "compress": COMPRESS, "verify": VERIFY, "demo": DEMO, "export": EXPORT}
 
 
 class Texts(HTMLParser):
@@ -160,6 +177,7 @@ def test_a_page_fetches_nothing_and_shows_its_numbers(kind: str, tmp_path: Path)
         "compress": ["0.9670", "0.4680", "classifier.weight", "12 KB", "kilodelta compress base"],
         "verify": ["7.6e-07", "3e-06", "no NVIDIA driver", "0.86", "a" * 64],
         "demo": ["kilodelta merge base task.kd", "0.1"],
+        "fleet": ["intents", "0.9810", "no room", "1 failed, 1 done"],
         "export": ["input_ids", "batch x sequence", "a" * 64],
     }
     for text in wanted[kind]:
@@ -167,6 +185,7 @@ def test_a_page_fetches_nothing_and_shows_its_numbers(kind: str, tmp_path: Path)
     assert re.search(r'<svg role="img" aria-label="[^"]{20,}"', page) or kind in (
         "verify",
         "export",
+        "fleet",
     )
 
 

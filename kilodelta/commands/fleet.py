@@ -1,0 +1,200 @@
+"""`kilodelta fleet`: many fine-tunes, many targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kilodelta import terminal
+from kilodelta.commands.shared import Command, as_json, with_progress
+
+if TYPE_CHECKING:
+    from kilodelta.fleet.graph import Plan
+    from kilodelta.fleet.local import Run
+
+SHOWN = 60
+out_option = click.option(
+    "-o", "--out", default="fleet", type=click.Path(), help="The folder of results."
+)
+
+
+@click.group(short_help="Make many fine-tunes for many targets, from one TOML file.")
+def fleet() -> None:
+    """Make many fine-tunes for many targets, from one TOML file (docs/fleet.md).
+
+    What is whole is not made again, so resuming is running again.
+    """
+
+
+@fleet.command(
+    cls=Command,
+    short_help="Show what is new, done, or to be made again, and why.",
+    examples=["kilodelta fleet plan fleet.toml -o out/"],
+)
+@click.argument("file", type=click.Path())
+@out_option
+@as_json
+@with_progress
+def plan(file: str, out: str, as_json: bool, progress: Any) -> Callable[[], None]:
+    """Show the tasks of a fleet FILE: new, done, or to be made again and why, and their memory."""
+    made = _planned(file, out, progress)
+    if as_json:
+        return lambda: terminal.print_json(made.to_json())
+    return lambda: _show_plan(made)
+
+
+def _planned(file: str, out: str, progress: Any) -> Plan:
+    from kilodelta.fleet import make_plan, read_fleet
+
+    return make_plan(read_fleet(file), out, progress=progress)
+
+
+def _show_plan(made: Plan) -> None:
+    report = made.to_json()
+    open_rows = [row for row in report["tasks"] if row["status"] != "done"]
+    rows = [
+        (row["name"], row["kind"], row["status"], row["why"], terminal.size(row["memory"]))
+        for row in open_rows[:SHOWN]
+    ]
+    if rows:
+        columns = ("task", "kind", "status", "why", "memory")
+        terminal.print_table("To do", columns, rows, right=(4,))
+    left = len(open_rows) - len(rows)
+    counts = report["counts"]
+    more = f" ({left} more with --json)" if left else ""
+    terminal.print_line(
+        f"{counts['new']} new, {counts['again']} to be made again, {counts['done']} done{more}"
+    )
+
+
+def _shard(ctx: click.Context, option: click.Parameter, value: str | None) -> Any:
+    if value is None:
+        return None
+    first, slash, second = value.partition("/")
+    if not slash or not first.isascii() or not (first + second).isdigit() or not second:
+        raise click.BadParameter("write 3/8 for the third of eight")
+    return int(first), int(second)
+
+
+@fleet.command(
+    cls=Command,
+    short_help="Do what is open, here, in shards, or on a Ray cluster.",
+    examples=[
+        "kilodelta fleet run fleet.toml -o out/",
+        "kilodelta fleet run fleet.toml -o out/ --shard 3/8",
+        "kilodelta fleet run fleet.toml -o out/ --on ray --address auto",
+    ],
+)
+@click.argument("file", type=click.Path())
+@out_option
+@click.option("--jobs", type=click.IntRange(1), help="Tasks at once; by cores and memory.")
+@click.option("--shard", callback=_shard, metavar="K/N", help="Do the k-th of n parts.")
+@click.option(
+    "--on", "engine", default="local", type=click.Choice(["local", "ray"]), help="Where to run."
+)
+@click.option("--address", help="Of the Ray cluster; by default one is started here.")
+@click.option("--cpus", default=1, type=click.IntRange(1), help="Of one task on Ray.")
+@as_json
+@with_progress
+def run(
+    file: str,
+    out: str,
+    jobs: int | None,
+    shard: tuple[int, int] | None,
+    engine: str,
+    address: str | None,
+    cpus: int,
+    as_json: bool,
+    progress: Any,
+) -> Callable[[], None]:
+    """Do what is open of a fleet FILE. A failure stops what depends on it and nothing else.
+
+    The exit code is 17 where a task failed; `kilodelta fleet status` says which and why.
+    """
+    if engine == "ray" and (shard or jobs):
+        raise click.UsageError("--shard and --jobs are for --on local")
+    if engine == "local" and address:
+        raise click.UsageError("--address is for --on ray")
+    made = _planned(file, out, progress)
+    if engine == "ray":
+        from kilodelta.fleet.on_ray import run_on_ray
+
+        done = run_on_ray(made, address=address, cpus=cpus, progress=progress)
+    else:
+        from kilodelta.fleet import run
+
+        done = run(made, jobs=jobs, shard=shard, progress=progress)
+    return lambda: _show_run(done, as_json)
+
+
+def _show_run(done: Run, as_json: bool) -> None:
+    from kilodelta.errors import FleetError
+
+    report = done.to_json()
+    if as_json:
+        terminal.print_json(report)
+    else:
+        rows = [(a["name"], a["exit_code"], a["error"], a["fix"]) for a in report["failed"]]
+        rows += [(n, "", f"needs {c}, which failed", "") for n, c in report["skipped"].items()]
+        if rows:
+            terminal.print_table("Not done", ("task", "exit", "why", "fix"), rows[:SHOWN])
+        terminal.print_line(
+            f"{report['done']} made, {report['done_before']} done before, "
+            f"{len(report['failed'])} failed, {len(report['skipped'])} not begun; {done.out}"
+        )
+    if report["failed"]:
+        raise FleetError(
+            f"{len(report['failed'])} tasks failed", fix="mend what is named and run it again"
+        )
+
+
+@fleet.command(
+    cls=Command,
+    short_help="Say what is done, failed and why; --html writes a page.",
+    examples=[
+        "kilodelta fleet status fleet.toml -o out/",
+        "kilodelta fleet status fleet.toml -o out/ --html fleet.html",
+    ],
+)
+@click.argument("file", type=click.Path())
+@out_option
+@click.option("--html", type=click.Path(), help="Write a page of all fine-tunes by target.")
+@as_json
+@with_progress
+def status(
+    file: str, out: str, html: str | None, as_json: bool, progress: Any
+) -> Callable[[], None]:
+    """Say what of a fleet FILE is done, with fidelity, bytes and time, and what failed and why."""
+    from kilodelta.fleet.status import status_of
+
+    found = status_of(_planned(file, out, progress))
+    if html is not None:
+        from kilodelta.report import write_report
+
+        write_report(Path(html), "fleet", found)
+    return lambda: _show_status(found, as_json, html)
+
+
+def _show_status(found: dict[str, Any], as_json: bool, html: str | None) -> None:
+    if as_json:
+        terminal.print_json(found)
+        return
+    rows = [
+        (
+            row["fine_tune"],
+            row["target"],
+            row["status"],
+            "" if row["agreement"] is None else f"{row['agreement']:.4f}",
+            terminal.size(row["nbytes"]) if row["nbytes"] else "",
+            "" if row["seconds"] is None else f"{row['seconds']:.1f}",
+            row["why"],
+        )
+        for row in found["rows"][:SHOWN]
+    ]
+    columns = ("fine-tune", "target", "status", "agreement", "bytes", "s", "why")
+    terminal.print_table("The worst first", columns, rows, right=(3, 4, 5))
+    counts = ", ".join(f"{n} {name}" for name, n in found["counts"].items() if n)
+    terminal.print_line(counts + (f"; {html}" if html else ""))

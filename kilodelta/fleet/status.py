@@ -1,0 +1,90 @@
+"""Say of every fine-tune and target what is done, how good it is, and what failed and why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kilodelta.fleet.graph import AGAIN, DONE, Plan, Task, read_record
+
+FAILED, SKIPPED, OPEN = "failed", "not begun", "open"
+_ORDER = (FAILED, SKIPPED, OPEN, DONE)
+MAX_ANSWERS = 64 << 20
+
+
+def status_of(plan: Plan) -> dict[str, Any]:
+    """Return one row for each fine-tune and target: the worst first, as plain JSON.
+
+    A row holds `fine_tune`, `target`, `status` (`done`, `failed`, `not begun`, `open`), `why`,
+    `agreement` (of the fine-tune's compression, or None), `nbytes`, `seconds`, `place`.
+    """
+    failed, skipped = _answers(plan.out)
+    agreements = {
+        task.fine_tune: _agreement(plan.out / task.place)
+        for task in plan.tasks
+        if task.kind == "compress"
+    }
+    rows = [_row(t, plan, failed, skipped, agreements) for t in plan.tasks]
+    rows.sort(key=_worst_first)
+    counts = {name: sum(r["status"] == name for r in rows) for name in _ORDER}
+    return {"out": str(plan.out), "counts": counts, "rows": rows}
+
+
+def _row(
+    task: Task,
+    plan: Plan,
+    failed: Mapping[str, Mapping[str, Any]],
+    skipped: Mapping[str, str],
+    agreements: Mapping[str, float | None],
+) -> dict[str, Any]:
+    state = plan.states[task.id]
+    status, why = (DONE, "") if state.status == DONE else (OPEN, state.why)
+    if status != DONE and task.id in failed:
+        status, why = FAILED, f"{failed[task.id]['error']}; {failed[task.id]['fix']}"
+    elif status != DONE and task.name in skipped:
+        status, why = SKIPPED, f"needs {skipped[task.name]}, which failed"
+    record = read_record(plan.out / task.place) if state.status in (DONE, AGAIN) else None
+    files = {} if record is None or status != DONE else record["files"]
+    seconds = None if record is None or status != DONE else record.get("seconds")
+    return {
+        "fine_tune": task.fine_tune or "(shared)",
+        "target": task.place.rpartition("/")[2],
+        "status": status,
+        "why": why,
+        "agreement": agreements.get(task.fine_tune),
+        "nbytes": sum(n for n in files.values() if isinstance(n, int)),
+        "seconds": seconds if isinstance(seconds, (int, float)) else None,
+        "place": task.place,
+    }
+
+
+def _worst_first(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    agreement = 2.0 if row["agreement"] is None else row["agreement"]
+    return _ORDER.index(row["status"]), agreement, row["fine_tune"], row["target"]
+
+
+def _agreement(folder: Path) -> float | None:
+    record = read_record(folder)
+    try:
+        value = record["result"]["after"]["agreement"] if record else None
+    except (KeyError, TypeError):
+        return None
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _answers(out: Path) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
+    """What the last runs said of tasks that are not done, of all shards together."""
+    failed: dict[str, Mapping[str, Any]] = {}
+    skipped: dict[str, str] = {}
+    for path in sorted(out.glob("run*.json")):
+        try:
+            with path.open("rb") as file:
+                found = json.loads(file.read(MAX_ANSWERS))
+            failed |= {a["id"]: a for a in found["failed"] if {"error", "fix"} <= set(a)}
+            skipped |= {str(n): str(c) for n, c in found["skipped"].items()}
+        # A damaged note of a run costs its reasons, not the status.
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return failed, skipped
