@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kilodelta.compress.training import layers
+from kilodelta.compress.training import encoders, layers
 from kilodelta.compress.training.factors import CoefficientValues, factors_of
 from kilodelta.compress.training.frozen import Frozen
 from kilodelta.compress.training.precision import Precision, choose, from_numbers, to_numbers
@@ -101,6 +101,7 @@ class Attachment(nn.Module):
         self._handles = [*self.frozen.install(model)]
         for place in self.places:
             self._handles += layers.install(self, place)
+        self._handles += encoders.install(model)
         self._handles.append(model.register_forward_pre_hook(self._on_forward))
         model.add_module(NAME, self)
 

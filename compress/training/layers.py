@@ -1,11 +1,11 @@
-"""What an attached layer adds to its output: forward hooks, one kind a layer type.
+"""How an attached layer computes with its update: forward hooks, one class per kind of layer.
 
-The base module stays what it is (same class, same names, same tensors). For the layers whose
-output is linear in the weight, the update is applied to the activations: x right left^T, never
-the matrix dW, unless dW is the cheaper way; a linear layer that trains may take W + dW in place of
-W, where that is cheaper still. Every other layer (grouped and transposed convolutions, attention's
-packed projections, parameters that a module uses by hand, subclasses with a forward pass of their
-own) always computes with W + dW in place of W while it runs.
+The base module keeps its class, its names and its tensors. For layers whose output is linear in the
+weight, the update is applied to the activations, x right left^T, without the matrix dW unless that
+is cheaper; a linear layer in training may run with W + dW in place of W, where that is cheapest.
+Every other layer (grouped and transposed convolutions, attention's packed projections, parameters
+that a module uses by hand, subclasses with another forward pass) always runs with W + dW in place
+of W.
 """
 
 from __future__ import annotations
@@ -24,47 +24,55 @@ from kilodelta.compress.training.sites import AttachedTarget, Site, is_conv1d
 from kilodelta.compress.training.update import FactoredUpdate
 
 _UPDATE = "_kilodelta_update"
-"""What an attached linear layer holds its update as while it runs."""
+"""The attribute in which an attached linear layer holds its update while it runs."""
 
 
 class Source(Protocol):
-    """Who knows the updates."""
+    """What knows the updates."""
 
     def update(self, index: int) -> FactoredUpdate:
-        """That of target `index`, float32."""
+        """Compute the update of target `index`, float32."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Layer:
-    """A site with its target's update within reach; pickles and copies with the model."""
+class LayerHook(ABC):
+    """A site with access to its target's update; pickles and copies with the model."""
 
     source: Source
     index: int
     site: Site
     transposed: bool
 
-    def update(self, like: Tensor) -> FactoredUpdate:
-        """The update where `like` lives; in its type too, unless autocast will choose one."""
-        found = self.source.update(self.index)
-        dtype = found.left.dtype if torch.is_autocast_enabled(like.device.type) else like.dtype
-        return found.map(lambda tensor: tensor.to(like.device, dtype))
-
-
-class _Added(_Layer, ABC):
-    """A layer whose output is linear in the weight: the update's output is added."""
-
-    def install(self) -> list[RemovableHandle]:
-        return [self.site.owner.register_forward_hook(self._hook, with_kwargs=True)]
-
-    def _hook(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        return self.add(module, _given(args, kwargs), output)
-
     @abstractmethod
-    def add(self, module: Any, given: Tensor, output: Tensor) -> Tensor:
-        """`output` with the update's own output of `given` added."""
+    def install(self) -> list[RemovableHandle]:
+        """Hook into the site's module."""
+
+    def update(self, like: Tensor) -> FactoredUpdate:
+        """Compute the update on `like`'s device, in its type unless autocast will choose one."""
+        update = self.source.update(self.index)
+        dtype = update.left.dtype if torch.is_autocast_enabled(like.device.type) else like.dtype
+        return update.map(lambda tensor: tensor.to(like.device, dtype))
+
+    def hide_weight(self) -> Tensor:
+        """Let the site compute with W + dW, and return that; `show_weight` undoes it.
+
+        An attribute of the instance hides the parameter, which stays as it is.
+        """
+        owner, attribute = self.site.owner, self.site.attribute
+        weight: Any = owner._parameters[attribute]
+        update = self.source.update(self.index).map(lambda t: t.to(weight.device)).matrix()
+        change = (update.t() if self.transposed else update).view_as(weight)
+        wide = torch.promote_types(weight.dtype, change.dtype)
+        merged = (weight.to(wide) + change).to(weight.dtype)
+        owner.__dict__[attribute] = merged
+        return merged
+
+    def show_weight(self) -> bool:
+        """Let the site compute with W again; return whether W was hidden."""
+        return self.site.owner.__dict__.pop(self.site.attribute, None) is not None
 
 
-class AddLinear(_Layer):
+class AddLinear(LayerHook):
     """`nn.Linear` and Conv1D: y + (x right) left^T, or y + x dW^T where there are many rows.
 
     In training it runs with W + dW in place of W where that is cheapest, and only in float32: in a
@@ -76,27 +84,27 @@ class AddLinear(_Layer):
         owner = self.site.owner
         return [
             owner.register_forward_pre_hook(self._before, with_kwargs=True),
-            owner.register_forward_hook(self._hook, with_kwargs=True, always_call=True),
+            owner.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         weight: Any = module._parameters.get("weight")
-        given = _given(args, kwargs)
+        given = _input(args, kwargs)
         if not (torch.is_grad_enabled() and _computes_in_float32(weight, given)):
             return
         update = self.update(given)
         if sum_is_cheaper(given.numel() // given.shape[-1], update):
             left, right = reversed(update.pair()) if self.transposed else update.pair()
-            _hide(self.site, weight.addmm(left, right.t()))
+            module.__dict__["weight"] = weight.addmm(left, right.t())
         else:
             module.__dict__[_UPDATE] = update
 
-    def _hook(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        hidden = _show(self.site)
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        was_hidden = self.show_weight()
         update = module.__dict__.pop(_UPDATE, None)
-        if hidden or output is None:
+        if was_hidden or output is None:  # None: the layer has raised an error
             return output
-        given = _given(args, kwargs)
+        given = _input(args, kwargs)
         update = update or self.update(given)
         rows = given.reshape(-1, given.shape[-1])
         total = output.reshape(-1, output.shape[-1])
@@ -105,7 +113,21 @@ class AddLinear(_Layer):
         return total.addmm(rows, update.matrix().t()).view_as(output)
 
 
-class AddEmbedding(_Added):
+class _AddOutput(LayerHook):
+    """A layer to whose output the update's own output is added."""
+
+    def install(self) -> list[RemovableHandle]:
+        return [self.site.owner.register_forward_hook(self._after, with_kwargs=True)]
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        return self.add(module, _input(args, kwargs), output)
+
+    @abstractmethod
+    def add(self, module: Any, given: Tensor, output: Tensor) -> Tensor:
+        """Add the update's output for the input `given`."""
+
+
+class AddEmbedding(_AddOutput):
     """`nn.Embedding`: y + left[ids] right^T."""
 
     def add(self, module: Any, given: Tensor, output: Tensor) -> Tensor:
@@ -113,7 +135,7 @@ class AddEmbedding(_Added):
         return output + F.embedding(given, left) @ right.t()
 
 
-class AddConv2d(_Added):
+class AddConv2d(_AddOutput):
     """`nn.Conv2d` with one group and zero padding: K filters `right`, then 1 x 1 filters `left`."""
 
     def add(self, module: Any, given: Tensor, output: Tensor) -> Tensor:
@@ -126,46 +148,35 @@ class AddConv2d(_Added):
         return output + F.conv2d(hidden, left[:, :, None, None])
 
 
-class Swapped(_Layer):
+class SwapWeight(LayerHook):
     """Any layer: it runs with W + dW, materialised, in place of W."""
 
     def install(self) -> list[RemovableHandle]:
         host = self.site.host
         return [
-            host.register_forward_pre_hook(self._before),
+            # First of all hooks: `nn.utils.spectral_norm` computes the weight in one, from ours.
+            host.register_forward_pre_hook(self._before, prepend=True),
             host.register_forward_hook(self._after, always_call=True),
         ]
 
     def _before(self, module: nn.Module, args: Any) -> None:
-        weight: Any = self.site.owner._parameters[self.site.attribute]
-        update = self.source.update(self.index).map(lambda t: t.to(weight.device)).matrix()
-        change = (update.t() if self.transposed else update).view_as(weight)
-        wide = torch.promote_types(weight.dtype, change.dtype)
-        _hide(self.site, (weight.to(wide) + change).to(weight.dtype))
+        self.hide_weight()
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        _show(self.site)
+        self.show_weight()
 
 
-def _hide(site: Site, merged: Tensor) -> None:
-    """Let a site compute with W + dW: an instance's attribute hides a parameter and leaves it as it
-    is."""
-    site.owner.__dict__[site.attribute] = merged
-
-
-def _show(site: Site) -> bool:
-    """Let it compute with W again; whether W was hidden."""
-    return site.owner.__dict__.pop(site.attribute, None) is not None
-
-
-def _given(args: Any, kwargs: Any) -> Any:
-    """A layer's input."""
+def _input(args: Any, kwargs: Any) -> Any:
+    """Return a layer's input."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
 def _computes_in_float32(weight: Any, given: Tensor) -> bool:
-    """Whether a layer does; not autocast, and neither a part of a weight (DTensor) nor one that
-    is elsewhere (offloaded)."""
+    """Check that a layer computes in float32, on a whole weight.
+
+    Not under autocast, and neither with a shard of a weight (DTensor) nor with one that lies on
+    another device (offloaded).
+    """
     return (
         type(weight) is nn.Parameter
         and weight.device == given.device
@@ -175,10 +186,16 @@ def _computes_in_float32(weight: Any, given: Tensor) -> bool:
 
 
 def sum_is_cheaper(rows: int, update: FactoredUpdate) -> bool:
-    """Whether a training step on W + dW costs fewer operations than one with the factors beside
-    W, for `rows` rows of input.
+    """Compare a training step on W + dW with one that has the factors beside W.
 
-    The sum costs dW, the gradient of dW, and those of the factors that have one out of it.
+    The sum costs dW, the gradient of dW, and from that the gradients of the factors that have one.
+
+    Args:
+        rows: of the layer's input.
+        update: of its weight.
+
+    Returns:
+        Whether the sum costs fewer multiplications.
     """
     left, right = update.left, update.right
     (out, inner), in_ = left.shape, right.shape[0]
@@ -189,32 +206,42 @@ def sum_is_cheaper(rows: int, update: FactoredUpdate) -> bool:
 
 
 def dense_is_cheaper(rows: int, left: Tensor, right: Tensor) -> bool:
-    """Whether dW = left right^T and one product with it cost fewer operations than two products
-    with the factors, for `rows` rows of input; three times as many in training, on both sides."""
+    """Compare one product with dW = left right^T, dW included, with two products with the factors.
+
+    In training both cost three times as many multiplications.
+
+    Args:
+        rows: of the layer's input.
+        left: (out, K).
+        right: (in, K).
+
+    Returns:
+        Whether dW costs fewer.
+    """
     out, inner = left.shape
     in_ = right.shape[0]
     return out * in_ * (rows + inner) < rows * inner * (out + in_)
 
 
-_Kind = type[AddLinear] | type[AddEmbedding] | type[AddConv2d] | type[Swapped]
+_Kind = type[AddLinear] | type[AddEmbedding] | type[AddConv2d] | type[SwapWeight]
 _BY_FORWARD: dict[Callable[..., Any], _Kind] = {
     nn.Linear.forward: AddLinear,
     nn.Embedding.forward: AddEmbedding,
     nn.Conv2d.forward: AddConv2d,
 }
-"""A subclass with a forward pass of its own may do anything with its weight, so it is not here."""
+"""By forward pass, not by class: a subclass that overrides it may do anything with its weight."""
 
 
 def _kind(site: Site) -> _Kind:
     owner: Any = site.owner
     if site.attribute != "weight" or site.host is not owner:
-        return Swapped
+        return SwapWeight
     forward: Any = type(owner).forward
     if is_conv1d(owner):
-        return AddLinear if forward.__qualname__ == "Conv1D.forward" else Swapped
-    kind = _BY_FORWARD.get(forward, Swapped)
+        return AddLinear if forward.__qualname__ == "Conv1D.forward" else SwapWeight
+    kind = _BY_FORWARD.get(forward, SwapWeight)
     if kind is AddConv2d and (owner.groups != 1 or owner.padding_mode != "zeros"):
-        return Swapped
+        return SwapWeight
     return kind
 
 
