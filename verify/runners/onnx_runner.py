@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 from kilodelta.errors import KiloDeltaError, MissingPackageError, ProofError, require
 from kilodelta.files.dtypes import FLOATS
 from kilodelta.verify.runners.request import Request
-from kilodelta.verify.runners.runner import Arrays, Batch, UnavailableError, one_line, take
+from kilodelta.verify.runners.runner import (
+    Arrays,
+    Batch,
+    UnavailableError,
+    converted,
+    one_line,
+    take,
+)
 
 # TF32 rounds float32 products to 11 bits; parity in float32 needs them whole.
 PROVIDERS: dict[str, list[Any]] = {
@@ -146,11 +153,9 @@ class OnnxRunner:
         ort = require("onnxruntime", extra=_EXTRA[self._device], why="run ONNX models")
         values = take(batch, name)
         if onnx_type == _BFLOAT16:
-            words = FLOATS["BF16"].narrow(values)
+            words = FLOATS["BF16"].narrow(converted(name, values, np.float32))
             return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(words, _BFLOAT16_ONNX)
-        return ort.OrtValue.ortvalue_from_numpy(
-            np.ascontiguousarray(values, dtype=_DTYPES[onnx_type])
-        )
+        return ort.OrtValue.ortvalue_from_numpy(converted(name, values, _DTYPES[onnx_type]))
 
 
 def assert_provider(session: Any, wanted: str) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 from numpy.typing import NDArray
 
-from kilodelta.errors import KiloDeltaError, ProofError
+from kilodelta.errors import InputError, KiloDeltaError, ProofError
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]
 Batch: TypeAlias = Mapping[str, NDArray[Any]]
@@ -63,6 +64,44 @@ def take(batch: Batch, name: str) -> NDArray[Any]:
         f"the artefact wants an input {name!r}, the inputs hold {', '.join(batch)}",
         fix="give inputs with the names that the model was exported with",
     )
+
+
+def converted(name: str, values: Any, dtype: Any) -> NDArray[Any]:
+    """Return an input in the dtype that an artefact takes, if that keeps its values.
+
+    Floats are rounded to the artefact's precision. Everything else has to come out as it was:
+    numpy would cut 1.7 to the token id 1, and wrap 300 around to the pixel 44.
+
+    Args:
+        name: the input's, for messages.
+        values: an array of numbers, of any dtype.
+        dtype: numpy's, of the artefact's input.
+
+    Raises:
+        InputError: a value would become another one.
+
+    Example:
+        >>> converted("ids", np.array([1.0, 2.0]), np.int64)
+        array([1, 2])
+    """
+    given, wanted = np.asarray(values), np.dtype(dtype)
+    if given.dtype.kind not in "biuf":
+        raise InputError(
+            f"input {name} holds {given.dtype}, not numbers", fix=f"give an array of {wanted}"
+        )
+    with np.errstate(all="ignore"):  # what is lost is found below
+        result: NDArray[Any] = np.asarray(given, dtype=wanted, order="C")
+        kept = result == given
+        if wanted.kind == "f":  # may round, but not to infinity
+            kept = np.isfinite(result) | ~np.isfinite(given)
+    if not np.all(kept):
+        lost = given[~kept].flat[0]
+        raise InputError(
+            f"input {name} holds {lost!s} as {given.dtype}; the model takes {wanted}, which cannot "
+            "hold it",
+            fix=f"give an array of {wanted}, such as the tokenizer's ids as they are",
+        )
+    return result
 
 
 def one_line(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from kilodelta.export.tensorrt.log import logger
 from kilodelta.files.dtypes import FLOATS
 from kilodelta.verify.runners.cuda_graph import Graph
 from kilodelta.verify.runners.request import Request
-from kilodelta.verify.runners.runner import Arrays, Batch, UnavailableError, take
+from kilodelta.verify.runners.runner import Arrays, Batch, UnavailableError, converted, take
 
 Shape: TypeAlias = tuple[int, ...]
 Profile: TypeAlias = Mapping[str, tuple[Shape, ...]]
@@ -169,8 +169,8 @@ class _Call:
     def _feed(self, name: str, batch: Batch) -> NDArray[Any]:
         values = take(batch, name)
         if self._kind(name) == _BFLOAT16:
-            return FLOATS["BF16"].narrow(values)
-        return np.ascontiguousarray(values, dtype=_DTYPES[self._kind(name)])
+            return FLOATS["BF16"].narrow(converted(name, values, np.float32))
+        return converted(name, values, _DTYPES[self._kind(name)])
 
     def _choose_profile(self, feeds: Arrays) -> None:
         shapes = {name: array.shape for name, array in feeds.items()}

@@ -6,8 +6,8 @@ changes by one rename; the journal says what was done.
 """
 
 from kilodelta.device.folder.bundle import Bundle as Bundle
-from kilodelta.device.folder.changing import Change as Change
-from kilodelta.device.folder.changing import changing as changing
+from kilodelta.device.folder.change import Change as Change
+from kilodelta.device.folder.change import changing as changing
 from kilodelta.device.folder.device_folder import DeviceFolder as DeviceFolder
 from kilodelta.device.folder.state import Served as Served
 from kilodelta.device.folder.state import State as State

@@ -80,11 +80,11 @@ class Journal:
         Raises:
             OutputError: the journal is no regular file, or cannot be read.
         """
-        lines = self._data().split(b"\n")[:-1]
+        lines = self._data()[0].split(b"\n")[:-1]
         return [entry for line in lines if (entry := _parse(line)) is not None]
 
-    def _data(self) -> bytes:
-        """The newest bytes of the file, from the beginning of a line on."""
+    def _data(self) -> tuple[bytes, bool]:
+        """The newest bytes of the file, from a line's beginning on, and whether that is all."""
         try:
             descriptor = plain.open_file(self.path)
             with os.fdopen(descriptor, "rb") as file:
@@ -92,13 +92,13 @@ class Journal:
                 file.seek(skipped)
                 data = file.read(2 * LIMIT)
         except FileNotFoundError:
-            return b""
+            return b"", True
         except OSError as problem:
             raise OutputError(
                 f"{self.path} {problem.strerror or problem}",
                 fix="remove it: `current` says what is served, and a new journal is begun",
             ) from None
-        return data[data.find(b"\n") + 1 :] if skipped else data
+        return (data[data.find(b"\n") + 1 :], False) if skipped else (data, True)
 
     def repair(self) -> None:
         """Remove part of a line at the end, and old entries where there are too many.
@@ -106,12 +106,12 @@ class Journal:
         Raises:
             OutputError: it cannot be read or written.
         """
-        data = self._data()
+        data, is_all = self._data()
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) > LIMIT:
             whole = _newest_half(whole)
         # Another name of the same file, as `cp -al` makes, would get our lines as well.
-        if whole != data or self._is_shared():
+        if whole != data or not is_all or self._is_shared():
             staging.write(self.path, whole)
 
     def _is_shared(self) -> bool:

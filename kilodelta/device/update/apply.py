@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kilodelta.device.folder.changing import Change, changing
+from kilodelta.device.folder.change import Change, changing
 from kilodelta.device.folder.device_folder import DeviceFolder
 from kilodelta.device.folder.fine_tune import build_fine_tune
 from kilodelta.device.folder.state import Served, State

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from kilodelta.device.folder.changing import changing
+from kilodelta.device.folder.change import changing
 from kilodelta.device.folder.device_folder import DeviceFolder
 from kilodelta.device.folder.fine_tune import check_fine_tune
 from kilodelta.device.folder.state import State

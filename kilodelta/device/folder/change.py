@@ -172,18 +172,18 @@ def locked(folder: DeviceFolder) -> Iterator[None]:
 
     path = folder.lock
     try:
-        descriptor = plain.open_file(path, os.O_RDWR | os.O_CREAT)
+        descriptor = plain.open_file(path, os.O_RDONLY | os.O_CREAT)
     except OSError as problem:
         raise OutputError(
             f"{path} cannot be written: {problem.strerror}",
-            fix="check the folder's permissions, and that `lock` is a file of its own",
+            fix="check the folder's permissions, and that `lock` is a file",
         ) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise _held(path) from None
-        _sign(descriptor)
+        _sign(path)
         yield
     finally:
         os.close(descriptor)
@@ -200,11 +200,12 @@ def _held(path: Path) -> LockedError:
     )
 
 
-def _sign(descriptor: int) -> None:
-    """Say in the file who holds it, for messages; a disk without room for that does no harm."""
-    if os.fstat(descriptor).st_nlink > 1:  # the file has another name, outside the folder maybe
-        return
+def _sign(path: Path) -> None:
+    """Say in the file who holds it, for messages; where that fails, nobody is the worse for it."""
     text = f"process {os.getpid()} since {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}\n"
     with contextlib.suppress(OSError):
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, text.encode(), 0)
+        # With a second name, as `cp -al` makes, the text would be written into another folder.
+        if path.lstat().st_nlink == 1:
+            descriptor = plain.open_file(path, os.O_WRONLY | os.O_TRUNC)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(text.encode())
