@@ -135,7 +135,8 @@ def _require_low_rank(delta: Delta, layout: AdapterLayout) -> None:
 def _too_high(rank: int, layout: AdapterLayout) -> InputError:
     return InputError(
         f"the file has rank {rank}, the graph takes up to {layout.rank}",
-        fix=f"export the graph with rank {rank}, or merge the file",
+        fix=f"make the graph anew, for a device by kilodelta bundle --rank {rank}, else by "
+        f"export-adapter --rank {rank}; or merge the file",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from kilodelta.cli import main
 from kilodelta.device import Device, apply, rollback, status
 from kilodelta.device.folder import DeviceFolder, state
 from kilodelta.device.folder.change import locked
@@ -27,6 +30,7 @@ from kilodelta.errors import (
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
+from kilodelta.verify.parity.gate import Limit
 from tests.doubles import numpy_device
 from tests.doubles.numpy_device import BATCH, TOLERANCE
 from tests.support.devices import Bench
@@ -230,3 +234,114 @@ def test_a_fine_tune_of_nothing_but_zeros_may_be_the_base(bench: Bench) -> None:
     zero = replace(found, blob=np.zeros_like(found.blob))
     apply(bench.device, bench.write("zero", zero))
     assert bench.serves() == "base"
+
+
+class TestVersions:
+    """One file of a version far ahead must not lock the device out of every later release."""
+
+    FAR = (1 << 63) - 1
+
+    def test_a_version_far_ahead_is_refused_with_a_way_out(self, bench: Bench) -> None:
+        file = bench.save("far", 1, version=self.FAR)
+        with pytest.raises(DowngradeError, match="takes none above 1000000") as caught:
+            apply(bench.device, file)
+        assert "--allow-jump" in caught.value.fix
+        assert "release it with version 1" in caught.value.fix
+        assert status(bench.device).state == state.State()
+        apply(bench.device, bench.save("next", 2, version=1))
+
+    def test_a_downgrade_allows_no_jump(self, bench: Bench) -> None:
+        with pytest.raises(DowngradeError):
+            apply(bench.device, bench.save("far", 1, version=self.FAR), allow_downgrade=True)
+
+    def test_a_jump_may_be_allowed(self, bench: Bench) -> None:
+        done = apply(bench.device, bench.save("far", 1, version=20_261_128), allow_jump=True)
+        assert done.state.highest == 20_261_128
+        apply(bench.device, bench.save("next", 2, version=20_261_129))
+
+    @pytest.mark.parametrize(("version", "is_taken"), [(15, True), (16, False)])
+    def test_the_bundle_says_how_far(self, bench: Bench, version: int, is_taken: bool) -> None:
+        bench.change_bundle(lambda table: table.update(max_jump=10))
+        apply(bench.device, bench.save("first", 1, version=5))
+        file = bench.save("second", 2, version=version)
+        if is_taken:
+            assert apply(bench.device, file).state.highest == version
+            return
+        with pytest.raises(DowngradeError, match="has had version 5 and takes none above 15"):
+            apply(bench.device, file)
+
+
+class TestCeilings:
+    """A probe that could not fail proves nothing."""
+
+    @pytest.mark.parametrize(
+        "limit",
+        [
+            Limit(relative_l2=float("inf"), relative_max=1e-5),
+            Limit(relative_l2=1e-5, relative_max=float("inf")),
+            Limit(relative_l2=1e30, relative_max=1e30),
+            Limit(relative_l2=0.011, relative_max=1e-5),
+        ],
+    )
+    def test_a_limit_above_the_ceiling_is_refused(self, bench: Bench, limit: Limit) -> None:
+        file = bench.probed("a", outputs={"y": bench.outputs["b"][:2]}, limit=limit)
+        with pytest.raises(
+            ProofError, match=r"lets output 'y' be off by .* up to 0\.01 in float32"
+        ):
+            apply(bench.device, file)
+        assert bench.serves() == "base"
+        assert bench.events()[-1] == "failed"
+        assert "built" not in bench.events(), "refused before anything was built"
+
+    def test_the_bundle_says_how_high(self, bench: Bench) -> None:
+        limit = Limit(relative_l2=0.5, relative_max=0.5)
+        file = bench.probed(
+            "a", outputs={"y": bench.outputs["a"][:2] * np.float32(1.1)}, limit=limit
+        )
+        with pytest.raises(ProofError, match="takes limits up to"):
+            apply(bench.device, file)
+        bench.change_bundle(lambda table: table.update(ceiling=0.5))
+        assert apply(bench.device, file).seen.limits == {"y": limit}
+
+    def test_a_limit_that_is_no_number_is_refused(self, bench: Bench) -> None:
+        limit = Limit(relative_l2=float("nan"), relative_max=1e-5)
+        with pytest.raises(FileError, match="not two float32 numbers"):
+            apply(
+                bench.device, bench.probed("a", outputs={"y": bench.outputs["a"][:2]}, limit=limit)
+            )
+
+    def test_limits_of_other_precisions_are_not_looked_at(self, bench: Bench) -> None:
+        limit = Limit(relative_l2=float("inf"), relative_max=float("inf"))
+        outputs = {"y": bench.outputs["a"][:2]}
+        apply(bench.device, bench.probed("a", outputs=outputs, dtype="float16", limit=limit))
+
+
+def test_what_is_proved_is_said(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = apply(bench.device, bench.files["a"])
+    assert done.to_json()["result"] == {
+        "root": load(bench.files["a"]).manifest.result,
+        "proved": True,
+    }
+    monkeypatch.setattr(numpy_device.StandIn, "proves_result", False)
+    arguments = ["apply", str(bench.device), str(bench.files["b"])]
+    shown = CliRunner().invoke(main, arguments).stdout
+    assert "not proved: weights are not merged here" in shown
+    assert not apply(bench.device, bench.files["a"]).result_proved
+
+
+def test_texts_of_a_file_are_escaped_in_errors_and_journal(bench: Bench) -> None:
+    other = numpy_device.base(bench.root / "other.safetensors", seed=1)
+    delta = numpy_device.delta(other, 1)
+    name = "\x1b]0;x\x07\x1b[32mproved\n  fix: nothing"
+    base = replace(delta.manifest.base, name=name)
+    file = bench.write("esc", replace(delta, manifest=replace(delta.manifest, base=base)))
+    with pytest.raises(BaseMismatchError) as caught:
+        apply(bench.device, file)
+    assert r"(\x1b]0;x\x07\x1b[32mproved\n  fix: nothing, 3 tensors)" in caught.value.what
+    assert "\x1b" not in (bench.device / "journal").read_text()
+
+
+def test_a_file_that_is_a_pipe_is_not_waited_for(bench: Bench) -> None:
+    os.mkfifo(bench.root / "pipe.kd")
+    with pytest.raises(FileError):
+        apply(bench.device, bench.root / "pipe.kd")

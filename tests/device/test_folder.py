@@ -217,6 +217,16 @@ class TestFolderOfAStranger:
         assert self.contents(victim) == before
         assert not (bench.device / "baseline.npz").is_symlink()
 
+    def test_what_is_remembered_elsewhere_is_computed_anew(
+        self, bench: Bench, victim: Path
+    ) -> None:
+        apply(bench.device, bench.files["a"])
+        place = bench.device / "baseline.npz"
+        shutil.move(place, victim / "baseline.npz")
+        place.symlink_to(victim / "baseline.npz")
+        apply(bench.device, bench.files["b"])
+        assert not place.is_symlink()
+
     @pytest.mark.parametrize("how", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
     def test_a_fine_tune_holds_regular_files_only(self, bench: Bench, how: Any) -> None:
         done = apply(bench.device, bench.files["a"])
@@ -256,8 +266,10 @@ class TestFolderOfAStranger:
 
     def test_a_folder_of_hard_links_writes_into_no_other(self, bench: Bench) -> None:
         """`cp -al` makes a copy whose files are the same ones."""
+        apply(bench.device, bench.files["b"])
         other = bench.root / "other"
         shutil.copytree(bench.device, other, copy_function=os.link)
+        (other / "lock").write_text("held by nobody")
         before = self.contents(other)
         apply(bench.device, bench.files["a"])
         assert bench.serves(check=True) == "a"

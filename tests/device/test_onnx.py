@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -75,8 +78,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def device(root: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A copy of a fresh folder."""
-    import shutil
-
     shutil.copytree(root / request.param, tmp_path / "device")
     return tmp_path / "device"
 
@@ -303,3 +304,111 @@ def test_an_engine_folder_is_built_here_and_refuses_where_no_gpu_is(
         with pytest.raises(KiloDeltaError):
             apply(tmp_path / "device", root / "a1.kd")
         assert status(tmp_path / "device").state.serving.delta == ""
+
+
+def test_ids_that_are_no_whole_numbers_are_refused(root: Path, tmp_path: Path) -> None:
+    """numpy would cut them in silence, and every output would be another text's."""
+    batch = {**BATCH, "input_ids": BATCH["input_ids"] + 0.5}
+    device = Device(root / "adapter")
+    with pytest.raises(InputError, match=r"input_ids holds 2\.5 as float64; the model takes int64"):
+        device.run(batch)
+    exact = {**BATCH, "input_ids": BATCH["input_ids"].astype(np.float32)}
+    assert np.array_equal(
+        device.run(exact)["sentence_embedding"], device.run(BATCH)["sentence_embedding"]
+    )
+    np.savez(tmp_path / "x.npz", **batch)  # type: ignore[arg-type]
+    arguments = ["run", str(root / "adapter"), "--inputs", str(tmp_path / "x.npz")]
+    result = CliRunner().invoke(main, arguments)
+    assert (result.exit_code, "input_ids holds 2.5" in result.stderr) == (9, True)
+
+
+@pytest.mark.parametrize("device", ["adapter"], indirect=True)
+def test_a_rank_above_the_bundles_is_refused_with_the_option(
+    root: Path, device: Path, tmp_path: Path
+) -> None:
+    file = delta(root / "base", tmp_path / "wide.kd", 1, Nola(rank=6, bases=64))
+    with pytest.raises(InputError, match="the file has rank 6, the graph takes up to 4") as caught:
+        apply(device, file)
+    assert "kilodelta bundle --rank 6" in caught.value.fix
+
+
+@pytest.mark.parametrize("version", [-1, 1 << 63, 1 << 64])
+def test_a_version_that_no_device_takes_is_not_written(
+    root: Path, tmp_path: Path, version: int
+) -> None:
+    with pytest.raises(InputError, match="is out of range"):
+        release(root / "base", root / "a.kd", tmp_path / "out.kd", version=version)
+    assert not (tmp_path / "out.kd").exists()
+
+
+def test_the_highest_version_is_written_and_taken(root: Path, tmp_path: Path) -> None:
+    release(root / "base", root / "a.kd", tmp_path / "out.kd", version=(1 << 63) - 1)
+    shutil.copytree(root / "adapter", tmp_path / "device")
+    done = apply(tmp_path / "device", tmp_path / "out.kd", allow_jump=True)
+    assert done.state.highest == (1 << 63) - 1
+    assert not done.result_proved
+
+
+def test_a_release_goes_over_no_link(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.kd").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputError, match="exists already"):
+        release(root / "base", root / "a.kd", tmp_path / "out.kd", version=1)
+    with pytest.raises(InputError, match="probes nothing"):
+        release(root / "base", root / "a.kd", tmp_path / "new.kd", version=1, rows=0)
+
+
+REFUSED = [
+    (["--mode", "refit"], "refit mode needs an engine"),
+    (["--mode", "patch", "--engine", "sm89"], "patch mode changes ONNX files"),
+    (["--mode", "patch", "--slots", "2"], "computes a batch with one fine-tune"),
+    (["--mode", "patch", "--targets", "*"], "lets fine-tunes change every tensor"),
+    (["--mode", "adapter", "--engine", "sm89", "--provider", "cuda"], "an engine runs in TensorRT"),
+    (["--mode", "adapter", "--profile", "batch=1,2,3"], "--profile is an engine's"),
+    (
+        ["--mode", "adapter", "--engine", "sm89", "--profile", "batch=3,2,1"],
+        "no profile of an axis",
+    ),
+]
+
+
+def test_options_are_refused_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    """In a process where torch cannot be imported."""
+    code = f"{WITHOUT.rpartition('main(sys.argv')[0]}\n" + (
+        "import json\nfrom click.testing import CliRunner\n"
+        "for options in json.loads(sys.argv[1]):\n"
+        "    result = CliRunner().invoke(main, ['bundle', 'base', '-o', 'device', *options])\n"
+        "    print(result.exit_code, result.stderr.splitlines()[0])\n"
+    )
+    options = json.dumps([options for options, _ in REFUSED])
+    done = subprocess.run(
+        [sys.executable, "-c", code, options],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    for line, (_, said) in zip(done.stdout.splitlines(), REFUSED, strict=True):
+        assert line.startswith("9 error: ")
+        assert said in line
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"mode": "magic"}, "--mode is 'magic'"),
+        ({"mode": "adapter", "dtype": "fp8"}, "--dtype is 'fp8'"),
+        ({"mode": "adapter", "provider": "npu"}, "--provider is 'npu'"),
+        ({"mode": "adapter", "rank": 0}, "--rank is 0"),
+        ({"mode": "adapter", "slots": -1}, "--slots is -1"),
+        ({"mode": "adapter", "keep": 0}, "--keep is 0"),
+        ({"mode": "adapter", "keep": 1001}, "--keep is 1001"),
+        ({"mode": "adapter", "max_jump": 0}, "--max-jump is 0"),
+        ({"mode": "adapter", "ceiling": 0.0}, "--ceiling is 0.0"),
+        ({"mode": "adapter", "ceiling": float("inf")}, "--ceiling is inf"),
+        ({"mode": "adapter", "ceiling": float("nan")}, "--ceiling is nan"),
+    ],
+)
+def test_settings_out_of_range(tmp_path: Path, options: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        bundle("base", tmp_path / "device", **options)
