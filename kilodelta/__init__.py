@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kilodelta.export.merge.checkpoint import merge as merge
     from kilodelta.files.checkpoint import Checkpoint as Checkpoint
-    from kilodelta.files.identity import digest as digest
+    from kilodelta.files.model_digest import digest as digest
     from kilodelta.format.delta import Delta as Delta
     from kilodelta.format.file import load as load
     from kilodelta.format.inspect import inspect as inspect
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "Checkpoint": "kilodelta.files.checkpoint",
     "Delta": "kilodelta.format.delta",
-    "digest": "kilodelta.files.identity",
+    "digest": "kilodelta.files.model_digest",
     "inspect": "kilodelta.format.inspect",
     "load": "kilodelta.format.file",
     "merge": "kilodelta.export.merge.checkpoint",

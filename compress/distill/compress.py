@@ -22,7 +22,7 @@ from kilodelta.compress.distill.report import Report
 from kilodelta.compress.training import train
 from kilodelta.errors import InputError, QualityError
 from kilodelta.files.checkpoint import in_name_order
-from kilodelta.files.identity import digest
+from kilodelta.files.model_digest import digest
 from kilodelta.format.delta import Delta
 from kilodelta.format.inspect import inspect
 from kilodelta.format.methods import Lora

@@ -12,7 +12,8 @@ from kilodelta.exact.selftest import require_good_kernels
 from kilodelta.files import identity
 from kilodelta.files.baseline import require_base
 from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.files.identity import Identity, digest
+from kilodelta.files.identity import Identity
+from kilodelta.files.model_digest import digest
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.merging.proof import target_digests
@@ -54,9 +55,7 @@ def prove(
     require_good_kernels()
     checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
     found = delta if isinstance(delta, Delta) else load(delta)
-    known = require_base(
-        checkpoint, found.manifest.base, cache=False, threads=threads, progress=progress
-    )
+    known = require_base(checkpoint, found.manifest.base, threads=threads, progress=progress)
     bound = found.bind(checkpoint)
     targets = target_digests(bound, checkpoint, threads=threads, progress=progress)
     root = identity.root(targets.values())
@@ -92,7 +91,7 @@ def _compare(
     threads: int | None,
     progress: Progress,
 ) -> str:
-    found = digest(merged, cache=False, threads=threads, progress=progress)
+    found = digest(merged, threads=threads, progress=progress)
     if found.root != wanted.root:
         place = merged.path if isinstance(merged, Checkpoint) else merged
         raise ProofError(
