@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from kilodelta import parallel
 from kilodelta.errors import BaseMismatchError, ProofError
 from kilodelta.export.merge.plan import FilePlan, Piece
 from kilodelta.export.merge.tensor import require_result
-from kilodelta.files import identity, parallel
+from kilodelta.files import identity
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.copying import pwrite
 from kilodelta.files.identity import Identity

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kilodelta import parallel
 from kilodelta.errors import CheckpointError, InputError
-from kilodelta.files import digest_cache, parallel, tying
+from kilodelta.files import digest_cache, tying
 from kilodelta.files.checkpoint import Checkpoint, Shard
 from kilodelta.files.identity import Identity, of_digests, raw_digest, tensor_hash
 from kilodelta.files.safetensors import Entry

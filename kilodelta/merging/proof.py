@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kilodelta.files import identity, parallel
+from kilodelta import parallel
+from kilodelta.files import identity
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.source import TensorBytes
 from kilodelta.format.delta import Delta
