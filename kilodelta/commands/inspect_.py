@@ -104,7 +104,7 @@ def digest(
 @as_json
 def doctor(as_json: bool) -> None:
     """Say what this machine can do, and the command that installs what is missing."""
-    from kilodelta.verify.environment.checks import examine
+    from kilodelta.verify import doctor as examine
 
     found = examine()
     if as_json:

@@ -19,8 +19,7 @@ from kilodelta.export import pipeline as exporting
 from kilodelta.export.merge.checkpoint import merge
 from kilodelta.models import open_model
 from kilodelta.progress import Progress, silent
-from kilodelta.verify.verification import Options as VerifyOptions
-from kilodelta.verify.verification import Verification, verify
+from kilodelta.verify import Verification, verify
 
 T = TypeVar("T")
 
@@ -244,14 +243,12 @@ class _Run:
             folder / "base",
             folder / "task.kd",
             (folder / "merged", folder / "out"),
-            options=VerifyOptions(
-                inputs=str(folder / "test.jsonl"),
-                against=str(folder / "tuned"),
-                labels=str(folder / "labels.txt"),
-                max_length=self._effort.tokens,
-                require=("torch", "ort"),
-                report=str(folder / "verify.json"),
-            ),
+            inputs=folder / "test.jsonl",
+            against=folder / "tuned",
+            labels=folder / "labels.txt",
+            max_length=self._effort.tokens,
+            require=("torch", "ort"),
+            report=folder / "verify.json",
             progress=self._progress,
         )
         assert found.report is not None  # inputs were given
