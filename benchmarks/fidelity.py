@@ -38,7 +38,7 @@ from fidelity_task import (
 from machine import describe
 
 import kilodelta
-from kilodelta.compress.distill.compress import Options, compress
+from kilodelta.compress import Options, compress
 from kilodelta.format.methods import Lora
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -161,7 +161,12 @@ def _compress(bench: _Bench, name: str, **chosen: Any) -> dict[str, Any]:
     )
     began = time.monotonic()
     report = compress(
-        base_folder(), bench.teacher, file, inputs=bench.place / "inputs.txt", options=options
+        base_folder(),
+        bench.teacher,
+        file,
+        inputs=bench.place / "inputs.txt",
+        options=options,
+        force=True,
     )
     seconds = time.monotonic() - began
     shutil.rmtree(merged, ignore_errors=True)  # of a run that was interrupted here

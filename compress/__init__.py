@@ -1,7 +1,8 @@
-"""Make a delta: distil a fine-tune, train in a loop of one's own, or import an adapter.
+"""Make a delta: distil a fine-tuned model, train one in your own loop, or import an adapter.
 
-`distill/` compresses a tuned model, `training/` is `kilodelta.train`, `adapters/` reads what PEFT
-and the official NOLA code trained. Names load when first used; all of them need torch.
+`distill/` compresses a tuned model and is `compress` here, `training/` is `kilodelta.train`, and
+`adapters/` reads what PEFT and the official NOLA code trained. Names load when they are first used;
+all but `Options` need torch.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kilodelta.compress.distill.compress import compress as compress
     from kilodelta.compress.distill.options import Options as Options
+    from kilodelta.compress.distill.report import Report as Report
     from kilodelta.compress.training import train as train
 
 _WHERE = {
     "Options": "kilodelta.compress.distill.options",
+    "Report": "kilodelta.compress.distill.report",
     "compress": "kilodelta.compress.distill.compress",
 }
 
-__all__ = ["Options", "compress", "train"]
+__all__ = ["Options", "Report", "compress", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,8 +14,8 @@ from typing import Any
 
 from kilodelta.compress.adapters.importing import bring
 from kilodelta.compress.adapters.options import Options
-from kilodelta.compress.distill.compress import Options as CompressOptions
 from kilodelta.compress.distill.compress import compress
+from kilodelta.compress.distill.options import Options as CompressOptions
 from kilodelta.compress.distill.report import Report
 from kilodelta.format.file import load
 from kilodelta.progress import Progress, silent

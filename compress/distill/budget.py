@@ -1,10 +1,10 @@
-"""From bytes to a method: what to spend a budget on.
+"""Choose a method and its size for a budget of bytes.
 
 The rule comes from accuracy curves of a sentence encoder distilled at many sizes
-(`benchmarks/fidelity.py`): one vector shared by all layers (Uni-LoRA) keeps most, in place of a
-LoRA of rank 1 too (90.9 against 90.3 % on Banking77 at 25 KB). Once the bytes buy every entry of
-its factors a coefficient of its own, there is nothing left to share, and LoRA takes over. Four
-bits do as well as eight, for half the bytes.
+(`benchmarks/fidelity.py`): one vector shared by all layers (Uni-LoRA) keeps most, also where the
+bytes would buy a LoRA of rank 1 (90.9 against 90.3 % on Banking77 at 25 KB). Once they buy a
+separate coefficient for every entry of its factors, there is nothing left to share, and LoRA takes
+over. Four bits do as well as eight, for half the bytes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from kilodelta.format.packing import groups_size
 from kilodelta.format.targets import Target
 
 BITS = 4
+"""Bits of a coefficient where nobody asks for others."""
 SMALLEST = 64
 """Coefficients below which a budget is too small to be worth a file."""
 
 Overhead = Callable[[Method], int]
-"""Bytes of a file beside its coefficients, by method: header, manifest, extras."""
+"""From a method to the bytes of its file that are no coefficients: header, manifest, extras."""
 
 _UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 10**6, "kib": 1024, "mib": 1 << 20}
 
@@ -38,19 +39,34 @@ class Choice:
 
 
 def parse_bytes(text: str) -> int:
-    """`20KB`, `1.5 MB`, `8KiB` or `4096` to bytes; KB is 1000.
+    """Read a size in bytes; KB is 1000, KiB 1024.
 
     Raises:
-        InputError: it is none of these.
+        InputError: the text is no size, or less than a byte.
+
+    Example:
+        >>> parse_bytes("20KB"), parse_bytes("1.5 MB"), parse_bytes("8KiB"), parse_bytes("4096")
+        (20000, 1500000, 8192, 4096)
     """
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
-    if not found or found[2].lower() not in _UNITS:
+    parts = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([a-zA-Z]*)\s*", text)
+    if not parts or parts[2].lower() not in _UNITS:
         raise InputError(f"{text!r} is no size", fix="give bytes, or for example 20KB or 1.5MB")
-    return int(float(found[1]) * _UNITS[found[2].lower()])
+    count = int(float(parts[1]) * _UNITS[parts[2].lower()])
+    if count < 1:
+        raise InputError(
+            f"a budget of {text.strip()} holds no file", fix="give bytes, or for example 20KB"
+        )
+    return count
 
 
 def size_of(method: Method, targets: Sequence[Target], bits: int) -> int:
-    """Bytes of a method's packed coefficients."""
+    """Count the bytes of a method's packed coefficients.
+
+    Args:
+        method: with all its options.
+        targets: what it changes.
+        bits: of a coefficient.
+    """
     own = (groups_size(method.groups(target), bits) for target in targets)
     return groups_size(method.shared(), bits) + sum(own)
 
@@ -63,10 +79,13 @@ def choose(
     bits: int = BITS,
     family: str | None = None,
 ) -> Choice:
-    """The method that a budget is best spent on.
+    """Choose the method that a budget is best spent on.
 
     Args:
         budget: bytes of the whole file.
+        overhead: bytes of it that are no coefficients, by method.
+        targets: what is to change.
+        bits: of a coefficient.
         family: the name of a method, where only its size is to be chosen.
 
     Raises:
@@ -87,7 +106,13 @@ def choose(
 
 
 def check_fits(choice: Choice, budget: int, overhead: Overhead, targets: Sequence[Target]) -> None:
-    """See that a method given by hand keeps to a budget given by hand.
+    """Check that a method given by hand keeps to a budget given by hand.
+
+    Args:
+        choice: the method with its bits.
+        budget: bytes of the whole file.
+        overhead: bytes of it that are no coefficients, by method.
+        targets: what is to change.
 
     Raises:
         InputError: it does not.
@@ -103,7 +128,7 @@ def check_fits(choice: Choice, budget: int, overhead: Overhead, targets: Sequenc
 def _largest(
     family: str, budget: int, overhead: Overhead, targets: Sequence[Target], bits: int
 ) -> Method | None:
-    """The largest of a method's sizes that fits, or None."""
+    """Return a method at the largest size that fits; None where none does."""
     kind, sides = METHODS[family], [target.matrix for target in targets]
     values = range(1, (min(map(min, sides)) if kind.bought == "rank" else MAX_BASES) + 1)
 
@@ -118,7 +143,8 @@ def _largest(
 
 
 def _last(holds: Callable[[int], bool], values: range) -> int | None:
-    """The last of the values for which something holds that then stops holding."""
+    """Binary search: the largest value for which a predicate that turns from true to false holds;
+    None if it never does."""
     low, high = values.start - 1, values.stop - 1
     while low < high:
         middle = (low + high + 1) // 2
@@ -127,7 +153,8 @@ def _last(holds: Callable[[int], bool], values: range) -> int | None:
 
 
 def _first(holds: Callable[[int], bool], values: range) -> int | None:
-    """The first of the values for which something holds that goes on holding."""
+    """The smallest value from which a predicate that turns from false to true holds; None if it
+    never does."""
     before = _last(lambda value: not holds(value), values)
     first = values.start if before is None else before + 1
     return first if first < values.stop else None

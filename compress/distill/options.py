@@ -1,26 +1,63 @@
-"""How a user wants a model compressed: options, their defaults, and their spelling."""
+"""How a user wants a model compressed: options, their defaults, checks and spelling.
+
+Nothing here needs torch, so that a slip is answered at once.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from dataclasses import field as default
+from types import MappingProxyType
 from typing import Any
 
 from kilodelta.compress.distill import budget as budgets
 from kilodelta.errors import InputError
 from kilodelta.format.methods import METHODS, Method
+from kilodelta.format.packing import BITS
+
+NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to compress; what is None is chosen by rule."""
+    """How to compress; what is None is chosen by rule (docs/compress.md).
+
+    Attributes:
+        budget: bytes of the whole file; 20,000 where neither it nor a whole method is given.
+        method: with its options; or its name alone, which leaves the size to the budget.
+        bits: bits of a coefficient, 4, 8 or 16.
+        targets: globs of tensors to change; every changed matrix of a layer by default.
+        exclude: globs of tensors to leave alone: neither changed nor stored.
+        extras: other changed tensors to store whole: `auto`, `all`, `none`, or globs joined by
+            commas on top of `auto`.
+        outputs: by name or glob, how much an output of the model counts; all, equally, by default.
+        classes: by name or glob of an output, the axis that holds the classes.
+        labels: a text file, one label or query per line, for models that embed texts: what counts
+            is which of them an input is nearest to, by the base model's embeddings of them.
+        steps: training steps.
+        rate: learning rate; by default one that suits the method.
+        batch: inputs per training step.
+        held_out: inputs to measure on; a tenth, 512 at most, by default.
+        max_length: tokens that texts are cut to.
+        field: the text's key in a `.jsonl` record.
+        limit: inputs that are read at most.
+        min_agreement: raise `QualityError` where the result agrees less.
+        seed: of the bases, the batches and the choice of held-out inputs.
+        name: what the base is called; its folder's name by default.
+        model: `package.module:function` that builds the module, where the folders are bare
+            checkpoints.
+    """
 
     budget: int | None = None
     method: Method | str | None = None
-    """A name alone leaves the size to the budget."""
     bits: int | None = None
     targets: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     extras: str = "auto"
+    outputs: Mapping[str, float] = default(default_factory=dict)
+    classes: Mapping[str, int] = default(default_factory=dict)
+    labels: str | None = None
     steps: int = 800
     rate: float | None = None
     batch: int = 32
@@ -31,27 +68,103 @@ class Options:
     min_agreement: float | None = None
     seed: int = 0
     name: str = ""
-    labels: str | None = None
-    """A text file, one label or query a line, for models that embed texts: what counts is which
-    of them an input is nearest to, by the base model's embeddings of them."""
     model: str | None = None
-    """`package.module:function` that builds the module, where the folders are bare checkpoints."""
 
 
-DEFAULT_BUDGET = 20_000
+def check(options: Options, *, learns: bool) -> None:
+    """Check the options' values, and that they belong together.
+
+    Args:
+        options: what a caller or a user gave.
+        learns: whether there are inputs to learn from.
+
+    Raises:
+        InputError: a value is out of its range, or needs inputs.
+    """
+    for name, low, high in _RANGES:
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            raise InputError(f"{name} is {value}", fix=f"give {_range(low, high)}")
+    if options.rate is not None and options.rate <= 0:
+        raise InputError(f"rate is {options.rate}", fix="give a learning rate above 0")
+    if wrong := [name for name, weight in options.outputs.items() if not weight > 0]:
+        raise InputError(f"output {wrong[0]} has the weight 0", fix="give one above 0, or omit it")
+    if isinstance(options.method, str) and options.method not in METHODS:
+        raise InputError(
+            f"{options.method!r} is no method", fix=f"choose one of {', '.join(METHODS)}"
+        )
+    _check_bits(options)
+    if not learns:
+        _check_alone(options)
+
+
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("budget", 1, 1 << 40),
+    ("steps", 2, 1 << 31),
+    ("batch", 1, 1 << 20),
+    ("held_out", 1, 1 << 31),
+    ("max_length", 1, 1 << 31),
+    ("limit", 1, 1 << 40),
+    ("min_agreement", -1, 1),
+    ("seed", 0, (1 << 63) - 1),
+)
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:g} to {high:g}" if high <= 1 << 20 else f"{low:g} or more"
+
+
+def _check_bits(options: Options) -> None:
+    if options.bits is None:
+        return
+    given = options.method
+    kind = METHODS[given] if isinstance(given, str) else given
+    allowed: Sequence[int] = BITS if kind is None else kind.bits
+    if options.bits not in allowed:
+        what = "coefficients" if kind is None else f"{kind.name} coefficients"
+        raise InputError(
+            f"{what} cannot have {options.bits} bits",
+            fix=f"choose one of {', '.join(map(str, allowed))}",
+        )
+
+
+def _check_alone(options: Options) -> None:
+    """Without inputs nothing is trained and nothing compared."""
+    needs = {
+        "agreement cannot be measured": options.min_agreement is not None,
+        "--labels cannot be compared with": options.labels is not None,
+        "--outputs cannot be matched": bool(options.outputs),
+        "--classes cannot be matched": bool(options.classes),
+    }
+    for what, given in needs.items():
+        if given:
+            raise InputError(f"{what} without inputs", fix="give --inputs")
 
 
 def options_from(
     *,
-    budget: str | None,
-    method: str | None,
-    rank: int | None,
-    bases: int | None,
-    bits: str | None,
-    lr: float | None,
+    budget: str | None = None,
+    method: str | None = None,
+    rank: int | None = None,
+    bases: int | None = None,
+    bits: str | None = None,
+    lr: float | None = None,
+    outputs: Sequence[str] = (),
+    classes: Sequence[str] = (),
     **others: Any,
 ) -> Options:
-    """Options from what a user types.
+    """Make options from what a user types.
+
+    Args:
+        budget: such as `20KB`.
+        method: its name.
+        rank: of the method.
+        bases: of the method.
+        bits: `4`, `8` or `16`.
+        lr: learning rate.
+        outputs: `NAME` or `NAME=WEIGHT` each.
+        classes: `NAME=AXIS` each.
+        others: further fields of `Options`, by name.
 
     Raises:
         InputError: a size that is none, or an option that the method does not have.
@@ -66,15 +179,30 @@ def options_from(
         method=method if sized else _method(method or "", rank=rank, bases=bases),
         bits=None if bits is None else int(bits),
         rate=lr,
+        outputs={name: number for name, number in (_pair(text, "1", float) for text in outputs)},
+        classes={name: axis for name, axis in (_pair(text, "", int) for text in classes)},
         **others,
     )
+
+
+def _pair(text: str, otherwise: str, kind: Any) -> tuple[str, Any]:
+    """`NAME=NUMBER`, or a name alone where `otherwise` stands for the number."""
+    name, equals, number = text.rpartition("=")
+    name, number = (name, number) if equals else (text, otherwise)
+    try:
+        return name, kind(number)
+    except ValueError:
+        wanted = "NAME=AXIS, such as logits=1" if kind is int else "NAME or NAME=WEIGHT"
+        raise InputError(f"{text!r} does not say which output", fix=f"give {wanted}") from None
 
 
 def _method(name: str, **wanted: int | None) -> Method:
     kind: Any = METHODS[name]
     given = {key: value for key, value in wanted.items() if value is not None}
-    known = {option.name for option in fields(kind)}
-    if unknown := sorted(set(given) - known):
-        raise InputError(f"{name} has no {unknown[0]}", fix=f"its options: {', '.join(known)}")
+    options = {option.name for option in fields(kind)}
+    if unknown := sorted(set(given) - options):
+        raise InputError(
+            f"{name} has no {unknown[0]}", fix=f"its options: {', '.join(sorted(options))}"
+        )
     found: Method = kind(**given)
     return found

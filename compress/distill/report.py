@@ -1,4 +1,4 @@
-"""What a compression kept and what it cost."""
+"""What a compression kept, what it cost, and what a user should hear of."""
 
 from __future__ import annotations
 
@@ -7,44 +7,99 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kilodelta.compress.distill.changes import Change
-from kilodelta.compress.distill.objective import Measures
+from kilodelta.compress.distill.changes.compare import Change
+from kilodelta.compress.distill.learn.loop import Look
+from kilodelta.compress.distill.learn.objective import Measures
+from kilodelta.compress.distill.svd import Layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matched:
+    """One output of the model that was matched.
+
+    Attributes:
+        name: dotted where outputs are nested.
+        kind: how it was compared (docs/compress.md).
+        counts: what its agreement counts: `top-1`, `yes-no`, `cosine` or `r2`.
+        axis: the axis of classes or features; None where there is none.
+        size: how many classes or features; 0 where there is no such axis, or it is the tokens'.
+        weight: its share of the loss and of the agreement.
+        before: the base model against the tuned one.
+        after: the base with this file against the tuned one.
+    """
+
+    name: str
+    kind: str
+    counts: str
+    axis: int | None
+    size: int
+    weight: float
+    before: Measures
+    after: Measures
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The result of `compress`; measures are on held-out inputs, None without inputs."""
+    """The result of `compress`; measures are on held-out inputs, None without inputs.
+
+    Attributes:
+        path: the file.
+        method: its name and options.
+        bits: of a coefficient.
+        nbytes: bytes by part (coefficients, extras, header) and of the whole file.
+        tuned_bytes: bytes of the tuned model's tensors.
+        outputs: the outputs that were matched.
+        ignored: why each other output was not, by name.
+        kind: what `agreement` counts: that of all outputs, or `mixed`.
+        held_out: how many inputs were measured on.
+        before: the base model against the tuned one, over all outputs by their weights. Tensors
+            that only the tuned model has, such as a new head, are in place.
+        after: the same of the base with this file, merged, in the base's types.
+        curve: each look at the held-out inputs while training: step, agreement, divergence.
+        weight_error: ||what is missed|| / ||the whole change||: 0 nothing, 1 all of it.
+        layers: what each target's update carries of its change.
+        targets: how many tensors coefficients change.
+        extras: tensors that are stored whole.
+        new: those of them that the base lacks, or has in another shape.
+        dropped: changed tensors that the file does not carry.
+        dropped_energy: their share of the change's energy, 0 to 1.
+        config: what the fine-tune changed in the base's configuration, and the file carries.
+        steps: training steps taken.
+        seconds: time spent in them.
+        interrupted: whether training was stopped early.
+        result: the root of the merged targets.
+        warnings: what a user should hear of, a sentence each.
+    """
 
     path: Path
     method: Mapping[str, str | int]
     bits: int
     nbytes: Mapping[str, int]
-    """Bytes by part (coefficients, extras, header) and of the whole file."""
     tuned_bytes: int
-    output: str
-    """The output that was matched."""
+    outputs: tuple[Matched, ...]
+    ignored: Mapping[str, str]
     kind: str
-    """What `agreement` counts: `top-1` or `cosine`."""
     held_out: int
     before: Measures | None
-    """The base model against the tuned one."""
     after: Measures | None
-    """Base plus this file against the tuned one."""
+    curve: tuple[Look, ...]
     weight_error: float
+    layers: tuple[Layer, ...]
     targets: int
     extras: tuple[str, ...]
+    new: tuple[str, ...]
     dropped: tuple[Change, ...]
-    """Changed tensors that the file does not carry."""
     dropped_energy: float
-    """Their share of the change's energy, 0 to 1."""
+    config: Mapping[str, Any]
     steps: int
     seconds: float
     interrupted: bool
     result: str
+    warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        found = asdict(self)
-        found["path"] = str(self.path)
-        found["dropped"] = [change.name for change in self.dropped]
-        return found
+        """Return plain JSON values."""
+        table = asdict(self)
+        table["path"] = str(self.path)
+        table["dropped"] = [change.name for change in self.dropped]
+        return table

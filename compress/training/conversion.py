@@ -17,7 +17,6 @@ from kilodelta.errors import BaseMismatchError, InputError
 from kilodelta.files import safetensors
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import RawTensor
-from kilodelta.files.tying import memory_of, untied
 from kilodelta.format.delta import Delta
 from kilodelta.format.quantise import Quantised
 from kilodelta.merging.build import Recipe, build
@@ -100,7 +99,8 @@ def _checkpoint(
 
 def _write(place: Path, tensors: dict[str, Tensor]) -> None:
     """Tensors as a safetensors file, tied ones once."""
-    safetensors.write(place, {name: RawTensor.of(value) for name, value in untied(tensors).items()})
+    first = {id(value): name for name, value in reversed(tensors.items())}
+    safetensors.write(place, {name: RawTensor.of(tensors[name]) for name in first.values()})
 
 
 def _check_names(attachment: Attachment, checkpoint: Checkpoint) -> None:
@@ -124,9 +124,9 @@ def _check_frozen(model: nn.Module, attachment: Attachment, checkpoint: Checkpoi
     """All that the delta leaves out must be the base's."""
     tensors = attachment.frozen.base(model)
     extras = set(attachment.frozen.trained(model))
-    stored = {memory_of(value) for name, value in tensors.items() if name in checkpoint}
+    stored = {id(value) for name, value in tensors.items() if name in checkpoint}
     for name, value in tensors.items():
-        if name in extras or (name not in checkpoint and memory_of(value) in stored):
+        if name in extras or (name not in checkpoint and id(value) in stored):
             continue
         if name not in checkpoint:
             raise InputError(

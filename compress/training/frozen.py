@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kilodelta.errors import InputError
-from kilodelta.files.tying import untied
 from kilodelta.format.targets import matches
 
 
@@ -78,7 +77,8 @@ class Frozen:
     def trained(self, model: nn.Module) -> dict[str, Tensor]:
         """The extras by the checkpoint's names, as they are now; tied ones once."""
         now = {name: tensor for name, tensor in self._now(model).items() if name in self.extras}
-        return {self._names[name]: tensor.detach() for name, tensor in untied(now).items()}
+        first = {id(tensor): name for name, tensor in reversed(now.items())}
+        return {self._names[name]: now[name].detach() for name in first.values()}
 
     def drifted(self, model: nn.Module) -> list[str]:
         """Buffers (a batch norm's statistics) that changed though they are no extras."""

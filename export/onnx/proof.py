@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from kilodelta.errors import ExportError
 from kilodelta.export.onnx.trace import Trace
-from kilodelta.files.tying import first_names, untied
 from kilodelta.models import twin
 
 _FIX = "export with the versions in constraints.txt, or report the model's architecture"
@@ -49,8 +48,11 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def distinct(module: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict, tied tensors once, under the name that comes first."""
-    return untied(module.state_dict())
+    """The state dict, tied tensors once, under the name that comes first."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in module.state_dict().items():
+        found.setdefault(tensor.data_ptr() if tensor.numel() else id(tensor), (name, tensor))
+    return dict(found.values())
 
 
 def claim(trace: Trace, module: nn.Module) -> dict[str, list[Any]]:
@@ -94,8 +96,9 @@ def require_kept(model: Any, weights: Mapping[str, list[Any]], used: Iterable[st
 
 def _first_names(module: nn.Module, names: Iterable[str]) -> set[str]:
     """State names, tied ones by the name that comes first."""
-    firsts = first_names(module.state_dict())
-    return {firsts[name] for name in names if name in firsts}
+    state = module.state_dict()
+    first = {tensor.data_ptr(): name for name, tensor in distinct(module).items()}
+    return {first[state[name].data_ptr()] for name in names if name in state}
 
 
 def _require_all(lost: set[str], trace: Trace, state: Mapping[str, Tensor]) -> None:

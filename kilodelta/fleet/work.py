@@ -34,7 +34,8 @@ def preload(kinds: set[str]) -> list[str]:
 
 def compress(p: Params, out: Path) -> dict[str, Any]:
     """Distil a tuned model; the record holds what `kilodelta compress --json` prints."""
-    from kilodelta.compress.distill.compress import compress, options_from
+    from kilodelta.compress.distill.compress import compress
+    from kilodelta.compress.distill.options import options_from
 
     given: dict[str, Any] = {
         "budget": None,

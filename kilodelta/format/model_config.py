@@ -65,15 +65,20 @@ def apply_config(base: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str
         config: the manifest's `config`; each of its keys replaces the base's key whole.
 
     Returns:
-        The keys of both. A count of labels that the base states beside its tables goes where the
-        tables are replaced, because transformers refuses a configuration in which they disagree.
+        The keys of both. Where the labels are replaced, `label2id` is made of them unless it is
+        given, and a count of labels that the base states beside its tables goes: transformers
+        refuses a configuration in which they disagree.
 
     Example:
         >>> apply_config({"num_labels": 2, "hidden_size": 8}, {"id2label": {"0": "yes"}})
-        {'hidden_size': 8, 'id2label': {'0': 'yes'}}
+        {'hidden_size': 8, 'id2label': {'0': 'yes'}, 'label2id': {'yes': 0}}
     """
+    replaced = dict(config)
+    if "id2label" in config:
+        turned = {label: int(number) for number, label in config["id2label"].items()}
+        replaced.setdefault("label2id", turned)
     stale = {"num_labels", "_num_labels"} if "id2label" in config else set()
-    return {key: value for key, value in base.items() if key not in stale} | dict(config)
+    return {key: value for key, value in base.items() if key not in stale} | replaced
 
 
 def _check_settings(table: dict[str, Any], where: str, depth: int) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kilodelta.errors import CheckpointError
 from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.tensor import RawTensor
 
 TORCH = {
     "BOOL": torch.bool,
@@ -51,7 +52,7 @@ def fill(module: nn.Module, checkpoint: Checkpoint | str | Path, names: Mapping[
 
 
 def tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A copy of one tensor in its own dtype.
+    """Copy one tensor into memory, in its own dtype.
 
     Raises:
         CheckpointError: it is missing, or of a type that models do not compute with.
@@ -62,5 +63,17 @@ def tensor(checkpoint: Checkpoint, name: str) -> Tensor:
             f"{checkpoint.path}: tensor {name} is {info.dtype}, which is no type to compute with",
             fix="give the checkpoint before quantisation",
         )
-    flat = torch.from_numpy(checkpoint.data(name).copy())
-    return flat.view(TORCH[info.dtype]).reshape(info.shape)
+    return values(checkpoint.raw(name))
+
+
+def values(raw: RawTensor) -> Tensor:
+    """Copy a tensor's raw bytes into a torch tensor of its dtype and shape.
+
+    Example:
+        >>> values(RawTensor.of(torch.tensor([[1.5, 2.0]]))).tolist()
+        [[1.5, 2.0]]
+    """
+    dtype = TORCH[raw.dtype]
+    if not raw.data.size:  # torch refuses to view an empty array as a wider type
+        return torch.empty(raw.shape, dtype=dtype)
+    return torch.from_numpy(raw.data.copy()).view(dtype).reshape(raw.shape)

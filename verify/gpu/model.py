@@ -1,4 +1,4 @@
-"""Make the model that a GPU's proof exports, and two fine-tunes of it, all random."""
+"""The model that a GPU's proof exports, and two fine-tunes of it: random, and made on the spot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kilodelta.verify.gpu import synthetic
 from kilodelta.verify.options import Options, Subject
 from kilodelta.verify.parity.cases import cases
 from kilodelta.verify.parity.models import Pair, open_pair
-from kilodelta.verify.parity.reference import Reference
+from kilodelta.verify.parity.parity import Truth
 from kilodelta.verify.runners.runner import Arrays
 
 LAYERS = Patterns(include=("*layer.*.weight",), exclude=("*LayerNorm*",))
@@ -28,7 +28,7 @@ RANK = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """A base folder, two `.kd` files for it, and inputs in an `.npz` file."""
+    """A base folder, two `.kd` files for it, and inputs in an `.npz`."""
 
     base: Path
     deltas: tuple[Path, Path]
@@ -36,23 +36,16 @@ class Models:
 
     @property
     def batch(self) -> Arrays:
-        """Read the inputs by name."""
+        """The inputs by name."""
         with np.load(self.inputs) as found:
             return dict(found)
 
-    def reference(
+    def truth(
         self, fine_tune: int, profile: Profile, outputs: tuple[str, ...], device: str
-    ) -> Reference:
-        """Compute what artefacts of a fine-tune are held against.
-
-        Args:
-            fine_tune: 0 or 1.
-            profile: by input its smallest, usual and largest shape.
-            outputs: names of the outputs to compare.
-            device: where torch computes, "cpu" or "cuda".
-        """
+    ) -> Truth:
+        """What a merged fine-tune computes at the corners of a profile, and the base beside it."""
         pair = self.pair(fine_tune)
-        return Reference(
+        return Truth(
             pair.merged.view(),
             pair.base.view(),
             outputs=outputs,
@@ -61,13 +54,19 @@ class Models:
         )
 
     def pair(self, fine_tune: int) -> Pair:
-        """Open a merged fine-tune, and the base."""
-        subject = Subject(base=Checkpoint.open(self.base), delta=self.deltas[fine_tune])
+        """A merged fine-tune, and the base."""
+        subject = Subject(
+            base=Checkpoint.open(self.base),
+            delta=self.deltas[fine_tune],
+            merged=None,
+            folder=None,
+            export=None,
+        )
         return open_pair(subject, Options(), silent)
 
 
 def make(folder: Path, *, small: bool) -> Models:
-    """Make an encoder of MiniLM's shape, or a pico one; vocabulary and inputs are small.
+    """An encoder of MiniLM's shape, or a pico one; vocabulary and inputs are small.
 
     Raises:
         MissingPackageError: transformers is not installed.
@@ -80,7 +79,7 @@ def make(folder: Path, *, small: bool) -> Models:
 
 
 def _encoder(folder: Path, *, small: bool) -> Path:
-    """Save a random BERT as a Hugging Face folder."""
+    """A random BERT as a Hugging Face folder."""
     transformers = require("transformers", extra="hf", why="build a model to export")
     torch.manual_seed(0)
     layers, width, heads, positions = (2, 16, 2, 32) if small else (6, 384, 12, 128)

@@ -1,4 +1,4 @@
-"""CUDA graphs by the driver API: capture the work given to a stream once, launch it as a whole."""
+"""CUDA graphs by the driver itself, of work that a CUDA `Stream` is given."""
 
 from __future__ import annotations
 
@@ -7,17 +7,11 @@ from collections.abc import Callable
 
 from kilodelta.export.tensorrt.cuda import Driver, Stream
 
-# CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: calls by other threads do not invalidate the capture.
-_THREAD_LOCAL = 1
+_THREAD_LOCAL = 1  # CUstreamCaptureMode: what other threads do meanwhile is no matter
 
 
 class Graph:
-    """A captured graph, ready to launch on the stream that it was captured from.
-
-    Args:
-        driver: the CUDA driver.
-        stream: the stream that `work` enqueues on.
-        work: enqueues everything that a launch is to repeat; it must not wait for the stream.
+    """What `work` sets off on a stream, captured once and launched as a whole.
 
     Raises:
         CudaError: the work cannot be captured.
@@ -29,18 +23,18 @@ class Graph:
         driver.call("cuStreamBeginCapture_v2", self._stream, _THREAD_LOCAL)
         try:
             work()
-        finally:  # a stream left capturing refuses every later call
+        finally:
             driver.call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
-        flags = ctypes.c_ulonglong(0)
+        none = ctypes.c_ulonglong(0)
         try:
-            driver.call("cuGraphInstantiateWithFlags", ctypes.byref(self._ready), graph, flags)
+            driver.call("cuGraphInstantiateWithFlags", ctypes.byref(self._ready), graph, none)
         finally:
             driver.call("cuGraphDestroy", graph)
 
     def launch(self) -> None:
-        """Enqueue the whole graph on its stream."""
+        """Set the work off on its stream."""
         self._driver.call("cuGraphLaunch", self._ready, self._stream)
 
     def close(self) -> None:
-        """Free the graph; no launch of it may be running."""
+        """Give the graph back; it must not be running."""
         self._driver.call("cuGraphExecDestroy", self._ready)

@@ -1,4 +1,4 @@
-"""The names by which `--require` asks for runners."""
+"""The runners by the names that a user requires them by."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ RUNNERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "tensorrt-rtx": ("tensorrt-rtx",),
     }
 )
-"""By name, the runners any one of which satisfies the requirement."""
+"""What is asked for, and the runners any of which will do."""
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Check that every name is in `RUNNERS`.
+    """See that every name is a runner's.
 
     Raises:
-        InputError: some are not; the fix lists those that are.
+        InputError: listing those that are.
     """
     unknown = [name for name in names if name not in RUNNERS]
     if unknown:

@@ -1,4 +1,4 @@
-"""Time two or more ways to do the same, in rotation."""
+"""Ours and an opponent's time, taken in turns so that what disturbs one disturbs the other."""
 
 from __future__ import annotations
 
@@ -16,19 +16,10 @@ def side_by_side(
     warm: int = 1,
     wait: Callable[[], object] = _nothing,
 ) -> dict[str, float]:
-    """Return the best time of each run in seconds.
-
-    The runs take turns, so that whatever disturbs the machine disturbs all of them.
+    """The best of several turns of each, in seconds, taken in rotation after some to warm up.
 
     Args:
-        runs: what to time, by name.
-        repeats: timed turns.
-        warm: turns before them that are not timed.
-        wait: blocks until a device has done all that it was given; called before and after a run.
-
-    Example:
-        >>> sorted(side_by_side({"sum": lambda: sum(range(9)), "max": lambda: max(range(9))}))
-        ['max', 'sum']
+        wait: until a device has done all that it was asked; before and after every run.
     """
     best = dict.fromkeys(runs, float("inf"))
     for turn in range(warm + repeats):

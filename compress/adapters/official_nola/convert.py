@@ -23,7 +23,7 @@ from kilodelta.compress.adapters.parsed import Draft
 from kilodelta.compress.adapters.peft.names import find_modules
 from kilodelta.compress.adapters.refactorise import quantise_product
 from kilodelta.compress.adapters.values import floats
-from kilodelta.compress.distill.changes import patterns_for
+from kilodelta.compress.distill.changes.patterns import patterns_for
 from kilodelta.errors import BaseMismatchError, InputError
 from kilodelta.files import dtypes
 from kilodelta.files.checkpoint import Checkpoint

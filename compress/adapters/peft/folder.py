@@ -13,7 +13,7 @@ from typing import Any
 
 from kilodelta.compress.adapters.peft import names, unilora_order
 from kilodelta.compress.adapters.values import floats
-from kilodelta.compress.distill.changes import patterns_for
+from kilodelta.compress.distill.changes.patterns import patterns_for
 from kilodelta.errors import CheckpointError, InputError
 from kilodelta.files import canonical, dtypes
 from kilodelta.files.checkpoint import Checkpoint

@@ -1,4 +1,4 @@
-"""Run independent pieces of work on all cores, the heaviest first; one failure ends all."""
+"""Independent pieces of work on all cores, the heaviest first; one failure ends all."""
 
 from __future__ import annotations
 
@@ -21,32 +21,22 @@ def run(
     weight: Callable[[T], int],
     threads: int | None = None,
 ) -> list[R]:
-    """Call a function with every item, in threads; return the results in the items' order.
+    """`function` of every item, in the items' order.
 
-    Args:
-        function: must report to `meter` often: that is how an error in one call, or Ctrl-C in this
-            thread, stops the others within one report.
-        items: what it is called with.
-        meter: counts finished items here, and the work in between.
-        weight: how much work an item is, in any unit; the heaviest items are begun first.
-        threads: how many; one for each core by default. With 1, none is started.
+    The functions report to `meter`, which is how an error in one of them, or Ctrl-C here, stops
+    the others within one report.
 
     Raises:
-        Exception: the first one that a call raised.
-
-    Example:
-        >>> from kilodelta.progress import silent
-        >>> run(lambda n: n * n, [1, 2, 3], Meter("square", 3, "numbers", silent), weight=abs)
-        [1, 4, 9]
+        Exception: the first one that an item raised.
     """
     meter.expect(len(items))
 
     def work(item: T) -> R:
-        result = function(item)
+        found = function(item)
         meter.finish()
-        return result
+        return found
 
-    if threads == 1:  # starting one would be felt in work of milliseconds
+    if threads == 1:  # no thread is started, which milliseconds of work would feel
         return [work(item) for item in items]
     with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
         order = sorted(range(len(items)), key=lambda i: -weight(items[i]))
@@ -64,6 +54,5 @@ def run(
 def _raise_first(done: set[Future[R]]) -> None:
     errors = [job.exception() for job in done]
     for error in errors:
-        # calls that were stopped because another one failed say nothing about the cause
         if error is not None and not isinstance(error, StoppedError):
             raise error

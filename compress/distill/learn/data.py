@@ -1,0 +1,186 @@
+"""What a distillation learns from: rows to train on, rows held out, and the teacher's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kilodelta.compress.distill.learn.objective import Objective, comparison_for
+from kilodelta.compress.distill.learn.outputs import Output, Survey, Wanted, survey
+from kilodelta.compress.distill.learn.rows import Rows, to_rows
+from kilodelta.compress.distill.learn.teacher import Teacher
+from kilodelta.errors import InputError
+from kilodelta.models import LoadedModel, outputs, read_inputs, tokenize
+from kilodelta.models.heads import EMBEDDING
+from kilodelta.models.sources import Source
+from kilodelta.progress import Progress
+
+FEWEST = 8
+"""Inputs below which nothing can be learnt and measured."""
+HELD_OUT = 0.1
+HELD_OUT_MOST = 512
+READ = 256
+"""Rows that are read, and tokenised, at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Inputs to train on and inputs held out, with the teacher's outputs on each.
+
+    Attributes:
+        rows: all inputs.
+        teacher: the tuned model's outputs on them.
+        objective: which outputs count, and how they are compared.
+        survey: what looking at the outputs found.
+        learned: indices of the rows to train on; none of them equals a row that is held out.
+        held_out: indices of the rows to measure on.
+        repeated: how many rows are left out because they equal one that is held out.
+    """
+
+    rows: Rows
+    teacher: Teacher
+    objective: Objective
+    survey: Survey
+    learned: Sequence[int]
+    held_out: Sequence[int]
+    repeated: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How inputs are used.
+
+    Attributes:
+        held_out: rows to measure on; a tenth, 512 at most, where it is None.
+        batch: rows in a training batch.
+        max_length: tokens that texts are cut to.
+        seed: chooses the rows that are held out.
+        labels: texts that embeddings are compared with.
+        wanted: what is said about the outputs.
+        coefficients: how many numbers are trained.
+    """
+
+    held_out: int | None
+    batch: int
+    max_length: int | None
+    seed: int
+    labels: tuple[str, ...] | None
+    wanted: Wanted
+    coefficients: int
+
+
+def gather(
+    source: Source, student: LoadedModel, teacher: LoadedModel, plan: Plan, progress: Progress
+) -> Data:
+    """Read the inputs, hold some out, and ask the teacher about all of them.
+
+    Args:
+        source: the inputs, opened.
+        student: the base model in the tuned model's architecture.
+        teacher: the tuned model.
+        plan: how the inputs are used.
+        progress: told about the teacher's work.
+
+    Raises:
+        InputError: too few inputs, inputs or outputs that do not fit, or labels for a model that
+            embeds nothing.
+    """
+    batches = read_inputs(source, student, batch_size=READ, max_length=plan.max_length)
+    rows = to_rows(batches, getattr(student.tokenizer, "pad_token_id", None) or 0)
+    check_count(len(rows), source.spec, plan.held_out, plan.batch)
+    seen = survey(teacher, rows, plan.wanted)
+    rows = rows if seen.padded else rows.unpadded()
+    learned, held_out = _halves(rows, plan)
+    known = Teacher(teacher, rows, seen, progress)
+    return Data(
+        rows=rows,
+        teacher=known,
+        objective=_objective(seen.matched, known, learned, _labels(student, seen, plan), plan),
+        survey=seen,
+        learned=learned,
+        held_out=held_out,
+        repeated=len(rows) - len(learned) - len(held_out),
+    )
+
+
+def check_count(count: int, spec: str, held_out: int | None, batch: int) -> int:
+    """Return how many of so many rows are held out.
+
+    Args:
+        count: rows in all.
+        spec: what the inputs are called.
+        held_out: how many the user wants to hold out.
+        batch: rows in a training batch.
+
+    Raises:
+        InputError: too few rows, or too few are left to learn from.
+
+    Example:
+        >>> check_count(1000, "texts.txt", None, 32)
+        100
+    """
+    if count < FEWEST:
+        raise InputError(
+            f"{spec} holds {count} inputs; distillation needs at least {FEWEST}, better thousands",
+            fix="give more inputs; they need no labels",
+        )
+    wanted = min(HELD_OUT_MOST, max(1, round(HELD_OUT * count))) if held_out is None else held_out
+    if not 1 <= wanted <= count - max(1, batch // 8):
+        raise InputError(
+            f"{wanted} of {count} inputs cannot be held out", fix="give a smaller --held-out"
+        )
+    return wanted
+
+
+def _halves(rows: Rows, plan: Plan) -> tuple[list[int], list[int]]:
+    """The rows to learn from and those to measure on, no row in both by its content."""
+    generator = torch.Generator().manual_seed(plan.seed)
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    count = check_count(len(rows), "the inputs", plan.held_out, plan.batch)
+    held_out = order[:count]
+    measured = {rows.row_digest(index) for index in held_out}
+    learned = [index for index in order[count:] if rows.row_digest(index) not in measured]
+    if not learned:
+        raise InputError(
+            "every input equals one that is held out, so there is nothing to learn from",
+            fix="give inputs that differ from each other",
+        )
+    return learned, held_out
+
+
+def _objective(
+    matched: Sequence[Output],
+    teacher: Teacher,
+    learned: Sequence[int],
+    labels: Tensor | None,
+    plan: Plan,
+) -> Objective:
+    return Objective(
+        outputs=matched,
+        comparisons=[
+            comparison_for(
+                output,
+                bank=teacher.bank(output.name, learned) if output.kind == "embedding" else None,
+                labels=labels,
+                coefficients=plan.coefficients,
+            )
+            for output in matched
+        ],
+    )
+
+
+def _labels(student: LoadedModel, seen: Survey, plan: Plan) -> Tensor | None:
+    """The base model's embeddings of the labels, (n, width)."""
+    if plan.labels is None:
+        return None
+    if all(output.kind != "embedding" for output in seen.matched):
+        names = ", ".join(output.name for output in seen.matched)
+        raise InputError(
+            f"--labels compares embeddings, but this model puts out {names}",
+            fix="leave --labels away: logits are compared as they are",
+        )
+    with torch.no_grad():
+        return outputs(student, tokenize(student, plan.labels))[EMBEDDING]

@@ -1,0 +1,322 @@
+"""Distillation: train a delta's coefficients until the model computes what the tuned one does.
+
+No labels: the tuned model's outputs on the inputs are the target. The last part of the steps runs
+with the numbers that the file will hold, and the best of these states on rows held out is kept.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kilodelta.compress.distill.learn import state as states
+from kilodelta.compress.distill.learn.data import Data
+from kilodelta.compress.distill.learn.measure import measure
+from kilodelta.compress.distill.learn.objective import Measures
+from kilodelta.compress.distill.learn.outputs import run
+from kilodelta.compress.distill.learn.rows import token_mask
+from kilodelta.compress.training import train
+from kilodelta.errors import InputError
+from kilodelta.models import LoadedModel
+from kilodelta.progress import Event, Progress
+
+EVALUATIONS = 4
+"""Times that the held-out inputs are looked at while the rounded coefficients train."""
+KEPT_EVERY_S = 30.0
+"""Seconds between two writes of the state from which an interrupted run resumes."""
+CLIP = 1.0
+"""The largest norm of a step's gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long and how fast: AdamW, linear warm-up, cosine decay, rounded at the end.
+
+    Attributes:
+        steps: training steps.
+        rate: the largest learning rate.
+        batch: rows in a step.
+        warm: share of the steps in which the rate rises.
+        rounded: share of the steps, at the end, that run with rounded coefficients.
+        bits: bits of a rounded coefficient.
+        seed: decides batches and draws.
+    """
+
+    steps: int
+    rate: float
+    batch: int = 32
+    warm: float = 0.05
+    rounded: float = 0.25
+    bits: int = 4
+    seed: int = 0
+
+    def factor(self, step: int) -> float:
+        """Return the rate at a step as a share of `rate`.
+
+        Example:
+            >>> schedule = Schedule(steps=100, rate=1.0)
+            >>> [round(schedule.factor(step), 2) for step in (0, 4, 52, 99)]
+            [0.2, 1.0, 0.51, 0.0]
+        """
+        warm = max(1, round(self.warm * self.steps))
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, self.steps - warm))))
+
+    @property
+    def rounds_from(self) -> int:
+        """The first step that runs with rounded coefficients."""
+        return min(self.steps - 1, round((1 - self.rounded) * self.steps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """The measures on the held-out rows after a step, over all outputs by their weights."""
+
+    step: int
+    agreement: float
+    divergence: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distilled:
+    """What a run reached.
+
+    Attributes:
+        measures: the best rounded state's, per output, on the held-out rows.
+        curve: every look at the held-out rows, in the order of the steps.
+        steps: how many steps were taken.
+        seconds: time spent in them, over all runs that were resumed.
+        interrupted: whether the run was stopped before its last step.
+    """
+
+    measures: tuple[Measures, ...]
+    curve: tuple[Look, ...]
+    steps: int
+    seconds: float
+    interrupted: bool
+
+
+@dataclass
+class _Best:
+    """The best rounded coefficients so far, by their divergence on the held-out rows."""
+
+    divergence: float = math.inf
+    measures: tuple[Measures, ...] = ()
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    def offer(
+        self, divergence: float, measures: tuple[Measures, ...], state: Mapping[str, Tensor]
+    ) -> None:
+        """Take a state if it is at least as good; of equals the later one has trained longer."""
+        divergence = math.inf if math.isnan(divergence) else divergence
+        if not self.state or divergence <= self.divergence:
+            self.divergence, self.measures = divergence, measures
+            self.state = {name: values.detach().clone() for name, values in state.items()}
+
+
+def distill(
+    loaded: LoadedModel,
+    data: Data,
+    schedule: Schedule,
+    progress: Progress,
+    *,
+    kept: Path | None = None,
+    facts: states.Facts | None = None,
+    resume: bool = False,
+) -> Distilled:
+    """Train the delta that is attached to `loaded.module`, and leave its best rounded state there.
+
+    Ctrl-C ends the run after the step that it falls into, and its state is written; a second one
+    ends it at once. A resumed run ends where one without a pause would have, bit for bit.
+
+    Args:
+        loaded: the student, its delta attached.
+        data: what it learns from.
+        schedule: how long and how fast.
+        progress: told about every step.
+        kept: where the state of the run is written every half minute and when it is interrupted,
+            and read on `resume`.
+        facts: what must be equal for a run to be resumed.
+        resume: go on where the state in `kept` ended.
+
+    Raises:
+        InputError: the run to resume was another one, or the loss is not finite.
+        OutputError: the state cannot be written.
+    """
+    job = _Run(loaded, data, schedule, progress)
+    if resume and kept is not None:
+        found = states.load(kept, facts or {})
+        with states.explained(kept):
+            job.restore(found)
+
+    def keep() -> None:
+        if kept is not None:
+            states.save(kept, facts or {}, job.state())
+
+    with _stop_after_step() as stopped:
+        job.train(stopped, keep)
+    return job.finish()
+
+
+@contextmanager
+def _stop_after_step() -> Iterator[threading.Event]:
+    """Let the first Ctrl-C set an event; a second one interrupts as it always does.
+
+    A step that is cut in two leaves coefficients of two steps beside each other. Outside the main
+    thread no signal arrives, and none can be caught.
+    """
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def stop(number: int, frame: Any) -> None:
+        stopped.set()
+        signal.signal(signal.SIGINT, before)
+
+    if before in (signal.SIG_IGN, None):  # in the background, where Ctrl-C means someone else
+        yield stopped
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Run:
+    """One run's moving parts."""
+
+    def __init__(
+        self, loaded: LoadedModel, data: Data, schedule: Schedule, progress: Progress
+    ) -> None:
+        self.loaded, self.data, self.schedule, self.progress = loaded, data, schedule, progress
+        self.parameters = [p for p in loaded.module.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(
+            self.parameters, lr=schedule.rate, betas=(0.9, 0.98), weight_decay=0.0
+        )
+        self.step = 0
+        self.spent = 0.0
+        self.best = _Best()
+        self.curve: list[Look] = []
+
+    def train(self, stopped: threading.Event, keep: Callable[[], object]) -> None:
+        """Take all steps that are left, or those until the run is stopped."""
+        order = self._batches()
+        began, written = time.monotonic() - self.spent, time.monotonic()
+        while self.step < self.schedule.steps and not stopped.is_set():
+            loss = self._step(next(order))
+            self.step += 1
+            self.spent = time.monotonic() - began
+            self._look()
+            self._tell(loss)
+            if time.monotonic() - written > KEPT_EVERY_S:
+                keep()
+                written = time.monotonic()
+        if self.step < self.schedule.steps:
+            keep()
+
+    def _batches(self) -> Iterator[list[int]]:
+        """The batches from the current step on: the order of the whole run, its begin skipped."""
+        generator = torch.Generator().manual_seed(self.schedule.seed)
+        learned = self.data.rows.subset(self.data.learned)
+        order = learned.shuffled(self.schedule.batch, generator)
+        for _ in range(self.step):
+            next(order)
+        for chosen in order:
+            yield [self.data.learned[i] for i in chosen]
+
+    def _step(self, chosen: Sequence[int]) -> float:
+        if self.step == self.schedule.rounds_from:
+            train.quantise(self.loaded.module, self.schedule.bits)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.schedule.rate * self.schedule.factor(self.step)
+        batch = self.data.rows.batch(chosen)
+        found = run(self.loaded, batch, one_row=self.data.survey.one_row)
+        # One generator per step: what a resumed run draws does not depend on where it began.
+        draws = torch.Generator().manual_seed((self.schedule.seed * 1_000_003 + self.step) % 2**63)
+        wanted = self.data.teacher(chosen)
+        loss = self.data.objective.loss(found, wanted, token_mask(batch), draws)
+        if not torch.isfinite(loss):
+            raise InputError(
+                f"the loss is {loss.item()} after {self.step} steps",
+                fix="give a lower --lr, and check that the tuned model's outputs are finite",
+            )
+        self.optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.parameters, CLIP)
+        self.optimiser.step()
+        return loss.item()
+
+    def _look(self) -> None:
+        """Measure on the held-out rows now and then, from the first rounded step on."""
+        rounded = self.step - self.schedule.rounds_from
+        every = max(1, (self.schedule.steps - self.schedule.rounds_from) // EVALUATIONS)
+        if rounded > 0 and (rounded % every == 0 or self.step == self.schedule.steps):
+            self._offer()
+
+    def _offer(self) -> None:
+        measures = measure(self.loaded, self.data, self.data.held_out)
+        overall = self.data.objective.overall(measures)
+        self.curve.append(Look(step=self.step, **asdict(overall)))
+        self.best.offer(overall.divergence, measures, self._coefficients())
+
+    def _coefficients(self) -> dict[str, Tensor]:
+        """The attachment's tensors and the extras', which train along."""
+        return dict(self.loaded.module.state_dict())
+
+    def _tell(self, loss: float) -> None:
+        detail: dict[str, float | str] = {"loss": loss}
+        if self.curve:
+            detail["agreement"] = self.curve[-1].agreement
+        total = self.schedule.steps
+        event = Event(stage="distil", done=self.step, total=total, unit="steps", detail=detail)
+        self.progress(event)
+
+    def finish(self) -> Distilled:
+        """Leave the best rounded state attached."""
+        if not self.best.state:  # interrupted before the first rounded step
+            train.quantise(self.loaded.module, self.schedule.bits)
+            self._offer()
+        self.loaded.module.load_state_dict(self.best.state)
+        return Distilled(
+            measures=self.best.measures,
+            curve=tuple(self.curve),
+            steps=self.step,
+            seconds=self.spent,
+            interrupted=self.step < self.schedule.steps,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that a later run needs to go on, as tensors and numbers."""
+        pairs = [[one.agreement, one.divergence] for one in self.best.measures]
+        return {
+            "step": self.step,
+            "spent": self.spent,
+            "state": self._coefficients(),
+            "optimiser": self.optimiser.state_dict(),
+            "best": self.best.state,
+            "measures": {"divergence": self.best.divergence, "each": pairs},
+            "curve": [asdict(look) for look in self.curve],
+        }
+
+    def restore(self, found: Mapping[str, Any]) -> None:
+        """Take up a run where `state` left it."""
+        self.loaded.module.load_state_dict(found["state"])
+        self.optimiser.load_state_dict(found["optimiser"])
+        self.step, self.spent = found["step"], found["spent"]
+        each = tuple(Measures(agreement=a, divergence=d) for a, d in found["measures"]["each"])
+        self.best = _Best(found["measures"]["divergence"], each, found["best"])
+        self.curve = [Look(**look) for look in found["curve"]]

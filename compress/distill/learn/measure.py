@@ -1,0 +1,42 @@
+"""Measure how close a student is to its teacher on rows that it did not learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kilodelta.compress.distill.learn.data import Data
+from kilodelta.compress.distill.learn.objective import Measures
+from kilodelta.compress.distill.learn.outputs import run
+from kilodelta.compress.distill.learn.rows import token_mask
+from kilodelta.models import LoadedModel
+
+BATCH = 64
+
+
+@torch.no_grad()
+def measure(loaded: LoadedModel, data: Data, chosen: Sequence[int]) -> tuple[Measures, ...]:
+    """Measure each matched output over some rows, every position that is no padding equally.
+
+    Args:
+        loaded: the student; it is measured in eval mode and left in its own.
+        data: rows, teacher and objective.
+        chosen: indices of the rows.
+
+    Returns:
+        Agreement and divergence per output, in the objective's order.
+    """
+    training = loaded.module.training
+    loaded.module.eval()
+    totals: list[torch.Tensor] = []
+    try:
+        for part in data.rows.subset(chosen).in_order(BATCH):
+            rows = [chosen[i] for i in part]
+            batch = data.rows.batch(rows)
+            found = run(loaded, batch, one_row=data.survey.one_row)
+            sums = data.objective.sums(found, data.teacher(rows), token_mask(batch))
+            totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
+    finally:
+        loaded.module.train(training)
+    return data.objective.measures(totals)

@@ -1,0 +1,42 @@
+"""Merge a delta into a module in memory: the very numbers that a merged file holds.
+
+A student computes with base plus update in float32. A base in bfloat16 or float16 rounds every
+merged weight, so what counts is measured on the merged weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.tensor import RawTensor
+from kilodelta.format.delta import Delta
+from kilodelta.merging.cpu import merged
+from kilodelta.models.weights import values
+
+
+@torch.no_grad()
+def fill_merged(
+    module: nn.Module, delta: Delta, base: Checkpoint, names: Mapping[str, str]
+) -> None:
+    """Put a delta's merged weights and extras into a module that holds the base.
+
+    Args:
+        module: computes in float32; a tensor that it has no place for is left out.
+        delta: bound to the base.
+        base: the base's files.
+        names: checkpoint name to state name.
+    """
+    state = module.state_dict()
+    for name, target in delta.targets.items():
+        if name in names:
+            data = np.concatenate([part.copy() for part in merged(delta, target, base.data(name))])
+            raw = RawTensor(dtype=target.dtype, shape=target.shape, data=data)
+            state[names[name]].copy_(values(raw))
+    for name, raw in delta.extras.items():
+        if name in names:
+            state[names[name]].copy_(values(raw))

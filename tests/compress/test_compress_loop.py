@@ -1,0 +1,245 @@
+"""The loop of a distillation: what is kept, what is rounded when, how a run stops and goes on."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kilodelta.compress.distill.learn import loop, state
+from kilodelta.compress.distill.learn.data import Data
+from kilodelta.compress.distill.learn.loop import Distilled, Schedule, distill
+from kilodelta.compress.distill.learn.measure import measure
+from kilodelta.compress.distill.learn.objective import Measures, Objective, comparison_for
+from kilodelta.compress.distill.learn.outputs import Wanted, survey
+from kilodelta.compress.distill.learn.rows import Rows
+from kilodelta.compress.distill.learn.teacher import Teacher
+from kilodelta.compress.training import train
+from kilodelta.errors import InputError
+from kilodelta.format.methods import Nola
+from kilodelta.models.heads import EMBEDDING
+from kilodelta.models.loaded import LoadedModel
+from kilodelta.progress import Event
+
+SCHEDULE = Schedule(steps=16, rate=2e-2, batch=4, bits=4, seed=5)
+FACTS = {"inputs": "a", "--steps": "16"}
+
+
+class Encoder(nn.Module):
+    """Embeds vectors of six; the loss of an embedding draws neighbours by chance."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body = nn.Linear(6, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {EMBEDDING: self.head(torch.tanh(self.body(x)))}
+
+
+def loaded(seed: int) -> LoadedModel:
+    return LoadedModel(source="encoder", module=Encoder(seed).eval(), kind="any", names={})
+
+
+def task() -> tuple[LoadedModel, Data]:
+    """A student with a delta attached, and what it learns from; the same every time."""
+    student, tuned = loaded(1), loaded(2)
+    torch.manual_seed(3)
+    rows = Rows(tuple({"x": torch.randn(6)} for _ in range(40)), {})
+    seen = survey(tuned, rows, Wanted())
+    teacher = Teacher(tuned, rows, seen, lambda event: None)
+    learned, held_out = list(range(10, 40)), list(range(10))
+    bank = teacher.bank(EMBEDDING, learned)
+    objective = Objective(
+        outputs=seen.matched, comparisons=[comparison_for(seen.matched[0], bank=bank)]
+    )
+    train.attach(student.module, Nola(rank=2, bases=30), "*.weight", seed=7, extras="head.bias")
+    data = Data(
+        rows=rows,
+        teacher=teacher,
+        objective=objective,
+        survey=seen,
+        learned=learned,
+        held_out=held_out,
+        repeated=0,
+    )
+    return student, data
+
+
+def interrupt_at(step: int) -> Callable[[Event], None]:
+    def progress(event: Event) -> None:
+        if event.done == step:
+            signal.raise_signal(signal.SIGINT)
+
+    return progress
+
+
+def silent(event: Event) -> None:
+    """Say nothing."""
+
+
+def coefficients(model: LoadedModel) -> dict[str, Tensor]:
+    return {name: values.clone() for name, values in model.module.state_dict().items()}
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_the_best_rounded_state_is_kept_extras_included(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, data = task()
+    script = iter([0.5, 0.2, 0.9, 0.4])
+    states: list[dict[str, Tensor]] = []
+
+    def scripted(model: LoadedModel, *rest: Any) -> tuple[Measures, ...]:
+        states.append(coefficients(model))
+        return (Measures(agreement=0.1 * len(states), divergence=next(script)),)
+
+    monkeypatch.setattr(loop, "measure", scripted)
+    done = distill(student, data, SCHEDULE, silent)
+    assert [look.divergence for look in done.curve] == [0.5, 0.2, 0.9, 0.4]
+    assert [look.step for look in done.curve] == [13, 14, 15, 16]
+    assert done.measures == (Measures(agreement=0.2, divergence=0.2),)
+    assert equal(coefficients(student), states[1])
+    assert "head.bias" in states[1]
+    assert not torch.equal(states[1]["head.bias"], states[3]["head.bias"])
+
+
+def test_of_equal_states_the_later_one_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, data = task()
+    measures = (Measures(agreement=0.5, divergence=0.5),)
+    monkeypatch.setattr(loop, "measure", lambda *given: measures)
+    last: list[dict[str, Tensor]] = []
+    distill(student, data, SCHEDULE, lambda event: last.append(coefficients(student)))
+    assert equal(coefficients(student), last[-1])
+
+
+def test_the_last_quarter_trains_rounded() -> None:
+    student, data = task()
+    bits: list[int | None] = []
+
+    def look(event: Event) -> None:
+        precision = train.attached(student.module).precision
+        bits.append(None if precision is None else precision.bits)
+
+    distill(student, data, SCHEDULE, look)
+    assert bits == [None] * 12 + [4] * 4
+    assert SCHEDULE.rounds_from == 12
+    assert Schedule(steps=2, rate=1).rounds_from == 1
+
+
+def test_training_brings_the_student_nearer() -> None:
+    student, data = task()
+    before = measure(student, data, data.held_out)[0].divergence
+    done = distill(student, data, Schedule(steps=60, rate=2e-2, batch=8, bits=8), silent)
+    assert done.measures[0].divergence < 0.8 * before
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize("step", [1, 5, 12, 13, 15])
+def test_a_resumed_run_ends_at_the_same_bits(step: int, tmp_path: Path) -> None:
+    whole, data = task()
+    wanted = distill(whole, data, SCHEDULE, silent)
+    kept = tmp_path / "a.kd.resume"
+    first, data = task()
+    torch.manual_seed(99)  # what else draws in the process is of no account
+    cut = distill(first, data, SCHEDULE, interrupt_at(step), kept=kept, facts=FACTS)
+    assert (cut.interrupted, cut.steps) == (True, step)
+    again, data = task()
+    torch.manual_seed(98)
+    found = distill(again, data, SCHEDULE, silent, kept=kept, facts=FACTS, resume=True)
+    assert (found.interrupted, found.steps) == (False, 16)
+    assert found.measures == wanted.measures
+    assert found.curve == wanted.curve
+    assert equal(coefficients(again), coefficients(whole))
+
+
+def stopped(folder: Path) -> Path:
+    """The state of a run that was interrupted."""
+    student, data = task()
+    kept = folder / "a.kd.resume"
+    distill(student, data, SCHEDULE, interrupt_at(3), kept=kept, facts=FACTS)
+    return kept
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
+    kept = stopped(tmp_path)
+    student, data = task()
+    other = {"inputs": "b", "--steps": "16", "--model": "x"}
+    with pytest.raises(InputError, match="belongs to a run with other inputs, --model"):
+        distill(student, data, SCHEDULE, silent, kept=kept, facts=other, resume=True)
+    with pytest.raises(InputError, match="does not exist"):
+        distill(student, data, SCHEDULE, silent, kept=tmp_path / "b", resume=True)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_damaged_state_is_a_sentence(tmp_path: Path) -> None:
+    whole = stopped(tmp_path).read_bytes()
+    student, data = task()
+    place = tmp_path / "damaged"
+    torch.save({"version": 2, "facts": FACTS}, place)
+    less = place.read_bytes()
+    torch.save([1, 2], place)
+    another = place.read_bytes()
+    torch.save({"version": 1, "key": "x", "state": nn.Linear(2, 2)}, place)
+    code = place.read_bytes()
+    cases = {
+        "half": whole[: len(whole) // 2],
+        "empty": b"",
+        "text": b"hello",
+        "less": less,
+        "another": another,
+        "code": code,
+    }
+    for name, content in cases.items():
+        place.write_bytes(content)
+        with pytest.raises(InputError, match=r"is damaged|is no state of a run") as caught:
+            distill(student, data, SCHEDULE, silent, kept=place, facts=FACTS, resume=True)
+        assert "--force" in caught.value.fix, name
+    found = torch.load(tmp_path / "a.kd.resume", weights_only=True)
+    torch.save({**found, "state": {"other": torch.zeros(1)}}, place)
+    with pytest.raises(InputError, match="is damaged"):
+        distill(student, data, SCHEDULE, silent, kept=place, facts=FACTS, resume=True)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
+    student, data = task()
+
+    def twice(event: Event) -> None:
+        if event.done == 3:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(student, data, SCHEDULE, twice, kept=tmp_path / "a.kd.resume")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_thread_may_distil() -> None:
+    found: list[Distilled] = []
+    student, data = task()
+    thread = threading.Thread(target=lambda: found.append(distill(student, data, SCHEDULE, silent)))
+    thread.start()
+    thread.join()
+    assert found[0].steps == 16
+
+
+def test_a_loss_that_is_not_finite_says_what_to_do() -> None:
+    student, data = task()
+    with torch.no_grad():
+        next(student.module.parameters()).fill_(torch.nan)
+    with pytest.raises(InputError, match="the loss is nan after 0 steps"):
+        distill(student, data, SCHEDULE, silent)
+
+
+def test_where_a_state_lies() -> None:
+    assert state.place_of(Path("x/task.kd")) == Path("x/task.kd.resume")
