@@ -2,7 +2,7 @@
 
 The attachment becomes the submodule `kilodelta` of the model, so that optimisers, `.to(device)`,
 distributed wrappers and checkpoints find the coefficients. What all targets share (NOLA's mixed
-factors) is computed once a forward pass and dropped when a coefficient changes.
+factors) is computed once per forward pass, and again when a coefficient has changed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,19 @@ NAME = "kilodelta"
 
 
 class Attachment(nn.Module):
-    """The trained side of a delta: coefficients in, factors of every target's update out."""
+    """The trained side of a delta: from coefficients to the factors of every target's update.
+
+    Attributes:
+        method: as it is trained.
+        patterns: which tensors of the base the delta changes.
+        places: the targets in the model, in file order.
+        seed: of the random bases.
+        frozen: the base's side, and the extras.
+        factors: how the method computes.
+        file: the groups that the whole file has once.
+        own: the groups of each target.
+        precision: how coefficients are rounded; None for not at all.
+    """
 
     def __init__(
         self,
@@ -61,43 +73,51 @@ class Attachment(nn.Module):
         self.to(places[0].parameter.device)
 
     def forward(self, given: Tensor) -> Tensor:
-        """Nothing: where the model is an `nn.Sequential`, the attachment is its last layer."""
+        """Return the input: where the model is an `nn.Sequential`, this is its last layer."""
         return given
 
     @property
     def own(self) -> list[GroupSet]:
-        """The coefficients target by target."""
+        """The coefficients, target by target."""
         return list(self.targets._modules.values())  # type: ignore[arg-type]
 
     def values(self) -> CoefficientValues:
-        """What the coefficients stand for now."""
+        """Return what the coefficients stand for now."""
         return CoefficientValues(shared=self.file, own=self.own, precision=self.precision)
 
     def update(self, index: int) -> FactoredUpdate:
-        """A target's update, float32."""
+        """Compute the update of target `index`, float32."""
         values = self.values()
         prepared = self._cache.get(self)
         return self.factors.update(prepared, values, index)
 
     def quantise(self, bits: int | None) -> None:
-        """Compute with what a file of so many bits would hold; None: with the exact values."""
+        """From now on compute with what a file of so many bits holds; None: with exact values.
+
+        Raises:
+            InputError: the method cannot have so many bits.
+        """
         self.precision = None if bits is None else self.precision_for(bits)
         self.rounding.copy_(to_numbers(self.precision, self.factors.settled))
         self._cache.clear()
 
     def precision_for(self, bits: int) -> Precision:
-        """How the coefficients are rounded to so many bits."""
+        """Choose how the coefficients are rounded to so many bits.
+
+        Raises:
+            InputError: the method cannot have so many bits.
+        """
         targets = [place.target for place in self.places]
         chosen = choose(self.method, self.factors.widest(), targets, bits)
         return self.factors.settle(self.file, chosen)
 
     def fits(self, model: nn.Module) -> bool:
-        """Whether the targets' layers are this model's."""
+        """Return whether the targets' layers are this model's."""
         modules = set(model.modules())
         return all(site.owner in modules for place in self.places for site in place.sites)
 
     def install(self, model: nn.Module) -> None:
-        """Hook into a model, whose own tensors stop training."""
+        """Hook into a model, whose tensors stop training."""
         self._handles = [*self.frozen.install(model)]
         for place in self.places:
             self._handles += layers.install(self, place)
@@ -106,7 +126,7 @@ class Attachment(nn.Module):
         model.add_module(NAME, self)
 
     def remove(self, model: nn.Module) -> None:
-        """Take all of it out again."""
+        """Remove the hooks, and restore the model."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -114,8 +134,10 @@ class Attachment(nn.Module):
         self.frozen.restore(model)
 
     def _on_forward(self, model: nn.Module, args: Any) -> None:
-        """A training step needs a graph of its own, begun here: a layer that is computed twice
-        (activation checkpointing) must find what it found the first time."""
+        """Begin a training step with new shared tensors, which belong to its graph.
+
+        A layer that is computed twice (activation checkpointing) must find the same ones again.
+        """
         if torch.is_grad_enabled():
             self._cache.clear()
             self._cache.get(self)
@@ -144,7 +166,7 @@ class Attachment(nn.Module):
 
 
 class _Cache:
-    """What the targets share in one forward pass, for as long as it is true."""
+    """What the targets share in one forward pass, for as long as no coefficient changes."""
 
     def __init__(self) -> None:
         self._prepared: tuple[Tensor, ...] | None = None
@@ -152,11 +174,11 @@ class _Cache:
         self._has_graph = False
 
     def clear(self, gradient: Tensor | None = None) -> None:
-        """Forget; as a tensor's hook: when the backward pass has used the graph up."""
+        """Forget; called as a tensor's hook when the backward pass has used the graph up."""
         self._prepared = None
 
     def get(self, attachment: Attachment) -> tuple[Tensor, ...]:
-        """The shared tensors, computed anew where a coefficient has changed since."""
+        """Return the shared tensors, computed again if a coefficient has changed since."""
         if self._prepared is None or not self._holds():
             self._prepared = attachment.factors.prepare(attachment.values())
             self._has_graph = torch.is_grad_enabled()
@@ -171,9 +193,8 @@ class _Cache:
                 tensor.register_hook(self.clear)  # type: ignore[no-untyped-call]
 
     def _holds(self) -> bool:
-        """Compiled code asks only for a graph: there the model's own hook clears."""
         if torch.is_grad_enabled() and not self._has_graph:
             return False
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # versions are not traced; the model's hook clears
             return True
         return all(p._version == version for p, version in self._watched)

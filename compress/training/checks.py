@@ -1,4 +1,4 @@
-"""What `attach` refuses, before it touches the model."""
+"""Check what `attach` is given, before it touches the model."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def check_options(method: Method, seed: int) -> None:
 
 
 def check_place(place: AttachedTarget, method: Method) -> None:
-    """Whether a target can be attached.
+    """Check that a target can be attached.
 
     Raises:
-        InputError: naming the target, and the layer that cannot.
+        InputError: it cannot; the message names the target and the layer.
     """
     if method.rank > max(place.target.matrix):
         raise InputError(
@@ -44,7 +44,7 @@ def check_place(place: AttachedTarget, method: Method) -> None:
         )
     for site in place.sites:
         if isinstance(site.owner, nn.RNNBase):
-            raise _refused(place, site, "keeps its weights in a list of its own")
+            raise _refused(place, site, "hands its weights to a fused kernel that sees no update")
         if getattr(site.owner, "max_norm", None) is not None:
             raise _refused(place, site, "rewrites its weights as it runs (max_norm)")
 
@@ -57,10 +57,10 @@ def _refused(place: AttachedTarget, site: Site, why: str) -> InputError:
 
 
 def check_free(model: nn.Module, name: str, kind: type[nn.Module]) -> None:
-    """Whether nothing is attached to a model, and `name` is free in it.
+    """Check that nothing is attached to a model, and that the name `name` is free in it.
 
     Raises:
-        InputError: one of the two.
+        InputError: one of the two is not so.
     """
     if any(isinstance(module, kind) for module in model.modules()):
         raise InputError(
@@ -69,5 +69,6 @@ def check_free(model: nn.Module, name: str, kind: type[nn.Module]) -> None:
         )
     if hasattr(model, name):
         raise InputError(
-            f"the model has an attribute {name!r} of its own, which attach needs", fix="rename it"
+            f"the model has an attribute {name!r}, the name that attach gives to its coefficients",
+            fix="rename the attribute",
         )

@@ -1,4 +1,4 @@
-"""From trained coefficients to a delta: rounded, named as the base names them, proved."""
+"""Make a delta of trained coefficients: rounded, named as the base names them, proved."""
 
 from __future__ import annotations
 
@@ -36,7 +36,16 @@ def convert(
     made: Made,
     progress: Progress = silent,
 ) -> Delta:
-    """The delta of an attached model, bound to its base.
+    """Make the delta of an attached model, bound to its base.
+
+    Args:
+        model: the attached model.
+        attachment: what is attached to it.
+        base: the model on disk; None takes the model itself as it was before.
+        precision: how the coefficients are rounded.
+        name: what the base is called, for people.
+        made: how the delta was made, for people and tools.
+        progress: what is told how far the work is.
 
     Raises:
         BaseMismatchError: the model's frozen tensors are not the base's.
@@ -62,7 +71,7 @@ def convert(
 def quantised(
     attachment: Attachment, precision: Precision
 ) -> tuple[dict[str, dict[str, Quantised]], dict[str, Quantised]]:
-    """The coefficients as the file holds them: by target and group, and the shared groups.
+    """Round the coefficients as the file holds them: by target and group, and the shared groups.
 
     Raises:
         InputError: a coefficient is not finite.
@@ -87,7 +96,7 @@ def _check_buffers(model: nn.Module, attachment: Attachment) -> None:
 def _checkpoint(
     model: nn.Module, attachment: Attachment, base: str | os.PathLike[str] | Checkpoint | None
 ) -> Iterator[Checkpoint]:
-    """The base; where none is given, the model itself as it was before."""
+    """Open the base; where none is given, the model itself as it was before."""
     if base is not None:
         yield Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
         return
@@ -98,7 +107,7 @@ def _checkpoint(
 
 
 def _write(place: Path, tensors: dict[str, Tensor]) -> None:
-    """Tensors as a safetensors file, tied ones once."""
+    """Write tensors as a safetensors file, tied ones once."""
     first = {id(value): name for name, value in reversed(tensors.items())}
     safetensors.write(place, {name: RawTensor.of(tensors[name]) for name in first.values()})
 
@@ -121,7 +130,7 @@ def _check_names(attachment: Attachment, checkpoint: Checkpoint) -> None:
 
 
 def _check_frozen(model: nn.Module, attachment: Attachment, checkpoint: Checkpoint) -> None:
-    """All that the delta leaves out must be the base's."""
+    """Check that everything that the delta leaves out is the base's."""
     tensors = attachment.frozen.base(model)
     extras = set(attachment.frozen.trained(model))
     stored = {id(value) for name, value in tensors.items() if name in checkpoint}
@@ -151,9 +160,9 @@ def _same(value: Tensor, checkpoint: Checkpoint, name: str) -> bool:
 def _extras(
     model: nn.Module, attachment: Attachment, checkpoint: Checkpoint
 ) -> dict[str, RawTensor]:
-    """The extras in the types that the base keeps them in."""
-    found = {}
+    """Copy the extras, in the types in which the base keeps them."""
+    extras = {}
     for name, value in attachment.frozen.trained(model).items():
         known = TORCH.get(checkpoint.info(name).dtype) if name in checkpoint else None
-        found[name] = RawTensor.copy_of(value if known is None else value.to(known))
-    return found
+        extras[name] = RawTensor.copy_of(value if known is None else value.to(known))
+    return extras

@@ -1,8 +1,8 @@
-"""The base model's own side of an attachment: what is frozen, what trains whole, what comes back.
+"""The base model's side of an attachment: what is frozen, what trains whole, what is restored.
 
-While a delta is attached, the model's tensors stand still but for the extras: tensors that are
-trained, and stored, whole. The model's state dict holds the coefficients and the extras alone, so
-that training checkpoints are small; the base does not change, so it need not be saved.
+While a delta is attached, only the extras among the model's tensors change: those that are trained,
+and stored, whole. The model's state dict holds the coefficients and the extras alone, so that
+training checkpoints are small; the base does not change, so it need not be saved.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ class Frozen:
         extras: Sequence[str],
         targets: Iterable[str],
     ) -> None:
-        """Find the extras.
+        """Choose the extras.
 
         Args:
             names: state name to checkpoint name, for all tensors of the model.
+            extras: globs over checkpoint names.
+            targets: checkpoint names of the targets, which cannot be extras.
 
         Raises:
             InputError: a pattern of `extras` matches nothing, or a target.
@@ -60,7 +62,7 @@ class Frozen:
         ]
 
     def restore(self, model: nn.Module) -> None:
-        """The model's tensors as they were; what was trained is kept for another `install`."""
+        """Restore the model's tensors; keep what was trained for another `install`."""
         state = self._now(model)
         self._trained = {name: state[name].detach().clone() for name in self._before}
         _copy(self._before, state)
@@ -69,40 +71,42 @@ class Frozen:
             parameter.grad = None
 
     def base(self, model: nn.Module) -> dict[str, Tensor]:
-        """The base model's tensors by the checkpoint's names, as they were before; of tied ones
-        the name that comes first is the one that files keep."""
+        """Return the base model's tensors by checkpoint name, as they were before.
+
+        Of tied tensors, the name that files keep comes first.
+        """
         now = self._now(model)
         return {self._names[name]: self._before.get(name, tensor) for name, tensor in now.items()}
 
     def trained(self, model: nn.Module) -> dict[str, Tensor]:
-        """The extras by the checkpoint's names, as they are now; tied ones once."""
+        """Return the extras by checkpoint name, as they are now; tied ones once."""
         now = {name: tensor for name, tensor in self._now(model).items() if name in self.extras}
         first = {id(tensor): name for name, tensor in reversed(now.items())}
         return {self._names[name]: now[name].detach() for name in first.values()}
 
     def drifted(self, model: nn.Module) -> list[str]:
-        """Buffers (a batch norm's statistics) that changed though they are no extras."""
+        """Return the buffers (a batch norm's statistics) that changed and are no extras."""
         now = self._now(model)
         others = [name for name in self._before if name not in self.extras]
         return [self._names[n] for n in others if not torch.equal(now[n], self._before[n])]
 
     def _now(self, model: nn.Module) -> dict[str, Tensor]:
-        """The tensors straight from the modules: an attached model's state dict is small."""
+        """Read the tensors from the modules: an attached model's state dict leaves the base out."""
         modules = dict(model.named_modules(remove_duplicate=False))
-        found: dict[str, Any] = {}
+        tensors: dict[str, Any] = {}
         for name in self._names:
             path, _, attribute = name.rpartition(".")
             owner = modules[path]
-            found[name] = owner._parameters.get(attribute, owner._buffers.get(attribute))
-        return found
+            tensors[name] = owner._parameters.get(attribute, owner._buffers.get(attribute))
+        return tensors
 
     def is_frozen(self, name: str) -> bool:
-        """Whether a key of the model's state dict is the base's own."""
+        """Return whether a key of the model's state dict belongs to the base."""
         return name in self._names and name not in self.extras
 
 
 class _SmallState:
-    """State dict hook: leave the base out."""
+    """State dict hook: leaves the base out."""
 
     def __init__(self, frozen: Frozen) -> None:
         self._frozen = frozen
@@ -114,7 +118,7 @@ class _SmallState:
 
 
 class _SmallLoad:
-    """Load hook: do not miss the base."""
+    """Load hook: does not report the base as missing."""
 
     def __init__(self, frozen: Frozen) -> None:
         self._frozen = frozen
@@ -137,7 +141,7 @@ def _check(extras: Sequence[str], names: dict[str, str], targets: set[str]) -> N
     both = sorted(name for name in names.values() if name in targets and matches(name, extras))
     if both:
         raise InputError(
-            f"{both[0]} is a target and an extra too",
+            f"{both[0]} is a target and an extra as well",
             fix="exclude it from the targets, or leave it out of the extras",
         )
 

@@ -63,7 +63,7 @@ class LayerHook(ABC):
         update = self.source.update(self.index).map(lambda t: t.to(weight.device)).matrix()
         change = (update.t() if self.transposed else update).view_as(weight)
         wide = torch.promote_types(weight.dtype, change.dtype)
-        merged = (weight.to(wide) + change).to(weight.dtype)
+        merged: Tensor = (weight.to(wide) + change).to(weight.dtype)
         owner.__dict__[attribute] = merged
         return merged
 

@@ -1,11 +1,11 @@
-"""Sign bases kept as bits, and their weighted sums for many targets at once.
+"""Keep sign bases as bits, and sum them, weighted, for many targets at once.
 
 All targets share the bases of a role (docs/format.md, section 5), so one packed copy serves them:
 basis i of a role is bit i of every element, and a target uses the first lines. A sum over k bases
 is a matrix product with the unpacked bits, done a few million signs at a time, in the forward and
 in the backward pass, so that nothing of size k times a layer is ever kept.
 
-On a GPU with Triton not even the bits are: `kilodelta.merging.gpu` draws them in both passes.
+On a GPU with Triton no bits are kept: `kilodelta.merging.gpu` draws them in both passes.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from torch import Tensor
 from kilodelta.exact.bases import BLOCK, Stream
 
 SIGNS_A_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 25}
-"""Signs unpacked at a time: a few MB of float32 stay in a core's cache, a GPU wants more."""
+"""Signs unpacked at a time: few MB of float32, so as to stay in a core's cache; more for a GPU."""
 
 
 class PerDevice:
-    """A constant that is drawn once on the CPU, when first used, and kept once a device."""
+    """A constant that is drawn on the CPU when first used, and kept once per device."""
 
     def __init__(self, draw: Callable[[], Tensor]) -> None:
         self._draw = draw
         self._copies: dict[torch.device, Tensor] = {}
 
     def on(self, device: torch.device) -> Tensor:
-        """The constant on a device."""
+        """Return the constant on a device."""
         if device not in self._copies:
             cpu = torch.device("cpu")
             self._copies.setdefault(cpu, self._draw())
@@ -44,7 +44,15 @@ class PerDevice:
 def pack(
     stream: Stream, role: int, *, lines: int, rank: int, bases: int, lines_are_rows: bool
 ) -> Tensor:
-    """Sign bases 0 .. bases-1 of a role: uint8 (lines * rank, ceil(bases / 8)).
+    """Pack sign bases 0 .. bases-1 of a role: uint8 (lines * rank, ceil(bases / 8)).
+
+    Args:
+        stream: of the seed.
+        role: of the bases.
+        lines: the most that a target uses.
+        rank: entries of each line.
+        bases: how many.
+        lines_are_rows: whether a line is a row of each basis, or a column.
 
     Element (line, rho) is the basis entry at (row, column) = (line, rho) where lines are rows,
     else at (rho, line). Bit i mod 8 of byte i div 8 is basis i; 0 is +1, 1 is -1.
@@ -57,10 +65,7 @@ def pack(
 
 
 class SignBases(PerDevice):
-    """The sign bases of a role: their bits on a device, or none where its kernels draw them.
-
-    Args: those of `pack`.
-    """
+    """The sign bases of a role: their bits on a device, or none where kernels draw them there."""
 
     def __init__(
         self,
@@ -78,7 +83,7 @@ class SignBases(PerDevice):
         self._bytes = -(-bases // 8)
 
     def on(self, device: torch.device) -> Tensor:
-        """uint8 (elements, bytes), or (0, bytes)."""
+        """Return the bits, uint8 (elements, bytes), or (0, bytes) where kernels draw them."""
         if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
             return torch.empty(0, self._bytes, dtype=torch.uint8, device=device)
         return super().on(device)
@@ -86,31 +91,31 @@ class SignBases(PerDevice):
 
 @lru_cache(maxsize=8)
 def _signs_of_byte(device: torch.device) -> Tensor:
-    """float32 (256, 8): what the eight bits of a byte stand for."""
+    """Return the signs of the eight bits of each byte, float32 (256, 8)."""
     bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
     return (1 - 2 * bits).to(device, torch.float32)
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """Signs as float32 (elements, 8 * bytes)."""
+    """Unpack signs to float32 (elements, 8 * bytes)."""
     table = _signs_of_byte(packed.device)
     return table.index_select(0, packed.reshape(-1).int()).view(packed.shape[0], -1)
 
 
 def _classes(sizes: Sequence[int]) -> list[tuple[slice, slice, int]]:
-    """Runs of equal sizes: their targets, their place in the flat result, the size."""
-    found: list[tuple[slice, slice, int]] = []
+    """Find runs of equal sizes: their targets, their place in the flat result, the size."""
+    runs: list[tuple[slice, slice, int]] = []
     first = place = 0
     while first < len(sizes):
         size = sizes[first]
         count = sum(1 for s in sizes[first:] if s == size)
-        found.append((slice(first, first + count), slice(place, place + count * size), size))
+        runs.append((slice(first, first + count), slice(place, place + count * size), size))
         first, place = first + count, place + count * size
-    return found
+    return runs
 
 
 def _chunks(packed: Tensor, sizes: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the elements, none across the end of a target, with their signs."""
+    """Yield slices of the elements, none across the end of a target, with their signs."""
     budget = SIGNS_A_CHUNK.get(packed.device.type, SIGNS_A_CHUNK["cuda"])
     step = max(1, budget // (8 * packed.shape[1]))
     start = 0
@@ -127,14 +132,14 @@ def _chunks(packed: Tensor, sizes: Sequence[int]) -> Iterator[tuple[slice, Tenso
     schema="(Tensor coefficients, Tensor packed, int[] sizes, str place) -> Tensor",
 )
 def mix_signs(coefficients: Tensor, packed: Tensor, sizes: Sequence[int], place: str) -> Tensor:
-    """For target t the sums sum_i coefficients[t, i] S_i[element], element < sizes[t].
+    """Compute, for target t, the sums sum_i coefficients[t, i] S_i[element], element < sizes[t].
 
     Args:
         coefficients: float32 (targets, 8 * bytes), columns beyond the last basis zero.
-        packed: uint8 (elements, bytes), of `pack`; without elements the signs are drawn from
-            `place` by a kernel, where coefficients may be float64 too.
-        sizes: ascending.
-        place: seed, role, rank, and 1 where lines are rows; as text, for a seed is unsigned.
+        packed: uint8 (elements, bytes), of `pack`. Without elements, a kernel draws the signs from
+            `place`; then coefficients may also be float64.
+        sizes: elements of each target, ascending.
+        place: seed, role, rank, and 1 where lines are rows; as text, because a seed is unsigned.
 
     Returns:
         float32, the targets' sums one behind the other.
@@ -162,19 +167,19 @@ def mix_signs(coefficients: Tensor, packed: Tensor, sizes: Sequence[int], place:
 def mix_signs_backward(
     gradient: Tensor, packed: Tensor, sizes: Sequence[int], place: str
 ) -> Tensor:
-    """The gradient of `mix_signs` to its coefficients: float32 (targets, 8 * bytes)."""
+    """Compute the gradient of `mix_signs` to its coefficients: float32 (targets, 8 * bytes)."""
     if not packed.shape[0]:
         from kilodelta.merging.gpu.mix_launch import mix_backward
 
         return mix_backward(gradient, 8 * packed.shape[1], sizes, _numbers(place))
-    found = gradient.new_zeros(len(sizes), 8 * packed.shape[1])
+    total = gradient.new_zeros(len(sizes), 8 * packed.shape[1])
     classes = _classes(sizes)
     with torch.autocast(packed.device.type, enabled=False):
         for piece, signs in _chunks(packed, sizes):
             for targets, span, size in classes:
                 if piece.start < size:
-                    found[targets] += gradient[span].view(-1, size)[:, piece] @ signs
-    return found
+                    total[targets] += gradient[span].view(-1, size)[:, piece] @ signs
+    return total
 
 
 def _numbers(place: str) -> list[int]:
@@ -198,15 +203,15 @@ def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, list[int], str], output: Tenso
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
     (packed,) = ctx.saved_tensors
-    found = mix_signs_backward(gradient.contiguous(), packed, ctx.sizes, ctx.place)
-    return found, None, None, None
+    to_coefficients = mix_signs_backward(gradient.contiguous(), packed, ctx.sizes, ctx.place)
+    return to_coefficients, None, None, None
 
 
 mix_signs.register_autograd(_backward, setup_context=_keep)
 
 
 class SignMixer:
-    """The weighted sums of a role's bases for a fixed list of targets, as one product."""
+    """Sums a role's bases, weighted, for a fixed list of targets, as one product."""
 
     def __init__(self, bases: SignBases, lines: Sequence[int], rank: int) -> None:
         self.bases = bases
@@ -214,12 +219,12 @@ class SignMixer:
         self._rank = rank
         self._order = sorted(range(len(lines)), key=lambda t: lines[t])
         self._sizes = [lines[t] * rank for t in self._order]
-        starts = np.cumsum([0, *self._sizes[:-1]]).tolist()  # a compiler reads int, not np.int64
+        starts = np.cumsum([0, *self._sizes[:-1]]).tolist()  # a compiler traces int, not np.int64
         self._starts: dict[int, int] = dict(zip(self._order, starts, strict=True))
         self._lines = tuple(lines)
 
     def mix(self, coefficients: Sequence[Tensor]) -> Tensor:
-        """All targets' sums in one flat tensor, from one (k,) tensor a target."""
+        """Compute all targets' sums in one flat tensor, from one tensor (k,) per target."""
         stacked = torch.stack([coefficients[t] for t in self._order]).float()
         packed = self.bases.on(stacked.device)
         padding = 8 * packed.shape[1] - stacked.shape[1]
@@ -228,6 +233,6 @@ class SignMixer:
         return mixed
 
     def part(self, flat: Tensor, target: int) -> Tensor:
-        """A target's sums (lines, rank), a view of what `mix` gave."""
+        """Return a target's sums (lines, rank), a view of what `mix` returned."""
         begin, count = self._starts[target], self._lines[target]
         return flat[begin : begin + count * self._rank].view(count, self._rank)

@@ -1,4 +1,4 @@
-"""Training through the file's own rounding: integers with a scale c * 2^e, gradients straight on.
+"""Train through the file's rounding: integers with a scale c * 2^e, gradients straight through.
 
 The rule is `kilodelta.format.quantise.quantise`, in torch, so that it runs inside a training
 step on any device. A forward pass computes with q * c * 2^e, exactly what the file will hold; the
@@ -32,15 +32,16 @@ class Rounded:
 
 
 def power_of_two(e: Tensor) -> Tensor:
-    """2^e as float64, put together from its bits, because no pow promises to be exact."""
+    """Compute 2^e as float64 from its bits, because no `pow` promises to be exact."""
     return ((e.long() + 1023) << 52).view(torch.float64)
 
 
 def scale_above(step: Tensor, c_max: int) -> tuple[Tensor, Tensor]:
-    """The smallest c * 2^e >= step > 0, c in (c_max / 2, c_max]; (1, 0) for a step of zero.
+    """Find the smallest c * 2^e >= step > 0, c in (c_max / 2, c_max]; (1, 0) for a step of zero.
 
     Args:
         step: float64, any shape.
+        c_max: the largest mantissa.
 
     Returns:
         c float64 and e int32, of step's shape.
@@ -53,14 +54,14 @@ def scale_above(step: Tensor, c_max: int) -> tuple[Tensor, Tensor]:
 
 
 def scale_near(value: Tensor, c_max: int) -> tuple[Tensor, Tensor]:
-    """The c * 2^e nearest to a positive number, c and e as above."""
+    """Find the c * 2^e nearest to a positive number; c and e as `scale_above` returns them."""
     c, e = scale_above(value, c_max)
     exact = value * power_of_two(-e)
     return torch.where((exact - (c - 1) < c - exact) & (c > 1), c - 1, c), e
 
 
 def round_group(value: Tensor, bits: int, c_max: int) -> Rounded:
-    """A group's integers with the scale that errs least in the mean square."""
+    """Round a group to integers with the scale of the least mean square error."""
     floats = value.detach().double()
     top = largest(bits)
     peak = floats.abs().max() / top
@@ -76,24 +77,30 @@ def round_group(value: Tensor, bits: int, c_max: int) -> Rounded:
 
 
 def round_with(value: Tensor, bits: int, c: Tensor, e: Tensor) -> Rounded:
-    """A group's integers for a scale that is given."""
+    """Round a group to integers of a given scale.
+
+    Args:
+        value: the group, any shape.
+        bits: of an integer.
+        c, e: the scale, float64 and int32 of one element.
+    """
     top = largest(bits)
     q = (value.detach().double() / (c * power_of_two(e))).round().clamp(-top, top)
     return Rounded(q, c, e)
 
 
 def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
-    """`rounded` in the forward pass, bit for bit; its gradient goes to `value` unchanged."""
+    """Return `rounded`, bit for bit, whose gradient goes to `value` unchanged."""
     return rounded.detach() + (value - value.detach())
 
 
 def as_scale(c: Tensor, e: Tensor) -> Scale:
-    """A scale as the file writes it."""
+    """Return a scale as the file writes it."""
     return Scale(int(c.item()), int(e.item()))
 
 
 def constants(scale: Scale, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A scale as tensors: c float64, e int32."""
+    """Return a scale as tensors: c float64, e int32."""
     return (
         torch.tensor(float(scale.c), dtype=torch.float64, device=device),
         torch.tensor(scale.e, dtype=torch.int32, device=device),

@@ -1,4 +1,4 @@
-"""Where a delta's targets live in a module: which tensors, under which names, in which layers.
+"""Find a delta's targets in a module: which tensors, under which names, in which layers.
 
 A target is a parameter; a site is a layer that computes with it. A tied parameter (the word
 embedding that is also the output layer) has several names and several sites but is one target.
@@ -26,9 +26,12 @@ from kilodelta.format.targets import Patterns, Target, matches, select
 class Site:
     """One layer that computes with a target.
 
-    `host` is the module whose forward pass uses the parameter: the owner, or where the owner has
-    none of its own (a `ParameterList`, the output projection of `nn.MultiheadAttention`) the
-    nearest one around it.
+    Attributes:
+        owner: the module that has the parameter.
+        attribute: the parameter's name there.
+        host: the module whose forward pass uses it: the owner, or, where the owner has no forward
+            pass that does (a `ParameterList`, the output projection of `nn.MultiheadAttention`),
+            the nearest module around it that has.
     """
 
     owner: nn.Module
@@ -38,7 +41,7 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttachedTarget:
-    """A target in a module: all its names (the checkpoint's naming) and all its sites."""
+    """A target in a module: all its names (as checkpoints have them) and all its sites."""
 
     target: Target
     aliases: tuple[str, ...]
@@ -46,9 +49,10 @@ class AttachedTarget:
 
     @property
     def parameter(self) -> Tensor:
+        """The target's weight."""
         site = self.sites[0]
-        found: Tensor = site.owner._parameters[site.attribute]  # type: ignore[assignment]
-        return found
+        weight: Tensor = site.owner._parameters[site.attribute]  # type: ignore[assignment]
+        return weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +67,16 @@ class _Use:
 def find(
     model: nn.Module, include: Sequence[str], exclude: Sequence[str], names: Mapping[str, str]
 ) -> tuple[Patterns, tuple[AttachedTarget, ...]]:
-    """The targets that patterns choose in a module, in file order, and the file's patterns.
+    """Choose the targets in a module by patterns.
 
     Args:
+        model: the module.
+        include: globs over checkpoint names.
+        exclude: globs of what is no target after all.
         names: checkpoint name to state name, where they differ.
+
+    Returns:
+        The file's patterns, and the targets in file order.
 
     Raises:
         InputError: a pattern chooses nothing, or something that cannot be attached.
@@ -84,7 +94,7 @@ def find(
 
 
 def checkpoint_names(model: nn.Module, names: Mapping[str, str]) -> Mapping[str, str]:
-    """State name to checkpoint name for all tensors; those that files leave out come last."""
+    """Map all state names to checkpoint names; those that files leave out come last."""
     stored = {state: name for name, state in names.items()}
     copies = set(getattr(model, "_tied_weights_keys", None) or ())
     order = sorted(
@@ -95,16 +105,16 @@ def checkpoint_names(model: nn.Module, names: Mapping[str, str]) -> Mapping[str,
 
 
 def _uses(model: nn.Module, names: Mapping[str, str]) -> list[_Use]:
-    """All parameters under all their names; the name that files keep comes first."""
+    """List all parameters under all their names; the name that files keep comes first."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    found = []
+    uses = []
     for state_name, name in checkpoint_names(model, names).items():
         path, _, attribute = state_name.rpartition(".")
         parameter = modules[path]._parameters.get(attribute)
         if parameter is not None:
             site = Site(owner=modules[path], attribute=attribute, host=_host(modules, path))
-            found.append(_Use(name=name, parameter=parameter, site=site))
-    return found
+            uses.append(_Use(name=name, parameter=parameter, site=site))
+    return uses
 
 
 def _host(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
@@ -114,7 +124,7 @@ def _host(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
 
 
 def _computes(module: nn.Module) -> bool:
-    """Whether a module's own forward pass is what uses its parameters."""
+    """Return whether a module's forward pass is what uses its parameters."""
     return type(module).forward is not nn.Module.forward and not isinstance(
         module, NonDynamicallyQuantizableLinear
     )
@@ -123,7 +133,7 @@ def _computes(module: nn.Module) -> bool:
 def _choose(
     uses: Sequence[_Use], include: Sequence[str], exclude: Sequence[str]
 ) -> dict[str, list[_Use]]:
-    """The chosen matrices by the name that counts, each with all its uses."""
+    """Choose matrices: by the first of its names that matches, each with all its uses."""
     matrices = [use for use in uses if _is_matrix(use.parameter)]
     for glob in include:
         if not any(matches(use.name, (glob,)) for use in matrices):
@@ -138,7 +148,8 @@ def _choose(
             chosen[hits[0]] = same
     if not chosen:
         raise InputError(
-            f"everything that {list(include)} chooses is excluded", fix="loosen `exclude`"
+            f"everything that {list(include)} chooses is excluded",
+            fix="leave a glob of `exclude` out",
         )
     return chosen
 
@@ -177,7 +188,7 @@ def _place(target: Target, same: Sequence[_Use]) -> AttachedTarget:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' Conv1D, whose weight is stored (in, out)."""
+    """Return whether a module is transformers' Conv1D, whose weight is stored (in, out)."""
     loaded: Any = sys.modules.get("transformers.pytorch_utils")
     return loaded is not None and isinstance(module, loaded.Conv1D)
 
@@ -193,7 +204,12 @@ def _is_transposed(name: str, same: Sequence[_Use]) -> bool:
 
 
 def globs_for(wanted: Iterable[str], others: Iterable[str]) -> tuple[str, ...]:
-    """Few globs that match all of the wanted names and none of the others."""
+    """Make few globs that match all of the wanted names and none of the others.
+
+    Example:
+        >>> globs_for(["h.0.w", "h.1.w"], ["h.0.b"])
+        ('h.*.w',)
+    """
     rest = tuple(others)
     names = tuple(wanted)
     if names and not rest:
@@ -209,5 +225,5 @@ def _digits_to_stars(name: str) -> str:
 
 
 def _literal(name: str) -> str:
-    """A glob that matches just this name."""
+    """Return a glob that matches just this name."""
     return re.sub(r"([*?[])", r"[\1]", name)

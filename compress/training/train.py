@@ -1,4 +1,4 @@
-"""Training a delta in the loop you have: attach, train, save.
+"""Train a delta in the loop you have: attach, train, save.
 
 ```python
 from kilodelta import train
@@ -11,8 +11,8 @@ train.save(model, "task.kd", base="model/")
 ```
 
 Methods (arXiv): NOLA 2310.02556, RandLoRA 2502.00987, LoRA 2106.09685, VeRA 2310.11454, Uni-LoRA
-2506.00799. With Adam the rates of LoRA (1e-4 to 1e-2, lower for higher ranks) suit all of them, and
-VeRA takes more.
+2506.00799; a method's `rate` is a learning rate of Adam to start with. A method that was registered
+(docs/add_a_method.md) is found here by its class name.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from kilodelta.compress.training.sites import checkpoint_names, find
 from kilodelta.errors import InputError
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
+from kilodelta.format.methods import METHODS, Method
 from kilodelta.format.methods import Lora as Lora
-from kilodelta.format.methods import Method
 from kilodelta.format.methods import Nola as Nola
 from kilodelta.format.methods import RandLora as RandLora
 from kilodelta.format.methods import UniLora as UniLora
@@ -58,7 +58,7 @@ __all__ = [
 
 M = TypeVar("M", bound=nn.Module)
 BITS = 8
-"""What a delta is rounded to when training never said."""
+"""Bits of a delta that was never quantised in training."""
 NONE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -79,10 +79,12 @@ def attach(
     holds the coefficients and the extras only, and `load_state_dict` takes that, so training
     checkpoints are small; `detach` gives the base back untouched.
 
-    Tied parameters are one target. A matrix that is used by hand outside of the module that owns
-    it (`x @ self.embedding.weight`) is seen there without its update: tie it, or exclude it.
+    Tied parameters are one target. A matrix that another module than its owner uses by hand
+    (`x @ self.embedding.weight`) is seen there without its update: tie it, or exclude it.
 
     Args:
+        model: any module; it is changed in place, and returned.
+        method: such as `Nola(rank=8, bases=256)`.
         targets: globs over tensor names, one or several, `*` matching dots too; every float tensor
             of two or more dimensions that matches is a target.
         seed: of the random bases, 0 .. 2^64 - 1, and of the start.
@@ -92,8 +94,13 @@ def attach(
             patterns are over checkpoint names.
 
     Raises:
-        InputError: a pattern that chooses nothing, a layer that cannot be attached, a model that
-            is attached already, a method or seed out of range.
+        InputError: a pattern chooses nothing, a layer cannot be attached, the model has a delta
+            attached, or an option or the seed is out of range.
+
+    Example:
+        >>> model = attach(nn.Sequential(nn.Linear(4, 3)), Lora(rank=1), "*.weight")
+        >>> [name for name, p in model.named_parameters() if p.requires_grad]
+        ['kilodelta.targets.0/weight.A', 'kilodelta.targets.0/weight.B']
     """
     check_free(model, NAME, Attachment)
     check_options(method, seed)
@@ -111,23 +118,23 @@ def _globs(given: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def attached(model: nn.Module) -> Attachment:
-    """A model's attachment.
+    """Return a model's attachment.
 
     Raises:
         InputError: it has none.
     """
-    found = model._modules.get(NAME)
-    if not isinstance(found, Attachment):
+    attachment = model._modules.get(NAME)
+    if not isinstance(attachment, Attachment):
         raise InputError(
             f"no delta is attached to this {type(model).__name__}",
             fix="kilodelta.train.attach(model, method, targets); for a wrapped model give the one"
             " that was attached",
         )
-    return found
+    return attachment
 
 
 def detach(model: nn.Module) -> Attachment:
-    """Give the model back as it was, bit for bit; the attachment keeps what was trained.
+    """Restore the model bit for bit; the attachment that is returned keeps what was trained.
 
     Raises:
         InputError: nothing is attached.
@@ -138,7 +145,7 @@ def detach(model: nn.Module) -> Attachment:
 
 
 def switch(model: M, attachment: Attachment) -> M:
-    """Attach what `detach` gave back, in place of what is attached now, if anything is.
+    """Attach what `detach` returned, in place of what is attached now, if anything is.
 
     Raises:
         InputError: the attachment belongs to another model.
@@ -157,8 +164,12 @@ def switch(model: M, attachment: Attachment) -> M:
 def quantise(model: nn.Module, bits: int | None) -> None:
     """From now on compute with what a file of so many bits holds, gradients straight through.
 
-    Outputs then are those of the saved and merged file, to float32 rounding. None goes back to
-    exact coefficients.
+    Outputs are then those of the saved and merged file, to float32 rounding. Call it before the
+    last fifth of the steps, so that the coefficients learn with their rounding.
+
+    Args:
+        model: an attached model.
+        bits: 4, 8 or 16; None goes back to exact coefficients.
 
     Raises:
         InputError: nothing is attached, or the method cannot have so many bits.
@@ -175,14 +186,16 @@ def to_delta(
     made: Made = NONE,
     progress: Progress = silent,
 ) -> Delta:
-    """The attached model's delta: quantised, checked against its base, its result root proved.
+    """Make the attached model's delta: quantised, checked against its base, its result proved.
 
     Args:
+        model: an attached model.
         base: the model on disk that the delta is for; by default the model itself as it was
             before it was attached, under its own tensor names.
         bits: 4, 8 or 16; by default those of `quantise`, else 8.
         name: what the base is called, for people.
         made: how it was made, for people and tools.
+        progress: what is told how far the work is.
 
     Raises:
         BaseMismatchError: `base` is not what the model was made from.
@@ -208,10 +221,24 @@ def save(
     made: Made = NONE,
     progress: Progress = silent,
 ) -> int:
-    """Write the attached model's delta as a `.kd` file; returns its bytes. See `to_delta`.
+    """Write the attached model's delta as a `.kd` file; return its bytes.
+
+    Args:
+        model: an attached model.
+        path: the file; an old one is replaced.
+        base, bits, name, made, progress: as for `to_delta`.
 
     Raises:
         OutputError: it cannot be written there.
+        BaseMismatchError, InputError: as `to_delta`.
     """
     delta = to_delta(model, base, bits=bits, name=name, made=made, progress=progress)
     return delta.save(path)
+
+
+def __getattr__(name: str) -> Any:
+    """Return the class of a method that is registered, and not among the imports above."""
+    for kind in METHODS.values():
+        if kind.__name__ == name:
+            return kind
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

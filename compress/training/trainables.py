@@ -1,8 +1,8 @@
-"""The trained numbers of a delta: one float32 parameter a coefficient group.
+"""The trained numbers of a delta: one float32 parameter per coefficient group.
 
-A group stands for `gain * parameter`; the gain is a constant that makes a learning rate which suits
-LoRA suit every method. With bits set, what is computed with is the rounded value that the file
-will hold (`kilodelta.compress.training.quantise_ste`).
+A group's value is `gain * parameter`; the gain is a constant with which a learning rate that suits
+LoRA suits every method. With a precision set, the layers compute with the rounded value that the
+file will hold (`kilodelta.compress.training.quantise_ste`).
 """
 
 from __future__ import annotations
@@ -49,21 +49,22 @@ class GroupSet(nn.Module):
             self.register_parameter(name, nn.Parameter(start.values.clone()))
 
     def exact(self, name: str) -> Tensor:
-        """A group's value as trained, float32; one without coefficients is a positive size."""
+        """Return a group's value as trained, float32; a group without coefficients is a size."""
         parameter: Any = self._parameters[name]
-        grown = parameter.float().exp() if parameter.ndim == 0 else parameter.float()
-        value: Tensor = grown * self.gains[name]
+        # A size is trained as its logarithm, so that it stays positive.
+        number = parameter.float().exp() if parameter.ndim == 0 else parameter.float()
+        value: Tensor = number * self.gains[name]
         return value
 
     def value(self, name: str, precision: Precision | None) -> Tensor:
-        """A group's value to compute with: rounded as the file will be, if a precision is set."""
+        """Return a group's value to compute with: rounded as in the file, if a precision is set."""
         value = self.exact(name)
         if precision is None:
             return value
         return straight_through(value, self.rounded(name, precision).value)
 
     def rounded(self, name: str, precision: Precision) -> Rounded:
-        """A group's value as integers with a scale."""
+        """Round a group's value to integers with a scale."""
         value = self.exact(name)
         if value.ndim == 0:
             scale = scale_near(value.detach().double(), precision.c_max)
@@ -74,10 +75,14 @@ class GroupSet(nn.Module):
         return round_group(value, precision.bits, precision.c_max)
 
     def quantised(self, precision: Precision, where: str) -> dict[str, Quantised]:
-        """The groups as the file holds them.
+        """Round the groups as the file holds them.
+
+        Args:
+            precision: how.
+            where: whose groups they are, for the message.
 
         Raises:
-            InputError: a coefficient is not finite; `where` says whose.
+            InputError: a coefficient is not finite.
         """
         return {group.name: self._quantised(group, precision, where) for group in self.groups}
 
@@ -94,5 +99,5 @@ class GroupSet(nn.Module):
 
 
 def submodule_name(target: Target) -> str:
-    """A target's name as a module's name, which must not hold dots."""
+    """Turn a target's name into a module's name, which must not hold dots."""
     return target.name.replace(".", "/")

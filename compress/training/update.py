@@ -1,4 +1,4 @@
-"""An update of a matrix as the product that a layer computes with."""
+"""The update of a matrix as a product of factors and diagonals, which a layer computes with."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FactoredUpdate:
-    """diag(rows) left diag(inner) right^T; a diagonal that is None is one.
+    """diag(rows) left diag(inner) right^T; a diagonal that is None is the identity.
 
-    A method whose factors are fixed and whose coefficients are diagonals (VeRA) keeps them apart:
-    scaling activations costs their gradients next to nothing, scaling factors a product each.
+    A method with fixed factors whose coefficients are diagonals (VeRA) keeps them apart: a gradient
+    to a scale of activations costs a sum, one to a scaled factor a matrix product.
     """
 
     left: Tensor
@@ -26,7 +26,7 @@ class FactoredUpdate:
     """(out,)."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> FactoredUpdate:
-        """The same product of changed tensors."""
+        """Return the same product of other tensors, each changed by a function."""
         inner = None if self.inner is None else function(self.inner)
         rows = None if self.rows is None else function(self.rows)
         return FactoredUpdate(
@@ -34,19 +34,25 @@ class FactoredUpdate:
         )
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """(out, K) and (in, K) with the diagonals within: the update is the first times the
-        second transposed."""
+        """Return (out, K) and (in, K) with the diagonals folded in.
+
+        The update is the first times the second transposed.
+        """
         left = self.left if self.rows is None else self.left * self.rows[:, None]
         right = self.right if self.inner is None else self.right * self.inner
         return left, right
 
     def matrix(self) -> Tensor:
-        """(out, in)."""
+        """Compute the update itself, (out, in)."""
         left, right = self.pair()
         return left @ right.t()
 
     def add_to(self, total: Tensor, given: Tensor) -> Tensor:
-        """total (n, out) + given (n, in) right diag(inner) left^T diag(rows), in total's type."""
+        """Compute total (n, out) + given (n, in) right diag(inner) left^T diag(rows).
+
+        Returns:
+            The sum in total's type.
+        """
         hidden = given @ self.right
         if self.inner is not None:
             hidden = hidden * self.inner.to(hidden.dtype)

@@ -1,5 +1,6 @@
-"""Turn a base and a delta into merged bytes and their proof, on a CPU; in `gpu/`, on CUDA.
+"""Turn a base and a delta into merged bytes and their proof.
 
-`arithmetic.py` merges one tensor, `stacks.py` expands many targets at once, `build.py` makes a
-delta out of coefficients and states the digest of its result.
+`cpu.py` merges one tensor, `gpu/` does the same on CUDA, and `devices.py` chooses between them;
+`stacks.py` computes the factors of many targets at once. `build.py` makes a delta of coefficients,
+and `proof.py` the digests of its result.
 """

@@ -225,3 +225,72 @@ def test_the_sum_is_taken_where_it_costs_less(trained: str, rows: int, cheaper: 
         layers.sum_is_cheaper(rows, FactoredUpdate(left=left, right=right, inner=one, rows=one))
         == cheaper
     )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("method", METHODS, ids=ids)
+def test_every_step_after_quantise_is_the_file_s(method: Method, bits: int) -> None:
+    """Each step from `quantise` on computes with rounded numbers, not the last or the saved one
+    alone, and learns through the rounding."""
+    model = train.attach(make(), method, TARGETS)
+    train_a_little(model)
+    exact = model(IDS).detach()
+    train.quantise(model, bits)
+    rounded = [model(IDS).detach()]
+    assert not torch.equal(rounded[0], exact)
+    for _ in range(3):
+        merged = make()
+        state, delta = merged.state_dict(), train.to_delta(model)
+        assert delta.manifest.bits == bits
+        for name in delta.targets:
+            state[name] = state[name] + torch.from_numpy(delta.update(name)).view_as(state[name])
+        merged.load_state_dict(state)
+        found, wanted = model(IDS).detach(), merged(IDS).detach()
+        # float32 sums of at most 30 terms in another order, through four layers
+        assert torch.allclose(
+            found, wanted, rtol=0, atol=100 * 2.0**-24 * float(wanted.abs().max())
+        )
+        train_a_little(model, 1)
+        rounded.append(model(IDS).detach())
+    assert not torch.equal(rounded[0], rounded[-1])
+    train.quantise(model, None)
+    assert not torch.equal(model(IDS).detach(), rounded[-1])
+
+
+@pytest.mark.parametrize("method", METHODS, ids=ids)
+def test_rounding_is_kept_in_training_checkpoints(method: Method) -> None:
+    model = train.attach(make(), method, TARGETS)
+    train_a_little(model)
+    train.quantise(model, 4)
+    wanted, state = model(IDS).detach(), copy.deepcopy(model.state_dict())
+    again = train.attach(make(), method, TARGETS)
+    again.load_state_dict(state)
+    assert train.attached(again).precision == train.attached(model).precision
+    assert torch.equal(again(IDS), wanted)
+    numbers = state["kilodelta.rounding"].tolist()
+    assert len(numbers) == 5  # as kilodelta 0.1 wrote them
+    assert numbers[:2] == [4, train.attached(model).precision.c_max]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [
+        (train.Lora(rank=0), "Lora.rank is 0, not a whole number from 1 to 4096"),
+        (train.Lora(rank=5000), "Lora.rank is 5000"),
+        (train.Nola(rank=2, bases=0), "Nola.bases is 0"),
+        (train.Nola(rank=2, bases=1 << 25), "Nola.bases is 33554432"),
+        (train.RandLora(rank=2, basis="ternary"), "RandLora.sparsity is 0"),
+        (train.RandLora(rank=2, basis="gauss"), "RandLora.basis is 'gauss'"),  # type: ignore[arg-type]
+        (train.UniLora(rank=2, anchor=40000), "UniLora.anchor is 40000"),
+        ("lora", "'lora' is not a method"),
+    ],
+)
+def test_options_that_no_file_can_hold_are_refused_before_training(method: Any, text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        train.attach(make(), method, TARGETS)
+
+
+def test_a_name_of_no_method() -> None:
+    assert train.Nola is kilodelta.train.Nola
+    with pytest.raises(AttributeError, match="no attribute 'Dora'"):
+        train.Dora  # noqa: B018

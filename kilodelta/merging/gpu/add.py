@@ -1,4 +1,4 @@
-"""The product of two integer factors added to weights and rounded, in one pass: Triton kernels.
+"""Multiply two integer factors, add the product to weights and round, in one pass: Triton kernels.
 
 `y = float32(W) + 2^e float32(N)`, then to the weights' type, all to nearest even
 (docs/format.md, section 6). Weights travel as raw bits, int32 or int16.
@@ -14,10 +14,10 @@ PLAIN = ("c", "scale")
 
 @triton.jit
 def rounded(bits, number, scale, DTYPE: tl.constexpr):
-    """(new bits, whether not finite) of weights after an update of 2^e times an int64 number.
+    """Compute (new bits, whether not finite) of weights after an update of 2^e times an int64.
 
-    `scale * float32(number)` is exact, so a fused multiply-add changes nothing. A NaN must be seen
-    before rounding: a GPU's has all bits set, which the rounding of bfloat16 would carry over.
+    `scale * float32(number)` is exact, so a fused multiply-add changes nothing. Test for NaN before
+    rounding: a GPU's NaN has all bits set, and adding bfloat16's bias wraps it around to zero.
     """
     step = number.to(tl.float32) * scale
     if DTYPE == "F32":
@@ -56,7 +56,7 @@ def low_rank(
     weights, out, flag, left, right, rows, columns, rank, c, scale,
     DTYPE: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Factors int32 (rank, rows) and (rank, columns); WIDE where a sum may pass 2^31."""
+    """Merge with factors int32 (rank, rows) and (rank, columns); WIDE where a sum may pass 2^31."""
     broad = tl.cdiv(columns, BN)  # a grid's second axis would end at 65,535
     m = tl.program_id(0) // broad * BM + tl.arange(0, BM)
     n = tl.program_id(0) % broad * BN + tl.arange(0, BN)
@@ -76,10 +76,10 @@ def by_int8(
     weights, out, flag, left, right, rows, columns, width, c, scale,
     DTYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Factors int8 (rows, width) and (columns, width) on the tensor cores, sums in int32.
+    """Merge with factors int8 (rows, width) and (columns, width) on the tensor cores.
 
-    `width` is a multiple of BK. Programs walk down GROUP row tiles before they go to the next
-    column, so that both factors stay in the second cache.
+    Sums are int32; `width` is a multiple of BK. Programs go down GROUP row tiles before the next
+    column of tiles, so that both factors stay in the second cache.
     """
     tall, broad = tl.cdiv(rows, BM), tl.cdiv(columns, BN)
     first = tl.program_id(0) // (GROUP * broad) * GROUP

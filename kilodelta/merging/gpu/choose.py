@@ -1,4 +1,4 @@
-"""The unit for a device, after it has proved itself there."""
+"""Choose the unit for a device, and prove it there."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from kilodelta.merging.gpu.unit import Unit
 
 
 def device_named(name: str) -> torch.device:
-    """A device that is there.
+    """Return a device that this machine has.
 
     Raises:
-        InputError: it is not, or kilodelta cannot merge on it.
+        InputError: it has not, or kilodelta cannot merge on such a device.
     """
     try:
         device = torch.device(name)
@@ -38,10 +38,14 @@ def device_named(name: str) -> torch.device:
 
 
 def unit_for(device: torch.device, method: Method) -> Unit:
-    """Triton's kernels on CUDA where Triton is installed, else torch operations; self-tested.
+    """Return Triton's kernels on CUDA where Triton is installed, else torch operations, proved.
+
+    Args:
+        device: CPU or CUDA.
+        method: whose kernels are proved; once per process, device and variant.
 
     Raises:
-        SelfTestError: the device does not reproduce the known values.
+        SelfTestError: the device does not compute as the CPU's kernels do.
     """
     return _proved(device, method.name, method.variant)
 

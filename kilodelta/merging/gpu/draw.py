@@ -1,6 +1,6 @@
-"""The factors of an update, drawn where they are needed: Triton kernels.
+"""Draw the factors of an update: Triton kernels.
 
-A low-rank factor is int32 (rank, lines), lines being the rows or the columns of the weights;
+A low-rank factor is int32 (rank, lines), where lines are the rows or the columns of the weights;
 RandLoRA's is int8 (lines, width), element rho * n + j of a line for rank rho and base j.
 `first` is the first line. No basis is ever in memory.
 """
@@ -13,7 +13,7 @@ import triton.language as tl
 from kilodelta.merging.gpu.philox import philox, place, popcount, sign, ternary
 
 PLAIN = ("k0", "k1", "role", "first", "index", "total", "anchor", "edge", "top")
-"""Arguments that no kernel is compiled anew for."""
+"""Arguments whose values cause no new compilation."""
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -21,7 +21,7 @@ def mixed(
     out, planes, flips, total, k0, k1, role, first, lines, rank, blocks, bits,
     ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Sums of sign bases: sum |q| - 2 sum |q| (bit ^ negative), each plane of |q| by counting bits.
+    """Sum sign bases: sum |q| - 2 sum |q| (bit ^ negative), each bit plane of |q| by counting bits.
 
     `planes` is uint32 (bits, blocks, 4), `flips` (blocks, 4), as for the numba kernel.
     """
@@ -48,7 +48,7 @@ def signed(
     out, over_rank, over_lines, k0, k1, role, first, lines, rank,
     ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Sign basis 0 times a number for each rank and one for each line (VeRA)."""
+    """Multiply sign basis 0 by a number for each rank and one for each line (VeRA)."""
     at = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = at < lines * rank
     row, column = place(at % lines + first, at // lines, ROWS)
@@ -63,7 +63,7 @@ def picked(
     out, theta, k, anchor, k0, k1, role, anchor_role, index, first, lines, rank,
     ROWS: tl.constexpr, ANCHORED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Signed picks from a vector of k numbers, and a multiple of sign basis 0 (Uni-LoRA)."""
+    """Pick signed numbers from a vector of k, and add a multiple of sign basis 0 (Uni-LoRA)."""
     at = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = at < lines * rank
     row, column = place(at % lines + first, at // lines, ROWS)
@@ -78,7 +78,7 @@ def picked(
 
 @triton.jit
 def _fold(start, factor, word, bit, j, inside, edge, top, rank, n, TERNARY: tl.constexpr):
-    """lambda times the entries of bases j, stored."""
+    """Store lambda times the entries of bases j."""
     entry = ternary(word, edge, top) if TERNARY else sign(word, bit)
     value = tl.load(factor + j * rank, mask=j < n, other=0).to(tl.int32)
     tl.store(start + j, (value * entry).to(tl.int8), mask=inside & (j < n))
@@ -89,16 +89,16 @@ def large(
     out, lambda_, k0, k1, role, first, edge, top, lines, rank, n, width,
     TERNARY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """RandLoRA's large side, lambda_j[rho] B_j[line, rho], for 128 bases j a program."""
+    """Draw RandLoRA's large side, lambda_j[rho] B_j[line, rho], 128 bases j per program."""
     line = tl.program_id(0) * TILE + tl.arange(0, TILE)
     rho, group = tl.program_id(1), tl.program_id(2)
     at = tl.arange(0, 32)[None, :]
     row = (line + first)[:, None]
-    if TERNARY:  # a call serves 4 bases: 32 calls a line
+    if TERNARY:  # a call serves 4 bases: 32 calls for each line
         row = row + at * 0
         w0, w1, w2, w3 = philox(row, rho + row * 0, group * 32 + at, role, k0, k1)
         j, step, each = group * 128 + 4 * at, 1, 0
-    else:  # a call serves 128: one a line, 32 bits of a word at a time
+    else:  # a call serves 128: one for each line, 32 bits of a word at a time
         w0, w1, w2, w3 = philox(row, rho + row * 0, group, role, k0, k1)
         j, step, each = group * 128 + at, 32, 1
     bit = at * each
@@ -116,7 +116,7 @@ def small(
     out, gamma, k0, k1, role, first, edge, top, lines, all_lines, n, width,
     TERNARY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """RandLoRA's small side, A[rho, line] gamma_j[line], for 32 bases j a program."""
+    """Draw RandLoRA's small side, A[rho, line] gamma_j[line], 32 bases j per program."""
     line = tl.program_id(0) * TILE + tl.arange(0, TILE)
     rho = tl.program_id(1)
     j = tl.program_id(2) * 32 + tl.arange(0, 32)[None, :]

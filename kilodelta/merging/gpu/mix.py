@@ -1,10 +1,11 @@
-"""NOLA's sums and their gradient for training: Triton kernels that draw signs in both passes.
+"""Sum sign bases for training, and compute the gradient: Triton kernels that draw in both passes.
 
-Nothing of size bases times factors is ever in memory. A flat factor holds line * rank + rho; the
-targets lie one behind the other, the smaller first (as in `kilodelta.compress.training.packed`).
+Nothing of size bases times factors is ever in memory. A flat factor has element line * rank + rho;
+the targets lie one after the other, the smaller first (as in
+`kilodelta.compress.training.packed`).
 
-Signs are exact in TF32, so numbers cut into their first 11 and last 13 bits give products of the
-tensor cores with float32's precision; float64 is there for checking gradients.
+Signs are exact in TF32, so that two products on the tensor cores, one with the first 11 bits of
+each number and one with the last 13, have float32's precision; float64 serves to check gradients.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ PLAIN = ("k0", "k1", "role", "step")
 
 @triton.jit
 def _signs(words, TYPE: tl.constexpr):
-    """32 sign bases of each word: (32, n)."""
+    """Return the 32 sign bases of each word: (32, n)."""
     return sign(words[None, :], tl.arange(0, 32)[:, None]).to(TYPE)
 
 
 @triton.jit
 def _dot(a, b, total):
-    """total + a @ b in the precision of float32, or of float64."""
+    """Compute total + a @ b in the precision of float32, or of float64."""
     if a.dtype == tl.float64:
         total = tl.dot(a, b, total, out_dtype=tl.float64)
     else:
@@ -40,7 +41,7 @@ def forward(
     out, coefficients, starts, sizes, k0, k1, role, targets, largest, rank, blocks,
     ROWS: tl.constexpr, TYPE: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """out[starts[t] + element] = sum_i coefficients[t, i] S_i[element], element < sizes[t]."""
+    """Store out[starts[t] + el] = sum_i coefficients[t, i] S_i[el] for elements el < sizes[t]."""
     element = tl.program_id(0) * BE + tl.arange(0, BE)
     t = tl.program_id(1) * BT + tl.arange(0, BT)
     known = t < targets
@@ -64,8 +65,11 @@ def backward(
     out, gradient, starts, sizes, k0, k1, role, step, targets, largest, rank, blocks,
     ROWS: tl.constexpr, TYPE: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """A part of the coefficients' gradient (part, targets, 128 blocks): sum_e g[t, e] S_i[e] over
-    `step` elements. Parts are added afterwards in a fixed order, so that training repeats."""
+    """Compute a part of the coefficients' gradient, (part, targets, 128 blocks).
+
+    It is sum_e g[t, e] S_i[e] over `step` elements. The parts are added afterwards in a fixed
+    order, so that training is reproducible.
+    """
     b, part = tl.program_id(0), tl.program_id(1)
     t = tl.program_id(2) * BT + tl.arange(0, BT)
     known = t < targets

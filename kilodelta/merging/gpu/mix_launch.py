@@ -1,4 +1,4 @@
-"""Launching NOLA's training kernels: sums of sign bases for many targets, and their gradient."""
+"""Launch the training kernels: sums of sign bases for many targets, and their gradient."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from kilodelta.merging.gpu import variants
 from kilodelta.merging.gpu.on_triton import key, tiles
 
 PARTS = 64
-"""Pieces into which a gradient's sum is cut at most, so that few targets keep a GPU busy too."""
+"""Most parts into which a gradient's sum is cut, so that few targets keep a GPU busy as well."""
 
 TYPES = {torch.float32: "fp32", torch.float64: "fp64"}
 
 
 @lru_cache(maxsize=64)
 def _layout(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(starts int64, sizes int32) of the targets in the flat factor."""
+    """Return (starts int64, sizes int32) of the targets in the flat factor."""
     counts = torch.tensor(sizes)
     starts = counts.cumsum(0) - counts
     return starts.to(device), counts.int().to(device)
 
 
 def mix(coefficients: Tensor, sizes: Sequence[int], place: Sequence[int]) -> Tensor:
-    """The sums of all targets, one behind the other.
+    """Compute the sums of all targets, one after the other.
 
     Args:
         coefficients: float32 or float64 (targets, bases).
@@ -51,7 +51,13 @@ def mix(coefficients: Tensor, sizes: Sequence[int], place: Sequence[int]) -> Ten
 def mix_backward(
     gradient: Tensor, bases: int, sizes: Sequence[int], place: Sequence[int]
 ) -> Tensor:
-    """The gradient to the coefficients, (targets, bases)."""
+    """Compute the gradient to the coefficients, (targets, bases).
+
+    Args:
+        gradient: to the sums, as `mix` returns them.
+        bases: how many.
+        sizes, place: as for `mix`.
+    """
     seed, role, rank, rows = place
     blocks, count, largest = tiles(bases, BLOCK), len(sizes), sizes[-1]
     variant = variants.BACKWARD[rows == 1, TYPES[gradient.dtype]]

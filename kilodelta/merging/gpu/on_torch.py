@@ -1,4 +1,4 @@
-"""Factors and products by torch operations, for GPUs without Triton, and for CPUs.
+"""Draw factors and multiply them by torch operations, for GPUs without Triton, and for CPUs.
 
 Integers up to 2^53 are exact in float64 and their sums in any order too, so a float64 product is
 an integer product. Words are int64 numbers of 32 bits, multiplied in halves of 16 bits.
@@ -17,14 +17,14 @@ MASK = 0xFFFFFFFF
 
 
 def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """(high, low) words of a product of 32-bit numbers; nothing passes 2^49."""
+    """Return the (high, low) words of a product of 32-bit numbers; nothing exceeds 2^49."""
     bottom, top = (word & 0xFFFF) * factor, (word >> 16) * factor
     middle = top + (bottom >> 16)
     return middle >> 16, ((middle & 0xFFFF) << 16) | (bottom & 0xFFFF)
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, ...]:
-    """Philox4x32-10 (Salmon et al., SC'11): four words, int64; the rounds broadcast counters."""
+    """Compute Philox4x32-10 (Salmon et al., SC'11): four words, int64; counters broadcast."""
     a, b, c, d = counter
     k0, k1 = seed & MASK, seed >> 32
     for _ in range(10):
@@ -36,7 +36,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
 
 
 class TorchUnit:
-    """A device by torch operations alone; low-rank factors are float64 that hold integers."""
+    """A device by torch operations alone; low-rank factors are float64 holding integers."""
 
     name = "torch"
 
@@ -126,7 +126,8 @@ class TorchUnit:
     ) -> tuple[Tensor, Tensor]:
         is_wide = left.dtype == torch.int8
         product = left.double() @ right.double().t() if is_wide else left.t() @ right
-        number = (product * scale.c + 0.0).float()  # + 0.0: no sum may be a zero below zero
+        # A product of -0.0 would keep a weight of -0.0, so + 0.0.
+        number = (product * scale.c + 0.0).float()
         new = (weights.float() + number * scale.unit).to(weights.dtype)
         return new, (~torch.isfinite(new)).any().int().reshape(1)
 
@@ -134,7 +135,7 @@ class TorchUnit:
         return torch.from_numpy(np.ascontiguousarray(values, np.float64)).to(self.device)
 
     def _words(self, bases: Bases, lines: range, rank: int, block: int) -> tuple[Tensor, ...]:
-        """The four words of all entries, each int64 (rank, lines)."""
+        """Draw the four words of all entries, each int64 (rank, lines)."""
         line = torch.arange(lines.start, lines.stop, device=self.device)[None, :]
         rho = torch.arange(rank, device=self.device)[:, None]
         row, column = (line, rho) if bases.lines_are_rows else (rho, line)
@@ -142,7 +143,7 @@ class TorchUnit:
         return philox((row, column, others[0], others[1]), bases.stream.seed)
 
     def _bits(self, word: Tensor) -> Tensor:
-        """Signs of the 32 bits of each word, float64 (..., 32)."""
+        """Return the signs of the 32 bits of each word, float64 (..., 32)."""
         lanes = torch.arange(32, device=self.device)
         return 1.0 - 2.0 * ((word[..., None] >> lanes) & 1).double()
 
@@ -157,5 +158,5 @@ class TorchUnit:
 
     @staticmethod
     def _wide(entries: Tensor) -> Tensor:
-        """(rank, lines, n) to the factor int8 (lines, rank n)."""
+        """Turn (rank, lines, n) into the factor int8 (lines, rank n)."""
         return entries.permute(1, 0, 2).reshape(entries.shape[1], -1).to(torch.int8)

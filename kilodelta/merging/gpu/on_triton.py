@@ -1,4 +1,4 @@
-"""Factors and products by the Triton kernels, on the current CUDA stream.
+"""Draw factors and multiply them by the Triton kernels, on the current CUDA stream.
 
 Under `TRITON_INTERPRET=1` the same code runs on CPU tensors, slowly.
 """
@@ -17,17 +17,17 @@ from kilodelta.merging.gpu.unit import DTYPES, Bases, Draw, UpdateScale
 
 
 def word(value: int) -> int:
-    """A 32-bit word as the signed number that a kernel takes."""
+    """Return a 32-bit word as the signed number that a kernel takes."""
     return value - (1 << 32) if value >= 1 << 31 else value
 
 
 def key(seed: int) -> tuple[int, int]:
-    """A seed's two words, low first, as kernels take them."""
+    """Return a seed's two words, low first, as kernels take them."""
     return word(seed & 0xFFFFFFFF), word(seed >> 32)
 
 
 def tiles(count: int, tile: int) -> int:
-    """Programs for `count` entries."""
+    """Return how many programs `count` entries take."""
     return -(-count // tile)
 
 
@@ -142,7 +142,7 @@ class TritonUnit:
         return torch.empty(rank, lines, dtype=torch.int32, device=self.device)
 
     def _wide(self, lines: int, width: int) -> Tensor:
-        """Room for RandLoRA's factor; what rounds its width up is zero."""
+        """Make room for RandLoRA's factor; the columns that round its width up are zero."""
         even = tiles(width, variants.WIDTH) * variants.WIDTH
         return torch.zeros(lines, even, dtype=torch.int8, device=self.device)
 
@@ -152,6 +152,6 @@ def _flat(out: Tensor) -> tuple[int]:
 
 
 def _edges(sparsity: int) -> tuple[int, int]:
-    """Below the first word of a ternary basis is -1, from the second on +1."""
+    """Return two words: below the first a ternary entry is -1, from the second on +1."""
     edge = 2**32 // (2 * sparsity) if sparsity else 0
     return word(edge), word(2**32 - edge if edge else 0)

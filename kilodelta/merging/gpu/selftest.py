@@ -1,8 +1,8 @@
-"""Before a device merges anything, it must reproduce known values.
+"""Prove a device before it merges anything.
 
-docs/format.md, section 7. The CPU's kernels pass their own golden values first; then small targets
-of the method in hand, in every dtype, must come out of the device as out of the CPU, and the
-typed-in roundings too.
+docs/format.md, section 7. The CPU's kernels pass their golden values first; then the device must
+reproduce the typed-in roundings, and merge small targets of the method at hand, in every dtype, to
+the CPU's bits.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def require_good_unit(unit: Unit, name: str, variant: str = "") -> None:
 
 
 def _rounds(unit: Unit, dtype: str) -> bool:
-    """Half a unit in the last place of 1 added to typed-in weights, and to the last two zero."""
+    """Add half a unit in the last place of 1 to typed-in weights, and zero to the last two."""
     bits, width = ROUNDED[dtype]
     weights = _on(unit, np.array([bits], width), dtype)
     left = unit.held(np.ones((1, 1), np.int8))(range(1))
@@ -82,8 +82,8 @@ def _on(unit: Unit, bits: Ints, dtype: str) -> torch.Tensor:
 
 def _bits(weights: torch.Tensor) -> Ints:
     raw = weights.cpu().view(torch.int32 if weights.element_size() == 4 else torch.int16)
-    found: Ints = raw.numpy().reshape(-1)
-    return found
+    flat: Ints = raw.numpy().reshape(-1)
+    return flat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +94,13 @@ class _Case:
 
     @property
     def scale(self) -> UpdateScale:
-        """An update about as large as the weights; C takes the numbers beyond float32's 24 bits."""
+        """A scale for updates as large as the weights; C takes sums beyond float32's 24 bits."""
         bound = self.method.bound(self.q)
         c = min(255 * 255, (EXACT - 1) // bound)
         return UpdateScale(c=c, e=-(c * bound).bit_length(), bound=bound)
 
     def wrong_dtypes(self, unit: Unit) -> list[str]:
-        """Types of weights for which a unit differs from the CPU."""
+        """Return the types of weights for which a unit differs from the CPU."""
         rows, columns = map(range, self.target.stored)
         draws = sides(self.method, self.q, self.target, STREAM, unit).stored(self.target)
         left, right = draws[0](rows), draws[1](columns)
@@ -125,7 +125,7 @@ class _Case:
 
 
 def _cases(method: Method) -> Iterator[_Case]:
-    """A tall and a wide target; the sums of one fit 31 bits, those of the other do not."""
+    """Yield a tall and a wide target; the sums of one fit 31 bits, those of the other do not."""
     rng = np.random.default_rng(1)
     for shape, bits in zip(SHAPES, (8, max(method.bits)), strict=True):
         target = Target(name="x", dtype="F32", shape=shape, transposed=False, index=7)
@@ -138,11 +138,12 @@ def _cases(method: Method) -> Iterator[_Case]:
 
 
 def _weights(shape: tuple[int, int], dtype: str) -> Ints:
-    """Raw bits of numbers of every size up to 1, subnormal ones and both zeros among them."""
+    """Draw raw bits of numbers of every size up to 1, subnormal ones and both zeros among them."""
     rng = np.random.default_rng(2)
     width = np.uint32 if dtype == "F32" else np.uint16
     one = {"F32": 0x3F800000, "F16": 0x3C00, "BF16": 0x3F80}[dtype]
     sizes = rng.integers(0, one, shape).astype(width)
     sizes[:, :4] = (0, 1, 2, one)
-    found: Ints = sizes | (rng.integers(0, 2, shape) << (8 * sizes.itemsize - 1)).astype(width)
-    return found
+    signs = rng.integers(0, 2, shape) << (8 * sizes.itemsize - 1)
+    bits: Ints = sizes | signs.astype(width)
+    return bits

@@ -1,8 +1,8 @@
-"""Merging a tensor that lies in host memory through a device, a band of rows at a time.
+"""Merge a tensor in host memory through a device, one band of rows after the other.
 
-Two lanes take turns: while one's band is copied in, merged and copied out on its own CUDA stream,
-the caller writes and hashes the other's. Host buffers are pinned, so that the copies run by
-themselves; nothing larger than a band and the two factors is ever on the device.
+Two lanes take turns: while one's band is copied in, merged and copied out on a separate CUDA
+stream, the caller writes and hashes the other's. Host buffers are pinned, so that copies run
+asynchronously; nothing larger than two bands and the two factors is ever on the device.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from kilodelta.merging.gpu.device_update import DeviceUpdate
 from kilodelta.merging.gpu.unit import TORCH
 
 BAND = 16 << 20
-"""Bytes of a band, at least one row."""
+"""Bytes of a band; it has at least one row."""
 
 Merge = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""From weights on the device to new ones, and a flag (1,) that is not zero where they are not
-finite."""
+"""From weights on the device to new ones, and a flag (1,), not zero where one is not finite."""
 
 
 class Lane:
@@ -48,12 +47,19 @@ class Lane:
         return torch.cuda.stream(self._stream) if self._stream else nullcontext()
 
     def after(self, device: torch.device) -> None:
-        """Let work that the caller has begun on the device end first."""
+        """Wait, on the device, for work that the caller has begun there."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def start(self, band: Bytes, dtype: torch.dtype, columns: int, merge: Merge) -> None:
-        """Set off a band's way through the device; the host does not wait."""
+        """Send a band through the device; the host does not wait.
+
+        Args:
+            band: raw bytes, uint8 (n,).
+            dtype: of the weights.
+            columns: of the stored matrix.
+            merge: what is done with the weights.
+        """
         self._size = band.size
         self._in.numpy()[: band.size] = band
         with self._turn():
@@ -64,19 +70,30 @@ class Lane:
             self._flag.copy_(flag, non_blocking=True)
 
     def finish(self) -> tuple[Bytes, bool]:
-        """Wait for the band: its merged bytes, valid until the next start, and whether all of them
-        are finite."""
+        """Wait for the band.
+
+        Returns:
+            Its merged bytes, valid until the next `start`, and whether all weights are finite.
+        """
         if self._stream is not None:
             self._stream.synchronize()
-        found: Bytes = self._out.numpy()[: self._size]
-        return found, int(self._flag) == 0
+        merged: Bytes = self._out.numpy()[: self._size]
+        return merged, int(self._flag) == 0
 
 
 def merged(
     delta: Delta, target: Target, base: Source, device: torch.device, band: int = BAND
 ) -> Iterator[Bytes]:
-    """The merged tensor's bytes in order, as `kilodelta.merging.cpu.merged` gives them; a
-    piece is overwritten by the next but one.
+    """Yield the merged tensor's bytes in order, as `kilodelta.merging.cpu.merged` does.
+
+    A piece is overwritten by the next but one.
+
+    Args:
+        delta: bound to the base, of an exact method.
+        target: one of its targets.
+        base: the base tensor's raw bytes.
+        device: where it is merged.
+        band: bytes of a piece, about.
 
     Raises:
         CheckpointError: the base tensor holds NaN or infinity.
@@ -107,14 +124,14 @@ def _merge(update: DeviceUpdate, rows: range, columns: range) -> Merge:
 
 
 def _checked(lane: Lane, delta: Delta, target: Target, base: Source) -> Bytes:
-    found, is_finite = lane.finish()
+    merged, is_finite = lane.finish()
     if not is_finite:
         raise_not_finite(delta, target, base)
-    return found
+    return merged
 
 
 def raise_not_finite(delta: Delta, target: Target, base: Source) -> None:
-    """Say why a merge is not finite, as the CPU says it.
+    """Find out on the CPU why a merge is not finite, and raise its error.
 
     Raises:
         CheckpointError: the base tensor holds NaN or infinity.
@@ -124,6 +141,6 @@ def raise_not_finite(delta: Delta, target: Target, base: Source) -> None:
     for _ in cpu.merged(delta, target, base):
         pass
     raise SelfTestError(
-        f"the device says that {target.name} is not finite, and the CPU that it is",
+        f"{target.name} is not finite by the device, and finite by the CPU",
         fix="merge with device cpu, and report this GPU with its driver and versions",
     )

@@ -1,7 +1,7 @@
-"""Every form in which a kernel is launched, so that all of them can be compiled ahead of time.
+"""List every variant in which a kernel is launched, so that all can be compiled ahead of time.
 
-A variant names its kernel, the types of its arguments and its constants; launching goes through
-it, so what is compiled without a GPU is what runs on one.
+A variant names its kernel, the types of its arguments and its constants. Kernels are launched
+through it, so what is compiled without a GPU is what runs on one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LINES = 32
 """Lines of RandLoRA's factors that a program draws, 32 columns at a time."""
 
 WIDTH = 128
-"""What the width of RandLoRA's factors is rounded up to."""
+"""The width of RandLoRA's factors is rounded up to a multiple of this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,16 +40,21 @@ class Variant:
     """Integer arguments that are multiples of 16."""
 
     def launch(self, grid: tuple[int, ...], *arguments: Any) -> None:
-        """Run on the current stream; arguments in the kernel's order, without the constants."""
+        """Run on the current stream.
+
+        Args:
+            grid: programs along each axis.
+            arguments: in the kernel's order, without the constants.
+        """
         self.kernel[grid](
             *arguments, **self.constants, num_warps=self.warps, num_stages=self.stages
         )
 
     def compile(self, capability: int) -> Any:
-        """Machine code for a compute capability such as 89, without a GPU.
+        """Compile for a compute capability such as 89; no GPU is needed.
 
         Raises:
-            Exception: whatever the compiler or the assembler finds wrong.
+            Exception: of any class, from the compiler or the assembler.
         """
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
@@ -68,14 +73,14 @@ class Variant:
 
 
 def _types(pointers: str, integers: str, **others: str) -> Mapping[str, str]:
-    """Argument types: `name:type` for pointers, names for int32."""
-    found = {n: "*" + t for n, t in (item.split(":") for item in pointers.split())}
-    return MappingProxyType({**found, **dict.fromkeys(integers.split(), "i32"), **others})
+    """Make argument types: of `name:type` for pointers, of names for int32."""
+    types = {n: "*" + t for n, t in (item.split(":") for item in pointers.split())}
+    return MappingProxyType({**types, **dict.fromkeys(integers.split(), "i32"), **others})
 
 
 _PLACE = "k0 k1 role first lines rank"
 BITS = MappingProxyType({"F32": "i32", "F16": "i16", "BF16": "i16"})
-"""How a weight's bits travel."""
+"""The integer type that holds a weight's bits."""
 
 MIXED = {
     rows: Variant(

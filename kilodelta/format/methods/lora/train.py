@@ -1,4 +1,4 @@
-"""LoRA in torch: the factors are the coefficients themselves.
+"""LoRA in torch: the factors are the coefficients.
 
 Source: Hu et al., https://arxiv.org/abs/2106.09685
 """
@@ -21,7 +21,7 @@ class LoraFactors(TrainableFactors):
     """update = B A, A (r, in) and B (out, r)."""
 
     def start(self, target: Target, generator: torch.Generator) -> Mapping[str, Start]:
-        """A kaiming uniform, B zero, as in the paper's code."""
+        """Start A kaiming uniform and B zero, as in the paper's code."""
         out, in_ = target.matrix
         rank = self.method.rank
         return {

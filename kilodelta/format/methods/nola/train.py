@@ -46,7 +46,7 @@ class NolaFactors(TrainableFactors):
         return self._left.bases, self._right.bases
 
     def start(self, target: Target, generator: torch.Generator) -> Mapping[str, Start]:
-        """alpha random, such that the right factor has the size of LoRA's A; beta zero."""
+        """Start alpha random, with which the right factor is as large as LoRA's A; beta zero."""
         k = self.method.bases
         deviation = 1 / sqrt(3 * target.matrix[1])
         return {

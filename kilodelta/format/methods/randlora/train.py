@@ -1,6 +1,6 @@
-"""RandLoRA in torch: n = ceil(min(out, in) / r) random products in two.
+"""RandLoRA in torch: n = ceil(min(out, in) / r) random products as one.
 
-sum_j B_j diag(lambda_j) A diag(gamma_j) is one product of the B_j side by side, (M, n r), with the
+sum_j B_j diag(lambda_j) A diag(gamma_j) is the product of the B_j side by side, (M, n r), with the
 diag(lambda_j) A diag(gamma_j) one below the other, (n r, m): about as much work as one dense layer.
 
 Source: Albert et al., https://arxiv.org/abs/2502.00987
@@ -23,12 +23,12 @@ from kilodelta.format.methods.base import Method
 from kilodelta.format.methods.randlora.spec import ROLE_A, ROLE_B
 from kilodelta.format.targets import Target
 
-SIZE = 20.0
-"""What the paper multiplies the update with."""
+GAIN = 20.0
+"""Gain on lambda: the factor by which the paper scales the update, so that LoRA's rates fit."""
 
 
 class RandLoraFactors(TrainableFactors):
-    """The large side M gets the B_j, the small side m the scaled A."""
+    """update = B_j side by side (M, n r) times the scaled A (n r, m); transposed where out < in."""
 
     def __init__(self, method: Method, seed: int, targets: Sequence[Target]) -> None:
         super().__init__(method, seed, targets)
@@ -36,14 +36,14 @@ class RandLoraFactors(TrainableFactors):
         self._B = PerDevice(self._draw_B)
 
     def _draw_A(self) -> Tensor:  # noqa: N802
-        """A^T, float32 (m, r)."""
+        """Draw A^T, float32 (m, r)."""
         small = max(min(target.matrix) for target in self.targets)
         one = np.ones((1, small), np.int8)
         drawn = self.method.draw(self.stream, ROLE_A, one, range(self.method.rank), range(small))
         return torch.from_numpy(drawn[:, :, 0]).float().t().contiguous()
 
     def _draw_B(self) -> Tensor:  # noqa: N802
-        """All B_j side by side, float32 (M, n r): a narrower target uses the first columns."""
+        """Draw all B_j side by side, float32 (M, n r): a smaller target uses the first columns."""
         rank = self.method.rank
         large = max(max(target.matrix) for target in self.targets)
         n = max(-(-min(target.matrix) // rank) for target in self.targets)
@@ -56,11 +56,11 @@ class RandLoraFactors(TrainableFactors):
         return self._A, self._B
 
     def start(self, target: Target, generator: torch.Generator) -> Mapping[str, Start]:
-        """lambda zero, gamma 1 / m, as in the paper's code."""
+        """Start lambda zero and gamma 1 / m, as in the paper's code."""
         small = min(target.matrix)
         n = -(-small // self.method.rank)
         return {
-            "lambda": Start(values=torch.zeros(n, self.method.rank), gain=SIZE),
+            "lambda": Start(values=torch.zeros(n, self.method.rank), gain=GAIN),
             "gamma": Start(values=torch.full((n, small), 1 / small)),
         }
 
@@ -81,17 +81,21 @@ class RandLoraFactors(TrainableFactors):
 
 
 class Fold(torch.autograd.Function):
-    """A[x, rho] lambda[j, rho] gamma[j, x] as (m, n r), keeping only lambda, gamma and A."""
+    """A[x, rho] lambda[j, rho] gamma[j, x] as (m, n r).
+
+    autograd alone would keep two tensors of the size of the result for the backward pass; this
+    keeps lambda, gamma and A, and computes them again.
+    """
 
     @staticmethod
     def forward(ctx: Any, lambda_: Tensor, gamma: Tensor, A: Tensor) -> Tensor:
-        """lambda (n, r), gamma (n, m), A (m, r)."""
+        """Compute the product from lambda (n, r), gamma (n, m), A (m, r)."""
         ctx.save_for_backward(lambda_, gamma, A)
         return ((A[:, None, :] * gamma.t()[:, :, None]) * lambda_).flatten(1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Gradients (n, r), (n, m)."""
+        """Compute the gradients to lambda (n, r) and gamma (n, m)."""
         lambda_, gamma, A = ctx.saved_tensors
         per_entry = gradient.reshape(len(A), *lambda_.shape) * A[:, None, :]
         for_lambda = (per_entry * gamma.t()[:, :, None]).sum(dim=0)

@@ -26,16 +26,16 @@ from kilodelta.format.quantise import scale_near
 from kilodelta.format.targets import Target
 
 UNIT = 2.0**-10
-"""What the anchor is counted in before theta has a scale."""
+"""The step of which the anchor is a multiple before theta has a scale."""
 SMALL = 0.02
-"""Largest entry of theta at the start where there is no anchor, as in the paper's code."""
+"""Largest entry of theta at the start without an anchor, as in the paper's code."""
 
 
 class UniLoraFactors(TrainableFactors):
     """update = size V (a S + U), U (r, in) and V (out, r) signed picks from theta.
 
-    Until quantised training begins the anchor is counted in `UNIT`s. Then `settle` gives theta its
-    scale and chooses the integer that keeps the anchor's size.
+    Until quantised training begins, the anchor is counted in steps of `UNIT`. Then `settle` fixes
+    theta's scale, and chooses the integer that keeps the anchor's size.
     """
 
     settled: ClassVar[Settled] = Settled(options=("anchor",), groups=("theta",))
@@ -50,14 +50,17 @@ class UniLoraFactors(TrainableFactors):
         self._starts = np.cumsum([0, *sizes]).tolist()
 
     def _draw_S(self) -> Tensor:  # noqa: N802
-        """S^T, float32 (in, r)."""
+        """Draw S^T, float32 (in, r)."""
         width = max(target.matrix[1] for target in self.targets)
         drawn = self.stream.sign(ROLE_S, 0, range(self.method.rank), range(width))
         return torch.from_numpy(drawn).float().t().contiguous()
 
     def _draw_picks(self) -> Tensor:
-        """Where each entry of V (out, r) and U^T (in, r) of each target comes from, int32: an
-        index into theta followed by -theta."""
+        """Draw where each entry of V (out, r) and U^T (in, r) of each target comes from.
+
+        Returns:
+            int32 indices into theta followed by -theta, the targets one after the other.
+        """
         return torch.cat([part for target in self.targets for part in self._picks_of(target)])
 
     def _picks_of(self, target: Target) -> tuple[Tensor, Tensor]:
@@ -75,13 +78,13 @@ class UniLoraFactors(TrainableFactors):
         return (self._picks, self._S) if self.method.anchor else (self._picks,)
 
     def start_shared(self, generator: torch.Generator) -> Mapping[str, Start]:
-        """theta zero beside an anchor, else small."""
+        """Start theta at zero beside an anchor, else small."""
         k = self.method.bases
         theta = torch.zeros(k) if self.method.anchor else uniform(generator, (k,), SMALL)
         return {"theta": Start(values=theta)}
 
     def start(self, target: Target, generator: torch.Generator) -> Mapping[str, Start]:
-        """The size that gives the anchor the size of LoRA's A."""
+        """Start with the size that makes the anchor as large as LoRA's A."""
         anchor = abs(self.method.anchor) * UNIT
         size = 1 / (anchor * sqrt(3 * target.matrix[1])) if anchor else 1.0
         return {"size": Start(values=torch.zeros(()), gain=size)}
@@ -103,14 +106,14 @@ class UniLoraFactors(TrainableFactors):
         return FactoredUpdate(left=V, right=right * values.of(index, "size"))
 
     def _anchor(self, values: CoefficientValues) -> float:
-        """The anchor in theta's own measure."""
+        """Return the anchor as a number of the size of theta's."""
         if values.precision is None:
             return float(self.method.anchor * UNIT)
         file_method: Any = values.precision.method
         return float(file_method.anchor * values.precision.fixed["theta"].value)
 
     def widest(self) -> Method:
-        """The anchor is chosen only after the mantissas."""
+        """Allow for any anchor: it is chosen only after the mantissas."""
         return replace(self.method, anchor=LARGEST_ANCHOR)
 
     def settle(self, shared: GroupSet, precision: Precision) -> Precision:

@@ -1,4 +1,4 @@
-"""VeRA in torch: two sign matrices that all targets share, scaled by two vectors a target.
+"""VeRA in torch: two sign matrices that all targets share, scaled by two vectors per target.
 
 Source: Kopiczko et al., https://arxiv.org/abs/2310.11454
 """
@@ -43,7 +43,7 @@ class VeraFactors(TrainableFactors):
         return self._A, self._B
 
     def start(self, target: Target, generator: torch.Generator) -> Mapping[str, Start]:
-        """lambda 0.1 and b zero, with kaiming's deviations for A and B, as in PEFT."""
+        """Start lambda 0.1 and b zero, with kaiming's deviations for A and B, as in PEFT."""
         out, in_ = target.matrix
         rank = self.method.rank
         return {
