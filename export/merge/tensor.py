@@ -35,7 +35,7 @@ def merged_tensor(delta: Delta, name: str, base: Callable[[str], Bytes]) -> RawT
     """
     if name in delta.extras:
         return delta.extras[name]
-    from kilodelta.merging import arithmetic  # loads the kernels
+    from kilodelta.merging import cpu  # loads the kernels
 
     target, position = delta.target(name), 0
     source, size = base(name), dtypes.nbytes(target.dtype, target.shape)
@@ -45,7 +45,7 @@ def merged_tensor(delta: Delta, name: str, base: Callable[[str], Bytes]) -> RawT
             fix="give the exact base, or the part of it that was kept for this use",
         )
     data = np.empty(size, np.uint8)
-    for part in arithmetic.merged(delta, target, source):
+    for part in cpu.merged(delta, target, source):
         data[position : position + part.size] = part
         position += part.size
     return RawTensor(dtype=target.dtype, shape=target.shape, data=data)
