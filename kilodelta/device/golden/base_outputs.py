@@ -1,7 +1,9 @@
-"""What this device's own base computes on the golden inputs, in this device's own runtime.
+"""Compute what this device's base puts out on the golden inputs, and remember it.
 
-It is computed once, held against the golden outputs (so that the base is known to work here), and
-remembered until the runtime changes. A fine-tune whose outputs are these very numbers is not there.
+It is compared with the golden outputs once, so that the base is known to work here. A fine-tune
+whose outputs are these very bits is not present. Bits differ from machine to machine, so what is
+remembered counts only where runtime, processor, cores and GPU are the same: a device folder may
+have been cloned from another machine.
 """
 
 from __future__ import annotations
@@ -12,13 +14,15 @@ import numpy as np
 
 from kilodelta.device.folder.device_folder import DeviceFolder
 from kilodelta.device.golden import golden
+from kilodelta.device.golden.computer import computer
 from kilodelta.device.golden.probe import require_close, require_finite
 from kilodelta.device.modes.interface import Mode
 from kilodelta.errors import InputError, ProofError
 from kilodelta.files import npz, plain
 from kilodelta.verify.runners.runner import Arrays
 
-_RUNTIME = "runtime"
+_COMPUTER = "runtime"
+"""The entry that says what computed the outputs; releases before 0.2 wrote the runtime alone."""
 
 
 def device_base(folder: DeviceFolder, mode: Mode, known: golden.Golden) -> Arrays:
@@ -33,12 +37,13 @@ def device_base(folder: DeviceFolder, mode: Mode, known: golden.Golden) -> Array
         ProofError: the base does not give the golden outputs on this device.
         OutputError: they cannot be remembered.
     """
-    remembered = _read(folder.remembered, mode.runtime)
+    here = computer(mode.runtime)
+    remembered = _read(folder.remembered, here)
     if remembered is not None:
         return remembered
     outputs = mode.open(None).run(known.inputs)
     try:
-        require_finite(outputs, known.inputs)
+        require_finite(outputs, known.inputs, known.outputs)
         require_close(outputs, known, folder.bundle.limits)
     except ProofError as problem:
         raise ProofError(
@@ -47,20 +52,20 @@ def device_base(folder: DeviceFolder, mode: Mode, known: golden.Golden) -> Array
         ) from None
     named = {golden.OUTPUT + name: array for name, array in outputs.items()}
     # As bytes: an .npz file of plain numbers holds no texts.
-    version = np.frombuffer(mode.runtime.encode(), np.uint8)
-    npz.write_npz(folder.remembered, {_RUNTIME: version, **named})
+    stated = np.frombuffer(here.encode(), np.uint8)
+    npz.write_npz(folder.remembered, {_COMPUTER: stated, **named})
     return outputs
 
 
-def _read(path: Path, runtime: str) -> Arrays | None:
-    """What is remembered from the same runtime, or None."""
+def _read(path: Path, here: str) -> Arrays | None:
+    """Return what is remembered of this very computer, or None."""
     if not plain.is_file(path):
         return None
     try:
         arrays = npz.read_modest(path)
     except InputError:
         return None
-    version = arrays.pop(_RUNTIME, np.empty(0, np.uint8))
-    if version.dtype != np.uint8 or version.tobytes() != runtime.encode():
+    stated = arrays.pop(_COMPUTER, np.empty(0, np.uint8))
+    if stated.dtype != np.uint8 or stated.tobytes() != here.encode():
         return None
     return {name.removeprefix(golden.OUTPUT): array for name, array in arrays.items()}

@@ -1,8 +1,9 @@
 """The probe decides: what was just built must compute the fine-tune, or it is never served.
 
-Three questions, with the device's own runtime: are the outputs on the bundle's golden inputs finite
-numbers? Is the update there, so that they are not the base's? And if the file brings golden values:
-are its outputs within the limits that it states for this precision?
+Three questions, with the device's runtime: are the outputs on the bundle's golden inputs finite,
+except where the model means infinity? Is the update present, so that they are not the base's? And
+if the file brings golden values: are its outputs within the limits that it states for this
+precision?
 """
 
 from __future__ import annotations
@@ -29,16 +30,18 @@ Run = Callable[[Batch], Arrays]
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What a probe saw: by output the error against the file's golden values and the limit.
+    """What a probe saw; empty if the file has no golden values for this precision.
 
-    Empty where the file has no golden values for this precision; then the outputs were only seen to
-    be finite and not the base's.
+    Attributes:
+        errors: by output, the error against the file's golden values.
+        limits: by output, what the file admits.
     """
 
     errors: Mapping[str, Metrics] = field(default_factory=dict)
     limits: Mapping[str, Limit] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        """Return error and limit by output."""
         return {
             name: {
                 "relative_l2": error.relative_l2,
@@ -50,10 +53,11 @@ class Seen:
 
 
 def probe(run: Run, delta: Delta, inputs: Arrays, base: Arrays, dtype: str) -> Seen:
-    """Hold a fine-tune that was just built against all that is known about it.
+    """Compare a fine-tune that was just built with all that is known about it.
 
     Args:
         run: computes outputs with it.
+        delta: its file.
         inputs: the bundle's golden inputs.
         base: what this device's base gives on them.
         dtype: the precision it computes in.
@@ -61,29 +65,60 @@ def probe(run: Run, delta: Delta, inputs: Arrays, base: Arrays, dtype: str) -> S
     Raises:
         ProofError: naming the output and what is wrong with it.
     """
-    found = run(inputs)
-    require_finite(found, inputs)
-    if _same(found, base) and _changes(delta):
-        raise ProofError("the outputs are the base's: the update is not there", fix=_FIX)
     own, limits = golden.of_delta(delta), golden.limits_of(delta, dtype)
+    outputs = run(inputs)
+    stated = own.outputs if own is not None and limits else {}
+    require_finite(outputs, inputs, base, {name: stated[name] for name in limits if name in stated})
+    if _same(outputs, base) and _changes(delta):
+        raise ProofError("the outputs are the base's: the update is not there", fix=_FIX)
     if own is None or not limits:
         return Seen()
     return require_close(run(own.inputs), own, limits)
 
 
-def require_finite(outputs: Arrays, inputs: Batch) -> None:
-    """See that outputs are numbers, padding aside.
+def require_finite(
+    outputs: Arrays,
+    inputs: Batch,
+    expected: Arrays,
+    stated: Arrays | None = None,
+) -> None:
+    """Check that outputs are finite, padding aside, except where the model means otherwise.
+
+    A model may mask scores with minus infinity, or give NaN for rows that are masked whole. So NaN
+    and infinity are right where the expected outputs hold the same, and an infinity is right
+    anywhere in an output whose stated golden values hold it: there they are compared one by one.
+
+    Args:
+        outputs: by name.
+        inputs: what they were computed from.
+        expected: what the base gives on the same inputs.
+        stated: golden values that a file brings for other inputs, and is compared with.
 
     Raises:
         ProofError: naming an output that holds NaN or infinity.
     """
     for name, array in outputs.items():
-        if not np.isfinite(live(array, inputs)).all():
+        if array.dtype.kind != "f":
+            continue
+        values = live(array, inputs)
+        right = np.isfinite(values)
+        if name in expected and expected[name].shape == array.shape:
+            base = live(expected[name], inputs)
+            right |= (values == base) | (np.isnan(values) & np.isnan(base))
+        for infinity in (np.inf, -np.inf):
+            if stated and name in stated and (stated[name] == infinity).any():
+                right |= values == infinity
+        if not right.all():
             raise ProofError(f"output {name} holds NaN or infinity", fix=_FIX)
 
 
 def require_close(found: Arrays, known: Golden, limits: Mapping[str, Limit]) -> Seen:
-    """See that outputs are within their limits.
+    """Check that outputs are within their limits.
+
+    Args:
+        found: the outputs by name.
+        known: the inputs that they were computed from, and the outputs they must be close to.
+        limits: by output, how close.
 
     Raises:
         ProofError: naming an output that is missing or too far off, with error and limit.
@@ -109,7 +144,11 @@ def _error(name: str, found: Arrays, known: Golden) -> Metrics:
 
 
 def _same(found: Arrays, base: Arrays) -> bool:
-    return found.keys() == base.keys() and all(np.array_equal(found[n], base[n]) for n in found)
+    """Whether all outputs are equal. NaN equals NaN, or one of them would hide the base."""
+    return found.keys() == base.keys() and all(
+        np.array_equal(array, base[name], equal_nan=array.dtype.kind == "f")
+        for name, array in found.items()
+    )
 
 
 def _changes(delta: Delta) -> bool:
