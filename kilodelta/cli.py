@@ -61,7 +61,13 @@ SECTIONS = {
         device.status,
         device.run,
     ),
-    "Sign, publish, and do many at once": (trust.keygen, trust.publish, fleet.fleet),
+    "Sign, publish, and do many at once": (
+        trust.keygen,
+        trust.trust,
+        trust.publish,
+        trust.pull,
+        fleet.fleet,
+    ),
 }
 """The commands in the order of a fine-tune's life, as `kilodelta --help` lists them."""
 

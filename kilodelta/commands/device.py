@@ -9,6 +9,7 @@ import click
 
 from kilodelta import terminal
 from kilodelta.commands.shared import Command, as_json, flavour, outputs, with_progress
+from kilodelta.commands.trust import key_password
 
 if TYPE_CHECKING:
     from kilodelta.device import Applied, Bundle, Released, Served, State, Status
@@ -97,6 +98,18 @@ HISTORY = 10
     type=click.IntRange(1),
     help="How far a version may exceed the highest one that the device has had.",
 )
+@click.option(
+    "--trust",
+    multiple=True,
+    type=click.Path(),
+    help="Public key (NAME.pub) of who signs releases; repeat. The device then takes no others.",
+)
+@click.option(
+    "--threshold", default=1, type=click.IntRange(1), help="How many of the keys must sign."
+)
+@click.option("--task", default="", help="The one task whose signed releases the device takes.")
+@click.option("--kind", default="", help="The device's kind, such as orin.")
+@click.option("--mirror", type=click.Path(), help="The mirror's metadata/1.root.json, for pull.")
 @as_json
 @with_progress
 def bundle(
@@ -131,7 +144,10 @@ def _show_bundle(out: str, done: Bundle) -> None:
 @click.command(
     cls=Command,
     short_help="Give a .kd file its version and a probe of golden outputs.",
-    examples=["kilodelta release base/ task.kd -o task-7.kd --version 7 --inputs texts.jsonl"],
+    examples=[
+        "kilodelta release base/ task.kd -o task-7.kd --version 7 --inputs texts.jsonl",
+        "kilodelta release base/ task.kd -o task-7.kd --version 7 --sign team.key --task intents",
+    ],
 )
 @click.argument("base", type=click.Path())
 @click.argument("file", type=click.Path())
@@ -149,10 +165,30 @@ def _show_bundle(out: str, done: Bundle) -> None:
 )
 @click.option("--model", help="package.module:function that builds the module.")
 @click.option("--config", type=click.Path(), help="Folder with the tuned model's config.json.")
+@click.option(
+    "--sign", multiple=True, type=click.Path(), help="Private key (NAME.key) to sign with; repeat."
+)
+@click.option("--task", default="", help="What a signed release is for, such as intents.")
+@click.option(
+    "--for", "kinds", metavar="KIND[,KIND]", help="The kinds of device it is for; all by default."
+)
+@click.option("--not-before", default="", help="A date from which it is valid; now by default.")
+@click.option("--not-after", default="", help="A date on which it expires; never by default.")
+@click.option(
+    "--model-signing",
+    type=click.Path(),
+    help="Private key (NAME.p256.key) for a second signature that model_signing verifies.",
+)
 @as_json
 @with_progress
 def release(
-    base: str, file: str, out: str, as_json: bool, progress: Any, **given: Any
+    base: str,
+    file: str,
+    out: str,
+    kinds: str | None,
+    as_json: bool,
+    progress: Any,
+    **given: Any,
 ) -> Callable[[], None]:
     """Give a .kd FILE for BASE a version and a probe: golden inputs, and what it must give on them.
 
@@ -161,7 +197,9 @@ def release(
     """
     from kilodelta.device import release
 
-    done = release(base, file, out, progress=progress, **given)
+    split = kinds.split(",") if kinds else ()
+    given["password"] = key_password()
+    done = release(base, file, out, kinds=split, progress=progress, **given)
     if as_json:
         return lambda: terminal.print_json(done.to_json())
     return lambda: _show_release(done)
@@ -174,6 +212,7 @@ def _show_release(done: Released) -> None:
             ("file", f"{done.path}, {terminal.size(done.nbytes)}"),
             ("version", done.version),
             ("probe", probe),
+            *(("signature", str(path)) for path in done.signatures),
         ]
     )
 
@@ -220,6 +259,7 @@ def _show_apply(done: Applied) -> None:
         rows.append(("probe", f"{name} within {error.relative_l2:.2g} (at most {most:.2g})"))
     if not done.seen.errors:
         rows.append(("probe", "finite, and not the base's; the file states no golden values"))
+    rows.append(("signed by", ", ".join(done.signed_by) or "nobody asked for: unsigned"))
     if done.result_proved:
         rows.append(("result proved", done.result))
     else:
@@ -280,6 +320,7 @@ def _show_status(done: Status) -> None:
         ("mode", f"{done.bundle.mode}, {done.bundle.dtype}, {done.bundle.runtime}"),
         ("base", f"{done.bundle.base_name or 'unnamed'} {done.bundle.base_root}"),
         *_standing(done.state),
+        ("releases", _trusted(done)),
         ("disk", f"{terminal.size(used)} used, {terminal.size(free)} free"),
     ]
     if done.checked:
@@ -290,6 +331,13 @@ def _show_status(done: Status) -> None:
         why = f": {entry['why']}" if "why" in entry else ""
         rows.append((str(entry.get("at", "")), f"{entry['event']}{why}"))
     terminal.print_facts(rows)
+
+
+def _trusted(done: Status) -> str:
+    if done.pins is None:
+        return "unsigned ones are taken: this device pins no keys"
+    task = f", for task {done.pins.task}" if done.pins.task else ""
+    return f"signed by {done.pins.threshold} of {len(done.pins.keys)} pinned keys{task}"
 
 
 def _standing(state: State) -> list[tuple[str, object]]:

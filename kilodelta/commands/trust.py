@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import click
 
@@ -87,3 +88,90 @@ def publish(files: tuple[str, ...], repository: str, key: str, days: int, as_jso
             ("root", f"{made.root}: give this to devices"),
         ]
     )
+
+
+@click.command(
+    cls=Command,
+    short_help="Change the keys that a device pins, signed by one it pins now.",
+    examples=[
+        "kilodelta trust device/ --add new.pub --by team.key",
+        "kilodelta trust device/ --remove old.pub --by team.key -o change.json",
+        "kilodelta trust device/ --signed change.json",
+        "kilodelta trust device/ --reset-version 7 --by team.key",
+    ],
+)
+@click.argument("folder", type=click.Path())
+@click.option("--add", multiple=True, type=click.Path(), help="Public key to pin; repeat.")
+@click.option("--remove", multiple=True, type=click.Path(), help="Key to pin no longer; repeat.")
+@click.option("--threshold", type=click.IntRange(1), help="How many keys must sign from now on.")
+@click.option(
+    "--reset-version",
+    type=click.IntRange(0),
+    help="What the highest version counts as, after one that was far too high.",
+)
+@click.option("--by", multiple=True, type=click.Path(), help="Private key of a pinned one; repeat.")
+@click.option("--signed", type=click.Path(), help="Apply a change that -o wrote.")
+@click.option("-o", "--out", type=click.Path(), help="Write the signed change here instead.")
+@as_json
+def trust(folder: str, as_json: bool, **given: Any) -> None:
+    """Change the keys that a device FOLDER pins, signed by enough of those that it pins now.
+
+    Private keys stay off devices: make the change on a copy of the folder with -o, and apply the
+    file on each device with --signed.
+    """
+    from kilodelta.device import trust
+
+    done = trust(folder, password=key_password(), **given)
+    if as_json:
+        terminal.print_json(done.to_json())
+        return
+    pins = done.pins
+    terminal.print_facts(
+        [
+            ("keys", f"{pins.threshold} of {len(pins.keys)} must sign"),
+            *(("", key.keyid) for key in pins.keys),
+            ("highest version", done.highest),
+            *((("written", str(done.written)),) if done.written else ()),
+        ]
+    )
+
+
+@click.command(
+    cls=Command,
+    short_help="Fetch the newest release for a device from a mirror.",
+    examples=[
+        "kilodelta pull device/ https://models.example.org/repo",
+        "kilodelta pull device/ https://models.example.org/repo --apply",
+    ],
+)
+@click.argument("folder", type=click.Path())
+@click.argument("url")
+@click.option("--root", type=click.Path(), help="The mirror's 1.root.json, if none is pinned.")
+@click.option("--apply", "and_apply", is_flag=True, help="Apply what was fetched.")
+@as_json
+def pull(folder: str, url: str, root: str | None, and_apply: bool, as_json: bool) -> None:
+    """Fetch the newest release for a device FOLDER from the mirror at URL.
+
+    The mirror's metadata are checked by the TUF reference client: other bytes, older releases,
+    mixtures, and a mirror that stands still are refused.
+    """
+    from kilodelta.device import apply, pull
+
+    got = pull(folder, url, root=root)
+    if got is None:
+        done: dict[str, Any] = {"path": None, "version": None, "fetched": False, "note": ""}
+        shown = [("release", "none for this device")]
+    else:
+        done = got.to_json()
+        state = "fetched" if got.fetched else "here already"
+        shown = [("release", f"{got.path}, version {got.version}, {state}")]
+        if got.note:
+            terminal.print_warning(got.note)
+        if and_apply:
+            applied = apply(folder, got.path)
+            done["applied"] = applied.to_json()
+            shown.append(("serving", f"version {applied.state.serving.version}"))
+    if as_json:
+        terminal.print_json(done)
+    else:
+        terminal.print_facts(shown)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from kilodelta.device.update.apply import apply as apply
     from kilodelta.device.update.rollback import RolledBack as RolledBack
     from kilodelta.device.update.rollback import rollback as rollback
+    from kilodelta.device.update.trust import Trusted as Trusted
+    from kilodelta.device.update.trust import pull as pull
+    from kilodelta.device.update.trust import trust as trust
 
 _WHERE = {
     "Applied": "kilodelta.device.update.apply",
@@ -36,12 +39,15 @@ _WHERE = {
     "Served": "kilodelta.device.folder.state",
     "State": "kilodelta.device.folder.state",
     "Status": "kilodelta.device.folder.status",
+    "Trusted": "kilodelta.device.update.trust",
     "apply": "kilodelta.device.update.apply",
     "bundle": "kilodelta.device.make.build",
+    "pull": "kilodelta.device.update.trust",
     "release": "kilodelta.device.make.release",
     "rollback": "kilodelta.device.update.rollback",
     "run": "kilodelta.device.serving",
     "status": "kilodelta.device.folder.status",
+    "trust": "kilodelta.device.update.trust",
 }
 
 __all__ = [
@@ -53,12 +59,15 @@ __all__ = [
     "Served",
     "State",
     "Status",
+    "Trusted",
     "apply",
     "bundle",
+    "pull",
     "release",
     "rollback",
     "run",
     "status",
+    "trust",
 ]
 
 

@@ -54,15 +54,37 @@ def sign(
             statement.
         MissingPackageError: `cryptography` or `securesystemslib` is not installed.
     """
+    return signed_payload(statement.payload(), PAYLOAD_TYPE, keys, password=password, before=before)
+
+
+def signed_payload(
+    payload: bytes,
+    payload_type: str,
+    keys: Sequence[str | os.PathLike[str]],
+    *,
+    password: bytes | None = None,
+    before: bytes | None = None,
+) -> bytes:
+    """Sign any payload with Ed25519 keys and return the envelope's JSON.
+
+    Args:
+        payload: the bytes to sign.
+        payload_type: what they are; it is signed as well.
+        keys, password, before: as for `sign`.
+
+    Raises:
+        InputError: a key is of another kind, or `before` is of another payload.
+        MissingPackageError: `cryptography` or `securesystemslib` is not installed.
+    """
     require("securesystemslib", extra="sign", why="sign")
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from securesystemslib.dsse import Envelope
     from securesystemslib.signer import CryptoSigner
 
-    envelope = Envelope(statement.payload(), PAYLOAD_TYPE, {})
+    envelope = Envelope(payload, payload_type, {})
     if before is not None:
         envelope = _parsed(before)
-        if envelope.payload != statement.payload():
+        if (envelope.payload, envelope.payload_type) != (payload, payload_type):
             raise InputError(
                 "the signature file is of another release than the one to sign",
                 fix="remove the old .sig, or sign the file it belongs to",
@@ -74,8 +96,7 @@ def sign(
                 f"{os.fspath(path)} is no Ed25519 key",
                 fix="give NAME.key of kilodelta keygen (NAME.p256.key is for model_signing)",
             )
-        public = _public_of(private)
-        envelope.sign(CryptoSigner(private, public.securesystemslib()))
+        envelope.sign(CryptoSigner(private, _public_of(private).securesystemslib()))
     return json.dumps(envelope.to_dict(), sort_keys=True, indent=1).encode("utf-8") + b"\n"
 
 
@@ -99,26 +120,46 @@ def verify(data: bytes, keys: Sequence[PublicKey], threshold: int) -> tuple[Stat
             kind of thing.
         MissingPackageError: `securesystemslib` is not installed.
     """
-    envelope = _parsed(data)
-    if envelope.payload_type != PAYLOAD_TYPE:
-        raise SignatureError(
-            f"the signature is over {envelope.payload_type!r:.80}, not over a release",
-            fix="fetch the .sig that belongs to this .kd file",
-        )
-    unique = {key.keyid: key for key in keys}
-    signed = [key for key in unique.values() if _has_signed(envelope, key)]
-    if len(signed) < threshold:
-        raise SignatureError(
-            f"signed by {len(signed)} of the {len(unique)} pinned keys; {threshold} must sign",
-            fix="have it signed by the keys that this device pins: kilodelta release --sign",
-        )
+    payload, signed = checked_payload(data, PAYLOAD_TYPE, keys, threshold)
     try:
-        return parse(envelope.payload), [key.keyid for key in signed]
+        return parse(payload), signed
     except FieldError as error:
         raise SignatureError(
             f"what was signed is no statement of a release: {error}",
             fix="sign it with kilodelta release --sign",
         ) from None
+
+
+def checked_payload(
+    data: bytes, payload_type: str, keys: Sequence[PublicKey], threshold: int
+) -> tuple[bytes, list[str]]:
+    """Return an envelope's payload that enough of the keys have signed, and their key ids.
+
+    Args:
+        data: the envelope's JSON, not trusted.
+        payload_type: what the payload must be.
+        keys: the keys that count; a key given twice counts once.
+        threshold: how many different ones must have signed.
+
+    Raises:
+        SignatureError: it is no envelope, of another type, or too few of the keys signed it.
+        MissingPackageError: `securesystemslib` is not installed.
+    """
+    envelope = _parsed(data)
+    if envelope.payload_type != payload_type:
+        raise SignatureError(
+            f"the signature is over {envelope.payload_type!r:.80}, not over {payload_type}",
+            fix="fetch the signature that belongs to this file",
+        )
+    unique = {key.keyid: key for key in keys}
+    signed = [key.keyid for key in unique.values() if _has_signed(envelope, key)]
+    if len(signed) < threshold:
+        raise SignatureError(
+            f"signed by {len(signed)} of the {len(unique)} pinned keys; {threshold} must sign",
+            fix="have it signed by the keys that this device pins: kilodelta release --sign",
+        )
+    payload: bytes = envelope.payload
+    return payload, signed
 
 
 def _has_signed(envelope: Any, key: PublicKey) -> bool:

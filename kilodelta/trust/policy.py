@@ -7,17 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kilodelta.errors import DowngradeError, SignatureError
+from kilodelta.errors import SignatureError
 from kilodelta.files import untrusted
 from kilodelta.trust.keys import PublicKey
-from kilodelta.trust.statement import MAX_VERSION, Statement, seconds
+from kilodelta.trust.statement import Statement, seconds
 
 VERSION = 1
 MAX_KEYS = 32
-DEFAULT_JUMP = 1000
-"""By how much a release's version may exceed the highest one seen: a slip of the keyboard or a
-stolen mirror cannot use up all versions and lock a device out."""
-_KEYS = ("version", "keys", "threshold", "task", "kind", "jump")
+_KEYS = ("version", "keys", "threshold", "task", "kind")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +29,6 @@ class Pins:
     kind: str = ""
     """What kind of device this is; empty for a device that only takes releases for every kind."""
 
-    jump: int = DEFAULT_JUMP
-
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, as they are kept in the device folder."""
         return {
@@ -42,7 +37,6 @@ class Pins:
             "threshold": self.threshold,
             "task": self.task,
             "kind": self.kind,
-            "jump": self.jump,
         }
 
 
@@ -61,15 +55,11 @@ def parse_pins(value: Any) -> Pins:
         raise untrusted.FieldError(f"keys are not 1 to {MAX_KEYS} different ones")
     if not 1 <= threshold <= len(keys):
         raise untrusted.FieldError(f"threshold {threshold} is not 1 to {len(keys)}")
-    jump = untrusted.whole(table["jump"], "jump")
-    if not 1 <= jump <= MAX_VERSION:
-        raise untrusted.FieldError(f"jump {jump} is not 1 to {MAX_VERSION}")
     return Pins(
         keys=keys,
         threshold=threshold,
         task=untrusted.text(table["task"], "task"),
         kind=untrusted.text(table["kind"], "kind"),
-        jump=jump,
     )
 
 
@@ -105,7 +95,6 @@ def require_allowed(
     pins: Pins,
     *,
     clock: Clock,
-    highest: int,
     base: str,
     file: str,
     result: str,
@@ -117,15 +106,14 @@ def require_allowed(
         statement: what enough pinned keys have signed.
         pins: what this device is for.
         clock: the time that expiry is judged by.
-        highest: the highest version that this device has had.
         base: root of this device's base.
         file: digest of the file at hand, `sha256:...` over all its bytes.
         result: root of the merged targets that the file at hand promises.
         version: the version inside the file at hand.
 
     Raises:
-        SignatureError: another file, base, task or kind, not yet valid, or expired.
-        DowngradeError: an older version, or one too far ahead.
+        SignatureError: another file, base, result, version, task or kind; not yet valid, or
+            expired.
     """
     held: Sequence[tuple[str, object, object]] = (
         ("file", statement.file, file),
@@ -159,28 +147,9 @@ def require_allowed(
             f"the release expired at {statement.not_after}",
             fix="apply a newer release; " + _clock_fix(clock),
         )
-    require_version(statement.version, highest, pins.jump)
 
 
 def _clock_fix(clock: Clock) -> str:
     return (
         f"check this device's clock ({clock.note})" if clock.note else "check this device's clock"
     )
-
-
-def require_version(version: int, highest: int, jump: int) -> None:
-    """Refuse a version below the highest that was seen, or more than `jump` above it.
-
-    Raises:
-        DowngradeError: with both numbers, and the way out.
-    """
-    if version < highest:
-        raise DowngradeError(
-            f"version {version} is older than {highest}, which this device has had",
-            fix="release it again with a higher --version",
-        )
-    if version > highest + jump:
-        raise DowngradeError(
-            f"version {version} is more than {jump} above {highest}, the highest so far",
-            fix="release it with the next version; if it is right, kilodelta trust --reset",
-        )

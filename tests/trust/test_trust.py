@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kilodelta.errors import DowngradeError, InputError, OutputError, SignatureError
+from kilodelta.errors import InputError, OutputError, SignatureError
 from kilodelta.files.untrusted import FieldError
 from kilodelta.trust import Pins, Statement, keygen, read_public, sign, verify
 from kilodelta.trust.envelope import (
@@ -228,43 +228,36 @@ def test_damaged_envelopes_are_one_sentence(data: bytes, team: list[Any]) -> Non
         verify(data, publics(team), 1)
 
 
-def allowed(pins: Pins, clock: Clock | None = None, highest: int = 6, **there: Any) -> None:
+def allowed(pins: Pins, clock: Clock | None = None, **there: Any) -> None:
     held = {name: FACTS[name] for name in ("base", "file", "result", "version")}
-    require_allowed(
-        STATEMENT, pins, clock=clock or Clock(now=NOW), highest=highest, **{**held, **there}
-    )
+    require_allowed(STATEMENT, pins, clock=clock or Clock(now=NOW), **{**held, **there})
 
 
 def test_what_the_pins_cover_passes(team: list[Any]) -> None:
     keys = tuple(publics(team))
     allowed(Pins(keys=keys, task="intents", kind="orin"))
     allowed(Pins(keys=keys, kind="rtx"))
-    allowed(Pins(keys=keys, kind="rtx"), highest=7)
 
 
 @pytest.mark.parametrize(
-    ("pins", "more", "error", "words"),
+    ("pins", "more", "words"),
     [
-        ({"task": "names"}, {}, SignatureError, "for task 'intents', this device is for 'names'"),
-        ({"kind": "thor"}, {}, SignatureError, "for orin, rtx, this device is thor"),
-        ({"kind": ""}, {}, SignatureError, "of no kind"),
-        ({}, {"file": "sha256:" + "00" * 32}, SignatureError, "another file"),
-        ({}, {"base": "sha256:" + "00" * 32}, SignatureError, "another base"),
-        ({}, {"result": "sha256:" + "00" * 32}, SignatureError, "another result"),
-        ({}, {"version": 8}, SignatureError, "another version"),
-        ({}, {"highest": 8}, DowngradeError, "older than 8"),
-        ({"jump": 3}, {"highest": 3}, DowngradeError, "more than 3 above 3"),
-        ({}, {"clock": Clock(now=0)}, SignatureError, "valid from 2026-01-01"),
-        ({}, {"clock": Clock(now=NOW * 2)}, SignatureError, "expired at 2027-03-01"),
+        ({"task": "names"}, {}, "for task 'intents', this device is for 'names'"),
+        ({"kind": "thor"}, {}, "for orin, rtx, this device is thor"),
+        ({"kind": ""}, {}, "of no kind"),
+        ({}, {"file": "sha256:" + "00" * 32}, "another file"),
+        ({}, {"base": "sha256:" + "00" * 32}, "another base"),
+        ({}, {"result": "sha256:" + "00" * 32}, "another result"),
+        ({}, {"version": 8}, "another version"),
+        ({}, {"clock": Clock(now=0)}, "valid from 2026-01-01"),
+        ({}, {"clock": Clock(now=NOW * 2)}, "expired at 2027-03-01"),
     ],
 )
 def test_what_the_pins_do_not_cover_is_named(
-    pins: dict[str, Any], more: dict[str, Any], error: type[Exception], words: str, team: list[Any]
+    pins: dict[str, Any], more: dict[str, Any], words: str, team: list[Any]
 ) -> None:
-    given = {"kind": "orin", "jump": 10, **pins}
-    if "jump" in pins:
-        more = {**more}
-    with pytest.raises(error, match=words):
+    given = {"kind": "orin", **pins}
+    with pytest.raises(SignatureError, match=words):
         allowed(Pins(keys=tuple(publics(team)), **given), **more)
 
 
@@ -276,7 +269,7 @@ def test_a_clock_never_runs_behind_what_was_seen() -> None:
 
 
 def test_pins_come_back_from_json_and_odd_ones_are_named(team: list[Any]) -> None:
-    pins = Pins(keys=tuple(publics(team)), threshold=2, task="intents", kind="orin", jump=5)
+    pins = Pins(keys=tuple(publics(team)), threshold=2, task="intents", kind="orin")
     assert parse_pins(json.loads(json.dumps(pins.to_json()))) == pins
     for change, words in (
         ({"threshold": 0}, "threshold"),
@@ -284,8 +277,6 @@ def test_pins_come_back_from_json_and_odd_ones_are_named(team: list[Any]) -> Non
         ({"keys": []}, "keys"),
         ({"keys": [pins.keys[0].hex] * 2}, "different"),
         ({"keys": ["zz" * 32]}, "hexadecimal"),
-        ({"jump": 0}, "jump"),
-        ({"jump": 1 << 62}, "jump"),
         ({"version": True}, "version"),
         ({"extra": 1}, "unknown"),
     ):

@@ -10,6 +10,8 @@
       journal         what was done, one JSON object per line
       lock            held while a command changes the folder
       baseline.npz    what this device computes with the base, remembered
+      trust.json      keys, task and kind, where the device takes signed releases only
+      root.json       the first root of the mirror that releases are pulled from
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from kilodelta.device.folder.bundle import (
     Bundle,
     Tensors,
     read_bundle,
+    read_json,
     read_tensors,
     write_bundle,
     write_tensors,
@@ -36,8 +39,10 @@ from kilodelta.export.manifest.artefacts import file_fact
 from kilodelta.files import plain
 from kilodelta.files.identity import Identity
 from kilodelta.files.tensor import TensorInfo
+from kilodelta.trust.policy import Pins, parse_pins
 
 _BUNDLE, _TENSORS = "bundle.json", "tensors.json"
+_TRUST_LIMIT = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,27 @@ class DeviceFolder:
     def remembered(self) -> Path:
         """The file that holds what this device computes with the base."""
         return self.root / "baseline.npz"
+
+    @property
+    def trust(self) -> Path:
+        """The file that holds the pinned keys; missing where none are."""
+        return self.root / "trust.json"
+
+    @property
+    def mirror_root(self) -> Path:
+        """The file that holds the first root of the mirror; missing where there is no mirror."""
+        return self.root / "root.json"
+
+    @property
+    def pins(self) -> Pins | None:
+        """What a signed release must be covered by; None on a device that takes unsigned ones.
+
+        Raises:
+            DeviceError: `trust.json` is damaged: then nothing is taken.
+        """
+        if not os.path.lexists(self.trust):
+            return None
+        return read_json(self.trust, _TRUST_LIMIT, parse_pins)
 
     @property
     def journal(self) -> Journal:

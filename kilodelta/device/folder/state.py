@@ -49,6 +49,8 @@ class State:
         highest: the highest version that was ever served; it only grows.
         serving: what is served.
         before: what a rollback goes back to, newest first.
+        seen: seconds since 1970 UTC that have certainly passed, as signed releases state them; it
+            only grows, and no expiry is judged by an earlier time.
 
     Example:
         >>> fresh = Served(folder="000001-0123456789ab", delta="sha256:" + "01" * 32, version=3)
@@ -61,12 +63,13 @@ class State:
     highest: int = 0
     serving: Served = BASE
     before: tuple[Served, ...] = ()
+    seen: int = 0
 
     def names(self) -> set[str]:
         """Return the folders in `deltas/` that must stay."""
         return {item.folder for item in (self.serving, *self.before) if item.folder}
 
-    def committed(self, fresh: Served, keep: int) -> State:
+    def committed(self, fresh: Served, keep: int, seen: int = 0) -> State:
         """Return the state that serves `fresh`, with `keep` fine-tunes to go back to."""
         same = fresh.delta == self.serving.delta  # the same file again: no step back to itself
         before = self.before if same else (self.serving, *self.before)
@@ -75,6 +78,7 @@ class State:
             highest=max(self.highest, fresh.version),
             serving=fresh,
             before=before[:keep],
+            seen=max(self.seen, seen),
         )
 
     def rolled_back(self) -> State:
@@ -93,12 +97,14 @@ class State:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+        """Return plain JSON values; `seen` only where something was signed, as 0.1 writes it."""
+        later = {"seen": self.seen} if self.seen else {}
         return {
             "sequence": self.sequence,
             "highest": self.highest,
             "serving": self.serving.to_json(),
             "before": [item.to_json() for item in self.before],
+            **later,
         }
 
 
@@ -133,12 +139,14 @@ def parse_state(value: Any) -> State:
     Raises:
         FieldError: names the field that is wrong.
     """
-    table = untrusted.table(value, "state", {"sequence", "highest", "serving", "before"})
+    later = {"seen"} & set(untrusted.mapping(value, "state"))
+    table = untrusted.table(value, "state", {"sequence", "highest", "serving", "before"} | later)
     return State(
         sequence=untrusted.whole(table["sequence"], "state.sequence"),
         highest=untrusted.whole(table["highest"], "state.highest"),
         serving=_served(table["serving"], "state.serving"),
         before=untrusted.listed(table["before"], "state.before", _served),
+        seen=untrusted.whole(table.get("seen", 0), "state.seen"),
     )
 
 

@@ -14,6 +14,7 @@ from kilodelta.device.folder.device_folder import DeviceFolder
 from kilodelta.device.folder.fine_tune import check_files, check_fine_tune
 from kilodelta.device.folder.journal import SETTLED, Entry
 from kilodelta.device.folder.state import State
+from kilodelta.trust.policy import Pins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class Status:
     Attributes:
         folder: its path.
         bundle: what it is.
+        pins: the keys, task and kind of a device that takes signed releases only, or None.
         state: what it serves.
         history: the journal's entries, oldest first.
         nbytes: on the disk: `base`, `deltas`, and what is `free`.
@@ -32,6 +34,7 @@ class Status:
 
     folder: Path
     bundle: Bundle
+    pins: Pins | None
     state: State
     history: tuple[Entry, ...]
     nbytes: Mapping[str, int]
@@ -48,6 +51,7 @@ class Status:
             "base": {"name": self.bundle.base_name, "root": self.bundle.base_root},
             "ceiling": self.bundle.ceiling,
             "max_jump": self.bundle.max_jump,
+            "trust": None if self.pins is None else self.pins.to_json(),
             **self.state.to_json(),
             "history": [dict(entry) for entry in self.history],
             "bytes": dict(self.nbytes),
@@ -82,6 +86,7 @@ def status(folder: str | os.PathLike[str], *, check: bool = False) -> Status:
     return Status(
         folder=device.root,
         bundle=device.bundle,
+        pins=device.pins,
         state=state,
         history=history,
         nbytes={

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kilodelta.device.folder.bundle import CEILINGS, MAX_JUMP, MAX_KEEP, MODES, Bundle
+from kilodelta.device.update.trust import pins_from, provision
 from kilodelta.errors import InputError, require
 from kilodelta.export.manifest.facts import Sizes
 from kilodelta.export.options import SHORT, read_sizes
 from kilodelta.export.tensorrt.flavour import AUTO
 from kilodelta.files import staging
 from kilodelta.progress import Progress, silent
+from kilodelta.trust.tuf_repository import first_root
 
 PROVIDERS = ("cpu", "cuda")
 
@@ -84,6 +86,11 @@ def bundle(
     keep: int = 1,
     ceiling: float | None = None,
     max_jump: int = MAX_JUMP,
+    trust: Sequence[str | os.PathLike[str]] = (),
+    threshold: int = 1,
+    task: str = "",
+    kind: str = "",
+    mirror: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> Bundle:
     """Make a device folder that serves the base.
@@ -113,6 +120,11 @@ def bundle(
         ceiling: the most that a `.kd` file's own probe may allow an output to be off, relative;
             by default 0.01 in fp32, 0.1 in fp16, 0.5 in bf16.
         max_jump: how far a version may exceed the highest one that the device has had.
+        trust: public keys (`NAME.pub`); the device then takes signed releases only.
+        threshold: how many of them must have signed.
+        task: the one task whose releases the device takes; any by default.
+        kind: the device's kind; without one it takes releases for every kind only.
+        mirror: the mirror's `metadata/1.root.json`, for `kilodelta pull`.
         progress: called after each step.
 
     Raises:
@@ -147,12 +159,16 @@ def bundle(
         max_jump=_from(max_jump, "max-jump", 1),
     )
     _check_together(settings)
+    pins = pins_from(trust, threshold=threshold, task=task, kind=kind)
+    mirror_root = None if mirror is None else first_root(mirror)
     require("torch", extra="onnx", why="export models")
     require("onnxscript", extra="onnx", why="export ONNX models")
     from kilodelta.device.make.bundling import Job
 
     with staging.new_folder(Path(out)) as stage:
-        return Job(source, settings, progress).run(stage)
+        made = Job(source, settings, progress).run(stage)
+        provision(stage, pins, mirror_root)
+    return made
 
 
 def _one_of(value: str, name: str, known: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kilodelta.device.golden import golden
+from kilodelta.device.make.signing import sign_release, signing_from
 from kilodelta.device.update.admit import HIGHEST
 from kilodelta.errors import InputError, OutputError, require
 from kilodelta.files import staging
@@ -22,6 +23,7 @@ from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.progress import Progress, silent
+from kilodelta.trust.statement import MAX_VERSION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +36,23 @@ class Released:
         version: its version.
         dtypes: the precisions in which its probe tells the fine-tune from the base; none without
             a probe.
+        signatures: the files that hold its signatures.
     """
 
     path: Path
     nbytes: int
     version: int
     dtypes: tuple[str, ...]
+    signatures: tuple[Path, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {**vars(self), "path": str(self.path), "dtypes": list(self.dtypes)}
+        return {
+            **vars(self),
+            "path": str(self.path),
+            "dtypes": list(self.dtypes),
+            "signatures": [str(path) for path in self.signatures],
+        }
 
 
 def release(
@@ -57,9 +66,16 @@ def release(
     model: str | None = None,
     config: str | None = None,
     outputs: Sequence[str] = (),
+    sign: Sequence[str | os.PathLike[str]] = (),
+    task: str = "",
+    kinds: Sequence[str] = (),
+    not_before: str = "",
+    not_after: str = "",
+    model_signing: str | os.PathLike[str] | None = None,
+    password: bytes | None = None,
     progress: Progress = silent,
 ) -> Released:
-    """Write a `.kd` file with a version, and with a probe where inputs are given.
+    """Write a `.kd` file with a version, a probe where inputs are given, and signatures by keys.
 
     Args:
         base: the model the file was made for.
@@ -74,6 +90,14 @@ def release(
             say the architecture.
         outputs: names or globs of the outputs that the probe holds, as the bundle was given them;
             by default all that the model declares.
+        sign: Ed25519 private keys; the signatures lie in `out` with `.sig` behind it.
+        task: what the fine-tune is for; a device that pins another task refuses it.
+        kinds: the kinds of device it is for; all by default.
+        not_before: a date or UTC time from which it is valid; now by default.
+        not_after: until when; for ever by default.
+        model_signing: a P-256 private key, for a second signature (`.sigstore.json`) that the
+            `model_signing` package verifies.
+        password: of encrypted keys.
         progress: called while the base is read and merged.
 
     Raises:
@@ -91,6 +115,19 @@ def release(
         raise InputError(
             f"version {version} is out of range", fix=f"count from 1 on, up to {HIGHEST}"
         )
+    signing = signing_from(
+        sign,
+        task=task,
+        kinds=kinds,
+        not_before=not_before,
+        not_after=not_after,
+        model_signing=model_signing,
+        password=password,
+    )
+    if signing is not None and not 1 <= version <= MAX_VERSION:
+        raise InputError(
+            f"version {version} cannot be signed", fix=f"count from 1 on, up to {MAX_VERSION}"
+        )
     if rows < 1:
         raise InputError(f"a probe of {rows} rows probes nothing", fix="give --rows 1 or more")
     if os.path.lexists(place):
@@ -107,7 +144,17 @@ def release(
         )
     made = {**delta.manifest.made, "version": version}
     fresh = replace(delta, manifest=replace(delta.manifest, made=made), probes=dict(probes))
-    return Released(path=place, nbytes=fresh.save(place), version=version, dtypes=dtypes)
+    nbytes = fresh.save(place)
+    signatures: tuple[Path, ...] = ()
+    if signing is not None:
+        try:
+            signatures = sign_release(place, fresh, version, Path(base), signing)
+        except BaseException:
+            place.unlink(missing_ok=True)  # unsigned, it is not what was asked for
+            raise
+    return Released(
+        path=place, nbytes=nbytes, version=version, dtypes=dtypes, signatures=signatures
+    )
 
 
 def _probe(

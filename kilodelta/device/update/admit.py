@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 from kilodelta.device.folder.bundle import Bundle
 from kilodelta.device.folder.device_folder import DeviceFolder
 from kilodelta.device.folder.state import State
@@ -11,11 +14,15 @@ from kilodelta.errors import (
     DowngradeError,
     FileError,
     ProofError,
+    SignatureError,
     printable,
 )
 from kilodelta.exact.selftest import require_good_kernels
 from kilodelta.files.baseline import explain
 from kilodelta.format.delta import Delta
+from kilodelta.trust.envelope import read_signature, signature_path, verify
+from kilodelta.trust.policy import Clock, Pins, require_allowed
+from kilodelta.trust.statement import Statement, seconds
 
 HIGHEST = (1 << 63) - 1
 """The highest version that a file can state."""
@@ -88,6 +95,85 @@ def require_version(
             fix=f"release it with version {standing.highest + 1}, or apply it with --allow-jump, "
             "after which lower versions are refused",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signed:
+    """Who signed a release, and what its signature makes certain.
+
+    Attributes:
+        keys: ids of the pinned keys that signed it; empty on a device without pinned keys.
+        seen: seconds since 1970 UTC that have passed, as the statement says; 0 without one.
+        note: what is odd about this device's clock; empty if nothing is.
+    """
+
+    keys: tuple[str, ...] = ()
+    seen: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statements:
+    """A file's verified statement, to be held against what is read of the file afterwards."""
+
+    statement: Statement
+    pins: Pins
+    clock: Clock
+    keys: tuple[str, ...]
+
+
+def verified(folder: DeviceFolder, file: Path, standing: State) -> Statements | None:
+    """Verify the signature beside a file, before a byte of the file itself is parsed.
+
+    Returns:
+        what enough pinned keys have signed; None on a device that pins none.
+
+    Raises:
+        SignatureError: it is missing, damaged, or by too few of the keys.
+        DeviceError: `trust.json` is damaged.
+        MissingPackageError: `securesystemslib` is not installed.
+    """
+    pins = folder.pins
+    if pins is None:
+        return None
+    data = read_signature(file)
+    if data is None:
+        raise SignatureError(
+            f"{file} is not signed: {signature_path(file).name} is not beside it, and this device "
+            "takes signed releases only",
+            fix="fetch the .sig of this release, or sign it: kilodelta release --sign team.key",
+        )
+    statement, keys = verify(data, pins.keys, pins.threshold)
+    clock = Clock.floored(standing.seen)
+    return Statements(statement=statement, pins=pins, clock=clock, keys=tuple(keys))
+
+
+def require_covered(found: Statements | None, delta: Delta, digest: str, version: int) -> Signed:
+    """See that the verified statement is of this very file, and that the device's pins let it pass.
+
+    Args:
+        found: from `verified`.
+        delta: the file as it was read.
+        digest: of all its bytes, taken before it was read.
+        version: the file's.
+
+    Raises:
+        SignatureError: it is another file's, or for another task or kind, or has expired.
+    """
+    if found is None:
+        return Signed()
+    require_allowed(
+        found.statement,
+        found.pins,
+        clock=found.clock,
+        base=delta.manifest.base.root,
+        file=digest,
+        result=delta.manifest.result,
+        version=version,
+    )
+    begins = found.statement.not_before
+    seen = seconds(begins) if begins else 0
+    return Signed(keys=found.keys, seen=seen, note=found.clock.note)
 
 
 def require_strict(delta: Delta, bundle: Bundle) -> None:

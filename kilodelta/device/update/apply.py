@@ -39,6 +39,8 @@ class Applied:
         seen: what the probe saw.
         result: the digest of the merged weights, as the file states it.
         result_proved: whether the device proved it. In adapter mode weights are never merged.
+        signed_by: ids of the pinned keys that signed the release; empty on a device that takes
+            unsigned ones.
         warnings: what went wrong after the commit, which stands.
     """
 
@@ -47,6 +49,7 @@ class Applied:
     seen: Seen
     result: str
     result_proved: bool
+    signed_by: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -57,6 +60,7 @@ class Applied:
             "sequence": self.state.sequence,
             "probe": self.seen.to_json(),
             "result": {"root": self.result, "proved": self.result_proved},
+            "signed_by": list(self.signed_by),
             "warnings": list(self.warnings),
         }
 
@@ -87,6 +91,8 @@ def apply(
         FileError, BaseMismatchError, InputError: the file is damaged, for another base, or of a
             kind that this folder's mode cannot take.
         DowngradeError: its version is too low, or too far ahead.
+        SignatureError: the device pins keys, and the release is not signed by enough of them, is
+            for another task or kind, or has expired.
         ProofError: the probe failed, or could not have failed.
         OutputError: the disk is full or not writable.
 
@@ -98,7 +104,7 @@ def apply(
         tell = _teller(progress)
         candidate = _admitted(change, Path(file), allow_downgrade, allow_jump)
         served, delta = candidate.served, candidate.delta
-        change.note("proved", **served.to_json())
+        change.note("proved", **served.to_json(), signed_by=list(candidate.signed.keys))
         tell("proved")
         mode = open_mode(change.folder)
         session = build_fine_tune(
@@ -113,8 +119,10 @@ def apply(
         seen = _probe(change.folder, mode, delta, session)
         change.note("probed", probe=seen.to_json())
         tell("probed")
-        after = change.before.committed(served, change.folder.bundle.keep)
-        warnings = change.commit(after, "committed")
+        signed = candidate.signed
+        after = change.before.committed(served, change.folder.bundle.keep, signed.seen)
+        notes = (signed.note,) if signed.note else ()
+        warnings = (*notes, *change.commit(after, "committed"))
     tell("committed")
     return Applied(
         state=after,
@@ -122,6 +130,7 @@ def apply(
         seen=seen,
         result=delta.manifest.result,
         result_proved=mode.proves_result,
+        signed_by=signed.keys,
         warnings=warnings,
     )
 
@@ -141,14 +150,18 @@ class _Candidate:
     file: Path
     delta: Delta
     served: Served
+    signed: admit.Signed
 
 
 def _admitted(change: Change, file: Path, allow_downgrade: bool, allow_jump: bool) -> _Candidate:
     folder = change.folder
     # Taken before the file is read, so that one that changes meanwhile is noticed.
     digest = _digest(file)
-    delta = admit.bind(folder, load(file))
-    version = admit.version_of(delta)
+    statement = admit.verified(folder, file, change.before)
+    given = load(file)
+    version = admit.version_of(given)
+    signed = admit.require_covered(statement, given, digest, version)
+    delta = admit.bind(folder, given)
     admit.require_version(
         version,
         change.before,
@@ -159,9 +172,8 @@ def _admitted(change: Change, file: Path, allow_downgrade: bool, allow_jump: boo
     admit.require_strict(delta, folder.bundle)
     # The sequence in the name: no other apply has used this folder, or will.
     name = f"{change.sequence:06}-{digest.removeprefix('sha256:')[:12]}"
-    return _Candidate(
-        file=file, delta=delta, served=Served(folder=name, delta=digest, version=version)
-    )
+    served = Served(folder=name, delta=digest, version=version)
+    return _Candidate(file=file, delta=delta, served=served, signed=signed)
 
 
 def _digest(file: Path) -> str:

@@ -1,0 +1,271 @@
+"""Devices that take signed releases only: what they take, what they refuse, how keys change."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("cryptography")
+pytest.importorskip("securesystemslib")
+from kilodelta.device import apply, pull, release, status, trust
+from kilodelta.device.update.trust import pins_from, write_pins
+from kilodelta.errors import DeviceError, DowngradeError, InputError, SignatureError
+from kilodelta.trust import keygen, publish
+from kilodelta.trust.tuf_repository import first_root
+from tests.doubles import numpy_device
+
+
+class Team:
+    """A device of the linear model that pins keys, and releases for it."""
+
+    def __init__(self, place: Path, **pins: Any) -> None:
+        self.place = place
+        self.base = numpy_device.base(place / "base.safetensors")
+        self.keys = [keygen(place / name) for name in ("one", "two", "stranger")]
+        self.device = numpy_device.folder(place / "device", self.base)
+        self.pin(**pins)
+
+    def pin(self, count: int = 1, threshold: int = 1, task: str = "", kind: str = "") -> None:
+        publics = [one.public for one in self.keys[:count]]
+        pins = pins_from(publics, threshold=threshold, task=task, kind=kind)
+        assert pins is not None
+        write_pins(self.device / "trust.json", pins)
+
+    def release(self, version: int, *signers: int, **given: Any) -> Path:
+        raw = self.place / "raw.kd"
+        numpy_device.delta(self.base, version).save(raw)
+        out = self.place / f"task-{version}.kd"
+        signing = {"sign": [self.keys[i].private for i in signers], "task": "intents", **given}
+        release(self.base, raw, out, version=version, **(signing if signers else {}))
+        return out
+
+
+@pytest.fixture
+def team(standin: None, tmp_path: Path) -> Team:
+    return Team(tmp_path, task="intents", kind="orin")
+
+
+def test_what_a_pinned_key_signed_is_served(team: Team) -> None:
+    done = apply(team.device, team.release(7, 0))
+    assert done.state.serving.version == 7
+    assert len(done.signed_by) == 1
+    assert done.to_json()["signed_by"] == list(done.signed_by)
+    assert done.state.seen > 1_700_000_000
+    seen = status(team.device)
+    assert seen.pins is not None
+    assert seen.to_json()["trust"]["task"] == "intents"
+    proved = [e for e in seen.history if e["event"] == "proved"]
+    assert proved[-1]["signed_by"] == list(done.signed_by)
+
+
+@pytest.mark.parametrize(
+    ("signers", "given", "words"),
+    [
+        ((), {}, "is not signed: task-7.kd.sig is not beside it"),
+        ((2,), {}, "signed by 0 of the 1 pinned keys"),
+        ((0,), {"task": "names"}, "for task 'names', this device is for 'intents'"),
+        ((0,), {"kinds": ["rtx"]}, "for rtx, this device is orin"),
+        ((0,), {"not_before": "2020-01-01", "not_after": "2021-01-01"}, "expired at 2021-01-01"),
+        ((0,), {"not_before": "2999-01-01"}, "valid from 2999-01-01"),
+    ],
+)
+def test_anything_else_is_refused_and_nothing_changes(
+    team: Team, signers: tuple[int, ...], given: dict[str, Any], words: str
+) -> None:
+    file = team.release(7, *signers, **given)
+    before = (team.device / "current").read_bytes()
+    with pytest.raises(SignatureError, match=words):
+        apply(team.device, file)
+    assert (team.device / "current").read_bytes() == before
+    assert list((team.device / "deltas").iterdir()) == []
+
+
+def test_nothing_of_an_unsigned_file_is_parsed(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = team.release(7)
+
+    def parsed(*_: Any) -> None:
+        raise AssertionError("it was parsed")
+
+    monkeypatch.setattr("kilodelta.device.update.apply.load", parsed)
+    with pytest.raises(SignatureError):
+        apply(team.device, file)
+
+
+def test_a_signature_is_of_one_file(team: Team) -> None:
+    seven, eight = team.release(7, 0), team.release(8, 0)
+    shutil.copy(f"{eight}.sig", f"{seven}.sig")
+    with pytest.raises(SignatureError, match="another file"):
+        apply(team.device, seven)
+
+
+def test_a_signature_does_not_lift_the_order_of_versions(team: Team) -> None:
+    apply(team.device, team.release(7, 0))
+    with pytest.raises(DowngradeError):
+        apply(team.device, team.release(6, 0))
+    with pytest.raises(DowngradeError, match="takes none above"):
+        apply(team.device, team.release(5_000_000, 0))
+
+
+def test_expiry_is_judged_by_the_latest_time_that_is_certain(
+    team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock stands at 1970; a release that began in 2030 has been served."""
+    first = team.release(7, 0, not_before="2030-01-01")
+    short = team.release(8, 0, not_before="2026-01-01", not_after="2029-01-01")
+    monkeypatch.setattr("time.time", lambda: 2_000_000_000.0)
+    apply(team.device, first)
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    with pytest.raises(SignatureError, match=r"(?s)expired at 2029.*clock lies before 2030"):
+        apply(team.device, short)
+    done = apply(team.device, team.release(9, 0, not_before="2026-01-01"))
+    assert "clock lies before 2030" in done.warnings[0]
+
+
+def test_two_of_two_must_sign(standin: None, tmp_path: Path) -> None:
+    team = Team(tmp_path, count=2, threshold=2)
+    with pytest.raises(SignatureError, match="signed by 1 of the 2"):
+        apply(team.device, team.release(7, 0))
+    assert len(apply(team.device, team.release(8, 0, 1)).signed_by) == 2
+
+
+def test_a_damaged_trust_file_lets_nothing_pass(team: Team) -> None:
+    file = team.release(7, 0)
+    (team.device / "trust.json").write_text("{}")
+    with pytest.raises(DeviceError, match=r"trust\.json is wrong"):
+        apply(team.device, file)
+    (team.device / "trust.json").unlink()
+    (team.device / "trust.json").symlink_to(team.keys[0].public)
+    with pytest.raises(DeviceError, match=r"trust\.json is a link"):
+        apply(team.device, file)
+
+
+def test_a_release_is_signed_whole_or_not_written(team: Team) -> None:
+    with pytest.raises(InputError, match="no Ed25519 key"):
+        team.release(7, 0, sign=[team.keys[0].p256_private])
+    assert not (team.place / "task-7.kd").exists()
+    for given, words in (
+        ({"task": ""}, "for a task"),
+        ({"not_after": "2001-01-01"}, "before it begins"),
+        ({"not_after": "soon"}, "no date"),
+        ({"kinds": ["a b"]}, "cannot be stated"),
+    ):
+        with pytest.raises(InputError, match=words):
+            team.release(7, 0, **given)
+        assert not (team.place / "task-7.kd").exists()
+    with pytest.raises(InputError, match="there is no key"):
+        release(team.base, team.release(3), team.place / "x.kd", version=3, task="intents")
+
+
+def test_both_signatures_are_written(team: Team) -> None:
+    file = team.release(7, 0, model_signing=team.keys[0].p256_private)
+    names = sorted(path.name for path in team.place.glob("task-7.kd*"))
+    assert names == ["task-7.kd", "task-7.kd.sig", "task-7.kd.sigstore.json"]
+    verifying = pytest.importorskip("model_signing.verifying")
+    config = verifying.Config()
+    config.use_elliptic_key_verifier(public_key=team.keys[0].p256_public)
+    config.verify(file, Path(f"{file}.sigstore.json"))
+
+
+def test_keys_change_by_a_pinned_key_alone(team: Team) -> None:
+    one, two, stranger = team.keys
+    with pytest.raises(SignatureError, match="signed by 0"):
+        trust(team.device, add=[two.public], by=[stranger.private])
+    done = trust(team.device, add=[two.public], by=[one.private])
+    assert len(done.pins.keys) == 2
+    apply(team.device, team.release(7, 1))
+    trust(team.device, remove=[one.public], by=[two.private])
+    with pytest.raises(SignatureError, match="signed by 0"):
+        apply(team.device, team.release(8, 0))
+    with pytest.raises(InputError, match="is not pinned"):
+        trust(team.device, remove=[one.public], by=[two.private])
+    with pytest.raises(InputError, match="could not be met"):
+        trust(team.device, remove=[two.public], by=[two.private])
+
+
+def test_a_change_travels_as_a_file_and_is_good_once(team: Team) -> None:
+    one, two, _ = team.keys
+    other = team.place / "other"
+    shutil.copytree(team.device, other)
+    file = team.place / "change.json"
+    trust(team.device, add=[two.public], threshold=2, by=[one.private], out=file)
+    assert len(trust(team.device, signed=file).pins.keys) == 2
+    assert trust(other, signed=file).pins.threshold == 2
+    with pytest.raises(SignatureError):
+        trust(other, signed=file)
+    damaged = json.loads(file.read_text())
+    damaged["payload"] = "e30="
+    file.write_text(json.dumps(damaged))
+    with pytest.raises(SignatureError):
+        trust(other, signed=file)
+
+
+def test_a_version_far_too_high_is_taken_back_by_a_signature(team: Team) -> None:
+    apply(team.device, team.release(900_000, 0))
+    with pytest.raises(DowngradeError):
+        apply(team.device, team.release(8, 0))
+    done = trust(team.device, reset_version=7, by=[team.keys[0].private])
+    assert done.highest == 7
+    assert apply(team.device, team.release(9, 0)).state.serving.version == 9
+
+
+def test_odd_changes_are_sentences(team: Team, standin: None, tmp_path: Path) -> None:
+    for given, words in (
+        ({}, "nothing is to be changed"),
+        ({"add": [team.keys[1].public]}, "must sign the change"),
+        ({"signed": team.place / "none"}, "none"),
+        ({"signed": team.place / "x", "threshold": 2}, "by itself"),
+        ({"add": [team.keys[1].private], "by": [team.keys[0].private]}, "private key"),
+    ):
+        with pytest.raises(InputError, match=words):
+            trust(team.device, **given)
+    (team.device / "trust.json").unlink()
+    with pytest.raises(DeviceError, match="pins no keys"):
+        trust(team.device, threshold=1, by=[team.keys[0].private])
+    with pytest.raises(InputError, match="pinned with keys"):
+        pins_from([], threshold=1, task="x", kind="")
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def mirror(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    place = tmp_path / "repo"
+    place.mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(place)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield place, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_release_reaches_a_device_by_the_mirror(team: Team, mirror: tuple[Path, str]) -> None:
+    pytest.importorskip("tuf")
+    repo, url = mirror
+    releases = [team.release(7, 0), team.release(8, 0, kinds=["rtx"])]
+    publish(releases, repo, key=team.keys[0].private)
+    with pytest.raises(InputError, match="pins no mirror"):
+        pull(team.device, url)
+    (team.device / "root.json").write_bytes(first_root(repo / "metadata" / "1.root.json"))
+    got = pull(team.device, url)
+    assert got is not None
+    assert got.version == 7
+    assert apply(team.device, got.path).state.serving.version == 7
+    with pytest.raises(InputError, match="pinned already"):
+        pull(team.device, url, root=repo / "metadata" / "1.root.json")
+    shutil.rmtree(team.device / "mirror")
+    (team.device / "mirror").symlink_to(team.place)
+    with pytest.raises(DeviceError, match="is a link"):
+        pull(team.device, url)
