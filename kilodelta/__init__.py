@@ -1,17 +1,40 @@
-"""kilodelta: a fine-tuned model as base digest + seed + integer coefficients.
+"""A fine-tuned model as base digest + seed + integer coefficients: kilobytes, merged back exactly.
 
-Everything here is loaded when it is first used; importing kilodelta imports nothing else.
+A fine-tune's way, each step a function and the command of the same name (docs/python.md)::
+
+    kilodelta.compress.compress("base/", "tuned/", "task.kd", inputs="texts.jsonl")
+    kilodelta.merge("base/", "task.kd", "merged/")
+    kilodelta.export.export("base/", "task.kd", "out/")
+    kilodelta.verify.verify("base/", "task.kd", ["merged/", "out/"])
+    kilodelta.device.apply("device/", "task.kd")
+
+This module reads and merges `.kd` files without torch: `inspect`, `digest`, `load`, `merge`, with
+the types `Delta` and `Checkpoint`. The rest lies in packages that load when they are first used:
+`compress` makes files and `train` trains them in a loop of one's own, `export` uses them, `verify`
+proves them, `device` serves them, `trust` signs them, `demo` shows all of it.
+
+Example:
+    >>> import kilodelta
+    >>> file, base = "tests/golden/0.1.0/nola-8.kd", "tests/golden/0.1.0/base.safetensors"
+    >>> kilodelta.inspect(file).method["name"]
+    'nola'
+    >>> delta = kilodelta.load(file, base=base)
+    >>> delta.manifest.base.root == kilodelta.digest(base).root
+    True
+    >>> delta.expand("wide.weight").dtype
+    dtype('int64')
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kilodelta.export.merge.checkpoint import merge as merge
     from kilodelta.files.checkpoint import Checkpoint as Checkpoint
-    from kilodelta.files.identity import digest as digest
+    from kilodelta.files.model_digest import digest as digest
     from kilodelta.format.delta import Delta as Delta
     from kilodelta.format.file import load as load
     from kilodelta.format.inspect import inspect as inspect
@@ -21,25 +44,31 @@ __version__ = "0.1.0"
 _WHERE = {
     "Checkpoint": "kilodelta.files.checkpoint",
     "Delta": "kilodelta.format.delta",
-    "digest": "kilodelta.files.identity",
+    "digest": "kilodelta.files.model_digest",
     "inspect": "kilodelta.format.inspect",
     "load": "kilodelta.format.file",
     "merge": "kilodelta.export.merge.checkpoint",
 }
+_PACKAGES = frozenset({"compress", "demo", "device", "export", "trust", "verify"})
+_TRAIN = "train"
 
 __all__ = ["Checkpoint", "Delta", "digest", "inspect", "load", "merge"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":
+    if name == _TRAIN:
         from kilodelta.errors import require
 
         require("torch", extra="torch", why="train a delta")
         return importlib.import_module("kilodelta.compress.training.train")
+    if name in _PACKAGES:
+        return importlib.import_module(f"kilodelta.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module 'kilodelta' has no attribute {name!r}")
     return getattr(importlib.import_module(_WHERE[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_WHERE, "train"])
+    """List the public names; `train` where torch is installed, so that `help` can look at all."""
+    train = [_TRAIN] if importlib.util.find_spec("torch") is not None else []
+    return sorted([*_WHERE, *_PACKAGES, *train, "__version__"])

@@ -11,52 +11,51 @@ from kilodelta.files.checkpoint import Checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to compare outputs, and what has to be run."""
+    """How outputs are compared, and what has to run; `kilodelta.verify.verify` explains each.
+
+    Attributes:
+        inputs: real inputs, as `kilodelta.models.read_inputs` takes them; None compares no outputs.
+        against: the tuned model.
+        labels: a text file of labels, one per line.
+        require: names of `kilodelta.verify.runners.names`.
+        device: where torch computes, "cpu" or "cuda".
+        limit: the most inputs to read.
+        max_length: the most tokens of a text.
+        field: the key of the text in a `.jsonl` record.
+        model: `package.module:function` that builds the module.
+        config: a folder with the tuned model's `config.json`.
+        digests_only: run nothing.
+        report: a file for the JSON.
+    """
 
     inputs: str | None = None
-    """Real inputs, as `kilodelta.models.read_inputs` takes them; None compares no outputs."""
-
     against: str | None = None
-    """The tuned model, to measure the merged model's agreement with."""
-
-    device: str = "cpu"
-    """Where torch computes the reference: `cpu` or `cuda`."""
-
-    require: tuple[str, ...] = ()
-    """Runners that must have run, by the names in `kilodelta.verify.runners.names`."""
-
-    digests_only: bool = False
-    """Let an export folder pass by its digests, running nothing."""
-
-    report: str | None = None
-    """A file to write the JSON to; its folder is looked for before any work."""
-
-    limit: int | None = None
-    """Read at most so many inputs."""
-
-    max_length: int | None = None
-    """Cut texts to so many tokens."""
-
-    field: str = "text"
     labels: str | None = None
-    """A text file, one label a line: agreement counts which of them an embedding is nearest to."""
-
+    require: tuple[str, ...] = ()
+    device: str = "cpu"
+    limit: int | None = None
+    max_length: int | None = None
+    field: str = "text"
     model: str | None = None
-    """`package.module:function` that builds the module."""
-
     config: str | None = None
-    """A folder with the tuned model's config.json, where the base's does not fit."""
+    digests_only: bool = False
+    report: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A base and a delta whose digests are proved, and what was made of them."""
+    """A base and a delta whose digests are proved, and what was made of them.
+
+    Attributes:
+        base: the base's checkpoint.
+        delta: the `.kd` file.
+        merged: a merged model, proved as well; None if none was given.
+        folder: an export folder; None if none was given.
+        export: what it holds, its digests proved.
+    """
 
     base: Checkpoint
     delta: Path
-    merged: Path | None
-    """A merged model, proved as well."""
-
-    folder: Path | None
-    export: Manifest | None
-    """What an export folder holds, its digests proved; None where none was given."""
+    merged: Path | None = None
+    folder: Path | None = None
+    export: Manifest | None = None

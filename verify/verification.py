@@ -1,6 +1,6 @@
-"""Everything that can be proved about a fine-tune: its digests, and what its artefacts compute.
+"""Prove all that can be proved about a fine-tune: its digests, and what its artefacts compute.
 
-Digests need neither torch nor a runtime; outputs are compared only where inputs are given.
+Digests need neither torch nor a runtime. Outputs are compared only if inputs are given.
 """
 
 from __future__ import annotations
@@ -11,97 +11,160 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kilodelta.errors import InputError, KiloDeltaError, OutputError, require
+from kilodelta.errors import InputError, KiloDeltaError, OutputError
+from kilodelta.errors import require as require_package
 from kilodelta.export.manifest.artefacts import Manifest
 from kilodelta.files import staging
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.progress import Progress, silent
 from kilodelta.verify.digests.exported import check_export, is_export
 from kilodelta.verify.digests.proof import Proof, prove
-from kilodelta.verify.options import Options as Options
-from kilodelta.verify.options import Subject
+from kilodelta.verify.options import Options, Subject
 from kilodelta.verify.parity.report import Report
 from kilodelta.verify.parity.result import Json
 from kilodelta.verify.runners.names import check_names
 
+_Path = str | os.PathLike[str]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What was proved by digests, and what running the artefacts showed."""
+    """What was proved by digests, and what running the artefacts showed.
+
+    Attributes:
+        proof: the proved roots.
+        export: what the export folder holds; None if none was given.
+        report: what was run; None if nothing was.
+    """
 
     proof: Proof
     export: Manifest | None
-    """What the export folder holds; None where none was given."""
-
     report: Report | None
-    """None where nothing was run."""
 
     @property
     def failure(self) -> KiloDeltaError | None:
-        """The error to end with; digests that are wrong have raised it already."""
+        """The error to end with, or None; a wrong digest has raised before."""
         return None if self.report is None else self.report.failure()
 
     def to_json(self) -> Json:
-        """Plain JSON values."""
+        """Return everything, fit for strict JSON."""
         files = [] if self.export is None else [a.files for a in self.export.artefacts]
-        found: Json = asdict(self.proof)
-        found["files"] = [asdict(file) for group in files for file in group]
+        table: Json = asdict(self.proof)
+        table["files"] = [asdict(file) for group in files for file in group]
         if self.report is None:
-            return {**found, "passed": True}
+            return {**table, "passed": True}
         failure = self.failure
         wrong = {} if failure is None else {"error": failure.what, "fix": failure.fix}
-        return {**found, **self.report.to_json(), **wrong}
+        return {**table, **self.report.to_json(), **wrong}
 
     def save(self, path: Path) -> None:
-        """Write the JSON."""
+        """Write the JSON.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
         staging.write(path, text.encode("utf-8") + b"\n")
 
 
 def verify(
-    base: str | os.PathLike[str],
-    delta: str | os.PathLike[str],
-    places: Sequence[str | os.PathLike[str]] = (),
+    base: _Path,
+    delta: _Path,
+    places: Sequence[_Path] = (),
     *,
-    options: Options | None = None,
+    inputs: _Path | None = None,
+    against: _Path | None = None,
+    labels: _Path | None = None,
+    require: Sequence[str] = (),
+    device: str = "cpu",
+    limit: int | None = None,
+    max_length: int | None = None,
+    field: str = "text",
+    model: str | None = None,
+    config: _Path | None = None,
+    digests_only: bool = False,
+    report: _Path | None = None,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Verification:
-    """Prove base and delta, and a merged model and an export folder if they are given.
+    """Prove a base and a delta, and what was made of them; the command `kilodelta verify`.
 
     Outputs that are wrong do not raise: see `Verification.failure`.
+
+    Args:
+        base: the model that the delta was made for: a folder, a `.safetensors` file or a hub id.
+        delta: the `.kd` file.
+        places: a merged model, an export folder, both or neither, in any order.
+        inputs: real inputs to run everything on: `.jsonl`, `.txt`, `.npz`, or
+            `package.module:function` that yields batches.
+        against: the tuned model, to measure agreement with.
+        labels: a text file, one label per line; agreement then also counts which label's embedding
+            an input's embedding is nearest to.
+        require: runners that have to run, such as `["ort", "tensorrt"]`.
+        device: where torch computes the float64 reference, "cpu" or "cuda".
+        limit: read at most so many inputs.
+        max_length: cut texts to so many tokens.
+        field: the key of the text in a `.jsonl` record.
+        model: `package.module:function` that builds the module.
+        config: a folder with the tuned model's `config.json`, if the base's does not fit.
+        digests_only: check an export folder by its digests and run nothing.
+        report: a file to write the JSON to, also if an artefact fails.
+        threads: for digests and merging; all cores by default.
+        progress: called as work goes on.
 
     Raises:
         BaseMismatchError: the base is another model.
         FileError: the delta or the export's manifest is damaged.
         ProofError: a digest is wrong.
-        InputError: options or places that make no sense.
+        InputError: options, places or inputs do not make sense.
         MissingPackageError: comparing outputs needs torch.
         OutputError: the report cannot be written.
+
+    Example:
+        >>> found = verify("tests/golden/0.1.0/base.safetensors", "tests/golden/0.1.0/nola-8.kd")
+        >>> found.failure is None, found.proof.targets
+        (True, 4)
     """
-    chosen = options or Options()
+    options = Options(
+        inputs=_text(inputs),
+        against=_text(against),
+        labels=_text(labels),
+        require=tuple(require),
+        device=device,
+        limit=limit,
+        max_length=max_length,
+        field=field,
+        model=model,
+        config=_text(config),
+        digests_only=digests_only,
+        report=_text(report),
+    )
     merged, out = _sorted_out(places)
-    _check(chosen, out)
-    source = _located(base) if chosen.inputs else Path(base)
+    _check(options, out)
+    source = _located(base) if options.inputs else Path(base)
     checkpoint = Checkpoint.open(source)
     proof = prove(checkpoint, delta, merged, threads=threads, progress=progress)
     export = None if out is None else check_export(out, Path(delta), proof, progress=progress)
-    report = None
-    if chosen.inputs is not None:
-        from kilodelta.verify.parity.outputs import compare_outputs
+    outputs = None
+    if options.inputs is not None:
+        from kilodelta.verify.parity.bench import compare_outputs
 
         subject = Subject(
             base=checkpoint, delta=Path(delta), merged=merged, folder=out, export=export
         )
-        report = compare_outputs(subject, chosen, progress)
-    found = Verification(proof=proof, export=export, report=report)
-    if chosen.report is not None:
-        found.save(Path(chosen.report))
+        outputs = compare_outputs(subject, options, progress)
+    found = Verification(proof=proof, export=export, report=outputs)
+    if options.report is not None:
+        found.save(Path(options.report))
     return found
 
 
-def _sorted_out(places: Sequence[str | os.PathLike[str]]) -> tuple[Path | None, Path | None]:
-    """The merged model and the export folder among the places."""
+def _text(path: _Path | None) -> str | None:
+    return None if path is None else os.fspath(path)
+
+
+def _sorted_out(places: Sequence[_Path]) -> tuple[Path | None, Path | None]:
+    """Return the merged model and the export folder among the places."""
     paths = [Path(place) for place in places]
     exports = [path for path in paths if is_export(path)]
     merged = [path for path in paths if path not in exports]
@@ -115,14 +178,14 @@ def _sorted_out(places: Sequence[str | os.PathLike[str]]) -> tuple[Path | None, 
 
 
 def _check(options: Options, out: Path | None) -> None:
+    """Refuse what cannot work, before any work."""
     check_names(options.require)
+    if options.device not in ("cpu", "cuda"):
+        raise InputError(f"{options.device} is no device to compute on", fix="give cpu or cuda")
     if options.report is not None and not Path(options.report).absolute().parent.is_dir():
         raise OutputError(f"{options.report} lies in no folder", fix="make the folder first")
     if options.inputs is not None:
-        require("torch", extra="hf", why="compare what models put out")
-        from kilodelta.models import check_spec
-
-        check_spec(options.inputs)
+        _check_comparison(options)
         return
     if options.require or options.against or options.labels:
         raise InputError(
@@ -135,7 +198,27 @@ def _check(options: Options, out: Path | None) -> None:
         )
 
 
-def _located(base: str | os.PathLike[str]) -> Path:
+def _check_comparison(options: Options) -> None:
+    require_package("torch", extra="hf", why="compare what models put out")
+    from kilodelta.models import check_spec, read_texts
+
+    assert options.inputs is not None
+    check_spec(options.inputs)
+    if options.digests_only:
+        raise InputError(
+            "--inputs asks for outputs, --digests-only for none", fix="give one of both"
+        )
+    if options.labels is None:
+        return
+    if options.against is None:
+        raise InputError(
+            "labels say by what two models agree, and there is one model",
+            fix="give --against with the tuned model, or leave --labels away",
+        )
+    read_texts(options.labels)
+
+
+def _located(base: _Path) -> Path:
     from kilodelta.models import locate
 
     return locate(os.fspath(base))

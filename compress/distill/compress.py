@@ -30,7 +30,7 @@ from kilodelta.compress.distill.report import Matched, Report
 from kilodelta.compress.training import train
 from kilodelta.compress.training.conversion import quantised
 from kilodelta.errors import InputError, OutputError, QualityError
-from kilodelta.files.identity import digest
+from kilodelta.files.model_digest import digest
 from kilodelta.format.delta import Delta
 from kilodelta.format.inspect import inspect
 from kilodelta.format.methods import Lora

@@ -17,6 +17,7 @@ from kilodelta.errors import BaseMismatchError, InputError
 from kilodelta.files import safetensors
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import RawTensor
+from kilodelta.files.tying import memory_of, untied
 from kilodelta.format.delta import Delta
 from kilodelta.format.quantise import Quantised
 from kilodelta.merging.build import Recipe, build
@@ -108,8 +109,7 @@ def _checkpoint(
 
 def _write(place: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors as a safetensors file, tied ones once."""
-    first = {id(value): name for name, value in reversed(tensors.items())}
-    safetensors.write(place, {name: RawTensor.of(tensors[name]) for name in first.values()})
+    safetensors.write(place, {name: RawTensor.of(value) for name, value in untied(tensors).items()})
 
 
 def _check_names(attachment: Attachment, checkpoint: Checkpoint) -> None:
@@ -133,9 +133,9 @@ def _check_frozen(model: nn.Module, attachment: Attachment, checkpoint: Checkpoi
     """Check that everything that the delta leaves out is the base's."""
     tensors = attachment.frozen.base(model)
     extras = set(attachment.frozen.trained(model))
-    stored = {id(value) for name, value in tensors.items() if name in checkpoint}
+    stored = {memory_of(value) for name, value in tensors.items() if name in checkpoint}
     for name, value in tensors.items():
-        if name in extras or (name not in checkpoint and id(value) in stored):
+        if name in extras or (name not in checkpoint and memory_of(value) in stored):
             continue
         if name not in checkpoint:
             raise InputError(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kilodelta.errors import InputError
+from kilodelta.files.tying import untied
 from kilodelta.format.targets import matches
 
 
@@ -81,8 +82,7 @@ class Frozen:
     def trained(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the extras by checkpoint name, as they are now; tied ones once."""
         now = {name: tensor for name, tensor in self._now(model).items() if name in self.extras}
-        first = {id(tensor): name for name, tensor in reversed(now.items())}
-        return {self._names[name]: now[name].detach() for name in first.values()}
+        return {self._names[name]: tensor.detach() for name, tensor in untied(now).items()}
 
     def drifted(self, model: nn.Module) -> list[str]:
         """Return the buffers (a batch norm's statistics) that changed and are no extras."""

@@ -19,6 +19,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from kilodelta.errors import InputError
 from kilodelta.files import dtypes
 from kilodelta.files.tensor import TensorInfo
+from kilodelta.files.tying import file_order
 from kilodelta.format.targets import Patterns, Target, matches, select
 
 
@@ -96,11 +97,8 @@ def find(
 def checkpoint_names(model: nn.Module, names: Mapping[str, str]) -> Mapping[str, str]:
     """Map all state names to checkpoint names; those that files leave out come last."""
     stored = {state: name for name, state in names.items()}
-    copies = set(getattr(model, "_tied_weights_keys", None) or ())
-    order = sorted(
-        model.state_dict(keep_vars=True),
-        key=lambda n: (n not in stored, n in copies, n.encode("utf-8")),
-    )
+    order = file_order(model, model.state_dict(keep_vars=True))
+    order.sort(key=lambda name: name not in stored)
     return {name: stored.get(name, name) for name in order}
 
 

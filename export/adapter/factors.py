@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kilodelta import parallel
 from kilodelta.errors import BaseMismatchError, InputError
 from kilodelta.export.adapter.layout import AdapterLayout, Exposed
 from kilodelta.export.peft.factors import float_factors, scales
-from kilodelta.files import parallel
 from kilodelta.files.tensor import TensorInfo
 from kilodelta.format.delta import Delta
 from kilodelta.format.targets import Target, select

@@ -20,7 +20,7 @@ from kilodelta.export.adapter.surgery import Surgery
 from kilodelta.export.manifest.facts import Port
 from kilodelta.export.onnx.template import Template
 from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.files.identity import digest
+from kilodelta.files.model_digest import digest
 from kilodelta.files.tensor import TensorInfo
 from kilodelta.format.fields import MAX_RANK
 from kilodelta.format.targets import Patterns, select

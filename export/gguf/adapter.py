@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from kilodelta import parallel
 from kilodelta.errors import ExportError, InputError, OutputError, require
 from kilodelta.export.gguf.names import Naming
 from kilodelta.export.peft.factors import Pair, exact_pair, padded, require_low_rank, svd_pair
-from kilodelta.files import parallel, staging
+from kilodelta.files import staging
 from kilodelta.files.baseline import require_base
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta

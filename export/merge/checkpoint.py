@@ -13,7 +13,6 @@ from pathlib import Path
 
 from kilodelta.errors import InputError, OutputError
 from kilodelta.exact.selftest import require_good_kernels
-from kilodelta.export.merge.base_files import BaseFiles
 from kilodelta.export.merge.config import read_given, write_config
 from kilodelta.export.merge.plan import FilePlan, merged_index, plan_files
 from kilodelta.export.merge.sidecars import copy_sidecars
@@ -91,27 +90,27 @@ def merge(
     """
     require_good_kernels()
     merge_target, at_once = merger(device)
-    checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
+    checkpoint = Checkpoint.open(base)
     place = Path(out)
     single = place.suffix == ".safetensors"
     _require_place(checkpoint, place, single)
     given = None if config is None else _read_config(Path(config), single)
     opened = delta if isinstance(delta, Delta) else load(delta)
-    identity = require_base(checkpoint, opened.manifest.base, threads=threads, progress=progress)
+    # Remembered digests suffice: each byte is hashed on its way, against these or the result.
+    identity = require_base(
+        checkpoint, opened.manifest.base, cached=True, threads=threads, progress=progress
+    )
     bound = opened.bind_to(checkpoint.info(name) for name in checkpoint.names)
-    with (
-        BaseFiles(checkpoint) as files,
-        staging.new_file(place, replace=False) if single else staging.new_folder(place) as stage,
-    ):
+    with staging.new_file(place, replace=False) if single else staging.new_folder(place) as stage:
         plans = plan_files(checkpoint, bound, stage, single=single)
-        Stream(
-            checkpoint=checkpoint, base=files, identity=identity, delta=bound, merge=merge_target
-        ).write(plans, threads or at_once, progress)
+        Stream(checkpoint=checkpoint, identity=identity, delta=bound, merge=merge_target).write(
+            plans, threads or at_once, progress
+        )
         source, left_out = "", dict[str, str]()
         if checkpoint.path.is_dir() and not single:
             left_out = _copy_beside(checkpoint, bound, stage)
         if not single:
-            source = write_config(stage, files, bound, given)
+            source = write_config(stage, checkpoint, bound, given)
     return _summary(checkpoint, bound, plans, place, source, left_out)
 
 

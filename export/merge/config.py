@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from kilodelta.errors import InputError
-from kilodelta.export.merge.base_files import CHUNK, BaseFiles
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.source import CHUNK
 from kilodelta.files.tensor import Bytes
 from kilodelta.format.delta import Delta
 from kilodelta.format.model_config import apply_config
@@ -47,7 +48,7 @@ def read_given(path: Path) -> dict[str, Any]:
 
 
 def write_config(
-    stage: Path, base: BaseFiles, delta: Delta, given: Mapping[str, Any] | None
+    stage: Path, base: Checkpoint, delta: Delta, given: Mapping[str, Any] | None
 ) -> str:
     """Complete the configuration in a merged folder, which holds a copy of the base's.
 
@@ -55,7 +56,7 @@ def write_config(
 
     Args:
         stage: the merged folder.
-        base: the base's files.
+        base: the base.
         delta: bound to the base.
         given: the tuned model's configuration, which replaces the base's whole.
 
@@ -88,14 +89,14 @@ def _read(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def unties(base: BaseFiles, delta: Delta, config: Mapping[str, Any]) -> bool:
+def unties(base: Checkpoint, delta: Delta, config: Mapping[str, Any]) -> bool:
     """Whether the merged model holds an output head that is no longer its input embedding.
 
     Transformers 4 ties the two whatever the files hold, unless the configuration says otherwise;
     PEFT says otherwise when it merges such a model.
 
     Args:
-        base: the base's files.
+        base: the base.
         delta: bound to the base.
         config: the merged model's configuration.
     """
@@ -103,7 +104,7 @@ def unties(base: BaseFiles, delta: Delta, config: Mapping[str, Any]) -> bool:
     rows = text.get("vocab_size", config.get("vocab_size"))
     if type(rows) is not int or not _ties(config):
         return False
-    shapes = {name: info.shape for name, info in base.infos.items()}
+    shapes = {name: base.info(name).shape for name in base.names}
     shapes |= {name: extra.shape for name, extra in delta.extras.items()}
     sized = [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] == rows]
     tables = [name for name in sized if layer_names.is_embedding(name)]
@@ -115,7 +116,7 @@ def unties(base: BaseFiles, delta: Delta, config: Mapping[str, Any]) -> bool:
     )
 
 
-def _differ(base: BaseFiles, delta: Delta, one: str, other: str) -> bool:
+def _differ(base: Checkpoint, delta: Delta, one: str, other: str) -> bool:
     """Whether the merged values of two tensors of one shape differ, and the delta is why."""
     if not {one, other} & {*delta.extras, *delta.targets}:
         return False
@@ -128,7 +129,7 @@ def _differ(base: BaseFiles, delta: Delta, one: str, other: str) -> bool:
     )
 
 
-def _chunks(base: BaseFiles, delta: Delta, name: str) -> Iterator[Bytes]:
+def _chunks(base: Checkpoint, delta: Delta, name: str) -> Iterator[Bytes]:
     if name not in delta.extras:
         return base.tensor(name).chunks()
     data = delta.extras[name].data

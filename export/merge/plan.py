@@ -73,7 +73,7 @@ def _plan_file(shard: Shard, delta: Delta, path: Path, added: Mapping[str, RawTe
         info is entry for info, entry in zip(order, shard.layout.entries, strict=True)
     )
     order += [tensor.info(name) for name, tensor in added.items()]
-    header = _header(shard) if same else header_bytes(order, shard.layout.metadata)
+    header = shard.head if same else header_bytes(order, shard.layout.metadata)
     pieces, begin = [], len(header)
     for info in order:
         kind: Literal["merge", "store", "copy"] = "copy"
@@ -92,11 +92,6 @@ def _merged_info(entry: Entry, delta: Delta) -> TensorInfo:
     if extra is None or (extra.dtype, extra.shape) == (entry.dtype, entry.shape):
         return entry
     return extra.info(entry.name)
-
-
-def _header(shard: Shard) -> bytes:
-    """A base file's own header, byte for byte, from memory of our own."""
-    return len(shard.layout.header).to_bytes(8, "little") + shard.layout.header
 
 
 def merged_index(checkpoint: Checkpoint, delta: Delta) -> bytes:

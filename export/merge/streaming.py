@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from kilodelta import parallel
 from kilodelta.errors import BaseMismatchError, ProofError
-from kilodelta.export.merge.base_files import BaseFiles
 from kilodelta.export.merge.plan import FilePlan, Piece
 from kilodelta.export.merge.tensor import require_result
-from kilodelta.files import identity, parallel
+from kilodelta.files import identity
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.copying import pwrite
 from kilodelta.files.identity import Identity
@@ -31,7 +31,6 @@ class Stream:
     """What the threads share."""
 
     checkpoint: Checkpoint
-    base: BaseFiles
     identity: Identity
     """The base's proved root, and the digests that it is over."""
 
@@ -72,7 +71,7 @@ class Stream:
             return ""
         info, position = self.checkpoint.info(piece.name), piece.begin
         state = identity.tensor_hash(piece.name, info.dtype, info.shape)
-        source = self.base.tensor(piece.name)
+        source = self.checkpoint.tensor(piece.name)
         parts = (
             self.merge(self.delta, self.delta.target(piece.name), source)
             if piece.kind == "merge"
@@ -92,7 +91,7 @@ class Stream:
         for name in names:
             info = self.checkpoint.info(name)
             state = identity.tensor_hash(name, info.dtype, info.shape)
-            for part in self.base.tensor(name).chunks():
+            for part in self.checkpoint.tensor(name).chunks():
                 state.update(part.data)
             self._require_known(name, "sha256:" + state.hexdigest())
 

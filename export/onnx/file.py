@@ -12,7 +12,7 @@ from pathlib import Path
 from kilodelta.errors import CheckpointError
 from kilodelta.export.onnx.protobuf import BYTES, Data, Field, WireError, fields, text
 from kilodelta.export.onnx.tensors import Stored, read_tensor
-from kilodelta.files.safetensors import map_file
+from kilodelta.files.source import map_file
 
 _GRAPH, _FUNCTIONS = 7, 25  # ModelProto
 _NODE, _INITIALIZER = 1, 5  # GraphProto

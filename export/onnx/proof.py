@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kilodelta.errors import ExportError
 from kilodelta.export.onnx.trace import Trace
+from kilodelta.files.tying import first_names, untied
 from kilodelta.models import twin
 
 _FIX = "export with the versions in constraints.txt, or report the model's architecture"
@@ -48,11 +49,8 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def distinct(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict, tied tensors once, under the name that comes first."""
-    found: dict[int, tuple[str, Tensor]] = {}
-    for name, tensor in module.state_dict().items():
-        found.setdefault(tensor.data_ptr() if tensor.numel() else id(tensor), (name, tensor))
-    return dict(found.values())
+    """Return the state dict, tied tensors once, under the name that comes first."""
+    return untied(module.state_dict())
 
 
 def claim(trace: Trace, module: nn.Module) -> dict[str, list[Any]]:
@@ -96,9 +94,8 @@ def require_kept(model: Any, weights: Mapping[str, list[Any]], used: Iterable[st
 
 def _first_names(module: nn.Module, names: Iterable[str]) -> set[str]:
     """State names, tied ones by the name that comes first."""
-    state = module.state_dict()
-    first = {tensor.data_ptr(): name for name, tensor in distinct(module).items()}
-    return {first[state[name].data_ptr()] for name in names if name in state}
+    firsts = first_names(module.state_dict())
+    return {firsts[name] for name in names if name in firsts}
 
 
 def _require_all(lost: set[str], trace: Trace, state: Mapping[str, Tensor]) -> None:

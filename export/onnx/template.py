@@ -20,9 +20,10 @@ from torch import nn
 from kilodelta.errors import CheckpointError, ExportError, InputError
 from kilodelta.export.manifest.facts import Port
 from kilodelta.export.onnx.clean import clean, rename
-from kilodelta.export.onnx.proof import claim, distinct, make_twin, require_kept
+from kilodelta.export.onnx.proof import claim, make_twin, require_kept
 from kilodelta.export.onnx.trace import trace
 from kilodelta.files.checkpoint import Checkpoint, in_name_order
+from kilodelta.files.tying import first_names
 from kilodelta.models import Batch, LoadedModel, View, example
 from kilodelta.models.example_inputs import axes
 from kilodelta.models.weights import tensor
@@ -121,9 +122,8 @@ def _by_checkpoint_name(
     loaded: LoadedModel, twin: nn.Module, claimed: Mapping[str, list[Any]]
 ) -> dict[str, list[Any]]:
     """The claimed values by checkpoint name, in name order."""
-    state, first = twin.state_dict(), distinct(twin)
-    tied = {tensor.data_ptr(): name for name, tensor in first.items()}
-    owner = {tied[state[place].data_ptr()]: name for name, place in loaded.names.items()}
+    firsts = first_names(twin.state_dict())
+    owner = {firsts[place]: name for name, place in loaded.names.items()}
     orphans = sorted(set(claimed) - set(owner))
     if orphans:
         raise ExportError(

@@ -19,7 +19,7 @@ from kilodelta.export.patching.map import PatchMap, Place
 from kilodelta.export.patching.match import Match, match_all
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import TARGETS
-from kilodelta.files.identity import digest
+from kilodelta.files.model_digest import digest
 from kilodelta.files.safetensors import write_stream
 from kilodelta.progress import Progress, silent
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kilodelta import parallel
 from kilodelta.export.onnx.file import OnnxFile
 from kilodelta.export.onnx.tensors import Stored
 from kilodelta.export.patching.map import Place
-from kilodelta.files import parallel
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.copying import pread
 from kilodelta.files.floats import cast, castable, transposed

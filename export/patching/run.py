@@ -9,12 +9,12 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+from kilodelta import parallel
 from kilodelta.errors import CheckpointError
 from kilodelta.export.manifest.facts import FileFact
 from kilodelta.export.merge.tensor import changed_names, require_result
 from kilodelta.export.patching.map import Place
 from kilodelta.export.patching.plan import Bytes, Plan
-from kilodelta.files import parallel
 from kilodelta.files.identity import raw_digest
 from kilodelta.progress import Meter, Progress
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kilodelta import parallel
 from kilodelta.errors import InputError
 from kilodelta.export.peft.factors import Pair, exact_pair, require_low_rank, svd_pair
 from kilodelta.export.peft.folder import (
@@ -26,7 +27,6 @@ from kilodelta.export.peft.folder import (
 )
 from kilodelta.export.peft.loaded_names import naming_as_loaded
 from kilodelta.export.peft.modules import Naming
-from kilodelta.files import parallel
 from kilodelta.files.baseline import require_base
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta

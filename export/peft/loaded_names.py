@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from kilodelta.errors import require
 from kilodelta.export.peft.modules import Kind, Naming, refused
 from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.tying import tied
 from kilodelta.format.targets import Target
 from kilodelta.models.layer_names import owner
 
@@ -57,16 +58,11 @@ def naming_as_loaded(checkpoint: Checkpoint) -> LoadedNaming:
     from kilodelta.models.load import open_model
 
     loaded = open_model(checkpoint.path)
-    places: dict[int, list[str]] = {}
-    state = loaded.module.state_dict()
-    for name, tensor in state.items():
-        places.setdefault(tensor.data_ptr(), []).append(name)
+    shared = tied(loaded.module.state_dict())
     return LoadedNaming(
         names=loaded.names,
         layers={path: _class(type(m)) for path, m in loaded.module.named_modules()},
-        shared=frozenset(
-            name for name, at in loaded.names.items() if len(places[state[at].data_ptr()]) > 1
-        ),
+        shared=frozenset(name for name, at in loaded.names.items() if at in shared),
     )
 
 

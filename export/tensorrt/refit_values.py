@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kilodelta import parallel
 from kilodelta.errors import ExportError
 from kilodelta.export.merge.tensor import (
     changed_names,
@@ -9,7 +10,6 @@ from kilodelta.export.merge.tensor import (
     require_result,
     rounded,
 )
-from kilodelta.files import parallel
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import nbytes
 from kilodelta.files.floats import castable

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,7 +13,7 @@ from kilodelta.commands.shared import Command, as_json, with_progress
 from kilodelta.errors import require
 
 if TYPE_CHECKING:
-    from kilodelta.demo.run import Demo
+    from kilodelta.demo import Demo
 
 
 @click.command(
@@ -44,9 +43,9 @@ def demo(out: str, seed: int, as_json: bool, progress: Any) -> Callable[[], None
     """
     require("torch", extra="demo", why="run the demo")
     require("transformers", extra="demo", why="run the demo")
-    from kilodelta.demo.run import demo
+    from kilodelta.demo import demo
 
-    done = demo(Path(out), seed=seed, progress=progress)
+    done = demo(out, seed=seed, progress=progress)
     return lambda: show(done, as_json=as_json)
 
 

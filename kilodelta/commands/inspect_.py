@@ -68,17 +68,21 @@ def _short(value: object, width: int = 100) -> str:
 )
 @click.argument("model", type=click.Path())
 @click.option("--tensors", is_flag=True, help="The digest of each tensor too.")
-@click.option("--no-cache", is_flag=True, help="Hash every byte, trust no remembered digest.")
+@click.option(
+    "--cached",
+    is_flag=True,
+    help="Take digests remembered of files whose size and times are unchanged: fast, no proof.",
+)
 @threads
 @as_json
 @with_progress
 def digest(
-    model: str, tensors: bool, no_cache: bool, threads: int | None, as_json: bool, progress: Any
+    model: str, tensors: bool, cached: bool, threads: int | None, as_json: bool, progress: Any
 ) -> Callable[[], None]:
     """Print the root of a MODEL: a .safetensors file, a Hugging Face folder or cache folder."""
-    from kilodelta.files.identity import digest
+    from kilodelta.files.model_digest import digest
 
-    found = digest(model, cache=not no_cache, threads=threads, progress=progress)
+    found = digest(model, cached=cached, threads=threads, progress=progress)
 
     def show() -> None:
         if as_json:
@@ -100,7 +104,7 @@ def digest(
 @as_json
 def doctor(as_json: bool) -> None:
     """Say what this machine can do, and the command that installs what is missing."""
-    from kilodelta.verify.environment.checks import examine
+    from kilodelta.verify import doctor as examine
 
     found = examine()
     if as_json:

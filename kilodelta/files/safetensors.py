@@ -6,17 +6,15 @@ tensors, but not their offsets; streaming needs the offsets.
 
 from __future__ import annotations
 
-import errno
-import mmap
-import os
-import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from kilodelta.errors import CheckpointError, KiloDeltaError
+from kilodelta.errors import KiloDeltaError
 from kilodelta.files import canonical, dtypes, staging
+from kilodelta.files.source import SourceFile
 from kilodelta.files.tensor import RawTensor, TensorInfo
 
 HEADER_LIMIT = 32 << 20
@@ -44,134 +42,109 @@ class Layout:
     data_start: int
 
 
-def map_file(path: Path, error: type[KiloDeltaError] = CheckpointError) -> mmap.mmap:
-    """Map a regular file read-only, or say why not (a folder, a device, a loop of links)."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    except OSError as problem:
-        raise error(f"{path} cannot be opened: {_reason(problem)}", fix=_advice(problem)) from None
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise error(f"{path} is not a regular file", fix="give the path of a file")
-        if status.st_size < 8:
-            raise error(
-                f"{path} holds {status.st_size} bytes, too few for a safetensors header",
-                fix="the file is cut or of another kind: fetch it again",
-            )
-        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-    finally:
-        os.close(descriptor)
+def read_layout(file: SourceFile, *, limit: int = HEADER_LIMIT) -> Layout:
+    """Parse and check a file's header.
 
+    Every tensor must be named once, and the tensors must cover the data without gap or overlap.
+    As the safetensors library does, unknown fields of a tensor are ignored and a `__metadata__` of
+    null counts as none.
 
-def _reason(problem: OSError) -> str:
-    return os.strerror(problem.errno) if problem.errno else str(problem)
-
-
-def _advice(problem: OSError) -> str:
-    if problem.errno == errno.ENOENT:
-        return "check the path"
-    if problem.errno == errno.ELOOP:
-        return "the symbolic links form a loop: give the real file"
-    return "check the path and its permissions"
-
-
-def read_layout(
-    data: mmap.mmap | bytes,
-    path: Path,
-    *,
-    limit: int = HEADER_LIMIT,
-    error: type[KiloDeltaError] = CheckpointError,
-) -> Layout:
-    """Parse and check a header: every tensor named once, the data covered without gap or overlap.
+    Args:
+        file: an open file.
+        limit: bytes that the header may have.
 
     Raises:
-        KiloDeltaError: of class `error`, naming the file, the tensor and both values.
+        KiloDeltaError: of the file's class, naming the file, the tensor and both values.
     """
-    fault = _Fault(path, error)
-    length = int.from_bytes(data[:8], "little")
-    if length > limit:
-        raise fault(f"the header claims {length} bytes; at most {limit} are allowed")
-    if 8 + length > len(data):
-        raise fault(f"the header claims {length} bytes, but the file has {len(data)} in all")
-    header = bytes(data[8 : 8 + length])
-    table = _parse(header, fault)
-    metadata = _metadata(table.pop("__metadata__", {}), fault)
-    start = 8 + length
-    entries = sorted(
-        (_entry(name, fields, start, fault) for name, fields in table.items()),
-        key=lambda entry: (entry.begin, entry.end),
-    )
-    _check_cover(entries, start, len(data), fault)
-    return Layout(entries=tuple(entries), metadata=metadata, header=header, data_start=start)
-
-
-class _Fault:
-    """Makes the errors of one file."""
-
-    def __init__(self, path: Path, error: type[KiloDeltaError]) -> None:
-        self.path, self.error = path, error
-
-    def __call__(self, what: str) -> KiloDeltaError:
-        return self.error(
-            f"{self.path}: {what}", fix="the file is damaged or not safetensors: fetch it again"
+    if file.size < 8:
+        raise _fault(file, f"it holds {file.size} bytes, too few for a safetensors header")
+    start = 8 + int.from_bytes(file.read(0, 8).tobytes(), "little")
+    if start - 8 > limit:
+        raise _fault(file, f"the header claims {start - 8} bytes; at most {limit} are allowed")
+    if start > file.size:
+        raise _fault(
+            file, f"the header claims {start - 8} bytes, but the file has {file.size} in all"
         )
+    header = file.read(8, start - 8).tobytes()
+    try:
+        return _layout(header, file.size)
+    except _HeaderError as problem:
+        raise _fault(file, str(problem)) from None
 
 
-def _parse(header: bytes, fault: _Fault) -> dict[str, Any]:
+def _fault(file: SourceFile, what: str) -> KiloDeltaError:
+    return file.fault(what, fix="the file is damaged or not safetensors: fetch it again")
+
+
+class _HeaderError(ValueError):
+    """What is wrong with a header."""
+
+
+def _layout(header: bytes, size: int) -> Layout:
+    """Parse the header of a file of `size` bytes."""
     try:
         table = canonical.loads(header)
     except canonical.NotCanonicalError as problem:
-        raise fault(f"the header is not valid JSON: {problem}") from None
+        raise _HeaderError(f"the header is not valid JSON: {problem}") from None
     if not isinstance(table, dict):
-        raise fault("the header is not a JSON object")
-    return table
+        raise _HeaderError("the header is not a JSON object")
+    metadata = _metadata(table.pop("__metadata__", None))
+    start = 8 + len(header)
+    entries = sorted(
+        (_entry(name, fields, start) for name, fields in table.items()),
+        key=lambda entry: (entry.begin, entry.end),
+    )
+    _check_cover(entries, start, size)
+    return Layout(entries=tuple(entries), metadata=metadata, header=header, data_start=start)
 
 
-def _metadata(found: Any, fault: _Fault) -> dict[str, str]:
-    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
-        raise fault("__metadata__ is not an object of strings")
-    return found
+def _metadata(value: Any) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise _HeaderError("__metadata__ is not an object of strings")
+    return value
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def _entry(name: str, fields: Any, start: int, fault: _Fault) -> Entry:
+def _entry(name: str, fields: Any, start: int) -> Entry:
+    """Check one tensor's fields; its offsets count from `start`."""
     if "\0" in name:
-        raise fault(f"tensor name {name!r} holds a NUL character")
-    if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
-        raise fault(f"tensor {name!r} does not have exactly dtype, shape and data_offsets")
+        raise _HeaderError(f"tensor name {name!r:.200} holds a NUL character")
+    if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= set(fields):
+        raise _HeaderError(f"tensor {name!r:.200} does not have dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in dtypes.DTYPES:
-        raise fault(f"tensor {name!r} has unknown dtype {dtype!r}")
+        raise _HeaderError(f"tensor {name!r:.200} has unknown dtype {dtype!r:.40}")
     if not isinstance(shape, list) or len(shape) > 32 or not all(map(_is_count, shape)):
-        raise fault(f"tensor {name!r} has impossible shape {shape!r:.200}")
+        raise _HeaderError(f"tensor {name!r:.200} has impossible shape {shape!r:.200}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        raise fault(f"tensor {name!r} has impossible offsets {offsets!r:.200}")
-    needed = dtypes.nbytes(dtype, tuple(shape))
-    if offsets[1] - offsets[0] != needed:
-        raise fault(
-            f"tensor {name!r} has offsets {offsets}, but {dtype} {shape} takes {needed} bytes"
+        raise _HeaderError(f"tensor {name!r:.200} has impossible offsets {offsets!r:.200}")
+    if dtypes.DTYPES[dtype].bits * prod(shape) % 8:
+        raise _HeaderError(f"tensor {name!r:.200} of {dtype} {shape} ends within a byte")
+    entry = Entry(name=name, dtype=dtype, shape=tuple(shape), begin=start + offsets[0])
+    if offsets[1] - offsets[0] != entry.nbytes:
+        raise _HeaderError(
+            f"tensor {name!r:.200} has offsets {offsets}, "
+            f"but {dtype} {shape} takes {entry.nbytes} bytes"
         )
-    return Entry(
-        name=name,
-        dtype=dtype,
-        shape=tuple(shape),
-        begin=start + offsets[0],
-    )
+    return entry
 
 
-def _check_cover(entries: list[Entry], start: int, size: int, fault: _Fault) -> None:
+def _check_cover(entries: list[Entry], start: int, size: int) -> None:
     position = start
     for entry in entries:
         if entry.begin != position:
             kind = "overlaps the one before it" if entry.begin < position else "leaves a gap"
-            raise fault(f"tensor {entry.name!r} {kind}: starts at {entry.begin}, not {position}")
+            raise _HeaderError(
+                f"tensor {entry.name!r:.200} {kind}: starts at {entry.begin}, not {position}"
+            )
         position = entry.end
     if position != size:
-        raise fault(f"the tensors end at byte {position}, the file at {size}")
+        raise _HeaderError(f"the tensors end at byte {position}, the file at {size}")
 
 
 def header_bytes(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> bytes:

@@ -108,6 +108,8 @@ def _torch_bytes(tensor: Any) -> Bytes:
         raise InputError(
             "a tensor lies on the meta device and has no data", fix="load the weights first"
         )
+    if str(tensor.layout) != "torch.strided":
+        raise InputError(f"a tensor is {tensor.layout}", fix="convert it by to_dense() first")
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     found: Bytes = flat.view(sys.modules["torch"].uint8).numpy()
     return found

@@ -18,7 +18,7 @@ from kilodelta import __version__
 from kilodelta.errors import InputError
 from kilodelta.files import canonical
 from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.files.identity import digest
+from kilodelta.files.model_digest import digest
 from kilodelta.fleet.schema import NEEDS_INPUTS, Base, FineTune, Fleet, Target
 from kilodelta.progress import Event, Progress, silent
 

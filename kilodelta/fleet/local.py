@@ -152,7 +152,9 @@ def _server(tasks: Sequence[Task], workers: int) -> Iterator[Any]:
     try:
         context: Any = multiprocessing.get_context("forkserver")
         kinds = {task.kind for task in tasks}
-        context.set_forkserver_preload(["kilodelta.fleet.child", *preload(kinds)])
+        context.set_forkserver_preload(
+            ["kilodelta.fleet.child", "kilodelta.fleet.warm", *preload(kinds)]
+        )
         yield context
     finally:
         for name, value in before.items():

@@ -9,12 +9,11 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from kilodelta.errors import FileError, InputError
 from kilodelta.files import identity, staging
 from kilodelta.files.checkpoint import in_name_order
-from kilodelta.files.safetensors import encode, header_bytes, map_file, read_layout, wide_first
+from kilodelta.files.safetensors import encode, header_bytes, read_layout, wide_first
+from kilodelta.files.source import SourceFile
 from kilodelta.files.tensor import Bytes, RawTensor
 from kilodelta.format import manifest as manifests
 from kilodelta.format.manifest import Manifest
@@ -84,20 +83,20 @@ def read(path: Path) -> tuple[Manifest, dict[str, RawTensor]]:
     """Read a file and check every rule that needs no base.
 
     Returns:
-        The manifest, and all tensors by their names in the file, mapped.
+        The manifest, and all tensors by their names in the file.
 
     Raises:
         FileError: the file breaks a rule, or a bit of it has changed.
     """
-    data = map_file(path, FileError)
-    layout = read_layout(data, path, limit=HEADER_LIMIT, error=FileError)
+    source = SourceFile(path, error=FileError)
+    layout = read_layout(source, limit=HEADER_LIMIT)
     if set(layout.metadata) != {MANIFEST, DIGEST}:
         raise _fault(path, f"its metadata has not exactly the keys {MANIFEST!r} and {DIGEST!r}")
     tensors = {
         entry.name: RawTensor(
             dtype=entry.dtype,
             shape=entry.shape,
-            data=np.frombuffer(data, np.uint8, entry.nbytes, entry.begin),
+            data=source.read(entry.begin, entry.nbytes),
         )
         for entry in layout.entries
     }

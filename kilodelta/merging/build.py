@@ -15,7 +15,8 @@ from kilodelta.errors import InputError
 from kilodelta.exact.bounds import exactness
 from kilodelta.exact.selftest import require_good_kernels
 from kilodelta.files.checkpoint import Checkpoint, in_name_order
-from kilodelta.files.identity import Identity, digest, fingerprints, root
+from kilodelta.files.identity import Identity, fingerprints, root
+from kilodelta.files.model_digest import digest
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.format.foreign import stored

@@ -180,7 +180,7 @@ def _kind(model: Checkpoint, name: str) -> str:
 def _values(model: Checkpoint, name: str) -> Iterator[npt.NDArray[np.float64]]:
     """A float tensor's values block by block, as float64 (every type but F64 goes by float32)."""
     dtype = FLOATS[model.info(name).dtype]
-    data = model.data(name)
+    data = model.tensor(name)
     step = _BLOCK * dtype.bits // 8
     for start in range(0, data.size, step):
         block = data[start : start + step]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from kilodelta.files import identity, parallel
+from kilodelta import parallel
+from kilodelta.files import identity
 from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.files.tensor import Bytes
+from kilodelta.files.source import TensorBytes
 from kilodelta.format.delta import Delta
 from kilodelta.format.targets import Target
 from kilodelta.merging import cpu
@@ -34,7 +35,7 @@ def target_digests(
     total = sum(checkpoint.info(target.name).nbytes for target in targets)
     meter = Meter("expand", total, "B", progress)
     digests = parallel.run(
-        lambda target: _merged_digest(delta, target, checkpoint.data(target.name), meter),
+        lambda target: _merged_digest(delta, target, checkpoint.tensor(target.name), meter),
         targets,
         meter,
         weight=lambda target: checkpoint.info(target.name).nbytes,
@@ -43,7 +44,7 @@ def target_digests(
     return dict(zip(delta.targets, digests, strict=True))
 
 
-def _merged_digest(delta: Delta, target: Target, base: Bytes, meter: Meter) -> str:
+def _merged_digest(delta: Delta, target: Target, base: TensorBytes, meter: Meter) -> str:
     state = identity.tensor_hash(target.name, target.dtype, target.shape)
     for part in cpu.merged(delta, target, base):
         state.update(part.data)

@@ -10,8 +10,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from kilodelta import parallel
 from kilodelta.exact.bases import BLOCK, Ints
-from kilodelta.files import parallel
 from kilodelta.format.delta import Delta
 from kilodelta.format.methods import Coefficients
 from kilodelta.progress import Meter, silent

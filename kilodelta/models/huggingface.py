@@ -18,6 +18,7 @@ from torch import nn
 
 from kilodelta.errors import CheckpointError, InputError, require
 from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.tying import memory_of
 from kilodelta.models import sentence
 from kilodelta.models.loaded import LoadedModel
 from kilodelta.models.names import match, unfilled
@@ -160,12 +161,12 @@ def _refuse_combined(
 ) -> None:
     """Refuse tensors that transformers loads, but not as they are in the files."""
     state = module.state_dict()
-    reached = {state[place].data_ptr() for place in names.values()}
+    reached = {memory_of(state[place]) for place in names.values()}
     absent = {_name(entry) for key in ("missing_keys", "mismatched_keys") for entry in report[key]}
     changed = [
         place
         for place, tensor in state.items()
-        if place not in absent and tensor.numel() and tensor.data_ptr() not in reached
+        if place not in absent and tensor.numel() and memory_of(tensor) not in reached
     ]
     if changed:
         raise CheckpointError(

@@ -9,6 +9,7 @@ from torch import nn
 
 from kilodelta.errors import CheckpointError, InputError
 from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.tying import file_order, untied
 from kilodelta.models import huggingface
 from kilodelta.models.entry import call_entry, is_entry
 from kilodelta.models.loaded import LoadedModel
@@ -89,14 +90,9 @@ def _loaded(
 
 
 def _untied(module: nn.Module) -> list[str]:
-    """State names, tied tensors once under the name that sorts first, as digests count them."""
-    places: dict[tuple[int, tuple[int, ...]], str] = {}
+    """List the state names, tied tensors once under the name by which digests count them."""
     state = module.state_dict()
-    for name in sorted(state, key=str.encode):
-        tensor = state[name]
-        key = (tensor.data_ptr() if tensor.numel() else id(tensor), tuple(tensor.shape))
-        places.setdefault(key, name)
-    return list(places.values())
+    return list(untied({name: state[name] for name in file_order(module, state)}))
 
 
 def _in_checkpoint(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from kilodelta.files.tying import memory_of
 from kilodelta.models.twin import content_of
 
 
@@ -26,9 +27,9 @@ def match(twin: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, 
 def unfilled(module: nn.Module, names: Mapping[str, str]) -> tuple[str, ...]:
     """State names of the floating tensors that none of `names` reaches, not even through a tie."""
     state = module.state_dict()
-    filled = {state[place].data_ptr() for place in names.values()}
+    filled = {memory_of(state[place]) for place in names.values()}
     return tuple(
         place
         for place, tensor in state.items()
-        if tensor.is_floating_point() and tensor.numel() and tensor.data_ptr() not in filled
+        if tensor.is_floating_point() and tensor.numel() and memory_of(tensor) not in filled
     )

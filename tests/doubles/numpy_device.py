@@ -19,7 +19,7 @@ from kilodelta.device.folder import Bundle, DeviceFolder
 from kilodelta.device.golden import golden
 from kilodelta.device.golden.golden import Golden
 from kilodelta.device.modes import interface
-from kilodelta.files import identity
+from kilodelta.files import model_digest
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.methods import Lora
@@ -116,7 +116,7 @@ def folder(path: Path, source: Path, **settings: Any) -> Path:
     (base / "weights.safetensors").write_bytes(source.read_bytes())
     outputs = of_checkpoint(checkpoint).run(BATCH)
     golden.write(base / golden.FILE, Golden(inputs=BATCH, outputs=outputs))
-    known = identity.digest(checkpoint)
+    known = model_digest.digest(checkpoint)
     fields: dict[str, Any] = {
         "mode": "patch",
         "dtype": "float32",

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import kilodelta
 from kilodelta.errors import CheckpointError, InputError
-from kilodelta.files import digest_cache, identity
+from kilodelta.files import identity
 from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.progress import Event
 from tests.support.making import folder, model, write
 
 
@@ -44,7 +45,7 @@ def test_the_same_root_for_every_layout(tmp_path: Path) -> None:
     assert kilodelta.digest(folder(tmp_path / "one", tensors)).root == expected
     assert kilodelta.digest(folder(tmp_path / "three", tensors, shards=3)).root == expected
     for threads in (1, 2, 7):
-        found = kilodelta.digest(tmp_path / "three", cache=False, threads=threads)
+        found = kilodelta.digest(tmp_path / "three", threads=threads)
         assert found.root == expected
 
 
@@ -81,41 +82,61 @@ def test_a_tied_model_has_its_own_files_root(tmp_path: Path) -> None:
     assert found == kilodelta.digest(tmp_path / "gpt2")
 
 
-def test_a_changed_file_is_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digest_cache, "SETTLED_NS", 0)
-    tensors = model()
-    path = write(tmp_path / "model.safetensors", tensors)
-    first = kilodelta.digest(path)
-    assert digest_cache.load(path) == first.tensors
-    times = path.stat()
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # the same size and times
-    assert kilodelta.digest(path).root != first.root
+def test_a_transposed_view_is_a_tensor_of_its_own() -> None:
+    """Square memory read the other way has the same address, type and shape, and other values."""
+    square = np.arange(4, dtype="<f4").reshape(2, 2)
+    both = by_hand(
+        {
+            "a": ("F32", (2, 2), square.tobytes()),
+            "b": ("F32", (2, 2), square.T.tobytes()),
+        }
+    )
+    assert kilodelta.digest({"a": square, "b": square.T}).root == both
+    torch = pytest.importorskip("torch")
+    tensor = torch.from_numpy(square)
+    assert kilodelta.digest({"a": tensor, "b": tensor.t()}).root == both
+    assert kilodelta.digest({"a": tensor, "b": tensor[:]}).tensors.keys() == {"a"}
 
 
-def test_a_remembered_digest_is_used_and_can_be_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(digest_cache, "SETTLED_NS", 0)
-    path = write(tmp_path / "model.safetensors", model())
-    true = kilodelta.digest(path)
-    (cached,) = digest_cache.folder().glob("digests/*.json")
-    table = json.loads(cached.read_text())
-    table["tensors"]["count"] = "sha256:" + "0" * 64
-    cached.write_text(json.dumps(table))
-    assert kilodelta.digest(path).root != true.root
-    assert kilodelta.digest(path, cache=False) == true
-    for junk in ("", "[]", '{"key": 1}', '{"key": [1], "tensors": 2}'):
-        cached.write_text(junk)
-        assert kilodelta.digest(path) == true
+def test_big_endian_arrays_have_the_same_root() -> None:
+    values: dict[str, Any] = {
+        "f": np.arange(6.0, dtype=np.float32),
+        "i": np.arange(3),
+        "h": np.array([1, 2], np.float16),
+    }
+    other = {name: value.astype(value.dtype.newbyteorder(">")) for name, value in values.items()}
+    assert other["f"].tobytes() != values["f"].tobytes()
+    assert kilodelta.digest(other) == kilodelta.digest(values)
 
 
-def test_a_file_just_written_is_not_remembered(tmp_path: Path) -> None:
-    path = write(tmp_path / "model.safetensors", model())
-    kilodelta.digest(path)
-    assert digest_cache.load(path) is None
+def test_tensors_without_data_are_refused() -> None:
+    torch = pytest.importorskip("torch")
+    with torch.device("meta"), pytest.raises(InputError, match="meta device"):
+        kilodelta.digest({"w": torch.zeros(3)})
+    with pytest.raises(InputError, match="sparse"):
+        kilodelta.digest({"w": torch.zeros(3).to_sparse()})
+
+
+def test_a_file_cut_while_it_is_hashed_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.safetensors", {"w": ("U8", (9 << 20,), bytes(9 << 20))})
+
+    def cut(event: Event) -> None:
+        os.truncate(path, 4096)
+
+    with pytest.raises(CheckpointError, match="ends at byte 4096"):
+        kilodelta.digest(path, threads=1, progress=cut)
+
+
+def test_a_file_changed_while_it_is_hashed_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.safetensors", {"w": ("U8", (9,), bytes(9))})
+
+    def change(event: Event) -> None:
+        with path.open("r+b") as file:
+            file.seek(-1, 2)
+            file.write(b"x")
+
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        kilodelta.digest(path, threads=1, progress=change)
 
 
 def test_folders_that_are_no_models(tmp_path: Path) -> None:

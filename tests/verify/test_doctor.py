@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from kilodelta.export.tensorrt import cuda
-from kilodelta.verify.environment import checks, packages, runtimes
-from kilodelta.verify.environment.checks import examine
-from kilodelta.verify.environment.finding import BROKEN, CONFLICT, MISSING, OK
+from kilodelta.verify import doctor as examine
+from kilodelta.verify.environment import doctor, packages, runtimes
+from kilodelta.verify.environment.runtimes import BROKEN, CONFLICT, MISSING, OK
 
 RTX = cuda.Gpu(name="Fake RTX", capability=(8, 9), memory_bytes=12 * 10**9)
 
@@ -49,7 +49,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         def gpus(self) -> tuple[cuda.Gpu, ...]:
             return (RTX,)
 
-    monkeypatch.setattr(checks, "driver", Fake)
+    monkeypatch.setattr(doctor, "driver", Fake)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise cuda.CudaError("no NVIDIA driver")
 
-    monkeypatch.setattr(checks, "driver", fail)
+    monkeypatch.setattr(doctor, "driver", fail)
 
 
 def onnxruntime(*providers: str) -> str:
@@ -66,7 +66,7 @@ def onnxruntime(*providers: str) -> str:
 
 def test_this_machine_without_heavy_imports() -> None:
     code = (
-        "import sys\nfrom kilodelta.verify.environment.checks import examine\nfound = examine()\n"
+        "import sys\nfrom kilodelta.verify import doctor\nfound = doctor()\n"
         "import json; print(json.dumps(found.to_json(), allow_nan=False))\n"
         "heavy = {'torch', 'numba', 'transformers', 'peft', 'onnxruntime', 'tensorrt_rtx'}\n"
         "print(sorted(heavy & set(sys.modules)))"
@@ -87,7 +87,8 @@ def test_both_wheels_of_onnx_runtime(install: Install) -> None:
     assert found.status == CONFLICT
     assert found.value.startswith("onnxruntime 9.9, onnxruntime-gpu 9.8: they cannot live")
     assert found.fix == (
-        "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'kilodelta[cpu]'"
+        "in a clone of kilodelta: "
+        "pip uninstall -y onnxruntime onnxruntime-gpu && pip install '.[cpu]'"
     )
 
 
@@ -96,7 +97,7 @@ def test_a_gpu_wants_the_wheel_for_gpus(install: Install) -> None:
     install("onnxruntime", "9.9", "onnxruntime", onnxruntime("CPUExecutionProvider"))
     found = examine()["onnxruntime"]
     assert found.status == CONFLICT
-    assert found.fix.endswith("pip uninstall -y onnxruntime && pip install 'kilodelta[gpu]'")
+    assert found.fix.endswith("pip uninstall -y onnxruntime && pip install '.[gpu]'")
 
 
 SESSION = """
@@ -163,29 +164,29 @@ def test_damaged_metadata_does_not_stop_the_doctor(install: Install, tmp_path: P
 
 @pytest.mark.usefixtures("no_gpu")
 def test_what_is_missing_comes_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "version", lambda name: None)
+    monkeypatch.setattr(doctor, "version", lambda name: None)
     monkeypatch.setattr(runtimes, "distributions", lambda name: ())
     found = examine()
     fixes = {f.topic: f.fix for f in found.findings if f.status == MISSING and f.topic != "gpu"}
-    assert fixes["torch"] == "pip install 'kilodelta[torch]'"
-    assert fixes["transformers"] == "pip install 'kilodelta[hf]'"
-    assert fixes["onnxruntime"] == "pip install 'kilodelta[cpu]'"
-    assert fixes["peft"] == "pip install 'kilodelta[peft]'"
+    assert fixes["torch"] == "in a clone of kilodelta: pip install '.[torch]'"
+    assert fixes["transformers"] == "in a clone of kilodelta: pip install '.[hf]'"
+    assert fixes["onnxruntime"] == "in a clone of kilodelta: pip install '.[cpu]'"
+    assert fixes["peft"] == "in a clone of kilodelta: pip install '.[peft]'"
     assert found["triton"].status == OK  # no use without a GPU
 
 
 @pytest.mark.usefixtures("gpu")
 def test_a_gpu_and_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "version", lambda name: "1.0")
-    monkeypatch.setattr(checks, "torch_cuda", lambda: "13.0")
+    monkeypatch.setattr(doctor, "version", lambda name: "1.0")
+    monkeypatch.setattr(doctor, "torch_cuda", lambda: "13.0")
     found = examine()
     assert found["gpu"].value.startswith("Fake RTX (sm89, 12 GB); driver ")
     assert found["gpu"].value.endswith(" for CUDA up to 12.4")
     torch = found["torch"]
     assert (torch.status, torch.fix) == (CONFLICT, "update the driver to one for CUDA 13.0")
-    monkeypatch.setattr(checks, "torch_cuda", lambda: None)
+    monkeypatch.setattr(doctor, "torch_cuda", lambda: None)
     assert examine()["torch"].fix.startswith("there is a GPU: install a CUDA build")
-    monkeypatch.setattr(checks, "torch_cuda", lambda: "12.8")
+    monkeypatch.setattr(doctor, "torch_cuda", lambda: "12.8")
     assert examine()["torch"].status == OK
 
 

@@ -41,7 +41,7 @@ def test_without_a_gpu_every_part_says_why(
 def test_a_report_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "old").write_text("x")
     assert machine.main(["-o", str(tmp_path)]) == 8
-    assert "exists already\n  fix: give a new folder" in capsys.readouterr().err
+    assert "exists already\n  fix: give a new" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")

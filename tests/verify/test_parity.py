@@ -17,7 +17,8 @@ import torch
 from kilodelta.errors import MissingPackageError, ProofError
 from kilodelta.verify.parity.bisect import first_departure, stops_of
 from kilodelta.verify.parity.cases import cases
-from kilodelta.verify.parity.parity import Truth, judge
+from kilodelta.verify.parity.judge import judge
+from kilodelta.verify.parity.reference import Reference
 from kilodelta.verify.parity.report import Report
 from kilodelta.verify.parity.result import Result
 from kilodelta.verify.runners.onnx_runner import OnnxRunner
@@ -100,19 +101,19 @@ def to_onnx(module: torch.nn.Module, path: Path, precision: str = "float32") -> 
 
 
 class World:
-    """A base, its fine-tune, the truth about them, and files made from the fine-tune."""
+    """A base, its fine-tune, their reference, and files made from the fine-tune."""
 
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(0)
         self.base = Classifier().eval()
         self.merged = with_update(self.base, 0.1)
-        self.truth = self.truth_of(self.merged)
+        self.reference = self.reference_of(self.merged)
         self.folder = folder
         self.file = to_onnx(self.merged, folder / "model.onnx")
         self.half = to_onnx(self.merged, folder / "half.onnx", "float16")
 
-    def truth_of(self, merged: Classifier) -> Truth:
-        return Truth(
+    def reference_of(self, merged: Classifier) -> Reference:
+        return Reference(
             merged,
             self.base,
             outputs=("logits", "hidden"),
@@ -123,7 +124,7 @@ class World:
     def judge(self, path: Path, precision: str = "float32") -> Result:
         return judge(
             OnnxRunner(path, device="cpu"),
-            self.truth,
+            self.reference,
             artefact=path.name,
             precision=precision,
             locate=lambda case: first_departure(path, self.merged, case.batch, precision=precision),
@@ -179,8 +180,8 @@ def test_float16_that_claims_float32_fails(world: World) -> None:
 
 
 def test_bfloat16_that_claims_float16_fails(world: World) -> None:
-    coarse = TorchRunner(world.merged, world.truth.outputs, precision="bfloat16", device="cpu")
-    result = judge(coarse, world.truth, artefact="coarse", precision="float16")
+    coarse = TorchRunner(world.merged, world.reference.outputs, precision="bfloat16", device="cpu")
+    result = judge(coarse, world.reference, artefact="coarse", precision="float16")
     assert result.status == "failed"
 
 
@@ -216,7 +217,7 @@ def test_a_layer_is_named_as_the_file_names_it(world: World) -> None:
     found = first_departure(
         world.folder / "renamed.onnx",
         world.merged,
-        world.truth.cases[1].batch,
+        world.reference.cases[1].batch,
         precision="float32",
         names=names,
     )
@@ -228,7 +229,7 @@ def test_the_base_in_place_of_the_merged_model_fails(world: World) -> None:
     result = world.judge(to_onnx(world.base, world.folder / "base.onnx"))
     assert result.status == "failed"
     assert result.update == pytest.approx({"logits": 0.0, "hidden": 0.0}, abs=1e-4)
-    assert result.reasons()[-1].endswith("is there: these are the base's outputs")
+    assert result.reasons()[-1].endswith("is present: these are the base's outputs")
     assert result.departure is not None
     assert result.departure.layer == "blocks.0.up"
 
@@ -236,11 +237,11 @@ def test_the_base_in_place_of_the_merged_model_fails(world: World) -> None:
 def test_an_update_below_the_noise_is_still_seen(world: World) -> None:
     """In float16 a tiny update hides below the gate, but not from the projection."""
     merged = with_update(world.base, 2e-3)
-    truth = world.truth_of(merged)
+    reference = world.reference_of(merged)
     statuses = {}
     for name, module in (("merged", merged), ("base", world.base)):
-        runner = TorchRunner(module, truth.outputs, precision="float16", device="cpu")
-        result = judge(runner, truth, artefact=name, precision="float16")
+        runner = TorchRunner(module, reference.outputs, precision="float16", device="cpu")
+        result = judge(runner, reference, artefact=name, precision="float16")
         assert all(check.passed for check in result.checks)
         statuses[name] = result.status
     assert statuses == {"merged": "passed", "base": "failed"}
@@ -248,7 +249,7 @@ def test_an_update_below_the_noise_is_still_seen(world: World) -> None:
 
 def test_an_update_without_effect_proves_nothing(world: World) -> None:
     with pytest.raises(ProofError, match="give the same outputs on these inputs"):
-        world.truth_of(copy.deepcopy(world.base))
+        world.reference_of(copy.deepcopy(world.base))
 
 
 class Fixed:
@@ -265,13 +266,13 @@ class Fixed:
 
 def test_nan_fails(world: World) -> None:
     def one_nan(batch: Batch) -> Arrays:
-        out = TorchRunner(world.merged, world.truth.outputs, precision="float64", device="cpu").run(
-            batch
-        )
+        out = TorchRunner(
+            world.merged, world.reference.outputs, precision="float64", device="cpu"
+        ).run(batch)
         out["logits"][0, 0] = np.nan
         return out
 
-    result = judge(Fixed(one_nan), world.truth, artefact="nan", precision="float32")
+    result = judge(Fixed(one_nan), world.reference, artefact="nan", precision="float32")
     assert result.status == "failed"
     assert "relative L2 inf" in result.reasons()[0]
     assert result.update["logits"] == pytest.approx(1.0, abs=0.1)  # of what is finite
@@ -289,14 +290,14 @@ def test_what_torch_cannot_compute_is_no_failure(world: World) -> None:
     module = NoHalf().eval()
     module.load_state_dict(world.merged.state_dict())
     runner = OnnxRunner(world.half, device="cpu")
-    result = judge(runner, world.truth_of(module), artefact="half", precision="float16")
+    result = judge(runner, world.reference_of(module), artefact="half", precision="float16")
     assert result.status == "not run"
     assert "torch on cpu cannot compute in float16" in result.reasons()[0]
 
 
 def test_a_missing_output_is_a_failure(world: World) -> None:
     runner = Fixed(lambda batch: {"logits": np.zeros((1, 1))})
-    result = judge(runner, world.truth, artefact="short", precision="float32")
+    result = judge(runner, world.reference, artefact="short", precision="float32")
     assert result.status == "failed"
     assert result.reasons() == ("the artefact has no output hidden; it has logits",)
 
@@ -305,7 +306,7 @@ def test_what_cannot_run_is_reported(world: World, tmp_path: Path) -> None:
     runner = TensorrtRunner(tmp_path / "model.engine", flavour="tensorrt")
     if runner.available() is None:
         pytest.skip("TensorRT is installed")
-    result = judge(runner, world.truth, artefact="model.engine", precision="float32")
+    result = judge(runner, world.reference, artefact="model.engine", precision="float32")
     assert result.status == "not run"
     passed = world.judge(world.file)
     assert Report(results=(passed, result)).failure() is None
@@ -319,7 +320,7 @@ def test_what_is_required_must_run(world: World, tmp_path: Path) -> None:
     engine = TensorrtRunner(tmp_path / "model.engine", flavour="tensorrt")
     if engine.available() is None:
         pytest.skip("TensorRT is installed")
-    missing = judge(engine, world.truth, artefact="model.engine", precision="float32")
+    missing = judge(engine, world.reference, artefact="model.engine", precision="float32")
     results = (world.judge(world.file), missing)
     assert Report(results=results, required=("ort",)).passed
     failure = Report(results=results, required=("ort", "tensorrt")).failure()
@@ -344,7 +345,7 @@ def test_a_failure_names_everything_and_the_json_is_strict(world: World) -> None
 
 
 def test_bisecting_a_right_file_finds_nothing(world: World) -> None:
-    batch = world.truth.cases[1].batch
+    batch = world.reference.cases[1].batch
     assert first_departure(world.file, world.merged, batch, precision="float32") is None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kilodelta.verify.parity.gate import limit
+from kilodelta.verify.parity.gate import MOST, carries, limit
 from kilodelta.verify.parity.metrics import Metrics, compare
 
 
@@ -35,6 +35,20 @@ def test_an_overflow_in_torch_excuses_nothing() -> None:
     assert most.relative_l2 == pytest.approx(4e-3, rel=1e-12)
     assert limit([off_by(np.inf)], "float16").relative_l2 == 2**-9
     assert not most.admits(off_by(np.inf))
+
+
+@pytest.mark.parametrize("error", [0.03, 0.96, 50.0])
+def test_no_error_of_torch_excuses_more_than_a_tenth(error: float) -> None:
+    """Four times torch's error admits anything once torch itself is lost."""
+    most = limit([off_by(error)], "float16")
+    assert (most.relative_l2, most.relative_max) == (MOST, MOST) == (0.1, 0.1)
+    assert not most.admits(off_by(0.5))
+
+
+def test_a_precision_carries_a_model_up_to_the_same_tenth() -> None:
+    assert carries([off_by(0.03), off_by(0.09)])
+    assert not carries([off_by(0.03), off_by(0.96)])
+    assert not carries([off_by(np.inf)])
 
 
 def test_both_errors_have_to_be_small() -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kilodelta.errors import ProofError
+from kilodelta.verify.parity import metrics as module
 from kilodelta.verify.parity.metrics import Metrics, absolute_error, compare
 
 INF, NAN = math.inf, math.nan
@@ -85,6 +86,44 @@ def test_values_that_are_not_finite(actual: float, reference: float, error: floa
     assert got.relative_l2 == got.relative_max == error
     assert got.cosine == (pytest.approx(1.0, rel=1e-15) if error == 0.0 else 0.0)
     assert not any(value is None or math.isnan(value) for value in vars(got).values())
+
+
+LARGEST = [float(np.finfo(t).max) for t in (np.float16, np.float32, np.float64)]
+BFLOAT16_LARGEST = 2.0**127 * (2 - 2.0**-7)
+
+
+@pytest.mark.parametrize("largest", [*LARGEST, BFLOAT16_LARGEST])
+def test_the_largest_value_of_a_type_is_meant_as_infinity(largest: float) -> None:
+    """Models mask scores with `torch.finfo(dtype).min`, another number in each precision."""
+    got = metrics([[-largest, 1.0, 2.0]], [[-LARGEST[2], 1.0, 2.0]], classes=True)
+    assert (got.max_abs, got.relative_l2, got.kl, got.top1) == (0.0, 0.0, 0.0, 1.0)
+    assert got.cosine == pytest.approx(1.0, rel=1e-15)
+    assert metrics([-INF, 1.0], [-largest, 1.0]).max_abs == 0.0
+    assert metrics([INF, 1.0], [-largest, 1.0]).max_abs == INF
+    assert metrics([-largest, 3.0], [-largest, 1.0]).relative_l2 == 2.0  # it hides nothing else
+
+
+def test_such_a_value_is_a_number_beside_another() -> None:
+    assert metrics([65503.0, 1.0], [65504.0, 1.0]).max_abs == 1.0
+    assert metrics([-1e9, 1.0], [-LARGEST[1], 1.0]).relative_l2 > 1e30
+
+
+def test_integers_are_right_or_wrong() -> None:
+    got = metrics([3, 1, 9, 9], np.array([3, 1, 9, 200]))
+    assert got.relative_l2 == got.relative_max == 0.25
+    assert got.max_abs == 191
+    assert metrics([True, False], np.array([True, True])).relative_l2 == 0.5
+    assert metrics(np.array([1.0, 2.0], np.float32), np.array([1, 2])).relative_l2 == 0.0
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (2, 5, 3), (21,)])
+def test_blocks_change_no_metric(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    actual, reference = rng.normal(size=shape), rng.normal(size=shape)
+    whole = compare(actual, reference, classes=True)
+    monkeypatch.setattr(module, "BLOCK", 6)
+    for name, value in vars(compare(actual, reference, classes=True)).items():
+        assert value == pytest.approx(getattr(whole, name), rel=1e-13), name
 
 
 def test_a_masked_class_counts_nothing() -> None:

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from kilodelta.errors import MissingPackageError, ProofError
+from kilodelta.errors import InputError, MissingPackageError, ProofError
 from kilodelta.export.tensorrt import cuda
 from kilodelta.export.tensorrt.log import logger
-from kilodelta.files.dtypes import FLOATS
+from kilodelta.files.dtypes import DTYPES, FLOATS
 from kilodelta.verify.runners.onnx_runner import OnnxRunner, assert_provider
-from kilodelta.verify.runners.runner import UNIT_ROUNDOFF, UnavailableError
+from kilodelta.verify.runners.runner import UNIT_ROUNDOFF, UnavailableError, feed
 from kilodelta.verify.runners.tensorrt_runner import TensorrtRunner, covering
 from kilodelta.verify.runners.torch_runner import TorchRunner, named_outputs
 from tests.doubles.tensorrt import FakeCuda, FakeEngine, Machine, machines
@@ -65,9 +65,97 @@ def test_a_runner_leaves_its_module_alone() -> None:
     module = torch.nn.Linear(3, 2)
     runner = TorchRunner(module, ["y"], precision="float16", device="cpu")
     out = runner.run({"input": np.ones((1, 3), np.float32)})
-    assert out["y"].dtype == np.float64
+    assert out["y"].dtype == np.float16
     assert module.weight.dtype == torch.float32
     assert module.training
+
+
+def test_rows_computed_a_few_at_a_time_are_the_same() -> None:
+    module, x = torch.nn.Linear(3, 2).eval(), np.random.default_rng(0).standard_normal((7, 3))
+    runner = TorchRunner(module, ["y"], precision="float64", device="cpu")
+    done: list[int] = []
+    few = runner.run({"input": x}, rows=3, done=done.append)["y"]
+    np.testing.assert_allclose(few, runner.run({"input": x})["y"], rtol=1e-14)
+    assert (few.shape, done) == ((7, 2), [3, 6, 7])
+
+
+def test_bfloat16_is_given_as_float32_and_integers_as_they_are() -> None:
+    class Both(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"y": x, "label": x.argmax(-1), "sure": x.amax(-1) > 0}
+
+    runner = TorchRunner(Both(), ["y", "label", "sure"], precision="bfloat16", device="cpu")
+    out = runner.run({"x": np.ones((2, 3))})
+    assert [out[n].dtype for n in ("y", "label", "sure")] == [np.float32, np.int64, np.bool_]
+
+
+def test_inputs_that_a_model_cannot_compute_are_named() -> None:
+    runner = TorchRunner(torch.nn.Conv2d(3, 8, 3), ["y"], precision="float32", device="cpu")
+    with pytest.raises(InputError, match=r"cannot compute input int64 \(1, 3, 8, 8\)"):
+        runner.run({"input": np.ones((1, 3, 8, 8), np.int64)})
+
+
+def test_experts_are_computed_in_float64() -> None:
+    """transformers' default for experts, grouped_mm, has no float64 kernel."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(config).eval()
+    batch = {"input_ids": np.array([[1, 2, 3]])}
+    exact, plain = (
+        TorchRunner(model, ["logits"], precision=p, device="cpu").run(batch)["logits"]
+        for p in ("float64", "float32")
+    )
+    assert exact.dtype == np.float64
+    assert model.config._experts_implementation != "batched_mm"  # the model given is left alone
+    np.testing.assert_allclose(plain, exact, atol=1e-5)
+
+
+class Mean(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {
+            "mean": x.mean(1),
+            "sum": torch.sum(x, dim=(1,), keepdim=True),
+            "pool": torch.nn.functional.adaptive_avg_pool1d(x.transpose(1, 2), 1),
+            "all": x.mean(),
+        }
+
+
+def test_sums_in_order_are_sums_in_order() -> None:
+    """Against a scalar loop in float32; torch's own pairwise sum is another number."""
+    x = np.random.default_rng(0).choice(np.array([0.1, 0.7, -0.3], np.float32), (2, 500, 3))
+    names = ["mean", "sum", "pool", "all"]
+    runner = TorchRunner(Mean().eval(), names, precision="float32", device="cpu", in_order=True)
+    found = runner.run({"x": x})
+    plain = TorchRunner(Mean().eval(), names, precision="float32", device="cpu").run({"x": x})
+    wanted = np.zeros((2, 3), np.float32)
+    for term in range(500):
+        wanted = wanted + x[:, term]
+    assert not np.array_equal(plain["sum"][:, 0], wanted)
+    np.testing.assert_array_equal(found["sum"][:, 0], wanted)
+    np.testing.assert_array_equal(found["mean"], wanted / np.float32(500))
+    np.testing.assert_array_equal(found["pool"][..., 0], wanted / np.float32(500))
+    assert found["all"].shape == ()
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "expected"),
+    [
+        ([1.5, 2.0], "F16", np.array([1.5, 2.0], np.float16)),
+        ([1, 0], "BOOL", np.array([True, False])),
+        ([1.0, 2.0], "I32", np.array([1, 2], np.int32)),
+        ([1.0, -2.0], "BF16", np.array([0x3F80, 0xC000], np.uint16)),
+    ],
+)
+def test_runtimes_are_fed_what_they_take(values: list[Any], dtype: str, expected: Any) -> None:
+    found = feed({"x": np.array(values)}, "x", DTYPES[dtype])
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
+    with pytest.raises(InputError, match="input x holds nan as float64; the model takes int64"):
+        feed({"x": np.array([np.nan])}, "x", DTYPES["I64"])
 
 
 def test_integers_and_booleans_are_not_cast() -> None:
@@ -176,7 +264,7 @@ def test_onnx_on_cuda_says_what_is_missing(tmp_path: Path) -> None:
     reason = OnnxRunner(tmp_path / "m.onnx", device="cuda").available()
     assert isinstance(reason, UnavailableError)
     assert "CUDAExecutionProvider" in reason.what
-    assert "kilodelta[gpu]" in reason.fix
+    assert ".[gpu]" in reason.fix
 
 
 def test_a_session_that_fell_back_is_noticed() -> None:

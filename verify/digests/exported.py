@@ -1,4 +1,4 @@
-"""An export folder held against its base, its delta and its own manifest, running nothing."""
+"""Compare an export folder with its base, its delta and its manifest, running nothing."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from kilodelta.verify.digests.proof import Proof
 
 
 def is_export(place: Path) -> bool:
-    """Whether a folder holds an export's manifest."""
+    """Return whether a folder holds an export's manifest."""
     return (place / artefacts.MANIFEST).is_file()
 
 
 def check_export(
     folder: Path, delta: Path, proof: Proof, *, progress: Progress = silent
 ) -> Manifest:
-    """See that a folder was exported from this base and this file, and is whole.
+    """Check that a folder was exported from this base and this file, and is whole.
 
     Args:
         folder: what `kilodelta export` wrote.
         delta: the `.kd` file.
         proof: what is proved about base and file.
+        progress: called as files are read.
 
     Raises:
         FileError: the manifest is missing or damaged.
-        ProofError: it tells of another base, delta or result, of an engine that was built from
-            another ONNX file, or a file is missing or changed.
+        ProofError: the manifest names another base, delta or result; an engine was built from
+            another ONNX file; or a file is missing or changed.
     """
     manifest = artefacts.read(folder)
     _same(folder, "base", manifest.base_root, proof.base)
@@ -50,7 +51,7 @@ def _same(folder: Path, what: str, found: str, expected: str) -> None:
 
 
 def _require_own_engines(folder: Path, manifest: Manifest) -> None:
-    """An engine belongs to the ONNX file of its precision, where that was kept."""
+    """Check that each engine was built from the ONNX file of its precision, if that was kept."""
     kept = {a.dtype: a.files[0] for a in manifest.artefacts if a.kind == "onnx"}
     for artefact in manifest.artefacts:
         source = kept.get(artefact.dtype)

@@ -1,4 +1,4 @@
-"""Proof by digests: the base is the one named, the file is whole, the result as promised."""
+"""Prove by digests: the base is the one named, the file is whole, the result as promised."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from kilodelta.exact.selftest import require_good_kernels
 from kilodelta.files import identity
 from kilodelta.files.baseline import require_base
 from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.files.identity import Identity, digest
+from kilodelta.files.identity import Identity
+from kilodelta.files.model_digest import digest
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.merging.proof import target_digests
@@ -23,14 +24,21 @@ SHOWN = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """What was proved; every root is `sha256:<hex>`."""
+    """What was proved; every root is `sha256:<hex>`.
+
+    Attributes:
+        base: the base's root.
+        result: the root over the merged targets.
+        targets: how many tensors the delta changes.
+        extras: how many it stores whole.
+        merged: the merged model's root; empty if none was given.
+    """
 
     base: str
     result: str
     targets: int
     extras: int
     merged: str
-    """The merged model's own root; empty where none was given."""
 
 
 def prove(
@@ -43,21 +51,32 @@ def prove(
 ) -> Proof:
     """Prove base, file and result, reading every byte; no remembered digest is trusted.
 
-    The targets are computed anew and their root compared with the file's. With `merged`, that
-    model must hold exactly these targets, the file's extras, and the base's other tensors.
+    The targets are computed again and their root is compared with the file's. A merged model must
+    hold exactly these targets, the file's extras, and the base's other tensors.
+
+    Args:
+        base: a folder, a `.safetensors` file or an opened checkpoint.
+        delta: a `.kd` file, or one that is loaded.
+        merged: a merged model to prove as well.
+        threads: for hashing and merging; all cores by default.
+        progress: called as tensors are read.
 
     Raises:
         BaseMismatchError: the base is another model.
         FileError: the file is damaged.
         ProofError: the result, or the merged model, differs; names the tensors.
+        SelfTestError: this machine's kernels compute wrongly.
+
+    Example:
+        >>> proof = prove("tests/golden/0.1.0/base.safetensors", "tests/golden/0.1.0/nola-8.kd")
+        >>> proof.targets, proof.result.partition(":")[0]
+        (4, 'sha256')
     """
     require_good_kernels()
     checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
-    found = delta if isinstance(delta, Delta) else load(delta)
-    known = require_base(
-        checkpoint, found.manifest.base, cache=False, threads=threads, progress=progress
-    )
-    bound = found.bind(checkpoint)
+    loaded = delta if isinstance(delta, Delta) else load(delta)
+    identified = require_base(checkpoint, loaded.manifest.base, threads=threads, progress=progress)
+    bound = loaded.bind(checkpoint)
     targets = target_digests(bound, checkpoint, threads=threads, progress=progress)
     root = identity.root(targets.values())
     if root != bound.manifest.result:
@@ -67,9 +86,9 @@ def prove(
         )
     other = ""
     if merged is not None:
-        other = _compare(merged, expected(known, bound, targets), threads, progress)
+        other = _compare(merged, expected(identified, bound, targets), threads, progress)
     return Proof(
-        base=known.root,
+        base=identified.root,
         result=root,
         targets=len(targets),
         extras=len(bound.extras),
@@ -77,13 +96,19 @@ def prove(
     )
 
 
-def expected(known: Identity, delta: Delta, targets: Mapping[str, str]) -> Identity:
-    """The identity that the merged model must have."""
+def expected(base: Identity, delta: Delta, targets: Mapping[str, str]) -> Identity:
+    """Return the identity that the merged model must have.
+
+    Args:
+        base: the base's.
+        delta: bound to the base.
+        targets: by name, the digests of the merged targets.
+    """
     extras = {
         name: identity.tensor_digest(name, tensor.dtype, tensor.shape, tensor.data)
         for name, tensor in delta.extras.items()
     }
-    return identity.of_digests({**known.tensors, **targets, **extras})
+    return identity.of_digests({**base.tensors, **targets, **extras})
 
 
 def _compare(
@@ -92,7 +117,7 @@ def _compare(
     threads: int | None,
     progress: Progress,
 ) -> str:
-    found = digest(merged, cache=False, threads=threads, progress=progress)
+    found = digest(merged, threads=threads, progress=progress)
     if found.root != wanted.root:
         place = merged.path if isinstance(merged, Checkpoint) else merged
         raise ProofError(

@@ -1,4 +1,4 @@
-"""Asking about packages without trusting them: metadata first, imports only in another process."""
+"""Ask about packages without trusting them: metadata first, imports only in another process."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ TIMEOUT_SECONDS = 60
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a probe printed, line by line, or why it printed nothing."""
+    """The lines that a probe printed, or the error because of which it printed none."""
 
     lines: tuple[str, ...] = ()
     error: str = ""
 
 
 def ask(code: str) -> Answer:
-    """Run a line of Python in a process of its own: a package may abort, hang or print there."""
+    """Run Python code in a separate process, where a package may abort, hang or print."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, timeout=TIMEOUT_SECONDS, check=False
@@ -37,18 +37,18 @@ def ask(code: str) -> Answer:
 
 
 def version(distribution: str) -> str | None:
-    """The installed version of a distribution; "unknown" where its metadata is damaged."""
+    """Return the installed version of a distribution; "unknown" if its metadata is damaged."""
     try:
         found: str | None = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-    except Exception:  # damaged metadata raises whatever its parser raises
+    except Exception:  # damaged metadata raises anything
         return "unknown"
     return found or "unknown"
 
 
 def distributions(module: str) -> tuple[str, ...]:
-    """The distributions that bring a top-level module, each once, sorted."""
+    """Return the distributions that install a top-level module, each once, sorted."""
     try:
         found = importlib.metadata.packages_distributions().get(module, [])
     except Exception:  # one damaged package anywhere may break the whole listing
@@ -57,9 +57,9 @@ def distributions(module: str) -> tuple[str, ...]:
 
 
 def torch_cuda() -> str | None:
-    """The CUDA version that torch was built for, read from its `version.py`; None for a CPU build.
+    """Return the CUDA version that torch was built for; None for a CPU build.
 
-    The wheel's own version does not tell: those on PyPI leave the suffix out.
+    It is read from torch's `version.py`: the wheels on PyPI leave the suffix out of their version.
     """
     try:
         place = importlib.metadata.distribution("torch").locate_file("torch/version.py")
@@ -70,7 +70,7 @@ def torch_cuda() -> str | None:
 
 
 def _assigned(tree: ast.Module, name: str) -> str | None:
-    """The text assigned to a module's variable, with or without a type."""
+    """Return the text assigned to a module's variable, annotated or not."""
     for statement in tree.body:
         targets = statement.targets if isinstance(statement, ast.Assign) else []
         targets = [statement.target] if isinstance(statement, ast.AnnAssign) else targets
@@ -81,7 +81,7 @@ def _assigned(tree: ast.Module, name: str) -> str | None:
 
 
 def _text(raw: bytes) -> str:
-    """Decoded, without the colours that some print in."""
+    """Decode, leaving out terminal colours."""
     return re.sub(r"\x1b\[[0-9;]*m", "", raw.decode("utf-8", "replace"))
 
 

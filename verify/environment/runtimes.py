@@ -1,15 +1,64 @@
-"""What the doctor says about ONNX Runtime and TensorRT, each asked in a process of its own."""
+"""Ask ONNX Runtime and TensorRT what they can do, each in a separate process."""
 
 from __future__ import annotations
 
-from kilodelta.verify.environment.finding import BROKEN, CONFLICT, OK, Cuda, Finding, missing
+from dataclasses import dataclass
+
+from kilodelta.export.tensorrt.cuda import Gpu
 from kilodelta.verify.environment.packages import Answer, ask, distributions, version
 
+OK, MISSING, BROKEN, CONFLICT = "ok", "missing", "broken", "conflict"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing on this machine.
+
+    Attributes:
+        topic: what it is, such as "onnxruntime".
+        status: `OK`, `MISSING`, `BROKEN` or `CONFLICT`.
+        value: its version and what it can do, or what is wrong.
+        fix: what to do about it; empty if nothing.
+    """
+
+    topic: str
+    status: str
+    value: str
+    fix: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cuda:
+    """The driver's newest CUDA as (major, minor), and its GPUs; empty without a driver."""
+
+    version: tuple[int, int] = (0, 0)
+    gpus: tuple[Gpu, ...] = ()
+
+
+def missing(topic: str, fix: str) -> Finding:
+    """Return the finding about something that is not installed."""
+    return Finding(topic=topic, status=MISSING, value="not installed", fix=fix)
+
+
+def install(extra: str) -> str:
+    """Return the command that installs an extra of `pyproject.toml`; the package is on no index.
+
+    Example:
+        >>> install("hf")
+        "in a clone of kilodelta: pip install '.[hf]'"
+    """
+    return f"in a clone of kilodelta: {_pip(extra)}"
+
+
+def _pip(extra: str) -> str:
+    return f"pip install '.[{extra}]'" if extra else "pip install ."
+
+
 TENSORRT = {
-    "tensorrt": "NVIDIA's JetPack, container or apt packages; pip install 'kilodelta[tensorrt]'",
-    "tensorrt_rtx": "pip install 'kilodelta[rtx]'",
+    "tensorrt": f"NVIDIA's JetPack, container or apt packages; {install('tensorrt')}",
+    "tensorrt_rtx": install("rtx"),
 }
-"""Both flavours, and where each comes from."""
+"""By flavour, where it comes from."""
 
 _PROVIDERS = (
     "import onnxruntime as o; print('\\n'.join([o.__version__, *o.get_available_providers()]))"
@@ -38,11 +87,11 @@ print(*(name.lower() for name in getattr(known, "__members__", ()) if name[2:].i
 
 
 def onnxruntime(cuda: Cuda) -> Finding:
-    """The wheel, its providers, and whether CUDA loads where there is a GPU."""
+    """Look at the wheel, its providers, and whether CUDA loads if there is a GPU."""
     extra = "gpu" if cuda.gpus else "cpu"
     wheels = distributions("onnxruntime")
     if not wheels:
-        return missing("onnxruntime", f"pip install 'kilodelta[{extra}]'")
+        return missing("onnxruntime", install(extra))
     listed = ", ".join(f"{wheel} {version(wheel)}" for wheel in wheels)
     if len(wheels) > 1:
         return _both_wheels(wheels, listed, extra)
@@ -50,8 +99,8 @@ def onnxruntime(cuda: Cuda) -> Finding:
 
 
 def _both_wheels(wheels: tuple[str, ...], listed: str, extra: str) -> Finding:
-    """Wheels that overwrite each other's files: removing one breaks the other, so remove all."""
-    fix = f"pip uninstall -y {' '.join(wheels)} && pip install 'kilodelta[{extra}]'"
+    # They overwrite each other's files: removing one breaks the other, so remove all of them.
+    fix = f"in a clone of kilodelta: pip uninstall -y {' '.join(wheels)} && {_pip(extra)}"
     return Finding(
         topic="onnxruntime",
         status=CONFLICT,
@@ -74,7 +123,7 @@ def _one_wheel(wheel: str, listed: str, answer: Answer, cuda: Cuda) -> Finding:
 
 def _on_gpu(wheel: str, value: str, *, has_cuda: bool) -> Finding:
     if not has_cuda:
-        fix = f"for the GPU: pip uninstall -y {wheel} && pip install 'kilodelta[gpu]'"
+        fix = f"in a clone of kilodelta: pip uninstall -y {wheel} && {_pip('gpu')}"
         return Finding(topic="onnxruntime", status=CONFLICT, value=value, fix=fix)
     problem = ask(_ON_CUDA).error
     if problem:
@@ -88,7 +137,7 @@ def _on_gpu(wheel: str, value: str, *, has_cuda: bool) -> Finding:
 
 
 def tensorrt(flavour: str, cuda: Cuda) -> Finding:
-    """One flavour: its version, and for which GPUs it builds."""
+    """Look at one flavour of TensorRT: its version, and for which GPUs it builds."""
     answer = ask(_TENSORRT.format(flavour))
     if answer.error:
         fix = f"reinstall it: {TENSORRT[flavour]}"
@@ -103,7 +152,7 @@ def tensorrt(flavour: str, cuda: Cuda) -> Finding:
 
 
 def _rtx(found: str, names: list[str], cuda: Cuda) -> Finding:
-    """RTX builds anywhere, for the GPUs it knows; this machine's may not be among them."""
+    """RTX builds anywhere for the GPUs that it knows; this machine's may not be among them."""
     value = f"{found}, builds engines for {', '.join(names)}"
     strange = [gpu.sm for gpu in cuda.gpus if gpu.sm not in names]
     if strange:

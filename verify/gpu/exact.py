@@ -1,4 +1,4 @@
-"""Part one of a GPU's proof: its merges are the CPU's, bit for bit."""
+"""Part one of a GPU's proof: merges on it equal the CPU's, bit for bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROJECTIONS = Patterns(include=("*_proj.weight",))
 
 
 def exact(setting: Setting) -> Iterator[Row]:
-    """Every method on small tensors of every dtype, then a model of a billion weights."""
+    """Try every method on small tensors of every dtype, then merge a model of a billion weights."""
     base = synthetic.write(setting.folder / "small.safetensors", synthetic.SMALL)
     for method in synthetic.METHODS:
         for bits in (4, 8) if method.name == "randlora" else (4, 8, 16):
@@ -35,18 +35,16 @@ def _small(checkpoint: Checkpoint, delta: Delta, setting: Setting) -> Row:
     wrong = []
     for target in bound.targets.values():
         data = checkpoint.data(target.name)
-        wanted = b"".join(part.tobytes() for part in cpu.merged(bound, target, data))
+        expected = b"".join(part.tobytes() for part in cpu.merged(bound, target, data))
         found = b"".join(
             part.tobytes() for part in stream.merged(bound, target, data, device, 1 << 16)
         )
-        if found != wanted:
+        if found != expected:
             wrong.append(target.name)
-    found_text = (
-        f"differs in {', '.join(wrong)}" if wrong else f"{len(bound.targets)} tensors equal"
-    )
+    text = f"differs in {', '.join(wrong)}" if wrong else f"{len(bound.targets)} tensors equal"
     return Row(
         what=f"{_name(delta.method)} {delta.manifest.bits} bits",
-        found=found_text,
+        found=text,
         status=FAILED if wrong else PASSED,
     )
 
@@ -56,7 +54,7 @@ def _name(method: Method) -> str:
 
 
 def _large(setting: Setting) -> Iterator[Row]:
-    """A whole merge, whose digest the CPU has put into the delta; a wrong one raises."""
+    """Merge a whole file; the CPU has put the digest into the delta, and a wrong one raises."""
     shape = (1, 64, 176) if setting.small else (20, 2048, 8192)
     base = synthetic.write(setting.folder / "large.safetensors", synthetic.llama(*shape))
     for method in (Nola(rank=8, bases=1024), RandLora(rank=32)):

@@ -1,5 +1,4 @@
-"""Rows that say how long an artefact takes at the corners of its profile, with and without a CUDA
-graph."""
+"""Measure how long an artefact takes at each case, with and without a CUDA graph."""
 
 from __future__ import annotations
 
@@ -22,9 +21,18 @@ from kilodelta.verify.runners.torch_runner import as_precision
 Ask: TypeAlias = Callable[[Batch], AbstractContextManager[Request]]
 
 
-def latencies(what: str, ask: Ask, corners: Sequence[Case]) -> Iterator[Row]:
-    """A row for each corner."""
-    for case in corners:
+def latencies(what: str, ask: Ask, cases: Sequence[Case]) -> Iterator[Row]:
+    """Yield one row per case.
+
+    Args:
+        what: the artefact and its runner, for the report.
+        ask: binds a batch on the device.
+        cases: the inputs; those that differ by padding alone take as long, so one of them is timed.
+    """
+    timed: dict[tuple[int, ...], Case] = {}
+    for case in cases:
+        timed.setdefault(case.shape, case)
+    for case in timed.values():
         shape = "x".join(map(str, case.shape))
         name = f"{what}, {case.name} {shape}"
         yield from guarded(name, _corner(name, ask, case))
@@ -45,7 +53,7 @@ def _corner(name: str, ask: Ask, case: Case) -> Iterator[Row]:
 
 
 def _graph(request: Request, rows: int) -> Latency | str:
-    """The same in a CUDA graph, or why not; empty where the runtime has none."""
+    """Time the same in a CUDA graph, or return why not; empty if the runtime has no graphs."""
     if request.capture is None:
         return ""
     try:
@@ -59,7 +67,14 @@ def _graph(request: Request, rows: int) -> Latency | str:
 def on_torch(
     module: torch.nn.Module, batch: Batch, *, precision: str, device: torch.device
 ) -> Iterator[Request]:
-    """A module that is in `precision` on the device already, asked for a batch."""
+    """Bind a batch for a module that is on the device already.
+
+    Args:
+        module: in `precision` on `device`.
+        batch: the inputs by name.
+        precision: such as `float16`; floating inputs are cast to it.
+        device: where it computes.
+    """
     dtype: torch.dtype = getattr(torch, precision)
     tensors = {name: torch.from_numpy(np.array(array)).to(device) for name, array in batch.items()}
     inputs = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}

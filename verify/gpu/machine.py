@@ -1,10 +1,10 @@
-"""Everything that a GPU machine can prove, in one command without network:
+"""Prove everything that a GPU machine can prove, in one command without network:
 
     python -m kilodelta.verify.gpu -o report/
 
-Exactness against the CPU, parity and latency of what is exported, and speed. It writes `gpu.json`
-and `gpu.txt`, and exits with 0 if nothing failed, 6 if something did, and 77 (what test harnesses
-take for "skipped") where there is no CUDA device. Measurements neither pass nor fail.
+It compares merges with the CPU's, proves and times exported artefacts, and measures speed. It
+writes `gpu.json` and `gpu.txt`, and exits with 0 if nothing failed, 6 if something did, and 77
+(test harnesses read it as "skipped") without a CUDA device. Measurements neither pass nor fail.
 """
 
 from __future__ import annotations
@@ -37,24 +37,25 @@ Work = Callable[[Setting], Iterator[Row]]
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """The machine, and its parts in order."""
+    """The machine, and the parts in the order in which they ran."""
 
     machine: Json
     parts: tuple[Part, ...]
 
     @property
     def exit_code(self) -> int:
-        """0, the code of a failed proof, or `SKIPPED` where no part ran."""
+        """0, the code of a failed proof, or `SKIPPED` if no part ran."""
         found = {part.status for part in self.parts}
         if FAILED in found:
             return ProofError.exit_code
         return SKIPPED if found == {NOT_RUN} else 0
 
     def to_json(self) -> Json:
+        """Return everything, fit for strict JSON."""
         return {"machine": self.machine, "parts": [part.to_json() for part in self.parts]}
 
     def text(self) -> str:
-        """One table: a line for each row."""
+        """Return one table, with a line per row."""
         rows = [
             (part.name, row.status, row.what, row.found) for part in self.parts for row in part.rows
         ]
@@ -70,7 +71,7 @@ class Proof:
 
 
 def describe() -> Json:
-    """Device, driver and versions."""
+    """Return device, driver and versions by name."""
     found: Json = {"date": time.strftime("%Y-%m-%d"), "system": platform.platform()}
     found["python"] = platform.python_version()
     try:
@@ -87,7 +88,7 @@ def describe() -> Json:
 
 
 def parts() -> dict[str, Work]:
-    """The parts by name; importing them needs torch."""
+    """Return the parts by name; importing them needs torch."""
     from kilodelta.verify.gpu.exact import exact
     from kilodelta.verify.gpu.parity import parity
     from kilodelta.verify.gpu.speed import speed
@@ -96,7 +97,7 @@ def parts() -> dict[str, Work]:
 
 
 def no_device() -> str:
-    """Why nothing can run here; empty if it can."""
+    """Return why nothing can run here; empty if it can."""
     try:
         import torch
     except ModuleNotFoundError:
@@ -105,7 +106,13 @@ def no_device() -> str:
 
 
 def prove(device: str = "cuda", *, small: bool = False, only: Sequence[str] = PARTS) -> Proof:
-    """Run parts on a device; `small` for a trial of the parts themselves, on a CPU too."""
+    """Run parts on a device.
+
+    Args:
+        device: such as `cuda:0`; with `small` also `cpu`.
+        small: use pico models, to try the parts themselves.
+        only: names of parts.
+    """
     why = no_device() if device.startswith("cuda") else ""
     if why:
         row = Row(what="all of it", found=f"not run: {why}", status=NOT_RUN)
@@ -120,7 +127,7 @@ def prove(device: str = "cuda", *, small: bool = False, only: Sequence[str] = PA
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m kilodelta.verify.gpu", description=__doc__)
     parser.add_argument("-o", "--out", type=Path, required=True, help="a new folder for the report")
     parser.add_argument("--device", default="cuda", help="cuda, or cuda:N")

@@ -1,4 +1,4 @@
-"""Measuring on a GPU: times taken in rotation, and the ratio of ours to a named opponent's."""
+"""Measure on a GPU: times taken in rotation, and the ratio of ours to another implementation's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TURNS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What a ratio has to reach: at least so many times faster, or at most so much of theirs."""
+    """What a ratio should be: `>=` so many times as fast, or `<=` so much of the other's cost."""
 
     sense: Literal[">=", "<="]
     bound: float
@@ -30,15 +30,21 @@ class Wanted:
         return f"{self.sense} {self.bound:g}"
 
     def holds(self, ratio: float) -> bool:
+        """Return whether a ratio is as wanted."""
         return ratio >= self.bound if self.sense == ">=" else ratio <= self.bound
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """What we and an opponent took in one run, in seconds or bytes.
+    """What we and another implementation took in one run.
 
-    Where something is wanted with `<=`, the ratio is ours over the opponent's; else it says how
-    many times less we took.
+    Attributes:
+        what: what was done.
+        against: the other implementation.
+        ours: seconds or bytes.
+        theirs: likewise.
+        unit: "s" or "B".
+        wanted: what the ratio should be; None if nothing is wanted.
     """
 
     what: str
@@ -50,17 +56,19 @@ class Measure:
 
     @property
     def ratio(self) -> float:
+        """Ours over theirs if `<=` is wanted; else theirs over ours."""
         costs = self.wanted is not None and self.wanted.sense == "<="
         return self.ours / self.theirs if costs else self.theirs / self.ours
 
     @property
     def verdict(self) -> str:
-        """Whether the ratio is the one wanted; empty where none is."""
+        """Whether the ratio is as wanted; empty if nothing is wanted."""
         if self.wanted is None:
             return ""
         return "holds" if self.wanted.holds(self.ratio) else "MISSED"
 
     def row(self) -> Row:
+        """Return the measurement as a row of the report."""
         factor, unit = (1e3, "ms") if self.unit == "s" else (2.0**-20, "MiB")
         wanted = f", wanted {self.wanted}: {self.verdict}" if self.wanted else ""
         pair = f"{self.ours * factor:.3f} against {self.theirs * factor:.3f} {unit}"
@@ -72,6 +80,7 @@ class Measure:
         )
 
     def to_json(self) -> Json:
+        """Return everything, fit for strict JSON."""
         return {
             "what": self.what,
             "against": self.against,
@@ -87,19 +96,27 @@ class Measure:
 def side_by_side(
     runs: Mapping[str, Run], device: torch.device, turns: int = TURNS
 ) -> dict[str, float]:
-    """`timing.side_by_side` on a device, after two turns to warm up: by then kernels are compiled,
-    and torch's allocator holds what every run allocates."""
+    """Return the best time of each run in seconds, taken in rotation.
+
+    Two turns warm up: by then kernels are compiled, and torch's allocator holds all that a run
+    allocates.
+
+    Args:
+        runs: what to time, by name.
+        device: waited for before and after each run.
+        turns: timed turns.
+    """
     return timing.side_by_side(runs, repeats=turns, warm=2, wait=lambda: wait(device))
 
 
 def wait(device: torch.device) -> None:
-    """Until a device has done all that it was asked."""
+    """Block until a device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def captured(run: Run, device: torch.device) -> Run:
-    """The same work as one CUDA graph: no Python and no launch of a kernel is in its time.
+    """Capture work as one CUDA graph, so that neither Python nor kernel launches count.
 
     Raises:
         UnavailableError: the device is no GPU.
@@ -119,7 +136,7 @@ def captured(run: Run, device: torch.device) -> Run:
 
 
 def peak(run: Run, device: torch.device) -> int:
-    """The most bytes that torch has on a CUDA device in a run, above what it had before."""
+    """Return the peak of torch's bytes on a CUDA device in a run, above what it held before."""
     gc.collect()
     wait(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""The model that a GPU's proof exports, and two fine-tunes of it: random, and made on the spot."""
+"""Make the model that a GPU's proof exports, and two fine-tunes of it, all random."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kilodelta.verify.gpu import synthetic
 from kilodelta.verify.options import Options, Subject
 from kilodelta.verify.parity.cases import cases
 from kilodelta.verify.parity.models import Pair, open_pair
-from kilodelta.verify.parity.parity import Truth
+from kilodelta.verify.parity.reference import Reference
 from kilodelta.verify.runners.runner import Arrays
 
 LAYERS = Patterns(include=("*layer.*.weight",), exclude=("*LayerNorm*",))
@@ -28,7 +28,7 @@ RANK = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """A base folder, two `.kd` files for it, and inputs in an `.npz`."""
+    """A base folder, two `.kd` files for it, and inputs in an `.npz` file."""
 
     base: Path
     deltas: tuple[Path, Path]
@@ -36,16 +36,23 @@ class Models:
 
     @property
     def batch(self) -> Arrays:
-        """The inputs by name."""
+        """Read the inputs by name."""
         with np.load(self.inputs) as found:
             return dict(found)
 
-    def truth(
+    def reference(
         self, fine_tune: int, profile: Profile, outputs: tuple[str, ...], device: str
-    ) -> Truth:
-        """What a merged fine-tune computes at the corners of a profile, and the base beside it."""
+    ) -> Reference:
+        """Compute what artefacts of a fine-tune are held against.
+
+        Args:
+            fine_tune: 0 or 1.
+            profile: by input its smallest, usual and largest shape.
+            outputs: names of the outputs to compare.
+            device: where torch computes, "cpu" or "cuda".
+        """
         pair = self.pair(fine_tune)
-        return Truth(
+        return Reference(
             pair.merged.view(),
             pair.base.view(),
             outputs=outputs,
@@ -54,19 +61,13 @@ class Models:
         )
 
     def pair(self, fine_tune: int) -> Pair:
-        """A merged fine-tune, and the base."""
-        subject = Subject(
-            base=Checkpoint.open(self.base),
-            delta=self.deltas[fine_tune],
-            merged=None,
-            folder=None,
-            export=None,
-        )
+        """Open a merged fine-tune, and the base."""
+        subject = Subject(base=Checkpoint.open(self.base), delta=self.deltas[fine_tune])
         return open_pair(subject, Options(), silent)
 
 
 def make(folder: Path, *, small: bool) -> Models:
-    """An encoder of MiniLM's shape, or a pico one; vocabulary and inputs are small.
+    """Make an encoder of MiniLM's shape, or a pico one; vocabulary and inputs are small.
 
     Raises:
         MissingPackageError: transformers is not installed.
@@ -79,7 +80,7 @@ def make(folder: Path, *, small: bool) -> Models:
 
 
 def _encoder(folder: Path, *, small: bool) -> Path:
-    """A random BERT as a Hugging Face folder."""
+    """Save a random BERT as a Hugging Face folder."""
     transformers = require("transformers", extra="hf", why="build a model to export")
     torch.manual_seed(0)
     layers, width, heads, positions = (2, 16, 2, 32) if small else (6, 384, 12, 128)

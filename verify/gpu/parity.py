@@ -1,5 +1,4 @@
-"""Part two of a GPU's proof: what is exported for it computes what the merged model computes, and
-how long that takes, at the smallest, usual and largest shapes."""
+"""Part two of a GPU's proof: exported artefacts compute what they should, and how fast."""
 
 from __future__ import annotations
 
@@ -31,23 +30,25 @@ from kilodelta.models import open_model
 from kilodelta.verify.gpu.latency import latencies, on_torch
 from kilodelta.verify.gpu.model import LAYERS, RANK, Models, make
 from kilodelta.verify.gpu.part import MEASURED, Row, Setting, guarded
+from kilodelta.verify.parity.bench import MERGED
 from kilodelta.verify.parity.cases import cases
-from kilodelta.verify.parity.outputs import MERGED
-from kilodelta.verify.parity.parity import judge
+from kilodelta.verify.parity.judge import judge
 from kilodelta.verify.parity.result import Result
 from kilodelta.verify.runners.onnx_runner import OnnxRunner
 from kilodelta.verify.runners.request import Request
 from kilodelta.verify.runners.runner import Arrays, Batch, UnavailableError
 from kilodelta.verify.runners.tensorrt_runner import TensorrtRunner
 from kilodelta.verify.runners.torch_runner import TorchRunner
-from kilodelta.verify.verification import Options, verify
+from kilodelta.verify.verification import verify
 
 Runs = OnnxRunner | TensorrtRunner
 
 
 def parity(setting: Setting) -> Iterator[Row]:
-    """An encoder, exported and run by torch, ONNX Runtime and both flavours of TensorRT: whole, as
-    an adapter graph, and in TensorRT before and after a refit."""
+    """Export an encoder and run it in torch, ONNX Runtime and both flavours of TensorRT.
+
+    It is run whole, as an adapter graph, and in TensorRT before and after a refit.
+    """
     device = device_named(setting.device)
     dtypes = ("float32", "float16") if device.type == "cuda" else ("float32",)
     models = make(setting.folder, small=setting.small)
@@ -61,7 +62,7 @@ def parity(setting: Setting) -> Iterator[Row]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Maker:
-    """A TensorRT that builds for the GPU here."""
+    """A TensorRT that builds for this machine's GPU."""
 
     trt: Any
     flavour: str
@@ -79,7 +80,7 @@ class _Bench:
     dtypes: tuple[str, ...]
 
     def onnx(self) -> Iterator[Row]:
-        """ONNX files in ONNX Runtime, and torch beside them."""
+        """Judge and time ONNX files in ONNX Runtime, and time torch."""
         out, manifest = self._export("onnx", ExportOptions(dtypes=self.dtypes))
         yield from self._verified("onnx", out)
         for artefact in manifest.artefacts:
@@ -88,10 +89,10 @@ class _Bench:
             yield from self._timed(artefact.file, runner, artefact)
 
     def engines(self, flavour: str) -> Iterator[Row]:
-        """Engines with fixed weights, refittable ones, and those of an adapter graph.
+        """Judge and time engines with fixed weights, refittable ones, and those of adapter graphs.
 
         Raises:
-            UnavailableError: no GPU is there that this flavour builds for.
+            UnavailableError: there is no GPU that this flavour builds for.
             MissingPackageError: the flavour is not installed.
         """
         maker = _maker(flavour, self.dtypes)
@@ -111,7 +112,7 @@ class _Bench:
             yield from self._timed(artefact.file, maker.runner(out / artefact.file), artefact)
 
     def _refitted(self, maker: _Maker, options: ExportOptions) -> Iterator[Row]:
-        """The plan as it was built; then refitted with another fine-tune, saved and loaded."""
+        """Judge a plan as it was built; then refit it with another fine-tune, save, load, judge."""
         what = f"{maker.flavour}, refittable"
         out, manifest = self._export(f"{maker.flavour}-refittable", options)
         yield from self._verified(what, out)
@@ -139,8 +140,12 @@ class _Bench:
         )
 
     def adapter(self, dtype: str, maker: _Maker | None) -> Iterator[Row]:
-        """A graph whose factors are inputs, of the base's weights, given a fine-tune's factors; in
-        ONNX Runtime, or as an engine."""
+        """Judge and time a graph of the base's weights that takes a fine-tune's factors as inputs.
+
+        Args:
+            dtype: of the graph.
+            maker: builds an engine of it; None runs it in ONNX Runtime.
+        """
         models, loaded = self.models, open_model(str(self.models.base))
         template = export_template(loaded, dtype=dtype)
         wide, layout = with_adapter(
@@ -158,20 +163,26 @@ class _Bench:
         bound = _WithFactors(runner=runner, factors=expand(load(models.deltas[0]), layout))
         names = tuple(port.name for port in template.outputs)
         shapes = profile_for(loaded, template.inputs, {})
-        truth = models.truth(0, shapes, names, self.device.type)
-        yield _row("", judge(bound, truth, artefact=f"adapter graph {dtype}", precision=dtype))
-        yield from latencies(f"adapter graph {dtype} in {bound.name}", bound.request, truth.cases)
+        against = models.reference(0, shapes, names, self.device.type)
+        yield _row("", judge(bound, against, artefact=f"adapter graph {dtype}", precision=dtype))
+        yield from latencies(f"adapter graph {dtype} in {bound.name}", bound.request, against.cases)
 
     def _export(self, name: str, options: ExportOptions) -> tuple[Path, Manifest]:
         out = self.folder / f"out-{name}"
         return out, export(self.models.base, self.models.deltas[0], out, options=options).manifest
 
     def _verified(self, name: str, out: Path) -> Iterator[Row]:
-        """What `kilodelta verify` says of an export, its digests proved; of the merged model in
-        torch once is enough."""
-        chosen = Options(inputs=str(self.models.inputs), device=self.device.type)
-        report = verify(self.models.base, self.models.deltas[0], [out], options=chosen).report
-        for result in report.results if report else ():
+        """Verify an export as `kilodelta verify` does."""
+        found = verify(
+            self.models.base,
+            self.models.deltas[0],
+            [out],
+            inputs=self.models.inputs,
+            device=self.device.type,
+        )
+        assert found.report is not None  # inputs were given
+        for result in found.report.results:
+            # The merged model in torch is the same for every export: one row of it is enough.
             if result.artefact != MERGED or name == "onnx":
                 yield _row(name, result)
 
@@ -189,13 +200,15 @@ class _Bench:
     def _judged(
         self, name: str, runner: Runs, artefact: Artefact, *, fine_tune: int
     ) -> Iterator[Row]:
-        truth = self.models.truth(fine_tune, artefact.profile, _names(artefact), self.device.type)
-        yield _row("", judge(runner, truth, artefact=name, precision=artefact.dtype))
+        against = self.models.reference(
+            fine_tune, artefact.profile, _names(artefact), self.device.type
+        )
+        yield _row("", judge(runner, against, artefact=name, precision=artefact.dtype))
         yield from self._timed(name, runner, artefact)
 
     def _timed(self, name: str, runner: Runs, artefact: Artefact) -> Iterator[Row]:
-        corners = cases(self.models.batch, artefact.profile)
-        yield from latencies(f"{name} in {runner.name}", runner.request, corners)
+        shapes = cases(self.models.batch, artefact.profile)
+        yield from latencies(f"{name} in {runner.name}", runner.request, shapes)
 
 
 def _maker(flavour: str, dtypes: tuple[str, ...]) -> _Maker:
@@ -210,7 +223,7 @@ def _maker(flavour: str, dtypes: tuple[str, ...]) -> _Maker:
 
 @dataclass(frozen=True, kw_only=True)
 class _WithFactors:
-    """A runner that is given a fine-tune's factors beside every batch."""
+    """A runner that gets a fine-tune's factors beside every batch."""
 
     runner: Runs
     factors: Factors

@@ -1,4 +1,4 @@
-"""One part of a GPU's proof: its rows, and what became of it."""
+"""One part of a GPU's proof: its rows, and whether it passed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from kilodelta.verify.runners.runner import UnavailableError, one_line
 T = TypeVar("T")
 
 MEASURED = "measured"
-"""Of a row that holds a measurement: nothing passes or fails."""
+"""The status of a row that holds a measurement, which neither passes nor fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One thing looked at: what, what was found, and `passed`, `failed`, `measured` or `not run`.
+    """One thing that was looked at.
 
-    `numbers` are what was measured, for the JSON.
+    Attributes:
+        what: what it is.
+        found: what came out.
+        status: `passed`, `failed`, `measured` or `not run`.
+        numbers: what was measured, for the JSON.
     """
 
     what: str
@@ -32,7 +36,13 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Where a part runs: a device, and a folder of its own; `small` for a trial on a CPU."""
+    """Where a part runs.
+
+    Attributes:
+        device: such as `cuda`.
+        folder: an empty folder for its files.
+        small: use pico models, to try the part itself.
+    """
 
     device: str
     folder: Path
@@ -41,31 +51,43 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A part's name and its rows in the order in which they came."""
+    """A part's name, and its rows in the order in which they came."""
 
     name: str
     rows: tuple[Row, ...]
 
     @property
     def status(self) -> str:
-        """Failed if any row failed, passed if any passed, measured if any was, else not run."""
+        """`failed` if any row failed, else `passed`, else `measured`, else `not run`."""
         found = {row.status for row in self.rows}
         return next((s for s in (FAILED, PASSED, MEASURED) if s in found), NOT_RUN)
 
     def to_json(self) -> Json:
+        """Return everything, fit for strict JSON."""
         rows = [asdict(row) for row in self.rows]
         return {"name": self.name, "status": self.status, "rows": rows}
 
 
 def run(name: str, work: Callable[[Setting], Iterator[Row]], setting: Setting) -> Part:
-    """A part's rows as far as it comes; whatever stops it becomes a row that failed, so that the
-    other parts still run."""
+    """Run a part. An error becomes its last row, so that other parts still run.
+
+    Args:
+        name: the part's.
+        work: yields its rows.
+        setting: where it runs.
+    """
     return Part(name=name, rows=tuple(guarded(name, work(setting))))
 
 
 def guarded(what: str, found: Iterator[T]) -> Iterator[T | Row]:
-    """Rows or the like as far as they come, and as the last one what stopped them: `not run` where
-    a package, the right machine or enough memory is missing, else a failure."""
+    """Yield rows until an error, and the error as the last row.
+
+    It is `not run` if a package, the right machine or enough memory is missing, else `failed`.
+
+    Args:
+        what: the last row's `what`.
+        found: rows, or measurements.
+    """
     try:
         yield from found
     except (MissingPackageError, UnavailableError) as error:

@@ -1,7 +1,7 @@
 """Part three of a GPU's proof: how fast it merges and trains, as ratios measured in one run.
 
-Nothing here passes or fails: rows are `measured`, and say whether a ratio is the one that is wanted
-of a data-centre GPU. `benchmarks/gpu.py` prints the same measurements.
+Nothing here passes or fails: rows are `measured`, and say whether a ratio is as wanted of a
+data-centre GPU. `benchmarks/gpu.py` prints the same measurements.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ STREAM = Stream(0)
 
 
 def speed(setting: Setting) -> Iterator[Row]:
-    """All measurements as rows; those that cannot be taken say why."""
+    """Yield all measurements as rows; those that cannot be taken say why."""
     for found in measures(setting):
         yield found.row() if isinstance(found, Measure) else found
 
 
 def measures(setting: Setting) -> Iterator[Measure | Row]:
-    """The seven projections of a 7B Llama layer in bfloat16, and a training step."""
+    """Measure merges of the seven projections of a 7B Llama layer, and a training step."""
     device, small = device_named(setting.device), setting.small
     sizes = (64, 176) if small else (4096, 11008)
     shapes = [shape for _, shape in llama(1, *sizes).values()]
@@ -52,7 +52,7 @@ def measures(setting: Setting) -> Iterator[Measure | Row]:
 
 
 def against_copying(method: Nola, weights: list[Tensor], device: torch.device) -> Iterator[Measure]:
-    """NOLA against what any merge must do: read and write the weights once."""
+    """Compare NOLA with what any merge must do: read and write the weights once."""
     copying = "reading and writing the weights once"
     runs = {"ours": merging(method, weights, device), "theirs": lambda: [w + 1 for w in weights]}
     what, wanted = _what(method, weights), Wanted(sense="<=", bound=2)
@@ -64,7 +64,7 @@ def against_copying(method: Nola, weights: list[Tensor], device: torch.device) -
 def against_official(
     method: Nola, weights: list[Tensor], device: torch.device
 ) -> Iterator[Measure]:
-    """NOLA against the authors' code."""
+    """Compare NOLA with the authors' way."""
     runs = {
         "ours": merging(method, weights, device),
         "theirs": lambda: [official_nola(weight, method) for weight in weights],
@@ -76,7 +76,14 @@ def against_official(
 def against_int8(
     method: RandLora, weights: list[Tensor], device: torch.device, size: int
 ) -> Iterator[Measure]:
-    """RandLoRA against the same number of operations at the rate of a large int8 product."""
+    """Compare RandLoRA with as many operations at the rate of a large int8 product.
+
+    Args:
+        method: RandLoRA with its rank.
+        weights: bfloat16 matrices (out, in).
+        device: where they lie.
+        size: of the square int8 product.
+    """
     ours = merging(method, weights, device)
     left = torch.randint(-127, 128, (size, size), dtype=torch.int8, device=device)
     right = left.t()  # columns in a row, as cuBLAS's int8 products want them
@@ -92,7 +99,7 @@ def against_int8(
 def against_peft(
     method: RandLora, weights: list[Tensor], device: torch.device
 ) -> Iterator[Measure]:
-    """RandLoRA, drawn, multiplied and added, against PEFT's product alone, its bases drawn."""
+    """Compare RandLoRA (drawn, multiplied, added) with PEFT's product alone, its bases ready."""
     theirs = peft_deltas(method.rank, [w.shape for w in weights], device)
     runs = {"ours": merging(method, weights, device), "theirs": theirs}
     wanted = Wanted(sense=">=", bound=8)
@@ -104,7 +111,7 @@ def _measure(
     what: str, against: str, runs: dict[str, Run], device: torch.device, wanted: Wanted,
     work: float = 1.0,
 ) -> Measure:  # fmt: skip
-    """Ours and theirs in rotation; theirs is for `work` times what it did."""
+    """Time both alternately; the other's time is scaled by `work`, our work over what it did."""
     found = side_by_side(runs, device)
     theirs = found["theirs"] * work
     return Measure(what=what, against=against, ours=found["ours"], theirs=theirs, wanted=wanted)
@@ -121,7 +128,7 @@ def _what(method: Nola | RandLora, weights: list[Tensor]) -> str:
 
 
 def merging(method: Method, weights: list[Tensor], device: torch.device) -> Run:
-    """Draw the factors and merge all weights, coefficients being on the device already."""
+    """Return a run that draws the factors and merges all weights."""
     rng, unit, jobs = np.random.default_rng(0), unit_for(device, method), []
     for weight in weights:
         shape = (weight.shape[0], weight.shape[1])
@@ -140,7 +147,7 @@ def merging(method: Method, weights: list[Tensor], device: torch.device) -> Run:
 
 
 def official_nola(weight: Tensor, method: Nola) -> Tensor:
-    """The authors' code in outline: bases drawn by torch from a seed, summed, multiplied, added."""
+    """Follow the authors' code: draw bases by torch from a seed, sum, multiply and add."""
     k, device = method.bases, weight.device
     torch.manual_seed(0)
     factors = []
@@ -152,10 +159,13 @@ def official_nola(weight: Tensor, method: Nola) -> Tensor:
 
 
 def peft_deltas(rank: int, shapes: list[torch.Size], device: torch.device) -> Run:
-    """PEFT's own `get_delta_weight` for layers of these shapes, by its own layers.
+    """Return a run of PEFT's `get_delta_weight` on PEFT's layers of these shapes (out, in).
 
-    Its bases are there already and its results come from torch's warmed-up allocator; making the
-    scaled bases, the product and the scale are in the time, as whoever calls it has them.
+    Its bases are drawn before and its results come from torch's warmed-up allocator. Scaling the
+    bases, the product and the scale are in the time, as for every caller.
+
+    Raises:
+        MissingPackageError: PEFT is not installed.
     """
     library = require("peft", extra="peft", why="measure PEFT beside kilodelta")
     layers = nn.ModuleDict(

@@ -1,4 +1,4 @@
-"""Synthetic bases and deltas for proofs on a GPU: random weights, random coefficients."""
+"""Make bases of random weights and deltas of random coefficients, for proofs on a GPU."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ PATTERNS = Patterns(include=("*.weight",), exclude=(), transposed=("turned.*",))
 
 
 def llama(layers: int, width: int, hidden: int) -> Shapes:
-    """The seven projections of so many Llama layers, bfloat16, without grouped heads."""
+    """Return the seven projections of so many Llama layers, bfloat16, without grouped heads."""
     square, up, down = (width, width), (hidden, width), (width, hidden)
     shapes = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), square)
     shapes |= {"gate_proj": up, "up_proj": up, "down_proj": down}
@@ -55,7 +55,7 @@ def llama(layers: int, width: int, hidden: int) -> Shapes:
 
 
 def write(path: Path, shapes: Shapes, seed: int = 0) -> Path:
-    """A `.safetensors` file of normal numbers, tensor by tensor."""
+    """Write a `.safetensors` file of normal numbers, tensor by tensor."""
     rng = np.random.default_rng(seed)
     order = [TensorInfo(name=n, dtype=dtype, shape=shape) for n, (dtype, shape) in shapes.items()]
 
@@ -70,8 +70,15 @@ def write(path: Path, shapes: Shapes, seed: int = 0) -> Path:
 def delta(
     base: Path, method: Method, patterns: Patterns = PATTERNS, bits: int = 8, fine_tune: int = 1
 ) -> Delta:
-    """A delta whose updates are about as large as the weights, its digest by the CPU; other
-    numbers of `fine_tune` give others."""
+    """Make a delta whose updates are about as large as the weights, its digest computed on the CPU.
+
+    Args:
+        base: a `.safetensors` file.
+        method: with its options.
+        patterns: which tensors it changes.
+        bits: per coefficient.
+        fine_tune: the seed of the coefficients.
+    """
     rng = np.random.default_rng(fine_tune)
     shared = {
         group.name: quantise(rng.normal(size=group.shape), bits, 15) for group in method.shared()

@@ -1,4 +1,4 @@
-"""A training step of NOLA against PEFT's LoRA of the same rank: time and memory.
+"""Compare a training step of NOLA with PEFT's LoRA of the same rank: time and memory.
 
 The model has GPT-2 medium's shape and random weights; all four matrices of each block are adapted
 by both. A step is forward, backward and Adam; on CUDA it runs under bfloat16 autocast.
@@ -40,7 +40,7 @@ SMALL = Shape(layers=1, width=32, heads=2, vocabulary=64, bases=16, tokens=(2, 8
 
 
 class Step:
-    """One training step of an adapted model, as often as it is called."""
+    """A training step of an adapted model, to be called as often as needed."""
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
         self._model, self._batch = model, dict(batch)
@@ -48,7 +48,7 @@ class Step:
         self._optimiser = torch.optim.Adam(trained, lr=1e-3)
 
     def __call__(self) -> None:
-        """Forward, backward, Adam."""
+        """Run forward, backward and Adam once."""
         device = next(iter(self._batch.values())).device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
             loss = self._model(**self._batch).last_hidden_state.float().square().mean()
@@ -58,7 +58,7 @@ class Step:
 
 
 def training(device: torch.device, *, small: bool) -> Iterator[Measure]:
-    """Time first, with both at hand; then the memory of each alone.
+    """Measure the time of both in rotation, then the memory of each alone.
 
     Raises:
         UnavailableError: memory is counted on CUDA only.
@@ -95,7 +95,7 @@ def training(device: torch.device, *, small: bool) -> Iterator[Measure]:
 
 
 def _two(make: Callable[[], Step]) -> None:
-    """From the second step on Adam's own numbers are there."""
+    """Run two steps: from the second on Adam's moments are allocated."""
     step = make()
     step()
     step()
@@ -122,7 +122,7 @@ def _gpt2(shape: Shape) -> nn.Module:
 
 
 def sharing(model: nn.Module) -> nn.Module:
-    """A copy with modules of its own, and the same frozen weights."""
+    """Copy a model's modules and share its frozen weights."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
 
 

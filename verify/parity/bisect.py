@@ -1,12 +1,12 @@
-"""Where an ONNX file departs from the module: the first layer whose output is off.
+"""Find where an ONNX file departs from the module: the first layer whose output is off.
 
-The export keeps parameter names, so a graph says itself which nodes belong to which layer: the
-last node that takes a layer's parameters computes that layer's output. Those values become outputs
-of a copy of the graph and are held against the module's, which forward hooks record. The limit at
-each layer follows the same rule as that of the whole model.
+The export keeps parameter names, so a graph says which nodes belong to which layer: the last node
+that takes a layer's parameters computes that layer's output. Those values become outputs of a copy
+of the graph and are compared with the module's, which forward hooks record. The limit at each layer
+follows the same rule as that of the whole model.
 
-Exposed values forbid fusing across them. Where nothing departs in the copy, though the file
-failed, the runtime's own graph optimisation is the suspect.
+A value that is an output cannot be fused away. If nothing departs in the copy although the file
+failed, the runtime's graph optimisation is the suspect.
 """
 
 from __future__ import annotations
@@ -50,29 +50,38 @@ def first_departure(
     device: str = "cpu",
     names: Mapping[str, str] = MappingProxyType({}),
 ) -> Departure | None:
-    """The first layer of the ONNX file at `path` whose output is off, in graph order.
+    """Return the first layer whose output is off, in graph order; None if there is none.
 
     Args:
+        path: the ONNX file.
+        merged: the module that it was exported from.
+        batch: inputs of a case that failed.
+        precision: the file's precision.
+        device: where both are computed, "cpu" or "cuda".
         names: the file's parameter names to the module's, where they differ.
+
+    Raises:
+        MissingPackageError: the `onnx` package is needed to look into the file.
+        ProofError: the copy of the graph cannot be run.
     """
     onnx = require("onnx", extra="onnx", why="look inside an ONNX file")
     model = onnx.load(str(path), load_external_data=False)
     layers = {_layer(place): _layer(name) for name, place in names.items()}
-    truth, plain = (
+    exact, plain = (
         {layers.get(layer, layer): value for layer, value in found.items()}
         for found in (_recorded(merged, batch, p, device) for p in ("float64", precision))
     )
-    stops = [stop for stop in stops_of(model.graph) if stop.layer in truth]
+    stops = [stop for stop in stops_of(model.graph) if stop.layer in exact]
     values = _values(onnx, model, stops, batch, path.parent, device)
-    for stop in _outputs(stops, values, truth):
-        departure = _judge(stop, values, truth, plain, precision)
+    for stop in _outputs(stops, values, exact):
+        departure = _judge(stop, values, exact, plain, precision)
         if departure is not None:
             return departure
     return None
 
 
 def stops_of(graph: Any) -> list[Stop]:
-    """Every value computed from a layer's parameters and something else, in graph order."""
+    """Return every value computed from a layer's parameters and something else, in graph order."""
     owners = {tensor.name: {_layer(tensor.name)} for tensor in graph.initializer}
     constant = set(owners)
     stops = []
@@ -97,7 +106,7 @@ def _stop(layer: str, node: Any) -> Stop:
 def _recorded(
     module: torch.nn.Module, batch: Batch, precision: str, device: str
 ) -> dict[str, NDArray[Any]]:
-    """The output of every layer that has no layers inside and is called once, as float64."""
+    """Return the outputs of layers without layers inside that are called once, as float64."""
     runner = TorchRunner(module, (), precision=precision, device=device)
     calls: dict[str, list[Any]] = {}
     with _hooks(runner.module, calls):
@@ -126,7 +135,7 @@ def _hooks(module: torch.nn.Module, calls: dict[str, list[Any]]) -> Iterator[Non
 def _values(
     onnx: Any, model: Any, stops: Sequence[Stop], batch: Batch, folder: Path, device: str
 ) -> Arrays:
-    """Run a copy of the model that has the stops' values as outputs, too."""
+    """Run a copy of the model that puts out the stops' values as well."""
     present = {output.name for output in model.graph.output}
     for name in dict.fromkeys(stop.value for stop in stops):
         if name not in present:
@@ -134,16 +143,16 @@ def _values(
     return OnnxRunner(model.SerializeToString(), device=device, folder=folder).run(batch)
 
 
-def _outputs(stops: Sequence[Stop], values: Arrays, truth: Arrays) -> list[Stop]:
-    """Of each layer the last stop that has as many elements as the layer's output."""
-    last = {stop.layer: stop for stop in stops if values[stop.value].size == truth[stop.layer].size}
+def _outputs(stops: Sequence[Stop], values: Arrays, exact: Arrays) -> list[Stop]:
+    """Keep, of each layer, the last stop that has as many elements as the layer's output."""
+    last = {stop.layer: stop for stop in stops if values[stop.value].size == exact[stop.layer].size}
     return [stop for stop in stops if last.get(stop.layer) is stop]
 
 
 def _judge(
-    stop: Stop, values: Arrays, truth: Arrays, plain: Arrays, precision: str
+    stop: Stop, values: Arrays, exact: Arrays, plain: Arrays, precision: str
 ) -> Departure | None:
-    reference = truth[stop.layer].ravel()
+    reference = exact[stop.layer].ravel()
     error = compare(np.asarray(values[stop.value]).ravel(), reference)
     most = limit([compare(plain[stop.layer].ravel(), reference)], precision)
     if most.admits(error):

@@ -1,96 +1,117 @@
-"""Real inputs at given shapes: rows are cut, repeated and padded, never invented."""
+"""The shapes and paddings at which artefacts are compared, filled with real inputs.
+
+=============  =================================================================================
+smallest       the profile's smallest shapes, every position a real token
+usual          the usual shapes; at least one row is padded on the right
+largest        the largest shapes, every position a real token, so that the last is computed
+left-padded    the usual shapes padded on the left, as decoders are given batches
+=============  =================================================================================
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kilodelta.verify.runners.runner import Arrays, Batch
-
-Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
-
-MASK = "attention_mask"
-_SIZES = ("smallest", "usual", "largest")
+from kilodelta.verify.parity.fitting import MASK as MASK
+from kilodelta.verify.parity.fitting import Padding, fit
+from kilodelta.verify.runners.runner import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Inputs at one point of a profile; `shape` is that of the first input, for reports."""
+    """Inputs at one point of a profile."""
 
     name: str
     batch: Batch
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the first input, for reports."""
         return next(iter(self.batch.values())).shape
 
+    @property
+    def length(self) -> int | None:
+        """Tokens of a row, padding included; None for inputs without a mask."""
+        return self.batch[MASK].shape[1] if MASK in self.batch else None
 
-def cases(batch: Batch, profile: Mapping[str, Sequence[tuple[int, ...]]]) -> tuple[Case, ...]:
-    """The batch at a profile's smallest, usual and largest shapes, equal shapes only once.
 
-    The usual case keeps padding, as long as rows leave room for it; in the others every position
-    holds a real token, so that the last position of the largest shape is computed for real.
+_PLAN: tuple[tuple[str, int, Padding], ...] = (
+    ("smallest", 0, "none"),
+    ("usual", 1, "right"),
+    ("largest", 2, "none"),
+    ("left-padded", 1, "left"),
+)
+
+
+def cases(
+    batch: Batch, profile: Mapping[str, Sequence[tuple[int, ...]]], *, left: bool = False
+) -> tuple[Case, ...]:
+    """Return the cases of a profile; those that would be equal come once.
+
+    Args:
+        batch: real inputs by name.
+        profile: by input its smallest, usual and largest shape.
+        left: the model is a decoder, so add the left-padded case.
     """
-    chosen: dict[tuple[tuple[int, ...], ...], Case] = {}
-    for index, name in enumerate(_SIZES):
-        shapes = {key: tuple(points[index]) for key, points in profile.items()}
-        case = Case(name=name, batch=fit(batch, shapes, padded=name == "usual"))
-        chosen.setdefault(tuple(shapes.values()), case)
+    chosen: dict[object, Case] = {}
+    for name, point, padding in _PLAN:
+        shapes = {key: tuple(points[point]) for key, points in profile.items()}
+        padded: Padding = padding if MASK in shapes and shapes[MASK][1] > 1 else "none"
+        if padding == "left" and not (left and padded == "left"):
+            continue
+        key = (tuple(shapes.values()), padded)
+        if key not in chosen:
+            chosen[key] = Case(name=name, batch=fit(batch, shapes, padding=padded))
     return tuple(chosen.values())
 
 
-def fit(batch: Batch, shapes: Shapes, *, padded: bool) -> Arrays:
-    """Bring every input named in `shapes` to its shape, by rows and along the sequence."""
-    arrays = {name: batch[name] for name in shapes}
-    if MASK not in arrays:
-        return {name: _wrap(array, shapes[name]) for name, array in arrays.items()}
-    rows, length = shapes[MASK]
-    mask = _wrap(arrays[MASK], (rows, arrays[MASK].shape[1])).astype(bool)
-    columns = np.stack([_columns(row, length) for row in mask])
-    fitted = {
-        name: _along(array, columns) if _is_sequence(array, arrays[MASK]) else _wrap(array, shape)
-        for (name, array), shape in zip(arrays.items(), shapes.values(), strict=True)
-    }
-    fitted[MASK] = _new_mask(mask, length, padded=padded).astype(batch[MASK].dtype)
-    return fitted
+def live(output: NDArray[Any], batch: Batch, axis: int | None = None) -> NDArray[Any]:
+    """Return the entries of an output at positions that are not padding, `(positions, ...)`.
 
-
-def live(output: NDArray[Any], batch: Batch) -> NDArray[Any]:
-    """The rows of an output (batch, sequence, ...) whose position is not padding."""
+    Args:
+        output: any output (rows, ...); returned as it is if it has no axis of tokens.
+        batch: the inputs that it was computed from.
+        axis: the output's axis of tokens. By default the second one, of an output (rows, tokens,
+            ...) with at least three axes; an output (rows, classes) would look the same with two.
+    """
     mask = batch.get(MASK)
-    if mask is None or output.ndim < 3 or output.shape[:2] != mask.shape:
+    if axis is None:
+        axis = 1 if output.ndim >= 3 else output.ndim
+    if mask is None or axis >= output.ndim:
         return output
-    rows: NDArray[Any] = output[mask.astype(bool)]
-    return rows
+    turned = np.moveaxis(output, axis, 1)
+    if turned.shape[:2] != mask.shape:
+        return output
+    entries: NDArray[Any] = turned[mask.astype(bool)]
+    return entries
 
 
-def _wrap(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """Cut or repeat along every axis."""
-    for axis, (have, want) in enumerate(zip(array.shape, shape, strict=True)):
-        if have != want:
-            array = np.take(array, np.arange(want) % have, axis=axis)
-    return array
+def token_axis(shapes: Sequence[tuple[int, ...]], lengths: Sequence[int | None]) -> int | None:
+    """Return the axis of an output that follows the number of tokens in every case.
 
+    Args:
+        shapes: the output's shape in each case.
+        lengths: the tokens of a row in each case.
 
-def _columns(mask_row: NDArray[np.bool_], length: int) -> NDArray[np.intp]:
-    """For each new position of a row the position of a real token, over and over again."""
-    tokens = np.flatnonzero(mask_row if mask_row.any() else ~mask_row)
-    return tokens[np.arange(length) % len(tokens)]
+    Returns:
+        the first such axis after the rows. None if there is none, or if all cases are equally long
+        and so do not tell; `live` then looks at the number of axes.
 
-
-def _along(array: NDArray[Any], columns: NDArray[np.intp]) -> NDArray[Any]:
-    rows = _wrap(array, (len(columns), array.shape[1]))
-    return np.take_along_axis(rows, columns, axis=1)
-
-
-def _is_sequence(array: NDArray[Any], mask: NDArray[Any]) -> bool:
-    return array.ndim == 2 and array.shape == mask.shape
-
-
-def _new_mask(mask: NDArray[np.bool_], length: int, *, padded: bool) -> NDArray[np.bool_]:
-    tokens = mask.sum(axis=1, keepdims=True) if padded else length
-    return np.broadcast_to(np.arange(length) < tokens, (len(mask), length))
+    Example:
+        >>> token_axis([(1, 4), (2, 9)], [4, 9]), token_axis([(1, 3), (2, 3)], [4, 9])
+        (1, None)
+    """
+    if None in lengths or len(set(lengths)) < 2:
+        return None
+    axes = range(1, min(map(len, shapes), default=0))
+    follows = (
+        axis
+        for axis in axes
+        if all(shape[axis] == n for shape, n in zip(shapes, lengths, strict=True))
+    )
+    return next(follows, None)

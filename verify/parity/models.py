@@ -1,4 +1,4 @@
-"""The models that a verification runs in torch: the merged one, and the base in its shape."""
+"""The models that a verification runs in torch: merged, base in the same shape, and tuned."""
 
 from __future__ import annotations
 
@@ -36,30 +36,30 @@ class Pair:
 
 
 def open_pair(subject: Subject, options: Options, progress: Progress) -> Pair:
-    """Open both; what the base lacks (a new head) it takes from the delta.
+    """Open both. Tensors that only the delta has (a new head) are the same in both.
 
     Raises:
-        ExportError, InputError: as `open_merged`.
+        InputError, ExportError: the architecture is unknown, or has no place for such a tensor.
     """
     delta = load(subject.delta)
     with _weights(subject, progress) as weights:
         merged = open_merged(
             subject.base, weights, delta, model=options.model, config=options.config
         )
-    before = replace(merged, module=copy.deepcopy(merged.module))
-    state = before.module.state_dict()
-    own = {
+    base = replace(merged, module=copy.deepcopy(merged.module))
+    state = base.module.state_dict()
+    names = {
         name: place
-        for name, place in before.names.items()
+        for name, place in base.names.items()
         if name in subject.base and subject.base.info(name).shape == tuple(state[place].shape)
     }
-    fill(before.module, subject.base, own)
-    return Pair(merged=merged, base=before)
+    fill(base.module, subject.base, names)
+    return Pair(merged=merged, base=base)
 
 
 @contextmanager
 def _weights(subject: Subject, progress: Progress) -> Iterator[Path]:
-    """The merged weights on disk: those given, or a merge that vanishes."""
+    """Yield the merged weights on disk: those given, or a merge that is removed afterwards."""
     if subject.merged is not None:
         yield subject.merged
         return
@@ -71,13 +71,22 @@ def _weights(subject: Subject, progress: Progress) -> Iterator[Path]:
 
 
 def open_tuned(options: Options) -> LoadedModel:
-    """The tuned model, in the architecture that its own folder states."""
+    """Open the tuned model in the architecture that its folder states.
+
+    Raises:
+        InputError, CheckpointError: it cannot be opened.
+    """
     tuned = str(options.against)
     return open_model(options.model or tuned, weights=tuned if options.model else None)
 
 
 class Labelled(nn.Module):
-    """A view of a model that embeds, with the class scores of its embeddings beside them."""
+    """A view of a model that embeds, with class scores over labels beside the embedding.
+
+    Args:
+        view: puts out embeddings (rows, width) under `sentence_embedding`.
+        labels: the labels' embeddings, (n, width).
+    """
 
     def __init__(self, view: nn.Module, labels: Tensor) -> None:
         super().__init__()
@@ -85,17 +94,17 @@ class Labelled(nn.Module):
         self.register_buffer("labels", SHARPNESS * functional.normalize(labels, dim=-1))
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        """The embedding, and its sharpened cosine to every label."""
+        """Compute the embedding, and its sharpened cosine to every label, (rows, n)."""
         found: dict[str, Tensor] = self.view(**batch)
         unit = functional.normalize(found[EMBEDDING], dim=-1)
         return {**found, LABELS: unit @ self.get_buffer("labels").T}
 
 
 def embed_labels(pair: Pair, options: Options) -> Tensor:
-    """The base model's embeddings of the labels, (n, width).
+    """Embed the labels by the base model; float32 (n, width).
 
     Raises:
-        InputError: the model embeds no texts.
+        InputError: the model embeds no texts, or the labels cannot be read.
     """
     if pair.base.pooling is None:
         raise InputError(

@@ -1,4 +1,4 @@
-"""A whole verification: what was proved, what was run, and whether that is what was asked for."""
+"""A whole verification's outputs: what was run, and whether that is what was asked for."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ from kilodelta.verify.runners.names import RUNNERS
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A whole verification: every artefact in every runner, and what the caller insisted on.
+    """Every artefact in every runner, and what the caller insisted on.
 
-    `required` holds names of `verify/runners/names.py`: `ort` asks for one of `onnxruntime-cpu` and
-    `onnxruntime-cuda` to have run. `inputs` is what `rows` inputs were read from.
+    Attributes:
+        results: one per artefact and runner.
+        agreement: with the tuned model, per output; empty if none was given.
+        required: names of `kilodelta.verify.runners.names`: `ort` asks that `onnxruntime-cpu` or
+            `onnxruntime-cuda` has run.
+        inputs: what the inputs were read from.
+        rows: how many there are.
+        notes: sentences about shapes that were not compared as the profiles say.
     """
 
     results: tuple[Result, ...]
@@ -24,13 +30,15 @@ class Report:
     required: tuple[str, ...] = ()
     inputs: str = ""
     rows: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
+        """Whether nothing failed and everything required has run."""
         return self.failure() is None
 
     def failure(self) -> KiloDeltaError | None:
-        """The error to end with: what failed, else what was required and did not run."""
+        """Return the error to end with: what failed, else what was required and did not run."""
         failed = [result for result in self.results if result.status == FAILED]
         if failed:
             return _failed(failed)
@@ -38,7 +46,7 @@ class Report:
         return next((error for error in missed if error is not None), None)
 
     def _missed(self, name: str) -> KiloDeltaError | None:
-        """Why nothing that `name` asks for ran; a missing package stays a missing package."""
+        """Return why nothing that `name` asks for ran; a missing package stays one."""
         asked = [result for result in self.results if result.runner in RUNNERS[name]]
         if any(result.status != NOT_RUN for result in asked):
             return None
@@ -52,25 +60,26 @@ class Report:
         return kind(f"{name} is required and did not run: {errors[0].what}", fix=errors[0].fix)
 
     def summary(self) -> str:
-        """How many runs passed, failed and did not come about, and on what."""
+        """Return how many runs passed, failed and did not take place, and on what."""
         counts = Counter(result.status for result in self.results)
-        told = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
-        return f"{told}; {self.rows} inputs from {self.inputs}"
+        shown = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
+        return f"{shown}; {self.rows} inputs from {self.inputs}"
 
     def to_json(self) -> Json:
-        """Everything found, fit for strict JSON."""
+        """Return everything, fit for strict JSON."""
         failure = self.failure()
         return {
             "passed": failure is None,
             "failure": None if failure is None else failure.what,
             "required": list(self.required),
             "inputs": {"from": self.inputs, "rows": self.rows},
+            "notes": list(self.notes),
             "results": [result.to_json() for result in self.results],
             "agreement": [agreement.to_json() for agreement in self.agreement],
         }
 
     def tables(self) -> tuple[Table, ...]:
-        """Parity, what gave no outputs, and agreement with the tuned model; none of them empty."""
+        """Return the tables that have rows: parity, what did not run, agreement."""
         all_of_them = (
             parity_table(self.results),
             silent_table(self.results),
@@ -85,5 +94,4 @@ def _failed(results: list[Result]) -> ProofError:
         for result in results
         for reason in (*result.reasons(), *([str(result.departure)] if result.departure else []))
     ]
-    fixes = [result.error.fix for result in results if result.error is not None]
-    return ProofError("\n  ".join(lines), fix=(*fixes, "export again from the merged model")[0])
+    return ProofError("\n  ".join(lines), fix=results[0].fix)

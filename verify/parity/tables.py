@@ -1,4 +1,4 @@
-"""Results as rows of text, for whoever draws tables."""
+"""Lay results out as rows of text, for the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from kilodelta.verify.parity.result import Agreement, Result
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of text under a title; `right` holds the numbers of the columns set flush right."""
+    """Rows of text under a title.
+
+    Attributes:
+        title: the line above.
+        columns: headings.
+        rows: as many cells each as columns.
+        right: numbers of the columns that are set flush right.
+    """
 
     title: str
     columns: tuple[str, ...]
@@ -19,12 +26,12 @@ class Table:
 
 
 _PARITY = ("artefact", "runner", "in", "at", "error", "at most", "top-1", "update", "result")
-_SILENT = ("runner", "status", "why, and how to mend it", "artefacts")
+_SILENT = ("runner", "status", "why, and what to do", "artefacts")
 _AGREEMENT = ("output", "rows", "model", "top-1", "cosine", "KL")
 
 
 def parity_table(results: Sequence[Result]) -> Table:
-    """A row for each artefact in each runner, at the shape where it is nearest to its limit."""
+    """Return one row per artefact and runner, at the shape where it is nearest to its limit."""
     rows = (
         (result.artefact, result.runner, result.precision, *_worst_cells(result))
         for result in results
@@ -39,7 +46,7 @@ def parity_table(results: Sequence[Result]) -> Table:
 
 
 def silent_table(results: Sequence[Result]) -> Table:
-    """A row for each runner that gave no outputs and each reason, with all that it was to run."""
+    """Return one row per runner without outputs and reason, with all that it was to run."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for result in results:
         if result.error is not None:
@@ -63,7 +70,7 @@ def _worst_cells(result: Result) -> tuple[str, ...]:
 
 
 def agreement_table(agreement: Sequence[Agreement]) -> Table:
-    """How near merged model and base come to the tuned one."""
+    """Return how close merged model and base come to the tuned one."""
     rows = tuple(
         (
             entry.output,

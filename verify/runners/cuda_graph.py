@@ -1,4 +1,4 @@
-"""CUDA graphs by the driver itself, of work that a CUDA `Stream` is given."""
+"""CUDA graphs by the driver API: capture the work given to a stream once, launch it as a whole."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from collections.abc import Callable
 
 from kilodelta.export.tensorrt.cuda import Driver, Stream
 
-_THREAD_LOCAL = 1  # CUstreamCaptureMode: what other threads do meanwhile is no matter
+# CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: calls by other threads do not invalidate the capture.
+_THREAD_LOCAL = 1
 
 
 class Graph:
-    """What `work` sets off on a stream, captured once and launched as a whole.
+    """A captured graph, ready to launch on the stream that it was captured from.
+
+    Args:
+        driver: the CUDA driver.
+        stream: the stream that `work` enqueues on.
+        work: enqueues everything that a launch is to repeat; it must not wait for the stream.
 
     Raises:
         CudaError: the work cannot be captured.
@@ -23,18 +29,18 @@ class Graph:
         driver.call("cuStreamBeginCapture_v2", self._stream, _THREAD_LOCAL)
         try:
             work()
-        finally:
+        finally:  # a stream left capturing refuses every later call
             driver.call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
-        none = ctypes.c_ulonglong(0)
+        flags = ctypes.c_ulonglong(0)
         try:
-            driver.call("cuGraphInstantiateWithFlags", ctypes.byref(self._ready), graph, none)
+            driver.call("cuGraphInstantiateWithFlags", ctypes.byref(self._ready), graph, flags)
         finally:
             driver.call("cuGraphDestroy", graph)
 
     def launch(self) -> None:
-        """Set the work off on its stream."""
+        """Enqueue the whole graph on its stream."""
         self._driver.call("cuGraphLaunch", self._ready, self._stream)
 
     def close(self) -> None:
-        """Give the graph back; it must not be running."""
+        """Free the graph; no launch of it may be running."""
         self._driver.call("cuGraphExecDestroy", self._ready)

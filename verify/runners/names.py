@@ -1,4 +1,4 @@
-"""The runners by the names that a user requires them by."""
+"""The names by which `--require` asks for runners."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ RUNNERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "tensorrt-rtx": ("tensorrt-rtx",),
     }
 )
-"""What is asked for, and the runners any of which will do."""
+"""By name, the runners any one of which satisfies the requirement."""
 
 
 def check_names(names: Sequence[str]) -> None:
-    """See that every name is a runner's.
+    """Check that every name is in `RUNNERS`.
 
     Raises:
-        InputError: listing those that are.
+        InputError: some are not; the fix lists those that are.
     """
     unknown = [name for name in names if name not in RUNNERS]
     if unknown:

@@ -1,4 +1,4 @@
-"""Running an ONNX file in ONNX Runtime, on the provider asked for and on no other."""
+"""Run an ONNX file in ONNX Runtime, on the provider asked for and on no other."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kilodelta.errors import KiloDeltaError, MissingPackageError, ProofError, require
-from kilodelta.files.dtypes import FLOATS
-from kilodelta.verify.runners.request import Request
-from kilodelta.verify.runners.runner import (
-    Arrays,
-    Batch,
-    UnavailableError,
-    converted,
-    one_line,
-    take,
+from kilodelta.errors import (
+    InputError,
+    KiloDeltaError,
+    MissingPackageError,
+    ProofError,
+    require,
 )
+from kilodelta.files.dtypes import DTYPES, FLOATS, DType
+from kilodelta.verify.runners.request import Request
+from kilodelta.verify.runners.runner import Arrays, Batch, UnavailableError, feed, one_line
 
-# TF32 rounds float32 products to 11 bits; parity in float32 needs them whole.
+# TF32 rounds the factors of float32 products to 11 bits; parity in float32 needs them whole.
 PROVIDERS: dict[str, list[Any]] = {
     "cpu": ["CPUExecutionProvider"],
     "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"],
@@ -32,26 +31,20 @@ PROVIDERS: dict[str, list[Any]] = {
 _EXTRA = {"cpu": "cpu", "cuda": "gpu"}
 _FIX = {
     "cpu": "install ONNX Runtime again: every wheel of it has the CPU provider",
-    "cuda": "pip uninstall -y onnxruntime, then pip install 'kilodelta[gpu]'",
+    "cuda": "in a clone of kilodelta: pip uninstall -y onnxruntime && pip install '.[gpu]'",
 }
-_DTYPES: dict[str, Any] = {
-    "tensor(float)": np.float32,
-    "tensor(double)": np.float64,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(bool)": np.bool_,
-    "tensor(uint8)": np.uint8,
-    "tensor(int8)": np.int8,
-}
+_TYPES = {f"tensor({row.onnx.lower()})": row for row in DTYPES.values() if row.onnx}
+"""By the name that ONNX Runtime gives a tensor's type."""
 _BFLOAT16 = "tensor(bfloat16)"
-_BFLOAT16_ONNX = 16  # TensorProto.BFLOAT16
 
 
 class OnnxRunner:
-    """ONNX Runtime on "cpu" or "cuda", with the default optimisations that users get.
+    """ONNX Runtime with its default optimisations, which users get.
 
-    `model` is the file, or the bytes of a model whose external data lies in `folder`.
+    Args:
+        model: the file, or the bytes of a model.
+        device: "cpu" or "cuda".
+        folder: where the external data of a model given as bytes lies.
     """
 
     def __init__(self, model: Path | bytes, *, device: str, folder: Path | None = None) -> None:
@@ -60,7 +53,7 @@ class OnnxRunner:
         self._session: Any = None
 
     def available(self) -> KiloDeltaError | None:
-        """None, or why no session on this provider comes about.
+        """Open a session; return None, or why there is none on this provider.
 
         Raises:
             ProofError: the file itself is not a valid model.
@@ -72,7 +65,13 @@ class OnnxRunner:
         return None
 
     def run(self, batch: Batch) -> Arrays:
-        """The outputs by name, in the file's own dtypes (bfloat16 as float32)."""
+        """Compute the outputs by name, in the file's dtypes; bfloat16 becomes float32.
+
+        Raises:
+            InputError: an input's values are not of the type that the file takes.
+            ProofError: an input is missing, or the file does not compute these shapes.
+            MissingPackageError: ONNX Runtime is not installed.
+        """
         feeds, names = self._feeds(batch), self._outputs()
         try:
             values = self._session.run_with_ort_values(names, feeds)
@@ -85,9 +84,10 @@ class OnnxRunner:
 
     @contextmanager
     def request(self, batch: Batch) -> Iterator[Request]:
-        """The batch on the device, its outputs staying there, to be computed as often as is asked.
+        """Bind a batch on the device and yield a request that computes it as often as asked.
 
-        ONNX Runtime's own CUDA graphs want a session of their own; there are none here.
+        Outputs stay on the device. ONNX Runtime's CUDA graphs need a session per shape, so the
+        request captures none.
         """
         feeds, binding = self._feeds(batch), self._session.io_binding()
         for name, value in feeds.items():
@@ -110,7 +110,6 @@ class OnnxRunner:
         return [output.name for output in self._session.get_outputs()]
 
     def _open(self) -> Any:
-        """A session, its provider asserted: ONNX Runtime falls back to the CPU without a word."""
         ort = require("onnxruntime", extra=_EXTRA[self._device], why="run ONNX models")
         wanted = _first(PROVIDERS[self._device])
         if wanted not in ort.get_available_providers():
@@ -142,7 +141,7 @@ class OnnxRunner:
 
     def _options(self, ort: Any) -> Any:
         options = ort.SessionOptions()
-        options.log_severity_level = 4  # what matters arrives as an exception
+        options.log_severity_level = 4  # only fatal: whatever matters arrives as an exception
         if self._folder is not None:
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(self._folder)
@@ -150,19 +149,20 @@ class OnnxRunner:
         return options
 
     def _value(self, batch: Batch, name: str, onnx_type: str) -> Any:
+        """Return one input as ONNX Runtime's own value, of the type that the file takes."""
         ort = require("onnxruntime", extra=_EXTRA[self._device], why="run ONNX models")
-        values = take(batch, name)
+        dtype = _type(name, onnx_type)
+        values = feed(batch, name, dtype)
         if onnx_type == _BFLOAT16:
-            words = FLOATS["BF16"].narrow(converted(name, values, np.float32))
-            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(words, _BFLOAT16_ONNX)
-        return ort.OrtValue.ortvalue_from_numpy(converted(name, values, _DTYPES[onnx_type]))
+            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(values, dtype.onnx_number)
+        return ort.OrtValue.ortvalue_from_numpy(values)
 
 
 def assert_provider(session: Any, wanted: str) -> None:
-    """See that a session runs where it was asked to.
+    """Check that a session runs where it was asked to: ONNX Runtime falls back in silence.
 
     Raises:
-        UnavailableError: it does not put `wanted` first.
+        UnavailableError: the session's first provider is not `wanted`.
     """
     got = session.get_providers()
     if not got or got[0] != wanted:
@@ -172,20 +172,29 @@ def assert_provider(session: Any, wanted: str) -> None:
         )
 
 
+def _type(name: str, onnx_type: str) -> DType:
+    if onnx_type not in _TYPES:
+        raise InputError(
+            f"the file takes {name} as {onnx_type}, which cannot be given",
+            fix="export a model whose inputs are tensors of numbers",
+        )
+    return _TYPES[onnx_type]
+
+
 def _first(providers: list[Any]) -> str:
     head = providers[0]
     return str(head[0] if isinstance(head, tuple) else head)
 
 
 def _find_cuda(ort: Any) -> None:
-    """Let ONNX Runtime find CUDA and cuDNN in pip's nvidia packages (it prints what it misses)."""
+    """Load CUDA and cuDNN from pip's nvidia packages, where ONNX Runtime does not look itself."""
     if hasattr(ort, "preload_dlls"):
-        with redirect_stdout(io.StringIO()):
+        with redirect_stdout(io.StringIO()):  # it prints what it does not find
             ort.preload_dlls()
 
 
 def _array(value: Any) -> NDArray[Any]:
-    """An output in host memory as numpy; bfloat16, which numpy lacks, as the same float32."""
+    """Return an output in host memory as numpy; bfloat16, which numpy lacks, as equal float32."""
     if value.data_type() != _BFLOAT16:
         array: NDArray[Any] = value.numpy()
         return array

@@ -1,7 +1,7 @@
-"""Inference asked for again and again on inputs that lie on the device, and how long it takes.
+"""Repeat one inference on inputs that already lie on the device, and measure latency.
 
-Latency is from the call that sets one inference off to its end; throughput is that of a row of
-inferences, set off one after another and awaited once. Devices use this without torch.
+Latency is the time from enqueueing one inference to its end; throughput is that of many, enqueued
+one after another and awaited once. Importing this needs no torch.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ from kilodelta.verify.parity.result import Json
 
 WARM_UP, TIMES = 10, 200
 LONGEST_SECONDS = 2.0
-"""Of one round; slow inferences are timed fewer times, but at least twice."""
+"""Limit of one round; slow inferences are timed fewer times, but at least twice."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One batch on a device: `start` sets an inference off, `wait` is for all that were.
+    """One batch on a device.
 
-    `capture` gives the same as a CUDA graph, or is None where the runtime offers none. It raises
-    whatever the runtime does where the inference cannot be captured.
+    Attributes:
+        start: enqueues one inference.
+        wait: blocks until all that were enqueued have ended.
+        capture: returns a function that enqueues the same as a CUDA graph; it raises the runtime's
+            own error if the inference cannot be captured. None if the runtime has no graphs.
     """
 
     start: Callable[[], object]
@@ -34,7 +37,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Seconds of one inference, and rows of the batch a second."""
+    """Seconds per inference (median and 99th percentile), and rows of the batch per second."""
 
     median: float
     p99: float
@@ -45,6 +48,7 @@ class Latency:
         return f"median {median:.3f} ms, p99 {p99:.3f} ms, {self.rows_a_second:,.0f} rows/s"
 
     def to_json(self) -> Json:
+        """Return the numbers by name."""
         return {
             "median_s": self.median,
             "p99_s": self.p99,
@@ -55,21 +59,28 @@ class Latency:
 def latency(
     start: Callable[[], object], wait: Callable[[], object], rows: int, *, times: int = TIMES
 ) -> Latency:
-    """Time a warmed-up inference of so many rows."""
+    """Measure an inference after warming it up.
+
+    Args:
+        start: enqueues one inference.
+        wait: blocks until all that were enqueued have ended.
+        rows: rows of the batch, for the throughput.
+        times: single inferences to time, unless `LONGEST_SECONDS` end the round before.
+    """
     for _ in range(WARM_UP):
         start()
     wait()
-    found: list[float] = []
+    seconds: list[float] = []
     end = perf_counter() + LONGEST_SECONDS
-    while len(found) < 2 or (len(found) < times and perf_counter() < end):
+    while len(seconds) < 2 or (len(seconds) < times and perf_counter() < end):
         began = perf_counter()
         start()
         wait()
-        found.append(perf_counter() - began)
+        seconds.append(perf_counter() - began)
     began = perf_counter()
-    for _ in found:
+    for _ in seconds:
         start()
     wait()
-    each = (perf_counter() - began) / len(found)
-    median, p99 = (float(value) for value in np.percentile(found, (50, 99)))
+    each = (perf_counter() - began) / len(seconds)
+    median, p99 = (float(value) for value in np.percentile(seconds, (50, 99)))
     return Latency(median=median, p99=p99, rows_a_second=rows / each)

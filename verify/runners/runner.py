@@ -1,7 +1,7 @@
-"""What every runner can do: say why it cannot run here, and compute named outputs from inputs.
+"""What every runner offers, and how inputs become what an artefact takes.
 
-A runner never falls back to something else in silence: `available` opens the artefact in the very
-way `run` will use it, and returns the error that `run` would raise where that does not come off.
+`available` opens the artefact exactly as `run` will use it and returns the error that `run` would
+raise, so a runner that is available has not fallen back to something else.
 """
 
 from __future__ import annotations
@@ -13,36 +13,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kilodelta.errors import InputError, KiloDeltaError, ProofError
+from kilodelta.files.dtypes import FLOATS, DType
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]
 Batch: TypeAlias = Mapping[str, NDArray[Any]]
 
-# Unit roundoff: half the distance from 1 to the next number, 2^-(bits of the significand).
-UNIT_ROUNDOFF = {
-    "float64": 2.0**-53,
-    "float32": 2.0**-24,
-    "float16": 2.0**-11,
-    "bfloat16": 2.0**-8,
-}
+UNIT_ROUNDOFF: Mapping[str, float] = {row.long: row.unit_roundoff for row in FLOATS.values()}
+"""By precision, the largest relative error of one rounding to nearest: half an ulp of 1."""
 
 
 class Runner(Protocol):
-    """One way to compute a model's outputs, named `engine-device` such as `onnxruntime-cpu`."""
+    """One way to compute a model's outputs."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Engine and device, such as `onnxruntime-cpu`."""
 
     def available(self) -> KiloDeltaError | None:
-        """None when `run` will work here, else why not: a package, a GPU or a kernel is missing.
+        """Return None if `run` will work here, else what is missing: a package, GPU or kernel.
 
         Raises:
             ProofError: the artefact itself is broken.
         """
 
     def run(self, batch: Batch) -> Arrays:
-        """The outputs by name, in floats of any precision.
+        """Compute the outputs by name: floats of any precision, integers or booleans.
 
         Raises:
+            InputError: the artefact takes inputs of another type.
             ProofError: the artefact does not take these inputs, or cannot run here.
             MissingPackageError: the package that runs it is not installed.
         """
@@ -52,18 +50,31 @@ class UnavailableError(ProofError):
     """This machine cannot run the artefact, which says nothing against the artefact."""
 
 
-def take(batch: Batch, name: str) -> NDArray[Any]:
-    """The input that an artefact asks for by name.
+def feed(batch: Batch, name: str, dtype: DType) -> NDArray[Any]:
+    """Return an input as contiguous elements of the dtype's storage, as a runtime takes them.
+
+    Args:
+        batch: the inputs by name.
+        name: the input that the artefact asks for.
+        dtype: the type that it asks for.
 
     Raises:
-        ProofError: the batch does not hold it.
+        ProofError: the batch lacks this input.
+        InputError: a value would become another one, as `converted`.
+
+    Example:
+        >>> from kilodelta.files.dtypes import DTYPES
+        >>> feed({"ids": np.array([[1, 2]])}, "ids", DTYPES["I32"])
+        array([[1, 2]], dtype=int32)
     """
-    if name in batch:
-        return batch[name]
-    raise ProofError(
-        f"the artefact wants an input {name!r}, the inputs hold {', '.join(batch)}",
-        fix="give inputs with the names that the model was exported with",
-    )
+    if name not in batch:
+        raise ProofError(
+            f"the artefact wants an input {name!r}, the inputs hold {', '.join(batch)}",
+            fix="give inputs with the names that the model was exported with",
+        )
+    if dtype.name == "BF16":  # numpy lacks it: its bits travel as uint16
+        return FLOATS["BF16"].narrow(converted(name, batch[name], np.float32))
+    return converted(name, batch[name], dtype.storage)
 
 
 def converted(name: str, values: Any, dtype: Any) -> NDArray[Any]:
@@ -105,6 +116,6 @@ def converted(name: str, values: Any, dtype: Any) -> NDArray[Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception as one line of a report: its first non-empty line, or its type."""
+    """Return an exception as one line of a report: its first non-empty line, or its type."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)

@@ -1,7 +1,7 @@
-"""Running a TensorRT engine, of either flavour: `tensorrt` and `tensorrt_rtx` have one API here.
+"""Run a TensorRT engine; `tensorrt` and `tensorrt_rtx` have one API here.
 
-An engine needs the GPU it was built for. Memory and streams come from the CUDA driver itself
-(`kilodelta.export.tensorrt.cuda`), so a torch without CUDA beside it does no harm.
+An engine needs the GPU that it was built for. Memory and streams come from the CUDA driver
+(`kilodelta.export.tensorrt.cuda`), so a torch without CUDA in the same environment does no harm.
 """
 
 from __future__ import annotations
@@ -18,32 +18,23 @@ from kilodelta.errors import KiloDeltaError, MissingPackageError, ProofError, re
 from kilodelta.export.tensorrt.cuda import CudaError, Gpu, Stream, driver
 from kilodelta.export.tensorrt.flavour import EXTRAS
 from kilodelta.export.tensorrt.log import logger
-from kilodelta.files.dtypes import FLOATS
+from kilodelta.files.dtypes import BY_TENSORRT, FLOATS, DType
 from kilodelta.verify.runners.cuda_graph import Graph
 from kilodelta.verify.runners.request import Request
-from kilodelta.verify.runners.runner import Arrays, Batch, UnavailableError, converted, take
+from kilodelta.verify.runners.runner import Arrays, Batch, UnavailableError, feed
 
 Shape: TypeAlias = tuple[int, ...]
 Profile: TypeAlias = Mapping[str, tuple[Shape, ...]]
 
-_BFLOAT16 = "BF16"
-_DTYPES: dict[str, Any] = {
-    "FLOAT": np.float32,
-    "HALF": np.float16,
-    _BFLOAT16: np.uint16,
-    "INT8": np.int8,
-    "UINT8": np.uint8,
-    "INT32": np.int32,
-    "INT64": np.int64,
-    "BOOL": np.bool_,
-}
-
 
 class TensorrtRunner:
-    """An engine file on the first GPU; `flavour` is "tensorrt" or "tensorrt_rtx".
+    """An engine file on the first GPU.
 
-    `capabilities` are those the engine was built for, such as `("sm86", "sm89")`; empty where
-    that is not known. On a GPU among them the engine has to load, on another it is not run.
+    Args:
+        path: the engine.
+        flavour: "tensorrt" or "tensorrt_rtx".
+        capabilities: those that the engine was built for, such as `("sm86", "sm89")`; empty if
+            unknown. On a GPU among them the engine has to load, on another it is not run.
     """
 
     def __init__(self, path: Path, *, flavour: str, capabilities: Sequence[str] = ()) -> None:
@@ -54,7 +45,7 @@ class TensorrtRunner:
         self._engine: Any = None
 
     def available(self) -> KiloDeltaError | None:
-        """None, or what is missing: the package, the driver, a GPU, or the right GPU.
+        """Load the engine; return None, or what is missing: package, driver or the right GPU.
 
         Raises:
             ProofError: the engine was built for this GPU and does not load.
@@ -68,9 +59,10 @@ class TensorrtRunner:
         return None
 
     def run(self, batch: Batch) -> Arrays:
-        """The outputs by name; bfloat16 as float32.
+        """Compute the outputs by name; bfloat16 becomes float32.
 
         Raises:
+            InputError: an input's values are not of the type that the engine takes.
             ProofError: the engine cannot run here, or no profile of it covers these shapes.
         """
         with self._call(batch) as call:
@@ -79,17 +71,17 @@ class TensorrtRunner:
 
     @contextmanager
     def request(self, batch: Batch) -> Iterator[Request]:
-        """The batch on the device, to be computed as often as is asked.
+        """Bind a batch on the device and yield a request that computes it as often as asked.
 
         Raises:
-            ProofError: as `run`.
+            InputError, ProofError: as `run`.
         """
         with self._call(batch) as call, ExitStack() as graphs:
 
             def capture() -> Callable[[], object]:
                 graph = Graph(driver(), call.stream, call.start)
                 graphs.callback(graph.close)
-                graphs.callback(call.wait)  # before it is closed
+                graphs.callback(call.wait)  # runs before the graph is closed
                 return graph.launch
 
             yield Request(start=call.start, wait=call.wait, capture=capture)
@@ -108,7 +100,7 @@ class TensorrtRunner:
     def _open(self) -> Any:
         trt = require(self._flavour, extra=EXTRAS[self._flavour], why="run engines")
         gpu = _first(driver().gpus())
-        self._right_gpu(gpu)
+        self._require_capability(gpu)
         driver().use(0)
         self._runtime = trt.Runtime(logger(trt))  # has to outlive its engine
         engine = self._runtime.deserialize_cuda_engine(self._path.read_bytes())
@@ -116,7 +108,7 @@ class TensorrtRunner:
             raise self._refused(gpu)
         return engine
 
-    def _right_gpu(self, gpu: Gpu) -> None:
+    def _require_capability(self, gpu: Gpu) -> None:
         if self._capabilities and gpu.sm not in self._capabilities:
             built = ", ".join(self._capabilities)
             raise UnavailableError(
@@ -131,12 +123,12 @@ class TensorrtRunner:
 
 
 class _Call:
-    """One batch: a context of its own, its tensors bound by name, to be run once or more often."""
+    """One batch in a fresh execution context, its tensors bound by name."""
 
     def __init__(self, engine: Any, stream: Stream, batch: Batch) -> None:
         self._engine, self.stream = engine, stream
         self._context = engine.create_execution_context()
-        self._feeds = {name: self._feed(name, batch) for name in self._names("INPUT")}
+        self._feeds = {name: feed(batch, name, self._dtype(name)) for name in self._names("INPUT")}
         self._choose_profile(self._feeds)
         for name, array in self._feeds.items():
             self._bind(name, array)
@@ -144,15 +136,15 @@ class _Call:
         self._reserved = {name: self._reserve(name) for name in self._names("OUTPUT")}
 
     def start(self) -> None:
-        """Set an inference off."""
+        """Enqueue one inference."""
         _must(self._context.execute_async_v3(self.stream.address), "to run")
 
     def wait(self) -> None:
-        """Until every inference that was set off has ended."""
+        """Block until every inference that was enqueued has ended."""
         self.stream.wait()
 
     def outputs(self) -> Arrays:
-        """What the last inference put out, awaited."""
+        """Wait, and return the outputs of the last inference by name."""
         return {name: self._fetch(name, address) for name, address in self._reserved.items()}
 
     def _names(self, mode: str) -> list[str]:
@@ -160,17 +152,17 @@ class _Call:
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         return [name for name in names if engine.get_tensor_mode(name).name == mode]
 
-    def _kind(self, name: str) -> str:
-        return str(self._engine.get_tensor_dtype(name).name)
+    def _dtype(self, name: str) -> DType:
+        kind = str(self._engine.get_tensor_dtype(name).name)
+        if kind not in BY_TENSORRT:
+            raise ProofError(
+                f"{name} is {kind} in the engine, which cannot be given or read",
+                fix="export a model whose inputs and outputs are plain numbers",
+            )
+        return BY_TENSORRT[kind]
 
     def _on_host(self, name: str) -> bool:
         return bool(self._engine.get_tensor_location(name).name == "HOST")
-
-    def _feed(self, name: str, batch: Batch) -> NDArray[Any]:
-        values = take(batch, name)
-        if self._kind(name) == _BFLOAT16:
-            return FLOATS["BF16"].narrow(converted(name, values, np.float32))
-        return converted(name, values, _DTYPES[self._kind(name)])
 
     def _choose_profile(self, feeds: Arrays) -> None:
         shapes = {name: array.shape for name, array in feeds.items()}
@@ -186,25 +178,26 @@ class _Call:
         _must(self._context.set_tensor_address(name, address), f"the memory of {name}")
 
     def _reserve(self, name: str) -> int:
+        """Allocate memory for an output and return its address."""
         shape = tuple(self._context.get_tensor_shape(name))
         if any(extent < 0 for extent in shape) or self._on_host(name):
             raise ProofError(
                 f"output {name} is a shape or has one that depends on the data: {shape}",
                 fix="export a model whose output shapes follow from its input shapes",
             )
-        nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(_DTYPES[self._kind(name)]).itemsize
-        address = self.stream.allocate(nbytes)
+        size = np.dtype(self._dtype(name).storage).itemsize
+        address = self.stream.allocate(int(np.prod(shape, dtype=np.int64)) * size)
         _must(self._context.set_tensor_address(name, address), f"the memory of {name}")
         return address
 
     def _fetch(self, name: str, address: int) -> NDArray[Any]:
-        shape, kind = tuple(self._context.get_tensor_shape(name)), self._kind(name)
-        array = self.stream.download(address, shape, _DTYPES[kind])
-        return FLOATS["BF16"].widen(array) if kind == _BFLOAT16 else array
+        shape, dtype = tuple(self._context.get_tensor_shape(name)), self._dtype(name)
+        array = self.stream.download(address, shape, dtype.storage)
+        return FLOATS["BF16"].widen(array) if dtype.name == "BF16" else array
 
 
 def profiles(engine: Any, names: Sequence[str]) -> list[Profile]:
-    """Each optimisation profile: for each input its smallest, usual and largest shape."""
+    """Return each optimisation profile: by input its smallest, usual and largest shape."""
     return [
         {name: tuple(map(tuple, engine.get_tensor_profile_shape(name, index))) for name in names}
         for index in range(engine.num_optimization_profiles)
@@ -212,10 +205,14 @@ def profiles(engine: Any, names: Sequence[str]) -> list[Profile]:
 
 
 def covering(choices: Sequence[Profile], shapes: Mapping[str, Shape]) -> int:
-    """The index of the first profile that admits `shapes`.
+    """Return the index of the first profile that admits `shapes`.
 
     Raises:
-        ProofError: none does.
+        ProofError: no profile does.
+
+    Example:
+        >>> covering([{"x": ((1,), (2,), (4,))}, {"x": ((5,), (6,), (8,))}], {"x": (7,)})
+        1
     """
     for index, profile in enumerate(choices):
         if all(_admits(profile[name], shape) for name, shape in shapes.items()):

@@ -1,4 +1,4 @@
-"""Ours and an opponent's time, taken in turns so that what disturbs one disturbs the other."""
+"""Time two or more ways to do the same, in rotation."""
 
 from __future__ import annotations
 
@@ -16,10 +16,19 @@ def side_by_side(
     warm: int = 1,
     wait: Callable[[], object] = _nothing,
 ) -> dict[str, float]:
-    """The best of several turns of each, in seconds, taken in rotation after some to warm up.
+    """Return the best time of each run in seconds.
+
+    The runs take turns, so that whatever disturbs the machine disturbs all of them.
 
     Args:
-        wait: until a device has done all that it was asked; before and after every run.
+        runs: what to time, by name.
+        repeats: timed turns.
+        warm: turns before them that are not timed.
+        wait: blocks until a device has done all that it was given; called before and after a run.
+
+    Example:
+        >>> sorted(side_by_side({"sum": lambda: sum(range(9)), "max": lambda: max(range(9))}))
+        ['max', 'sum']
     """
     best = dict.fromkeys(runs, float("inf"))
     for turn in range(warm + repeats):

@@ -1,38 +1,52 @@
-"""Running a torch module: the float64 reference, and plain torch in the other precisions."""
+"""Run a torch module: as the float64 reference, and as plain torch in the other precisions."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
-from kilodelta.errors import KiloDeltaError, ProofError
+from kilodelta.errors import InputError, KiloDeltaError, ProofError
 from kilodelta.verify.runners.runner import Arrays, Batch, UnavailableError, one_line
+from kilodelta.verify.runners.torch_modes import InOrder, Widen
 
 
 class TorchRunner:
-    """A copy of `module` in `precision` on `device` ("cpu" or "cuda").
+    """A module in one precision on one device; the module given is never changed.
 
-    Floating inputs are cast to the precision, integers and booleans are left alone. `outputs`
-    names what a module returns as a tensor or a tuple; a mapping brings its own names.
+    Args:
+        module: takes named tensors.
+        outputs: names of what a module returns as a tensor or a tuple; of a mapping, the entries
+            to take.
+        precision: `float64`, `float32`, `float16` or `bfloat16`. Floating inputs are cast to it,
+            integers and booleans are left as they are.
+        device: "cpu" or "cuda".
+        in_order: add the terms of long sums and means one after another (`InOrder`).
     """
 
     def __init__(
-        self, module: torch.nn.Module, outputs: Sequence[str], *, precision: str, device: str
+        self,
+        module: torch.nn.Module,
+        outputs: Sequence[str],
+        *,
+        precision: str,
+        device: str,
+        in_order: bool = False,
     ) -> None:
         self.name = f"torch-{device}"
         self.precision = precision
         self._source, self._outputs, self._device = module, tuple(outputs), device
+        self._in_order = in_order
         self._module: torch.nn.Module | None = None
 
     def available(self) -> KiloDeltaError | None:
-        """None, or that torch sees no GPU."""
+        """Return None, or that torch sees no GPU."""
         if self._device == "cpu" or torch.cuda.is_available():
             return None
         return UnavailableError(
@@ -40,65 +54,135 @@ class TorchRunner:
             fix="use a machine with an NVIDIA GPU and a CUDA build of torch",
         )
 
-    def run(self, batch: Batch) -> Arrays:
-        """The outputs as float64 arrays (float32 values and narrower widen exactly)."""
+    def run(
+        self,
+        batch: Batch,
+        *,
+        rows: int | None = None,
+        done: Callable[[int], object] = lambda count: None,
+    ) -> Arrays:
+        """Compute the outputs by name, as numpy arrays of their dtypes; bfloat16 becomes float32.
+
+        Args:
+            batch: the inputs by name, all with the same first axis.
+            rows: compute so many rows at a time, for a model whose rows do not depend on each
+                other; by default all at once.
+            done: called after each pass with the number of rows computed so far.
+
+        Raises:
+            UnavailableError: torch has no kernel for this precision on this device, or no GPU.
+            InputError: the model cannot compute these inputs.
+            ProofError: the model does not return all outputs.
+        """
         error = self.available()
         if error is not None:
             raise error
-        result = self._forward({name: self._tensor(array) for name, array in batch.items()})
-        return {
-            name: tensor.detach().double().cpu().numpy()
-            for name, tensor in named_outputs(result, self._outputs).items()
-        }
-
-    def _forward(self, inputs: dict[str, torch.Tensor]) -> object:
-        try:
-            with as_precision(self.precision, self._device):
-                return self.module(**inputs)
-        except RuntimeError as error:
-            if "not implemented for" not in str(error):
-                raise
-            raise UnavailableError(
-                f"torch on {self._device} cannot compute in {self.precision}: {one_line(error)}",
-                fix="verify on a GPU with --device cuda",
-            ) from error
+        total = len(next(iter(batch.values())))
+        if rows is None or rows >= total:
+            whole = self._pass(batch)
+            done(total)
+            return whole
+        gathered: Arrays = {}
+        for start in range(0, total, rows):
+            part = self._pass({name: array[start : start + rows] for name, array in batch.items()})
+            for name, values in part.items():
+                if name not in gathered:
+                    gathered[name] = np.empty((total, *values.shape[1:]), values.dtype)
+                gathered[name][start : start + rows] = values
+            done(min(start + rows, total))
+        return gathered
 
     @property
     def module(self) -> torch.nn.Module:
-        """The converted copy, made when first used."""
+        """The module in this precision on this device: a copy unless it is so already."""
         if self._module is None:
-            converted = copy.deepcopy(self._source).to(self._device, self._dtype)
-            self._module = converted.eval()
+            self._module = self._source if self._is_ready() else self._converted()
         return self._module
+
+    def _is_ready(self) -> bool:
+        state = self._source.state_dict().values()
+        return not self._source.training and all(
+            tensor.device.type == self._device
+            and (tensor.dtype == self._dtype or not tensor.is_floating_point())
+            for tensor in state
+        )
+
+    def _converted(self) -> torch.nn.Module:
+        converted = copy.deepcopy(self._source).to(self._device, self._dtype).eval()
+        for part in converted.modules():
+            # Mixture-of-experts models of transformers 5 default to grouped_mm, which has no
+            # float64 kernel; batched_mm computes the same with ordinary products.
+            choose = getattr(part, "set_experts_implementation", None)
+            if choose is not None and self.precision == "float64":
+                choose("batched_mm")
+        return converted
+
+    def _pass(self, batch: Batch) -> Arrays:
+        result = self._forward({name: self._tensor(array) for name, array in batch.items()})
+        named = named_outputs(result, self._outputs)
+        return {name: _array(tensor) for name, tensor in named.items()}
+
+    def _forward(self, inputs: dict[str, Tensor]) -> object:
+        try:
+            with as_precision(self.precision, self._device), ExitStack() as stack:
+                if self._in_order:
+                    stack.enter_context(InOrder())
+                return self.module(**inputs)
+        except (KiloDeltaError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if isinstance(error, RuntimeError) and "not implemented for" in str(error):
+                raise UnavailableError(
+                    f"torch on {self._device} cannot compute in {self.precision}: "
+                    f"{one_line(error)}",
+                    fix="verify on a GPU with --device cuda",
+                ) from error
+            shown = ", ".join(f"{n} {_kind(t)} {tuple(t.shape)}" for n, t in inputs.items())
+            raise InputError(
+                f"the model cannot compute {shown}: {one_line(error)}",
+                fix="give inputs of the types and shapes that the model's forward takes",
+            ) from error
 
     @property
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.precision)
         return dtype
 
-    def _tensor(self, array: NDArray[Any]) -> torch.Tensor:
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(np.array(array)).to(self._device)
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
 
-def named_outputs(result: object, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """A module's return value by output name.
+def _kind(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    host = tensor.detach().cpu()
+    array: NDArray[Any] = (host.float() if host.dtype == torch.bfloat16 else host).numpy()
+    return array
+
+
+def named_outputs(result: object, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return a module's return value by output name.
 
     Raises:
         ProofError: the module does not return all of `names`.
     """
+    if not names:
+        return {}
     if isinstance(result, Mapping):
-        found = {name: result[name] for name in names if name in result}
+        named = {name: result[name] for name in names if name in result}
     else:
-        values = (result,) if isinstance(result, torch.Tensor) else tuple(result)  # type: ignore[arg-type]
-        found = dict(zip(names, values, strict=False))
-    missing = [name for name in names if not isinstance(found.get(name), torch.Tensor)]
+        values = (result,) if isinstance(result, Tensor) else tuple(result)  # type: ignore[arg-type]
+        named = dict(zip(names, values, strict=False))
+    missing = [name for name in names if not isinstance(named.get(name), Tensor)]
     if missing:
         raise ProofError(
             f"the model does not return {', '.join(missing)}",
             fix="give the model whose outputs the artefact was exported with",
         )
-    return found
+    return named
 
 
 @contextmanager
@@ -106,24 +190,8 @@ def as_precision(precision: str, device: str) -> Iterator[None]:
     """Compute without gradients, in nothing narrower than `precision` unless the model asks."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
-        if device == "cuda":  # cuDNN's convolutions use TF32 unless told otherwise
+        if device == "cuda":  # cuDNN's convolutions use TF32 by default
             stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
         if precision == "float64":
             stack.enter_context(Widen())
         yield
-
-
-class Widen(TorchFunctionMode):
-    """Read float32 as float64: models cast norms, softmax and rotary angles to float32 by name.
-
-    Without it the reference would carry float32's own rounding in those places.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        func = torch.Tensor.double if func is torch.Tensor.float else func
-        named = {key: _wide(value) for key, value in (kwargs or {}).items()}
-        return func(*map(_wide, args), **named)
-
-
-def _wide(value: object) -> object:
-    return torch.float64 if value is torch.float32 else value

@@ -21,7 +21,7 @@ from kilodelta.export.tensorrt import build
 from kilodelta.export.tensorrt.flavour import choose
 from kilodelta.export.tensorrt.profile import profile_for
 from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.files.identity import digest
+from kilodelta.files.model_digest import digest
 from kilodelta.files.safetensors import write_stream
 from kilodelta.format.targets import Patterns, select
 from kilodelta.models import LoadedModel, locate, open_model

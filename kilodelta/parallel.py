@@ -1,4 +1,4 @@
-"""Independent pieces of work on all cores, the heaviest first; one failure ends all."""
+"""Run independent pieces of work on all cores, the heaviest first; one failure ends all."""
 
 from __future__ import annotations
 
@@ -21,22 +21,32 @@ def run(
     weight: Callable[[T], int],
     threads: int | None = None,
 ) -> list[R]:
-    """`function` of every item, in the items' order.
+    """Call a function with every item, in threads; return the results in the items' order.
 
-    The functions report to `meter`, which is how an error in one of them, or Ctrl-C here, stops
-    the others within one report.
+    Args:
+        function: must report to `meter` often: that is how an error in one call, or Ctrl-C in this
+            thread, stops the others within one report.
+        items: what it is called with.
+        meter: counts finished items here, and the work in between.
+        weight: how much work an item is, in any unit; the heaviest items are begun first.
+        threads: how many; one for each core by default. With 1, none is started.
 
     Raises:
-        Exception: the first one that an item raised.
+        Exception: the first one that a call raised.
+
+    Example:
+        >>> from kilodelta.progress import silent
+        >>> run(lambda n: n * n, [1, 2, 3], Meter("square", 3, "numbers", silent), weight=abs)
+        [1, 4, 9]
     """
     meter.expect(len(items))
 
     def work(item: T) -> R:
-        found = function(item)
+        result = function(item)
         meter.finish()
-        return found
+        return result
 
-    if threads == 1:  # no thread is started, which milliseconds of work would feel
+    if threads == 1:  # starting one would be felt in work of milliseconds
         return [work(item) for item in items]
     with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
         order = sorted(range(len(items)), key=lambda i: -weight(items[i]))
@@ -54,5 +64,6 @@ def run(
 def _raise_first(done: set[Future[R]]) -> None:
     errors = [job.exception() for job in done]
     for error in errors:
+        # calls that were stopped because another one failed say nothing about the cause
         if error is not None and not isinstance(error, StoppedError):
             raise error

@@ -1,0 +1,172 @@
+"""Read files by position that something else may cut or change meanwhile.
+
+Memory-mapped pages of a file that shrinks kill the process (SIGBUS); here it is an error. A file
+that is replaced stays the one that was opened.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from kilodelta.errors import CheckpointError, KiloDeltaError
+from kilodelta.files import plain
+from kilodelta.files.tensor import Bytes
+
+CHUNK = 1 << 20
+"""Bytes read at a time, hashed and written while they are in the second cache."""
+
+Key = tuple[int, int, int, int, int]
+
+_FIX = "let nothing write to it, check the disk, and start again"
+
+
+class SourceFile:
+    """A file that is open for reading as long as this object lives; threads may share it.
+
+    Args:
+        path: the file.
+        error: the class of the errors about it.
+        follow: whether it may be any link; else only one of a Hugging Face cache to its own blobs.
+
+    Raises:
+        KiloDeltaError: of class `error`: it cannot be opened, or is no regular file.
+    """
+
+    def __init__(
+        self, path: Path, *, error: type[KiloDeltaError] = CheckpointError, follow: bool = True
+    ) -> None:
+        with plain.explained(path, error):
+            self._descriptor = (
+                plain.open_file(path, follow=True) if follow else plain.open_model_file(path)
+            )
+        weakref.finalize(self, os.close, self._descriptor)
+        self.path, self._error = path, error
+        self._status = os.fstat(self._descriptor)
+
+    @property
+    def size(self) -> int:
+        """Bytes that the file had when it was opened."""
+        return self._status.st_size
+
+    @property
+    def key(self) -> Key:
+        """What a change of the file alters: device, inode, size, and times in ns."""
+        return _key(self._status)
+
+    def is_unchanged(self) -> bool:
+        """Return whether the content still is as it was, as far as size and time tell.
+
+        Writes through a memory map alter the time late or never. A file that was renamed or
+        removed meanwhile is unchanged.
+        """
+        now = os.fstat(self._descriptor)
+        return (now.st_size, now.st_mtime_ns) == (self.size, self._status.st_mtime_ns)
+
+    def fault(self, what: str, *, fix: str) -> KiloDeltaError:
+        """Make the error that the file breaks a rule of its kind."""
+        return self._error(f"{self.path}: {what}", fix=fix)
+
+    def read(self, begin: int, nbytes: int) -> Bytes:
+        """Read bytes into new memory, uint8 `(nbytes,)`.
+
+        Raises:
+            KiloDeltaError: the file ends before, or cannot be read.
+        """
+        data = np.empty(nbytes, np.uint8)
+        self.read_into(data, begin)
+        return data
+
+    def read_into(self, part: Bytes, begin: int) -> None:
+        """Fill an array with the bytes from a position.
+
+        Raises:
+            KiloDeltaError: the file ends before, or cannot be read.
+        """
+        view, position = memoryview(part.data), begin
+        while view:
+            try:
+                count = os.preadv(self._descriptor, [view], position)
+            except OSError as problem:
+                raise self._error(
+                    f"{self.path} cannot be read: {problem.strerror or problem}", fix=_FIX
+                ) from None
+            if not count:
+                raise self._error(
+                    f"{self.path} ends at byte {os.fstat(self._descriptor).st_size} of "
+                    f"{self.size}: it was cut since it was opened",
+                    fix=_FIX,
+                )
+            view, position = view[count:], position + count
+
+
+def map_file(path: Path, error: type[KiloDeltaError] = CheckpointError) -> mmap.mmap:
+    """Map a regular file that is not empty read-only.
+
+    Only for files that nothing else changes: if the file is cut, reading its pages kills the
+    process.
+
+    Raises:
+        KiloDeltaError: of class `error`: it cannot be opened, is empty or no regular file.
+    """
+    with plain.explained(path, error):
+        descriptor = plain.open_file(path, follow=True)
+    try:
+        if not os.fstat(descriptor).st_size:
+            raise error(f"{path} is empty", fix="fetch it again")
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    finally:
+        os.close(descriptor)
+
+
+class TensorBytes:
+    """A tensor's bytes in a file, read when they are sliced, as an array would be: uint8 `(n,)`.
+
+    A slice is overwritten by the next one. Each thread makes an object for itself.
+    """
+
+    def __init__(self, file: SourceFile, begin: int, nbytes: int) -> None:
+        self._file, self._begin, self.size = file, begin, nbytes
+        self._buffer = np.empty(0, np.uint8)
+
+    def __getitem__(self, span: slice) -> Bytes:
+        """Read a slice of step 1.
+
+        Raises:
+            CheckpointError: the file ends before the slice does, or cannot be read.
+        """
+        start, stop, _ = span.indices(self.size)
+        if self._buffer.size < stop - start:
+            self._buffer = np.empty(stop - start, np.uint8)
+        part = self._buffer[: stop - start]
+        self._file.read_into(part, self._begin + start)
+        return part
+
+    def chunks(self, nbytes: int = CHUNK) -> Iterator[Bytes]:
+        """Read everything in order, `nbytes` at a time.
+
+        Raises:
+            CheckpointError: as for a slice.
+        """
+        for start in range(0, self.size, nbytes):
+            yield self[start : start + nbytes]
+
+
+def file_key(path: Path) -> Key:
+    """Return what a change of a file alters: device, inode, size, and times in ns.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    return _key(path.stat())
+
+
+def _key(status: os.stat_result) -> Key:
+    return (
+        status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    )  # fmt: skip

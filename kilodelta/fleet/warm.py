@@ -1,0 +1,16 @@
+"""Load and prove the kernels once, in the process that children are forked from.
+
+Importing this module is its effect: a fork inherits compiled kernels and the result of their
+self-test, which each child would else pay for again. It starts no thread, so forking stays safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+from kilodelta.errors import SelfTestError
+from kilodelta.exact.selftest import require_good_kernels
+
+# A child meets the same failure and reports it as its own task's; the server must live.
+with contextlib.suppress(SelfTestError):
+    require_good_kernels()

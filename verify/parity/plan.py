@@ -1,0 +1,245 @@
+"""Choose shapes that the model computes and that fit into memory, and say what that will take.
+
+A decoder at 32 rows of 512 tokens puts out 32 x 512 x 50,000 logits: 6.6 GB in float64, held for
+merged model, base and artefact at once. So the largest shapes are cut to what fits, rows first,
+since every position of a row is another computation and every row is the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from kilodelta.errors import InputError
+from kilodelta.export.manifest.artefacts import Profile, Shape
+from kilodelta.progress import Event, Progress, silent
+from kilodelta.verify.parity import memory
+from kilodelta.verify.parity.fitting import Shapes
+from kilodelta.verify.parity.traits import Cost, Trial, longest
+from kilodelta.verify.runners.runner import Batch
+
+BYTES = 40
+"""Memory per output element: 8 each for merged model, base and errors in float64, the artefact's
+own output and its copy in float32, and the result of plain torch."""
+SHARE = 0.5
+"""Of the memory that is available: weights, activations and the runtime take the rest."""
+PASS_ELEMENTS, PASS_SECONDS = 1 << 24, 5.0
+"""Of one pass of the reference: beyond these, rows are computed a few at a time."""
+WIDE = 2.5
+"""How many times as long float64 takes as float32, at least."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will be computed.
+
+    Attributes:
+        profile: by input its smallest, usual and largest shape, cut to what is possible here.
+        rows: rows per pass of the reference; None computes a case at once.
+        nbytes: memory for the outputs of the largest case.
+        seconds: torch's time for the reference, estimated from one row.
+        notes: sentences about shapes that were cut.
+    """
+
+    profile: Profile
+    rows: int | None
+    nbytes: int
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def plan(
+    module: torch.nn.Module,
+    outputs: Sequence[str],
+    batch: Batch,
+    profile: Profile,
+    *,
+    limit: int | None = None,
+    progress: Progress = silent,
+) -> Plan:
+    """Try the model on few rows, and cut a profile to what it computes and memory holds.
+
+    Args:
+        module: takes named tensors.
+        outputs: the outputs that will be compared.
+        batch: real inputs.
+        profile: by input its smallest, usual and largest shape.
+        limit: bytes that the outputs may take; by default half of what is available.
+        progress: told the estimate.
+
+    Raises:
+        InputError: the model cannot compute the smallest shapes, or they do not fit.
+    """
+    if limit is None:
+        limit = int(memory.available() * SHARE)
+    progress(Event(stage="estimate", done=0, total=1, unit="plans"))
+    chosen = _Planner(module, outputs, batch, profile, limit).plan()
+    detail = {
+        "memory": _gigabytes(chosen.nbytes),
+        "time": f"about {chosen.seconds:.0f} s of torch on one CPU",
+    }
+    progress(Event(stage="estimate", done=1, total=1, unit="plans", detail=detail))
+    return chosen
+
+
+class _Planner:
+    """Walks from the smallest shapes to the largest; each step makes every axis longer by one."""
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        outputs: Sequence[str],
+        batch: Batch,
+        profile: Profile,
+        limit: int,
+    ) -> None:
+        self._trial = Trial(module, outputs, batch)
+        self._profile, self._limit = profile, limit
+        self._costs: dict[int, Cost] = {}
+        self._last = self._steps(2)
+        self._reason = ""
+        self._notes: list[str] = []
+
+    def plan(self) -> Plan:
+        usual = self._steps(1)
+        self._cost(0)
+        top = self._longest(usual, self._last)
+        usual = min(usual, top)
+        rows = {point: self._rows(point, step) for point, step in ((1, usual), (2, top))}
+        cut: Profile = {
+            name: (
+                points[0],
+                (rows[1], *self._shape(name, 1, usual)[1:]),
+                (rows[2], *self._shape(name, 2, top)[1:]),
+            )
+            for name, points in self._profile.items()
+        }
+        self._note_memory(next(iter(cut.values()))[2])
+        # A pass over one row is mostly overhead where the model is small.
+        overhead = self._cost(0).seconds
+        seconds = 2 * overhead + sum(
+            rows[point] * max(0.0, self._seconds(step) - overhead / self._least)
+            for point, step in ((1, usual), (2, top))
+        )
+        return Plan(
+            profile=cut,
+            rows=self._rows_per_pass(top, max(rows.values())),
+            nbytes=self._nbytes(self._cost(top).elements) * rows[2] // self._least,
+            seconds=(2 * WIDE + 1) * seconds,
+            notes=tuple(self._notes),
+        )
+
+    @property
+    def _least(self) -> int:
+        """Rows of the smallest shapes, with which everything is tried."""
+        return next(iter(self._profile.values()))[0][0]
+
+    def _steps(self, point: int) -> int:
+        """Steps from the smallest shapes to the usual (1) or the largest (2)."""
+        return max(
+            (high - low)
+            for points in self._profile.values()
+            for low, high in zip((0, *points[0][1:]), (0, *points[point][1:]), strict=True)
+        )
+
+    def _shape(self, name: str, point: int, step: int) -> Shape:
+        """One input's shape at a point of the profile, no axis longer than after so many steps."""
+        smallest, wanted = self._profile[name][0], self._profile[name][point]
+        return (
+            self._least,
+            *(min(n, low + step) for low, n in zip(smallest[1:], wanted[1:], strict=True)),
+        )
+
+    def _at(self, step: int) -> Shapes:
+        return {name: self._shape(name, 2, step) for name in self._profile}
+
+    def _cost(self, step: int) -> Cost:
+        if step not in self._costs:
+            self._costs[step] = self._trial.cost(self._at(step))
+        return self._costs[step]
+
+    def _computes(self, step: int) -> bool:
+        try:
+            self._cost(step)
+        except InputError as error:
+            self._reason = error.what
+            return False
+        return True
+
+    def _longest(self, usual: int, last: int) -> int:
+        """The last step that the model computes and whose fewest rows fit into memory."""
+        if not self._computes(usual):
+            return self._stopped(longest(self._computes, 0, usual), last)
+        if not self._fits(0):
+            raise InputError(
+                f"comparing {self._text(0)} takes {_gigabytes(self._nbytes(self._elements(0)))}, "
+                f"and {_gigabytes(self._limit)} may be used here",
+                fix="verify on a machine with more memory, or compare fewer outputs",
+            )
+        top = longest(self._fits, 0, last)
+        if not self._computes(top):
+            return self._stopped(longest(self._computes, min(usual, top), top), top)
+        return top
+
+    def _stopped(self, top: int, wanted: int) -> int:
+        self._last = top
+        self._notes.append(
+            f"compared up to {self._text(top)}, not {self._text(wanted)}: {self._reason}"
+        )
+        return top
+
+    def _elements(self, step: int) -> int:
+        """Output elements of the fewest rows: as measured, else in proportion to the inputs."""
+        if step in self._costs:
+            return self._costs[step].elements
+        known = self._costs[max(self._costs)]
+        wanted = sum(prod(shape) for shape in self._at(step).values())
+        return -(-known.elements * wanted // known.inputs)
+
+    def _nbytes(self, elements: int) -> int:
+        return elements * BYTES
+
+    def _fits(self, step: int) -> bool:
+        return self._nbytes(self._elements(step)) <= self._limit
+
+    def _rows(self, point: int, step: int) -> int:
+        """Rows at a point of the profile, as many of them as fit."""
+        each = self._nbytes(self._cost(step).elements) / self._least
+        return max(self._least, min(self._wanted(point), int(self._limit / max(each, 1))))
+
+    def _wanted(self, point: int) -> int:
+        return next(iter(self._profile.values()))[point][0]
+
+    def _note_memory(self, chosen: Shape) -> None:
+        shape = (self._wanted(2), *next(iter(self._at(self._last).values()))[1:])
+        if chosen != shape:
+            nbytes = self._nbytes(self._elements(self._last)) * shape[0] // self._least
+            self._notes.append(
+                f"compared at {_text(chosen)}, not {_text(shape)}, whose outputs take "
+                f"{_gigabytes(nbytes)}: {_gigabytes(self._limit)} may be used here"
+            )
+
+    def _seconds(self, step: int) -> float:
+        return self._cost(step).seconds / self._least
+
+    def _rows_per_pass(self, step: int, most: int) -> int | None:
+        cost = self._cost(step)
+        each, seconds = cost.elements / self._least, WIDE * self._seconds(step)
+        rows = int(max(1, min(PASS_ELEMENTS / max(each, 1), PASS_SECONDS / max(seconds, 1e-9))))
+        if rows >= most or not self._trial.rows_are_independent(self._at(min(step, 8))):
+            return None
+        return rows
+
+    def _text(self, step: int) -> str:
+        return _text(next(iter(self._at(step).values())))
+
+
+def _text(shape: Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2g} GB"
