@@ -16,7 +16,7 @@ def patterns_for(chosen: Sequence[str], others: Sequence[str]) -> tuple[str, ...
 
     Example:
         >>> patterns_for(["h.0.q.weight", "h.1.q.weight"], ["h.0.k.weight", "wte.weight"])
-        ('*.q.weight',)
+        ('h.*.q.*',)
     """
     left, globs = set(chosen), []
     candidates = sorted({glob for name in chosen for glob in _generalised(name)}, key=len)
