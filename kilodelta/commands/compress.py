@@ -10,11 +10,11 @@ import click
 from kilodelta import terminal
 from kilodelta.commands.shared import Command, as_json, with_progress
 from kilodelta.errors import require
+from kilodelta.format.methods import TABLE
 
 if TYPE_CHECKING:
     from kilodelta.compress.distill.report import Report
 
-_METHODS = ("nola", "randlora", "lora", "vera", "unilora")
 _COUNTS = {
     "top-1": "top-1",
     "yes-no": "yes or no",
@@ -58,7 +58,7 @@ INTERRUPTED = 130
     help="The axis of an output that holds classes; repeat. Told by its name by default.",
 )
 @click.option("--budget", help="Bytes of the whole file, such as 20KB (the default).")
-@click.option("--method", type=click.Choice(_METHODS), help="Instead of the budget's choice.")
+@click.option("--method", type=click.Choice(tuple(TABLE)), help="Instead of the budget's choice.")
 @click.option("--rank", type=click.IntRange(1), help="Rank of the method.")
 @click.option("--bases", type=click.IntRange(1), help="Bases of NOLA, or Uni-LoRA's vector.")
 @click.option("--bits", type=click.Choice(["4", "8", "16"]), help="Bits of a coefficient.")
