@@ -13,6 +13,7 @@ from kilodelta.files import canonical, plain
 from kilodelta.files.safetensors import Entry, Layout, read_layout
 from kilodelta.files.source import SourceFile, TensorBytes
 from kilodelta.files.tensor import Bytes, RawTensor, TensorInfo
+from kilodelta.kinds import kind_of_folder, looks_like_hub_id
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -87,6 +88,11 @@ class Checkpoint:
             is_folder = place.is_dir()
         except (OSError, ValueError):  # a name that is too long, or holds a NUL
             is_folder = False
+        if not is_folder and looks_like_hub_id(str(place)):
+            raise CheckpointError(
+                f"{place} is neither a file nor a folder here",
+                fix=f"of a model on the hub give the folder that this prints: hf download {place}",
+            )
         if not is_folder:
             return cls(place, (Shard.open(place, follow=True),), index=None)
         return _open_folder(_hub_snapshot(place))
@@ -217,9 +223,11 @@ def _open_folder(folder: Path) -> Checkpoint:
             f"{folder} holds {len(files)} .safetensors files and no {INDEX}",
             fix="name the file that is the model",
         )
-    other = next((name for name in names if name.endswith((".bin", ".pt"))), None)
+    kind = kind_of_folder(folder)
+    if kind is not None:
+        raise CheckpointError(f"{folder} is {kind.what}", fix=kind.fix)
     raise CheckpointError(
-        f"{folder} holds no .safetensors file" + (f", only {other}" if other else ""),
+        f"{folder} holds no .safetensors file",
         fix="save the model with save_pretrained(..., safe_serialization=True)",
     )
 

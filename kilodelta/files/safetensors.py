@@ -16,6 +16,7 @@ from kilodelta.errors import KiloDeltaError
 from kilodelta.files import canonical, dtypes, staging
 from kilodelta.files.source import SourceFile
 from kilodelta.files.tensor import RawTensor, TensorInfo
+from kilodelta.kinds import kind_of_file
 
 HEADER_LIMIT = 32 << 20
 """Bytes of header accepted in a model's file; real ones stay below 10 MiB."""
@@ -57,12 +58,12 @@ def read_layout(file: SourceFile, *, limit: int = HEADER_LIMIT) -> Layout:
         KiloDeltaError: of the file's class, naming the file, the tensor and both values.
     """
     if file.size < 8:
-        raise _fault(file, f"it holds {file.size} bytes, too few for a safetensors header")
+        raise _not_one(file, f"it holds {file.size} bytes, too few for a safetensors header")
     start = 8 + int.from_bytes(file.read(0, 8).tobytes(), "little")
     if start - 8 > limit:
-        raise _fault(file, f"the header claims {start - 8} bytes; at most {limit} are allowed")
+        raise _not_one(file, f"the header claims {start - 8} bytes; at most {limit} are allowed")
     if start > file.size:
-        raise _fault(
+        raise _not_one(
             file, f"the header claims {start - 8} bytes, but the file has {file.size} in all"
         )
     header = file.read(8, start - 8).tobytes()
@@ -70,6 +71,12 @@ def read_layout(file: SourceFile, *, limit: int = HEADER_LIMIT) -> Layout:
         return _layout(header, file.size)
     except _HeaderError as problem:
         raise _fault(file, str(problem)) from None
+
+
+def _not_one(file: SourceFile, what: str) -> KiloDeltaError:
+    """The error of a file that does not begin as safetensors files do: say what it is, if known."""
+    kind = kind_of_file(file.path, file.read(0, min(file.size, 512)).tobytes())
+    return _fault(file, what) if kind is None else file.fault(f"it is {kind.what}", fix=kind.fix)
 
 
 def _fault(file: SourceFile, what: str) -> KiloDeltaError:

@@ -90,6 +90,12 @@ def read(path: Path) -> tuple[Manifest, dict[str, RawTensor]]:
     """
     source = SourceFile(path, error=FileError)
     layout = read_layout(source, limit=HEADER_LIMIT)
+    if MANIFEST not in layout.metadata:
+        raise FileError(
+            f"{path}: its metadata has not exactly the keys {MANIFEST!r} and {DIGEST!r}: it is a "
+            "safetensors file, no .kd file",
+            fix=f"of a model: kilodelta digest {path}, or kilodelta compress to make a .kd file",
+        )
     if set(layout.metadata) != {MANIFEST, DIGEST}:
         raise _fault(path, f"its metadata has not exactly the keys {MANIFEST!r} and {DIGEST!r}")
     tensors = {

@@ -149,7 +149,7 @@ def test_folders_that_are_no_models(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "holds no .safetensors file" in what(tmp_path / "empty")
     (tmp_path / "empty" / "pytorch_model.bin").write_bytes(b"")
-    assert "only pytorch_model.bin" in what(tmp_path / "empty")
+    assert "a folder with pytorch_model.bin, a PyTorch pickle" in what(tmp_path / "empty")
     two = tmp_path / "two"
     two.mkdir()
     write(two / "a.safetensors", model())
