@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from kilodelta.export.options import short
 from kilodelta.export.out_folder import out_folder
 from kilodelta.export.precision import Maker
 from kilodelta.export.tensorrt.flavour import AUTO, choose
+from kilodelta.files import staging
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
@@ -84,14 +84,14 @@ def export(
     found = load(delta, base=checkpoint)
     with (
         out_folder(place, force=chosen.force) as stage,
-        tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as work,
+        staging.scratch(beside=place) as work,
     ):
         maker = Maker(
             options=chosen,
             trt=trt,
             refit=frozenset(changed_names(found)) if chosen.refittable else frozenset(),
             stage=stage,
-            work=Path(work),
+            work=work,
             progress=progress,
         )
         made = _run(checkpoint, found, maker)

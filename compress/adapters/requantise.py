@@ -6,7 +6,6 @@ inputs it fits a LoRA by truncated SVD, with inputs it distils any method.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from kilodelta.compress.adapters.options import Options
 from kilodelta.compress.distill.compress import compress
 from kilodelta.compress.distill.options import Options as CompressOptions
 from kilodelta.compress.distill.report import Report
+from kilodelta.files import staging
 from kilodelta.format.file import load
 from kilodelta.progress import Progress, silent
 
@@ -45,8 +45,7 @@ def requantise(
     Raises:
         KiloDeltaError: as `bring` and `compress` do; nothing is written then.
     """
-    with tempfile.TemporaryDirectory(dir=Path(out).parent, prefix=".requantise-") as place:
-        folder = Path(place)
+    with staging.scratch(beside=Path(out)) as folder:
         first = bring(adapter, base, folder / "first.kd", options=options, progress=progress)
         tuned = folder / ("tuned" if Path(base).is_dir() else "tuned.safetensors")
         merge(base, folder / "first.kd", tuned, progress=progress)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from kilodelta.compress.training.attachment import Attachment
 from kilodelta.compress.training.precision import Precision
 from kilodelta.errors import BaseMismatchError, InputError
-from kilodelta.files import safetensors
+from kilodelta.files import safetensors, staging
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import RawTensor
 from kilodelta.files.tying import memory_of, untied
@@ -99,10 +98,10 @@ def _checkpoint(
 ) -> Iterator[Checkpoint]:
     """Open the base; where none is given, the model itself as it was before."""
     if base is not None:
-        yield Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
+        yield Checkpoint.open(base)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "base.safetensors"
+    with staging.scratch() as folder:
+        place = folder / "base.safetensors"
         _write(place, attachment.frozen.base(model))
         yield Checkpoint.open(place)
 

@@ -95,7 +95,7 @@ def export_gguf(
     place = Path(out)
     if place.exists() and not force:
         raise OutputError(f"{place} exists already", fix="give a new name, or --force")
-    checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
+    checkpoint = Checkpoint.open(base)
     given = delta if isinstance(delta, Delta) else load(delta)
     naming = Naming(read_config(checkpoint))
     names = _names(given.bind(checkpoint), naming)

@@ -23,7 +23,7 @@ from kilodelta.export.manifest.facts import Profile as Profile
 from kilodelta.export.manifest.facts import Shape as Shape
 from kilodelta.export.manifest.parse import LIMIT, VERSION, parse
 from kilodelta.export.manifest.parse import MANIFEST as MANIFEST
-from kilodelta.files import canonical, staging
+from kilodelta.files import canonical, plain, staging
 from kilodelta.files.untrusted import FieldError
 from kilodelta.progress import Event, Progress, silent
 
@@ -79,8 +79,7 @@ def read(folder: Path) -> Manifest:
     """
     place = folder / MANIFEST
     try:
-        with place.open("rb") as file:
-            data = file.read(LIMIT + 1)
+        data = plain.read(place, LIMIT)
     except OSError as error:
         raise FileError(
             f"{place} cannot be read: {error.strerror or error}",
@@ -94,10 +93,18 @@ def read(folder: Path) -> Manifest:
         ) from None
 
 
-def file_fact(path: Path) -> FileFact:
-    """A file's name, digest and bytes, by reading it."""
+def file_fact(path: Path, *, follow: bool = True) -> FileFact:
+    """Read a regular file for its name, digest and bytes.
+
+    Args:
+        path: the file.
+        follow: whether it may be a link.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
     state, count = hashlib.sha256(), 0
-    with path.open("rb") as file:
+    with plain.open_reader(path, follow=follow) as file:
         while part := file.read(_CHUNK):
             state.update(part)
             count += len(part)
@@ -124,10 +131,10 @@ def check_files(folder: Path, manifest: Manifest, *, progress: Progress = silent
 
 def _difference(path: Path, expected: FileFact) -> str:
     try:
-        size = path.stat().st_size
-        if size != expected.nbytes:
+        size = path.lstat().st_size
+        if plain.is_file(path) and size != expected.nbytes:
             return f"{path.name} has {size} bytes, not {expected.nbytes}"
-        found = file_fact(path)
+        found = file_fact(path, follow=False)
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror or error}"
     if found.sha256 != expected.sha256:

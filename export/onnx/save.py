@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from kilodelta.errors import InputError, OutputError
+from kilodelta.errors import InputError
 from kilodelta.files import staging
 from kilodelta.progress import Event, Progress, silent
 
@@ -41,19 +39,9 @@ def save(
             f"{size} bytes of weights do not fit into one ONNX file", fix="allow external data"
         )
     beside = f"{path.name}.data" if external or size > ONE_FILE else None
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as stage:
-            _write(model, Path(stage) / path.name, beside, progress)
-            names = [path.name] if beside is None else [beside, path.name]
-            for name in names:
-                staging.sync(Path(stage) / name)
-                os.replace(Path(stage) / name, path.parent / name)
-            staging.sync(path.parent)
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror or error}",
-            fix="check the folder, its permissions and the free space",
-        ) from error
+    names = [path.name] if beside is None else [beside, path.name]
+    with staging.new_files(*(path.parent / name for name in names)) as stage:
+        _write(model, stage / path.name, beside, progress)
     return tuple(path.parent / name for name in reversed(names))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from kilodelta.errors import FileError
 from kilodelta.export.manifest.facts import FileFact
 from kilodelta.export.onnx.tensors import is_inside
-from kilodelta.files import canonical, staging, untrusted
+from kilodelta.files import canonical, plain, staging, untrusted
 from kilodelta.files.dtypes import DTYPES, nbytes
 from kilodelta.files.floats import castable, lossless
 from kilodelta.files.identity import of_digests
@@ -96,8 +96,7 @@ def read_map(path: str | Path) -> PatchMap:
         FileError: it is missing, or a field of it is wrong; the message names the field.
     """
     try:
-        with Path(path).open("rb") as file:
-            return _parse(canonical.loads(file.read(LIMIT)))
+        return _parse(canonical.loads(plain.read(Path(path), LIMIT, follow=True)))
     except OSError as problem:
         raise FileError(
             f"{path} cannot be read: {problem.strerror or problem}", fix="check the path"

@@ -15,6 +15,7 @@ from kilodelta.export.manifest.facts import FileFact
 from kilodelta.export.merge.tensor import changed_names, require_result
 from kilodelta.export.patching.map import Place
 from kilodelta.export.patching.plan import Bytes, Plan
+from kilodelta.files import plain
 from kilodelta.files.identity import raw_digest
 from kilodelta.progress import Meter, Progress
 
@@ -64,7 +65,7 @@ def _weight(plan: Plan, job: FileFact | str) -> int:
 def _check(path: Path, fact: FileFact, meter: Meter) -> None:
     state = hashlib.sha256()
     try:
-        with path.open("rb", buffering=0) as file:
+        with plain.open_reader(path, follow=True) as file:
             while part := file.read(CHUNK):
                 state.update(part)
                 meter.add(len(part))

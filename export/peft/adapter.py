@@ -96,7 +96,7 @@ def export_peft(
     """
     chosen = options or PeftOptions()
     _check(chosen)
-    checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
+    checkpoint = Checkpoint.open(base)
     found = delta if isinstance(delta, Delta) else load(delta)
     require_base(checkpoint, found.manifest.base, threads=threads, progress=progress)
     bound = found.bind(checkpoint)

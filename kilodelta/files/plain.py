@@ -13,6 +13,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from kilodelta.errors import KiloDeltaError
 
@@ -67,6 +68,16 @@ def open_file(path: Path, flags: int = os.O_RDONLY, *, follow: bool = False) -> 
         os.close(descriptor)
         raise
     return descriptor
+
+
+def open_reader(path: Path, *, follow: bool = False) -> BinaryIO:
+    """Open a regular file for reading, unbuffered.
+
+    Raises:
+        NotPlainError: as `open_file`.
+        OSError: it cannot be opened.
+    """
+    return os.fdopen(open_file(path, follow=follow), "rb", buffering=0)
 
 
 def open_model_file(path: Path) -> int:

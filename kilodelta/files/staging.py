@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import secrets
@@ -69,6 +70,28 @@ def new_file(path: Path, *, replace: bool = True, parents: bool = False) -> Iter
             else:
                 _name_anew(new, path)
             sync(path.parent)
+
+
+@contextlib.contextmanager
+def new_files(*paths: Path) -> Iterator[Path]:
+    """Yield a private folder; files made in it become `paths` when the block ends well.
+
+    Args:
+        paths: all in one folder. They take their names in this order: a file that refers to others
+            comes last, so that it never stands without them. Those present are replaced.
+
+    Raises:
+        OutputError: as `new_file`.
+    """
+    main = paths[-1]
+    with _staged(main) as stage:
+        yield stage.content
+        with _explained(main):
+            for path in paths:
+                sync(stage.content / path.name)
+            for path in paths:
+                os.replace(stage.content / path.name, path)
+            sync(main.parent)
 
 
 @contextlib.contextmanager
@@ -148,6 +171,13 @@ def sweep(folder: Path) -> list[str]:
     return swept
 
 
+@functools.cache
+def _sweep_temporary() -> None:
+    """Sweep the system's folder of temporary files once per process; a killed one may have left
+    data of a model's size there, and no later command may need `scratch`."""
+    sweep(Path(tempfile.gettempdir()))
+
+
 def sync(path: Path) -> None:
     """Push a file's or folder's content to the disk."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
@@ -180,6 +210,7 @@ def _staged(path: Path, *, parents: bool = False) -> Iterator[_Stage]:
         if parents:
             path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
+        _sweep_temporary()
         stage = _make(path.parent)
     try:
         yield stage

@@ -106,7 +106,7 @@ class Delta:
             FileError: the coefficients break the exactness bound, or their expansion would take
                 more work than allowed.
         """
-        checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
+        checkpoint = Checkpoint.open(base)
         return self.bind_to(checkpoint.info(name) for name in checkpoint.names)
 
     def bind_to(self, tensors: Iterable[TensorInfo]) -> Delta:

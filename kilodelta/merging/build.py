@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf, prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,7 +63,7 @@ def targets(base: str | os.PathLike[str] | Checkpoint, patterns: Patterns) -> tu
     Raises:
         InputError: they choose none.
     """
-    checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
+    checkpoint = Checkpoint.open(base)
     chosen = select((checkpoint.info(name) for name in checkpoint.names), patterns)
     if not chosen:
         raise InputError(
@@ -109,7 +108,7 @@ def build(
         np.float32(0.125)
     """
     require_good_kernels()
-    checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
+    checkpoint = Checkpoint.open(base)
     layout = targets(checkpoint, recipe.patterns)
     _check_names(layout, coefficients)
     groups = _in_order(recipe.method, layout, coefficients, shared or {})

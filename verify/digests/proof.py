@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from kilodelta.errors import ProofError
 from kilodelta.exact.selftest import require_good_kernels
@@ -73,7 +72,7 @@ def prove(
         (4, 'sha256')
     """
     require_good_kernels()
-    checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
+    checkpoint = Checkpoint.open(base)
     loaded = delta if isinstance(delta, Delta) else load(delta)
     identified = require_base(checkpoint, loaded.manifest.base, threads=threads, progress=progress)
     bound = loaded.bind(checkpoint)

@@ -13,7 +13,6 @@ import argparse
 import json
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -121,8 +120,8 @@ def prove(device: str = "cuda", *, small: bool = False, only: Sequence[str] = PA
     done, known = [], parts()
     for name in only:
         work = known[name]
-        with tempfile.TemporaryDirectory() as folder:
-            done.append(run(name, work, Setting(device=device, folder=Path(folder), small=small)))
+        with staging.scratch() as folder:
+            done.append(run(name, work, Setting(device=device, folder=folder, small=small)))
     return Proof(machine=describe(), parts=tuple(done))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from kilodelta.compress.distill.learn.objective import SHARPNESS
 from kilodelta.errors import InputError
 from kilodelta.export.merge.checkpoint import merge
 from kilodelta.export.merged_model import open_merged
+from kilodelta.files import staging
 from kilodelta.format.file import load
 from kilodelta.models import LoadedModel, fill, open_model, outputs, read_texts, tokenize
 from kilodelta.models.heads import EMBEDDING
@@ -63,9 +63,9 @@ def _weights(subject: Subject, progress: Progress) -> Iterator[Path]:
     if subject.merged is not None:
         yield subject.merged
         return
-    with tempfile.TemporaryDirectory(prefix="kilodelta.") as folder:
+    with staging.scratch() as folder:
         single = not subject.base.path.is_dir()
-        place = Path(folder, "merged.safetensors" if single else "merged")
+        place = folder / ("merged.safetensors" if single else "merged")
         merge(subject.base, subject.delta, place, progress=progress)
         yield place
 

@@ -5,7 +5,6 @@ It needs the GPU that the engine was built for.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,9 +50,9 @@ class RefitMode:
 
     def trial(self, delta: Delta) -> Session:
         """Open an engine refitted for now; its file is gone as soon as it is loaded."""
-        with tempfile.TemporaryDirectory() as stage:
-            self.build(delta, Path(stage))
-            return self.open(Path(stage))
+        with staging.scratch() as stage:
+            self.build(delta, stage)
+            return self.open(stage)
 
     def mixed(self, rows: Sequence[Session]) -> Session:
         """Refuse: the weights of one engine are one fine-tune's."""
