@@ -1,4 +1,9 @@
-"""Reading JSON that nobody vouches for: every value is looked at before it is used."""
+"""Check the fields of parsed JSON that nobody vouches for, each before it is used.
+
+`kilodelta.files.plain` reads the bytes and `kilodelta.files.canonical` parses them, both within
+limits. Every function here takes a value and what messages call it, and returns the value. Only the
+message's words are this module's: the caller turns a `FieldError` into an error of its own kind.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 MAX_TEXT = 1024
+"""Characters of a text."""
+
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
 
 
@@ -31,35 +38,57 @@ def table(
     Raises:
         FieldError: it is no object, lacks a key, or has another one.
     """
-    found = mapping(value, where)
-    wanted = set(keys)
-    if unknown := sorted(set(found) - wanted - set(optional)):
+    fields, required = mapping(value, where), set(keys)
+    if unknown := sorted(set(fields) - required - set(optional)):
         raise FieldError(f"{where} has an unknown key {unknown[0]!r:.80}")
-    if missing := sorted(wanted - set(found)):
+    if missing := sorted(required - set(fields)):
         raise FieldError(f"{where} lacks {missing[0]!r}")
-    return found
+    return fields
 
 
 def mapping(value: Any, where: str) -> dict[str, Any]:
+    """Check an object with any keys.
+
+    Raises:
+        FieldError: it is none.
+    """
     if not isinstance(value, dict):
         raise FieldError(f"{where} is not an object")
     return value
 
 
 def listed(value: Any, where: str, item: Callable[[Any, str], T]) -> tuple[T, ...]:
-    """A list, each element read by `item`."""
+    """Check a list, each element by `item`.
+
+    Raises:
+        FieldError: it is no list, or `item` refuses an element.
+
+    Example:
+        >>> listed([1, 2], "sizes", whole)
+        (1, 2)
+    """
     if not isinstance(value, list):
         raise FieldError(f"{where} is not a list")
     return tuple(item(element, f"{where}[{index}]") for index, element in enumerate(value))
 
 
 def text(value: Any, where: str) -> str:
+    """Check a text of at most `MAX_TEXT` characters.
+
+    Raises:
+        FieldError: it is none.
+    """
     if not isinstance(value, str) or len(value) > MAX_TEXT:
         raise FieldError(f"{where} is not a text of at most {MAX_TEXT} characters")
     return value
 
 
 def texts(value: Any, where: str) -> tuple[str, ...]:
+    """Check a list of texts.
+
+    Raises:
+        FieldError: it is none.
+    """
     return listed(value, where, text)
 
 
@@ -73,10 +102,13 @@ def whole(value: Any, where: str, low: int = 0, high: int = (1 << 63) - 1) -> in
 
     Raises:
         FieldError: it is none, or outside of the range.
+
+    Example:
+        >>> whole(7, "keep", 1, 9)
+        7
     """
     if type(value) is not int or not low <= value <= high:
-        shown = short(value)
-        raise FieldError(f"{where} is {shown}, not a whole number from {low} to {high}")
+        raise FieldError(f"{where} is {short(value)}, not a whole number from {low} to {high}")
     return value
 
 
@@ -103,26 +135,45 @@ def short(value: Any) -> str:
 
 
 def flag(value: Any, where: str) -> bool:
+    """Check true or false.
+
+    Raises:
+        FieldError: it is neither.
+    """
     if not isinstance(value, bool):
         raise FieldError(f"{where} is {value!r:.40}, not true or false")
     return value
 
 
 def digest(value: Any, where: str) -> str:
+    """Check a SHA-256 as text.
+
+    Raises:
+        FieldError: it is none.
+    """
     if not isinstance(value, str) or not _DIGEST.match(value):
         raise FieldError(f"{where} is not sha256:<64 hexadecimal digits>")
     return value
 
 
 def choice(value: Any, where: str, options: Iterable[str]) -> str:
-    known = tuple(options)
-    if not isinstance(value, str) or value not in known:
-        raise FieldError(f"{where} is {value!r:.40}, not one of {', '.join(known)}")
+    """Check one of some texts.
+
+    Raises:
+        FieldError: it is none of them.
+    """
+    allowed = tuple(options)
+    if not isinstance(value, str) or value not in allowed:
+        raise FieldError(f"{where} is {value!r:.40}, not one of {', '.join(allowed)}")
     return value
 
 
 def file_name(value: Any, where: str) -> str:
-    """A name in the manifest's own folder: never a path out of it."""
+    """Check the name of a file in the same folder, never a path out of it.
+
+    Raises:
+        FieldError: it is none.
+    """
     name = text(value, where)
     if name in {"", ".", ".."} or set(name) & set("/\\:") or not name.isprintable():
         raise FieldError(f"{where} is {name!r:.80}, not a file name")
