@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -48,9 +49,10 @@ values = st.recursive(
 
 @given(value=values)
 def test_any_value_gives_itself_or_the_one_error(value: Any) -> None:
-    choose = lambda v, w: untrusted.choice(v, w, ("a", "b"))  # noqa: E731
-    fields = lambda v, w: untrusted.table(v, w, {"a"}, {"b"})  # noqa: E731
-    for check in (*(check for check, _, _ in CHECKS.values()), choose, fields):
+    checks = [check for check, _, _ in CHECKS.values()]
+    checks.append(partial(untrusted.choice, options=("a", "b")))
+    checks.append(partial(untrusted.table, keys={"a"}, optional={"b"}))
+    for check in checks:
         try:
             check(value, "field")
         except FieldError as error:
