@@ -32,6 +32,8 @@ from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.models import locate, read_inputs
 from kilodelta.progress import Progress, silent
+from kilodelta.report import write_report
+from kilodelta.report.pages import require_page
 
 _LIBRARIES = ("torch", "transformers", "onnxscript", "onnx-ir", "numpy", "safetensors")
 
@@ -61,6 +63,7 @@ def export(
     out: str | os.PathLike[str],
     *,
     options: Options | None = None,
+    report: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> Exported:
     """Merge, prove and export a fine-tune.
@@ -69,6 +72,9 @@ def export(
         base: the model the delta was made for: a folder, a `.safetensors` file or a hub id.
         delta: the `.kd` file.
         out: a new folder.
+        options: what to export, and how.
+        report: an HTML file for what was written; JSON is written beside it.
+        progress: called as work goes on.
 
     Raises:
         BaseMismatchError, ProofError: as `merge`.
@@ -78,6 +84,8 @@ def export(
         OutputError: `out` holds something, or cannot be written. It is never left half done.
     """
     chosen, place = options or Options(), Path(out)
+    if report is not None:
+        require_page(Path(report))
     require("onnxscript", extra="onnx", why="export ONNX models")
     trt = _trt(chosen)
     checkpoint = Checkpoint.open(locate(os.fspath(base)))
@@ -100,6 +108,8 @@ def export(
     gone = (
         () if chosen.onnx else tuple(f"model.{short(d)}.onnx" for d in dict.fromkeys(chosen.dtypes))
     )
+    if report is not None:
+        write_report(report, "export", artefacts.to_json(manifest))
     return Exported(path=place, manifest=manifest, seconds=maker.seconds, not_kept=gone)
 
 

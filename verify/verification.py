@@ -17,6 +17,8 @@ from kilodelta.export.manifest.artefacts import Manifest
 from kilodelta.files import staging
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.progress import Progress, silent
+from kilodelta.report import write_report
+from kilodelta.report.pages import require_page
 from kilodelta.verify.digests.exported import check_export, is_export
 from kilodelta.verify.digests.proof import Proof, prove
 from kilodelta.verify.options import Options, Subject
@@ -58,11 +60,15 @@ class Verification:
         return {**table, **self.report.to_json(), **wrong}
 
     def save(self, path: Path) -> None:
-        """Write the JSON.
+        """Write the JSON; as an HTML page with the JSON beside it, where the name ends in `.html`.
 
         Raises:
             OutputError: it cannot be written.
+            MissingPackageError: a page needs matplotlib.
         """
+        if path.suffix.lower() == ".html":
+            write_report(path, "verify", self.to_json())
+            return
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
         staging.write(path, text.encode("utf-8") + b"\n")
 
@@ -108,7 +114,8 @@ def verify(
         model: `package.module:function` that builds the module.
         config: a folder with the tuned model's `config.json`, if the base's does not fit.
         digests_only: check an export folder by its digests and run nothing.
-        report: a file to write the JSON to, also if an artefact fails.
+        report: a file to write the JSON to, or an HTML page where its name ends in `.html`, also
+            if an artefact fails.
         threads: for digests and merging; all cores by default.
         progress: called as work goes on.
 
@@ -184,6 +191,8 @@ def _check(options: Options, out: Path | None) -> None:
         raise InputError(f"{options.device} is no device to compute on", fix="give cpu or cuda")
     if options.report is not None and not Path(options.report).absolute().parent.is_dir():
         raise OutputError(f"{options.report} lies in no folder", fix="make the folder first")
+    if options.report is not None and Path(options.report).suffix.lower() == ".html":
+        require_page(Path(options.report))
     if options.inputs is not None:
         _check_comparison(options)
         return

@@ -39,6 +39,8 @@ from kilodelta.models import locate, open_source, read_texts
 from kilodelta.models.sources import Source
 from kilodelta.models.weights import fill
 from kilodelta.progress import Progress, silent
+from kilodelta.report import write_report
+from kilodelta.report.pages import require_page
 
 DEFAULTS = Options()
 
@@ -52,6 +54,7 @@ def compress(
     options: Options = DEFAULTS,
     force: bool = False,
     resume: bool = False,
+    report: str | Path | None = None,
     progress: Progress = silent,
 ) -> Report:
     """Distil a fine-tuned model into a `.kd` file over its base.
@@ -65,6 +68,8 @@ def compress(
         options: how to compress.
         force: replace `out`, and forget an interrupted run towards it.
         resume: go on with an interrupted run of the same arguments.
+        report: an HTML file for what was kept, its curve and the update of each layer; JSON is
+            written beside it.
         progress: told about every stage.
 
     Returns:
@@ -84,6 +89,8 @@ def compress(
         ...          options=Options(budget=12_000)).after.agreement  # doctest: +SKIP
         0.983
     """
+    if report is not None:
+        require_page(Path(report))
     options = replace(options, **_as_given(options))
     check(options, learns=inputs is not None)
     models = {"the base": locate(base), "the tuned model": locate(tuned)}
@@ -93,12 +100,11 @@ def compress(
     source, labels = _open_inputs(inputs, options)
     learns = source is not None
     job = prepare(models["the base"], models["the tuned model"], Path(out), options, learns=learns)
-    if source is None:
-        report = _fit(job, progress)
-    else:
-        report = _distil(job, source, labels, resume, progress)
-    _check_quality(report, options)
-    return report
+    made = _fit(job, progress) if source is None else _distil(job, source, labels, resume, progress)
+    if report is not None:
+        write_report(report, "compress", made.to_json())
+    _check_quality(made, options)
+    return made
 
 
 def _as_given(options: Options) -> dict[str, Any]:

@@ -95,6 +95,7 @@ INTERRUPTED = 130
 @click.option("--model", help="package.module:function that builds the model.")
 @click.option("--force", is_flag=True, help="Replace the .kd file, and forget a run towards it.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@click.option("--report", type=click.Path(), help="Write what was kept as an HTML page as well.")
 @as_json
 @with_progress
 def compress(
@@ -104,6 +105,7 @@ def compress(
     inputs: str | None,
     force: bool,
     resume: bool,
+    report: str | None,
     as_json: bool,
     progress: Any,
     **given: Any,
@@ -122,7 +124,7 @@ def compress(
     require("torch", extra="hf", why="train a delta's coefficients")
     from kilodelta.compress.distill.compress import compress
 
-    report = compress(
+    made = compress(
         base,
         tuned,
         out,
@@ -130,9 +132,10 @@ def compress(
         options=options,
         force=force,
         resume=resume,
+        report=report,
         progress=progress,
     )
-    return lambda: _end(report, as_json=as_json)
+    return lambda: _end(made, as_json=as_json)
 
 
 def _end(report: Report, *, as_json: bool) -> None:
@@ -157,6 +160,7 @@ def show(report: Report, *, as_json: bool) -> None:
         ("targets", f"{report.targets} tensors"),
         *(("extra", name) for name in report.extras),
         *_measures(report),
+        ("verdict", _verdict(report)),
         ("weights", f"error {report.weight_error:.3f} of the whole change (1 is the base's)"),
         ("time", f"{report.seconds:.0f} s, {report.steps} steps"),
         *(("bytes", f"{count:>9}  {part}") for part, count in report.nbytes.items()),
@@ -174,6 +178,14 @@ def show(report: Report, *, as_json: bool) -> None:
         )
     rows += [("mode", f"{mode}: {answer}") for mode, answer in modes(report).items()]
     terminal.print_facts([*rows, ("result", report.result)])
+
+
+def _verdict(report: Report) -> str:
+    """The result in one sentence: good, to look at twice, or not good, and what to do next."""
+    from kilodelta.report.verdict import WORDS, verdict_of
+
+    judged = verdict_of(report.to_json())
+    return f"{WORDS[judged.level]}: {judged.text}" + (f"; {judged.advice}" if judged.advice else "")
 
 
 def _measures(report: Report) -> list[tuple[str, object]]:

@@ -67,7 +67,7 @@ def show(done: Demo, *, as_json: bool) -> None:
         for row in done.rows
     ]
     terminal.print_table("Test accuracy", ("model", "bytes", "right", ""), rows, right=(1, 2))
-    print(f"\nAll files are in {done.folder}; the commands above run there.")
+    print(f"\nAll files are in {done.folder}; the commands above run there. Open report.html.")
     verify.exit_with(done.verification)
 
 

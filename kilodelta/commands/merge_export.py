@@ -138,6 +138,7 @@ class _Export(Command):
     help="Also serve it: the next version in this Triton model repository.",
 )
 @click.option("--force", is_flag=True, help="Replace an earlier export.")
+@click.option("--report", type=click.Path(), help="Write what was made as an HTML page as well.")
 @as_json
 @with_progress
 def export(
@@ -150,6 +151,7 @@ def export(
     external_data: bool,
     profiles: tuple[str, ...],
     triton: str | None,
+    report: str | None,
     as_json: bool,
     progress: Any,
     **given: Any,
@@ -173,7 +175,7 @@ def export(
     )
     if triton is not None:
         require_servable(file, flavour=None if options.onnx else _flavour(options))
-    done = export(base, file, out, options=options, progress=progress)
+    done = export(base, file, out, options=options, report=report, progress=progress)
     served = None if triton is None else write_repository(done.path, triton)
     if as_json:
         return lambda: terminal.print_json({**done.to_json(), "triton": _triton_json(served)})

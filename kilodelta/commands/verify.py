@@ -34,7 +34,11 @@ if TYPE_CHECKING:
     help="Where torch computes the float64 reference.",
 )
 @click.option("--require", default="", help="Fail unless these ran, such as ort,tensorrt.")
-@click.option("--report", type=click.Path(), help="Write the JSON to this file too.")
+@click.option(
+    "--report",
+    type=click.Path(),
+    help="Write the JSON to this file, or a page where it ends in .html.",
+)
 @click.option("--limit", type=click.IntRange(1), help="Read at most so many inputs.")
 @click.option("--max-length", type=click.IntRange(1), help="Cut texts to so many tokens.")
 @click.option("--field", default="text", help="The text's key in .jsonl.")

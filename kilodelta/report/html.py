@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from kilodelta.report.verdict import Verdict
+from kilodelta.report.verdict import WORDS, Verdict
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fcfcfb; --ink: #1c1c1e; --faint: #6b6b70;
@@ -120,7 +120,7 @@ class Page:
 
 def verdict(judged: Verdict) -> str:
     """Return a coloured box; the colour is said in words for who cannot see it."""
-    words = {"green": "Good", "amber": "Look twice", "red": "Not good"}[judged.level]
+    words = WORDS[judged.level].capitalize()
     advice = f"<p>{escape(judged.advice)}</p>" if judged.advice else ""
     text = f"<b>{words}</b>{escape(judged.text)}{advice}"
     return f'<div class="verdict {judged.level}" role="status">{text}</div>'

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kilodelta.errors import InputError
+from kilodelta.errors import InputError, OutputError, require
 from kilodelta.report import plots
 from kilodelta.report.html import Cell, Column, Page, Section, commands, figure, paragraph, table
 from kilodelta.report.plots import Series, byte_label
@@ -37,9 +40,9 @@ def write_report(path: str | os.PathLike[str], kind: str, result: Json) -> Path:
 
     Args:
         path: the page; its JSON takes the same name with the suffix `.json`.
-        kind: the command that made the result: `compress`, `verify`, `export` or `demo`.
-        result: what that command prints with `--json`; `commands` in it, a list of shell lines,
-            are shown as the way to make it again.
+        kind: the command that made the result: `compress`, `verify`, `export`, `demo` or `fleet`.
+        result: what that command prints with `--json`. `commands` in it, a list of shell lines,
+            are shown as the way to make it again; by default the command that is running.
 
     Returns:
         The path of the JSON.
@@ -52,15 +55,49 @@ def write_report(path: str | os.PathLike[str], kind: str, result: Json) -> Path:
     from kilodelta.files import staging
 
     place = Path(path)
-    if place.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"{place} is no HTML file", fix="give a name that ends in .html")
+    require_page(place)
     if kind not in PAGES:
         raise InputError(f"there is no report of {kind!r}", fix=f"one of {', '.join(PAGES)}")
+    result = _strict({"commands": running_command(), **result})
     text = PAGES[kind](result).html()
     data = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     staging.write(place, text.encode("utf-8"))
     staging.write(place.with_suffix(".json"), data.encode("utf-8"))
     return place.with_suffix(".json")
+
+
+def require_page(path: Path) -> None:
+    """See that a page can be written, before the work whose result it shows.
+
+    Raises:
+        InputError: the name does not end in `.html`.
+        OutputError: its folder is missing.
+        MissingPackageError: matplotlib is not installed.
+    """
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{path} is no HTML file", fix="give a name that ends in .html")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"{path} lies in no folder", fix="make the folder first")
+    require("matplotlib", extra="report", why="draw the report's pictures")
+
+
+def running_command() -> list[str]:
+    """Return the command line that is running, if it is kilodelta's own."""
+    program = Path(sys.argv[0] if sys.argv else "")
+    if program.name != "kilodelta" and program.parts[-2:] != ("kilodelta", "__main__.py"):
+        return []
+    return [shlex.join(["kilodelta", *sys.argv[1:]])]
+
+
+def _strict(value: Any) -> Any:
+    """Turn numbers that strict JSON lacks into texts, tuples into lists, paths into texts."""
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return str(value) if isinstance(value, Path) else value
 
 
 def compress_page(result: Json) -> Page:
@@ -76,7 +113,7 @@ def compress_page(result: Json) -> Page:
     ]
     return Page(
         title=f"{Path(str(result['path'])).name}: what was kept",
-        subtitle=f"{byte_label(result['nbytes']['total'])} in place of "
+        subtitle=f"{byte_label(result['nbytes']['file'])} in place of "
         f"{byte_label(result['tuned_bytes'])}",
         verdict=verdict_of(result),
         sections=[s for s in sections if s is not None],
@@ -107,7 +144,7 @@ def export_page(result: Json) -> Page:
         (
             Cell(text=str(a["kind"])),
             Cell(text=str(a["dtype"])),
-            Cell(text=file["name"], code=True),
+            Cell(text=file["file"], code=True),
             Cell(text=byte_label(file["nbytes"]), value=file["nbytes"]),
             Cell(text=file["sha256"], code=True),
         )
@@ -238,15 +275,17 @@ def _kept(result: Json) -> Section | None:
     if before is None or after is None:
         return None
     kind = f"agreement ({result['kind']})"
-    rows = [
-        ("base", before),
-        ("base + this file", after),
-    ]
+    rows = [("base", before), ("base + this file", after)]
+    for one in result.get("outputs", ()) if len(result.get("outputs", ())) > 1 else ():
+        rows += [
+            (f"{one['name']} ({one['counts']}): base", one["before"]),
+            (f"{one['name']} ({one['counts']}): base + this file", one["after"]),
+        ]
     cells = [
         (
             Cell(text=name),
-            Cell(text=f"{m['agreement']:.4f}", value=m["agreement"]),
-            Cell(text=f"{m['divergence']:.4g}", value=m["divergence"]),
+            _number(m["agreement"], ".4f"),
+            _number(m["divergence"], ".4g"),
         )
         for name, m in rows
     ]
@@ -256,7 +295,9 @@ def _kept(result: Json) -> Section | None:
         Column(title="divergence", number=True),
     ]
     caption = f"against the tuned model, on {result['held_out']} held-out inputs"
-    return Section(title="What was kept", body=table(columns, cells, caption=caption))
+    warned = "".join(paragraph(text) for text in result.get("warnings", ()))
+    body = table(columns, cells, caption=caption) + warned
+    return Section(title="What was kept", body=body)
 
 
 def _training(curve: Sequence[Json] | None) -> Section | None:
@@ -308,7 +349,7 @@ def _curve(sizes: Sequence[Json] | None) -> Section | None:
         (
             Cell(text=str(s["name"])),
             Cell(text=f"{s['nbytes']:,}", value=s["nbytes"]),
-            Cell(text=f"{s['agreement']:.4f}", value=s["agreement"]),
+            _number(s["agreement"], ".4f"),
         )
         for s in sizes
     ]
@@ -320,7 +361,9 @@ def _layers(layers: Sequence[Json] | None) -> Section | None:
     """`layers` holds `name`, `relative_norm` and, where it is known, `explained` of each target."""
     if not layers:
         return None
-    norms = {str(t["name"]): float(t["relative_norm"]) for t in layers}
+    norms = _finite(layers, "relative_norm")
+    if not norms:
+        return None
     most = max(norms, key=lambda name: norms[name])
     body = figure(
         plots.layer_map(
@@ -330,9 +373,7 @@ def _layers(layers: Sequence[Json] | None) -> Section | None:
         "Norm of each update over the norm of the base's tensor.",
         kind="map",
     )
-    explained = {
-        str(t["name"]): float(t["explained"]) for t in layers if t.get("explained") is not None
-    }
+    explained = _finite(layers, "explained")
     if explained:
         body += figure(
             plots.layer_map(
@@ -343,6 +384,11 @@ def _layers(layers: Sequence[Json] | None) -> Section | None:
             kind="map",
         )
     return Section(title="Update of each layer", body=body)
+
+
+def _finite(layers: Sequence[Json], key: str) -> dict[str, float]:
+    values = {str(t["name"]): t.get(key) for t in layers}
+    return {n: float(v) for n, v in values.items() if isinstance(v, (int, float))}
 
 
 def _compress_facts(result: Json) -> Section:
@@ -454,7 +500,7 @@ def _digests(result: Json) -> Section | None:
     names = {"base": "base", "result": "targets of the result", "merged": "merged model"}
     facts = [(text, str(result[key])) for key, text in names.items() if result.get(key)]
     files = result.get("files") or ()
-    facts += [(f["name"], f"sha256:{f['sha256']}") for f in files]
+    facts += [(f["file"], f["sha256"]) for f in files]
     return Section(title="Digests", body=_facts(facts)) if facts else None
 
 
@@ -472,12 +518,12 @@ def _facts(facts: Sequence[tuple[str, str]], *, code: bool = True) -> str:
     return table([Column(title="what"), Column(title="value")], rows)
 
 
-def _number(value: float | str | None) -> Cell:
+def _number(value: float | str | None, form: str = ".3g") -> Cell:
     """Show a number of strict JSON, whose infinities are texts; None is not defined here."""
     if value is None:
         return Cell(text="")
     number = float(value)
-    return Cell(text=f"{number:.3g}", value=number)
+    return Cell(text=format(number, form), value=number)
 
 
 def _status(status: str) -> Cell:

@@ -151,7 +151,7 @@ def layer_map(values: Mapping[str, float], *, alt: str) -> str:
             for j, value in enumerate(row):
                 if value is None:
                     continue
-                colour = colours(value / top)
+                colour = colours(max(value, 0.0) / top)
                 axes.add_patch(_square(j, i, colour))
                 dark = sum(w * c for w, c in zip((0.3, 0.59, 0.11), colour, strict=False)) < 0.5
                 axes.annotate(

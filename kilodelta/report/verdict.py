@@ -10,6 +10,8 @@ Level = Literal["green", "amber", "red"]
 GREEN: Final = "green"
 AMBER: Final = "amber"
 RED: Final = "red"
+WORDS = {GREEN: "good", AMBER: "look twice", RED: "not good"}
+"""The colours in words, for who cannot see them."""
 KEPT_GREEN = 0.9
 """Share of the way from the base to the tuned model from which a result is called good.
 
@@ -89,7 +91,7 @@ def _of_compress(report: Mapping[str, Any]) -> Verdict:
             text="fitted without inputs: nothing was run, so nothing is known of its outputs",
             advice="give --inputs, or compare with kilodelta verify --inputs --against",
         )
-    share = kept_share(before["agreement"], after["agreement"])
+    share = kept_share(float(before["agreement"]), float(after["agreement"]))
     if share is None:
         return Verdict(
             level=AMBER,

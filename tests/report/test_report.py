@@ -30,7 +30,7 @@ COMPRESS: dict[str, Any] = {
     "path": "task.kd",
     "method": {"name": "unilora", "rank": 4, "size": 23000},
     "bits": 4,
-    "nbytes": {"total": 11984},
+    "nbytes": {"file": 11984},
     "tuned_bytes": 90_900_000,
     "output": "labels",
     "kind": "top-1",
@@ -81,7 +81,7 @@ VERIFY: dict[str, Any] = {
     "result": "sha256:" + "3" * 64,
     "merged": "",
     "targets": 36,
-    "files": [{"name": "model.fp32.onnx", "nbytes": 9, "sha256": "a" * 64}],
+    "files": [{"file": "model.fp32.onnx", "nbytes": 9, "sha256": "sha256:" + "a" * 64}],
     "passed": True,
     "failure": None,
     "results": [RAN, SILENT],
@@ -114,7 +114,7 @@ EXPORT = {
         {
             "kind": "onnx",
             "dtype": "float32",
-            "files": [{"name": "model.fp32.onnx", "nbytes": 9, "sha256": "a" * 64}],
+            "files": [{"file": "model.fp32.onnx", "nbytes": 9, "sha256": "sha256:" + "a" * 64}],
             "inputs": [PORT],
             "outputs": [{"name": "logits", "dtype": "float32", "shape": ["batch", 7]}],
         }
@@ -171,7 +171,8 @@ def test_a_page_fetches_nothing_and_shows_its_numbers(kind: str, tmp_path: Path)
     assert seen.fetched == []
     assert seen.scripts == 1
     assert "url(" not in page.replace("url(#", "")
-    assert json.loads((tmp_path / "report.json").read_text()) == RESULTS[kind]
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert saved == {"commands": [], **RESULTS[kind]}
     whole = " ".join(seen.texts)
     wanted = {
         "compress": ["0.9670", "0.4680", "classifier.weight", "12 KB", "kilodelta compress base"],
@@ -193,6 +194,24 @@ def test_equal_results_give_equal_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_report(tmp_path / f"{name}.html", "compress", COMPRESS)
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+def test_numbers_that_json_lacks_become_texts(tmp_path: Path) -> None:
+    odd = {**COMPRESS, "before": {"agreement": 0.5, "divergence": math.inf}}
+    odd["layers"] = [*LAYERS, {"name": "x.weight", "relative_norm": math.nan, "explained": -1.5}]
+    write_report(tmp_path / "x.html", "compress", odd)
+    assert json.loads((tmp_path / "x.json").read_text())["before"]["divergence"] == "inf"
+    assert "nan" in (tmp_path / "x.json").read_text()
+
+
+def test_the_running_command_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {name: value for name, value in COMPRESS.items() if name != "commands"}
+    monkeypatch.setattr("sys.argv", ["/usr/bin/kilodelta", "compress", "a b", "c"])
+    write_report(tmp_path / "x.html", "compress", given)
+    assert "kilodelta compress &#x27;a b&#x27; c" in (tmp_path / "x.html").read_text()
+    monkeypatch.setattr("sys.argv", ["/usr/bin/other", "secret"])
+    write_report(tmp_path / "x.html", "compress", given)
+    assert "secret" not in (tmp_path / "x.html").read_text()
 
 
 def test_texts_of_a_result_stay_texts(tmp_path: Path) -> None:
