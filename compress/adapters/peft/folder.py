@@ -15,7 +15,7 @@ from kilodelta.compress.adapters.peft import names, unilora_order
 from kilodelta.compress.adapters.values import floats
 from kilodelta.compress.distill.changes.patterns import patterns_for
 from kilodelta.errors import CheckpointError, InputError
-from kilodelta.files import canonical, dtypes
+from kilodelta.files import canonical, dtypes, plain
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.coefficients import Floats
@@ -151,8 +151,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     place = path / CONFIG
     try:
-        with place.open("rb") as file:
-            found = canonical.loads(file.read(CONFIG_LIMIT))
+        found = canonical.loads(plain.read_model_file(place, CONFIG_LIMIT))
     except OSError as problem:
         raise CheckpointError(
             f"{place} cannot be read: {problem.strerror}",
