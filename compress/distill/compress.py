@@ -14,25 +14,26 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from kilodelta import __version__
 from kilodelta.compress.distill import foreign, svd
 from kilodelta.compress.distill.job import Job, as_dtype, prepare
 from kilodelta.compress.distill.learn import state as states
 from kilodelta.compress.distill.learn.data import Data, Plan, check_count, gather
-from kilodelta.compress.distill.learn.loop import Distilled, Schedule, distill
+from kilodelta.compress.distill.learn.loop import distill
 from kilodelta.compress.distill.learn.measure import measure
-from kilodelta.compress.distill.learn.objective import Measures
 from kilodelta.compress.distill.learn.outputs import Wanted
+from kilodelta.compress.distill.learn.schedule import Schedule
 from kilodelta.compress.distill.merged import fill_merged
-from kilodelta.compress.distill.options import Options, check
+from kilodelta.compress.distill.options import Options as Options
+from kilodelta.compress.distill.options import check
+from kilodelta.compress.distill.options import options_from as options_from
 from kilodelta.compress.distill.place import check_place
-from kilodelta.compress.distill.report import Matched, Report
+from kilodelta.compress.distill.report import Report
+from kilodelta.compress.distill.results import check_quality, finish
 from kilodelta.compress.training import train
 from kilodelta.compress.training.conversion import quantised
-from kilodelta.errors import InputError, OutputError, QualityError
+from kilodelta.errors import InputError, OutputError
 from kilodelta.files.model_digest import digest
 from kilodelta.format.delta import Delta
-from kilodelta.format.inspect import inspect
 from kilodelta.format.methods import Lora
 from kilodelta.merging.build import Recipe, build
 from kilodelta.models import locate, open_source, read_texts
@@ -103,7 +104,7 @@ def compress(
     made = _fit(job, progress) if source is None else _distil(job, source, labels, resume, progress)
     if report is not None:
         write_report(report, "compress", made.to_json())
-    _check_quality(made, options)
+    check_quality(made, options)
     return made
 
 
@@ -153,7 +154,7 @@ def _fit(job: Job, progress: Progress) -> Report:
         config=job.config,
     )
     delta = build(job.pair.base, recipe, own, progress=progress)
-    return _finish(job, delta, None, None, None, None)
+    return finish(job, delta, None, None, None, None)
 
 
 def _distil(
@@ -193,7 +194,7 @@ def _distil(
     train.detach(student.module)
     fill_merged(student.module, delta, pair.base, pair.names)
     after = measure(student, data, data.held_out)
-    report = _finish(job, delta, done, data, before, after)
+    report = finish(job, delta, done, data, before, after)
     if not done.interrupted:
         kept.unlink(missing_ok=True)
     return report
@@ -277,130 +278,3 @@ def _facts(
 
 def _short_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _finish(
-    job: Job,
-    delta: Delta,
-    done: Distilled | None,
-    data: Data | None,
-    before: tuple[Measures, ...] | None,
-    after: tuple[Measures, ...] | None,
-) -> Report:
-    """Write the file with what was measured, and report it."""
-    error, layers = svd.compare_weights(delta, job.pair.base, job.pair.tuned, job.changes)
-    made: dict[str, str | int | float | bool] = {
-        "tool": f"kilodelta {__version__}",
-        "weight_error": round(error, 4),
-    }
-    overall: tuple[Measures, Measures] | None = None
-    if data is not None and done is not None and before is not None and after is not None:
-        overall = data.objective.overall(before), data.objective.overall(after)
-        made |= _measured(data, done, *overall)
-    delta = replace(delta, manifest=replace(delta.manifest, made=made))
-    delta.save(job.out)
-    return Report(
-        path=job.out,
-        method=delta.method.to_manifest(),
-        bits=delta.manifest.bits,
-        nbytes=inspect(job.out).nbytes,
-        tuned_bytes=sum(e.nbytes for s in job.pair.tuned.shards for e in s.layout.entries),
-        outputs=_matched(data, before or (), after or ()),
-        ignored={} if data is None else data.survey.ignored,
-        kind="" if data is None else data.objective.counts,
-        held_out=0 if data is None else len(data.held_out),
-        before=None if overall is None else overall[0],
-        after=None if overall is None else overall[1],
-        curve=() if done is None else done.curve,
-        weight_error=error,
-        layers=layers,
-        targets=len(job.targets),
-        extras=delta.manifest.extras,
-        new=tuple(change.name for change in job.split.extras if change.is_new),
-        dropped=job.split.dropped,
-        dropped_energy=job.dropped_share,
-        config=delta.manifest.config,
-        steps=0 if done is None else done.steps,
-        seconds=0.0 if done is None else done.seconds,
-        interrupted=done is not None and done.interrupted,
-        result=delta.manifest.result,
-        warnings=(*job.warnings, *_warnings(data, done, overall)),
-    )
-
-
-def _measured(
-    data: Data, done: Distilled, before: Measures, after: Measures
-) -> dict[str, str | int | float | bool]:
-    """What the manifest says about the agreement, each figure by the name of what it is."""
-    counts = data.objective.counts
-    divergence = "kl" if counts in ("top-1", "yes-no") else "distance"
-    return {
-        "agreement": round(after.agreement, 4),
-        "agreement_counts": counts,
-        "base_agreement": round(before.agreement, 4),
-        divergence: round(after.divergence, 5),
-        "held_out": len(data.held_out),
-        "inputs": data.rows.digest()[:12],
-        "steps": done.steps,
-        **({"interrupted": True} if done.interrupted else {}),
-    }
-
-
-def _matched(
-    data: Data | None, before: tuple[Measures, ...], after: tuple[Measures, ...]
-) -> tuple[Matched, ...]:
-    if data is None:
-        return ()
-    objective = data.objective
-    return tuple(
-        Matched(
-            name=output.name,
-            kind=output.kind,
-            counts=comparison.counts,
-            axis=output.axis,
-            size=output.size,
-            weight=output.weight,
-            before=was,
-            after=now,
-        )
-        for output, comparison, was, now in zip(
-            objective.outputs, objective.comparisons, before, after, strict=True
-        )
-    )
-
-
-def _warnings(
-    data: Data | None, done: Distilled | None, overall: tuple[Measures, Measures] | None
-) -> list[str]:
-    found = []
-    if overall is not None:
-        before, after = overall
-        if after.divergence > before.divergence or after.agreement < before.agreement:
-            found.append(
-                "the file is worse than none: with it the base agrees with the tuned model by"
-                f" {after.agreement:.4f} (divergence {after.divergence:.4f}), without it by"
-                f" {before.agreement:.4f} ({before.divergence:.4f}); give a larger --budget, more"
-                " --steps or inputs, or a lower --lr"
-            )
-    if done is not None and done.interrupted:
-        found.append(f"interrupted after {done.steps} steps: --resume goes on")
-    if data is not None:
-        found += [f"output {name} {why}: not matched" for name, why in data.survey.ignored.items()]
-        if data.repeated:
-            found.append(
-                f"{data.repeated} inputs equal one that is held out and were not learnt from"
-            )
-        if data.survey.one_row:
-            found.append("the model computes one row at a time, so a step takes longer")
-    return found
-
-
-def _check_quality(report: Report, options: Options) -> None:
-    if options.min_agreement is None or report.after is None or report.interrupted:
-        return
-    if report.after.agreement < options.min_agreement:
-        raise QualityError(
-            f"agreement with the tuned model is {report.after.agreement:.4f} ({report.kind}), "
-            f"below {options.min_agreement}; {report.path} is written all the same",
-            fix="raise --budget or --steps, or give more inputs",
-        )

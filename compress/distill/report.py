@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kilodelta.compress.distill.changes.compare import Change
-from kilodelta.compress.distill.learn.loop import Look
 from kilodelta.compress.distill.learn.objective import Measures
+from kilodelta.compress.distill.learn.schedule import Look
 from kilodelta.compress.distill.svd import Layer
 
 

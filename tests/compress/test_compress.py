@@ -20,7 +20,7 @@ from kilodelta.compress import Options, compress
 from kilodelta.compress.distill import budget
 from kilodelta.compress.distill.changes.compare import compare
 from kilodelta.compress.distill.changes.patterns import patterns_for
-from kilodelta.compress.distill.learn.objective import PULL, PULLED, comparison_for
+from kilodelta.compress.distill.learn.comparisons import PULL, PULLED, comparison_for
 from kilodelta.compress.distill.learn.outputs import Output
 from kilodelta.errors import BaseMismatchError, InputError, OutputError, QualityError
 from kilodelta.files.checkpoint import Checkpoint

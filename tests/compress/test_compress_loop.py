@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from kilodelta.compress.distill.learn import loop, state
+from kilodelta.compress.distill.learn.comparisons import comparison_for
 from kilodelta.compress.distill.learn.data import Data
-from kilodelta.compress.distill.learn.loop import Distilled, Schedule, distill
+from kilodelta.compress.distill.learn.loop import distill
 from kilodelta.compress.distill.learn.measure import measure
-from kilodelta.compress.distill.learn.objective import Measures, Objective, comparison_for
+from kilodelta.compress.distill.learn.objective import Measures, Objective
 from kilodelta.compress.distill.learn.outputs import Wanted, survey
 from kilodelta.compress.distill.learn.rows import Rows
+from kilodelta.compress.distill.learn.schedule import Distilled, Schedule
 from kilodelta.compress.distill.learn.teacher import Teacher
 from kilodelta.compress.training import train
 from kilodelta.errors import InputError

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import kilodelta
 from kilodelta.compress import Options, compress
-from kilodelta.compress.distill.learn.objective import Objective, Values, comparison_for, kl
+from kilodelta.compress.distill.learn.comparisons import Values, comparison_for, kl
+from kilodelta.compress.distill.learn.objective import Objective
 from kilodelta.compress.distill.learn.outputs import Output, Survey, Wanted, survey
 from kilodelta.compress.distill.learn.rows import Rows, to_rows
 from kilodelta.compress.distill.learn.teacher import Teacher

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kilodelta.compress.distill.learn.objective import SHARPNESS
+from kilodelta.compress.distill.learn.comparisons import SHARPNESS
 from kilodelta.errors import InputError
 from kilodelta.export.merge.checkpoint import merge
 from kilodelta.export.merged_model import open_merged

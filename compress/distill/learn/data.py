@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kilodelta.compress.distill.learn.objective import Objective, comparison_for
+from kilodelta.compress.distill.learn.comparisons import comparison_for
+from kilodelta.compress.distill.learn.objective import Objective
 from kilodelta.compress.distill.learn.outputs import Output, Survey, Wanted, survey
 from kilodelta.compress.distill.learn.rows import Rows, to_rows
 from kilodelta.compress.distill.learn.teacher import Teacher

@@ -1,0 +1,77 @@
+"""How long and how fast a distillation trains, and what it reached."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from kilodelta.compress.distill.learn.objective import Measures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long and how fast: AdamW, linear warm-up, cosine decay, rounded at the end.
+
+    Attributes:
+        steps: training steps.
+        rate: the largest learning rate.
+        batch: rows in a step.
+        warm: share of the steps in which the rate rises.
+        rounded: share of the steps, at the end, that run with rounded coefficients.
+        bits: bits of a rounded coefficient.
+        seed: decides batches and draws.
+    """
+
+    steps: int
+    rate: float
+    batch: int = 32
+    warm: float = 0.05
+    rounded: float = 0.25
+    bits: int = 4
+    seed: int = 0
+
+    def factor(self, step: int) -> float:
+        """Return the rate at a step as a share of `rate`.
+
+        Example:
+            >>> schedule = Schedule(steps=100, rate=1.0)
+            >>> [round(schedule.factor(step), 2) for step in (0, 4, 52, 99)]
+            [0.2, 1.0, 0.51, 0.0]
+        """
+        warm = max(1, round(self.warm * self.steps))
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, self.steps - warm))))
+
+    @property
+    def rounds_from(self) -> int:
+        """The first step that runs with rounded coefficients."""
+        return min(self.steps - 1, round((1 - self.rounded) * self.steps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """The measures on the held-out rows after a step, over all outputs by their weights."""
+
+    step: int
+    agreement: float
+    divergence: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distilled:
+    """What a run reached.
+
+    Attributes:
+        measures: the best rounded state's, per output, on the held-out rows.
+        curve: every look at the held-out rows, in the order of the steps.
+        steps: how many steps were taken.
+        seconds: time spent in them, over all runs that were resumed.
+        interrupted: whether the run was stopped before its last step.
+    """
+
+    measures: tuple[Measures, ...]
+    curve: tuple[Look, ...]
+    steps: int
+    seconds: float
+    interrupted: bool
