@@ -1,4 +1,4 @@
-"""Text that every machine has: the first paragraphs of installed packages' docstrings.
+"""Collect text that every machine has: the first paragraphs of installed packages' docstrings.
 
 Sources are parsed, never imported.
 """
@@ -14,7 +14,7 @@ from kilodelta.errors import MissingPackageError
 
 
 def paragraphs(module: str) -> Iterator[str]:
-    """The first paragraph of every docstring below a module, in the order of its files.
+    """Yield the first paragraph of every docstring below a module, in the order of its files.
 
     Raises:
         MissingPackageError: the module is not installed, or without its sources.
@@ -30,14 +30,14 @@ def _sources(module: str) -> list[Path]:
     found = [path for path in files if "tests" not in path.relative_to(place).parts]
     if not found:
         raise MissingPackageError(
-            f"the sources of {module} are not there; the demo reads their docstrings",
+            f"the sources of {module} are not installed; the demo reads their docstrings",
             fix="pip install 'kilodelta[demo]'",
         )
     return found
 
 
 def _place(module: str) -> Path:
-    """Where a module lies; only its top package is looked up, nothing is imported."""
+    """Find where a module lies: only its top package is looked up, nothing is imported."""
     top, *inner = module.split(".")
     found = importlib.util.find_spec(top)
     if found is None or found.origin is None:
@@ -60,8 +60,10 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 
 def _statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """The tree and all statements below it, in their order; `ast.walk` looks at expressions too,
-    which is most of its time."""
+    """Yield the tree and all statements below it, in their order.
+
+    `ast.walk` also visits expressions, which takes most of its time.
+    """
     yield tree
     for part in ("body", "handlers", "orelse", "finalbody"):
         inner = getattr(tree, part, None)

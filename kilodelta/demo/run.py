@@ -1,4 +1,4 @@
-"""All of kilodelta, one step after the other, on a real model and real text, offline."""
+"""Run all of kilodelta, one step after the other, on a real model and real text, offline."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Effort:
     """How much is done; the defaults take a few minutes on two cores."""
 
     each: int = 300
-    """Texts of a class at most."""
+    """The most texts per class."""
     tokens: int = 24
     teacher_steps: int = 120
     compress_steps: int = 240
@@ -79,7 +79,7 @@ class Demo:
     verification: Verification
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {
             "folder": str(self.folder),
             "steps": [asdict(step) for step in self.steps],
@@ -129,7 +129,7 @@ def _make_room(folder: Path) -> None:
 
 
 def has_rtx() -> bool:
-    """Whether TensorRT for RTX is installed."""
+    """Tell whether TensorRT for RTX is installed."""
     return importlib.util.find_spec("tensorrt_rtx") is not None
 
 
@@ -255,7 +255,7 @@ class _Run:
         )
 
     def _gpus(self) -> tuple[str, ...]:
-        """RTX engines are built without a GPU, where the package is there."""
+        """Return the GPUs to build engines for: they are built without one, if RTX is installed."""
         return self._effort.capabilities if has_rtx() else ()
 
     def _verify(self) -> tuple[Verification, str]:

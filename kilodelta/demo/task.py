@@ -65,9 +65,14 @@ class Task:
 def make_task(
     topics: Mapping[str, str] = TOPICS, *, each: int = 300, progress: Progress = silent
 ) -> Task:
-    """Read the docstrings of some modules, at most `each` texts a class.
+    """Read the docstrings of some modules into a training and a test set.
 
     A text is left out where it is doubled, names any of the modules, or is too short or long.
+
+    Args:
+        topics: module to class, in plain words.
+        each: the most texts per class.
+        progress: told about each module.
 
     Raises:
         MissingPackageError: a package is not installed.
@@ -101,12 +106,12 @@ def save(task: Task, folder: Path) -> tuple[Path, Path, Path]:
 
 
 def _plain(text: str) -> str:
-    """What counts when two texts are compared: letters alone."""
+    """Reduce a text to what counts when two are compared: its letters."""
     return re.sub(r"[^a-z]+", " ", text.lower()).strip()
 
 
 def _names(topics: Iterable[str]) -> re.Pattern[str]:
-    """Words that begin with any module's name: they would give the class away."""
+    """Match words that begin with any module's name: they would give the class away."""
     parts = {part for module in topics for part in module.split(".")} | _NICKNAMES
     return re.compile(rf"\b({'|'.join(sorted(parts))})", re.IGNORECASE)
 

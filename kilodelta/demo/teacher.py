@@ -1,4 +1,4 @@
-"""A fine-tuned model to start from, and how often a model is right.
+"""Train a model to start from, and count how often a model is right.
 
 The classes cost no bytes: a text belongs to the class whose name its embedding is nearest to, by
 the base model's embeddings of the names. So the whole fine-tune is in the encoder.
@@ -30,14 +30,21 @@ _WARM_UP = 0.1  # of all steps
 
 
 def embed(model: LoadedModel, texts: Sequence[str], max_length: int) -> Tensor:
-    """Embeddings of texts, (n, width), without gradients."""
+    """Embed texts, float32 (n, width), without gradients."""
     parts = (texts[start : start + 64] for start in range(0, len(texts), 64))
     with torch.inference_mode():
         return torch.cat([_embed(model, part, max_length) for part in parts])
 
 
 def accuracy(model: LoadedModel, head: Tensor, part: Texts, max_length: int) -> float:
-    """The share of texts that are put into their own class; `head` is (classes, width)."""
+    """Return the share of texts that are nearest to their own class.
+
+    Args:
+        model: embeds the texts.
+        head: the classes' embeddings, (classes, width).
+        part: texts with their classes.
+        max_length: tokens that texts are cut to.
+    """
     nearest = (embed(model, part.texts, max_length) @ head.T).argmax(-1)
     return float((nearest == torch.tensor(part.labels)).double().mean())
 
@@ -56,6 +63,16 @@ def fine_tune(
     """Train every weight of a sentence encoder on a task, and save it as a folder like the base.
 
     AdamW with a linear warm-up and decay, no dropout.
+
+    Args:
+        base: the encoder's folder.
+        out: the folder to write.
+        names: the classes, in plain words; the base's embeddings of them are the head.
+        part: texts with their classes.
+        steps: training steps of 32 texts.
+        max_length: tokens that texts are cut to.
+        seed: decides the order of the texts.
+        progress: told about each step.
     """
     model = open_model(base)
     head = embed(model, names, max_length).clone()
@@ -91,7 +108,7 @@ def _pace(step: int, steps: int) -> float:
 
 
 def _save(model: LoadedModel, base: Path, out: Path) -> None:
-    """The base's folder with the trained tensors in place of its own."""
+    """Copy the base's folder with the trained tensors in place of its own."""
     shutil.copytree(base, out)
     source, state = Checkpoint.open(base), model.module.state_dict()
     tensors = {
