@@ -92,7 +92,7 @@ class Attachment(nn.Module):
         return self.factors.update(prepared, values, index)
 
     def quantise(self, bits: int | None) -> None:
-        """From now on compute with what a file of so many bits holds; None: with exact values.
+        """Compute, from now on, with what a file of so many bits holds; None: with exact values.
 
         Raises:
             InputError: the method cannot have so many bits.

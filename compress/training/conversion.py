@@ -45,7 +45,7 @@ def convert(
         precision: how the coefficients are rounded.
         name: what the base is called, for people.
         made: how the delta was made, for people and tools.
-        progress: what is told how far the work is.
+        progress: receives how far the work is.
 
     Raises:
         BaseMismatchError: the model's frozen tensors are not the base's.
@@ -114,10 +114,10 @@ def _write(place: Path, tensors: dict[str, Tensor]) -> None:
 def _check_names(attachment: Attachment, checkpoint: Checkpoint) -> None:
     for place in attachment.places:
         if place.target.name not in checkpoint:
-            known = [alias for alias in place.aliases if alias in checkpoint]
+            there = [alias for alias in place.aliases if alias in checkpoint]
             advice = (
-                f"the base calls it {known[0]}: use that in `targets`"
-                if known
+                f"the base calls it {there[0]}: use that in `targets`"
+                if there
                 else (
                     "give the base that the model was made from; where it names its tensors"
                     " otherwise, give `names` to attach"
@@ -162,6 +162,6 @@ def _extras(
     """Copy the extras, in the types in which the base keeps them."""
     extras = {}
     for name, value in attachment.frozen.trained(model).items():
-        known = TORCH.get(checkpoint.info(name).dtype) if name in checkpoint else None
-        extras[name] = RawTensor.copy_of(value if known is None else value.to(known))
+        dtype = TORCH.get(checkpoint.info(name).dtype) if name in checkpoint else None
+        extras[name] = RawTensor.copy_of(value if dtype is None else value.to(dtype))
     return extras

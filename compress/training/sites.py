@@ -153,10 +153,10 @@ def _choose(
 
 
 def _is_matrix(parameter: Tensor) -> bool:
-    known = dtypes.BY_LONG.get(str(parameter.dtype).removeprefix("torch."))
+    dtype = dtypes.BY_LONG.get(str(parameter.dtype).removeprefix("torch."))
     return (
-        known is not None
-        and known.name in dtypes.TARGETS
+        dtype is not None
+        and dtype.name in dtypes.TARGETS
         and parameter.ndim >= 2
         and parameter.numel() > 0
     )

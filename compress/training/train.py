@@ -162,7 +162,7 @@ def switch(model: M, attachment: Attachment) -> M:
 
 
 def quantise(model: nn.Module, bits: int | None) -> None:
-    """From now on compute with what a file of so many bits holds, gradients straight through.
+    """Compute, from now on, with what a file of so many bits holds, gradients straight through.
 
     Outputs are then those of the saved and merged file, to float32 rounding. Call it before the
     last fifth of the steps, so that the coefficients learn with their rounding.
@@ -195,7 +195,7 @@ def to_delta(
         bits: 4, 8 or 16; by default those of `quantise`, else 8.
         name: what the base is called, for people.
         made: how it was made, for people and tools.
-        progress: what is told how far the work is.
+        progress: receives how far the work is.
 
     Raises:
         BaseMismatchError: `base` is not what the model was made from.

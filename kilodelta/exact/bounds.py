@@ -1,4 +1,4 @@
-"""How large an exact update may be, and what it is counted in (docs/format.md, section 6)."""
+"""Bound exact updates, and say what they are multiples of (docs/format.md, section 6)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def exactness(bound: int, e: int) -> str:
         e: the exponent of the update's unit.
 
     Returns:
-        A sentence without its end, or nothing: also for an update of zero, whatever its exponent.
+        The fault, for a sentence, or an empty text; always empty for an update of zero.
 
     Example:
         >>> exactness(1 << 53, 0)
@@ -34,7 +34,7 @@ def exactness(bound: int, e: int) -> str:
 
 
 def unit(bound: int, e: int) -> float:
-    """Return 2^e, what an update 2^e N is counted in; 1 for an update of zero.
+    """Return 2^e, of which an update 2^e N is a multiple; 1 for an update of zero.
 
     The format lets a zero update have any exponent. Kernels multiply by this float32 number, and
     zero times 2^128, which is infinite there, would not be zero.

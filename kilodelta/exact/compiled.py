@@ -64,7 +64,7 @@ def cache_folder() -> Path | None:
 
 
 def _usable(folder: Path) -> Path | None:
-    """Return the folder if a file can be written there; it is made if need be."""
+    """Return the folder, made if needed, if a file can be written there; else None."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -76,11 +76,11 @@ def _usable(folder: Path) -> Path | None:
 def _is_private(folder: Path) -> bool:
     """Check that nobody else can have put code there: what is loaded from it is run."""
     try:
-        found = folder.stat()
+        status = folder.stat()
     except OSError:
         return True  # it is about to be made by us
-    owner = getattr(os, "geteuid", lambda: found.st_uid)()
-    return found.st_uid == owner and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    owner = getattr(os, "geteuid", lambda: status.st_uid)()
+    return status.st_uid == owner and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 @lru_cache(maxsize=1)

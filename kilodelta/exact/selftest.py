@@ -38,7 +38,7 @@ KNOWN_ANSWERS = (
 
 @lru_cache(maxsize=1)
 def require_good_kernels() -> None:
-    """Run every kernel once a process on known values.
+    """Run every kernel on known values, once per process.
 
     Raises:
         SelfTestError: a result differs.
@@ -107,8 +107,8 @@ def _ordered_sums_are_right() -> bool:
 
     left = (((np.arange(3 * 150) * 37) % 255 - 127) / 7).astype(np.float32).reshape(3, 150)
     right = (((np.arange(150 * 270) * 91) % 1021 - 510) / 11).astype(np.float32).reshape(150, 270)
-    found = ordered.multiplier(right)(left)
-    return hashlib.sha256(found.astype("<f8").data).hexdigest() == ORDERED_DIGEST
+    product = ordered.multiplier(right)(left)
+    return hashlib.sha256(product.astype("<f8").data).hexdigest() == ORDERED_DIGEST
 
 
 ORDERED_DIGEST = "660936de09417d05030e87043bcf0ac4e20d296e378f7a137f37d88369bbda68"

@@ -1,5 +1,41 @@
 """Say what a `.kd` file holds: manifest, methods, coefficients, and the delta that they make.
 
-The contract is `docs/format.md`; this package is that document in code and needs no torch.
-`methods/` holds the exact methods, `foreign/` other tools' float bases.
+The contract is `docs/format.md`; this package is that document in code, and needs no torch but for
+the parts of `methods/` that the rooms above load. `container.py` is the file as bytes,
+`manifest.py` what it says about itself, `delta.py` the fine-tune; `foreign/` holds other tools'
+float bases.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kilodelta.format.delta import Delta as Delta
+    from kilodelta.format.file import load as load
+    from kilodelta.format.methods import METHODS as METHODS
+    from kilodelta.format.methods import Method as Method
+    from kilodelta.format.methods import register as register
+    from kilodelta.format.targets import Patterns as Patterns
+
+_WHERE = {
+    "Delta": "kilodelta.format.delta",
+    "METHODS": "kilodelta.format.methods",
+    "Method": "kilodelta.format.methods",
+    "Patterns": "kilodelta.format.targets",
+    "load": "kilodelta.format.file",
+    "register": "kilodelta.format.methods",
+}
+
+__all__ = ["METHODS", "Delta", "Method", "Patterns", "load", "register"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,4 +1,4 @@
-"""Where each target's coefficients and scales lie in a file, and what they are."""
+"""Locate each target's coefficients and scales in a file, and read them."""
 
 from __future__ import annotations
 

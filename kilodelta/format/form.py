@@ -72,4 +72,4 @@ class Form(ABC):
 
     @abstractmethod
     def draws(self, target: Target) -> int:
-        """Return how many calls of a random generator a target's two factors take, about."""
+        """Estimate how many calls of a random generator a target's two factors take."""

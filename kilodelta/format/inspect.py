@@ -1,4 +1,4 @@
-"""What a file is, what it needs, and where its bytes go; no base is opened."""
+"""Describe a file: what it is, what it needs, and where its bytes go. No base is opened."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Contents:
     nbytes: Mapping[str, int]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {name: _plain(value) for name, value in vars(self).items()}
 
 
@@ -54,6 +54,10 @@ def inspect(path: str | os.PathLike[str]) -> Contents:
 
     Raises:
         FileError: the file breaks a rule of the format.
+
+    Example:
+        >>> inspect("tests/golden/0.1.0/nola-8.kd").method
+        {'name': 'nola', 'rank': 2, 'bases': 131, 'basis': 'sign'}
     """
     delta = load(path)
     manifest, place = delta.manifest, Path(path)

@@ -49,7 +49,7 @@ class Base:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a file says about itself."""
+    """Everything that a file says about itself."""
 
     base: Base
     method: Form

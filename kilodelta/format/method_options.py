@@ -28,8 +28,8 @@ def parse_method(value: Any) -> Form:
     if isinstance(value, dict) and isinstance(name, str):  # a list is no key of a mapping
         kind = METHODS.get(name) or COMPAT.get(name)
     if kind is None:
-        known = ", ".join((*METHODS, *COMPAT))
-        raise FieldError(f"method {name!r:.80} is unknown; known are {known}")
+        names = ", ".join((*METHODS, *COMPAT))
+        raise FieldError(f"method {name!r:.80} is unknown; known are {names}")
     options = dict(table(value, "method", {"name", *kind.option_names(value)}))
     del options["name"]
     for option, given in options.items():

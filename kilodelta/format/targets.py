@@ -1,4 +1,4 @@
-"""Which tensors of a base a delta changes, and how each is seen as a matrix."""
+"""Choose the tensors of a base that a delta changes, and view each as a matrix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Patterns:
-    """Case-sensitive shell globs over tensor names; `*` matches dots too.
+    """Case-sensitive shell globs over tensor names; `*` matches dots as well.
 
     A target is a tensor that matches a glob of `include` and none of `exclude`; one that matches
     a glob of `transposed` is stored (in, out).
@@ -39,22 +39,27 @@ class Target:
 
     @property
     def stored(self) -> Shape:
-        """The stored tensor as a matrix: everything behind the first dimension flattened."""
+        """The stored tensor's shape as a matrix: all dimensions but the first are flattened."""
         return self.shape[0], prod(self.shape[1:])
 
     @property
     def matrix(self) -> Shape:
-        """(D, d) = (out, in)."""
+        """The shape (D, d) = (out, in) of the weights as the methods see them."""
         return self.stored[::-1] if self.transposed else self.stored
 
 
 def matches(name: str, globs: Iterable[str]) -> bool:
-    """Whether a name matches one of the globs."""
+    """Return whether a name matches one of the globs.
+
+    Example:
+        >>> matches("encoder.layer.0.output.weight", ("encoder.*.weight",))
+        True
+    """
     return any(fnmatchcase(name, glob) for glob in globs)
 
 
 def select(tensors: Iterable[TensorInfo], patterns: Patterns) -> tuple[Target, ...]:
-    """The targets in a model: float tensors of two or more dimensions, in name order."""
+    """Choose the targets in a model: float tensors of two or more dimensions, in name order."""
     chosen = {info.name: info for info in tensors if _is_target(info, patterns)}
     return tuple(
         Target(

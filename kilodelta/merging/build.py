@@ -91,7 +91,7 @@ def build(
             arrays for a compatibility form.
         shared: the groups that the whole file has once, by name.
         threads: cores to use; all by default.
-        progress: what is told how far the work is.
+        progress: receives how far the work is.
 
     Raises:
         InputError: a group is missing or has another shape, or the patterns choose other tensors.

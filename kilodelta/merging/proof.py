@@ -25,7 +25,7 @@ def target_digests(
         delta: bound to the base.
         checkpoint: the base.
         threads: cores to use; all by default.
-        progress: what is told how far the work is, in bytes.
+        progress: receives how far the work is, in bytes.
 
     Raises:
         CheckpointError: a base tensor holds NaN or infinity.

@@ -1,6 +1,7 @@
-"""Compatibility forms: other tools' float bases, one file each, and this table.
+"""Compatibility forms: other tools' float bases, one file for each, and this table.
 
-docs/format.md, section 9.
+docs/format.md, section 9. A form keeps every bit of an adapter that another tool trained. Its
+result can be proved, but it has no exact integer update.
 """
 
 from __future__ import annotations

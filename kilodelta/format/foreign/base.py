@@ -43,19 +43,19 @@ class Compat(Form):
         return ""
 
 
-def require_print(expected: str, found: str, what: str) -> None:
+def require_print(expected: str, drawn: str, what: str) -> None:
     """Check that a basis drawn here is the one that the file was made with.
 
     Args:
         expected: the fingerprint that the file states.
-        found: the fingerprint of the basis drawn here.
+        drawn: the fingerprint of the basis drawn here.
         what: what the message calls the basis.
 
     Raises:
         SelfTestError: it is another one.
     """
-    if found != expected:
+    if drawn != expected:
         raise SelfTestError(
-            f"{what} comes out here with SHA-256 {found}, the file says {expected}",
+            f"{what} comes out here with SHA-256 {drawn}, the file says {expected}",
             fix="use another version of numpy or another machine, and report this one",
         )

@@ -1,4 +1,4 @@
-"""The official NOLA code's layers: seeded uniform bases drawn by PyTorch on a CPU, around starts.
+"""Rebuild the official NOLA code's layers: uniform bases drawn by PyTorch on a CPU, around starts.
 
 Source: Koohpayegani et al., https://arxiv.org/abs/2310.02556, as its authors' GPT-2 and LLaMA code
 computes it: each factor has a frozen start, which the paper's formula has not.
@@ -57,7 +57,7 @@ class OfficialNola(Compat):
         return self.alpha / self.rank
 
     def parts(self, target: Target) -> tuple[range, ...]:
-        """The rows of the target that are updated, one range an update."""
+        """Return the rows of the target that are updated, one range per update."""
         out, in_ = target.matrix
         if self.layout == "gpt2" and out == 3 * in_:
             return range(in_), range(2 * in_, out)
@@ -102,23 +102,29 @@ class OfficialNola(Compat):
 
 
 def mixed(coefficients: Floats, seed: int, start: Floats, fingerprint: Floats) -> Floats:
-    """start + sum_i c_i U_i / sqrt k, the basis checked against its SHA-256.
+    """Compute start + sum_i c_i U_i / sqrt k, the basis checked against its SHA-256.
 
     The sum runs in the order of the bases, in float64, in which every product of two float32 is
     exact; the result is rounded to float32 once.
 
+    Args:
+        coefficients: float32 (k,).
+        seed: of the basis.
+        start: what is added, of the factor's shape.
+        fingerprint: SHA-256 of the basis, uint8 (32,).
+
     Raises:
         SelfTestError: the basis drawn here is not the one that the file was made with.
     """
-    total, found = mix(coefficients, seed, start.shape)
-    require_print(fingerprint.tobytes().hex(), found.hex(), f"the basis of seed {seed}")
+    total, drawn = mix(coefficients, seed, start.shape)
+    require_print(fingerprint.tobytes().hex(), drawn.hex(), f"the basis of seed {seed}")
     scaled = total * (1.0 / sqrt(len(coefficients)))
     whole: Floats = (scaled + start).astype(np.float32)
     return whole
 
 
 def mix(coefficients: Floats, seed: int, shape: tuple[int, ...]) -> tuple[Floats, bytes]:
-    """(sum_i c_i U_i, SHA-256 of all U), U_i uniform(-1, 1) of one shape, drawn as PyTorch does."""
+    """Compute (sum_i c_i U_i, SHA-256 of all U), U_i uniform(-1, 1), drawn as PyTorch does."""
     generator, state = TorchCpu(seed), hashlib.sha256()
     total = np.zeros(shape)
     step = max(1, CHUNK // total.size)

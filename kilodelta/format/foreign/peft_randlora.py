@@ -1,4 +1,4 @@
-"""HF PEFT's RandLora: its own pairing of bases and ranks, and its own float bases.
+"""Rebuild HF PEFT's RandLora: another pairing of bases and ranks than the paper's, and float bases.
 
 Source: Albert et al., https://arxiv.org/abs/2502.00987, as HF PEFT 0.21 computes it; its sum pairs
 rank-major scales with base-major columns, so it is not the paper's.
@@ -75,7 +75,7 @@ class PeftRandLora(Compat):
         return self.alpha / self.rank
 
     def shared(self) -> tuple[Group, ...]:
-        """A basis that no recipe rebuilds travels in the file."""
+        """Return the basis, where no recipe rebuilds it."""
         if self.basis != "stored":
             return ()
         n, type_ = ceil_div(self.small, self.rank), named(self.dtype).name
@@ -93,7 +93,7 @@ class PeftRandLora(Compat):
         return ceil_div(min(target.matrix), self.rank) * self.rank
 
     def draws(self, target: Target) -> int:
-        """The basis, drawn once for all targets and counted at each."""
+        """Count the basis, which is drawn once for all targets, at each."""
         return (self.small + self.rank) * (self.large + self.rank)
 
     def problem(self, layout: tuple[Target, ...]) -> str:
@@ -117,10 +117,10 @@ class PeftRandLora(Compat):
         return np.ascontiguousarray(B[:in_, : len(q["gamma"])].reshape(in_, -1).T)
 
     def _scaled(self, A: Floats, q: Values, columns: range) -> Floats:
-        """L, the products rounded as PEFT rounds them, float32 (r n, columns)."""
+        """Compute L, the products rounded as PEFT rounds them, float32 (r n, columns)."""
         part = slice(columns.start, columns.stop)
-        found: Floats = q["lambda"][:, :, None] * A[:, None, part] * q["gamma"][None, :, part]
-        return found.reshape(-1, len(columns))
+        L: Floats = q["lambda"][:, :, None] * A[:, None, part] * q["gamma"][None, :, part]
+        return L.reshape(-1, len(columns))
 
     def _basis(self, q: Values, stream: Stream) -> Basis:
         if self.basis == "stored":
@@ -131,24 +131,24 @@ class PeftRandLora(Compat):
 
 @lru_cache(maxsize=2)
 def _rebuilt(form: PeftRandLora, seed: int) -> Basis:
-    found = draw(form.basis, form.dtype, seed, form.rank, form.small, form.large)
-    require_print(form.fingerprint, digest(found, form.dtype), "PEFT's RandLora basis")
-    return found
+    basis = draw(form.basis, form.dtype, seed, form.rank, form.small, form.large)
+    require_print(form.fingerprint, digest(basis, form.dtype), "PEFT's RandLora basis")
+    return basis
 
 
 def ceil_div(a: int, b: int) -> int:
-    """ceil(a / b)."""
+    """Compute ceil(a / b)."""
     return -(-a // b)
 
 
 def sides(layout: tuple[Target, ...]) -> tuple[int, int]:
-    """(m, M) of the basis that PEFT makes for these targets: the largest out and in, sorted."""
+    """Return (m, M) of PEFT's basis for these targets: the largest out and in, sorted."""
     out, in_ = (max(target.matrix[axis] for target in layout) for axis in (0, 1))
     return min(out, in_), max(out, in_)
 
 
 def digest(basis: Basis, dtype: str) -> str:
-    """SHA-256 of a basis in its own type, A first."""
+    """Compute SHA-256 of a basis in its type, A first."""
     state = hashlib.sha256()
     for part in basis:
         state.update(named(dtype).narrow(part).data)
@@ -156,7 +156,15 @@ def digest(basis: Basis, dtype: str) -> str:
 
 
 def draw(kind: str, dtype: str, seed: int, rank: int, small: int, large: int) -> Basis:
-    """The basis that PEFT draws with `projection_prng_key = seed`."""
+    """Draw PEFT's basis of `projection_prng_key = seed`.
+
+    Args:
+        kind: dense, sparse or very-sparse.
+        dtype: the type in which it is drawn.
+        seed: PEFT's key.
+        rank: r.
+        small, large: the basis's sides, as `sides` says.
+    """
     generator, n = TorchCpu(seed), ceil_div(small, rank)
     if kind == "dense":
         return _dense(generator, named(dtype).name, rank, n, small, large)
@@ -167,7 +175,7 @@ def draw(kind: str, dtype: str, seed: int, rank: int, small: int, large: int) ->
 
 
 def _dense(generator: TorchCpu, type_: str, rank: int, n: int, small: int, large: int) -> Basis:
-    """Kaiming uniform (a = sqrt 5) in a narrow type, each over its unbiased deviation."""
+    """Draw kaiming uniform (a = sqrt 5) in a narrow type, over its unbiased deviation."""
     A = generator.uniform((rank, small), _kaiming(small), type_)
     parts = [generator.uniform((large, rank), _kaiming(rank), type_) for _ in range(n)]
     B = np.stack(parts, axis=1)
@@ -185,10 +193,10 @@ def _normal(values: Floats, type_: str) -> Floats:
 
 
 def _sparse(units: Floats, sparsity: float) -> Floats:
-    """-1, 0 and 1 by two thresholds, over their deviation in float32."""
+    """Turn uniform numbers into -1, 0 and 1 by two thresholds, over their float32 deviation."""
     edge = 1 / (2 * sparsity)
     below, above = units < np.float32(edge), units > np.float32(1 - edge)
     signs = above.astype(np.float32) - below.astype(np.float32)
     deviation = np.float32(np.std(signs.astype(np.float64), ddof=1))
-    found: Floats = signs / deviation
-    return found
+    scaled: Floats = signs / deviation
+    return scaled

@@ -1,4 +1,4 @@
-"""HF PEFT's Uni-LoRA: one float vector, dealt out to the factors of all layers by NumPy's shuffle.
+"""Rebuild HF PEFT's Uni-LoRA: one float vector, dealt out to all layers by NumPy's shuffle.
 
 Source: Li et al., https://arxiv.org/abs/2506.00799, as HF PEFT 0.21 computes it: every entry of the
 vector is dealt out equally often, to one place more or less, and scaled by how often.
@@ -73,7 +73,7 @@ class PeftUniLora(Compat):
         return (Group(name="start", shape=(1,), dtype="I64"),)
 
     def draws(self, target: Target) -> int:
-        """The shuffle, drawn once for all targets and counted by their shares."""
+        """Count the target's share of the shuffle, which is drawn once for all."""
         return places(self.rank, [target.matrix])
 
     def problem(self, layout: tuple[Target, ...]) -> str:
@@ -91,19 +91,19 @@ class PeftUniLora(Compat):
     def _dealt(self, q: Values, stream: Stream, start: int, shape: tuple[int, int]) -> Floats:
         indices, scales = _rebuilt(self, stream.seed)
         chosen = indices[range_of(start, shape, self.total)].reshape(shape)
-        found: Floats = q["theta"][chosen] * scales[chosen]
-        return found
+        factor: Floats = q["theta"][chosen] * scales[chosen]
+        return factor
 
 
 def range_of(start: int, shape: tuple[int, int], total: int) -> slice:
-    """The places of a factor, whatever a file says within those that there are."""
+    """Return the places of a factor; a start that a file puts outside of all is moved inside."""
     size = shape[0] * shape[1]
     first = min(max(start, 0), total - size)
     return slice(first, first + size)
 
 
 def places(rank: int, shapes: list[tuple[int, int]]) -> int:
-    """Entries of all factors of so many ranks."""
+    """Count the entries of all factors of a rank."""
     return sum(rank * (out + in_) for out, in_ in shapes)
 
 
@@ -115,22 +115,23 @@ def _rebuilt(form: PeftUniLora, seed: int) -> Dealt:
 
 
 def deal(seed: int, bases: int, total: int) -> npt.NDArray[Any]:
-    """PEFT's indices with `proj_seed = seed`, int64 (total,)."""
+    """Deal out PEFT's indices of `proj_seed = seed`, int64 (total,)."""
     generator = np.random.default_rng(seed)
-    found = np.repeat(np.arange(bases), total // bases)
+    indices = np.repeat(np.arange(bases), total // bases)
     if total % bases:
-        found = np.concatenate([found, generator.choice(bases, total % bases, replace=False)])
-    generator.shuffle(found)
-    return found
+        rest = generator.choice(bases, total % bases, replace=False)
+        indices = np.concatenate([indices, rest])
+    generator.shuffle(indices)
+    return indices
 
 
 def scales_of(indices: npt.NDArray[Any], bases: int, dtype: str) -> Floats:
-    """1 / sqrt of how often each entry is dealt out, 0 for never, float32 of a type's values."""
+    """Compute 1 / sqrt of how often each entry is dealt out (0 for never), rounded to a type."""
     counts = np.bincount(indices, minlength=bases).astype(np.float32)
     scales = np.where(counts > 0, 1 / np.sqrt(np.maximum(counts, 1)), 0).astype(np.float32)
     return named(dtype).rounded(scales)
 
 
 def digest(indices: npt.NDArray[Any]) -> str:
-    """SHA-256 of indices as little-endian int64."""
+    """Compute SHA-256 of indices as little-endian int64."""
     return "sha256:" + hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest()

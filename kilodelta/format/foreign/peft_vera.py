@@ -1,4 +1,4 @@
-"""HF PEFT's VeRA: two float matrices shared by all layers, scaled by two trained vectors a layer.
+"""Rebuild HF PEFT's VeRA: two float matrices shared by all layers, two trained vectors per layer.
 
 Source: Kopiczko et al., https://arxiv.org/abs/2310.11454, as HF PEFT 0.21 computes it.
 """
@@ -55,7 +55,7 @@ class PeftVera(Compat):
         return 1.0
 
     def shared(self) -> tuple[Group, ...]:
-        """A basis that no recipe rebuilds travels in the file."""
+        """Return the basis, where no recipe rebuilds it."""
         if self.basis == "drawn":
             return ()
         return (
@@ -70,11 +70,11 @@ class PeftVera(Compat):
         )
 
     def draws(self, target: Target) -> int:
-        """The basis, drawn once for all targets and counted at each."""
+        """Count the basis, which is drawn once for all targets, at each."""
         return self.rank * (self.height + self.width)
 
     def problem(self, layout: tuple[Target, ...]) -> str:
-        """A drawn basis is of the layers' own size; a file cannot ask for a larger one."""
+        """Check that a drawn basis has the layers' size: a file cannot ask for a larger one."""
         height, width = (max(target.matrix[axis] for target in layout) for axis in (0, 1))
         if self.basis == "drawn":
             fits = (height, width) == (self.height, self.width)
@@ -86,12 +86,12 @@ class PeftVera(Compat):
 
     def left(self, q: Values, target: Target, stream: Stream, rows: range) -> Floats:
         part = slice(rows.start, rows.stop)
-        found: Floats = q["b"][part, None] * self._basis(q, stream)[1][part]
-        return found
+        left: Floats = q["b"][part, None] * self._basis(q, stream)[1][part]
+        return left
 
     def right(self, q: Values, target: Target, stream: Stream) -> Floats:
-        found: Floats = q["d"][:, None] * self._basis(q, stream)[0][:, : target.matrix[1]]
-        return found
+        right: Floats = q["d"][:, None] * self._basis(q, stream)[0][:, : target.matrix[1]]
+        return right
 
     def _basis(self, q: Values, stream: Stream) -> Basis:
         if self.basis == "stored":
@@ -102,13 +102,13 @@ class PeftVera(Compat):
 
 @lru_cache(maxsize=2)
 def _rebuilt(form: PeftVera, seed: int) -> Basis:
-    found = draw(seed, form.rank, form.height, form.width)
-    require_print(form.fingerprint, digest(found), "PEFT's VeRA basis")
-    return found
+    basis = draw(seed, form.rank, form.height, form.width)
+    require_print(form.fingerprint, digest(basis), "PEFT's VeRA basis")
+    return basis
 
 
 def digest(basis: Basis) -> str:
-    """SHA-256 of a basis, A first."""
+    """Compute SHA-256 of a basis, A first."""
     state = hashlib.sha256()
     for part in basis:
         state.update(np.ascontiguousarray(part, "<f4").data)
@@ -116,7 +116,13 @@ def digest(basis: Basis) -> str:
 
 
 def draw(seed: int, rank: int, height: int, width: int) -> Basis:
-    """The basis that PEFT draws with `projection_prng_key = seed`: Kaiming uniform, A first."""
+    """Draw PEFT's basis of `projection_prng_key = seed`: kaiming uniform, A first.
+
+    Args:
+        seed: PEFT's key.
+        rank: r.
+        height, width: rows of B, columns of A.
+    """
     generator = TorchCpu(seed)
     A = generator.uniform((rank, width), _bound(width), "F32")
     return A, generator.uniform((height, rank), _bound(rank), "F32")

@@ -78,7 +78,7 @@ def register(reference: str) -> type[Method]:
         raise InputError(f"there is a method {kind.name!r} already", fix="choose another name")
     for other in METHODS.values():
         if other.name != kind.name and set(other.roles) & set(kind.roles):
-            taken = sorted(role for known in METHODS.values() for role in known.roles)
+            taken = sorted(role for method in METHODS.values() for role in method.roles)
             raise InputError(
                 f"Philox roles {kind.roles} of {kind.name} overlap those of {other.name}",
                 fix=f"choose roles that no method has; taken are {taken}",

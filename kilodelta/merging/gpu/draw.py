@@ -27,7 +27,7 @@ def mixed(
     """
     at = tl.program_id(0) * TILE + tl.arange(0, TILE)
     row, column = place(at % lines + first, at // lines, ROWS)
-    found = tl.zeros((TILE,), tl.uint32)
+    total_set = tl.zeros((TILE,), tl.uint32)
     for b in range(blocks):
         w0, w1, w2, w3 = philox(row, column, b, role, k0, k1)
         w0 ^= tl.load(flips + 4 * b)
@@ -38,8 +38,8 @@ def mixed(
             mask = planes + (p * blocks + b) * 4
             count = popcount(w0 & tl.load(mask)) + popcount(w1 & tl.load(mask + 1))
             count += popcount(w2 & tl.load(mask + 2)) + popcount(w3 & tl.load(mask + 3))
-            found += count << p
-    twice = (found << 1).to(tl.int32, bitcast=True)
+            total_set += count << p
+    twice = (total_set << 1).to(tl.int32, bitcast=True)
     tl.store(out + at, total - twice, mask=at < lines * rank)
 
 

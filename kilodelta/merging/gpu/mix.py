@@ -44,19 +44,22 @@ def forward(
     """Store out[starts[t] + el] = sum_i coefficients[t, i] S_i[el] for elements el < sizes[t]."""
     element = tl.program_id(0) * BE + tl.arange(0, BE)
     t = tl.program_id(1) * BT + tl.arange(0, BT)
-    known = t < targets
+    valid = t < targets
     row, column = place(element // rank, element % rank, ROWS)
     lane = tl.arange(0, 32)[None, :]
     total = tl.zeros((BT, BE), TYPE)
     for b in range(blocks):
         w0, w1, w2, w3 = philox(row, column, b, role, k0, k1)
         c = coefficients + (t[:, None] * blocks + b) * 128 + lane
-        mask = known[:, None] & (lane >= 0)
+        mask = valid[:, None] & (lane >= 0)
         total = _dot(tl.load(c, mask=mask, other=0.0), _signs(w0, TYPE), total)
         total = _dot(tl.load(c + 32, mask=mask, other=0.0), _signs(w1, TYPE), total)
         total = _dot(tl.load(c + 64, mask=mask, other=0.0), _signs(w2, TYPE), total)
         total = _dot(tl.load(c + 96, mask=mask, other=0.0), _signs(w3, TYPE), total)
-    start, size = tl.load(starts + t, mask=known, other=0), tl.load(sizes + t, mask=known, other=0)
+    start, size = (
+        tl.load(starts + t, mask=valid, other=0),
+        tl.load(sizes + t, mask=valid, other=0),
+    )
     tl.store(out + start[:, None] + element[None, :], total, mask=element[None, :] < size[:, None])
 
 
@@ -72,8 +75,11 @@ def backward(
     """
     b, part = tl.program_id(0), tl.program_id(1)
     t = tl.program_id(2) * BT + tl.arange(0, BT)
-    known = t < targets
-    start, size = tl.load(starts + t, mask=known, other=0), tl.load(sizes + t, mask=known, other=0)
+    valid = t < targets
+    start, size = (
+        tl.load(starts + t, mask=valid, other=0),
+        tl.load(sizes + t, mask=valid, other=0),
+    )
     s0, s1 = tl.zeros((BT, 32), TYPE), tl.zeros((BT, 32), TYPE)
     s2, s3 = tl.zeros((BT, 32), TYPE), tl.zeros((BT, 32), TYPE)
     for begin in range(part * step, min((part + 1) * step, largest), BE):
@@ -87,8 +93,8 @@ def backward(
         s2 = _dot(g, tl.trans(_signs(w2, TYPE)), s2)
         s3 = _dot(g, tl.trans(_signs(w3, TYPE)), s3)
     at = out + ((part * targets + t)[:, None] * blocks + b) * 128 + tl.arange(0, 32)[None, :]
-    known = known[:, None] & (tl.arange(0, 32) >= 0)[None, :]
-    tl.store(at, s0, mask=known)
-    tl.store(at + 32, s1, mask=known)
-    tl.store(at + 64, s2, mask=known)
-    tl.store(at + 96, s3, mask=known)
+    stored = valid[:, None] & (tl.arange(0, 32) >= 0)[None, :]
+    tl.store(at, s0, mask=stored)
+    tl.store(at + 32, s1, mask=stored)
+    tl.store(at + 64, s2, mask=stored)
+    tl.store(at + 96, s3, mask=stored)

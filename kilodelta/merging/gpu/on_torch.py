@@ -48,13 +48,13 @@ class TorchUnit:
         values.view(-1)[: q.size] = self._put(q)
 
         def draw(lines: range) -> Tensor:
-            found = torch.zeros(rank, len(lines), dtype=torch.float64, device=self.device)
+            total = torch.zeros(rank, len(lines), dtype=torch.float64, device=self.device)
             for block, part in enumerate(values):
                 for word, numbers in zip(
                     self._words(bases, lines, rank, block), part.view(4, 32), strict=True
                 ):
-                    found += self._bits(word) @ numbers
-            return found
+                    total += self._bits(word) @ numbers
+            return total
 
         return draw
 
@@ -81,11 +81,11 @@ class TorchUnit:
 
         def draw(lines: range) -> Tensor:
             first, odd, _, _ = self._words(bases, lines, rank, index)
-            found = values[_multiply(first, k)[0]] * self._sign(odd)
+            picks = values[_multiply(first, k)[0]] * self._sign(odd)
             if anchor:
                 at = Bases(stream=bases.stream, role=anchor_role, lines_are_rows=False)
-                found += anchor * self._sign(self._words(at, lines, rank, 0)[0])
-            return found
+                picks += anchor * self._sign(self._words(at, lines, rank, 0)[0])
+            return picks
 
         return draw
 

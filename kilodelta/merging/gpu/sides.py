@@ -43,11 +43,11 @@ class Drawing:
     unit: Unit
 
     def rows(self, role: int) -> Bases:
-        """The bases of a role, whose rows are the factor's lines."""
+        """Return the bases of a role, whose rows are the factor's lines."""
         return Bases(stream=self.stream, role=role, lines_are_rows=True)
 
     def columns(self, role: int) -> Bases:
-        """The bases of a role, whose columns are the factor's lines."""
+        """Return the bases of a role, whose columns are the factor's lines."""
         return Bases(stream=self.stream, role=role, lines_are_rows=False)
 
 

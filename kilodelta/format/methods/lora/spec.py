@@ -47,11 +47,11 @@ class Lora(Method):
         return Group(name="A", shape=(self.rank, in_)), Group(name="B", shape=(out, self.rank))
 
     def left(self, q: Coefficients, target: Target, stream: Stream, rows: range) -> Ints:
-        """B, of the coefficients' type, (rows, r)."""
+        """Return rows of B, of the coefficients' type, (rows, r)."""
         return q["B"][rows.start : rows.stop]
 
     def right(self, q: Coefficients, target: Target, stream: Stream) -> Ints:
-        """A, of the coefficients' type, (r, in)."""
+        """Return A, of the coefficients' type, (r, in)."""
         return q["A"]
 
     def draws(self, target: Target) -> int:

@@ -49,18 +49,18 @@ class Nola(Method):
 
     @classmethod
     def samples(cls) -> tuple[Nola, ...]:
-        """More than one block of 128 bases."""
+        """Return one with more than a block of 128 bases."""
         return (cls(rank=2, bases=130),)
 
     def groups(self, target: Target) -> tuple[Group, ...]:
         return Group(name="alpha", shape=(self.bases,)), Group(name="beta", shape=(self.bases,))
 
     def left(self, q: Coefficients, target: Target, stream: Stream, rows: range) -> Ints:
-        """sum_j beta_j V_j, int64 (rows, r)."""
+        """Compute sum_j beta_j V_j, int64 (rows, r)."""
         return stream.mix(ROLE_B, q["beta"], rows, range(self.rank))
 
     def right(self, q: Coefficients, target: Target, stream: Stream) -> Ints:
-        """sum_i alpha_i U_i, int64 (r, in)."""
+        """Compute sum_i alpha_i U_i, int64 (r, in)."""
         return stream.mix(ROLE_A, q["alpha"], range(self.rank), range(target.matrix[1]))
 
     def lefts(self, q: Sequence[Coefficients], targets: Sequence[Target], stream: Stream) -> Ints:

@@ -55,7 +55,7 @@ class RandLora(Method):
 
     @classmethod
     def option_names(cls, options: Mapping[str, Any]) -> set[str]:
-        """Only a ternary basis has a sparsity."""
+        """Leave the sparsity out where the basis is not ternary."""
         unused = set() if options.get("basis") == "ternary" else {"sparsity"}
         return super().option_names(options) - unused
 
@@ -81,14 +81,14 @@ class RandLora(Method):
         return -(-min(shape) // self.rank)
 
     def left(self, q: Coefficients, target: Target, stream: Stream, rows: range) -> Ints:
-        """B diag(lambda), int8 (rows, r n); where out < in, the transposed other factor."""
+        """Compute B diag(lambda), int8 (rows, r n); where out < in, the other factor transposed."""
         out, in_ = target.matrix
         if out < in_:
             return self._small_side(q, stream, rows).transpose(1, 0, 2).reshape(len(rows), -1)
         return self._large_side(q, stream, rows).reshape(len(rows), -1)
 
     def right(self, q: Coefficients, target: Target, stream: Stream) -> Ints:
-        """A diag(gamma), int8 (r n, in); where out < in, the transposed other factor."""
+        """Compute A diag(gamma), int8 (r n, in); where out < in, the other factor transposed."""
         out, in_ = target.matrix
         if out < in_:
             return np.ascontiguousarray(self._large_side(q, stream, range(in_)).reshape(in_, -1).T)
@@ -96,11 +96,11 @@ class RandLora(Method):
         return np.ascontiguousarray(side.transpose(0, 2, 1)).reshape(-1, in_)
 
     def _large_side(self, q: Coefficients, stream: Stream, rows: range) -> Ints:
-        """lambda_j[rho] B_j[row, rho], (rows, r, n)."""
+        """Draw lambda_j[rho] B_j[row, rho], (rows, r, n)."""
         return self.draw(stream, ROLE_B, q["lambda"], rows, range(self.rank))
 
     def _small_side(self, q: Coefficients, stream: Stream, columns: range) -> Ints:
-        """A[rho, column] gamma_j[column], (r, columns, n)."""
+        """Draw A[rho, column] gamma_j[column], (r, columns, n)."""
         ones = np.ones((1, columns.stop), np.int8)
         A = self.draw(stream, ROLE_A, ones, range(self.rank), columns)
         gamma = q["gamma"][:, columns.start : columns.stop].T

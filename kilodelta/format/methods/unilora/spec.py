@@ -55,7 +55,7 @@ class UniLora(Method):
 
     @classmethod
     def of_size(cls, value: int, sides: Sequence[Shape]) -> UniLora:
-        """A rank above the shorter side costs no bytes: theta is shared by all of it."""
+        """Keep the usual rank above the shorter side: theta is shared, so it costs nothing."""
         base = cls()
         return replace(base, rank=min(base.rank, min(map(max, sides))), bases=value)
 
@@ -63,16 +63,16 @@ class UniLora(Method):
         return (Group(name="theta", shape=(self.bases,)),)
 
     def groups(self, target: Target) -> tuple[Group, ...]:
-        """No coefficients, but a scale: the size of the target's update."""
+        """Return a group without coefficients; its scale is the size of the target's update."""
         return (Group(name="size", shape=(0,)),)
 
     def left(self, q: Coefficients, target: Target, stream: Stream, rows: range) -> Ints:
-        """V, int64 (rows, r)."""
+        """Draw V, int64 (rows, r)."""
         theta = q["theta"].astype(np.int64)
         return stream.pick(ROLE_V, target.index, theta, rows, range(self.rank))
 
     def right(self, q: Coefficients, target: Target, stream: Stream) -> Ints:
-        """a S + U, int64 (r, in)."""
+        """Draw a S + U, int64 (r, in)."""
         place = range(self.rank), range(target.matrix[1])
         U = stream.pick(ROLE_U, target.index, q["theta"].astype(np.int64), *place)
         if self.anchor:

@@ -70,8 +70,8 @@ class UniLoraFactors(TrainableFactors):
         V = self.stream.pick(ROLE_V, target.index, marks, range(out), ranks)
         U = self.stream.pick(ROLE_U, target.index, marks, ranks, range(in_))
         both = V, np.ascontiguousarray(U.T)
-        found = [np.where(p > 0, p - 1, k - p - 1).astype(np.int32).reshape(-1) for p in both]
-        return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+        V_at, U_at = (np.where(p > 0, p - 1, k - p - 1).astype(np.int32).reshape(-1) for p in both)
+        return torch.from_numpy(V_at), torch.from_numpy(U_at)
 
     @property
     def constants(self) -> Sequence[PerDevice]:

@@ -49,14 +49,14 @@ class Vera(Method):
         return Group(name="lambda", shape=(self.rank,)), Group(name="b", shape=(out,))
 
     def left(self, q: Coefficients, target: Target, stream: Stream, rows: range) -> Ints:
-        """diag(b) B diag(lambda), int64 (rows, r)."""
+        """Compute diag(b) B diag(lambda), int64 (rows, r)."""
         lambda_ = q["lambda"].astype(np.int64)[None, :]
         B_lambda = stream.signs(ROLE_B, lambda_, rows, range(self.rank))[:, :, 0]
         scaled: Ints = B_lambda * q["b"][rows.start : rows.stop].astype(np.int64)[:, None]
         return scaled
 
     def right(self, q: Coefficients, target: Target, stream: Stream) -> Ints:
-        """A, int8 (r, in)."""
+        """Draw A, int8 (r, in)."""
         return stream.sign(ROLE_A, 0, range(self.rank), range(target.matrix[1]))
 
     def draws(self, target: Target) -> int:
