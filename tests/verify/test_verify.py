@@ -27,6 +27,7 @@ from kilodelta.files.tensor import RawTensor
 from kilodelta.format.methods import Nola
 from kilodelta.format.targets import Patterns
 from kilodelta.models.weights import tensor
+from kilodelta.verify.parity import bench, memory, plan
 from tests.support import pico
 from tests.support.making import delta
 
@@ -296,11 +297,85 @@ def test_places_and_inputs_that_make_no_sense(world: World, tmp_path: Path) -> N
     result = world.verify(world.out, "--inputs", tmp_path / "ids.npz")
     assert result.exit_code == InputError.exit_code
     assert "the artefacts take attention_mask" in result.stderr
-    result = world.run(
-        world.out, "--labels", world.place / "texts.txt", "--against", world.place / "base"
-    )
+    result = world.run(world.out, "--digests-only")
+    assert result.exit_code == InputError.exit_code
+    assert "--inputs asks for outputs, --digests-only for none" in result.stderr
+
+
+def test_labels_are_refused_before_anything_runs(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels, base = world.place / "texts.txt", world.place / "base"
+    monkeypatch.setattr(bench, "Bench", None)  # what would run the artefacts
+    result = world.run(world.out, "--labels", labels, "--against", base)
     assert result.exit_code == InputError.exit_code
     assert "this model makes none" in result.stderr
+    result = world.run(world.out, "--labels", labels, base="nowhere")
+    assert result.exit_code == InputError.exit_code
+    assert "labels say by what two models agree, and there is one model" in result.stderr
+    result = world.run(
+        world.out, "--labels", world.place / "no.txt", "--against", base, base="nowhere"
+    )
+    assert result.exit_code == InputError.exit_code
+    assert "no.txt" in result.stderr
+
+
+def test_a_tuned_model_of_another_kind_is_refused_before_anything_runs(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "Bench", None)
+    other = pico.bert_classifier(tmp_path / "tuned", labels=7)
+    result = world.run(world.out, "--against", other)
+    assert result.exit_code == InputError.exit_code
+    assert "puts out logits of shape (3, 7), the merged model (3, 3)" in result.stderr
+
+
+def test_inputs_of_another_kind_of_number(world: World, tmp_path: Path) -> None:
+    mask = np.ones((2, 3))
+    np.savez(tmp_path / "in.npz", input_ids=mask.astype(np.int64), attention_mask=mask)
+    result = world.verify(world.out, "--inputs", tmp_path / "in.npz")
+    assert result.exit_code == InputError.exit_code
+    assert "attention_mask" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def ignoring_the_mask(folder: Path) -> Path:
+    """Let the ONNX file take a mask of ones whatever it is given."""
+    model = onnx.load(folder / MODEL)
+    for node in model.graph.node:
+        node.input[:] = ["ones" if name == "attention_mask" else name for name in node.input]
+    equal = onnx.helper.make_node("Equal", ["attention_mask", "attention_mask"], ["true"])
+    cast = onnx.helper.make_node("Cast", ["true"], ["ones"], to=onnx.TensorProto.INT64)
+    model.graph.node.insert(0, equal)
+    model.graph.node.insert(1, cast)
+    onnx.save(model, folder / MODEL)
+    return honest(folder)
+
+
+@pytest.mark.parametrize("texts", ["long", "one", "mixed"])
+def test_a_file_that_ignores_the_mask(world: World, tmp_path: Path, texts: str) -> None:
+    """Texts that fill every shape leave no padding of their own."""
+    words = pico.WORDS.split()
+    lengths = {"long": (20, 25, 22), "one": (5,), "mixed": (2, 9, 4)}[texts]
+    (tmp_path / "in.txt").write_text("".join(" ".join(words[:n]) + "\n" for n in lengths))
+    right, wrong = world.copied(tmp_path / "a"), ignoring_the_mask(world.copied(tmp_path / "b"))
+    assert world.verify(right, "--inputs", tmp_path / "in.txt").exit_code == 0
+    result = world.verify(wrong, "--inputs", tmp_path / "in.txt")
+    assert result.exit_code == ProofError.exit_code
+    assert "logits at the usual shape" in result.stderr
+
+
+def test_shapes_that_were_cut_are_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available", lambda: 2 * plan.BYTES * 2 * pico.LABELS)
+    result = world.run(world.out, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    [note] = found["notes"]
+    assert note.startswith("compared at 2x9, not 3x9, whose outputs take ")
+    file = next(r for r in found["results"] if r["runner"] == "onnxruntime-cpu")
+    assert [check["shape"] for check in file["checks"]] == [[1, 1], [2, 4], [2, 9]]
+    result = world.run(world.out)
+    assert f"warning: {note}" in result.stderr
 
 
 def test_a_merged_model_alone_is_run_in_torch(world: World) -> None:

@@ -192,10 +192,15 @@ class _Planner:
         return top
 
     def _elements(self, step: int) -> int:
-        """Output elements of the fewest rows: as measured, else in proportion to the inputs."""
+        """Output elements of the fewest rows: as measured, else in proportion to the inputs.
+
+        Outputs that were as large at two lengths, a classifier's, do not depend on it.
+        """
         if step in self._costs:
             return self._costs[step].elements
         known = self._costs[max(self._costs)]
+        if len(self._costs) > 1 and len({cost.elements for cost in self._costs.values()}) == 1:
+            return known.elements
         wanted = sum(prod(shape) for shape in self._at(step).values())
         return -(-known.elements * wanted // known.inputs)
 
