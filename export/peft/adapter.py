@@ -88,6 +88,14 @@ def export_peft(
 ) -> PeftAdapter:
     """Write a delta as the folder of a PEFT LoRA adapter.
 
+    Args:
+        base: the model the fine-tune was made for.
+        delta: a `.kd` file, or a `Delta`.
+        out: a new folder.
+        options: how the adapter is written.
+        threads: cores to use; all by default.
+        progress: told how many factors are made.
+
     Raises:
         BaseMismatchError: `base` is another model.
         ExportError: the update has no low rank, or a tensor has no place in an adapter.
