@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from kilodelta.format.file import load as load
     from kilodelta.format.inspect import inspect as inspect
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _WHERE = {
     "Checkpoint": "kilodelta.files.checkpoint",
