@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node=2 examples/train_ddp.py [FOLDER]
 
-The base stands still, so DistributedDataParallel reduces the gradients of the coefficients only.
+The base does not change, so DistributedDataParallel reduces the gradients of the coefficients only.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kilodelta.compress.training import train
+from kilodelta import train
 
 
 def main(folder: Path) -> None:
-    """Every process trains on its own rows; the first one saves."""
+    """Train in every process on other rows; the first one saves."""
     folder.mkdir(parents=True, exist_ok=True)
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()

@@ -16,19 +16,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import kilodelta
-from kilodelta.compress.training import train
-from kilodelta.verify.digests.proof import prove
+from kilodelta import train
+from kilodelta.verify import prove
 
 
 def network() -> nn.Module:
-    """Two numbers in, one out."""
+    """Make a network of two inputs and one output."""
     return nn.Sequential(
         nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)
     )
 
 
 def fit(model: nn.Module, x: Tensor, y: Tensor, *, steps: int, rate: float) -> float:
-    """The usual loop; returns the last loss."""
+    """Run the usual loop; return the last loss."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=rate)
     for _ in range(steps):
@@ -40,7 +40,7 @@ def fit(model: nn.Module, x: Tensor, y: Tensor, *, steps: int, rate: float) -> f
 
 
 def main(folder: Path) -> None:
-    """Base, delta, merge, proof."""
+    """Train a base, train a delta of it, merge, and prove the result."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     x = torch.rand(512, 2) * 2 - 1

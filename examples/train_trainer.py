@@ -1,11 +1,11 @@
 """Train a delta with the Hugging Face Trainer: all-MiniLM-L6-v2 learns to sort support questions.
 
-    pip install 'kilodelta[demo,peft]'  # the Trainer needs accelerate, which comes with peft
+    pip install '.[demo,peft]'  # in a clone; the Trainer needs accelerate, which comes with peft
     python examples/train_trainer.py [FOLDER]
 
 The classifier's head is new, so it trains whole and travels in the file; the encoder changes by a
-few thousand integer coefficients. Checkpoints hold the coefficients only, and `--resume` of the
-Trainer (`resume_from_checkpoint`) goes on from them.
+few thousand integer coefficients. Checkpoints hold the coefficients only, and the Trainer's
+`resume_from_checkpoint` goes on from them.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
 import kilodelta
-from kilodelta.compress.training import train
+from kilodelta import train
 
 INTENTS = {
     "refund": ("I want my money back for {}", "please refund {}", "cancel {} and repay me"),
@@ -40,14 +41,22 @@ OPENINGS = ("", "hello, ", "it is urgent: ", "sorry to ask, but ", "good morning
 
 
 def texts() -> list[tuple[str, int]]:
-    """All questions with the number of their intent, in a fixed random order."""
-    found = [
+    """Make all questions with the number of their intent, in a fixed random order."""
+    rows = [
         (opening + form.format(thing), number)
         for number, forms in enumerate(INTENTS.values())
         for form, thing, opening in itertools.product(forms, THINGS, OPENINGS)
     ]
-    random.Random(0).shuffle(found)
-    return found
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+class Quantise(TrainerCallback):  # type: ignore[misc]
+    """Train the last fifth of the steps with the numbers that the file will hold."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if state.global_step == state.max_steps * 4 // 5:
+            train.quantise(given["model"], bits=8)
 
 
 def main(folder: Path) -> None:
@@ -83,9 +92,9 @@ def main(folder: Path) -> None:
         ),
         train_dataset=rows[:200],
         data_collator=DataCollatorWithPadding(tokenizer),
+        callbacks=[Quantise()],
     )
     trainer.train()
-    train.quantise(model, bits=8)
     size = train.save(model, folder / "task.kd", base=base)
     kilodelta.merge(base, folder / "task.kd", folder / "merged")
     print(
@@ -98,8 +107,8 @@ def _accuracy(model: Any, tokenizer: Any) -> float:
     model.eval()
     held_out = texts()[200:]
     batch = tokenizer([text for text, _ in held_out], padding=True, return_tensors="pt")
-    found = model(**batch).logits.argmax(-1)
-    return float((found == torch.tensor([label for _, label in held_out])).float().mean())
+    predicted = model(**batch).logits.argmax(-1)
+    return float((predicted == torch.tensor([label for _, label in held_out])).float().mean())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train a delta of a small vision transformer: a reader of digits learns to read them mirrored.
 
-    pip install 'kilodelta[hf]' scikit-learn
+    pip install '.[hf]' scikit-learn  # in a clone
     python examples/train_vision.py [FOLDER]
 
 The images are scikit-learn's 8 x 8 digits, which come with the package.
@@ -19,21 +19,21 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
 import kilodelta
-from kilodelta.compress.training import train
+from kilodelta import train
 from kilodelta.models import open_model
 
 TRAINED = 1400
 
 
 def digits(*, mirrored: bool) -> tuple[Tensor, Tensor]:
-    """Images float32 (1797, 1, 8, 8) in 0..1, and their classes."""
-    found = load_digits()
-    images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16
-    return images.flip(-1) if mirrored else images, torch.tensor(found.target)
+    """Load images, float32 (1797, 1, 8, 8) in 0..1, and their classes."""
+    bunch = load_digits()
+    images = torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16
+    return images.flip(-1) if mirrored else images, torch.tensor(bunch.target)
 
 
 def fit(model: Any, images: Tensor, labels: Tensor, *, steps: int, rate: float) -> None:
-    """The usual loop, with a rate that falls to zero."""
+    """Run the usual loop, with a rate that falls to zero."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
@@ -48,13 +48,13 @@ def fit(model: Any, images: Tensor, labels: Tensor, *, steps: int, rate: float) 
 
 @torch.no_grad()
 def accuracy(model: Any, images: Tensor, labels: Tensor) -> float:
-    """On the images that no training saw."""
-    found = model(pixel_values=images[TRAINED:]).logits.argmax(-1)
-    return float((found == labels[TRAINED:]).float().mean())
+    """Measure on the images that no training saw."""
+    predicted = model(pixel_values=images[TRAINED:]).logits.argmax(-1)
+    return float((predicted == labels[TRAINED:]).float().mean())
 
 
 def main(folder: Path) -> None:
-    """Base, delta, merge."""
+    """Train a base, train a delta of it, and merge."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     config = ViTConfig(
