@@ -213,8 +213,8 @@ def randlora(threads: int) -> list[dict[str, Any]]:
 
     from kilodelta.exact import products
     from kilodelta.exact.bases import Stream
-    from kilodelta.format.coefficients import quantise
     from kilodelta.format.methods import RandLora
+    from kilodelta.format.quantise import quantise
     from kilodelta.format.targets import Target
     from kilodelta.merging.cpu import LARGE
 

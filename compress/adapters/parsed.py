@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from kilodelta.format.coefficients import Floats
+from kilodelta.format.quantise import Floats
 from kilodelta.merging.build import Numbers, Recipe
 
 Values = Mapping[str, Mapping[str, Numbers]]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kilodelta.exact.lowrank import product_error, product_norm
-from kilodelta.format.coefficients import Floats, Quantised
 from kilodelta.format.methods import Lora
+from kilodelta.format.quantise import Floats, Quantised
 from kilodelta.merging.build import quantise_target
 
 Pair = tuple[Floats, Floats]

@@ -7,7 +7,7 @@ import numpy as np
 from kilodelta.errors import CheckpointError, InputError
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import FLOATS
-from kilodelta.format.coefficients import Floats
+from kilodelta.format.quantise import Floats
 
 
 def floats(tensors: Checkpoint, key: str) -> Floats:

@@ -183,7 +183,7 @@ def test_no_factors_lose_more_than_the_adapter_s_own() -> None:
 
 
 def quantise_product_plain(B: Any, A: Any, bits: int) -> float:
-    from kilodelta.format.coefficients import quantise
+    from kilodelta.format.quantise import quantise
 
     product = quantise(B, bits).value @ quantise(A, bits).value
     return float(np.linalg.norm(product - B @ A))

@@ -235,7 +235,7 @@ def test_a_base_that_holds_nan_or_infinity_is_refused(value: float, tmp_path: Pa
 def test_a_weight_that_leaves_float16_is_refused(tmp_path: Path) -> None:
     weights = np.full((4, 4), 65504.0, np.float16).tobytes()
     base = write(tmp_path / "base.safetensors", {"w": ("F16", (4, 4), weights)})
-    from kilodelta.format.coefficients import Quantised, Scale
+    from kilodelta.format.quantise import Quantised, Scale
     from kilodelta.merging import build
 
     one = Quantised(q=np.ones((1, 4), np.int8), scale=Scale(64, 0))

@@ -17,9 +17,9 @@ from kilodelta.export.peft.adapter import PeftOptions, export_peft
 from kilodelta.export.peft.factors import float_factors
 from kilodelta.export.peft.svd import truncated
 from kilodelta.files.tensor import RawTensor
-from kilodelta.format.coefficients import Quantised
 from kilodelta.format.delta import Delta
 from kilodelta.format.methods import Lora, Method, Nola, RandLora, UniLora, Vera
+from kilodelta.format.quantise import Quantised
 from kilodelta.format.targets import Patterns
 from kilodelta.merging import build
 from tests.support import pico

@@ -24,8 +24,8 @@ PROJECTIONS = Patterns(include=("*_proj.weight",))
 def exact(setting: Setting) -> Iterator[Row]:
     """Try every method on small tensors of every dtype, then merge a model of a billion weights."""
     base = synthetic.write(setting.folder / "small.safetensors", synthetic.SMALL)
-    for method in synthetic.METHODS:
-        for bits in (4, 8) if method.name == "randlora" else (4, 8, 16):
+    for method in synthetic.methods():
+        for bits in method.bits:
             yield _small(Checkpoint.open(base), synthetic.delta(base, method, bits=bits), setting)
     yield from _large(setting)
 

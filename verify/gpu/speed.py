@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from kilodelta.errors import require
 from kilodelta.exact.bases import Stream
-from kilodelta.format.coefficients import largest, storage
 from kilodelta.format.methods import Method, Nola, RandLora
+from kilodelta.format.packing import largest, storage
 from kilodelta.format.targets import Target
 from kilodelta.merging.gpu.choose import device_named, unit_for
 from kilodelta.merging.gpu.sides import sides

@@ -17,7 +17,7 @@ from kilodelta.compress.adapters.peft.folder import PICKLE, WEIGHTS, read_config
 from kilodelta.errors import CheckpointError, InputError, require
 from kilodelta.files.checkpoint import Checkpoint, in_name_order
 from kilodelta.files.tensor import RawTensor
-from kilodelta.format.coefficients import Floats
+from kilodelta.format.quantise import Floats
 
 _KEY = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.(?P<what>\w+)\Z")
 _FRONTS = ("module.", "base_model.model.")

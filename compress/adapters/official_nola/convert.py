@@ -27,10 +27,10 @@ from kilodelta.compress.distill.changes.patterns import patterns_for
 from kilodelta.errors import BaseMismatchError, InputError
 from kilodelta.files import dtypes
 from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.format.coefficients import Floats
 from kilodelta.format.foreign import OfficialNola
 from kilodelta.format.foreign.official_nola import mix
 from kilodelta.format.methods import Lora
+from kilodelta.format.quantise import Floats
 from kilodelta.format.targets import Patterns, Target
 from kilodelta.merging.build import Recipe, targets
 

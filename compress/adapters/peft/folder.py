@@ -18,7 +18,7 @@ from kilodelta.errors import CheckpointError, InputError
 from kilodelta.files import canonical, dtypes, plain
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import RawTensor
-from kilodelta.format.coefficients import Floats
+from kilodelta.format.quantise import Floats
 from kilodelta.format.targets import Patterns
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

@@ -21,9 +21,9 @@ from kilodelta.compress.adapters.refactorise import Best, Pair, by_singular_valu
 from kilodelta.compress.adapters.values import floats
 from kilodelta.errors import BaseMismatchError, CheckpointError, InputError
 from kilodelta.files.tensor import RawTensor
-from kilodelta.format.coefficients import Floats
 from kilodelta.format.foreign import stored
 from kilodelta.format.methods import Lora
+from kilodelta.format.quantise import Floats
 from kilodelta.merging.build import Recipe
 
 

@@ -16,9 +16,9 @@ from kilodelta.compress.adapters.peft.folder import CONFIG, Adapter
 from kilodelta.compress.adapters.peft.names import ROOT
 from kilodelta.errors import CheckpointError, InputError
 from kilodelta.files.dtypes import FLOATS, TARGETS
-from kilodelta.format.coefficients import Floats
 from kilodelta.format.foreign import PeftRandLora
 from kilodelta.format.foreign.peft_randlora import Basis, ceil_div, digest, draw, sides
+from kilodelta.format.quantise import Floats
 from kilodelta.format.targets import Target
 from kilodelta.merging.build import Recipe, targets
 from kilodelta.models.layer_names import is_conv1d, read_config

@@ -18,8 +18,8 @@ from kilodelta.compress.adapters.peft.names import ROOT
 from kilodelta.compress.adapters.peft.orientation import is_conv1d_like
 from kilodelta.errors import InputError
 from kilodelta.files.dtypes import FLOATS
-from kilodelta.format.coefficients import Floats
 from kilodelta.format.foreign.peft_unilora import PeftUniLora, deal, digest, places, scales_of
+from kilodelta.format.quantise import Floats
 from kilodelta.merging.build import Recipe, targets
 
 THETA = "base_model.unilora_theta_d"

@@ -15,8 +15,8 @@ from kilodelta.compress.adapters.peft.folder import CONFIG, Adapter
 from kilodelta.compress.adapters.peft.names import ROOT
 from kilodelta.compress.adapters.peft.orientation import transposed_names
 from kilodelta.errors import CheckpointError
-from kilodelta.format.coefficients import Floats
 from kilodelta.format.foreign.peft_vera import Basis, PeftVera, digest, draw
+from kilodelta.format.quantise import Floats
 from kilodelta.format.targets import Target
 from kilodelta.merging.build import Recipe, targets
 
