@@ -31,7 +31,7 @@ def _sources(module: str) -> list[Path]:
     if not found:
         raise MissingPackageError(
             f"the sources of {module} are not installed; the demo reads their docstrings",
-            fix="pip install 'kilodelta[demo]'",
+            fix="in a clone of kilodelta: pip install '.[demo]'",
         )
     return found
 

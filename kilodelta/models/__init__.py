@@ -2,7 +2,7 @@
 
 A model is a Hugging Face folder, a hub id or a function of the user's own; inputs are texts,
 arrays or batches. Opening one needs torch, and Hugging Face folders need transformers
-(`pip install 'kilodelta[hf]'`), so names load when first used; `layer_names` needs neither.
+(`pip install '.[hf]'`), so names load when first used; `layer_names` needs neither.
 """
 
 from __future__ import annotations
