@@ -1,8 +1,8 @@
 """Make a delta: distil a fine-tuned model, train one in your own loop, or import an adapter.
 
 `distill/` compresses a tuned model and is `compress` here, `training/` is `kilodelta.train`, and
-`adapters/` reads what PEFT and the official NOLA code trained. Names load when they are first used;
-all but `Options` need torch.
+`adapters/` reads what PEFT and the official NOLA code trained and is `import_adapter` here. Names
+load when they are first used; all but `Options` need torch.
 """
 
 from __future__ import annotations
@@ -11,18 +11,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kilodelta.compress.adapters.conversion import Imported as Imported
+    from kilodelta.compress.adapters.importing import import_adapter as import_adapter
     from kilodelta.compress.distill.compress import compress as compress
     from kilodelta.compress.distill.options import Options as Options
     from kilodelta.compress.distill.report import Report as Report
     from kilodelta.compress.training import train as train
 
 _WHERE = {
+    "Imported": "kilodelta.compress.adapters.conversion",
     "Options": "kilodelta.compress.distill.options",
     "Report": "kilodelta.compress.distill.report",
     "compress": "kilodelta.compress.distill.compress",
+    "import_adapter": "kilodelta.compress.adapters.importing",
 }
 
-__all__ = ["Options", "Report", "compress", "train"]
+__all__ = ["Imported", "Options", "Report", "compress", "import_adapter", "train"]
 
 
 def __getattr__(name: str) -> Any:

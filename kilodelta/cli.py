@@ -37,7 +37,7 @@ from kilodelta.errors import KiloDeltaError
 
 SECTIONS = {
     "Start": (demo.demo,),
-    "Make a .kd file": (compress.compress, import_.bring),
+    "Make a .kd file": (compress.compress, import_.import_adapter),
     "Use it": (
         merge_export.merge,
         merge_export.export,

@@ -1,69 +1,69 @@
-"""The front of the import: an adapter and its base in, a proved `.kd` file out."""
+"""The front of the import: the command `kilodelta import` as one function, with its options."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-
-from kilodelta import __version__
-from kilodelta.compress.adapters.official_nola import convert
-from kilodelta.compress.adapters.official_nola.checkpoint import is_official_nola
-from kilodelta.compress.adapters.options import Options
-from kilodelta.compress.adapters.parsed import Draft
-from kilodelta.compress.adapters.peft.folder import CONFIG, Adapter, open_adapter, read_config
+from kilodelta.compress.adapters.conversion import Imported, convert_adapter
+from kilodelta.compress.adapters.reader import ReadOptions
 from kilodelta.errors import InputError
-from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.format.delta import Delta
-from kilodelta.format.inspect import inspect
-from kilodelta.merging.build import build
 from kilodelta.progress import Progress, silent
 
-DEFAULTS = Options()
-Reader = Callable[[Adapter, Options], Draft]
 
-PEFT: Mapping[str, str] = {
-    "LORA": "peft.lora",
-    "RANDLORA": "peft.randlora",
-    "UNILORA": "peft.unilora",
-    "VERA": "peft.vera",
-}
-"""`peft_type` to the module of this package whose `read` takes it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Brought:
-    """An import's result; `error` is ||delta - adapter's update|| / ||adapter's update||."""
-
-    path: Path
-    source: str
-    method: Mapping[str, Any]
-    targets: int
-    extras: tuple[str, ...]
-    error: float
-    adapter_bytes: int
-    nbytes: Mapping[str, int]
-    result: str
-    notes: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {**asdict(self), "path": str(self.path)}
-
-
-def bring(
+def import_adapter(
     adapter: str | Path,
-    base: str | Path | Checkpoint,
+    base: str | Path,
     out: str | Path,
     *,
-    options: Options = DEFAULTS,
+    bits: int = 8,
+    dtype: Literal["float32", "float16"] = "float32",
+    basis_dtype: Literal["bfloat16", "float16"] | None = None,
+    alpha: float | None = None,
+    drawn_on: Literal["cpu"] | None = None,
+    factors: str | Path = "",
+    name: str = "",
+    prefix: str = "",
+    requantise: bool = False,
+    method: str | None = None,
+    rank: int | None = None,
+    bases: int | None = None,
+    inputs: str | Path | None = None,
+    steps: int | None = None,
+    model: str | None = None,
+    force: bool = False,
     progress: Progress = silent,
-) -> Brought:
-    """Turn another tool's adapter into a `.kd` file.
+) -> Imported:
+    """Turn an adapter of HF PEFT or of the official NOLA code into a `.kd` file.
+
+    Every tensor of the adapter is used, or the import is refused by that tensor's name.
+
+    Args:
+        adapter: a PEFT folder (LoRA, RandLora, VeRA, Uni-LoRA), or a checkpoint of official NOLA.
+        base: the model that it was trained on: a folder or a `.safetensors` file.
+        out: the file to write.
+        bits: of an integer coefficient: 4, 8 or 16.
+        dtype: the type of the coefficients of a compatibility form.
+        basis_dtype: the type in which PEFT drew its basis, where the adapter does not hold it.
+        alpha: official NOLA's alpha, where its file does not say.
+        drawn_on: where official NOLA's bases were drawn.
+        factors: official NOLA's factors as a `.safetensors` file, for bases drawn on a GPU.
+        name: what the base is called; its folder's name by default.
+        prefix: where in the base the adapter's modules lie, if they fit in several places: a module
+            path to put before theirs, or `OLD=NEW` to replace a front.
+        requantise: into an exact integer method: a LoRA by truncated SVD, or with `inputs` by
+            distillation.
+        method: of `requantise`, by name.
+        rank: of `requantise`.
+        bases: of `requantise`.
+        inputs: of `requantise`: unlabelled inputs, as for `compress`.
+        steps: of `requantise`: of distillation.
+        model: of `requantise`: `package.module:function` that builds the model.
+        force: replace a file that is there; the adapter's and the base's are never replaced.
+        progress: called as the work goes on.
+
+    Returns:
+        What the file holds and what was lost; with `requantise`, the report of `compress` in it.
 
     Args:
         adapter: a folder of HF PEFT, or a file of the official NOLA code.
@@ -75,65 +75,46 @@ def bring(
     Raises:
         CheckpointError: the adapter's or the base's files are missing or damaged.
         BaseMismatchError: the adapter was not made for this base.
-        InputError: a `peft_type` that is not known, a rank or shape that does not fit; nothing is
-            written.
+        InputError: what the adapter does is not clear, no delta can hold it, or an option belongs
+            to `requantise`.
+        OutputError: `out` may not be replaced, or cannot be written.
+
+    Example:
+        >>> import_adapter("adapter/", "base/", "task.kd", bits=16).error  # doctest: +SKIP
+        2.6e-05
     """
-    checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else Path(base))
-    draft = read(Path(adapter), checkpoint, options)
-    delta = make(draft, checkpoint, progress)
-    error = measured_error(draft, delta)
-    delta.save(out)
-    return Brought(
-        path=Path(out),
-        source=draft.source,
-        method=delta.manifest.method.to_manifest(),
-        targets=len(delta.targets),
-        extras=tuple(delta.extras),
-        error=error,
-        adapter_bytes=size_of(Path(adapter)),
-        nbytes=inspect(out).nbytes,
-        result=delta.manifest.result,
-        notes=draft.notes,
+    options = ReadOptions(
+        bits=bits,
+        dtype=dtype,
+        basis_dtype=basis_dtype,
+        alpha=alpha,
+        drawn_on=drawn_on,
+        factors=str(factors),
+        name=name,
+        prefix=prefix,
     )
+    how: dict[str, Any] = {
+        "method": method,
+        "rank": rank,
+        "bases": bases,
+        "inputs": inputs,
+        "steps": steps,
+        "model": model,
+    }
+    if not requantise:
+        if wrong := next((key for key, value in how.items() if value is not None), None):
+            raise InputError(f"--{wrong} belongs to --requantise", fix="add --requantise")
+        return convert_adapter(adapter, base, out, options=options, force=force, progress=progress)
+    from kilodelta.compress.adapters.requantise import requantise as run
+    from kilodelta.compress.adapters.requantise import settings
 
-
-def read(path: Path, base: Checkpoint, options: Options) -> Draft:
-    """Read an adapter by what it is.
-
-    Raises:
-        InputError: it is of no kind that can be imported.
-    """
-    if is_official_nola(path):
-        return convert.read(path, base, options)
-    kind = str(read_config(path).get("peft_type"))
-    if kind not in PEFT:
-        raise InputError(
-            f"{path / CONFIG}: peft_type {kind!r:.40} is not known here",
-            fix=f"known are {', '.join(PEFT)}; merge others with PEFT and run kilodelta compress",
-        )
-    reader: Reader = importlib.import_module(f"kilodelta.compress.adapters.{PEFT[kind]}").read
-    return reader(open_adapter(path, base), options)
-
-
-def make(draft: Draft, base: Checkpoint, progress: Progress) -> Delta:
-    """The draft as a proved delta."""
-    made = {"tool": f"kilodelta {__version__}", "source": draft.source, **draft.recipe.made}
-    name = draft.recipe.name or base.path.name
-    recipe = replace(draft.recipe, name=name, made=made)
-    return build(base, recipe, draft.own, draft.shared, progress=progress)
-
-
-def measured_error(draft: Draft, delta: Delta) -> float:
-    """What the import lost, over all targets together: 0 nothing, 1 all."""
-    missed = whole = 0.0
-    for name in delta.targets:
-        wanted = np.asarray(draft.wanted(name), np.float64)
-        missed += float(np.square(delta.update(name) - wanted).sum())
-        whole += float(np.square(wanted).sum())
-    return float((missed / whole) ** 0.5) if whole else float(missed > 0)
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files of a folder."""
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    return sum(place.stat().st_size for place in files)
+    return run(
+        adapter,
+        base,
+        out,
+        options=options,
+        how=settings(bits=bits, **how),
+        inputs=inputs,
+        force=force,
+        progress=progress,
+    )

@@ -1,4 +1,4 @@
-"""Bringing in what other tools trained."""
+"""Import what other tools trained."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import click
 from kilodelta import terminal
 from kilodelta.commands import compress
 from kilodelta.commands.shared import Command, as_json, with_progress
-from kilodelta.errors import InputError, require
+from kilodelta.errors import require
 from kilodelta.format.methods import TABLE
-
-_FIT_RANK = 8
 
 
 @click.command(
@@ -54,6 +52,12 @@ _FIT_RANK = 8
 )
 @click.option("--name", default="", help="What the base is called; its folder's name by default.")
 @click.option(
+    "--prefix",
+    default="",
+    help="Where in the base its modules lie, if they fit in several places: a module path to put"
+    " before theirs, or OLD=NEW to replace a front.",
+)
+@click.option(
     "--requantise",
     is_flag=True,
     help="Into an exact integer method: a LoRA by truncated SVD, or with --inputs by distillation.",
@@ -64,60 +68,22 @@ _FIT_RANK = 8
 @click.option("--inputs", help="Of --requantise: unlabelled inputs, as for kilodelta compress.")
 @click.option("--steps", type=click.IntRange(2), help="Of --requantise.")
 @click.option("--model", help="Of --requantise: package.module:function that builds the model.")
+@click.option("--force", is_flag=True, help="Replace a .kd file that is there.")
 @as_json
 @with_progress
-def bring(
-    adapter: str, base: str, out: str, requantise: bool, as_json: bool, progress: Any, **given: Any
+def import_adapter(
+    adapter: str, base: str, out: str, as_json: bool, progress: Any, **options: Any
 ) -> Callable[[], None]:
     """Turn an ADAPTER of HF PEFT or of the official NOLA code into a .kd file."""
     require("torch", extra="hf", why="import an adapter")
-    from kilodelta.compress.adapters.importing import bring
-    from kilodelta.compress.adapters.options import Options
+    from kilodelta.compress.adapters import importing
 
-    how = {key: given.pop(key) for key in _HOW}
-    options = Options(**{**given, "bits": int(given["bits"])})
-    if requantise:
-        report = _requantise(adapter, base, out, options, how, progress)
+    options["bits"] = int(options["bits"])
+    done = importing.import_adapter(adapter, base, out, progress=progress, **options)
+    if done.report is not None:
+        report = done.report
         return lambda: compress.show(report, as_json=as_json)
-    if wrong := next((key for key in _HOW if how[key] is not None), None):
-        raise InputError(f"--{wrong} belongs to --requantise", fix="add --requantise")
-    done = bring(adapter, base, out, options=options, progress=progress)
     return lambda: _show(done, as_json=as_json)
-
-
-_HOW = ("method", "rank", "bases", "inputs", "steps", "model")
-
-
-def _requantise(
-    adapter: str, base: str, out: str, options: Any, how: dict[str, Any], progress: Any
-) -> Any:
-    from kilodelta.compress.adapters.requantise import requantise
-    from kilodelta.compress.distill.options import options_from
-    from kilodelta.export.merge.checkpoint import merge
-
-    inputs = how.pop("inputs")
-    if inputs is None and how["method"] is None:
-        how |= {"method": "lora", "rank": how["rank"] or _FIT_RANK}
-    chosen = {key: value for key, value in how.items() if key in ("steps", "model") and value}
-    settings = options_from(
-        budget=None,
-        method=how["method"],
-        rank=how["rank"],
-        bases=how["bases"],
-        bits=str(options.bits),
-        lr=None,
-        **chosen,
-    )
-    return requantise(
-        adapter,
-        base,
-        out,
-        merge=merge,
-        options=options,
-        how=settings,
-        inputs=inputs,
-        progress=progress,
-    )
 
 
 def _show(done: Any, *, as_json: bool) -> None:

@@ -83,6 +83,16 @@ class RawTensor:
     def nbytes(self) -> int:
         return self.data.size
 
+    def equals(self, other: RawTensor) -> bool:
+        """Return whether another tensor has the same type, shape and bytes.
+
+        Example:
+            >>> RawTensor.of(np.zeros(2)).equals(RawTensor.of(np.zeros(2, np.float32)))
+            False
+        """
+        same = (self.dtype, self.shape) == (other.dtype, other.shape)
+        return same and np.array_equal(self.data, other.data)
+
     def info(self, name: str) -> TensorInfo:
         """Describe this tensor under a name."""
         return TensorInfo(name=name, dtype=self.dtype, shape=self.shape)

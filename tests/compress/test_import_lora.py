@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import kilodelta
-from kilodelta.compress.adapters.importing import bring
-from kilodelta.compress.adapters.options import Options
+from kilodelta.compress.adapters.conversion import convert_adapter
+from kilodelta.compress.adapters.reader import ReadOptions
 from kilodelta.compress.adapters.refactorise import candidates, quantise_product
 from kilodelta.errors import BaseMismatchError, CheckpointError, InputError, KiloDeltaError
 from kilodelta.export.peft.adapter import export_peft
@@ -118,7 +118,9 @@ def test_a_lora_adapter_becomes_a_delta_of_the_loss_it_says(case: str, tmp_path:
     model, kind, options = CASES[case]
     base = pico.MODELS[model](tmp_path / "base")
     theirs = trained(kind, base, lora(**options), tmp_path / "lora")
-    done = bring(tmp_path / "lora", base, tmp_path / "task.kd", options=Options(bits=16))
+    done = convert_adapter(
+        tmp_path / "lora", base, tmp_path / "task.kd", options=ReadOptions(bits=16)
+    )
     assert done.method["name"] == "lora"
     assert done.error < 3e-4
     ours = merged(kind, base, tmp_path / "task.kd", tmp_path / "merged")
@@ -133,7 +135,9 @@ def test_a_lora_adapter_becomes_a_delta_of_the_loss_it_says(case: str, tmp_path:
 def test_the_error_is_that_of_peft_s_own_merge(bits: int, tmp_path: Path) -> None:
     base = pico.bert(tmp_path / "base")
     theirs = trained("AutoModel", base, lora(target_modules=["query"]), tmp_path / "lora")
-    done = bring(tmp_path / "lora", base, tmp_path / "task.kd", options=Options(bits=bits))
+    done = convert_adapter(
+        tmp_path / "lora", base, tmp_path / "task.kd", options=ReadOptions(bits=bits)
+    )
     ours = merged("AutoModel", base, tmp_path / "task.kd", tmp_path / "merged")
     before = transformers.AutoModel.from_pretrained(base).state_dict()
     assert relative(ours, theirs, before) == pytest.approx(done.error, rel=1e-3, abs=1e-6)
@@ -146,7 +150,9 @@ def test_there_and_back_again(tmp_path: Path) -> None:
     base = pico.gpt2(tmp_path / "base")
     kind, config = "AutoModelForCausalLM", lora(target_modules=["c_attn", "c_proj", "c_fc"])
     theirs = trained(kind, base, config, tmp_path / "lora")
-    done = bring(tmp_path / "lora", base, tmp_path / "task.kd", options=Options(bits=16))
+    done = convert_adapter(
+        tmp_path / "lora", base, tmp_path / "task.kd", options=ReadOptions(bits=16)
+    )
     back = export_peft(base, tmp_path / "task.kd", tmp_path / "back")
     assert back.error < 2.0**-23
     model = getattr(transformers, kind).from_pretrained(base)
@@ -162,7 +168,7 @@ def test_ranks_that_differ_are_filled_up_and_said(tmp_path: Path) -> None:
     base = pico.bert(tmp_path / "base")
     config = lora(target_modules=["query", "key"], rank_pattern={"key": 1})
     trained("AutoModel", base, config, tmp_path / "lora")
-    done = bring(tmp_path / "lora", base, tmp_path / "task.kd")
+    done = convert_adapter(tmp_path / "lora", base, tmp_path / "task.kd")
     assert done.method["rank"] == 4
     # Two keys of 16 x 16, three ranks each, at a byte a coefficient.
     assert any("192 bytes of it are zeros" in note for note in done.notes)
@@ -192,7 +198,7 @@ def quantise_product_plain(B: Any, A: Any, bits: int) -> float:
 def test_an_adapter_of_zeros_comes_in(tmp_path: Path) -> None:
     base = pico.bert(tmp_path / "base")
     trained("AutoModel", base, lora(target_modules=["query"]), tmp_path / "lora", size=0)
-    done = bring(tmp_path / "lora", base, tmp_path / "task.kd")
+    done = convert_adapter(tmp_path / "lora", base, tmp_path / "task.kd")
     assert done.error == 0
     kilodelta.merge(base, tmp_path / "task.kd", tmp_path / "merged")
     assert kilodelta.digest(tmp_path / "merged").root == kilodelta.digest(base).root
@@ -225,7 +231,7 @@ def test_a_setting_that_is_not_obeyed_is_refused_by_name(
     place = tmp_path / "lora" / "adapter_config.json"
     place.write_text(json.dumps({**json.loads(place.read_text()), **options}))
     with pytest.raises(KiloDeltaError, match=text):
-        bring(tmp_path / "lora", base, tmp_path / "task.kd")
+        convert_adapter(tmp_path / "lora", base, tmp_path / "task.kd")
     assert not (tmp_path / "task.kd").exists()
 
 
@@ -263,7 +269,7 @@ def test_a_damaged_adapter_names_its_tensor(
     trained("AutoModel", base, lora(target_modules=["query"]), tmp_path / "lora")
     edited(tmp_path / "lora", change)
     with pytest.raises(error, match=text):
-        bring(tmp_path / "lora", base, tmp_path / "task.kd")
+        convert_adapter(tmp_path / "lora", base, tmp_path / "task.kd")
     assert not (tmp_path / "task.kd").exists()
 
 
@@ -271,11 +277,11 @@ def test_a_wrong_base_and_a_cut_file(tmp_path: Path) -> None:
     base, other = pico.bert(tmp_path / "base"), pico.llama(tmp_path / "other")
     trained("AutoModel", base, lora(target_modules=["query"]), tmp_path / "lora")
     with pytest.raises(BaseMismatchError, match=r"has no tensor encoder\.layer\.0"):
-        bring(tmp_path / "lora", other, tmp_path / "task.kd")
+        convert_adapter(tmp_path / "lora", other, tmp_path / "task.kd")
     file = tmp_path / "lora" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(CheckpointError, match=r"tensors end at byte|takes .* bytes"):
-        bring(tmp_path / "lora", base, tmp_path / "task.kd")
+        convert_adapter(tmp_path / "lora", base, tmp_path / "task.kd")
     assert not (tmp_path / "task.kd").exists()
 
 
@@ -285,13 +291,13 @@ def test_a_base_whose_names_transformers_changes_is_still_checked(tmp_path: Path
     base, other = pico.vit(tmp_path / "base"), pico.bert(tmp_path / "other")
     trained(kind, base, config, tmp_path / "lora")
     with pytest.raises(BaseMismatchError, match=r"has no tensor vit\.layers\.0\.attention\.q_proj"):
-        bring(tmp_path / "lora", other, tmp_path / "task.kd")
+        convert_adapter(tmp_path / "lora", other, tmp_path / "task.kd")
     place = tmp_path / "lora" / "adapter_config.json"
     options = {**json.loads(place.read_text()), "target_modules": ["q_proj", "k_proj"]}
     place.write_text(json.dumps(options))
     missing = r"base's vit\.encoder\.layer\.0\.attention\.attention\.key\.weight"
     with pytest.raises(BaseMismatchError, match=f"holds nothing for the {missing}"):
-        bring(tmp_path / "lora", base, tmp_path / "task.kd")
+        convert_adapter(tmp_path / "lora", base, tmp_path / "task.kd")
     assert not (tmp_path / "task.kd").exists()
 
 
@@ -300,12 +306,12 @@ def test_an_embedding_that_is_not_the_base_s_is_refused(tmp_path: Path) -> None:
     base = pico.llama(tmp_path / "base", tied=False)
     config = lora(target_modules=["embed_tokens"])
     trained("AutoModelForCausalLM", base, config, tmp_path / "lora")
-    done = bring(tmp_path / "lora", base, tmp_path / "task.kd")
+    done = convert_adapter(tmp_path / "lora", base, tmp_path / "task.kd")
     assert done.extras == ()
     key = "base_model.model.model.embed_tokens.base_layer.weight"
     edited(tmp_path / "lora", lambda tensors: tensors.update({key: tensors[key] + 1}))
     with pytest.raises(BaseMismatchError, match=r"its own model.embed_tokens.weight"):
-        bring(tmp_path / "lora", base, tmp_path / "other.kd")
+        convert_adapter(tmp_path / "lora", base, tmp_path / "other.kd")
     assert not (tmp_path / "other.kd").exists()
 
 
@@ -319,7 +325,7 @@ def test_a_bias_without_a_place_is_refused(tmp_path: Path) -> None:
         ),
     )
     with pytest.raises(InputError, match=r"the base has no .*q_proj.bias"):
-        bring(tmp_path / "lora", base, tmp_path / "task.kd")
+        convert_adapter(tmp_path / "lora", base, tmp_path / "task.kd")
 
 
 def test_the_command_says_what_it_did(tmp_path: Path) -> None:
@@ -363,7 +369,7 @@ def test_a_vera_adapter_keeps_its_vectors_and_draws_its_basis(case: str, tmp_pat
     model, kind, options = VERAS[case]
     base = pico.MODELS[model](tmp_path / "base")
     theirs = trained(kind, base, vera(**options), tmp_path / "vera")
-    done = bring(tmp_path / "vera", base, tmp_path / "task.kd")
+    done = convert_adapter(tmp_path / "vera", base, tmp_path / "task.kd")
     assert (done.method["name"], done.method["basis"]) == ("peft-vera", "drawn")
     assert done.error < 1e-6
     ours = merged(kind, base, tmp_path / "task.kd", tmp_path / "merged")
@@ -402,16 +408,16 @@ def test_a_vera_file_cannot_ask_for_a_larger_basis_than_its_layers() -> None:
 def test_a_vera_basis_that_its_key_does_not_draw_is_stored(tmp_path: Path) -> None:
     base = pico.bert(tmp_path / "base")
     trained("AutoModel", base, vera(target_modules=["query"]), tmp_path / "vera")
-    drawn = bring(tmp_path / "vera", base, tmp_path / "drawn.kd")
+    drawn = convert_adapter(tmp_path / "vera", base, tmp_path / "drawn.kd")
     edited(tmp_path / "vera", lambda t: t["base_model.vera_A"].mul_(2))
-    done = bring(tmp_path / "vera", base, tmp_path / "stored.kd")
+    done = convert_adapter(tmp_path / "vera", base, tmp_path / "stored.kd")
     assert done.method["basis"] == "stored"
     assert done.error < 1e-6
     # A and B, 6 x 16 and 16 x 6 float32, travel in the file.
     assert done.nbytes["coefficients"] == drawn.nbytes["coefficients"] + 768
     edited(tmp_path / "vera", lambda t: t.pop("base_model.vera_A"))
     with pytest.raises(CheckpointError, match="vera_A"):
-        bring(tmp_path / "vera", base, tmp_path / "other.kd")
+        convert_adapter(tmp_path / "vera", base, tmp_path / "other.kd")
 
 
 def unilora(**options: Any) -> Any:
@@ -437,7 +443,7 @@ def test_a_unilora_adapter_keeps_its_vector_alone(case: str, tmp_path: Path) -> 
     model, kind, options = UNILORAS[case]
     base = pico.MODELS[model](tmp_path / "base")
     theirs = trained(kind, base, unilora(**options), tmp_path / "unilora")
-    done = bring(tmp_path / "unilora", base, tmp_path / "task.kd")
+    done = convert_adapter(tmp_path / "unilora", base, tmp_path / "task.kd")
     assert done.method["name"] == "peft-unilora"
     assert done.error < 1e-6
     length = options.get("theta_d_length", 40)
@@ -461,7 +467,7 @@ def test_unilora_indices_are_peft_s_own() -> None:
     ("options", "text"),
     [
         ({"target_modules": "all-linear"}, "target_modules is 'all-linear'"),
-        ({"layers_to_transform": [0]}, r"layers_to_transform is \[0\]"),
+        ({"layers_to_transform": ["0"]}, r"layers_to_transform is \['0'\]"),
         ({"proj_seed": -1}, "proj_seed -1"),
         ({"theta_d_length": 41}, r"unilora_theta_d has shape \(40,\)"),
         ({"target_modules": ["nowhere"]}, "adapts no module"),
@@ -476,7 +482,7 @@ def test_a_unilora_configuration_that_does_not_tell_its_layers(
     place = tmp_path / "unilora" / "adapter_config.json"
     place.write_text(json.dumps({**json.loads(place.read_text()), **options}))
     with pytest.raises(InputError, match=text):
-        bring(tmp_path / "unilora", base, tmp_path / "task.kd")
+        convert_adapter(tmp_path / "unilora", base, tmp_path / "task.kd")
     assert not (tmp_path / "task.kd").exists()
 
 
@@ -487,7 +493,7 @@ def test_unilora_indices_of_another_making_are_refused(tmp_path: Path) -> None:
     key = "base_model.model.encoder.layer.1.attention.self.query.unilora_indices_A"
     edited(tmp_path / "unilora", lambda t: t.update({key: t[key].flip(0).contiguous()}))
     with pytest.raises(InputError, match=r"saved for encoder.layer.1.* not those that"):
-        bring(tmp_path / "unilora", base, tmp_path / "other.kd")
+        convert_adapter(tmp_path / "unilora", base, tmp_path / "other.kd")
 
 
 @pytest.mark.parametrize("config", ["vera", "unilora"])
@@ -496,7 +502,7 @@ def test_compatibility_forms_leave_as_lora_adapters(config: str, tmp_path: Path)
     base = pico.bert(tmp_path / "base")
     made = {"vera": vera, "unilora": unilora}[config](target_modules=["query", "dense"])
     theirs = trained("AutoModel", base, made, tmp_path / config)
-    bring(tmp_path / config, base, tmp_path / "task.kd")
+    convert_adapter(tmp_path / config, base, tmp_path / "task.kd")
     done = export_peft(base, tmp_path / "task.kd", tmp_path / "lora")
     assert done.error < 2.0**-23
     model = transformers.AutoModel.from_pretrained(base)

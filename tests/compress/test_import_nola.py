@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kilodelta
-from kilodelta.compress.adapters.importing import bring
-from kilodelta.compress.adapters.options import Options
+from kilodelta.compress.adapters.conversion import convert_adapter
+from kilodelta.compress.adapters.reader import ReadOptions
 from kilodelta.errors import BaseMismatchError, CheckpointError, InputError
 from kilodelta.format.foreign.torch_cpu import TorchCpu
 from kilodelta.verify.digests.proof import prove
 from tests.support import pico
 from tests.support.nola_checkpoints import ALPHA, BASES, RANK, Layer, gpt2_case, llama_case
 
-CPU = Options(drawn_on="cpu")
+CPU = ReadOptions(drawn_on="cpu")
 
 
 @pytest.mark.parametrize("seed", [0, 9_876_543_210, 2**32 + 1])
@@ -65,7 +65,7 @@ def tolerance(update: Any, layer: Layer) -> float:
 
 def test_llama_updates_are_the_official_ones(tmp_path: Path) -> None:
     base, layers, folder = llama_case(tmp_path)
-    done = bring(folder, base, tmp_path / "task.kd", options=CPU)
+    done = convert_adapter(folder, base, tmp_path / "task.kd", options=CPU)
     assert done.method["name"] == "official-nola"
     assert done.error < 1e-6
     delta = kilodelta.load(tmp_path / "task.kd", base=base)
@@ -79,7 +79,7 @@ def test_llama_updates_are_the_official_ones(tmp_path: Path) -> None:
 def test_the_official_merge_loses_the_update_and_ours_does_not(tmp_path: Path) -> None:
     base, layers, folder = llama_case(tmp_path)
     before = load_file(base / "model.safetensors")
-    bring(folder, base, tmp_path / "task.kd", options=CPU)
+    convert_adapter(folder, base, tmp_path / "task.kd", options=CPU)
     kilodelta.merge(base, tmp_path / "task.kd", tmp_path / "out")
     after = load_file(tmp_path / "out" / "model.safetensors")
     for path, layer in layers.items():
@@ -96,7 +96,9 @@ def test_the_official_merge_loses_the_update_and_ours_does_not(tmp_path: Path) -
 @pytest.mark.parametrize("mlp", [True, False])
 def test_gpt2_updates_query_and_value_of_the_fused_layer(tmp_path: Path, mlp: bool) -> None:
     base, layers, file = gpt2_case(tmp_path, mlp=mlp)
-    bring(file, base, tmp_path / "task.kd", options=Options(drawn_on="cpu", alpha=ALPHA))
+    convert_adapter(
+        file, base, tmp_path / "task.kd", options=ReadOptions(drawn_on="cpu", alpha=ALPHA)
+    )
     kilodelta.merge(base, tmp_path / "task.kd", tmp_path / "out")
     before, after = (load_file(f / "model.safetensors") for f in (base, tmp_path / "out"))
     front = "" if "h.0.attn.c_attn.weight" in before else "transformer."
@@ -126,8 +128,8 @@ def factors_of(layers: dict[str, Layer]) -> dict[str, torch.Tensor]:
 def test_factors_from_a_gpu_become_an_exact_lora(tmp_path: Path, case: Any) -> None:
     base, layers, path = case(tmp_path)
     save_file(factors_of(layers), tmp_path / "factors.safetensors")
-    options = Options(factors=str(tmp_path / "factors.safetensors"), alpha=ALPHA, bits=16)
-    done = bring(path, base, tmp_path / "task.kd", options=options)
+    options = ReadOptions(factors=str(tmp_path / "factors.safetensors"), alpha=ALPHA, bits=16)
+    done = convert_adapter(path, base, tmp_path / "task.kd", options=options)
     assert done.method["name"] == "lora"
     assert 0 < done.error < 1e-3
     assert kilodelta.inspect(tmp_path / "task.kd").exact
@@ -142,12 +144,12 @@ def test_factors_from_a_gpu_become_an_exact_lora(tmp_path: Path, case: Any) -> N
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (Options(), "does not say where its bases were drawn"),
-        (Options(factors="factors.safetensors"), "disagree about model.layers.0"),
+        (ReadOptions(), "does not say where its bases were drawn"),
+        (ReadOptions(factors="factors.safetensors"), "disagree about model.layers.0"),
     ],
 )
 def test_what_a_file_cannot_say_is_asked_for(
-    tmp_path: Path, options: Options, text: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, options: ReadOptions, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, layers, folder = llama_case(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -155,7 +157,7 @@ def test_what_a_file_cannot_say_is_asked_for(
     some.pop("model.layers.0.self_attn.q_proj.lora_A")
     save_file(some, tmp_path / "factors.safetensors")
     with pytest.raises(InputError, match=text):
-        bring(folder, base, tmp_path / "task.kd", options=options)
+        convert_adapter(folder, base, tmp_path / "task.kd", options=options)
     assert not (tmp_path / "task.kd").exists()
 
 
@@ -173,7 +175,7 @@ def test_a_checkpoint_saved_from_a_gpu_is_no_cpus(tmp_path: Path) -> None:
 def test_alpha_is_asked_for(tmp_path: Path) -> None:
     base, _, file = gpt2_case(tmp_path)
     with pytest.raises(InputError, match="does not say alpha"):
-        bring(file, base, tmp_path / "task.kd", options=CPU)
+        convert_adapter(file, base, tmp_path / "task.kd", options=CPU)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +207,7 @@ def test_a_broken_checkpoint_is_refused(
         state[name] = value
     torch.save(state, folder / "adapter_model.bin")
     with pytest.raises(error, match=text):
-        bring(folder, base, tmp_path / "task.kd", options=CPU)
+        convert_adapter(folder, base, tmp_path / "task.kd", options=CPU)
     assert not (tmp_path / "task.kd").exists()
 
 
@@ -219,7 +221,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
     base, _, folder = llama_case(tmp_path)
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(CheckpointError, match="cannot be read as weights"):
-        bring(folder, base, tmp_path / "task.kd", options=CPU)
+        convert_adapter(folder, base, tmp_path / "task.kd", options=CPU)
     assert not (tmp_path / "owned").exists()
 
 
@@ -227,4 +229,4 @@ def test_the_vit_variant_is_refused_with_a_reason(tmp_path: Path) -> None:
     base = pico.llama(tmp_path / "base")
     torch.save({"blocks.0.attn.q.nola_alpha": torch.ones(4)}, tmp_path / "vit.pt")
     with pytest.raises(InputError, match="ViT variant, which keeps neither its head's bias"):
-        bring(tmp_path / "vit.pt", base, tmp_path / "task.kd", options=CPU)
+        convert_adapter(tmp_path / "vit.pt", base, tmp_path / "task.kd", options=CPU)

@@ -256,14 +256,13 @@ def test_deltas_that_the_graph_cannot_take_are_refused() -> None:
 
 def test_a_fused_layer_has_the_rank_of_its_parts_together(tmp_path: Path) -> None:
     """The official NOLA of GPT-2, rank 4: query and value of one matrix take 8 components."""
-    from kilodelta.compress.adapters.importing import bring
-    from kilodelta.compress.adapters.options import Options
+    from kilodelta.compress.adapters import import_adapter
     from kilodelta.export.onnx.template import export_template
     from kilodelta.models import open_model
     from tests.support.nola_checkpoints import ALPHA, gpt2_case
 
     path, _, file = gpt2_case(tmp_path)
-    bring(file, path, tmp_path / "task.kd", options=Options(drawn_on="cpu", alpha=ALPHA))
+    import_adapter(file, path, tmp_path / "task.kd", drawn_on="cpu", alpha=ALPHA)
     tune, template = load(tmp_path / "task.kd"), export_template(open_model(path))
     low = tune.form.rank
     with pytest.raises(InputError, match=f"the file has rank {2 * low}, the graph takes up to"):

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
+from kilodelta.compress.adapters.architecture import Architecture, read_architecture
+from kilodelta.compress.adapters.low_rank import Product, low_rank_adapter
 from kilodelta.compress.adapters.official_nola.checkpoint import (
     Factor,
     NolaCheckpoint,
     open_checkpoint,
     without_front,
 )
-from kilodelta.compress.adapters.options import Options
-from kilodelta.compress.adapters.parsed import Draft
-from kilodelta.compress.adapters.peft.names import find_modules
-from kilodelta.compress.adapters.refactorise import quantise_product
-from kilodelta.compress.adapters.values import floats
+from kilodelta.compress.adapters.placing import Place, find_place
+from kilodelta.compress.adapters.reader import ParsedAdapter, ReadOptions
+from kilodelta.compress.adapters.tensors import floats
 from kilodelta.compress.distill.changes.patterns import patterns_for
 from kilodelta.errors import BaseMismatchError, InputError
 from kilodelta.files import dtypes
@@ -52,14 +52,14 @@ class _Job:
     patterns: Patterns
     parts: Parts
     form: OfficialNola
-    options: Options
+    options: ReadOptions
 
     def factors(self, name: str, side: str) -> list[Factor]:
         return [self.found.layers[path][side] for path in self.parts[name]]
 
 
-def read(path: Path, base: Checkpoint, options: Options) -> Draft:
-    """An official checkpoint; from `options.factors` where its bases were drawn on a GPU.
+def read(path: Path, base: Checkpoint, options: ReadOptions) -> ParsedAdapter:
+    """Parse an official checkpoint; by `options.factors` where its bases were drawn on a GPU.
 
     Raises:
         CheckpointError: it is damaged or incomplete.
@@ -73,8 +73,8 @@ def read(path: Path, base: Checkpoint, options: Options) -> Draft:
     return _by_bases(job)
 
 
-def _require_cpu(found: NolaCheckpoint, options: Options) -> None:
-    """Only numbers drawn on a CPU can be drawn again."""
+def _require_cpu(found: NolaCheckpoint, options: ReadOptions) -> None:
+    """Refuse bases that cannot be drawn again: only a CPU's numbers can."""
     reason = "numbers drawn on a CUDA device depend on the GPU model, and only CPU ones return"
     way = "--factors FILE with the factors computed on that GPU (docs/import.md has the lines)"
     if options.drawn_on != "cpu":
@@ -86,12 +86,21 @@ def _require_cpu(found: NolaCheckpoint, options: Options) -> None:
         raise InputError(f"{found.path} was saved from {found.device}: {reason}", fix=f"give {way}")
 
 
-def _job(found: NolaCheckpoint, base: Checkpoint, options: Options) -> _Job:
+def _job(found: NolaCheckpoint, base: Checkpoint, options: ReadOptions) -> _Job:
     owners = {path: _owner(path) for path in found.layers}
-    place = find_modules(tuple(dict.fromkeys(owners.values())), base, found.path)
+    architecture = read_architecture(base, {})
+    place = find_place(
+        tuple(dict.fromkeys(owners.values())),
+        architecture,
+        found.path,
+        weight=lambda path, place: architecture.weight(place.to_model(path) or ""),
+        fits=lambda path, shape: _fits(found, owners, path, shape),
+        prefix=options.prefix,
+    )
+    _refuse_others(found, architecture, place)
     parts: dict[str, list[str]] = {}
     for path in sorted(owners, key=lambda path: FUSED.get(path.rpartition(".")[2], 0)):
-        parts.setdefault(place.tensors[owners[path]], []).append(path)
+        parts.setdefault(_target(found, architecture, place, owners[path]), []).append(path)
     gpt2 = any(path.rpartition(".")[2] in BESIDE for path in found.layers)
     patterns = _patterns(base, list(parts), transposed=gpt2 or found.fan_in_fan_out)
     job = _Job(
@@ -111,6 +120,58 @@ def _owner(path: str) -> str:
     return f"{front}.{BESIDE[last]}" if last in BESIDE else path
 
 
+def _fits(
+    found: NolaCheckpoint, owners: Mapping[str, str], path: str, shape: tuple[int, ...]
+) -> bool:
+    """Return whether a layer's inputs are a side of a weight: the GPT-2 code's are its second."""
+    sides = {layer["A"].start.shape[1] for at, layer in found.layers.items() if owners[at] == path}
+    return sides <= set(shape)
+
+
+def _target(found: NolaCheckpoint, architecture: Architecture, place: Place, owner: str) -> str:
+    """Return the base's tensor that a layer changes.
+
+    Raises:
+        InputError: it is no float matrix, or another layer of the model has it, too.
+    """
+    name = architecture.weight(place.to_model(owner) or "") or ""
+    tensor = architecture.names.get(name, "")
+    tied = [other for other in architecture.tied(name) if other != name]
+    if tensor == "" or tied:
+        raise InputError(
+            f"{found.path} changes {name}, which is one tensor with {tied[0]} in the base"
+            if tied
+            else f"{found.path} changes {name}, which the base holds in parts",
+            fix="merge it with its own code, and run kilodelta compress",
+        )
+    info = architecture.base.info(tensor)
+    if info.dtype not in dtypes.TARGETS or len(info.shape) != 2:
+        raise InputError(
+            f"{architecture.base.path} holds {tensor}, which the checkpoint changes, as"
+            f" {info.dtype} {info.shape}",
+            fix="give the base before quantisation, in a float type",
+        )
+    return tensor
+
+
+def _refuse_others(found: NolaCheckpoint, architecture: Architecture, place: Place) -> None:
+    """See that what is no part of a factor is the base's own tensor.
+
+    Raises:
+        InputError: it is another one, which the import would lose.
+    """
+    for name, tensor in found.others.items():
+        known = architecture.names.get(place.to_model(name) or "")
+        if known is not None and tensor.equals(architecture.base.raw(known)):
+            continue
+        raise InputError(
+            f"{found.path} holds {name!r:.200} {tensor.shape}, which is no part of a NOLA layer and"
+            " not the base's tensor of that name",
+            fix="leave it out if it belongs to something else; a head that was trained beside NOLA"
+            " travels in a merged model, by kilodelta compress",
+        )
+
+
 def _patterns(base: Checkpoint, names: list[str], *, transposed: bool) -> Patterns:
     infos = [base.info(name) for name in base.names]
     others = [
@@ -122,7 +183,7 @@ def _patterns(base: Checkpoint, names: list[str], *, transposed: bool) -> Patter
     return Patterns(include=include, transposed=include if transposed else ())
 
 
-def _form(found: NolaCheckpoint, options: Options, *, gpt2: bool) -> OfficialNola:
+def _form(found: NolaCheckpoint, options: ReadOptions, *, gpt2: bool) -> OfficialNola:
     factors = [factor for layer in found.layers.values() for factor in layer.values()]
     ranks = {layer["A"].start.shape[0] for layer in found.layers.values()}
     bases = {len(factor.coefficients) for factor in factors}
@@ -167,15 +228,15 @@ def _check_shapes(job: _Job) -> None:
                 )
 
 
-def _by_bases(job: _Job) -> Draft:
-    own, wanted = {}, {}
+def _by_bases(job: _Job) -> ParsedAdapter:
+    own, factors = {}, {}
     for target in job.layout:
-        own[target.name], wanted[target.name] = _coefficients(job, target)
-    return Draft(
+        own[target.name], factors[target.name] = _coefficients(job, target)
+    return ParsedAdapter(
         source="official NOLA",
-        recipe=_recipe(job, job.form, 32 if job.options.dtype == "float32" else 16),
-        own=own,
-        wanted=lambda name: _product(*wanted[name]),
+        recipe=_recipe(job, job.form, job.options.float_bits),
+        coefficients=own,
+        update=lambda name: Product(pair=factors[name]).update,
         notes=(
             "bases taken as drawn on a CPU in float32, drawn again and fingerprinted",
             "the official merge() multiplies lora_B.weight and lora_A.weight alone: not this",
@@ -184,7 +245,7 @@ def _by_bases(job: _Job) -> Draft:
 
 
 def _coefficients(job: _Job, target: Target) -> tuple[dict[str, Floats], tuple[Floats, Floats]]:
-    """A target's groups, and the update's two factors in float64."""
+    """Return a target's groups, and the update's two factors in float64."""
     A, B = job.factors(target.name, "A"), job.factors(target.name, "B")
     drawn = [(_mixed(a), _mixed(b)) for a, b in zip(A, B, strict=True)]
     groups = {
@@ -206,7 +267,7 @@ def _mixed(factor: Factor) -> tuple[Floats, bytes]:
 
 
 def _joined(job: _Job, target: Target, pairs: list[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
-    """The parts' factors as those of the whole target, the scale in the left one."""
+    """Join the parts' factors to those of the whole target, the scale in the left one."""
     rank, spans = job.form.rank, job.form.parts(target)
     left = np.zeros((target.matrix[0], len(spans) * rank))
     for p, (span, (B, _)) in enumerate(zip(spans, pairs, strict=True)):
@@ -214,17 +275,12 @@ def _joined(job: _Job, target: Target, pairs: list[tuple[Floats, Floats]]) -> tu
     return left, np.concatenate([A for _, A in pairs]).astype(np.float64)
 
 
-def _product(left: Floats, right: Floats) -> Floats:
-    found: Floats = left @ right
-    return found
-
-
 def _recipe(job: _Job, method: OfficialNola | Lora, bits: int) -> Recipe:
     return Recipe(method=method, patterns=job.patterns, bits=bits, name=job.options.name)
 
 
-def _by_factors(job: _Job, given: Checkpoint) -> Draft:
-    """The factors that the GPU computed, as an exact LoRA."""
+def _by_factors(job: _Job, given: Checkpoint) -> ParsedAdapter:
+    """Parse the factors that the GPU computed as an exact LoRA."""
     keys = {without_front(key).replace(".default", ""): key for key in given.names}
     wanted = {
         f"{path}.lora_{side}": layer[side].start.shape
@@ -242,14 +298,14 @@ def _by_factors(job: _Job, given: Checkpoint) -> Draft:
                 f"{given.path}: {keys[name]} has shape {given.info(keys[name]).shape}, not {shape}",
                 fix="save the factor itself: generate_params(...) + weight",
             )
-    pairs = {target.name: _given_pair(job, target, given, keys) for target in job.layout}
-    rank = max(right.shape[0] for _, right in pairs.values())
-    best = {name: quantise_product(p, rank, job.options.bits) for name, p in pairs.items()}
-    return Draft(
-        source="official NOLA, by its factors",
-        recipe=_recipe(job, Lora(rank=rank), job.options.bits),
-        own={name: found.groups for name, found in best.items()},
-        wanted=lambda name: _product(*pairs[name]),
+    products = {
+        target.name: Product(
+            pair=_given_pair(job, target, given, keys), transposed=target.transposed
+        )
+        for target in job.layout
+    }
+    return low_rank_adapter(
+        "official NOLA, by its factors", products, _recipe(job, Lora(rank=1), job.options.bits)
     )
 
 

@@ -1,4 +1,4 @@
-"""A PEFT adapter folder beside its base: its configuration, its tensors, whose module they are.
+"""A PEFT adapter folder beside its base: its configuration, its tensors, whose tensors they change.
 
 `adapter_config.json` and `adapter_model.safetensors`, as HF PEFT's `save_pretrained` writes them.
 """
@@ -7,77 +7,67 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kilodelta.compress.adapters.peft import names, unilora_order
-from kilodelta.compress.adapters.values import floats
+from kilodelta.compress.adapters.architecture import Architecture, Stack, read_architecture
+from kilodelta.compress.adapters.peft.config import CONFIG, AdapterConfig
+from kilodelta.compress.adapters.peft.keys import Keys, Module, sort_keys
+from kilodelta.compress.adapters.peft.parameters import missing_parameters, targeted_parameters
+from kilodelta.compress.adapters.peft.targeting import missing_targets, require_targeted
+from kilodelta.compress.adapters.peft.unilora_order import adapted_modules
+from kilodelta.compress.adapters.placing import Place, find_place
+from kilodelta.compress.adapters.tensors import Tensors
 from kilodelta.compress.distill.changes.patterns import patterns_for
-from kilodelta.errors import CheckpointError, InputError
-from kilodelta.files import canonical, dtypes, plain
+from kilodelta.errors import BaseMismatchError, CheckpointError, InputError
+from kilodelta.files import dtypes
 from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.files.tensor import RawTensor
 from kilodelta.format.quantise import Floats
 from kilodelta.format.targets import Patterns
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-CONFIG_LIMIT = 1 << 20
+WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One tensor of the model that an adapter changes.
+
+    Attributes:
+        module: the adapted module's path and the keys of its parts.
+        name: the tensor's name in the model.
+        tensor: the base's tensor; empty where the base has a matrix for every expert.
+        stack: those matrices.
+        is_parameter: whether `target_parameters` chose it.
+    """
+
+    module: Module
+    name: str
+    tensor: str = ""
+    stack: Stack | None = None
+    is_parameter: bool = False
+
+    @property
+    def pattern_path(self) -> str:
+        """The path that `rank_pattern` and `alpha_pattern` are matched with."""
+        leaf = self.name.rpartition(".")[2]
+        return f"{self.module.path}.{leaf}" if self.is_parameter else self.module.owner
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """An adapter and the base that it belongs to.
-
-    `modules` maps the path of every adapted module, as the adapter's keys have it, to the base's
-    tensor that it changes.
-    """
+    """An adapter and the base that it belongs to."""
 
     path: Path
-    config: Mapping[str, Any]
-    tensors: Checkpoint
-    base: Checkpoint
-    modules: Mapping[str, str]
-    whole: Mapping[str, str]
-    """Keys of tensors that replace the base's (`modules_to_save`, `bias`), to their names there."""
+    config: AdapterConfig
+    tensors: Tensors
+    keys: Keys
+    architecture: Architecture
+    place: Place
+    sites: tuple[Site, ...]
 
-    def floats(self, key: str) -> Floats:
-        """A tensor of the adapter as float32, exactly.
-
-        Raises:
-            CheckpointError: it is missing or of no float type.
-            InputError: it holds NaN or infinity.
-        """
-        return floats(self.tensors, key)
-
-    def shaped(self, key: str, shape: tuple[int, ...]) -> Floats:
-        """The same, of one shape only.
-
-        Raises:
-            InputError: it has another shape.
-        """
-        found = self.tensors.info(key).shape
-        if found != shape:
-            raise InputError(
-                f"{self.path}: tensor {key} has shape {found}, the base and {CONFIG} want {shape}",
-                fix="give the adapter's own base and its unchanged configuration",
-            )
-        return self.floats(key)
-
-    def option(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """One entry of the configuration.
-
-        Raises:
-            InputError: it is of another type.
-        """
-        value = self.config.get(name, default)
-        types = kind if isinstance(kind, tuple) else (kind,)
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise InputError(
-                f"{self.path / CONFIG}: {name} is {value!r:.80}",
-                fix="give the configuration that PEFT wrote beside the adapter",
-            )
-        return value
+    @property
+    def base(self) -> Checkpoint:
+        return self.architecture.base
 
     @property
     def rank(self) -> int:
@@ -86,30 +76,61 @@ class Adapter:
         Raises:
             InputError: it is no positive whole number.
         """
-        rank: int = self.option("r", int)
-        if rank < 1:
+        return self.config.rank
+
+    def option(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        """Return one setting; see `AdapterConfig.option`."""
+        return self.config.option(name, kind, default)
+
+    def floats(self, key: str) -> Floats:
+        """Take a tensor of the adapter as float32; see `Tensors.floats`."""
+        return self.tensors.floats(key)
+
+    def shaped(self, key: str, shape: tuple[int, ...]) -> Floats:
+        """Take a tensor of the adapter as float32, of one shape only.
+
+        Raises:
+            CheckpointError: it is missing or of no float type.
+            InputError: it has another shape, or holds NaN or infinity.
+        """
+        found = self.tensors.info(key).shape
+        if found != shape:
             raise InputError(
-                f"{self.path / CONFIG}: r is {rank}", fix="r is a positive whole number"
+                f"{self.path}: tensor {key} has shape {found}, the base and {CONFIG} want {shape}",
+                fix="give the adapter's own base and its unchanged configuration"
+                if found and 0 not in found
+                else "it is empty: gather the parameters before saving (DeepSpeed ZeRO-3, FSDP)",
             )
-        return rank
+        return self.tensors.floats(key)
 
-    @cached_property
-    def extras(self) -> dict[str, RawTensor]:
-        """The tensors that replace the base's or are new, by their names there."""
-        found = {}
-        for key, name in self.whole.items():
-            info = self.tensors.info(key)
-            found[name] = RawTensor(dtype=info.dtype, shape=info.shape, data=self.tensors.data(key))
-        return found
+    def matrices(self) -> dict[str, Site]:
+        """Return the sites by the base's tensors, for methods that change whole tensors alone.
 
-    def patterns(self, transposed: Sequence[str]) -> Patterns:
-        """Few globs that choose exactly the adapted tensors; `transposed` ones are (in, out)."""
-        chosen = sorted(self.modules.values())
-        others = [name for name in self._matrices if name not in set(chosen)]
-        straight = [name for name in chosen if name not in set(transposed)]
+        Raises:
+            InputError: a site is a stack of experts.
+        """
+        for site in self.sites:
+            if site.stack is not None:
+                raise InputError(
+                    f"{self.path} adapts {site.name}, which the base holds as"
+                    f" {sum(map(len, site.stack.parts))} matrices",
+                    fix="merge it with PEFT (merge_and_unload) and run kilodelta compress",
+                )
+        return {site.tensor: site for site in self.sites}
+
+    def patterns(self, chosen: Sequence[str], transposed: Sequence[str]) -> Patterns:
+        """Make few globs that choose exactly some of the base's tensors.
+
+        Args:
+            chosen: the tensors to change.
+            transposed: those of them that are stored (in, out).
+        """
+        wanted = set(chosen)
+        others = [name for name in self._matrices if name not in wanted]
+        straight = [name for name in sorted(wanted) if name not in set(transposed)]
         return Patterns(
-            include=patterns_for(chosen, others),
-            transposed=patterns_for(transposed, straight) if transposed else (),
+            include=patterns_for(sorted(wanted), others),
+            transposed=patterns_for(sorted(transposed), straight) if transposed else (),
         )
 
     @property
@@ -118,50 +139,41 @@ class Adapter:
         return [i.name for i in infos if i.dtype in dtypes.TARGETS and len(i.shape) >= 2]
 
 
-def open_adapter(path: Path, base: Checkpoint) -> Adapter:
-    """Read an adapter folder and find its modules in the base.
+def open_adapter(path: Path, config: AdapterConfig, base: Checkpoint, prefix: str = "") -> Adapter:
+    """Open an adapter's folder and find its modules in the base.
+
+    Args:
+        path: the folder.
+        config: what `read_config` read there.
+        base: the model that it was trained on.
+        prefix: where in the base its modules lie, as in `placing.parse_prefix`.
 
     Raises:
         CheckpointError: files are missing, damaged, or pickles.
         BaseMismatchError: the base lacks a module, or the adapter one of its targets.
+        InputError: a key, a setting or the place of the modules is not clear.
     """
-    config = read_config(path)
-    tensors = Checkpoint.open(_weights(path))
-    keys = names.sort_keys(tensors.names, str(config.get("peft_type")))
-    paths = keys.modules
-    if not paths and config.get("peft_type") == "UNILORA":
-        paths = unilora_order.adapted_modules(config, base, path / CONFIG)
-    place = names.find_modules(paths, base, path)
-    names.check_targets(place, config, base, path)
+    method = str(config.values.get("peft_type"))
+    tensors = Tensors(Checkpoint.open(_weights(path)))
+    keys = sort_keys(tensors.names, method)
+    tensors.use(keys.replaced)
+    architecture = read_architecture(base, config.values)
+    modules = keys.modules
+    if not modules and method == "UNILORA":
+        modules = adapted_modules(config, architecture)
+    place = _find(path, modules, architecture, config, tensors, prefix)
+    sites = tuple(_sites(path, modules, place, architecture, config))
+    _check_types(sites, base)
+    _check_targets(path, sites, place, architecture, config)
     return Adapter(
         path=path,
         config=config,
         tensors=tensors,
-        base=base,
-        modules=place.tensors,
-        whole={key: place.name(name) for key, name in keys.whole.items()},
+        keys=keys,
+        architecture=architecture,
+        place=place,
+        sites=sites,
     )
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """`adapter_config.json`.
-
-    Raises:
-        CheckpointError: it is missing, or no JSON object.
-    """
-    place = path / CONFIG
-    try:
-        found = canonical.loads(plain.read_model_file(place, CONFIG_LIMIT))
-    except OSError as problem:
-        raise CheckpointError(
-            f"{place} cannot be read: {problem.strerror}",
-            fix="give the folder that PEFT's save_pretrained wrote",
-        ) from None
-    except canonical.NotCanonicalError as problem:
-        raise CheckpointError(f"{place} is not JSON: {problem}", fix="fetch it again") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{place} is not a JSON object", fix="fetch it again")
-    return found
 
 
 def _weights(path: Path) -> Path:
@@ -173,3 +185,131 @@ def _weights(path: Path) -> Path:
             "safe_serialization=True)",
         )
     return place
+
+
+def _find(
+    path: Path,
+    modules: Sequence[Module],
+    architecture: Architecture,
+    config: AdapterConfig,
+    tensors: Tensors,
+    prefix: str,
+) -> Place:
+    """Find the place of all modules; of several, the one where none of the targets is missing."""
+
+    def weight(module: str, place: Place) -> str | None:
+        parameters = targeted_parameters(module, place, architecture, config)
+        if parameters:
+            return next(filter(architecture.has, parameters), None)
+        at = place.to_model(module)
+        return None if at is None else architecture.weight(at)
+
+    def is_complete(place: Place) -> bool:
+        held = {architecture.names.get(weight(module, place) or "", "") for module in paths}
+        return not any(missing_targets(held, place, architecture, config))
+
+    paths = tuple(dict.fromkeys(module.path for module in modules))
+    parts = {module.path: module.parts for module in modules if not module.depth}
+    return find_place(
+        paths,
+        architecture,
+        path,
+        weight=weight,
+        fits=lambda module, shape: _fits(parts.get(module, {}), tensors, shape),
+        is_complete=is_complete,
+        prefix=prefix,
+    )
+
+
+def _fits(parts: Mapping[str, str], tensors: Tensors, shape: tuple[int, ...]) -> bool:
+    """Return whether what a module's parts tell of the shape of its weight is true."""
+    known = {part: tensors.info(key).shape for part, key in parts.items()}
+    if "lora_A.weight" in known and "lora_B.weight" in known:
+        A, B = known["lora_A.weight"], known["lora_B.weight"]
+        product = (*B[:1], *A[1:])
+        return shape == product or (len(shape) == 2 and shape[::-1] == product)
+    if "lora_embedding_A" in known and "lora_embedding_B" in known:
+        return shape == (*known["lora_embedding_A"][1:], *known["lora_embedding_B"][:1])
+    if "vera_lambda_b" in known:
+        return known["vera_lambda_b"][0] in shape
+    if "randlora_gamma" in known and len(shape) == 2:
+        return known["randlora_gamma"][-1] == min(shape)
+    return True
+
+
+def _sites(
+    path: Path,
+    modules: Sequence[Module],
+    place: Place,
+    architecture: Architecture,
+    config: AdapterConfig,
+) -> list[Site]:
+    """Pair every module's keys with the tensor that they change."""
+    found = []
+    for module in modules:
+        names = targeted_parameters(module.path, place, architecture, config)
+        weight = architecture.weight(place.to_model(module.path) or "")
+        if len(names) > 1 and architecture.module is None:
+            raise InputError(
+                f"{path} adapts {len(names)} parameters of {module.path}, and only the model's code"
+                " tells which is which",
+                fix="give the base as a folder with its config.json",
+            )
+        name = names[len(names) - 1 - module.depth] if module.depth < len(names) else weight
+        if name is None or (module.depth and module.depth >= len(names)):
+            raise InputError(
+                f"{path} holds {next(iter(module.parts.values()))}, a wrapper around another one,"
+                f" but its target_parameters name {len(names)} parameters of {module.path}",
+                fix="save the adapter again with its own configuration",
+            )
+        found.append(
+            Site(
+                module=module,
+                name=name,
+                tensor=architecture.names.get(name, ""),
+                stack=architecture.stacks.get(name),
+                is_parameter=bool(names),
+            )
+        )
+    return found
+
+
+def _check_types(sites: Sequence[Site], base: Checkpoint) -> None:
+    for site in sites:
+        stacked = [name for part in site.stack.parts for name in part] if site.stack else []
+        for name in stacked or [site.tensor]:
+            info = base.info(name)
+            if info.dtype not in dtypes.TARGETS:
+                raise InputError(
+                    f"{base.path} holds {name}, which the adapter changes, as {info.dtype}"
+                    f" {info.shape}; a delta adds to {', '.join(sorted(dtypes.TARGETS))} alone",
+                    fix="give the base before quantisation, or in another float type: the adapter"
+                    " is the same",
+                )
+
+
+def _check_targets(
+    path: Path,
+    sites: Sequence[Site],
+    place: Place,
+    architecture: Architecture,
+    config: AdapterConfig,
+) -> None:
+    """See that the adapter holds exactly what its configuration targets in this base."""
+    held = frozenset(site.name for site in sites)
+    is_tying = config.option("ensure_weight_tying", (bool, type(None))) is True
+    for site in sites:
+        tied = held.intersection(architecture.tied(site.name)) - {site.name}
+        if site.is_parameter or (is_tying and tied):
+            continue
+        require_targeted(site.module.owner, site.tensor or site.name, config, path)
+    missing = [
+        *missing_targets({site.tensor for site in sites}, place, architecture, config),
+        *((name, name) for name in missing_parameters(held, place, architecture, config)),
+    ]
+    if missing:
+        module, name = missing[0]
+        raise BaseMismatchError(
+            f"{path} targets {module}, but holds nothing for the base's {name}",
+            fix="give the adapter's own base; it may have more layers than the adapter knows",
+        )

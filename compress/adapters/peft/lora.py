@@ -6,144 +6,121 @@ https://arxiv.org/abs/2312.03732. As HF PEFT 0.21 stores and computes it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from kilodelta.compress.adapters.options import Options
-from kilodelta.compress.adapters.parsed import Draft
-from kilodelta.compress.adapters.peft.folder import Adapter
-from kilodelta.compress.adapters.peft.names import ROOT
+from kilodelta.compress.adapters.low_rank import Product, low_rank_adapter
+from kilodelta.compress.adapters.peft.folder import Adapter, Site
 from kilodelta.compress.adapters.peft.orientation import is_transposed
-from kilodelta.compress.adapters.peft.settings import check_settings, rank_of, scaling_of
-from kilodelta.compress.adapters.refactorise import Best, Pair, by_singular_values, quantise_product
-from kilodelta.compress.adapters.values import floats
-from kilodelta.errors import BaseMismatchError, CheckpointError, InputError
+from kilodelta.compress.adapters.peft.settings import rank_of, scaling_of
+from kilodelta.compress.adapters.peft.ties import settle_ties
+from kilodelta.compress.adapters.peft.whole import read_whole
+from kilodelta.compress.adapters.reader import ParsedAdapter, ReadOptions
+from kilodelta.compress.adapters.tensors import floats
+from kilodelta.errors import InputError
+from kilodelta.files.dtypes import FLOATS
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.foreign import stored
 from kilodelta.format.methods import Lora
 from kilodelta.format.quantise import Floats
 from kilodelta.merging.build import Recipe
 
-
-@dataclass(frozen=True, kw_only=True)
-class Product:
-    """One target's update B A, the scale folded in, as its weight is stored or transposed."""
-
-    pair: Pair
-    transposed: bool
-
-    @property
-    def rank(self) -> int:
-        return int(self.pair[1].shape[0])
-
-    @property
-    def update(self) -> Floats:
-        """float64 (out, in)."""
-        B, A = self.pair
-        found: Floats = B @ A
-        return found
+A_KEY, B_KEY, BIAS_KEY = "lora_A.weight", "lora_B.weight", "lora_B.bias"
+TABLE_KEYS = "lora_embedding_A", "lora_embedding_B"
 
 
-def read(adapter: Adapter, options: Options) -> Draft:
-    """A LoRA adapter as a `lora` delta.
+def read(adapter: Adapter, options: ReadOptions) -> ParsedAdapter:
+    """Parse a LoRA adapter as a `lora` delta.
 
     Raises:
         CheckpointError: a tensor is missing or damaged.
-        BaseMismatchError: a shape is not the base's.
-        InputError: a setting is refused, or a rank is not the one that the configuration says.
+        BaseMismatchError: a tensor that is stored whole does not belong to this base.
+        InputError: a shape is not the one that base and configuration imply, or tied layers part.
     """
-    check_settings(adapter)
-    products = {name: _product(adapter, path) for path, name in adapter.modules.items()}
-    extras = {**_extras(adapter), **_biases(adapter)}
-    return draft_of(adapter, options, "PEFT LoRA", products, extras)
-
-
-def draft_of(
-    adapter: Adapter,
-    options: Options,
-    source: str,
-    products: Mapping[str, Product],
-    extras: Mapping[str, RawTensor],
-) -> Draft:
-    """The draft of a `lora` delta from products of low rank, with the loss of each."""
-    products = {name: _thinned(product) for name, product in products.items()}
-    rank = max(product.rank for product in products.values())
-    _check_rank(products, rank)
-    best = {name: quantise_product(p.pair, rank, options.bits) for name, p in products.items()}
+    whole = read_whole(adapter)
+    single = {s.name: _product(adapter, s) for s in adapter.sites if s.stack is None}
+    settled = settle_ties(
+        adapter, single, whole.tensors, lambda first, second: single[first].equals(single[second])
+    )
+    names = adapter.architecture.names
+    kept = {names[n]: product for n, product in single.items() if n not in settled.dropped}
+    stacked = [_experts(adapter, site) for site in adapter.sites if site.stack is not None]
+    products = {**kept, **{tensor: product for found in stacked for tensor, product in found}}
+    extras = {**settled.extras, **_biases(adapter, settled.extras)}
     recipe = Recipe(
-        method=Lora(rank=rank),
-        patterns=adapter.patterns([name for name, p in products.items() if p.transposed]),
+        method=Lora(rank=1),
+        patterns=adapter.patterns(
+            list(products), [name for name, product in products.items() if product.transposed]
+        ),
         bits=options.bits,
         name=options.name,
         extras=extras,
+        config={**whole.config, **settled.config},
     )
-    return Draft(
-        source=source,
-        recipe=recipe,
-        own={name: found.groups for name, found in best.items()},
-        wanted=lambda name: products[name].update,
-        notes=(_worst(best), *_padding(products, rank, options.bits)),
-    )
+    return low_rank_adapter("PEFT LoRA", products, recipe, whole.notes)
 
 
-def _thinned(product: Product) -> Product:
-    """The same update in no more ranks than its shorter side, which are all that it can have."""
-    B, A = product.pair
-    if product.rank <= min(B.shape[0], A.shape[1]):
-        return product
-    return Product(pair=by_singular_values(B, A), transposed=product.transposed)
-
-
-def _check_rank(products: Mapping[str, Product], rank: int) -> None:
-    for name, product in products.items():
-        B, A = product.pair
-        if rank > max(B.shape[0], A.shape[1]):
-            raise InputError(
-                f"another target has rank {rank}, which is more than {name} {B.shape[0]} x"
-                f" {A.shape[1]} can be given, and a file has one rank",
-                fix="import the adapter with fewer targets, or compress the merged model",
-            )
-
-
-def _worst(best: Mapping[str, Best]) -> str:
-    loss = {name: found.error / found.norm if found.norm else 0.0 for name, found in best.items()}
-    name = max(loss, key=lambda name: loss[name])
-    return f"the most is lost in {name}: {loss[name]:.2e} of its update"
-
-
-def _padding(products: Mapping[str, Product], rank: int, bits: int) -> tuple[str, ...]:
-    """The format has one rank a file; what that costs where the adapter has several."""
-    spare = sum(
-        (rank - p.rank) * sum(map(max, zip(*(f.shape for f in p.pair), strict=True)))
-        for p in products.values()
-    )
-    if not spare:
-        return ()
-    return (
-        f"ranks differ, and the file has one: {spare * bits // 8} bytes of it are zeros that fill"
-        f" them up to {rank}",
-    )
-
-
-def _product(adapter: Adapter, path: str) -> Product:
-    name, start = adapter.modules[path], ROOT + path
-    shape = adapter.base.info(name).shape
-    rank, scaling = rank_of(adapter, path), scaling_of(adapter, path)
-    if f"{start}.lora_embedding_A" in adapter.tensors:
-        A = adapter.shaped(f"{start}.lora_embedding_A", (rank, shape[0]))
-        B = adapter.shaped(f"{start}.lora_embedding_B", (shape[1], rank))
+def _product(adapter: Adapter, site: Site) -> Product:
+    """Return the update of one tensor, as its weight is stored or transposed."""
+    shape, module = adapter.base.info(site.tensor).shape, site.module
+    rank, scaling = rank_of(adapter.config, site), scaling_of(adapter.config, site)
+    if TABLE_KEYS[0] in module.parts and len(shape) == 2:
+        A = adapter.shaped(module.key(TABLE_KEYS[0]), (rank, shape[0]))
+        B = adapter.shaped(module.key(TABLE_KEYS[1]), (shape[1], rank))
         return _scaled(A.T, B.T, scaling)
+    if len(shape) > 2 and site.is_parameter:
+        raise InputError(
+            f"{site.name} {shape} holds all experts in one tensor, and their updates, one product"
+            " for each, are together no product of two small factors",
+            fix="merge it with PEFT (merge_and_unload, save_pretrained) and run kilodelta compress",
+        )
     if len(shape) > 2:
-        A = adapter.shaped(f"{start}.lora_A.weight", (rank, *shape[1:]))
-        B = adapter.shaped(f"{start}.lora_B.weight", (shape[0], rank, *(1 for _ in shape[2:])))
-        return _scaled(B.reshape(-1, rank), A.reshape(rank, -1), scaling)
-    transposed = is_transposed(adapter, path, "lora_B.weight")
+        return _convolution(adapter, site, rank, scaling)
+    rows = adapter.tensors.info(module.key(B_KEY)).shape[:1]
+    transposed = is_transposed(adapter, site, *rows)
     out, in_ = shape[::-1] if transposed else shape
-    A = adapter.shaped(f"{start}.lora_A.weight", (rank, in_))
-    B = adapter.shaped(f"{start}.lora_B.weight", (out, rank))
+    A = adapter.shaped(module.key(A_KEY), (rank, in_))
+    B = adapter.shaped(module.key(B_KEY), (out, rank))
     return _scaled(B, A, scaling, transposed=transposed)
+
+
+def _convolution(adapter: Adapter, site: Site, rank: int, scaling: float) -> Product:
+    shape, module = adapter.base.info(site.tensor).shape, site.module
+    A = adapter.tensors.info(module.key(A_KEY)).shape
+    layer = adapter.architecture.layer(site.name.rpartition(".")[0])
+    is_grouped = getattr(layer, "groups", 1) > 1
+    # PEFT's lora_A of a grouped convolution is not grouped: it sees all inputs
+    if is_grouped or (len(A) == len(shape) and A[2:] == shape[2:] and A[1] > shape[1]):
+        raise InputError(
+            f"{site.name} {shape} is a grouped convolution: each of its outputs sees {shape[1]}"
+            f" inputs, but the adapter mixes all {A[1]} into each, which no such weight can hold",
+            fix="train without this layer (exclude_modules); PEFT cannot merge it either",
+        )
+    down = adapter.shaped(module.key(A_KEY), (rank, *shape[1:]))
+    up = adapter.shaped(module.key(B_KEY), (shape[0], rank, *(1 for _ in shape[2:])))
+    return _scaled(up.reshape(-1, rank), down.reshape(rank, -1), scaling)
+
+
+def _experts(adapter: Adapter, site: Site) -> Iterator[tuple[str, Product]]:
+    """Yield the update of every expert's matrix.
+
+    PEFT keeps the factors of all experts side by side: `lora_A` (experts * r, in) by expert, then
+    rank; `lora_B` (out, r * experts) by rank, then expert.
+    """
+    assert site.stack is not None
+    parts, base = site.stack.parts, adapter.base
+    experts, rank = len(parts[0]), rank_of(adapter.config, site)
+    heights = [base.info(part[0]).shape[0] for part in parts]
+    width = base.info(parts[0][0]).shape[1]
+    A = adapter.shaped(site.module.key(A_KEY), (experts * rank, width))
+    B = adapter.shaped(site.module.key(B_KEY), (sum(heights), rank * experts))
+    A, B = A.reshape(experts, rank, width), B.reshape(-1, rank, experts)
+    scaling, begin = scaling_of(adapter.config, site), 0
+    for part, height in zip(parts, heights, strict=True):
+        for expert, tensor in enumerate(part):
+            yield tensor, _scaled(B[begin : begin + height, :, expert], A[expert], scaling)
+        begin += height
 
 
 def _scaled(B: Floats, A: Floats, scaling: float, *, transposed: bool = False) -> Product:
@@ -151,53 +128,27 @@ def _scaled(B: Floats, A: Floats, scaling: float, *, transposed: bool = False) -
     return Product(pair=pair, transposed=transposed)
 
 
-def _extras(adapter: Adapter) -> dict[str, RawTensor]:
-    """What is stored whole and differs from the base. PEFT saves a targeted embedding's own weight
-    too, and with `bias` every bias."""
-    targets = set(adapter.modules.values())
-    found = {name: e for name, e in adapter.extras.items() if not _is_base(adapter, name, e)}
-    for name in found:
-        if name in targets:
-            raise BaseMismatchError(
-                f"the adapter holds its own {name} {found[name].shape}, which is not the base's",
-                fix="give the base that it was trained on, with the same vocabulary",
-            )
-    return found
-
-
-def _is_base(adapter: Adapter, name: str, tensor: RawTensor) -> bool:
-    if name not in adapter.base or adapter.base.info(name).shape != tensor.shape:
-        return False
-    key = next(key for key, at in adapter.whole.items() if at == name)
-    info = adapter.base.info(name)
-    if info.dtype == tensor.dtype:
-        return bool(np.array_equal(adapter.base.data(name), tensor.data))
-    try:
-        return bool(np.array_equal(floats(adapter.base, name), adapter.floats(key)))
-    except CheckpointError:  # not both are floats
-        return False
-
-
-def _biases(adapter: Adapter) -> dict[str, RawTensor]:
-    """`lora_bias`: what lora_B adds to its layer's own bias."""
+def _biases(adapter: Adapter, extras: Mapping[str, RawTensor]) -> dict[str, RawTensor]:
+    """Return the biases that `lora_bias` changes: what lora_B adds to its layer's own bias."""
     found = {}
-    for path, weight in adapter.modules.items():
-        key, name = f"{ROOT}{path}.lora_B.bias", weight.removesuffix("weight") + "bias"
-        if key not in adapter.tensors:
+    for site in adapter.sites:
+        key = site.module.parts.get(BIAS_KEY)
+        if key is None or site.stack is not None or site.is_parameter:
             continue
+        name = site.tensor.removesuffix("weight") + "bias"
         if name not in adapter.base:
             raise InputError(
                 f"{key} is a bias, and the base has no {name} to add it to",
                 fix="train without lora_bias, or give the layer a bias of zeros in the base",
             )
-        before, added = floats(adapter.base, name), adapter.floats(key)
+        before = floats(adapter.base, name)
+        if name in extras:
+            before = FLOATS[extras[name].dtype].widen(extras[name].data)
+        added = adapter.shaped(key, before.shape)
         if added.any():
-            whole = before + np.float32(scaling_of(adapter, path)) * added
-            found[name] = _like_base(adapter, name, whole)
+            values = before + np.float32(scaling_of(adapter.config, site)) * added
+            dtype = adapter.base.info(name).dtype
+            found[name] = RawTensor(
+                dtype=dtype, shape=values.shape, data=stored.pack(values, dtype)
+            )
     return found
-
-
-def _like_base(adapter: Adapter, name: str, values: Floats) -> RawTensor:
-    """A tensor in the base's own type."""
-    dtype = adapter.base.info(name).dtype
-    return RawTensor(dtype=dtype, shape=values.shape, data=stored.pack(values, dtype))

@@ -1,39 +1,23 @@
-"""Which of the base's weights an adapter takes for (in, out), as a Conv1D stores them."""
+"""Which of the base's weights are stored (in, out), as GPT-2's Conv1D does."""
 
 from __future__ import annotations
 
-from kilodelta.compress.adapters.peft.folder import Adapter
-from kilodelta.compress.adapters.peft.names import ROOT
-from kilodelta.models.layer_names import CONV1D_MODELS, is_conv1d, read_config
+from kilodelta.compress.adapters.peft.folder import Adapter, Site
 
 
-def is_transposed(adapter: Adapter, path: str, part: str) -> bool:
-    """Whether a module's weight is (in, out).
+def is_transposed(adapter: Adapter, site: Site, out: int | None = None) -> bool:
+    """Return whether a site's weight is stored (in, out).
 
-    The first side of the tensor `part`, out, tells, but for a square weight: that is told by
-    `is_conv1d_like`.
+    Args:
+        adapter: the adapter.
+        site: one of its sites.
+        out: the module's outputs, where a tensor of the adapter tells them. That settles it for a
+            weight that is not square; the model's code, its kind, or last the configuration does
+            for others.
     """
-    name = adapter.modules[path]
-    shape = adapter.base.info(name).shape
-    if len(shape) != 2:
+    shape = adapter.base.info(site.tensor).shape
+    if len(shape) != 2 or site.is_parameter:
         return False
-    if shape[0] != shape[1]:
-        return adapter.tensors.info(f"{ROOT}{path}.{part}").shape[0] == shape[1]
-    return is_conv1d_like(adapter, name)
-
-
-def is_conv1d_like(adapter: Adapter, name: str) -> bool:
-    """Whether a weight is (in, out) by its model's kind, else as the configuration says: PEFT
-    writes there what its last layer was."""
-    config = read_config(adapter.base)
-    if config.get("model_type") in CONV1D_MODELS:
-        return is_conv1d(name, config)
-    flag: bool = adapter.option("fan_in_fan_out", bool, False)
-    return flag
-
-
-def transposed_names(adapter: Adapter, part: str) -> list[str]:
-    """The base's weights that are (in, out)."""
-    return sorted(
-        name for path, name in adapter.modules.items() if is_transposed(adapter, path, part)
-    )
+    if out is not None and shape[0] != shape[1]:
+        return out == shape[1]
+    return adapter.architecture.is_conv1d(site.name, adapter.option("fan_in_fan_out", bool, False))

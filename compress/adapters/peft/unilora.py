@@ -5,37 +5,41 @@ Source: Li et al., https://arxiv.org/abs/2506.00799, as HF PEFT 0.21 stores it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kilodelta.compress.adapters.options import Options
-from kilodelta.compress.adapters.parsed import Draft
-from kilodelta.compress.adapters.peft.folder import Adapter
-from kilodelta.compress.adapters.peft.names import ROOT
-from kilodelta.compress.adapters.peft.orientation import is_conv1d_like
-from kilodelta.errors import InputError
+from kilodelta.compress.adapters.peft.folder import Adapter, Site
+from kilodelta.compress.adapters.peft.orientation import is_transposed
+from kilodelta.compress.adapters.peft.ties import settle_ties
+from kilodelta.compress.adapters.peft.whole import read_whole
+from kilodelta.compress.adapters.reader import ParsedAdapter, ReadOptions
+from kilodelta.errors import CheckpointError, InputError
 from kilodelta.files.dtypes import FLOATS
 from kilodelta.format.foreign.peft_unilora import PeftUniLora, deal, digest, places, scales_of
 from kilodelta.format.quantise import Floats
 from kilodelta.merging.build import Recipe, targets
 
-THETA = "base_model.unilora_theta_d"
+THETA = "unilora_theta_d"
 Indices = npt.NDArray[Any]
 Shape = tuple[int, int]
+Sites = Mapping[str, Site]
 
 
-def read(adapter: Adapter, options: Options) -> Draft:
-    """The compatibility form `peft-unilora` of an adapter.
+def read(adapter: Adapter, options: ReadOptions) -> ParsedAdapter:
+    """Parse a Uni-LoRA adapter as the compatibility form `peft-unilora`.
 
     Raises:
         InputError: a shape does not fit, or saved indices are not what the seed deals out.
         CheckpointError: a tensor is missing.
     """
-    turned = [name for name in adapter.modules.values() if is_conv1d_like(adapter, name)]
-    patterns = adapter.patterns(sorted(turned))
+    sites = adapter.matrices()
+    whole = read_whole(adapter)
+    settled = settle_ties(adapter, {site.name for site in sites.values()}, whole.tensors)
+    transposed = [name for name, site in sites.items() if is_transposed(adapter, site)]
+    patterns = adapter.patterns(list(sites), transposed)
     shapes = {target.name: target.matrix for target in targets(adapter.base, patterns)}
     seed, bases = adapter.option("proj_seed", int, 42), adapter.option("theta_d_length", int, 256)
     if seed < 0 or bases < 1:
@@ -43,10 +47,13 @@ def read(adapter: Adapter, options: Options) -> Draft:
             f"{adapter.path}: proj_seed {seed} and theta_d_length {bases} make no sense",
             fix="give the configuration that PEFT wrote beside the adapter",
         )
-    theta = adapter.shaped(THETA, (bases,))
+    theta = adapter.shaped(adapter.keys.shared.get(THETA, f"base_model.{THETA}"), (bases,))
+    _check_rank(adapter, shapes)
     indices = deal(seed, bases, places(adapter.rank, list(shapes.values())))
-    starts = _starts(adapter, indices, shapes)
-    dtype = _scale_type(adapter, options)
+    starts = _starts(adapter, sites, indices, shapes)
+    dtype = _scale_type(adapter, sites, options)
+    scales = scales_of(indices, bases, dtype)
+    _check_scales(adapter, sites, starts, indices, scales)
     form = PeftUniLora(
         rank=adapter.rank,
         bases=bases,
@@ -54,26 +61,30 @@ def read(adapter: Adapter, options: Options) -> Draft:
         dtype=dtype,
         fingerprint=digest(indices),
     )
-    scaled = theta.astype(np.float64) * scales_of(indices, bases, dtype)
-    return Draft(
+    scaled = theta.astype(np.float64) * scales
+    return ParsedAdapter(
         source="PEFT Uni-LoRA",
         recipe=Recipe(
             method=form,
             patterns=patterns,
             seed=seed,
-            bits=32 if options.dtype == "float32" else 16,
+            bits=options.float_bits,
             name=options.name,
-            extras=adapter.extras,
+            extras=settled.extras,
+            config={**whole.config, **settled.config},
         ),
-        own={name: {"start": np.array([start])} for name, start in starts.items()},
+        coefficients={name: {"start": np.array([start])} for name, start in starts.items()},
         shared={"theta": theta},
-        wanted=lambda name: update(scaled, indices[starts[name] :], adapter.rank, shapes[name]),
-        notes=(f"the vector is dealt out by NumPy's shuffle, and scaled in {dtype}",),
+        update=lambda name: update(scaled, indices[starts[name] :], adapter.rank, shapes[name]),
+        notes=(
+            f"the vector is dealt out by NumPy's shuffle, and scaled in {dtype}",
+            *whole.notes,
+        ),
     )
 
 
 def update(scaled: Floats, indices: Indices, rank: int, shape: Shape) -> Floats:
-    """PEFT's `get_delta_weight`, float64 (out, in)."""
+    """Compute PEFT's `get_delta_weight`, float64 (out, in)."""
     middle = rank * shape[1]
     A = scaled[indices[:middle]].reshape(rank, shape[1])
     B = scaled[indices[middle : middle + rank * shape[0]]].reshape(shape[0], rank)
@@ -81,16 +92,45 @@ def update(scaled: Floats, indices: Indices, rank: int, shape: Shape) -> Floats:
     return found
 
 
-def _starts(adapter: Adapter, indices: Indices, shapes: Mapping[str, Shape]) -> dict[str, int]:
-    """Where each target's places begin: in the model's order, or where its saved indices are."""
+def _check_rank(adapter: Adapter, shapes: Mapping[str, Shape]) -> None:
+    """Refuse a rank that nothing in the file proves and that no layer can have."""
+    largest = max(max(shape) for shape in shapes.values())
+    if adapter.rank > largest:
+        raise InputError(
+            f"{adapter.config.where}: r is {adapter.rank}, more than the {largest} of the largest"
+            " layer",
+            fix="give the configuration that PEFT wrote beside the adapter",
+        )
+
+
+def _indices(adapter: Adapter, site: Site, side: str) -> Indices:
+    key = site.module.key(f"unilora_indices_{side}")
+    raw = adapter.tensors.raw(key)
+    if raw.dtype != "I64":
+        raise CheckpointError(
+            f"{adapter.path}: tensor {key} is {raw.dtype}, not I64", fix="save the adapter again"
+        )
+    return raw.values().reshape(-1)
+
+
+def _starts(
+    adapter: Adapter, sites: Sites, indices: Indices, shapes: Mapping[str, Shape]
+) -> dict[str, int]:
+    """Find where each target's places begin: by the model's order, or by its saved indices."""
     saved = {
-        name: adapter.tensors.data(f"{ROOT}{path}.unilora_indices_A").view("<i8")
-        for path, name in adapter.modules.items()
-        if f"{ROOT}{path}.unilora_indices_A" in adapter.tensors
+        name: np.concatenate([_indices(adapter, site, side) for side in "AB"])
+        for name, site in sites.items()
+        if "unilora_indices_A" in site.module.parts
     }
-    order = list(adapter.modules.values())
+    order = list(sites)
     if saved:
         order = _order(adapter, indices, saved, shapes)
+    if len(order) != len(sites):
+        name = min(sites.keys() - set(order))
+        raise CheckpointError(
+            f"{adapter.path} holds indices for some layers, but none for {name}",
+            fix="save the adapter again",
+        )
     ends = np.cumsum([places(adapter.rank, [shapes[name]]) for name in order])
     return dict(zip(order, [0, *map(int, ends[:-1])], strict=True))
 
@@ -98,7 +138,7 @@ def _starts(adapter: Adapter, indices: Indices, shapes: Mapping[str, Shape]) -> 
 def _order(
     adapter: Adapter, indices: Indices, saved: Mapping[str, Indices], shapes: Mapping[str, Shape]
 ) -> list[str]:
-    """The order in which the seed deals out the indices that were saved."""
+    """Find the order in which the seed deals out the indices that were saved."""
     order: list[str] = []
     start, left = 0, dict(saved)
     while left:
@@ -121,11 +161,40 @@ def _next(indices: Indices, left: Mapping[str, Indices]) -> str | None:
     )
 
 
-def _scale_type(adapter: Adapter, options: Options) -> Any:
-    """The type of PEFT's scales: that of the saved ones, else as told, else the base's."""
-    named: Sequence[str] = [n for n in adapter.tensors.names if n.endswith("unilora_scales_A")]
-    if not named and options.basis_dtype is not None:
+def _scale_type(adapter: Adapter, sites: Sites, options: ReadOptions) -> Any:
+    """Return the type of PEFT's scales: that of the saved ones, else as told, else the base's."""
+    keys = [s.module.parts.get("unilora_scales_A") for s in sites.values()]
+    saved = next(filter(None, keys), None)
+    if saved is None and options.basis_dtype is not None:
         return options.basis_dtype
-    name = next(iter(adapter.modules.values()))
-    found = adapter.tensors.info(named[0]).dtype if named else adapter.base.info(name).dtype
+    name = next(iter(sites))
+    found = adapter.tensors.info(saved).dtype if saved else adapter.base.info(name).dtype
+    if found not in FLOATS:
+        raise CheckpointError(
+            f"{adapter.path}: tensor {saved} is {found}, not a float type",
+            fix="save the adapter again",
+        )
     return FLOATS[found].long
+
+
+def _check_scales(
+    adapter: Adapter,
+    sites: Sites,
+    starts: Mapping[str, int],
+    indices: Indices,
+    scales: Floats,
+) -> None:
+    """See that saved scales are those of the vector's places."""
+    for name, site in sites.items():
+        at = starts[name]
+        for side in "AB":
+            key = site.module.parts.get(f"unilora_scales_{side}")
+            if key is None:
+                continue
+            found = adapter.floats(key).reshape(-1)
+            if not np.array_equal(found, scales[indices[at : at + found.size]]):
+                raise InputError(
+                    f"the scales {key} are not those that the adapter's seed deals out",
+                    fix="it was made by another version of PEFT: merge it there, and compress",
+                )
+            at += found.size

@@ -1,0 +1,311 @@
+"""The model that an adapter was trained on, as its `config.json` describes it, without weights.
+
+What an adapter means depends on the model in memory: transformers renames tensors while loading,
+stacks experts, ties embeddings, and builds no layers that its code does not know. So the base's
+class is built on torch's meta device, which allocates nothing, and asked. A base without a
+`config.json` that transformers understands is taken as its file's names describe it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.tying import first_names
+from kilodelta.models.layer_names import CONV1D_MODELS, is_conv1d, read_config
+from kilodelta.models.quiet import quiet
+
+_TASKS: Mapping[str, str] = {
+    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "FEATURE_EXTRACTION": "MODEL_MAPPING",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+}
+"""PEFT's `task_type` to transformers' table of classes."""
+
+_KINDS: Mapping[str, str] = {
+    "Linear": "linear",
+    "Conv1D": "conv1d",
+    "Embedding": "embedding",
+    "Conv1d": "convolution",
+    "Conv2d": "convolution",
+    "Conv3d": "convolution",
+}
+"""Class of a layer, or of one that it is derived from, to what PEFT takes it for."""
+_HOMES = ("torch.nn.", "transformers.pytorch_utils")
+"""Where those classes are defined; other libraries have some of the same name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """A parameter (experts, out, in) that is stacked in memory from matrices of the files.
+
+    `parts[p][e]` is the base's matrix of expert `e` that gives the parameter's `p`-th span of
+    rows: gate and up of a fused `gate_up_proj`, for example.
+    """
+
+    parts: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A base's tensors by the names that they have in the model in memory.
+
+    Attributes:
+        base: the tensors on disk.
+        names: name in memory, or in the files, to the base's tensor.
+        stacks: name in memory to the matrices of which it is made.
+        rebuilt: names in memory that transformers computes from the files in any other way.
+        ties: groups of names in memory that are one tensor.
+        aliases: names among them that the files lack; `names` gives the tensor that they share.
+        module: the model on the meta device; None where it cannot be built.
+        is_adapted: whether `module` is of the class that the adapter's configuration names.
+        config: the base's `config.json`.
+    """
+
+    base: Checkpoint
+    names: Mapping[str, str]
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
+    rebuilt: frozenset[str] = frozenset()
+    ties: tuple[tuple[str, ...], ...] = ()
+    aliases: frozenset[str] = frozenset()
+    module: Any = None
+    is_adapted: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def weight(self, path: str) -> str | None:
+        """Return the name of the weight of the module at `path`; None where there is none."""
+        return f"{path}.weight" if self.has(f"{path}.weight") else None
+
+    def has(self, name: str) -> bool:
+        """Return whether the base holds what the model calls `name`."""
+        return name in self.names or name in self.stacks
+
+    def kind(self, path: str) -> str:
+        """Return what the layer at a module path is, such as `conv1d`; empty if unknown."""
+        layer = self.layer(path)
+        return "" if layer is None else _kind_of(layer) or "other"
+
+    def layer(self, path: str) -> Any:
+        """Return the layer at a module path, without weights; None if unknown."""
+        try:
+            return self.module.get_submodule(path) if self.module is not None else None
+        except AttributeError:
+            return None
+
+    def layers(self) -> Iterator[tuple[str, str]]:
+        """Yield the path and kind of every layer that can be adapted; nothing if unknown."""
+        if self.module is not None:
+            for path, layer in self.module.named_modules():
+                kind = _kind_of(layer)
+                if path and kind:
+                    yield path, kind
+
+    def is_conv1d(self, name: str, flag: bool) -> bool:
+        """Return whether a weight is stored (in, out).
+
+        Args:
+            name: in memory.
+            flag: the adapter's `fan_in_fan_out`, which PEFT sets by the last layer that it adapts;
+                it decides only where nothing else does.
+        """
+        kind = self.kind(name.rpartition(".")[0])
+        if kind in ("linear", "conv1d"):
+            return kind == "conv1d"
+        if self.config.get("model_type") in CONV1D_MODELS:
+            return is_conv1d(self.names.get(name, name), self.config)
+        return flag
+
+    def tied(self, name: str) -> tuple[str, ...]:
+        """Return the names in memory that are one tensor with `name`, it among them."""
+        return next((group for group in self.ties if name in group), (name,))
+
+
+def read_architecture(base: Checkpoint, adapter: Mapping[str, Any]) -> Architecture:
+    """Describe the model that an adapter was trained on.
+
+    Args:
+        base: its weights; `config.json` is looked for beside them.
+        adapter: the adapter's configuration, whose `auto_mapping` and `task_type` tell the class
+            that was adapted where it is another than the base's own.
+    """
+    config = read_config(base)
+    plain = Architecture(base=base, names={name: name for name in base.names}, config=config)
+    folder = base.shards[0].path.parent
+    if not (folder / "config.json").is_file():
+        return plain
+    module, is_adapted = _built(folder, adapter)
+    if module is None:
+        return plain
+    names, sources = _named(module, base)
+    if 2 * (len(names) + sum(map(len, sources.values()))) < len(base.names):
+        return plain  # the configuration beside a lone file is another model's
+    stacks = {place: stack for place, made in sources.items() if (stack := _stack(made, base))}
+    rebuilt = frozenset(sources.keys() - stacks.keys())
+    ties = _ties(module, names, base)
+    aliases = {
+        name: stored
+        for group in ties
+        for name in group
+        if name not in names and (stored := next((names[n] for n in group if n in names), ""))
+    }
+    own = {name: name for name in base.names if name not in stacks.keys() | rebuilt}
+    return Architecture(
+        base=base,
+        names={**own, **names, **aliases},
+        stacks=stacks,
+        rebuilt=rebuilt,
+        ties=ties,
+        aliases=frozenset(aliases),
+        module=module,
+        is_adapted=is_adapted,
+        config=config,
+    )
+
+
+def _kind_of(layer: Any) -> str:
+    """Return the kind of a layer, by its class and those that it is derived from."""
+    for kind in type(layer).__mro__:
+        if kind.__name__ in _KINDS and kind.__module__.startswith(_HOMES):
+            return _KINDS[kind.__name__]
+    return ""
+
+
+def _built(folder: Path, adapter: Mapping[str, Any]) -> tuple[Any, bool]:
+    """Build the adapted model without weights; (None, False) where no class can be built."""
+    try:
+        import torch
+        import transformers
+    except ModuleNotFoundError:
+        return None, False
+    with quiet():
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except Exception:  # whatever a strange configuration makes of transformers' own code
+            return None, False
+        for kind, is_adapted in _classes(transformers, config, adapter):
+            try:
+                with torch.device("meta"), torch.random.fork_rng(devices=[]):
+                    return kind(config).eval(), is_adapted
+            except Exception:  # a class that this configuration does not fit
+                continue
+    return None, False
+
+
+def _classes(transformers: Any, config: Any, adapter: Mapping[str, Any]) -> list[tuple[Any, bool]]:
+    """List the classes to try, and whether the adapter names them."""
+    mapping = adapter.get("auto_mapping")
+    adapted = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    table = _TASKS.get(str(adapter.get("task_type")))
+    own = [*(getattr(config, "architectures", None) or [])][:1]
+    listed = [
+        (getattr(transformers, str(adapted), None), True),
+        (_from_table(transformers, table, config), True),
+        *((getattr(transformers, str(name), None), False) for name in own),
+        (_from_table(transformers, "MODEL_MAPPING", config), False),
+    ]
+    return [
+        (kind, is_adapted)
+        for kind, is_adapted in listed
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    ]
+
+
+def _from_table(transformers: Any, table: str | None, config: Any) -> Any:
+    mapping = getattr(transformers, table, None) if table else None
+    try:
+        found = mapping.get(type(config), None) if mapping is not None else None
+    except Exception:  # a table names a class whose module needs what is not installed
+        return None
+    return found[0] if isinstance(found, (tuple, list)) else found
+
+
+_Source = tuple[str, str, Any, tuple[int, ...]]
+"""A file's tensor, the converter's pattern that it matches, the converter, the shape in memory."""
+
+
+def _named(module: Any, base: Checkpoint) -> tuple[dict[str, str], dict[str, list[_Source]]]:
+    """Find out which tensor of the files each tensor in memory is, or of which it is made."""
+    state = module.state_dict()
+    names: dict[str, str] = {}
+    sources: dict[str, list[_Source]] = {}
+    for name, place, pattern, converter in _renamed(module, base):
+        if place not in state:
+            continue  # a layer that this class does not build
+        if pattern is None:
+            names[place] = name if place == name else names.get(place, name)
+        else:
+            shape = tuple(state[place].shape)
+            sources.setdefault(place, []).append((name, pattern, converter, shape))
+    return names, sources
+
+
+def _renamed(module: Any, base: Checkpoint) -> Iterator[tuple[str, str, str | None, Any]]:
+    """Yield (name in the files, name in memory, converter's pattern, converter) as transformers'
+    own loading pairs them; before version 5 it only adds or removes the base model's prefix."""
+    state, prefix = module.state_dict(), module.base_model_prefix
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+    except ImportError:
+        for name in base.names:
+            added, removed = f"{prefix}.{name}", name.removeprefix(f"{prefix}.")
+            yield name, next((n for n in (name, added, removed) if n in state), name), None, None
+        return
+    conversions = get_model_conversion_mapping(module)
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    renamings = [c for c in conversions if not isinstance(c, WeightConverter)]
+    for name in base.names:
+        place, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        owner = next((c for c in converters if pattern in c.source_patterns), None)
+        yield name, place, pattern, owner
+
+
+def _stack(made_of: Sequence[_Source], base: Checkpoint) -> Stack | None:
+    """Recognise experts that lie one by one in the files; None for other ways to make a tensor."""
+    _, _, converter, shape = made_of[0]
+    steps = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
+    if steps not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
+        return None
+    parts = tuple(
+        tuple(sorted((name for name, p, *_ in made_of if p == pattern), key=_in_number_order))
+        for pattern in converter.source_patterns
+    )
+    shapes = [{base.info(name).shape for name in part} for part in parts]
+    if any(len(part) != shape[0] for part in parts) or any(len(found) != 1 for found in shapes):
+        return None
+    heights = [height for found in shapes for height, *_ in found]
+    widths = {tuple(rest) for found in shapes for _, *rest in found}
+    return Stack(parts=parts) if (sum(heights), widths) == (shape[1], {shape[2:]}) else None
+
+
+def _in_number_order(name: str) -> list[tuple[int, int, str]]:
+    """Sort `experts.10` behind `experts.9`."""
+    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in name.split(".")]
+
+
+def _ties(module: Any, names: Mapping[str, str], base: Checkpoint) -> tuple[tuple[str, ...], ...]:
+    """Group the names of one tensor in memory.
+
+    transformers 5 loads two tensors untied, whatever the configuration says, where the files hold
+    both and they differ.
+    """
+    groups: dict[str, list[str]] = {}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for name, first in first_names(parameters).items():
+        groups.setdefault(first, []).append(name)
+    return tuple(
+        tuple(group)
+        for group in groups.values()
+        if len(group) > 1 and _are_equal(base, {names[n] for n in group if n in names})
+    )
+
+
+def _are_equal(base: Checkpoint, names: set[str]) -> bool:
+    first, *others = sorted(names) or [""]
+    return all(base.raw(name).equals(base.raw(first)) for name in others)

@@ -1,0 +1,100 @@
+"""Regular expressions of a file that nobody vouches for, matched as PEFT does, within limits.
+
+PEFT gives them to `re`, which a few characters can keep busy for years. The `regex` package, which
+transformers needs anyway, takes the same expressions and a limit of time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kilodelta.errors import InputError, require
+
+MAX_TEXT = 64 << 10
+"""Characters of all expressions of one adapter together; compiling takes time, too."""
+SECONDS = 4.0
+"""Processor time for all matches of one adapter together."""
+
+
+class Expressions:
+    """Matches one adapter's expressions; all of them share one budget of time and text."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._left = SECONDS
+        self._text = 0
+        self._compiled: dict[str, Any] = {}
+
+    def covers(self, pattern: str, text: str) -> bool:
+        """Return whether an expression matches a whole text, as `re.fullmatch`.
+
+        Raises:
+            InputError: it is no regular expression, or takes too long.
+
+        Example:
+            >>> Expressions("adapter").covers(r".*\\.(query|key)", "layer.0.query")
+            True
+        """
+        return self._match(f"(?:{pattern})\\Z", pattern, text)
+
+    def begins(self, pattern: str, shown: str, text: str) -> bool:
+        """Return whether an expression matches the begin of a text, as `re.match`.
+
+        Args:
+            pattern: the expression.
+            shown: the part of it that stands in the adapter's configuration, for errors.
+            text: what it is matched with.
+
+        Raises:
+            InputError: it is no regular expression, or takes too long.
+        """
+        return self._match(pattern, shown, text)
+
+    def first(self, pattern: str, shown: str, text: str) -> str | None:
+        """Return what the group `idx` matched at the begin of a text; None where nothing matches.
+
+        Raises:
+            InputError: as `begins`.
+        """
+        found = self._timed(pattern, shown, text)
+        return None if found is None else str(found["idx"])
+
+    def _match(self, pattern: str, shown: str, text: str) -> bool:
+        return self._timed(pattern, shown, text) is not None
+
+    def _timed(self, pattern: str, shown: str, text: str) -> Any:
+        from time import process_time
+
+        compiled = self._compile(pattern, shown)
+        began = process_time()
+        try:
+            if self._left <= 0:
+                raise TimeoutError
+            return compiled.match(text, timeout=self._left)
+        except TimeoutError:
+            raise InputError(
+                f"{self._where}: the expression {shown!r:.80} takes too long to match",
+                fix="name the modules in a list instead",
+            ) from None
+        finally:
+            self._left -= process_time() - began
+
+    def _compile(self, pattern: str, shown: str) -> Any:
+        if pattern in self._compiled:
+            return self._compiled[pattern]
+        regex = require("regex", extra="hf", why="match the expressions of an adapter")
+        self._text += len(pattern)
+        if self._text > MAX_TEXT:
+            raise InputError(
+                f"{self._where} holds more than {MAX_TEXT} characters of expressions",
+                fix="name modules by their last part, such as q_proj",
+            )
+        try:
+            found = regex.compile(pattern)
+        except (regex.error, RecursionError, OverflowError) as problem:
+            raise InputError(
+                f"{self._where} has {shown!r:.80}, no regular expression: {problem!s:.80}",
+                fix="give the configuration that PEFT wrote beside the adapter",
+            ) from None
+        self._compiled[pattern] = found
+        return found
