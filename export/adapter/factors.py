@@ -1,4 +1,4 @@
-"""A delta as the inputs of a graph that takes its low-rank factors: what a device does to switch.
+"""Expand a delta into the inputs of a graph that takes low-rank factors: a switch of fine-tunes.
 
 The integer factors come from the exact kernels. Each entry is then rounded once to the graph's
 dtype, after a power of two was moved from one factor to the other, so that both have entries of
@@ -10,19 +10,20 @@ agree with the merged model's to rounding, not bit for bit; zeros give the base'
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kilodelta import parallel
-from kilodelta.errors import BaseMismatchError, InputError
+from kilodelta.errors import InputError
+from kilodelta.export.adapter.fit import fit, too_high
 from kilodelta.export.adapter.layout import AdapterLayout, Exposed
+from kilodelta.export.merge.tensor import rounded
 from kilodelta.export.peft.factors import float_factors, scales
-from kilodelta.files.tensor import TensorInfo
+from kilodelta.files.dtypes import BY_LONG, FLOATS, TARGETS
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
-from kilodelta.format.targets import Target, select
 from kilodelta.merging import stacks as together
 from kilodelta.progress import Meter, Progress, silent
 
@@ -39,9 +40,24 @@ _DTYPES: Mapping[str, Any] = {
 
 
 def base_factors(layout: AdapterLayout) -> Factors:
-    """The factors of the base itself: zeros."""
-    dtype = _DTYPES[layout.dtype]
-    return {name: np.zeros(shape, dtype) for name, shape in layout.inputs.items()}
+    """Return the inputs of the base itself: zeros, and the values that stored tensors start from.
+
+    Args:
+        layout: of the graph that the inputs are for.
+
+    Returns:
+        Arrays by input name, in the layout's shapes; with slots, every slot is the base.
+    """
+    made = _zeros(layout, layout.lead)
+    for name, tensor in layout.defaults.items():
+        value = _stored_value(name, tensor, layout)
+        made[name] = np.broadcast_to(value, (*layout.lead, *value.shape)).copy()
+    return made
+
+
+def _zeros(layout: AdapterLayout, lead: tuple[int, ...]) -> Factors:
+    dtype, axes = _DTYPES[layout.dtype], len(layout.lead)
+    return {name: np.zeros((*lead, *shape[axes:]), dtype) for name, shape in layout.inputs.items()}
 
 
 def expand(
@@ -51,55 +67,51 @@ def expand(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Factors:
-    """A delta's factors by input name, without the axis of slots; what it leaves alone is zero.
+    """Compute a delta's inputs for a graph, without the axis of slots.
 
     Args:
         delta: needs no base: the layout says what its targets are.
-        layout: of the graph that the factors are for.
+        layout: of the graph that the inputs are for.
         threads: cores to use; all by default.
+        progress: what is told how far the work is, in tensors.
+
+    Returns:
+        Arrays by input name: the factors of its targets, zeros for other exposed tensors, and the
+        stored tensors that it brings, or their defaults.
 
     Raises:
         BaseMismatchError: the graph was made of another base.
-        InputError: the graph cannot take this delta: its method is of full rank, its rank is
-            higher than the graph's, it stores tensors whole, or it changes what is not exposed.
+        InputError: the graph cannot take this delta (`kilodelta.export.adapter.fit`).
+        ExportError: a stored tensor does not fit into the graph's dtype.
         FileError: the coefficients break the exactness bound.
     """
     bound = fit(delta, layout)
     exposed = {t.info.name: t for t in layout.exposed if t.use != "unused"}
-    made = base_factors(replace(layout, slots=0))
+    made = _zeros(layout, ())
     names = [name for name in bound.targets if name in exposed]
     meter = Meter("expand", len(names), "tensors", progress)
     for name, (left, right) in _float_factors(bound, names, meter, threads).items():
-        if left.shape[1] > layout.rank:  # a compatibility form of a fused layer: a rank a part
-            raise _too_high(left.shape[1], layout)
+        if left.shape[1] > layout.rank:  # a compatibility form of a fused layer adds its ranks up
+            raise too_high(left.shape[1], layout)
         A, B = (made[port] for port in exposed[name].names)
         stored = (right.T, left.T) if bound.targets[name].transposed else (left, right)
         _fill(A, B, exposed[name], *stored)
+    for name, default in layout.defaults.items():
+        made[name] = _stored_value(name, bound.extras.get(name, default), layout)
     return made
 
 
-def fit(delta: Delta, layout: AdapterLayout) -> Delta:
-    """The delta bound to a graph's base, if the graph can take it.
-
-    Raises:
-        BaseMismatchError, InputError, FileError: as `expand` does.
-    """
-    base = delta.manifest.base
-    if base.root != layout.base_root:
-        raise BaseMismatchError(
-            f"the graph was made of the base {layout.base_root} ({layout.base_name or 'unnamed'}); "
-            f"the file is for {base.root} ({base.name or 'unnamed'})",
-            fix="give a file made for the graph's base, or export the graph from the file's",
-        )
-    _require_low_rank(delta, layout)
-    _require_no_extras(delta)
-    exposed = [tensor.info for tensor in layout.exposed]
-    layout_there = _require_exposed(delta, exposed)
-    return delta if delta.layout == layout_there else delta.bind_to(exposed)
+def _stored_value(name: str, tensor: RawTensor, layout: AdapterLayout) -> Matrix:
+    """A stored tensor as the graph takes it, rounded once."""
+    if tensor.dtype not in TARGETS:
+        return tensor.values()
+    dtype = BY_LONG[layout.dtype].name
+    narrow = FLOATS[dtype].widen(rounded(name, tensor, dtype))
+    return narrow.astype(_DTYPES[layout.dtype]).reshape(tensor.shape)
 
 
 def in_slots(layout: AdapterLayout, fine_tunes: Sequence[Factors]) -> Factors:
-    """The inputs of a graph with slots: the base as number 0, then the fine-tunes in order.
+    """Stack the inputs of a graph with slots: the base as number 0, then fine-tunes in order.
 
     Raises:
         InputError: there are more of them than slots.
@@ -121,51 +133,10 @@ def put_slot(stacked: Factors, slot: int, factors: Factors) -> None:
         stacked[name][slot] = values
 
 
-def _require_low_rank(delta: Delta, layout: AdapterLayout) -> None:
-    form = delta.form
-    if form.full_rank:
-        raise InputError(
-            f"a {form.name} update has full rank; the graph takes low-rank factors",
-            fix="apply the file in patch or refit mode, or merge it",
-        )
-    if form.rank > layout.rank:
-        raise _too_high(form.rank, layout)
-
-
-def _too_high(rank: int, layout: AdapterLayout) -> InputError:
-    return InputError(
-        f"the file has rank {rank}, the graph takes up to {layout.rank}",
-        fix=f"make the graph anew, for a device by kilodelta bundle --rank {rank}, else by "
-        f"export-adapter --rank {rank}; or merge the file",
-    )
-
-
-def _require_no_extras(delta: Delta) -> None:
-    if delta.extras:
-        raise InputError(
-            f"the file also stores tensors whole, which are no inputs of the graph: "
-            f"{', '.join(delta.extras)}",
-            fix="apply the file in patch or refit mode, or make it without extras",
-        )
-
-
-def _require_exposed(delta: Delta, exposed: list[TensorInfo]) -> tuple[Target, ...]:
-    """The targets. Exposed tensors are tensors of the base, so as many matches as the file has
-    targets are these very targets."""
-    matched = select(exposed, delta.manifest.patterns)
-    if len(matched) != delta.manifest.count:
-        raise InputError(
-            f"the graph exposes {len(matched)} of the {delta.manifest.count} tensors that the file "
-            f"changes: {', '.join(delta.manifest.patterns.include)}",
-            fix="export the graph with all of them exposed, or apply in patch or refit mode",
-        )
-    return matched
-
-
 def _float_factors(
     delta: Delta, names: Sequence[str], meter: Meter, threads: int | None
 ) -> dict[str, tuple[Matrix, Matrix]]:
-    """(out, K) and (K, in) of each target, float64, of like size."""
+    """Compute (out, K) and (K, in) of each target, float64, of like size."""
     if not names:
         return {}
     if delta.manifest.compat is not None:

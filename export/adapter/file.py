@@ -1,4 +1,4 @@
-"""ONNX Runtime's own adapter files (`.onnx_adapter`): a fine-tune's factors as it maps them.
+"""Write ONNX Runtime's own adapter files (`.onnx_adapter`): factors in the form that it maps.
 
 Any program with ONNX Runtime 1.20 or newer loads one and names it in a run's options; it needs no
 kilodelta. The graph must have been exported with `optional`, so that its factors may be left out
@@ -27,16 +27,20 @@ def write_adapter(
     version: int = 1,
     progress: Progress = silent,
 ) -> int:
-    """Write a delta as an `.onnx_adapter` file, in full or not at all; returns its bytes.
+    """Write a delta as an `.onnx_adapter` file, in full or not at all; return its bytes.
 
     Args:
+        delta: the fine-tune; needs no base.
+        layout: of the graph that it is for.
+        path: a new file.
         version: a number of your own, which the file carries.
+        progress: what is told how far the work is.
 
     Raises:
         InputError: the graph has slots or required factors, or cannot take this delta.
         BaseMismatchError, FileError: as `expand`.
         MissingPackageError: ONNX Runtime is not installed.
-        OutputError: the file cannot be written.
+        OutputError: `path` exists, or cannot be written.
     """
     if layout.slots or not layout.optional or layout.dtype == "bfloat16":
         raise InputError(
@@ -54,6 +58,6 @@ def write_adapter(
             for name, values in factors.items()
         }
     )
-    with staging.new_file(path) as stage:
+    with staging.new_file(path, replace=False) as stage:
         made.export_adapter(str(stage))
         return stage.stat().st_size

@@ -1,13 +1,14 @@
-"""`kilodelta export --adapter`: one ONNX file of the base, and ONNX Runtime's own adapter files.
+"""Write a fine-tune as ONNX Runtime's own adapter file, beside one ONNX file of the base.
 
 ::
 
     out/model.onnx             the base; its low-rank factors may be fed, and are zeros otherwise
     out/adapter.json           which factors there are
+    out/adapter.safetensors    values to start from of tensors that fine-tunes bring whole
     out/<name>.onnx_adapter    one fine-tune, `<name>.kd`
 
-Torch makes the first two, once. Every further fine-tune of this base adds a file of its own, for
-which numpy, numba and ONNX Runtime are enough.
+Torch makes the first three, once. Every further fine-tune of this base adds one file, for which
+numpy, numba and ONNX Runtime are enough.
 """
 
 from __future__ import annotations
@@ -16,34 +17,47 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kilodelta.errors import InputError, OutputError, require
 from kilodelta.exact.selftest import require_good_kernels
-from kilodelta.export.adapter.factors import fit
 from kilodelta.export.adapter.file import write_adapter
-from kilodelta.export.adapter.layout import NAME, read_layout
+from kilodelta.export.adapter.fit import fit
+from kilodelta.export.adapter.layout import NAME, AdapterLayout, read_layout
 from kilodelta.export.options import short
 from kilodelta.files import staging
+from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from kilodelta.export.architecture import HeadedBase
 
 GRAPH, SUFFIX = "model.onnx", ".onnx_adapter"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOptions:
-    """How a new graph is made; one that the folder has stays as it is."""
+    """How a new graph is made; one that the folder has stays as it is.
+
+    Attributes:
+        dtype: of the graph and the factors: float32 or float16.
+        rank: the highest rank that a fine-tune may have.
+        include: globs of the weights that fine-tunes may change; all layers by default.
+        whole: globs of tensors of the base that fine-tunes may store whole.
+        model: `package.module:function` that builds the module.
+        config: the tuned model's folder, its `config.json`, or a `.kd` file made of it; by default
+            what the fine-tune itself says, where it brings a head.
+        inputs: a batch to trace with, where the model does not say what its inputs look like.
+    """
 
     dtype: str = "float32"
     rank: int = 8
-    """The highest rank that a fine-tune may have."""
-
     include: tuple[str, ...] = ()
-    """Globs of the weights that fine-tunes may change; all layers."""
-
+    whole: tuple[str, ...] = ()
     model: str | None = None
+    config: str | None = None
     inputs: str | None = None
 
 
@@ -64,7 +78,7 @@ class AdapterFolder:
 
 def export_adapter(
     base: str | os.PathLike[str],
-    file: str | os.PathLike[str],
+    delta: str | os.PathLike[str],
     out: str | os.PathLike[str],
     options: AdapterOptions | None = None,
     *,
@@ -73,9 +87,11 @@ def export_adapter(
     """Write a fine-tune as an adapter file, beside a graph of its base.
 
     Args:
-        base: the model the file was made for; not read where `out` has its graph.
-        file: the `.kd` file.
+        base: the model the fine-tune was made for; not read where `out` has its graph.
+        delta: the `.kd` file, whose name the adapter gets.
         out: a new folder, or one that this function made for the same base.
+        options: how a new graph is made.
+        progress: what is told how far the work is.
 
     Raises:
         BaseMismatchError: `base` is another model, or `out` has another's graph.
@@ -87,7 +103,7 @@ def export_adapter(
     place, chosen = Path(out), options or AdapterOptions()
     require("onnxruntime", extra="cpu", why="write adapter files")
     require_good_kernels()
-    delta, name = load(file), Path(file).stem + SUFFIX
+    tune, name = load(delta), Path(delta).stem + SUFFIX
     is_new = not (place / NAME).exists()
     if is_new:
         if chosen.dtype not in ("float32", "float16"):
@@ -95,66 +111,62 @@ def export_adapter(
                 f"adapter files do not come in {chosen.dtype}", fix="--dtype fp32 or --dtype fp16"
             )
         with staging.new_folder(place) as stage:
-            _write_graph(base, delta, stage, chosen, progress)
-            _add(delta, stage, name, progress)
+            layout = _write_graph(base, Path(delta), tune, stage, chosen, progress)
+            nbytes = write_adapter(tune, layout, stage / name, progress=progress)
     else:
-        _require_dtype(place, chosen.dtype)
-        _add(delta, place, name, progress)
-    layout = read_layout(place)
+        layout = read_layout(place)
+        _require_dtype(place, layout, chosen.dtype)
+        if (place / name).exists():
+            raise OutputError(
+                f"{place / name} exists already", fix="remove it, or rename the .kd file"
+            )
+        nbytes = write_adapter(tune, layout, place / name, progress=progress)
     return AdapterFolder(
         path=place,
         adapter=name,
-        nbytes=(place / name).stat().st_size,
+        nbytes=nbytes,
         rank=layout.rank,
         dtype=layout.dtype,
         is_new=is_new,
     )
 
 
-def _require_dtype(folder: Path, dtype: str) -> None:
-    found = read_layout(folder).dtype
-    if found != dtype:
+def _require_dtype(folder: Path, layout: AdapterLayout, dtype: str) -> None:
+    if layout.dtype != dtype:
         raise InputError(
-            f"the graph in {folder} is of {found}, not of {dtype}",
-            fix=f"--dtype {short(found)}, or a new folder",
+            f"the graph in {folder} is of {layout.dtype}, not of {dtype}",
+            fix=f"--dtype {short(layout.dtype)}, or a new folder",
         )
-
-
-def _add(delta: Delta, folder: Path, name: str, progress: Progress) -> None:
-    if (folder / name).exists():
-        raise OutputError(
-            f"{folder / name} exists already", fix="remove it, or rename the .kd file"
-        )
-    write_adapter(delta, read_layout(folder), folder / name, progress=progress)
 
 
 def _write_graph(
     base: str | os.PathLike[str],
+    file: Path,
     delta: Delta,
     folder: Path,
     options: AdapterOptions,
     progress: Progress,
-) -> None:
-    """The graph and its layout, with optional factors; the delta is seen to fit before the weights
-    are written."""
+) -> AdapterLayout:
+    """Write the graph and its layout, with optional inputs; see that the delta fits before the
+    weights are written."""
     require("torch", extra="onnx", why="export models")
     require("onnxscript", extra="onnx", why="export ONNX models")
     from kilodelta.export.adapter.graph import with_adapter
     from kilodelta.export.onnx.save import save
     from kilodelta.export.onnx.template import export_template, fill_template
     from kilodelta.files.baseline import require_base
-    from kilodelta.files.checkpoint import Checkpoint
-    from kilodelta.models import locate, open_model, read_inputs
+    from kilodelta.models import locate, read_inputs
 
-    found = locate(os.fspath(base))
-    checkpoint = Checkpoint.open(found)
+    checkpoint = Checkpoint.open(locate(os.fspath(base)))
     require_base(checkpoint, delta.manifest.base, progress=progress)
-    loaded = open_model(options.model or found, weights=checkpoint if options.model else None)
-    batch = read_inputs(options.inputs, loaded, limit=2)[0] if options.inputs else None
+    headed = _open(checkpoint, file, delta, options)
+    batch = read_inputs(options.inputs, headed.loaded, limit=2)[0] if options.inputs else None
     template, layout = with_adapter(
-        export_template(loaded, batch, dtype=options.dtype),
+        export_template(headed.loaded, batch, dtype=options.dtype),
         checkpoint,
         include=options.include,
+        heads=headed.heads,
+        whole=options.whole,
         name=delta.manifest.base.name,
         rank=options.rank,
         optional=True,
@@ -162,3 +174,18 @@ def _write_graph(
     fit(delta, layout)
     save(fill_template(template, checkpoint), folder / GRAPH, progress=progress)
     layout.write(folder)
+    return layout
+
+
+def _open(checkpoint: Checkpoint, file: Path, delta: Delta, options: AdapterOptions) -> HeadedBase:
+    """The base in the architecture that is asked for, or else in that of the fine-tune's head."""
+    from kilodelta.export.architecture import open_headed
+
+    has_head = any(
+        name not in checkpoint or checkpoint.info(name).shape != extra.shape
+        for name, extra in delta.extras.items()
+    )
+    config = options.config
+    if config is None and options.model is None and has_head and delta.manifest.config:
+        config = str(file)
+    return open_headed(checkpoint, config=config, model=options.model)

@@ -1,29 +1,34 @@
-"""Adapter mode, the build side: one graph that serves every low-rank fine-tune of a base.
+"""Build the graph of adapter mode: one graph that serves every low-rank fine-tune of a base.
 
 The low-rank factors of chosen weights become inputs, so that switching to another fine-tune means
 binding other inputs. To y = x W the graph adds (x A) B behind the product, which leaves nearly all
 that a runtime fuses as it was: with factors of zeros the outputs are the base's, bit for bit.
 (Not so where a runtime folds a batch norm into a convolution: those outputs agree to rounding.)
+
+A head that the base lacks differs in every fine-tune as a whole, so its tensors become inputs too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from kilodelta.errors import InputError
-from kilodelta.export.adapter.layout import INDEX, MAX_SLOTS, AdapterLayout, Exposed
+from kilodelta.export.adapter.heads import free_heads
+from kilodelta.export.adapter.layout import MAX_SLOTS, AdapterLayout, Exposed, Stored
 from kilodelta.export.adapter.sites import Site, is_layer, sites, use_of
 from kilodelta.export.adapter.surgery import Surgery
-from kilodelta.export.manifest.facts import Port
-from kilodelta.export.onnx.template import Template
+from kilodelta.export.onnx.template import Template, port
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.model_digest import digest
-from kilodelta.files.tensor import TensorInfo
+from kilodelta.files.tensor import RawTensor, TensorInfo
 from kilodelta.format.fields import MAX_RANK
-from kilodelta.format.targets import Patterns, select
+from kilodelta.format.targets import Patterns, matches, select
+
+NOTHING: Mapping[str, RawTensor] = MappingProxyType({})
 
 
 def with_adapter(
@@ -32,24 +37,35 @@ def with_adapter(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    heads: Mapping[str, RawTensor] = NOTHING,
+    whole: Sequence[str] = (),
     name: str = "",
     rank: int = 8,
     slots: int = 0,
     optional: bool = False,
+    any_labels: bool = True,
 ) -> tuple[Template, AdapterLayout]:
-    """A template whose low-rank factors are inputs too; fill it with the base's weights.
+    """Turn a template into one whose low-rank factors are inputs; fill it with the base's weights.
 
     Args:
-        template: of the base's architecture; it stays as it is.
+        template: of the base's architecture, or of its fine-tunes'; it stays as it is.
         base: what the fine-tunes were made of; the layout records its root.
         include: globs of the weights to expose; none for every linear layer and convolution.
         exclude: globs of weights that stay fixed.
+        heads: tensors of the architecture that the base lacks, with values to start from
+            (`kilodelta.export.open_headed`). They are inputs that every fine-tune brings.
+        whole: globs of tensors of the base that fine-tunes may store whole, such as `*.bias`.
         name: the base's name, for messages.
         rank: the highest rank that the graph takes; request time grows with it.
         slots: fine-tunes that one batch may mix, chosen for each row by the input `adapter`;
             0 for one fine-tune at a time.
-        optional: factors that are not fed are zeros. ONNX Runtime's own adapter files need this;
-            TensorRT must not have it: it would take the zeros for constants.
+        optional: inputs that are not fed are zeros, or the base's values. ONNX Runtime's own
+            adapter files need this; TensorRT must not have it: it would take them for constants.
+        any_labels: let a head that is the last layer have any number of labels. Not for TensorRT,
+            and not with slots, whose fine-tunes share one output.
+
+    Returns:
+        The wide template, and the layout to write beside the graph.
 
     Raises:
         InputError: nothing is exposed, or an option makes no sense.
@@ -58,7 +74,10 @@ def with_adapter(
     _check_options(rank, slots)
     source = Checkpoint.open(base)
     model = template.model.clone()
-    chosen = _choose(model, source, include, exclude)
+    stored, defaults = _stored(template, source, heads, whole)
+    free = free_heads(model, heads) if any_labels and not slots else frozenset[str]()
+    taken = {one.info.name for one in stored}
+    chosen = _choose(model, source, include, exclude, taken)
     layout = AdapterLayout(
         base_name=name,
         base_root=digest(source).root,
@@ -66,19 +85,22 @@ def with_adapter(
         slots=slots,
         dtype=template.dtype,
         optional=optional,
-        exposed=tuple(Exposed(info=info, use=use_of(found)) for info, found in chosen),
+        exposed=tuple(Exposed(info=info, use=use_of(uses)) for info, uses in chosen),
+        stored=tuple(replace(one, is_free=one.info.name in free) for one in stored),
+        defaults=defaults,
     )
     surgery = Surgery(model, layout)
-    for tensor, (_, found) in zip(layout.exposed, chosen, strict=True):
-        surgery.expose(tensor, found)
-    return replace(template, model=model, inputs=(*template.inputs, *ports(layout))), layout
-
-
-def ports(layout: AdapterLayout) -> tuple[Port, ...]:
-    """The inputs that a layout adds to a graph."""
-    index = (Port(name=INDEX, dtype="int64", shape=("batch",)),) if layout.slots else ()
-    factors = (Port(name=n, dtype=layout.dtype, shape=s) for n, s in layout.inputs.items())
-    return (*index, *factors)
+    for tensor, (_, uses) in zip(layout.exposed, chosen, strict=True):
+        surgery.expose(tensor, uses)
+    surgery.store(layout.stored)
+    wide = replace(
+        template,
+        model=model,
+        weights={n: shape for n, shape in template.weights.items() if n not in defaults},
+        inputs=tuple(map(port, model.graph.inputs)),
+        outputs=tuple(map(port, model.graph.outputs)),
+    )
+    return wide, layout
 
 
 def _check_options(rank: int, slots: int) -> None:
@@ -91,14 +113,14 @@ def _check_options(rank: int, slots: int) -> None:
 
 
 def _choose(
-    model: Any, source: Checkpoint, include: Sequence[str], exclude: Sequence[str]
+    model: Any, source: Checkpoint, include: Sequence[str], exclude: Sequence[str], taken: set[str]
 ) -> list[tuple[TensorInfo, tuple[Site, ...]]]:
     """The weights to expose in name order, each with its uses."""
-    infos = {name: source.info(name) for name in source.names}
+    infos = {name: source.info(name) for name in source.names if name not in taken}
     patterns = Patterns(include=tuple(include) or ("*",), exclude=tuple(exclude))
-    there = model.graph.initializers
+    weights = model.graph.initializers
     found = [
-        (infos[target.name], sites(there[target.name]) if target.name in there else ())
+        (infos[target.name], sites(weights[target.name]) if target.name in weights else ())
         for target in select(infos.values(), patterns)
     ]
     chosen = [(info, uses) for info, uses in found if include or is_layer(uses)]
@@ -108,3 +130,29 @@ def _choose(
             fix="`kilodelta inspect FILE` shows what a file changes; expose those",
         )
     return chosen
+
+
+def _stored(
+    template: Template,
+    source: Checkpoint,
+    heads: Mapping[str, RawTensor],
+    whole: Sequence[str],
+) -> tuple[list[Stored], dict[str, RawTensor]]:
+    """The tensors that fine-tunes bring whole in name order, and the values of those in use."""
+    values = {name: source.raw(name) for name in source.names if matches(name, whole)} | dict(heads)
+    if whole and len(values) == len(heads):
+        raise InputError(
+            f"no tensor of {source.path} matches {', '.join(whole)}",
+            fix="list its tensors: kilodelta digest --tensors",
+        )
+    stored = [
+        Stored(
+            info=values[name].info(name),
+            is_new=name in heads,
+            is_free=False,
+            is_used=name in template.weights,
+        )
+        for name in sorted(values)
+    ]
+    defaults = {one.info.name: values[one.info.name] for one in stored if one.is_used}
+    return stored, defaults

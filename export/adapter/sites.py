@@ -61,11 +61,11 @@ def _site(node: Any, index: int, *, turned: bool) -> Site:
     if node.op_type == "MatMul" and index == 1 and flat:
         return Site(kind="linear", node=node, index=index, turned=turned)
     if node.op_type == "Gemm" and index == 1 and _is_plain_gemm(node):
-        by_gemm = bool(_number(node, "transB", 0))
+        by_gemm = bool(number(node, "transB", 0))
         return Site(kind="linear", node=node, index=index, turned=turned != by_gemm)
-    if node.op_type == "Gather" and index == 0 and flat and not _number(node, "axis", 0):
+    if node.op_type == "Gather" and index == 0 and flat and not number(node, "axis", 0):
         return Site(kind="rows", node=node, index=index, turned=turned)
-    if node.op_type == "Conv" and index == 1 and _number(node, "group", 1) == 1:
+    if node.op_type == "Conv" and index == 1 and number(node, "group", 1) == 1:
         return Site(kind="conv", node=node, index=index)
     return _whole(node, index)
 
@@ -75,7 +75,7 @@ def _whole(node: Any, index: int) -> Site:
 
 
 def _is_plain_gemm(node: Any) -> bool:
-    return not _number(node, "transA", 0) and _number(node, "alpha", 1) == 1
+    return not number(node, "transA", 0) and number(node, "alpha", 1) == 1
 
 
 def _order(node: Any) -> tuple[int, ...]:
@@ -83,6 +83,7 @@ def _order(node: Any) -> tuple[int, ...]:
     return tuple(attribute.value) if attribute is not None else ()
 
 
-def _number(node: Any, name: str, default: int) -> Any:
+def number(node: Any, name: str, default: int) -> Any:
+    """Return a node's attribute, or what ONNX takes where it is left out."""
     attribute = node.attributes.get(name)
     return default if attribute is None else attribute.value

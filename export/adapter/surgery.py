@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -10,8 +10,11 @@ import numpy as np
 import onnx_ir as ir
 
 from kilodelta.errors import ExportError
-from kilodelta.export.adapter.layout import INDEX, AdapterLayout, Exposed
+from kilodelta.export.adapter.heads import Layer, find_layer
+from kilodelta.export.adapter.layout import INDEX, AdapterLayout, Exposed, Stored
 from kilodelta.export.adapter.sites import Site
+from kilodelta.files.dtypes import FLOATS
+from kilodelta.files.tensor import RawTensor
 from kilodelta.models.example_inputs import BATCH
 
 
@@ -35,11 +38,79 @@ class Surgery:
             return
         if self._layout.slots:
             for site in found:
-                _require_rows(tensor, site)
+                _require_rows(tensor.info.name, site)
         A, B = (self._factor(name) for name in tensor.names)
         for site in found:
             kind = "whole" if site.kind == "conv" and tensor.use != "conv" else site.kind
             _JOIN[kind](self, tensor, site, A, B)
+
+    def store(self, stored: Sequence[Stored]) -> None:
+        """Make tensors inputs under their own names.
+
+        Raises:
+            ExportError: with slots, a tensor that cannot differ from row to row of a batch.
+        """
+        used = [one.info.name for one in stored if one.is_used]
+        if self._layout.slots:
+            self._store_by_row(used)
+            return
+        for name in used:
+            value = self._graph.initializers[name]
+            self._graph.inputs.append(value)
+            if self._layout.optional:
+                numbers = _numbers(self._layout.defaults[name], value.dtype)
+                value.const_value = ir.tensor(numbers, dtype=value.dtype, name=name)
+            else:
+                del self._graph.initializers[name]
+
+    def _store_by_row(self, names: Sequence[str]) -> None:
+        """Make heads inputs of all slots, from which each row takes its own."""
+        heads = {self._graph.initializers[name] for name in names}
+        layers = [layer for value in heads if (layer := find_layer(value, heads)) is not None]
+        alone = heads - {value for layer in layers for value in (layer.weight, *layer.bias)}
+        if alone:
+            name = min(value.name for value in alone)
+            raise ExportError(
+                f"{name} cannot differ from row to row of a batch: it is no linear head's",
+                fix="leave it out of the tensors that are brought whole, or export without slots",
+            )
+        for layer in sorted(layers, key=lambda layer: layer.weight.name):
+            self._head(layer)
+
+    def _head(self, layer: Layer) -> None:
+        """x W^T + b, of each row's own W and b."""
+        site, x, y = layer.site, layer.site.node.inputs[0], layer.outputs[-1]
+        _require_rows(layer.weight.name, site)
+        weight, *bias = (self._slot_input(value) for value in (layer.weight, *layer.bias))
+
+        def product(rows: Any) -> Any:
+            W = self._chosen(site, weight)
+            found = self._node(site, "MatMul", [rows, self._turned(site, W) if site.turned else W])
+            for b in bias:
+                row = self._node(site, "Unsqueeze", [self._chosen(site, b), self._whole_numbers(1)])
+                found = self._node(site, "Add", [found, row])
+            return found
+
+        width = int(layer.weight.shape[1 if site.turned else 0])
+        found = product(x) if len(x.shape) == 3 else self._by_row(site, width, product)
+        found.dtype, found.shape = y.dtype, y.shape
+        if y.is_graph_output():
+            found.name, y.name = y.name, f"{y.name}:base"
+        y.replace_all_uses_with(found, replace_graph_outputs=True)
+        self._graph.remove([value.producer() for value in layer.outputs[::-1]], safe=True)
+        for node, _ in layer.weight.uses():  # a transposition in front of the product
+            self._graph.remove(node, safe=True)
+        for value in (layer.weight, *layer.bias):
+            del self._graph.initializers[value.name]
+
+    def _slot_input(self, value: Any) -> Any:
+        """An input that holds a tensor of every slot; its name is the tensor's."""
+        name = value.name
+        value.name = f"{name}:base"
+        shape = (*self._layout.lead, *value.shape.numpy())
+        made = ir.Value(name=name, type=ir.TensorType(value.dtype), shape=ir.Shape(shape))
+        self._graph.inputs.append(made)
+        return made
 
     def linear(self, tensor: Exposed, site: Site, A: Any, B: Any) -> None:
         """y + (x A) B; where the factors lie for other uses, y + (x B^T) A^T."""
@@ -51,17 +122,19 @@ class Surgery:
         if not self._layout.slots or len(x.shape) == 3:
             self._add(site, self._product(site, x, A, B))
         else:
-            self._add(site, self._by_row(tensor, site, A, B))
+            width = tensor.info.shape[1 if site.turned else 0]
+            update = self._by_row(site, width, lambda rows: self._product(site, rows, A, B))
+            self._add(site, update)
 
-    def _by_row(self, tensor: Exposed, site: Site, A: Any, B: Any) -> Any:
-        """(x A) B of an x that is not (batch, rows, width), in whose order all of it lies."""
-        x, width = site.node.inputs[0], tensor.info.shape[1 if site.turned else 0]
+    def _by_row(self, site: Site, width: int, compute: Callable[[Any], Any]) -> Any:
+        """A product of an x that is not (batch, rows, width), computed as if it were."""
+        x = site.node.inputs[0]
         batch = self._node(site, "Shape", [self._index])
         sizes = self._node(site, "Concat", [batch, self._whole_numbers(-1, width)], axis=0)
-        update = self._product(site, self._node(site, "Reshape", [x, sizes]), A, B)
+        found = compute(self._node(site, "Reshape", [x, sizes]))
         lead = self._node(site, "Shape", [x], start=0, end=-1)
         sizes = self._node(site, "Concat", [lead, self._whole_numbers(-1)], axis=0)
-        return self._node(site, "Reshape", [update, sizes])
+        return self._node(site, "Reshape", [found, sizes])
 
     def rows(self, tensor: Exposed, site: Site, A: Any, B: Any) -> None:
         """y + A[ids] B."""
@@ -151,6 +224,13 @@ class Surgery:
         return value
 
 
+def _numbers(tensor: RawTensor, dtype: Any) -> Any:
+    """A tensor's values in an ONNX dtype, to nearest even."""
+    if tensor.dtype not in FLOATS:
+        return tensor.values()
+    return FLOATS[tensor.dtype].widen(tensor.data).reshape(tensor.shape).astype(dtype.numpy())
+
+
 _DTYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64"}
 
 _JOIN: Mapping[str, Callable[[Surgery, Exposed, Site, Any, Any], None]] = MappingProxyType(
@@ -163,12 +243,12 @@ _JOIN: Mapping[str, Callable[[Surgery, Exposed, Site, Any, Any], None]] = Mappin
 )
 
 
-def _require_rows(tensor: Exposed, site: Site) -> None:
+def _require_rows(name: str, site: Site) -> None:
     """See that a site computes the rows of a batch one after another."""
     place = {"linear": 0, "rows": 1}.get(site.kind)
     if place is None or not _leads_with_batch(site.node.inputs[place]):
         raise ExportError(
-            f"{tensor.info.name} cannot differ from row to row of a batch: "
+            f"{name} cannot differ from row to row of a batch: "
             f"{site.node.op_type} {site.node.name or site.node.outputs[0].name} uses it for all",
             fix="exclude it, or export without slots",
         )

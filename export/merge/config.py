@@ -38,7 +38,7 @@ def read_given(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{place} is not a configuration file", fix="give the tuned model's folder"
         )
-    found = _read(place)
+    found = read_json(place)
     if found is None:
         raise InputError(
             f"{place} is no JSON object of at most {LIMIT} bytes",
@@ -63,7 +63,7 @@ def write_config(
     Returns:
         Where the configuration comes from: `base`, `delta` or `given`; empty where there is none.
     """
-    before = _read(stage / NAME)
+    before = read_json(stage / NAME)
     if given is not None:
         config, source = dict(given), "given"
     elif before is None:
@@ -79,7 +79,8 @@ def write_config(
     return source
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Read a configuration; None where it is missing, too large or no JSON object."""
     try:
         with path.open("rb") as file:
             text = file.read(LIMIT + 1)

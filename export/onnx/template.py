@@ -144,13 +144,14 @@ def _template(
         dtype=dtype,
         weights=MappingProxyType(weights),
         unused=tuple(name for name in loaded.names if name not in weights) + loaded.unused,
-        inputs=tuple(map(_port, model.graph.inputs)),
-        outputs=tuple(map(_port, model.graph.outputs)),
+        inputs=tuple(map(port, model.graph.inputs)),
+        outputs=tuple(map(port, model.graph.outputs)),
         opset=model.opset_imports[""],
     )
 
 
-def _port(value: Any) -> Port:
+def port(value: Any) -> Port:
+    """Describe an input or output of an `onnx_ir` graph."""
     shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
     name = value.dtype.name
     return Port(name=value.name, dtype=_PLAIN.get(name, name.lower()), shape=shape)

@@ -40,6 +40,13 @@ if TYPE_CHECKING:
 )
 @click.option("--rank", type=click.IntRange(1), default=8, help="Highest rank of a file.")
 @click.option("--targets", multiple=True, help="Glob of weights to expose; repeat. All layers.")
+@click.option(
+    "--whole", multiple=True, help="Glob of base tensors that files may store whole; repeat."
+)
+@click.option(
+    "--config",
+    help="The tuned model's folder, its config.json, or a .kd: the head to export. FILE's own.",
+)
 @click.option("--model", help="package.module:function that builds the module.")
 @click.option("--inputs", help="A batch to trace with: .npz, .jsonl, .txt or module:function.")
 @as_json
@@ -51,6 +58,8 @@ def export_adapter(
     dtype: str,
     rank: int,
     targets: tuple[str, ...],
+    whole: tuple[str, ...],
+    config: str | None,
     model: str | None,
     inputs: str | None,
     as_json: bool,
@@ -58,14 +67,20 @@ def export_adapter(
 ) -> Callable[[], None]:
     """Write a .kd FILE as an .onnx_adapter file beside the ONNX graph of its BASE.
 
-    The first call makes the graph, for which --dtype, --rank, --targets, --model and --inputs are;
-    each further file into the same OUT adds one adapter and needs no torch.
+    The first call makes the graph, which --dtype, --rank, --targets, --whole, --config, --model and
+    --inputs describe; each further file into the same OUT adds one adapter and needs no torch.
     """
     from kilodelta.export.adapter.folder import AdapterOptions, export_adapter
     from kilodelta.export.options import SHORT
 
     options = AdapterOptions(
-        dtype=SHORT[dtype], rank=rank, include=targets, model=model, inputs=inputs
+        dtype=SHORT[dtype],
+        rank=rank,
+        include=targets,
+        whole=whole,
+        config=config,
+        model=model,
+        inputs=inputs,
     )
     done = export_adapter(base, file, out, options, progress=progress)
     if as_json:

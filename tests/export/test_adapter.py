@@ -20,8 +20,9 @@ pytest.importorskip("transformers")
 import onnxruntime as ort
 
 from kilodelta.errors import BaseMismatchError, ExportError, FileError, InputError
-from kilodelta.export.adapter.factors import base_factors, expand, fit, in_slots, put_slot
+from kilodelta.export.adapter.factors import base_factors, expand, in_slots, put_slot
 from kilodelta.export.adapter.file import write_adapter
+from kilodelta.export.adapter.fit import fit
 from kilodelta.export.adapter.graph import with_adapter
 from kilodelta.export.adapter.layout import AdapterLayout, Exposed, read_layout
 from kilodelta.files.checkpoint import Checkpoint
@@ -329,7 +330,8 @@ def test_the_layout_comes_back_from_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        (("version",), 2, "version is 2; this kilodelta reads 1"),
+        (("version",), 3, "version is 3; this kilodelta reads 2"),
+        (("version",), True, "version is True"),
         (("rank",), 0, "rank is 0"),
         (("rank",), 1 << 40, "rank is"),
         (("slots",), -1, "slots is -1"),
