@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kilodelta.errors import BaseMismatchError, InputError
-from kilodelta.export.adapter.layout import AdapterLayout, Stored
+from kilodelta.export.adapter.layout import AdapterLayout, StoredInput
 from kilodelta.files.floats import castable
 from kilodelta.files.tensor import RawTensor, TensorInfo
 from kilodelta.format.delta import Delta
@@ -87,7 +87,7 @@ def _require_stored(delta: Delta, layout: AdapterLayout) -> None:
             )
 
 
-def _misfit(stored: Stored, extra: RawTensor) -> str:
+def _misfit(stored: StoredInput, extra: RawTensor) -> str:
     """Why a stored tensor cannot be fed; empty if it can, or if nothing depends on it."""
     if not stored.is_used:
         return ""

@@ -18,8 +18,8 @@ from typing import Any
 
 from kilodelta.errors import InputError
 from kilodelta.export.adapter.heads import free_heads
-from kilodelta.export.adapter.layout import MAX_SLOTS, AdapterLayout, Exposed, Stored
-from kilodelta.export.adapter.sites import Site, is_layer, sites, use_of
+from kilodelta.export.adapter.layout import MAX_SLOTS, AdapterLayout, Exposed, StoredInput
+from kilodelta.export.adapter.sites import GraphSite, is_layer, sites, use_of
 from kilodelta.export.adapter.surgery import Surgery
 from kilodelta.export.onnx.template import Template, port
 from kilodelta.files.checkpoint import Checkpoint
@@ -114,7 +114,7 @@ def _check_options(rank: int, slots: int) -> None:
 
 def _choose(
     model: Any, source: Checkpoint, include: Sequence[str], exclude: Sequence[str], taken: set[str]
-) -> list[tuple[TensorInfo, tuple[Site, ...]]]:
+) -> list[tuple[TensorInfo, tuple[GraphSite, ...]]]:
     """The weights to expose in name order, each with its uses."""
     infos = {name: source.info(name) for name in source.names if name not in taken}
     patterns = Patterns(include=tuple(include) or ("*",), exclude=tuple(exclude))
@@ -137,7 +137,7 @@ def _stored(
     source: Checkpoint,
     heads: Mapping[str, RawTensor],
     whole: Sequence[str],
-) -> tuple[list[Stored], dict[str, RawTensor]]:
+) -> tuple[list[StoredInput], dict[str, RawTensor]]:
     """The tensors that fine-tunes bring whole in name order, and the values of those in use."""
     values = {name: source.raw(name) for name in source.names if matches(name, whole)} | dict(heads)
     if whole and len(values) == len(heads):
@@ -146,7 +146,7 @@ def _stored(
             fix="list its tensors: kilodelta digest --tensors",
         )
     stored = [
-        Stored(
+        StoredInput(
             info=values[name].info(name),
             is_new=name in heads,
             is_free=False,

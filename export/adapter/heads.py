@@ -10,14 +10,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from kilodelta.export.adapter.sites import Site, number, sites
+from kilodelta.export.adapter.sites import GraphSite, number, sites
 
 LABELS = "labels"
 """The name of an open axis of labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
+class HeadLayer:
     """A linear layer whose weight, and bias if it has one, fine-tunes bring.
 
     Attributes:
@@ -29,11 +29,11 @@ class Layer:
 
     weight: Any
     bias: tuple[Any, ...]
-    site: Site
+    site: GraphSite
     outputs: tuple[Any, ...]
 
 
-def find_layer(weight: Any, heads: Collection[Any]) -> Layer | None:
+def find_layer(weight: Any, heads: Collection[Any]) -> HeadLayer | None:
     """Find the linear layer of a weight; None where it is used otherwise, or more than once.
 
     Args:
@@ -57,7 +57,7 @@ def find_layer(weight: Any, heads: Collection[Any]) -> Layer | None:
         return None
     if bias and node.op_type == "Gemm" and number(node, "beta", 1) != 1:
         return None
-    return Layer(weight=weight, bias=bias, site=uses[0], outputs=tuple(outputs))
+    return HeadLayer(weight=weight, bias=bias, site=uses[0], outputs=tuple(outputs))
 
 
 def free_heads(model: Any, heads: Collection[str]) -> frozenset[str]:

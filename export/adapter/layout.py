@@ -78,7 +78,7 @@ class Exposed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
+class StoredInput:
     """A tensor that fine-tunes bring whole, and that is an input of the graph.
 
     Attributes:
@@ -122,7 +122,7 @@ class AdapterLayout:
     dtype: str
     optional: bool
     exposed: tuple[Exposed, ...]
-    stored: tuple[Stored, ...] = ()
+    stored: tuple[StoredInput, ...] = ()
     defaults: Mapping[str, RawTensor] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
@@ -235,9 +235,9 @@ def _exposed(value: Any, where: str) -> Exposed:
     return Exposed(info=info, use=use)
 
 
-def _stored(value: Any, where: str) -> Stored:
+def _stored(value: Any, where: str) -> StoredInput:
     row = untrusted.table(value, where, ("name", "dtype", "shape", "new", "free", "used"))
-    return Stored(
+    return StoredInput(
         info=_info(row, where, dtypes.DTYPES),
         is_new=untrusted.flag(row["new"], f"{where}.new"),
         is_free=untrusted.flag(row["free"], f"{where}.free"),
@@ -253,7 +253,7 @@ def _info(row: Mapping[str, Any], where: str, known: Any) -> TensorInfo:
     )
 
 
-def _read_defaults(path: Path, stored: tuple[Stored, ...]) -> dict[str, RawTensor]:
+def _read_defaults(path: Path, stored: tuple[StoredInput, ...]) -> dict[str, RawTensor]:
     """Read the values of the stored tensors, into memory of our own."""
     used = {one.info.name: one.info for one in stored if one.is_used}
     if not used:

@@ -15,7 +15,7 @@ Kind = Literal["linear", "rows", "conv", "whole"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
+class GraphSite:
     """One use of a weight: `linear` multiplies by it, `rows` picks rows, `conv` convolves, `whole`
     is anything else; `turned` where it is used transposed; `index` is the node's input.
     """
@@ -26,9 +26,9 @@ class Site:
     turned: bool = False
 
 
-def sites(weight: Any) -> tuple[Site, ...]:
+def sites(weight: Any) -> tuple[GraphSite, ...]:
     """All uses of an `onnx_ir.Value`, those behind a transposition included."""
-    found: list[Site] = []
+    found: list[GraphSite] = []
     for node, index in weight.uses():
         if node.op_type == "Transpose" and _order(node) == (1, 0):
             behind = [_site(user, place, turned=True) for user, place in node.outputs[0].uses()]
@@ -38,7 +38,7 @@ def sites(weight: Any) -> tuple[Site, ...]:
     return tuple(found)
 
 
-def use_of(found: Sequence[Site]) -> Use:
+def use_of(found: Sequence[GraphSite]) -> Use:
     """The layout of factors that suits all uses of one weight."""
     if not found:
         return "unused"
@@ -47,31 +47,31 @@ def use_of(found: Sequence[Site]) -> Use:
     return "turned" if all(site.turned for site in found) else "straight"
 
 
-def is_layer(found: Sequence[Site]) -> bool:
+def is_layer(found: Sequence[GraphSite]) -> bool:
     """Whether a weight is one of a linear layer or a convolution, and nothing else."""
     return all(site.kind in ("linear", "conv") for site in found)
 
 
-def _all_linear(found: Iterable[Site]) -> bool:
+def _all_linear(found: Iterable[GraphSite]) -> bool:
     return all(site.kind == "linear" for site in found)
 
 
-def _site(node: Any, index: int, *, turned: bool) -> Site:
+def _site(node: Any, index: int, *, turned: bool) -> GraphSite:
     flat = len(node.inputs[index].shape or ()) == 2 or turned
     if node.op_type == "MatMul" and index == 1 and flat:
-        return Site(kind="linear", node=node, index=index, turned=turned)
+        return GraphSite(kind="linear", node=node, index=index, turned=turned)
     if node.op_type == "Gemm" and index == 1 and _is_plain_gemm(node):
         by_gemm = bool(number(node, "transB", 0))
-        return Site(kind="linear", node=node, index=index, turned=turned != by_gemm)
+        return GraphSite(kind="linear", node=node, index=index, turned=turned != by_gemm)
     if node.op_type == "Gather" and index == 0 and flat and not number(node, "axis", 0):
-        return Site(kind="rows", node=node, index=index, turned=turned)
+        return GraphSite(kind="rows", node=node, index=index, turned=turned)
     if node.op_type == "Conv" and index == 1 and number(node, "group", 1) == 1:
-        return Site(kind="conv", node=node, index=index)
+        return GraphSite(kind="conv", node=node, index=index)
     return _whole(node, index)
 
 
-def _whole(node: Any, index: int) -> Site:
-    return Site(kind="whole", node=node, index=index)
+def _whole(node: Any, index: int) -> GraphSite:
+    return GraphSite(kind="whole", node=node, index=index)
 
 
 def _is_plain_gemm(node: Any) -> bool:

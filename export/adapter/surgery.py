@@ -10,9 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from kilodelta.errors import ExportError
-from kilodelta.export.adapter.heads import Layer, find_layer
-from kilodelta.export.adapter.layout import INDEX, AdapterLayout, Exposed, Stored
-from kilodelta.export.adapter.sites import Site
+from kilodelta.export.adapter.heads import HeadLayer, find_layer
+from kilodelta.export.adapter.layout import INDEX, AdapterLayout, Exposed, StoredInput
+from kilodelta.export.adapter.sites import GraphSite
 from kilodelta.files.dtypes import FLOATS
 from kilodelta.files.tensor import RawTensor
 from kilodelta.models.example_inputs import BATCH
@@ -28,7 +28,7 @@ class Surgery:
         if layout.slots:
             self._index = self._input(INDEX, "int64", (BATCH,))
 
-    def expose(self, tensor: Exposed, found: tuple[Site, ...]) -> None:
+    def expose(self, tensor: Exposed, found: tuple[GraphSite, ...]) -> None:
         """Add one tensor's inputs, and its update to every use.
 
         Raises:
@@ -44,7 +44,7 @@ class Surgery:
             kind = "whole" if site.kind == "conv" and tensor.use != "conv" else site.kind
             _JOIN[kind](self, tensor, site, A, B)
 
-    def store(self, stored: Sequence[Stored]) -> None:
+    def store(self, stored: Sequence[StoredInput]) -> None:
         """Make tensors inputs under their own names.
 
         Raises:
@@ -77,7 +77,7 @@ class Surgery:
         for layer in sorted(layers, key=lambda layer: layer.weight.name):
             self._head(layer)
 
-    def _head(self, layer: Layer) -> None:
+    def _head(self, layer: HeadLayer) -> None:
         """x W^T + b, of each row's own W and b."""
         site, x, y = layer.site, layer.site.node.inputs[0], layer.outputs[-1]
         _require_rows(layer.weight.name, site)
@@ -112,7 +112,7 @@ class Surgery:
         self._graph.inputs.append(made)
         return made
 
-    def linear(self, tensor: Exposed, site: Site, A: Any, B: Any) -> None:
+    def linear(self, tensor: Exposed, site: GraphSite, A: Any, B: Any) -> None:
         """y + (x A) B; where the factors lie for other uses, y + (x B^T) A^T."""
         if tensor.use == "straight" and site.turned:
             A, B = self._turned(site, B), self._turned(site, A)
@@ -126,7 +126,7 @@ class Surgery:
             update = self._by_row(site, width, lambda rows: self._product(site, rows, A, B))
             self._add(site, update)
 
-    def _by_row(self, site: Site, width: int, compute: Callable[[Any], Any]) -> Any:
+    def _by_row(self, site: GraphSite, width: int, compute: Callable[[Any], Any]) -> Any:
         """A product of an x that is not (batch, rows, width), computed as if it were."""
         x = site.node.inputs[0]
         batch = self._node(site, "Shape", [self._index])
@@ -136,7 +136,7 @@ class Surgery:
         sizes = self._node(site, "Concat", [lead, self._whole_numbers(-1)], axis=0)
         return self._node(site, "Reshape", [found, sizes])
 
-    def rows(self, tensor: Exposed, site: Site, A: Any, B: Any) -> None:
+    def rows(self, tensor: Exposed, site: GraphSite, A: Any, B: Any) -> None:
         """y + A[ids] B."""
         ids = site.node.inputs[1]
         if self._layout.slots:
@@ -145,13 +145,13 @@ class Surgery:
         picked = self._node(site, "Gather", [A, ids], axis=0)
         self._add(site, self._node(site, "MatMul", [picked, B]))
 
-    def conv(self, tensor: Exposed, site: Site, A: Any, B: Any) -> None:
+    def conv(self, tensor: Exposed, site: GraphSite, A: Any, B: Any) -> None:
         """y + (x * A) * B: the convolution itself with few channels out, then one of size 1."""
         same = {name: attribute.value for name, attribute in site.node.attributes.items()}
         few = self._node(site, "Conv", [site.node.inputs[0], A], **same)
         self._add(site, self._node(site, "Conv", [few, B]))
 
-    def whole(self, tensor: Exposed, site: Site, A: Any, B: Any) -> None:
+    def whole(self, tensor: Exposed, site: GraphSite, A: Any, B: Any) -> None:
         """W + A B instead of W."""
         update = self._node(site, "MatMul", [A, B])
         if len(tensor.info.shape) > 2:
@@ -160,7 +160,9 @@ class Surgery:
         total = self._node(site, "Add", [site.node.inputs[site.index], update])
         site.node.replace_input_with(site.index, total)
 
-    def _rows_of_all_slots(self, tensor: Exposed, site: Site, A: Any, ids: Any) -> tuple[Any, Any]:
+    def _rows_of_all_slots(
+        self, tensor: Exposed, site: GraphSite, A: Any, ids: Any
+    ) -> tuple[Any, Any]:
         """The slots' tables under each other, and the ids that count from their tops."""
         rows, rank = tensor.info.shape[0], self._layout.rank
         table = self._node(site, "Reshape", [A, self._whole_numbers(-1, rank)])
@@ -168,19 +170,19 @@ class Surgery:
         column = self._node(site, "Unsqueeze", [tops, self._whole_numbers(1)])
         return table, self._node(site, "Add", [ids, column])
 
-    def _product(self, site: Site, x: Any, A: Any, B: Any) -> Any:
+    def _product(self, site: GraphSite, x: Any, A: Any, B: Any) -> Any:
         """(x A) B"""
         return self._node(site, "MatMul", [self._node(site, "MatMul", [x, A]), B])
 
-    def _turned(self, site: Site, factor: Any) -> Any:
+    def _turned(self, site: GraphSite, factor: Any) -> Any:
         order = (0, 2, 1) if self._layout.slots else (1, 0)
         return self._node(site, "Transpose", [factor], perm=order)
 
-    def _chosen(self, site: Site, factor: Any) -> Any:
+    def _chosen(self, site: GraphSite, factor: Any) -> Any:
         """A factor of each row's slot."""
         return self._node(site, "Gather", [factor, self._index], axis=0)
 
-    def _add(self, site: Site, update: Any) -> None:
+    def _add(self, site: GraphSite, update: Any) -> None:
         """Put an addition behind a site; the sum takes the name where the graph puts it out."""
         y = site.node.outputs[0]
         total = self._value(y.dtype, y.shape)
@@ -191,7 +193,7 @@ class Surgery:
         node.replace_input_with(0, y)
         self._graph.insert_after(site.node, node)
 
-    def _node(self, site: Site, kind: str, inputs: list[Any], **attributes: Any) -> Any:
+    def _node(self, site: GraphSite, kind: str, inputs: list[Any], **attributes: Any) -> Any:
         """A new node before a site; returns its output."""
         node = ir.node(kind, inputs, attributes, outputs=[self._value()])
         self._graph.insert_before(site.node, node)
@@ -233,7 +235,7 @@ def _numbers(tensor: RawTensor, dtype: Any) -> Any:
 
 _DTYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64"}
 
-_JOIN: Mapping[str, Callable[[Surgery, Exposed, Site, Any, Any], None]] = MappingProxyType(
+_JOIN: Mapping[str, Callable[[Surgery, Exposed, GraphSite, Any, Any], None]] = MappingProxyType(
     {
         "linear": Surgery.linear,
         "rows": Surgery.rows,
@@ -243,7 +245,7 @@ _JOIN: Mapping[str, Callable[[Surgery, Exposed, Site, Any, Any], None]] = Mappin
 )
 
 
-def _require_rows(name: str, site: Site) -> None:
+def _require_rows(name: str, site: GraphSite) -> None:
     """See that a site computes the rows of a batch one after another."""
     place = {"linear": 0, "rows": 1}.get(site.kind)
     if place is None or not _leads_with_batch(site.node.inputs[place]):

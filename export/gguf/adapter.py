@@ -19,7 +19,7 @@ import numpy as np
 from kilodelta import parallel
 from kilodelta.errors import ExportError, InputError, OutputError, require
 from kilodelta.export.gguf.names import Naming
-from kilodelta.export.peft.factors import Pair, exact_pair, padded, require_low_rank, svd_pair
+from kilodelta.export.peft.factors import FactorPair, exact_pair, padded, require_low_rank, svd_pair
 from kilodelta.files import staging
 from kilodelta.files.baseline import require_base
 from kilodelta.files.checkpoint import Checkpoint
@@ -139,10 +139,10 @@ def _names(delta: Delta, naming: Naming) -> dict[str, str]:
 
 def _pairs(
     delta: Delta, dtype: str, svd: int | None, threads: int | None, progress: Progress
-) -> dict[str, Pair]:
+) -> dict[str, FactorPair]:
     meter = Meter("factors", len(delta.targets), "tensors", progress)
 
-    def pair(name: str) -> Pair:
+    def pair(name: str) -> FactorPair:
         made = exact_pair(delta, name, dtype) if svd is None else svd_pair(delta, name, svd, dtype)
         meter.add(1)
         return made
@@ -153,7 +153,9 @@ def _pairs(
     return dict(zip(names, made, strict=True))
 
 
-def _write(path: Path, naming: Naming, pairs: dict[str, Pair], rank: int, delta: Delta) -> None:
+def _write(
+    path: Path, naming: Naming, pairs: dict[str, FactorPair], rank: int, delta: Delta
+) -> None:
     gguf: Any = require("gguf", extra="gguf", why="write GGUF files")
     writer = gguf.GGUFWriter(path, naming.architecture.name)
     writer.add_type("adapter")

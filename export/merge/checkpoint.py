@@ -16,7 +16,7 @@ from kilodelta.exact.selftest import require_good_kernels
 from kilodelta.export.merge.config import read_given, write_config
 from kilodelta.export.merge.plan import FilePlan, merged_index, plan_files
 from kilodelta.export.merge.sidecars import copy_sidecars
-from kilodelta.export.merge.streaming import Stream
+from kilodelta.export.merge.streaming import MergeStream
 from kilodelta.files import staging
 from kilodelta.files.baseline import require_base
 from kilodelta.files.checkpoint import INDEX, Checkpoint
@@ -103,9 +103,9 @@ def merge(
     bound = opened.bind_to(checkpoint.info(name) for name in checkpoint.names)
     with staging.new_file(place, replace=False) if single else staging.new_folder(place) as stage:
         plans = plan_files(checkpoint, bound, stage, single=single)
-        Stream(checkpoint=checkpoint, identity=identity, delta=bound, merge=merge_target).write(
-            plans, threads or at_once, progress
-        )
+        MergeStream(
+            checkpoint=checkpoint, identity=identity, delta=bound, merge=merge_target
+        ).write(plans, threads or at_once, progress)
         source, left_out = "", dict[str, str]()
         if checkpoint.path.is_dir() and not single:
             left_out = _copy_beside(checkpoint, bound, stage)

@@ -27,7 +27,7 @@ from kilodelta.progress import Meter, Progress
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stream:
+class MergeStream:
     """What the threads share."""
 
     checkpoint: Checkpoint

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kilodelta.errors import CheckpointError
 from kilodelta.export.onnx.protobuf import BYTES, Data, Field, WireError, fields, text
-from kilodelta.export.onnx.tensors import Stored, read_tensor
+from kilodelta.export.onnx.tensors import PackedWeight, Stored, read_tensor
 from kilodelta.files.source import map_file
 
 _GRAPH, _FUNCTIONS = 7, 25  # ModelProto
@@ -29,6 +29,9 @@ class OnnxFile:
 
     path: Path
     tensors: tuple[Stored, ...]
+    packed: tuple[PackedWeight, ...]
+    """Tensors of 4-bit integers; their names are among the sealed ones."""
+
     sealed: tuple[str, ...]
     """Tensors of other types, or whose bytes do not lie in one piece (written as varints)."""
 
@@ -50,9 +53,12 @@ def read_onnx(path: Path) -> OnnxFile:
         raise CheckpointError(f"{path} is not an ONNX file: {problem}", fix=_FIX) from None
     for tensor in found.tensors:
         _check_place(path, tensor)
+    for packed in found.packed:
+        _check_place(path, packed)
     return OnnxFile(
         path=path,
         tensors=tuple(found.tensors),
+        packed=tuple(found.packed),
         sealed=tuple(found.sealed),
         used=frozenset(found.used),
     )
@@ -63,14 +69,17 @@ class Scan:
     """What is found while messages are walked."""
 
     tensors: list[Stored] = field(default_factory=list)
+    packed: list[PackedWeight] = field(default_factory=list)
     sealed: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
 
-    def add(self, name: str, tensor: Stored | None) -> None:
-        if tensor is None:
-            self.sealed.append(name)
-        else:
+    def add(self, name: str, tensor: Stored | PackedWeight | None) -> None:
+        if isinstance(tensor, Stored):
             self.tensors.append(tensor)
+            return
+        self.sealed.append(name)
+        if tensor is not None:
+            self.packed.append(tensor)
 
 
 def scan(data: Data, main: str) -> Scan:
@@ -134,7 +143,7 @@ def _node(data: Data, node: Field, main: str, found: Scan) -> list[Field]:
     return inner
 
 
-def _check_place(path: Path, tensor: Stored) -> None:
+def _check_place(path: Path, tensor: Stored | PackedWeight) -> None:
     place = path.parent / tensor.file
     if not place.is_file():
         raise CheckpointError(

@@ -5,7 +5,8 @@ Source of the field numbers: https://github.com/onnx/onnx/blob/main/onnx/onnx.pr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import PurePosixPath
 
 from kilodelta.export.onnx.protobuf import (
@@ -24,6 +25,7 @@ from kilodelta.files.tensor import TensorInfo
 _DIMS, _DATA_TYPE, _SEGMENT, _FLOAT_DATA, _NAME, _RAW_DATA = 1, 2, 3, 4, 8, 9
 _DOUBLE_DATA, _EXTERNAL_DATA, _DATA_LOCATION = 10, 13, 14
 _KEY, _VALUE = 1, 2  # StringStringEntryProto
+_PACKED = {21: False, 22: True}  # TensorProto.DataType UINT4 and INT4: whether they are signed
 _TYPED = {"F32": _FLOAT_DATA, "F64": _DOUBLE_DATA}
 """Typed fields whose packed content equals the raw bytes."""
 
@@ -38,6 +40,25 @@ class Stored(TensorInfo):
     file: str
     begin: int
     top: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedWeight:
+    """A tensor of 4-bit integers, two per byte, the first in the low bits; as `Stored` otherwise.
+
+    safetensors has no such type, so it holds no base tensor as it is.
+    """
+
+    name: str
+    signed: bool
+    shape: tuple[int, ...]
+    file: str
+    begin: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data in a file."""
+        return (prod(self.shape) + 1) // 2
 
 
 @dataclass
@@ -65,7 +86,7 @@ class _Message:
 
 def read_tensor(
     data: Data, message: Field, main: str, *, top: bool = False, name: str = ""
-) -> tuple[str, Stored | None]:
+) -> tuple[str, Stored | PackedWeight | None]:
     """A tensor's name, and its place; None where its bytes do not lie in one piece.
 
     Args:
@@ -79,6 +100,8 @@ def read_tensor(
     for part in fields(data, message.begin, message.end):
         found.add(data, part)
     name = name or found.name
+    if found.kind in _PACKED and _SEGMENT not in found.pieces:
+        return name, _packed(data, found, name, main)
     if found.kind not in dtypes.BY_ONNX_NUMBER or _SEGMENT in found.pieces:
         return name, None
     dtype, shape = dtypes.BY_ONNX_NUMBER[found.kind].name, _shape(found.shape, name)
@@ -88,6 +111,17 @@ def read_tensor(
         return name, None
     file, begin = place
     return name, Stored(name=name, dtype=dtype, shape=shape, file=file, begin=begin, top=top)
+
+
+def _packed(data: Data, found: _Message, name: str, main: str) -> PackedWeight | None:
+    weight = PackedWeight(
+        name=name, signed=_PACKED[found.kind], shape=_shape(found.shape, name), file=main, begin=0
+    )
+    if found.external:
+        place: tuple[str, int] | None = _external(data, found, weight.nbytes)
+    else:
+        place = _inside(found, "", weight.nbytes, main)
+    return None if place is None else replace(weight, file=place[0], begin=place[1])
 
 
 def _shape(found: list[int], name: str) -> tuple[int, ...]:

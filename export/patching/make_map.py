@@ -1,36 +1,43 @@
-"""Making the map of an ONNX file that any tool exported from a base.
+"""Make the map of an ONNX file that any tool exported from a base.
 
 Content decides (`kilodelta.export.patching.match`); a name only ever chooses between tensors whose
 bytes are equal. What was fused, folded or merged is noted with its reason, and refused when a delta
-wants to change it.
+wants to change it; so is a tensor of which the file also holds a quantised copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
-from kilodelta.errors import InputError
+from kilodelta.errors import InputError, OutputError
 from kilodelta.export.manifest.artefacts import file_fact
 from kilodelta.export.manifest.facts import FileFact
 from kilodelta.export.onnx.file import OnnxFile, read_onnx
-from kilodelta.export.patching.map import PatchMap, Place
+from kilodelta.export.onnx.tensors import PackedWeight, Stored
+from kilodelta.export.patching.derived import find_derived
+from kilodelta.export.patching.map import OnnxPlace, PatchMap
 from kilodelta.export.patching.match import Match, match_all
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import TARGETS
 from kilodelta.files.model_digest import digest
 from kilodelta.files.safetensors import write_stream
+from kilodelta.files.tensor import RawTensor
 from kilodelta.progress import Progress, silent
 
 SHOWN = 3
 """Names listed at most in a reason."""
+
+NOTHING: Mapping[str, RawTensor] = MappingProxyType({})
 
 
 def make_map(
     model: str | Path,
     base: str | Path | Checkpoint,
     *,
+    heads: Mapping[str, RawTensor] = NOTHING,
     unused: Iterable[str] = (),
     threads: int | None = None,
     progress: Progress = silent,
@@ -40,8 +47,12 @@ def make_map(
     Args:
         model: the `.onnx` file, its external data beside it.
         base: the checkpoint it was exported from.
+        heads: tensors that the file holds and the base lacks, with their values in the file
+            (`kilodelta.export.open_headed`); every fine-tune brings its own.
         unused: tensors that the outputs do not depend on, where that is known
             (`Template.unused`): a delta may change them without the file's following.
+        threads: cores to use; all by default.
+        progress: what is told how far the work is, in bytes.
 
     Raises:
         CheckpointError: one of the two cannot be read.
@@ -49,21 +60,24 @@ def make_map(
     """
     found, checkpoint = read_onnx(Path(model)), Checkpoint.open(base)
     identity = digest(checkpoint, threads=threads, progress=progress)
-    matches = match_all(found, checkpoint, threads, progress)
+    wanted = {name: checkpoint.raw(name) for name in checkpoint.names} | dict(heads)
+    matches = match_all(found, wanted, threads, progress)
     places, refused = _settled(matches, found)
-    if not places:
+    if not places.keys() - heads.keys():
         raise InputError(
             f"{found.path} holds no tensor of {checkpoint.path}",
             fix="give the checkpoint that the ONNX file was exported from",
         )
+    copies = _copies(found, checkpoint, matches, places.keys() - heads.keys())
     return PatchMap(
         files=_files(found),
         root=identity.root,
         tensors={name: checkpoint.info(name) for name in checkpoint.names},
         digests=identity.tensors,
-        places=places,
-        refused=refused,
-        unused=tuple(name for name in checkpoint.names if name in set(unused)),
+        places={name: own for name, own in places.items() if name not in copies},
+        refused=refused | copies,
+        heads={name: tensor.info(name) for name, tensor in heads.items()},
+        unused=tuple(name for name in wanted if name in set(unused)),
     )
 
 
@@ -73,12 +87,19 @@ def write_rest(found: PatchMap, base: str | Path | Checkpoint, path: str | Path)
     Those are the matrices that the model's outputs do not depend on, and all of them where the file
     rounds the base's weights to float16 or bfloat16.
 
+    Args:
+        found: the file's map.
+        base: the checkpoint that it was made with.
+        path: a new safetensors file.
+
     Returns:
-        the safetensors file; None where nothing is missing.
+        `path`; None where nothing is missing, and nothing was written.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: `path` exists, or cannot be written.
     """
+    if Path(path).exists():
+        raise OutputError(f"{path} exists already", fix="give a new name, or remove this file")
     checkpoint = Checkpoint.open(base)
     lacking = [
         info
@@ -92,17 +113,37 @@ def write_rest(found: PatchMap, base: str | Path | Checkpoint, path: str | Path)
 
 
 def _files(found: OnnxFile) -> tuple[FileFact, ...]:
-    names = dict.fromkeys((found.path.name, *(tensor.file for tensor in found.tensors)))
+    held: list[Stored | PackedWeight] = [*found.tensors, *found.packed]
+    names = dict.fromkeys((found.path.name, *(tensor.file for tensor in held)))
     return tuple(replace(file_fact(found.path.parent / name), file=name) for name in names)
 
 
+def _copies(
+    found: OnnxFile, base: Checkpoint, matches: Sequence[Match], names: Iterable[str]
+) -> dict[str, str]:
+    """Why tensors cannot be patched of which the file also holds a copy in another form."""
+    known = {(place.file, place.begin) for match in matches for place in match.places}
+    held: list[Stored | PackedWeight] = [*found.tensors, *found.packed]
+    foreign = [
+        tensor
+        for tensor in held
+        if tensor.name in found.used and (tensor.file, tensor.begin) not in known
+    ]
+    copies = find_derived(base, sorted(names), found.path.parent, foreign)
+    return {
+        name: f"the file also holds it quantised, scaled or folded ({_some(own)}), "
+        "and that copy would stay the base's"
+        for name, own in copies.items()
+    }
+
+
 def _settled(
-    matches: list[Match], found: OnnxFile
-) -> tuple[dict[str, tuple[Place, ...]], dict[str, str]]:
-    """The places of what is identified, the reasons for the rest."""
+    matches: Sequence[Match], found: OnnxFile
+) -> tuple[dict[str, tuple[OnnxPlace, ...]], dict[str, str]]:
+    """Return the places of what is identified, and the reasons for the rest."""
     equals = _equals(matches)
     named = {match.name for match in matches if any(p.name == match.name for p in match.places)}
-    places: dict[str, tuple[Place, ...]] = {}
+    places: dict[str, tuple[OnnxPlace, ...]] = {}
     refused: dict[str, str] = {}
     for match in matches:
         twins = equals[match.name]
@@ -120,7 +161,7 @@ def _settled(
     return places, refused
 
 
-def _equals(matches: list[Match]) -> dict[str, list[str]]:
+def _equals(matches: Sequence[Match]) -> dict[str, list[str]]:
     """For each base tensor the others that claim one of its places."""
     claims: dict[tuple[str, int], list[str]] = {}
     for match in matches:
@@ -148,5 +189,8 @@ def _absent(match: Match, found: OnnxFile) -> str:
 def _doubtful(twins: list[str]) -> str:
     if not twins:
         return "all its values are equal and no tensor has its name, so it cannot be told"
-    shown = ", ".join(twins[:SHOWN]) + (", ..." if len(twins) > SHOWN else "")
-    return f"its values equal those of {shown}, and the exporter may have merged them"
+    return f"its values equal those of {_some(twins)}, and the exporter may have merged them"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

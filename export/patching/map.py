@@ -1,13 +1,14 @@
-"""The map of an ONNX file: which bytes of it are which tensor of the base, and what proves it.
+"""Describe an ONNX file: which bytes of it are which tensor of a base, and what proves it.
 
-It is made once, where the base checkpoint is (`make_map.py`), and travels with the ONNX file as
-JSON, read here field by field.
+The map is made once, where the base checkpoint is (`make_map.py`), and travels with the ONNX file
+as JSON, read here field by field.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from kilodelta.files.identity import of_digests
 from kilodelta.files.tensor import TensorInfo
 from kilodelta.files.untrusted import FieldError
 
-VERSION = 1
+VERSION = 2
+"""Version 1 knew no heads; its maps are read."""
 LIMIT = 64 << 20
 """Bytes of a map that are read; MiniLM's takes 35 KB."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class OnnxPlace:
     """Where an ONNX file holds a base tensor.
 
     `name`, `dtype` and `shape` are the initializer's; `file` is relative to the model's folder;
@@ -50,31 +52,37 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class PatchMap:
-    """Which bytes of an ONNX file are which tensor of a base."""
+    """Which bytes of an ONNX file are which tensor of a base.
+
+    Attributes:
+        files: the model itself, then its external data, by their names in its folder.
+        root: the base's.
+        tensors: all tensors of the base.
+        digests: theirs; `root` is over them.
+        places: where the file holds a tensor, more than once where an exporter copied it.
+        refused: tensors that the file does not hold as they are, and what became of them.
+        heads: tensors of the file that the base lacks or holds in another shape, and that every
+            fine-tune brings; `places` of their names are theirs.
+        unused: tensors that the model's outputs do not depend on.
+    """
 
     files: tuple[FileFact, ...]
-    """The model itself, then its external data, by their names in its folder."""
-
     root: str
-    """The base's."""
-
     tensors: Mapping[str, TensorInfo]
-    """All tensors of the base."""
-
     digests: Mapping[str, str]
-    """Theirs; `root` is over them."""
-
-    places: Mapping[str, tuple[Place, ...]]
-    """Base tensor to where it lies, more than once where an exporter copied it."""
-
+    places: Mapping[str, tuple[OnnxPlace, ...]]
     refused: Mapping[str, str]
-    """Base tensors that the file does not hold as they are, and what became of them."""
-
+    heads: Mapping[str, TensorInfo] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
-    """Base tensors that the model's outputs do not depend on."""
 
-    def exact(self, name: str) -> Place | None:
+    def info(self, name: str) -> TensorInfo | None:
+        """What a tensor is in the file's architecture; None for one that is not known."""
+        return self.heads.get(name) or self.tensors.get(name)
+
+    def exact(self, name: str) -> OnnxPlace | None:
         """A place from which a base tensor's own bytes can be read back, if there is one."""
+        if name in self.heads:
+            return None
         dtype = self.tensors[name].dtype
         return next((p for p in self.places.get(name, ()) if lossless(dtype, p.dtype)), None)
 
@@ -83,10 +91,11 @@ def write_map(found: PatchMap, path: str | Path) -> None:
     """Write a map as JSON, in full or not at all.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: `path` exists, or cannot be written.
     """
-    text = canonical.dumps(_to_json(found))
-    staging.write(Path(path), text.encode("utf-8"), b"\n")
+    text = canonical.dumps(_to_json(found)).encode("utf-8")
+    with staging.new_file(Path(path), replace=False) as stage:
+        stage.write_bytes(text + b"\n")
 
 
 def read_map(path: str | Path) -> PatchMap:
@@ -120,20 +129,23 @@ def _to_json(found: PatchMap) -> dict[str, Any]:
         },
         "places": {name: [asdict(place) for place in own] for name, own in found.places.items()},
         "refused": dict(found.refused),
+        "heads": {name: [info.dtype, list(info.shape)] for name, info in found.heads.items()},
         "unused": list(found.unused),
     }
 
 
+_KEYS = ("version", "files", "base", "places", "refused", "unused")
+
+
 def _parse(value: Any) -> PatchMap:
-    found = untrusted.table(
-        value, "the map", ("version", "files", "base", "places", "refused", "unused")
-    )
-    if found["version"] != VERSION or found["version"] is True:
-        raise FieldError(f"version is {found['version']!r:.40}; this kilodelta reads {VERSION}")
+    version = untrusted.mapping(value, "the map").get("version")
+    if type(version) is not int or version not in (1, VERSION):
+        raise FieldError(f"version is {version!r:.40}; this kilodelta reads {VERSION}")
+    found = untrusted.table(value, "the map", _KEYS if version == 1 else (*_KEYS, "heads"))
     base = untrusted.table(found["base"], "base", ("root", "tensors"))
     rows = untrusted.mapping(base["tensors"], "base.tensors")
     known = {name: _tensor(row, f"base.tensors.{name}") for name, row in rows.items()}
-    identity = of_digests({name: digest for name, (_, _, digest) in known.items()})
+    identity = of_digests({name: digest for name, (_, digest) in known.items()})
     if untrusted.digest(base["root"], "base.root") != identity.root:
         raise FieldError(f"base.root is {base['root']}, the tensors' digests give {identity.root}")
     files = untrusted.listed(found["files"], "files", _file)
@@ -141,32 +153,39 @@ def _parse(value: Any) -> PatchMap:
         name: untrusted.listed(own, f"places.{name}", _place)
         for name, own in untrusted.mapping(found["places"], "places").items()
     }
-    _check_places(files, places, known)
+    tensors = {name: replace(known[name][0], name=name) for name in identity.tensors}
+    heads = {
+        name: replace(_head(row, f"heads.{name}"), name=name)
+        for name, row in untrusted.mapping(found.get("heads", {}), "heads").items()
+    }
+    _check_places(files, places, tensors | heads)
     refused = untrusted.mapping(found["refused"], "refused")
     return PatchMap(
         files=files,
         root=identity.root,
-        tensors={name: _info(name, known[name]) for name in identity.tensors},
+        tensors=tensors,
         digests=identity.tensors,
         places=places,
         refused={name: untrusted.text(why, f"refused.{name}") for name, why in refused.items()},
+        heads=heads,
         unused=untrusted.texts(found["unused"], "unused"),
     )
 
 
-_Row = tuple[str, tuple[int, ...], str]
-
-
-def _tensor(value: Any, where: str) -> _Row:
+def _tensor(value: Any, where: str) -> tuple[TensorInfo, str]:
     if not isinstance(value, list) or len(value) != 3:
         raise FieldError(f"{where} is not [dtype, shape, digest]")
-    dtype, shape, digest = value
-    return _dtype(dtype, where), _shape(shape, where), untrusted.digest(digest, where)
+    return _info(value[0], value[1], where), untrusted.digest(value[2], where)
 
 
-def _info(name: str, row: _Row) -> TensorInfo:
-    dtype, shape, _ = row
-    return TensorInfo(name=name, dtype=dtype, shape=shape)
+def _head(value: Any, where: str) -> TensorInfo:
+    if not isinstance(value, list) or len(value) != 2:
+        raise FieldError(f"{where} is not [dtype, shape]")
+    return _info(value[0], value[1], where)
+
+
+def _info(dtype: Any, shape: Any, where: str) -> TensorInfo:
+    return TensorInfo(name="", dtype=_dtype(dtype, where), shape=_shape(shape, where))
 
 
 def _dtype(value: Any, where: str) -> str:
@@ -192,10 +211,10 @@ def _inside(value: Any, where: str) -> str:
     return str(value)
 
 
-def _place(value: Any, where: str) -> Place:
+def _place(value: Any, where: str) -> OnnxPlace:
     keys = ("name", "dtype", "shape", "file", "begin", "transposed", "top")
     found = untrusted.table(value, where, keys)
-    return Place(
+    return OnnxPlace(
         name=untrusted.text(found["name"], where),
         dtype=_dtype(found["dtype"], where),
         shape=_shape(found["shape"], where),
@@ -208,10 +227,10 @@ def _place(value: Any, where: str) -> Place:
 
 def _check_places(
     files: tuple[FileFact, ...],
-    places: Mapping[str, tuple[Place, ...]],
-    known: Mapping[str, _Row],
+    places: Mapping[str, tuple[OnnxPlace, ...]],
+    known: Mapping[str, TensorInfo],
 ) -> None:
-    """See that every place is of a tensor of the base, fits it, and lies in a file's bounds."""
+    """See that every place is of a known tensor, fits it, and lies in a file's bounds."""
     sizes = {file.file: file.nbytes for file in files}
     for name, own in places.items():
         if name not in known or not own:
@@ -219,13 +238,13 @@ def _check_places(
         for place in own:
             if place.begin + place.nbytes > sizes.get(place.file, 0):
                 raise FieldError(f"places.{name} ends beyond {place.file}")
-            if not _fits(place, *known[name]):
+            if not _fits(place, known[name]):
                 raise FieldError(f"places.{name} does not fit the base's tensor")
 
 
-def _fits(place: Place, dtype: str, shape: tuple[int, ...], _digest: str) -> bool:
-    if not castable(dtype, place.dtype):
+def _fits(place: OnnxPlace, info: TensorInfo) -> bool:
+    if not castable(info.dtype, place.dtype):
         return False
     if place.transposed:
-        return len(shape) == 2 and place.shape == shape[::-1]
-    return nbytes("U8", place.shape) == nbytes("U8", shape)
+        return len(info.shape) == 2 and place.shape == info.shape[::-1]
+    return prod(place.shape) == prod(info.shape)

@@ -1,5 +1,5 @@
-"""Finding the base's tensors among those of an ONNX file, by content: by their bytes, in their own
-layout and transposed, in the precisions of the file.
+"""Find tensors among those of an ONNX file by content: by their bytes, in their own layout and
+transposed, in the precisions of the file.
 
 Exporters rename, transpose, copy, merge and fold weights, and no name tells; bytes do.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +17,10 @@ import numpy.typing as npt
 from kilodelta import parallel
 from kilodelta.export.onnx.file import OnnxFile
 from kilodelta.export.onnx.tensors import Stored
-from kilodelta.export.patching.map import Place
-from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.export.patching.map import OnnxPlace
 from kilodelta.files.copying import pread
 from kilodelta.files.floats import cast, castable, transposed
-from kilodelta.files.tensor import TensorInfo
+from kilodelta.files.tensor import RawTensor
 from kilodelta.progress import Meter, Progress
 
 Bytes = npt.NDArray[np.uint8]
@@ -30,31 +30,42 @@ Content = tuple[str, bytes]
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """Where a file holds the bytes of one base tensor.
+    """Where a file holds the bytes of one tensor.
 
     `constant` says that all its elements are equal, `symmetric` that it reads the same transposed.
     """
 
     name: str
-    places: tuple[Place, ...]
+    places: tuple[OnnxPlace, ...]
     constant: bool
     symmetric: bool
 
 
 def match_all(
-    found: OnnxFile, checkpoint: Checkpoint, threads: int | None, progress: Progress
+    found: OnnxFile,
+    tensors: Mapping[str, RawTensor],
+    threads: int | None,
+    progress: Progress,
 ) -> list[Match]:
-    """A match for every tensor of the base, in name order."""
+    """Return a match for every tensor, in the order given.
+
+    Args:
+        found: the ONNX file.
+        tensors: what to look for, by name; mapped bytes are read once.
+        threads: cores to use; all by default.
+        progress: what is told how far the work is, in bytes.
+    """
     contents = _contents(found, threads, progress)
-    infos = [checkpoint.info(name) for name in checkpoint.names]
-    meter = Meter("match", sum(info.nbytes for info in infos), "B", progress)
+    meter = Meter("match", sum(tensor.nbytes for tensor in tensors.values()), "B", progress)
 
-    def match(info: TensorInfo) -> Match:
-        places = tuple(_places(info, checkpoint.data(info.name), contents))
-        meter.add(info.nbytes)
-        return _match(info, checkpoint.data(info.name), places)
+    def match(name: str) -> Match:
+        tensor = tensors[name]
+        places = tuple(_places(tensor, contents))
+        meter.add(tensor.nbytes)
+        return _match(name, tensor, places)
 
-    return parallel.run(match, infos, meter, weight=lambda info: info.nbytes, threads=threads)
+    names = list(tensors)
+    return parallel.run(match, names, meter, weight=lambda n: tensors[n].nbytes, threads=threads)
 
 
 def _contents(
@@ -80,27 +91,25 @@ def _content(dtype: str, data: Bytes) -> Content:
     return dtype, hashlib.sha256(data.data).digest()
 
 
-def _places(
-    info: TensorInfo, data: Bytes, contents: Mapping[Content, list[Stored]]
-) -> Iterator[Place]:
-    sizes = {(tensor.dtype, tensor.nbytes) for own in contents.values() for tensor in own}
-    for dtype in sorted({dtype for dtype, _ in sizes if castable(info.dtype, dtype)}):
-        values = cast(data, info.dtype, dtype)
+def _places(tensor: RawTensor, contents: Mapping[Content, list[Stored]]) -> Iterator[OnnxPlace]:
+    sizes = {(stored.dtype, stored.nbytes) for own in contents.values() for stored in own}
+    for dtype in sorted({dtype for dtype, _ in sizes if castable(tensor.dtype, dtype)}):
+        values = cast(tensor.data, tensor.dtype, dtype)
         if (dtype, values.size) not in sizes:
             continue
         plain = _content(dtype, values)
-        other = _content(dtype, transposed(values, info.shape))
-        yield from (_place(tensor, turned=False) for tensor in contents.get(plain, ()))
+        other = _content(dtype, transposed(values, tensor.shape))
+        yield from (_place(stored, turned=False) for stored in contents.get(plain, ()))
         if other != plain:
             yield from (
-                _place(tensor, turned=True)
-                for tensor in contents.get(other, ())
-                if tensor.shape == info.shape[::-1]
+                _place(stored, turned=True)
+                for stored in contents.get(other, ())
+                if stored.shape == tensor.shape[::-1]
             )
 
 
-def _place(tensor: Stored, *, turned: bool) -> Place:
-    return Place(
+def _place(tensor: Stored, *, turned: bool) -> OnnxPlace:
+    return OnnxPlace(
         name=tensor.name,
         dtype=tensor.dtype,
         shape=tensor.shape,
@@ -111,12 +120,13 @@ def _place(tensor: Stored, *, turned: bool) -> Place:
     )
 
 
-def _match(info: TensorInfo, data: Bytes, places: tuple[Place, ...]) -> Match:
-    elements = data.reshape(-1, max(1, data.size // max(1, int(np.prod(info.shape)))))
-    square = len(info.shape) == 2 and info.shape[0] == info.shape[1] > 1
+def _match(name: str, tensor: RawTensor, places: tuple[OnnxPlace, ...]) -> Match:
+    data, shape = tensor.data, tensor.shape
+    elements = data.reshape(-1, max(1, data.size // max(1, prod(shape))))
+    square = len(shape) == 2 and shape[0] == shape[1] > 1
     return Match(
-        name=info.name,
+        name=name,
         places=places,
         constant=not data.size or bool((elements == elements[0]).all()),
-        symmetric=bool(places) and square and np.array_equal(transposed(data, info.shape), data),
+        symmetric=bool(places) and square and np.array_equal(transposed(data, shape), data),
     )

@@ -1,4 +1,4 @@
-"""What a delta changes in an ONNX file: each tensor's base bytes, tuned bytes and places."""
+"""Plan what a delta changes in an ONNX file: base bytes, tuned bytes and places."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from kilodelta.errors import BaseMismatchError, ExportError
 from kilodelta.export.merge.tensor import changed_names, merged_tensor, rounded
-from kilodelta.export.patching.map import PatchMap, Place
+from kilodelta.export.patching.map import OnnxPlace, PatchMap
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.copying import pread
 from kilodelta.files.floats import cast, castable, transposed
@@ -25,7 +25,7 @@ SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class PatchPlan:
     """A bound delta, the file it changes, and the checkpoint for what the file does not hold."""
 
     model: Path
@@ -37,19 +37,20 @@ class Plan:
         """One of the map's files; the model itself may have been renamed."""
         return self.model if file == self.found.files[0].file else self.model.parent / file
 
-    def places(self, name: str) -> tuple[Place, ...]:
+    def places(self, name: str) -> tuple[OnnxPlace, ...]:
         """Where the file holds a tensor; nowhere if nothing depends on it."""
         return self.found.places.get(name, ())
 
     def size(self, name: str) -> int:
-        """The bytes of a tensor in the base's dtype."""
-        return self.found.tensors[name].nbytes
+        """The bytes of a changed tensor, in the base's dtype or as the delta stores it."""
+        extra = self.delta.extras.get(name)
+        return self.found.tensors[name].nbytes if extra is None else extra.nbytes
 
     def tuned(self, name: str) -> RawTensor:
         """A changed tensor."""
         return merged_tensor(self.delta, name, self._base)
 
-    def written(self, name: str, found: RawTensor) -> Iterator[tuple[Place, Bytes]]:
+    def written(self, name: str, found: RawTensor) -> Iterator[tuple[OnnxPlace, Bytes]]:
         """A changed tensor's bytes as each of its places holds them.
 
         Raises:
@@ -71,13 +72,19 @@ class Plan:
 
 def make_plan(
     model: Path, delta: Delta, found: PatchMap, base: str | Path | Checkpoint | None
-) -> Plan:
+) -> PatchPlan:
     """See that a delta can be written into an ONNX file.
+
+    Args:
+        model: the base's ONNX file.
+        delta: bound to its base or not.
+        found: the file's map.
+        base: the base checkpoint, or a part of it, for what the file does not hold exactly.
 
     Raises:
         BaseMismatchError: the file was exported from another base.
-        ExportError: a tensor was fused, merged or folded, or has no place; or the file holds it
-            rounded and `base` is not there to start from.
+        ExportError: a tensor was fused, merged or folded, or has no place; the file takes a head
+            that the delta does not bring; or the file holds a target rounded and `base` lacks it.
     """
     if delta.manifest.base.root != found.root:
         raise BaseMismatchError(
@@ -86,10 +93,11 @@ def make_plan(
         )
     bound = delta if delta.layout is not None else delta.bind_to(found.tensors.values())
     rest = None if base is None else Checkpoint.open(base)
-    plan = Plan(model=model, found=found, delta=bound, rest=rest)
+    plan = PatchPlan(model=model, found=found, delta=bound, rest=rest)
     names = changed_names(bound)
     _refuse([f"{n}: {why}" for n in names if (why := _no_place(plan, n))], "has no place")
     _refuse([f"{n}: {why}" for n in bound.extras if (why := _misfit(plan, n))], "does not fit")
+    _require_heads(plan)
     lacking = [n for n in bound.targets if found.exact(n) is None and n not in (rest or ())]
     _refuse(lacking, "is not held exactly", fix="give the base checkpoint too, or `write_rest`'s")
     return plan
@@ -106,20 +114,35 @@ def _refuse(
         )
 
 
-def _no_place(plan: Plan, name: str) -> str:
+def _no_place(plan: PatchPlan, name: str) -> str:
     """Why a changed tensor cannot be written; empty if it can, or need not be."""
-    if name not in plan.found.tensors:
-        return "the base has no tensor of that name"
-    if plan.places(name) or name in plan.found.unused:
+    found = plan.found
+    if name in found.heads and name in plan.delta.targets:
+        return "the file was exported with a new head in its place"
+    if found.info(name) is None:
+        return "the base has no tensor of that name, and the file was exported without it"
+    if plan.places(name) or name in found.unused:
         return ""
-    return plan.found.refused.get(name, "the map does not know it")
+    return found.refused.get(name, "the map does not know it")
 
 
-def _misfit(plan: Plan, name: str) -> str:
-    extra, info = plan.delta.extras[name], plan.found.tensors[name]
+def _misfit(plan: PatchPlan, name: str) -> str:
+    extra, info = plan.delta.extras[name], plan.found.info(name)
+    if info is None or name in plan.found.unused:
+        return ""
     if extra.shape != info.shape:
-        return f"its shape is {extra.shape}, the base's {info.shape}"
+        return f"its shape is {extra.shape}, the file's {info.shape}"
     for place in plan.places(name):
         if not castable(extra.dtype, place.dtype):
             return f"it is {extra.dtype}, the file's tensor {place.dtype}"
     return ""
+
+
+def _require_heads(plan: PatchPlan) -> None:
+    missing = [name for name in plan.found.heads if name not in plan.delta.extras]
+    if missing:
+        raise ExportError(
+            f"{plan.model.name} computes with a head that every file brings, and this one brings "
+            f"no {', '.join(missing[:SHOWN])}",
+            fix="give the ONNX file of the base itself, exported without --config",
+        )

@@ -15,8 +15,8 @@ from pathlib import Path
 from kilodelta.errors import CheckpointError, InputError, OutputError
 from kilodelta.exact.selftest import require_good_kernels
 from kilodelta.export.merge.tensor import changed_names
-from kilodelta.export.patching.map import PatchMap, Place
-from kilodelta.export.patching.plan import Bytes, Plan, make_plan
+from kilodelta.export.patching.map import OnnxPlace, PatchMap
+from kilodelta.export.patching.plan import Bytes, PatchPlan, make_plan
 from kilodelta.export.patching.run import run
 from kilodelta.files import staging
 from kilodelta.files.checkpoint import Checkpoint
@@ -76,7 +76,7 @@ def patch(
     plan = make_plan(Path(model), found, places, base)
     with _copies(plan, Path(out)) as (files, paths):
 
-        def write(place: Place, data: Bytes) -> None:
+        def write(place: OnnxPlace, data: Bytes) -> None:
             pwrite(files[place.file], data.data, place.begin)
 
         run(plan, write, threads=threads, progress=progress)
@@ -93,7 +93,7 @@ def patch(
 
 
 @contextmanager
-def _copies(plan: Plan, out: Path) -> Iterator[tuple[Mapping[str, int], tuple[Path, ...]]]:
+def _copies(plan: PatchPlan, out: Path) -> Iterator[tuple[Mapping[str, int], tuple[Path, ...]]]:
     """Descriptors of copies by file name, and the paths they get when the block ends well: the
     model's own last, so that it never stands without its data."""
     main, *others = (file.file for file in plan.found.files)
@@ -113,7 +113,7 @@ def _copies(plan: Plan, out: Path) -> Iterator[tuple[Mapping[str, int], tuple[Pa
             yield files, tuple(paths.values())
 
 
-def _require_free(plan: Plan, paths: Iterable[Path], *, alone: bool) -> None:
+def _require_free(plan: PatchPlan, paths: Iterable[Path], *, alone: bool) -> None:
     taken = next((path for path in paths if path.exists()), None)
     if taken is not None and not alone and taken.parent.resolve() == plan.model.parent.resolve():
         raise InputError(

@@ -13,8 +13,8 @@ from kilodelta import parallel
 from kilodelta.errors import CheckpointError
 from kilodelta.export.manifest.facts import FileFact
 from kilodelta.export.merge.tensor import changed_names, require_result
-from kilodelta.export.patching.map import Place
-from kilodelta.export.patching.plan import Bytes, Plan
+from kilodelta.export.patching.map import OnnxPlace
+from kilodelta.export.patching.plan import Bytes, PatchPlan
 from kilodelta.files import plain
 from kilodelta.files.identity import raw_digest
 from kilodelta.progress import Meter, Progress
@@ -24,8 +24,8 @@ CHUNK = 1 << 20
 
 
 def run(
-    plan: Plan,
-    write: Callable[[Place, Bytes], None],
+    plan: PatchPlan,
+    write: Callable[[OnnxPlace, Bytes], None],
     *,
     threads: int | None,
     progress: Progress,
@@ -58,7 +58,7 @@ def run(
     require_result(plan.delta, digests)
 
 
-def _weight(plan: Plan, job: FileFact | str) -> int:
+def _weight(plan: PatchPlan, job: FileFact | str) -> int:
     return job.nbytes if isinstance(job, FileFact) else plan.size(job)
 
 

@@ -20,8 +20,8 @@ import numpy.typing as npt
 from kilodelta.errors import ExportError, require
 from kilodelta.exact.selftest import require_good_kernels
 from kilodelta.export.merge.tensor import changed_names
-from kilodelta.export.patching.map import PatchMap, Place
-from kilodelta.export.patching.plan import Bytes, Plan, make_plan
+from kilodelta.export.patching.map import OnnxPlace, PatchMap
+from kilodelta.export.patching.plan import Bytes, PatchPlan, make_plan
 from kilodelta.export.patching.run import run
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import DTYPES
@@ -63,7 +63,7 @@ def patched_weights(
     initializers: dict[str, tuple[str, npt.NDArray[Any]]] = {}
     _require_reachable(plan)
 
-    def write(place: Place, data: Bytes) -> None:
+    def write(place: OnnxPlace, data: Bytes) -> None:
         if place.file == places.files[0].file:
             inline.append((place.begin, data))
         else:
@@ -78,7 +78,7 @@ def patched_weights(
     )
 
 
-def _require_reachable(plan: Plan) -> None:
+def _require_reachable(plan: PatchPlan) -> None:
     for name in changed_names(plan.delta):
         for place in plan.places(name):
             if place.file != plan.found.files[0].file and not place.top:

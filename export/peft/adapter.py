@@ -16,9 +16,9 @@ import numpy as np
 
 from kilodelta import parallel
 from kilodelta.errors import InputError
-from kilodelta.export.peft.factors import Pair, exact_pair, require_low_rank, svd_pair
+from kilodelta.export.peft.factors import FactorPair, exact_pair, require_low_rank, svd_pair
 from kilodelta.export.peft.folder import (
-    Plan,
+    AdapterPlan,
     adapter_config,
     adapter_tensors,
     make_plan,
@@ -26,7 +26,7 @@ from kilodelta.export.peft.folder import (
     write_folder,
 )
 from kilodelta.export.peft.loaded_names import naming_as_loaded
-from kilodelta.export.peft.modules import Naming
+from kilodelta.export.peft.modules import ModuleNaming
 from kilodelta.files.baseline import require_base
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
@@ -137,17 +137,17 @@ def _check(options: PeftOptions) -> None:
         )
 
 
-def _naming(options: PeftOptions, checkpoint: Checkpoint) -> Naming:
+def _naming(options: PeftOptions, checkpoint: Checkpoint) -> ModuleNaming:
     if options.as_loaded:
         return naming_as_loaded(checkpoint)
-    return Naming(
+    return ModuleNaming(
         prefix=options.prefix, embeddings=options.embeddings, config=read_config(checkpoint)
     )
 
 
 def _pairs(
     delta: Delta, options: PeftOptions, threads: int | None, progress: Progress
-) -> dict[str, Pair]:
+) -> dict[str, FactorPair]:
     names, dtype = list(delta.targets), DTYPES[options.dtype]
     make = (
         partial(exact_pair, dtype=dtype)
@@ -156,7 +156,7 @@ def _pairs(
     )
     meter = Meter("factors", len(names), "tensors", progress)
 
-    def one(name: str) -> Pair:
+    def one(name: str) -> FactorPair:
         pair = make(delta, name)
         meter.add(1)
         return pair
@@ -169,8 +169,8 @@ def _pairs(
 
 def _summary(
     out: Path,
-    pairs: Mapping[str, Pair],
-    plan: Plan,
+    pairs: Mapping[str, FactorPair],
+    plan: AdapterPlan,
     rank: int,
     options: PeftOptions,
     nbytes: int,

@@ -24,7 +24,7 @@ Matrix = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
+class FactorPair:
     """B (out, r) and A (r, in) as the adapter holds them, in the bits of its dtype.
 
     `error` is the Frobenius norm of what rounding and truncation lost, `norm` the update's.
@@ -76,16 +76,16 @@ def scales(left: Matrix, right: Matrix, c: Any, e: Any) -> tuple[Matrix, Matrix]
     return np.where(used, np.ldexp(c, shift), 0.0), np.where(used, np.ldexp(1.0, e - shift), 0.0)
 
 
-def exact_pair(delta: Delta, name: str, dtype: str) -> Pair:
+def exact_pair(delta: Delta, name: str, dtype: str) -> FactorPair:
     """The update of a low-rank method, exact but for the rounding to `dtype`."""
     B, A = float_factors(delta, name)
     B_bits, B_found = _rounded(B, dtype, name)
     A_bits, A_found = _rounded(A, dtype, name)
     error = product_error((B_found, A_found), (B, A))
-    return Pair(B=B_bits, A=A_bits, error=error, norm=product_norm(B, A))
+    return FactorPair(B=B_bits, A=A_bits, error=error, norm=product_norm(B, A))
 
 
-def svd_pair(delta: Delta, name: str, rank: int, dtype: str) -> Pair:
+def svd_pair(delta: Delta, name: str, rank: int, dtype: str) -> FactorPair:
     """The nearest update of a rank, of any method."""
     update = delta.update(name).astype(np.float64)
     B, A = truncated(update, rank)
@@ -93,15 +93,15 @@ def svd_pair(delta: Delta, name: str, rank: int, dtype: str) -> Pair:
     A_bits, A_found = _rounded(A, dtype, name)
     norm = float(np.linalg.norm(update))
     update -= B_found @ A_found
-    return Pair(B=B_bits, A=A_bits, error=float(np.linalg.norm(update)), norm=norm)
+    return FactorPair(B=B_bits, A=A_bits, error=float(np.linalg.norm(update)), norm=norm)
 
 
-def padded(pair: Pair, rank: int) -> Pair:
+def padded(pair: FactorPair, rank: int) -> FactorPair:
     """The same update with zero components up to a rank."""
     more = rank - pair.rank
     B = np.pad(pair.B, ((0, 0), (0, more)))
     A = np.pad(pair.A, ((0, more), (0, 0)))
-    return Pair(B=B, A=A, error=pair.error, norm=pair.norm)
+    return FactorPair(B=B, A=A, error=pair.error, norm=pair.norm)
 
 
 def require_low_rank(delta: Delta) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from kilodelta.export.peft.factors import Pair, padded
-from kilodelta.export.peft.modules import Kind, Naming, Whole, sort_extras
+from kilodelta.export.peft.factors import FactorPair, padded
+from kilodelta.export.peft.modules import Kind, ModuleNaming, Whole, sort_extras
 from kilodelta.files import safetensors, staging
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import RawTensor
@@ -26,7 +26,7 @@ from kilodelta.models.layer_names import owner
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class AdapterPlan:
     """Where everything goes: the targets' modules and kinds by tensor name, and the extras."""
 
     paths: Mapping[str, str]
@@ -37,12 +37,12 @@ class Plan:
     """All modules of the base that own a tensor, adapted or not."""
 
 
-def make_plan(delta: Delta, checkpoint: Checkpoint, naming: Naming) -> Plan:
+def make_plan(delta: Delta, checkpoint: Checkpoint, naming: ModuleNaming) -> AdapterPlan:
     kinds = {name: naming.kind(target) for name, target in delta.targets.items()}
     for name, kind in kinds.items():
         if kind is Kind.EMBEDDING:
             naming.check_untied(name, checkpoint)
-    return Plan(
+    return AdapterPlan(
         paths={name: naming.path(name) for name in kinds},
         kinds=kinds,
         targets=delta.targets,
@@ -52,7 +52,7 @@ def make_plan(delta: Delta, checkpoint: Checkpoint, naming: Naming) -> Plan:
 
 
 def adapter_tensors(
-    plan: Plan, pairs: Mapping[str, Pair], dtype: str, *, own_ranks: bool
+    plan: AdapterPlan, pairs: Mapping[str, FactorPair], dtype: str, *, own_ranks: bool
 ) -> tuple[dict[str, RawTensor], dict[str, int]]:
     """The adapter's factors by key, and the rank of each module."""
     top = max(1, *(pair.rank for pair in pairs.values()))
@@ -65,7 +65,7 @@ def adapter_tensors(
     return found, ranks
 
 
-def _keyed(plan: Plan, name: str, pair: Pair, dtype: str) -> dict[str, RawTensor]:
+def _keyed(plan: AdapterPlan, name: str, pair: FactorPair, dtype: str) -> dict[str, RawTensor]:
     """One target's two tensors under the names, and in the shapes, of its kind of layer."""
     kind, target, start = (
         plan.kinds[name],
@@ -101,7 +101,7 @@ def stored_tensors(whole: Whole, delta: Delta, checkpoint: Checkpoint) -> dict[s
     return found
 
 
-def adapter_config(plan: Plan, ranks: Mapping[str, int], base: str) -> dict[str, Any]:
+def adapter_config(plan: AdapterPlan, ranks: Mapping[str, int], base: str) -> dict[str, Any]:
     top = max(ranks.values())
     own = {f"^{re.escape(path)}": rank for path, rank in sorted(ranks.items()) if rank != top}
     return {

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kilodelta.errors import require
-from kilodelta.export.peft.modules import Kind, Naming, refused
+from kilodelta.export.peft.modules import Kind, ModuleNaming, refused
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tying import tied
 from kilodelta.format.targets import Target
@@ -24,7 +24,7 @@ _KINDS: Mapping[str, Kind] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedNaming(Naming):
+class LoadedNaming(ModuleNaming):
     """Names and kinds as a loaded model has them."""
 
     names: Mapping[str, str]

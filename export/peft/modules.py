@@ -31,7 +31,7 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Naming:
+class ModuleNaming:
     """How the tensors of a base are called where the adapter will be used.
 
     Args:
@@ -124,7 +124,7 @@ class Whole:
 
 
 def sort_extras(
-    extras: Sequence[str], targets: Sequence[str], checkpoint: Checkpoint, naming: Naming
+    extras: Sequence[str], targets: Sequence[str], checkpoint: Checkpoint, naming: ModuleNaming
 ) -> Whole:
     """Where a delta's extras go.
 
@@ -152,7 +152,7 @@ def sort_extras(
 
 
 def _module_paths(
-    names: Iterable[str], checkpoint: Checkpoint, naming: Naming
+    names: Iterable[str], checkpoint: Checkpoint, naming: ModuleNaming
 ) -> Mapping[str, str]:
     """All modules with tensors, and their paths; the prefix is the base's, not a new head's."""
     home = {owner(name): naming.path(name) for name in checkpoint.names}

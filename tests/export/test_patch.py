@@ -183,7 +183,7 @@ def test_a_value_beyond_the_files_precision_is_refused(base: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "value", "what"),
     [
-        ("norm.bias", extra("F32", (3, 3)), r"norm.bias: its shape is \(3, 3\), the base's \(9,\)"),
+        ("norm.bias", extra("F32", (3, 3)), r"norm.bias: its shape is \(3, 3\), the file's \(9,\)"),
         ("head.weight", extra("F32", (9,)), "head.weight: the base has no tensor of that name"),
         ("count", extra("F32", ()), "count: it is F32, the file's tensor I64"),
         ("norm.bias", RawTensor(dtype="I64", shape=(9,), data=np.zeros(72, np.uint8)), "it is I64"),
@@ -314,7 +314,10 @@ def edit(path: str, value: Any) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (edit("version", 2), "version is 2"),
+        (edit("version", 3), "version is 3"),
+        (edit("version", 1), "unknown key 'heads'"),
+        (edit("heads", {"h": ["F32"]}), r"heads.h is not \[dtype, shape\]"),
+        (edit("heads", {"h": ["F33", [1]]}), "heads.h is 'F33'"),
         (edit("version", True), "version is True"),
         (edit("base", ...), "lacks 'base'"),
         (edit("more", 1), "unknown key 'more'"),
