@@ -78,13 +78,18 @@ class HeadedBase:
 
 
 def open_headed(
-    base: Checkpoint, *, config: str | None = None, model: str | None = None
+    base: Checkpoint,
+    *,
+    config: str | None = None,
+    delta: Delta | None = None,
+    model: str | None = None,
 ) -> HeadedBase:
     """Open a base in the architecture of its fine-tunes.
 
     Args:
         base: what the fine-tunes were made of.
         config: as for `architecture`; by default the base's own, which needs no head.
+        delta: as for `architecture`.
         model: `package.module:function` that builds the module, in its place.
 
     Raises:
@@ -101,7 +106,7 @@ def open_headed(
     if model:
         loaded = open_model(model, weights=base)
     else:
-        with architecture(folder, config) as place:
+        with architecture(folder, config, delta) as place:
             opened = open_model(place, weights=None if place == folder else base)
         loaded = replace(opened, source=str(folder))
     if not loaded.missing:

@@ -111,7 +111,7 @@ def export_adapter(
                 f"adapter files do not come in {chosen.dtype}", fix="--dtype fp32 or --dtype fp16"
             )
         with staging.new_folder(place) as stage:
-            layout = _write_graph(base, Path(delta), tune, stage, chosen, progress)
+            layout = _write_graph(base, tune, stage, chosen, progress)
             nbytes = write_adapter(tune, layout, stage / name, progress=progress)
     else:
         layout = read_layout(place)
@@ -141,7 +141,6 @@ def _require_dtype(folder: Path, layout: AdapterLayout, dtype: str) -> None:
 
 def _write_graph(
     base: str | os.PathLike[str],
-    file: Path,
     delta: Delta,
     folder: Path,
     options: AdapterOptions,
@@ -159,7 +158,7 @@ def _write_graph(
 
     checkpoint = Checkpoint.open(locate(os.fspath(base)))
     require_base(checkpoint, delta.manifest.base, progress=progress)
-    headed = _open(checkpoint, file, delta, options)
+    headed = _open(checkpoint, delta, options)
     batch = read_inputs(options.inputs, headed.loaded, limit=2)[0] if options.inputs else None
     template, layout = with_adapter(
         export_template(headed.loaded, batch, dtype=options.dtype),
@@ -177,7 +176,7 @@ def _write_graph(
     return layout
 
 
-def _open(checkpoint: Checkpoint, file: Path, delta: Delta, options: AdapterOptions) -> HeadedBase:
+def _open(checkpoint: Checkpoint, delta: Delta, options: AdapterOptions) -> HeadedBase:
     """The base in the architecture that is asked for, or else in that of the fine-tune's head."""
     from kilodelta.export.architecture import open_headed
 
@@ -185,7 +184,9 @@ def _open(checkpoint: Checkpoint, file: Path, delta: Delta, options: AdapterOpti
         name not in checkpoint or checkpoint.info(name).shape != extra.shape
         for name, extra in delta.extras.items()
     )
-    config = options.config
-    if config is None and options.model is None and has_head and delta.manifest.config:
-        config = str(file)
-    return open_headed(checkpoint, config=config, model=options.model)
+    return open_headed(
+        checkpoint,
+        config=options.config,
+        delta=delta if has_head else None,
+        model=options.model,
+    )

@@ -69,6 +69,15 @@ HISTORY = 10
 )
 @click.option("--exclude", multiple=True, help="Glob of tensors that they may not; repeat.")
 @click.option(
+    "--whole",
+    multiple=True,
+    help="Adapter mode: glob of tensors of BASE that fine-tunes may store whole; repeat.",
+)
+@click.option(
+    "--config",
+    help="A fine-tune with a new head: its folder, config.json or .kd file. The base's head.",
+)
+@click.option(
     "--profile",
     multiple=True,
     metavar="AXIS=MIN,OPT,MAX",

@@ -36,6 +36,8 @@ class Settings:
         provider: where ONNX Runtime runs: "cpu" or "cuda".
         rank, slots: of the graph in adapter mode.
         include, exclude: globs of the tensors that fine-tunes may change.
+        whole: globs of the tensors that fine-tunes may bring whole, in adapter mode.
+        config: where the fine-tunes' architecture is stated, or None for the base's own.
         sizes: of an engine's axes, by name.
         model: `package.module:function` that builds the module, or None.
         name: the base's name, for messages.
@@ -54,6 +56,8 @@ class Settings:
     slots: int
     include: tuple[str, ...]
     exclude: tuple[str, ...]
+    whole: tuple[str, ...]
+    config: str | None
     sizes: Mapping[str, Sizes]
     model: str | None
     name: str
@@ -78,6 +82,8 @@ def bundle(
     slots: int = 0,
     targets: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    whole: Sequence[str] = (),
+    config: str | None = None,
     profile: Sequence[str] = (),
     model: str | None = None,
     name: str = "",
@@ -110,6 +116,11 @@ def bundle(
         targets: adapter and refit mode: globs of the tensors that fine-tunes may change; all
             layers by default.
         exclude: globs of those that they may not.
+        whole: adapter mode: globs of tensors of the base that fine-tunes may store whole, such as
+            `["*.LayerNorm.*"]`; patch mode takes any.
+        config: where the fine-tunes have a head that the base lacks: the folder of one of them, its
+            `config.json`, or its `.kd` file. In adapter mode with ONNX Runtime, without slots, one
+            device folder takes heads of any number of labels.
         profile: an engine's sizes of an axis, such as `["batch=1,8,32"]`.
         model: `package.module:function` that builds the module.
         name: the base's name, for messages; its folder's by default.
@@ -149,6 +160,8 @@ def bundle(
         slots=_from(slots, "slots", 0),
         include=tuple(targets),
         exclude=tuple(exclude),
+        whole=tuple(whole),
+        config=config,
         sizes=read_sizes(profile),
         model=model,
         name=name or Path(source).name,
@@ -213,6 +226,18 @@ def _check_together(settings: Settings) -> None:
             "patch mode lets fine-tunes change every tensor",
             fix="leave --targets and --exclude out, or take --mode adapter or refit",
         )
+    if mode == "refit" and settings.config:
+        raise InputError(
+            "refit mode keeps the base's own head, so --config has no use there",
+            fix="take --mode adapter for fine-tunes that bring a head, or leave --config out",
+        )
+    if mode != "adapter" and settings.whole:
+        raise InputError(
+            f"--whole is an option of adapter mode, and this is {mode} mode",
+            fix="leave --whole out, or take --mode adapter",
+        )
+    if settings.model and settings.config:
+        raise InputError("--model and --config both name an architecture", fix="give one of them")
     if settings.capabilities and settings.provider != PROVIDERS[0]:
         raise InputError(
             "an engine runs in TensorRT; --provider is ONNX Runtime's",

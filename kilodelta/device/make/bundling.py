@@ -13,6 +13,7 @@ from kilodelta.device.golden import golden, reference
 from kilodelta.device.make.build import Settings
 from kilodelta.device.modes import patch, refit, runtime
 from kilodelta.export.adapter.graph import with_adapter
+from kilodelta.export.architecture import open_headed
 from kilodelta.export.onnx.save import save
 from kilodelta.export.onnx.template import Template, export_template, fill_template
 from kilodelta.export.patching.make_map import make_map, write_rest
@@ -24,7 +25,7 @@ from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.model_digest import digest
 from kilodelta.files.safetensors import write_stream
 from kilodelta.format.targets import Patterns, select
-from kilodelta.models import LoadedModel, locate, open_model
+from kilodelta.models import LoadedModel, locate
 from kilodelta.progress import Event, Progress
 
 
@@ -49,9 +50,8 @@ class Job:
             self.trt = choose(settings.flavour, settings.capabilities, (settings.dtype,))
         folder = locate(base)
         self.base = Checkpoint.open(folder)
-        weights = self.base if settings.model else None
-        loaded = open_model(settings.model or folder, weights=weights)
-        self.loaded: LoadedModel = loaded.choosing(settings.outputs)
+        self.headed = open_headed(self.base, config=settings.config, model=settings.model)
+        self.loaded: LoadedModel = self.headed.loaded.choosing(settings.outputs)
 
     def run(self, root: Path) -> Bundle:
         """Fill an empty folder, and return the bundle that it holds.
@@ -91,7 +91,7 @@ class Job:
 
     def save(self, template: Template, folder: Path) -> Path:
         """Write the filled template as a folder's ONNX file."""
-        return save(fill_template(template, self.base), folder / runtime.ONNX)[0]
+        return save(fill_template(template, self.headed.weights), folder / runtime.ONNX)[0]
 
     def engine(self, template: Template, folder: Path, refittable: tuple[str, ...] = ()) -> None:
         """Build a folder's engine from its ONNX file, which then goes unless it is wanted."""
@@ -127,9 +127,12 @@ def _adapter(job: Job, template: Template, base: Path) -> None:
         job.base,
         include=settings.include,
         exclude=settings.exclude,
+        heads=job.headed.heads,
+        whole=settings.whole,
         name=settings.name,
         rank=settings.rank,
         slots=settings.slots,
+        any_labels=job.trt is None,
     )
     job.save(wide, base)
     layout.write(base)
@@ -138,7 +141,8 @@ def _adapter(job: Job, template: Template, base: Path) -> None:
 
 
 def _patch(job: Job, template: Template, base: Path) -> None:
-    places = make_map(job.save(template, base), job.base, unused=template.unused)
+    model, heads = job.save(template, base), job.headed.heads
+    places = make_map(model, job.base, heads=heads, unused=template.unused)
     write_map(places, base / patch.MAP)
     write_rest(places, job.base, base / patch.REST)
 

@@ -168,10 +168,11 @@ def _probe(
 ) -> tuple[Mapping[str, RawTensor], tuple[str, ...]]:
     """The probe's tensors, and the precisions in which it tells."""
     from kilodelta.device.golden import reference
+    from kilodelta.export.architecture import open_headed
     from kilodelta.export.manifest.facts import DTYPES
     from kilodelta.export.merge.checkpoint import merge
     from kilodelta.export.merged_model import open_merged
-    from kilodelta.models import locate, open_model
+    from kilodelta.models import locate
 
     checkpoint = Checkpoint.open(locate(os.fspath(base)))
     model, config, outputs = architecture
@@ -182,6 +183,6 @@ def _probe(
         tuned = open_merged(checkpoint, merged, delta, model=model, config=config)
         tuned = tuned.choosing(outputs)
         known = reference.exact(tuned, reference.golden_inputs(tuned, inputs, rows))
-        plain = open_model(model or config or checkpoint.path, weights=checkpoint)
+        plain = open_headed(checkpoint, config=config, delta=delta, model=model).loaded
         limits = reference.telling_limits(tuned, plain, known, DTYPES)
     return golden.to_probes(known, limits), tuple(limits)
