@@ -12,7 +12,8 @@ Names load when first used, because merging and patching need neither torch nor 
  patch mode       `make_map`, `write_map` and `write_rest` once; `read_map`, `patch` and
                   `open_patched` for each fine-tune
  refit mode       `RefitEngine`, on a `Stream` of the CUDA `driver()`
- named graphs     `export_template`, `fill_template` and `save`, of what `open_model` opens
+ named graphs     `export_template`, `fill_template` and `save`, of what `open_model` opens, or
+                  `open_headed` where fine-tunes bring a head that the base lacks
 ================  ================================================================================
 """
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from kilodelta.export.adapter.graph import with_adapter as with_adapter
     from kilodelta.export.adapter.layout import AdapterLayout as AdapterLayout
     from kilodelta.export.adapter.layout import read_layout as read_layout
+    from kilodelta.export.architecture import HeadedBase as HeadedBase
+    from kilodelta.export.architecture import open_headed as open_headed
     from kilodelta.export.merge.in_place import merge_into as merge_into
     from kilodelta.export.onnx.save import save as save
     from kilodelta.export.onnx.template import Template as Template
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "AdapterLayout": "kilodelta.export.adapter.layout",
     "AdapterOptions": "kilodelta.export.adapter.folder",
+    "HeadedBase": "kilodelta.export.architecture",
     "Options": "kilodelta.export.options",
     "PatchMap": "kilodelta.export.patching.map",
     "PeftOptions": "kilodelta.export.peft.adapter",
@@ -73,6 +77,7 @@ _WHERE = {
     "in_slots": "kilodelta.export.adapter.factors",
     "make_map": "kilodelta.export.patching.make_map",
     "merge_into": "kilodelta.export.merge.in_place",
+    "open_headed": "kilodelta.export.architecture",
     "open_model": "kilodelta.models",
     "open_patched": "kilodelta.export.patching.session",
     "patch": "kilodelta.export.patching.rewrite",
@@ -89,6 +94,7 @@ _WHERE = {
 __all__ = [
     "AdapterLayout",
     "AdapterOptions",
+    "HeadedBase",
     "Options",
     "PatchMap",
     "PeftOptions",
@@ -106,6 +112,7 @@ __all__ = [
     "in_slots",
     "make_map",
     "merge_into",
+    "open_headed",
     "open_model",
     "open_patched",
     "patch",
