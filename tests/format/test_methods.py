@@ -160,6 +160,19 @@ def test_a_saturating_unit_is_found_out() -> None:
     assert products.passes_self_test(products.by_float32)
 
 
+@pytest.mark.parametrize("slow", [products.by_torch, products.by_float32])
+def test_the_faster_of_the_right_int8_units_is_taken(
+    slow: products.Unit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    if not products.passes_self_test(products.by_torch):
+        pytest.skip("torch's int8 product saturates on this processor")
+    monkeypatch.setattr(products, "_seconds", lambda unit: float(unit is slow))
+    chosen = products._int8_unit.__wrapped__()
+    assert chosen is not slow
+    assert chosen in (products.by_torch, products.by_float32)
+
+
 def test_a_delta_read_alone_says_that_it_needs_its_base(tmp_path: Path) -> None:
     found = delta(write(tmp_path / "base.safetensors", model()), Lora(rank=2))
     found.save(tmp_path / "task.kd")

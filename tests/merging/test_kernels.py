@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from kilodelta.errors import SelfTestError
+from kilodelta.errors import InputError, SelfTestError
 from kilodelta.exact.bases import Stream
-from kilodelta.format.methods import METHODS, Method, Nola
+from kilodelta.format.methods import METHODS, Lora, Method, Nola
 from kilodelta.format.methods.nola.spec import ROLE_A
 from kilodelta.format.targets import Target
 from kilodelta.merging.gpu import choose
@@ -154,3 +154,28 @@ def test_a_device_that_computes_wrongly_is_refused(wrong: dict[str, int]) -> Non
 
     with pytest.raises(SelfTestError, match="torch on cpu does not reproduce the known values"):
         require_good_unit(Wrong(torch.device("cpu")), "lora")
+
+
+class Wide(Lora):
+    """A LoRA whose left factor is 2^24 times its coefficients, which no GPU's int32 holds."""
+
+    def left(self, q: Any, target: Target, stream: Stream, rows: range) -> Any:
+        return super().left(q, target, stream, rows).astype(np.int64) << 24
+
+
+def test_factors_from_the_cpu_must_fit_a_device() -> None:
+    target = Target(name="x", dtype="F32", shape=(3, 2), transposed=False, index=0)
+    unit = TorchUnit(torch.device("cpu"))
+    for top, fits in ((127, True), (128, False)):
+        q = {"A": np.ones((1, 2), np.int16), "B": np.full((3, 1), top, np.int16)}
+        if fits:
+            found = sides(Wide(rank=1), q, target, Stream(0), unit)
+            assert (found.out(range(3)).t() @ found.in_(range(2))).tolist() == [[127 << 24] * 2] * 3
+        else:
+            with pytest.raises(InputError, match="entries that a GPU's int32 cannot hold"):
+                sides(Wide(rank=1), q, target, Stream(0), unit)
+
+
+def test_kernels_without_a_sample_are_not_trusted() -> None:
+    with pytest.raises(SelfTestError, match="lora has no sample of its variant 'sparse'"):
+        require_good_unit(TorchUnit(torch.device("cpu")), "lora", "sparse")
