@@ -258,6 +258,23 @@ def test_every_step_after_quantise_is_the_file_s(method: Method, bits: int) -> N
 
 
 @pytest.mark.parametrize("method", METHODS, ids=ids)
+def test_quantise_counts_without_gradients_at_once(method: Method) -> None:
+    """What the targets share is kept between forward passes without gradients."""
+    model = train.attach(make(), method, TARGETS)
+    train_a_little(model)
+    with torch.no_grad():
+        exact = model(IDS)
+        assert torch.equal(model(IDS), exact)
+        train.quantise(model, 4)
+        rounded = model(IDS)
+        train.quantise(model, None)
+        assert torch.equal(model(IDS), exact)
+    assert not torch.equal(rounded, exact)
+    train.quantise(model, 4)
+    assert torch.allclose(model(IDS), rounded, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=ids)
 def test_rounding_is_kept_in_training_checkpoints(method: Method) -> None:
     model = train.attach(make(), method, TARGETS)
     train_a_little(model)

@@ -18,7 +18,7 @@ from kilodelta.exact.bounds import exactness
 from kilodelta.files import canonical
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
-from kilodelta.format.methods import Lora, Method, Nola, UniLora
+from kilodelta.format.methods import Lora, Method, Nola, RandLora, UniLora
 from kilodelta.format.targets import Patterns
 from tests.support.making import METHODS, delta, forge, ids, model, reforged, write
 
@@ -198,6 +198,13 @@ def test_a_wrong_manifest_is_refused_by_name(
     change: Callable[[Any], None], expected: str, small: Delta, tmp_path: Path
 ) -> None:
     assert expected in error_of(reforged(tmp_path / "task.kd", small, change))
+
+
+def test_bits_that_a_method_does_not_take_are_refused(base: Path, tmp_path: Path) -> None:
+    """RandLoRA's coefficients fold into int8 factors."""
+    made = delta(base, RandLora(rank=3))
+    path = reforged(tmp_path / "task.kd", made, put("coefficients", "bits", value=16))
+    assert "randlora takes coefficients of 4 or 8 bits, not 16" in error_of(path)
 
 
 def test_a_reforged_but_unchanged_file_is_read(small: Delta, tmp_path: Path) -> None:
