@@ -1,32 +1,21 @@
-"""The model that an adapter was trained on, as its `config.json` describes it, without weights.
+"""A base's tensors by the names that they have in the model that an adapter was trained on.
 
 What an adapter means depends on the model in memory: transformers renames tensors while loading,
 stacks experts, ties embeddings, and builds no layers that its code does not know. So the base's
-class is built on torch's meta device, which allocates nothing, and asked. A base without a
-`config.json` that transformers understands is taken as its file's names describe it.
+class is built without weights and asked. A base without a `config.json` that transformers
+understands is taken as its file's names describe it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from kilodelta.compress.adapters.skeleton import build_skeleton
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tying import first_names
 from kilodelta.models.layer_names import CONV1D_MODELS, is_conv1d, read_config
-from kilodelta.models.quiet import quiet
-
-_TASKS: Mapping[str, str] = {
-    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING",
-    "FEATURE_EXTRACTION": "MODEL_MAPPING",
-    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
-    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
-    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
-    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
-}
-"""PEFT's `task_type` to transformers' table of classes."""
 
 _KINDS: Mapping[str, str] = {
     "Linear": "linear",
@@ -139,7 +128,7 @@ def read_architecture(base: Checkpoint, adapter: Mapping[str, Any]) -> Architect
     folder = base.shards[0].path.parent
     if not (folder / "config.json").is_file():
         return plain
-    module, is_adapted = _built(folder, adapter)
+    module, is_adapted = build_skeleton(folder, adapter, len(base.names))
     if module is None:
         return plain
     names, sources = _named(module, base)
@@ -174,55 +163,6 @@ def _kind_of(layer: Any) -> str:
         if kind.__name__ in _KINDS and kind.__module__.startswith(_HOMES):
             return _KINDS[kind.__name__]
     return ""
-
-
-def _built(folder: Path, adapter: Mapping[str, Any]) -> tuple[Any, bool]:
-    """Build the adapted model without weights; (None, False) where no class can be built."""
-    try:
-        import torch
-        import transformers
-    except ModuleNotFoundError:
-        return None, False
-    with quiet():
-        try:
-            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except Exception:  # whatever a strange configuration makes of transformers' own code
-            return None, False
-        for kind, is_adapted in _classes(transformers, config, adapter):
-            try:
-                with torch.device("meta"), torch.random.fork_rng(devices=[]):
-                    return kind(config).eval(), is_adapted
-            except Exception:  # a class that this configuration does not fit
-                continue
-    return None, False
-
-
-def _classes(transformers: Any, config: Any, adapter: Mapping[str, Any]) -> list[tuple[Any, bool]]:
-    """List the classes to try, and whether the adapter names them."""
-    mapping = adapter.get("auto_mapping")
-    adapted = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    table = _TASKS.get(str(adapter.get("task_type")))
-    own = [*(getattr(config, "architectures", None) or [])][:1]
-    listed = [
-        (getattr(transformers, str(adapted), None), True),
-        (_from_table(transformers, table, config), True),
-        *((getattr(transformers, str(name), None), False) for name in own),
-        (_from_table(transformers, "MODEL_MAPPING", config), False),
-    ]
-    return [
-        (kind, is_adapted)
-        for kind, is_adapted in listed
-        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
-    ]
-
-
-def _from_table(transformers: Any, table: str | None, config: Any) -> Any:
-    mapping = getattr(transformers, table, None) if table else None
-    try:
-        found = mapping.get(type(config), None) if mapping is not None else None
-    except Exception:  # a table names a class whose module needs what is not installed
-        return None
-    return found[0] if isinstance(found, (tuple, list)) else found
 
 
 _Source = tuple[str, str, Any, tuple[int, ...]]
@@ -279,14 +219,15 @@ def _stack(made_of: Sequence[_Source], base: Checkpoint) -> Stack | None:
     shapes = [{base.info(name).shape for name in part} for part in parts]
     if any(len(part) != shape[0] for part in parts) or any(len(found) != 1 for found in shapes):
         return None
-    heights = [height for found in shapes for height, *_ in found]
-    widths = {tuple(rest) for found in shapes for _, *rest in found}
-    return Stack(parts=parts) if (sum(heights), widths) == (shape[1], {shape[2:]}) else None
+    matrices = [next(iter(found)) for found in shapes]
+    if any(len(matrix) != 2 or matrix[1:] != shape[2:] for matrix in matrices):
+        return None
+    return Stack(parts=parts) if sum(height for height, _ in matrices) == shape[1] else None
 
 
 def _in_number_order(name: str) -> list[tuple[int, int, str]]:
     """Sort `experts.10` behind `experts.9`."""
-    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in name.split(".")]
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in name.split(".")]
 
 
 def _ties(module: Any, names: Mapping[str, str], base: Checkpoint) -> tuple[tuple[str, ...], ...]:

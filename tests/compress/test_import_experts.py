@@ -214,3 +214,16 @@ def test_parameters_whose_order_only_the_code_tells(
     ours = load_file(tmp_path / "out.safetensors")
     for name, tensor in theirs.items():
         assert torch.allclose(ours[name], tensor, atol=1e-4)
+
+
+def test_an_expert_that_is_changed_twice_is_refused(tmp_path: Path) -> None:
+    """By its own layer, as transformers 4 has it, and in the stack of transformers 5."""
+    base = mixtral(tmp_path / "base")
+    adapter_of(base, lora(target_modules=["w1", "w2", "w3"]), tmp_path / "adapter")
+    key = "base_model.model.model.layers.0.block_sparse_moe.experts.1.w2.lora_"
+    more = {f"{key}A.weight": torch.randn(3, 24), f"{key}B.weight": torch.randn(16, 3)}
+    adapters.edit(tmp_path / "adapter", lambda found: found.update(more), target_modules=["w2"])
+    with pytest.raises(
+        InputError, match=r"experts\.1\.w2\.weight twice, as "
+    ):
+        import_adapter(tmp_path / "adapter", base, tmp_path / "task.kd")

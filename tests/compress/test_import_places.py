@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForSequenceClassification,
     CLIPConfig,
     CLIPModel,
     CLIPVisionConfig,
@@ -309,8 +311,6 @@ def test_a_saved_module_comes_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_a_new_head_of_a_headless_base_opens_as_its_class(tmp_path: Path) -> None:
     """Forty classifiers over one encoder: the base's files are the encoder's alone."""
-    from transformers import AutoModelForSequenceClassification
-
     base = pico.bert(tmp_path / "base")
     with adapters.quiet():
         model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=5)
@@ -392,3 +392,65 @@ def test_no_code_of_a_model_folder_is_run(tmp_path: Path) -> None:
     (base / "config.json").write_text(json.dumps({**config, "model_type": "evil"}))
     assert read_architecture(Checkpoint.open(base), {}).module is None
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": 2, "n_routed_experts": 10**8},
+        {"text_config": {"num_hidden_layers": 10**7}},
+        {"vision_config": {"depths": [10**6, 10**6]}},
+        {"num_labels": 10**9},
+    ],
+)
+def test_a_configuration_that_asks_for_millions_of_layers_builds_none(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    base = pico.bert(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, **settings}))
+    assert read_architecture(Checkpoint.open(base), {}).module is None
+
+
+@pytest.mark.parametrize("text", ["", "[", "5", '{"architectures": 5, "model_type": "bert"}'])
+def test_a_configuration_of_any_text_is_no_traceback(text: str, tmp_path: Path) -> None:
+    base = pico.bert(tmp_path / "base")
+    (base / "config.json").write_text(text)
+    found = read_architecture(Checkpoint.open(base), {})
+    assert "encoder.layer.0.attention.self.query.weight" in found.names
+
+
+def test_without_transformers_5_a_front_is_added_or_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Checkpoint.open(pico.bert(tmp_path / "base"))
+    monkeypatch.setitem(sys.modules, "transformers.core_model_loading", None)
+    name = "encoder.layer.0.attention.self.query.weight"
+    assert read_architecture(base, {"task_type": "SEQ_CLS"}).names[f"bert.{name}"] == name
+    headed = Checkpoint.open(pico.bert_classifier(tmp_path / "headed"))
+    assert read_architecture(headed, {"task_type": "FEATURE_EXTRACTION"}).names[name] == (
+        f"bert.{name}"
+    )
+
+
+def test_a_head_of_other_labels_travels_with_their_number(tmp_path: Path) -> None:
+    base = pico.bert_classifier(tmp_path / "base", labels=3)
+    with adapters.quiet():
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=5, ignore_mismatched_sizes=True
+        )
+    config = lora(target_modules=["query"], modules_to_save=["classifier"])
+    wrapped = adapters.adapted(model, config)
+    folder = adapters.save(wrapped, tmp_path / "adapter")
+    import_adapter(folder, base, tmp_path / "task.kd", bits=16)
+    kilodelta.merge(base, tmp_path / "task.kd", tmp_path / "out")
+    opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    ids = torch.arange(4, 12)[None]
+    with torch.no_grad():
+        assert torch.allclose(opened(ids).logits, wrapped.eval()(ids).logits, atol=1e-4)
+    adapters.edit(
+        folder, lambda tensors: tensors.update({f"{ROOT}classifier.bias": torch.zeros(3)})
+    )
+    with pytest.raises(BaseMismatchError, match=r"its own classifier\.weight \(5, 16\)"):
+        import_adapter(folder, base, tmp_path / "other.kd")

@@ -5,52 +5,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kilodelta.compress.adapters.architecture import Architecture, Stack, read_architecture
+from kilodelta.compress.adapters.architecture import Architecture, read_architecture
 from kilodelta.compress.adapters.peft.config import CONFIG, AdapterConfig
-from kilodelta.compress.adapters.peft.keys import Keys, Module, sort_keys
-from kilodelta.compress.adapters.peft.parameters import missing_parameters, targeted_parameters
-from kilodelta.compress.adapters.peft.targeting import missing_targets, require_targeted
+from kilodelta.compress.adapters.peft.keys import Keys, sort_keys
+from kilodelta.compress.adapters.peft.sites import Site, find_sites
 from kilodelta.compress.adapters.peft.unilora_order import adapted_modules
-from kilodelta.compress.adapters.placing import Place, find_place
+from kilodelta.compress.adapters.placing import Place
 from kilodelta.compress.adapters.tensors import Tensors
 from kilodelta.compress.distill.changes.patterns import patterns_for
-from kilodelta.errors import BaseMismatchError, CheckpointError, InputError
+from kilodelta.errors import CheckpointError, InputError
 from kilodelta.files import dtypes
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.quantise import Floats
 from kilodelta.format.targets import Patterns
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """One tensor of the model that an adapter changes.
-
-    Attributes:
-        module: the adapted module's path and the keys of its parts.
-        name: the tensor's name in the model.
-        tensor: the base's tensor; empty where the base has a matrix for every expert.
-        stack: those matrices.
-        is_parameter: whether `target_parameters` chose it.
-    """
-
-    module: Module
-    name: str
-    tensor: str = ""
-    stack: Stack | None = None
-    is_parameter: bool = False
-
-    @property
-    def pattern_path(self) -> str:
-        """The path that `rank_pattern` and `alpha_pattern` are matched with."""
-        leaf = self.name.rpartition(".")[2]
-        return f"{self.module.path}.{leaf}" if self.is_parameter else self.module.owner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +87,7 @@ class Adapter:
             if site.stack is not None:
                 raise InputError(
                     f"{self.path} adapts {site.name}, which the base holds as"
-                    f" {sum(map(len, site.stack.parts))} matrices",
+                    f" {len(site.tensors)} matrices",
                     fix="merge it with PEFT (merge_and_unload) and run kilodelta compress",
                 )
         return {site.tensor: site for site in self.sites}
@@ -161,10 +135,7 @@ def open_adapter(path: Path, config: AdapterConfig, base: Checkpoint, prefix: st
     modules = keys.modules
     if not modules and method == "UNILORA":
         modules = adapted_modules(config, architecture)
-    place = _find(path, modules, architecture, config, tensors, prefix)
-    sites = tuple(_sites(path, modules, place, architecture, config))
-    _check_types(sites, base)
-    _check_targets(path, sites, place, architecture, config)
+    place, sites = find_sites(path, modules, architecture, config, tensors, prefix=prefix)
     return Adapter(
         path=path,
         config=config,
@@ -185,131 +156,3 @@ def _weights(path: Path) -> Path:
             "safe_serialization=True)",
         )
     return place
-
-
-def _find(
-    path: Path,
-    modules: Sequence[Module],
-    architecture: Architecture,
-    config: AdapterConfig,
-    tensors: Tensors,
-    prefix: str,
-) -> Place:
-    """Find the place of all modules; of several, the one where none of the targets is missing."""
-
-    def weight(module: str, place: Place) -> str | None:
-        parameters = targeted_parameters(module, place, architecture, config)
-        if parameters:
-            return next(filter(architecture.has, parameters), None)
-        at = place.to_model(module)
-        return None if at is None else architecture.weight(at)
-
-    def is_complete(place: Place) -> bool:
-        held = {architecture.names.get(weight(module, place) or "", "") for module in paths}
-        return not any(missing_targets(held, place, architecture, config))
-
-    paths = tuple(dict.fromkeys(module.path for module in modules))
-    parts = {module.path: module.parts for module in modules if not module.depth}
-    return find_place(
-        paths,
-        architecture,
-        path,
-        weight=weight,
-        fits=lambda module, shape: _fits(parts.get(module, {}), tensors, shape),
-        is_complete=is_complete,
-        prefix=prefix,
-    )
-
-
-def _fits(parts: Mapping[str, str], tensors: Tensors, shape: tuple[int, ...]) -> bool:
-    """Return whether what a module's parts tell of the shape of its weight is true."""
-    known = {part: tensors.info(key).shape for part, key in parts.items()}
-    if "lora_A.weight" in known and "lora_B.weight" in known:
-        A, B = known["lora_A.weight"], known["lora_B.weight"]
-        product = (*B[:1], *A[1:])
-        return shape == product or (len(shape) == 2 and shape[::-1] == product)
-    if "lora_embedding_A" in known and "lora_embedding_B" in known:
-        return shape == (*known["lora_embedding_A"][1:], *known["lora_embedding_B"][:1])
-    if "vera_lambda_b" in known:
-        return known["vera_lambda_b"][0] in shape
-    if "randlora_gamma" in known and len(shape) == 2:
-        return known["randlora_gamma"][-1] == min(shape)
-    return True
-
-
-def _sites(
-    path: Path,
-    modules: Sequence[Module],
-    place: Place,
-    architecture: Architecture,
-    config: AdapterConfig,
-) -> list[Site]:
-    """Pair every module's keys with the tensor that they change."""
-    found = []
-    for module in modules:
-        names = targeted_parameters(module.path, place, architecture, config)
-        weight = architecture.weight(place.to_model(module.path) or "")
-        if len(names) > 1 and architecture.module is None:
-            raise InputError(
-                f"{path} adapts {len(names)} parameters of {module.path}, and only the model's code"
-                " tells which is which",
-                fix="give the base as a folder with its config.json",
-            )
-        name = names[len(names) - 1 - module.depth] if module.depth < len(names) else weight
-        if name is None or (module.depth and module.depth >= len(names)):
-            raise InputError(
-                f"{path} holds {next(iter(module.parts.values()))}, a wrapper around another one,"
-                f" but its target_parameters name {len(names)} parameters of {module.path}",
-                fix="save the adapter again with its own configuration",
-            )
-        found.append(
-            Site(
-                module=module,
-                name=name,
-                tensor=architecture.names.get(name, ""),
-                stack=architecture.stacks.get(name),
-                is_parameter=bool(names),
-            )
-        )
-    return found
-
-
-def _check_types(sites: Sequence[Site], base: Checkpoint) -> None:
-    for site in sites:
-        stacked = [name for part in site.stack.parts for name in part] if site.stack else []
-        for name in stacked or [site.tensor]:
-            info = base.info(name)
-            if info.dtype not in dtypes.TARGETS:
-                raise InputError(
-                    f"{base.path} holds {name}, which the adapter changes, as {info.dtype}"
-                    f" {info.shape}; a delta adds to {', '.join(sorted(dtypes.TARGETS))} alone",
-                    fix="give the base before quantisation, or in another float type: the adapter"
-                    " is the same",
-                )
-
-
-def _check_targets(
-    path: Path,
-    sites: Sequence[Site],
-    place: Place,
-    architecture: Architecture,
-    config: AdapterConfig,
-) -> None:
-    """See that the adapter holds exactly what its configuration targets in this base."""
-    held = frozenset(site.name for site in sites)
-    is_tying = config.option("ensure_weight_tying", (bool, type(None))) is True
-    for site in sites:
-        tied = held.intersection(architecture.tied(site.name)) - {site.name}
-        if site.is_parameter or (is_tying and tied):
-            continue
-        require_targeted(site.module.owner, site.tensor or site.name, config, path)
-    missing = [
-        *missing_targets({site.tensor for site in sites}, place, architecture, config),
-        *((name, name) for name in missing_parameters(held, place, architecture, config)),
-    ]
-    if missing:
-        module, name = missing[0]
-        raise BaseMismatchError(
-            f"{path} targets {module}, but holds nothing for the base's {name}",
-            fix="give the adapter's own base; it may have more layers than the adapter knows",
-        )

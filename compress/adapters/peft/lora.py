@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from kilodelta.compress.adapters.low_rank import Product, low_rank_adapter
-from kilodelta.compress.adapters.peft.folder import Adapter, Site
+from kilodelta.compress.adapters.peft.folder import Adapter
 from kilodelta.compress.adapters.peft.orientation import is_transposed
 from kilodelta.compress.adapters.peft.settings import rank_of, scaling_of
+from kilodelta.compress.adapters.peft.sites import Site
 from kilodelta.compress.adapters.peft.ties import settle_ties
 from kilodelta.compress.adapters.peft.whole import read_whole
 from kilodelta.compress.adapters.reader import ParsedAdapter, ReadOptions

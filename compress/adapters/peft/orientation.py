@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kilodelta.compress.adapters.peft.folder import Adapter, Site
+from kilodelta.compress.adapters.peft.folder import Adapter
+from kilodelta.compress.adapters.peft.sites import Site
 
 
 def is_transposed(adapter: Adapter, site: Site, out: int | None = None) -> bool:

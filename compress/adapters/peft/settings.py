@@ -11,7 +11,7 @@ from math import sqrt
 from typing import Any
 
 from kilodelta.compress.adapters.peft.config import AdapterConfig
-from kilodelta.compress.adapters.peft.folder import Site
+from kilodelta.compress.adapters.peft.sites import Site
 from kilodelta.errors import InputError
 
 HARMLESS = frozenset(

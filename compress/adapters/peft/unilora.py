@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kilodelta.compress.adapters.peft.folder import Adapter, Site
+from kilodelta.compress.adapters.peft.folder import Adapter
 from kilodelta.compress.adapters.peft.orientation import is_transposed
+from kilodelta.compress.adapters.peft.sites import Site
 from kilodelta.compress.adapters.peft.ties import settle_ties
 from kilodelta.compress.adapters.peft.whole import read_whole
 from kilodelta.compress.adapters.reader import ParsedAdapter, ReadOptions
@@ -103,14 +104,19 @@ def _check_rank(adapter: Adapter, shapes: Mapping[str, Shape]) -> None:
         )
 
 
-def _indices(adapter: Adapter, site: Site, side: str) -> Indices:
-    key = site.module.key(f"unilora_indices_{side}")
-    raw = adapter.tensors.raw(key)
-    if raw.dtype != "I64":
-        raise CheckpointError(
-            f"{adapter.path}: tensor {key} is {raw.dtype}, not I64", fix="save the adapter again"
-        )
-    return raw.values().reshape(-1)
+def _indices(adapter: Adapter, site: Site, shape: Shape) -> Indices:
+    """Return a site's saved indices, A's (r, in) before B's (out, r), flat."""
+    found = []
+    for side, wanted in (("A", (adapter.rank, shape[1])), ("B", (shape[0], adapter.rank))):
+        key = site.module.key(f"unilora_indices_{side}")
+        raw = adapter.tensors.raw(key)
+        if (raw.dtype, raw.shape) != ("I64", wanted):
+            raise CheckpointError(
+                f"{adapter.path}: tensor {key} is {raw.dtype} {raw.shape}, not I64 {wanted}",
+                fix="save the adapter again",
+            )
+        found.append(raw.values().reshape(-1))
+    return np.concatenate(found)
 
 
 def _starts(
@@ -118,7 +124,7 @@ def _starts(
 ) -> dict[str, int]:
     """Find where each target's places begin: by the model's order, or by its saved indices."""
     saved = {
-        name: np.concatenate([_indices(adapter, site, side) for side in "AB"])
+        name: _indices(adapter, site, shapes[name])
         for name, site in sites.items()
         if "unilora_indices_A" in site.module.parts
     }

@@ -11,8 +11,9 @@ from typing import Literal
 import numpy as np
 
 from kilodelta.compress.adapters.peft.config import CONFIG
-from kilodelta.compress.adapters.peft.folder import Adapter, Site
+from kilodelta.compress.adapters.peft.folder import Adapter
 from kilodelta.compress.adapters.peft.orientation import is_transposed
+from kilodelta.compress.adapters.peft.sites import Site
 from kilodelta.compress.adapters.peft.ties import settle_ties
 from kilodelta.compress.adapters.peft.whole import read_whole
 from kilodelta.compress.adapters.reader import ParsedAdapter, ReadOptions

@@ -178,35 +178,73 @@ def _require_whole_modules(adapter: Adapter) -> None:
 
 
 def _config(adapter: Adapter, found: Mapping[str, RawTensor], new: list[str]) -> dict[str, Any]:
-    """Return what a new head or a longer vocabulary changes in the base's `config.json`."""
+    """Return what a new head or a longer vocabulary changes in the base's `config.json`.
+
+    Raises:
+        BaseMismatchError: a tensor has another shape than the base's in any other way.
+    """
     architecture = adapter.architecture
     config: dict[str, Any] = {}
     if new and architecture.is_adapted:
         config["architectures"] = [type(architecture.module).__name__]
-        config |= _labels(adapter, found, new)
-    for place, tensor in found.items():
-        name = architecture.names.get(place)
-        shape = adapter.base.info(name).shape if name else tensor.shape
-        if tensor.shape != shape and place.rpartition(".")[0].endswith(tuple(_EMBEDDINGS)):
-            if architecture.config.get("vocab_size") != shape[0]:
-                raise InputError(
-                    f"the adapter holds its own {place} {tensor.shape}, the base's is {shape}",
-                    fix="give the base that it was trained on, with the same vocabulary",
-                )
-            config["vocab_size"] = tensor.shape[0]
+    resized = _resized(adapter, found)
+    for place, (before, after) in resized.items():
+        if place.rpartition(".")[0].endswith(tuple(_EMBEDDINGS)):
+            if architecture.config.get("vocab_size") != before:
+                raise _misfit(adapter, place, found[place])
+            config["vocab_size"] = after
+    config |= _labels(adapter, found, new, resized)
     return {k: value for k, value in config.items() if architecture.config.get(k) != value}
 
 
-def _labels(adapter: Adapter, found: Mapping[str, RawTensor], new: list[str]) -> dict[str, Any]:
-    """Return tables of as many labels as a new head has rows; nobody says what they are called."""
+def _resized(adapter: Adapter, found: Mapping[str, RawTensor]) -> dict[str, tuple[int, int]]:
+    """Return the tensors that have more or fewer rows than the base's: (before, after).
+
+    All tensors of a module must be resized alike: a head's weight and its bias.
+    """
+    names, resized = adapter.architecture.names, {}
+    for place, tensor in found.items():
+        shape = adapter.base.info(names[place]).shape if place in names else tensor.shape
+        if tensor.shape == shape:
+            continue
+        if not shape or len(tensor.shape) != len(shape) or tensor.shape[1:] != shape[1:]:
+            raise _misfit(adapter, place, tensor)
+        resized[place] = (shape[0], tensor.shape[0])
+    for place, rows in resized.items():
+        front = f"{place.rpartition('.')[0]}."
+        for other in (name for name in names if name.startswith(front)):
+            shape = adapter.base.info(names[other]).shape
+            if shape[:1] == rows[:1] and resized.get(other) != rows:
+                raise _misfit(adapter, place, found[place])
+    return resized
+
+
+def _misfit(adapter: Adapter, place: str, tensor: RawTensor) -> BaseMismatchError:
+    shape = adapter.base.info(adapter.architecture.names[place]).shape
+    return BaseMismatchError(
+        f"the adapter holds its own {place} {tensor.shape}, the base's is {shape}",
+        fix="give the base that it was trained on, with the same vocabulary and labels",
+    )
+
+
+def _labels(
+    adapter: Adapter,
+    found: Mapping[str, RawTensor],
+    new: list[str],
+    resized: Mapping[str, tuple[int, int]],
+) -> dict[str, Any]:
+    """Return tables of as many labels as a head has rows; nobody says what they are called."""
     module = adapter.architecture.module
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    if module is None:
+        return {}
+    labels = module.config.num_labels
+    state = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     rows = {
         found[name].shape[0]
-        for name in new
-        if shapes[name][:1] == (module.config.num_labels,) and len(found[name].shape) == 2
+        for name in (*new, *resized)
+        if state.get(name, ())[:1] == (labels,) and len(found[name].shape) == 2
     }
-    if len(rows) != 1 or (count := rows.pop()) == module.config.num_labels:
+    if len(rows) != 1 or (count := rows.pop()) == labels:
         return {}
-    labels = {str(index): f"LABEL_{index}" for index in range(count)}
-    return {"id2label": labels, "label2id": {label: int(i) for i, label in labels.items()}}
+    table = {str(index): f"LABEL_{index}" for index in range(count)}
+    return {"id2label": table, "label2id": {label: int(i) for i, label in table.items()}}

@@ -1,0 +1,129 @@
+"""Build the class of a model without weights, from its `config.json`, within limits.
+
+Torch's meta device allocates nothing for a weight, but every layer is an object, so a configuration
+of a few bytes could ask for millions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kilodelta.files import plain
+from kilodelta.models.quiet import quiet
+
+_TASKS: Mapping[str, str] = {
+    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "FEATURE_EXTRACTION": "MODEL_MAPPING",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+}
+"""PEFT's `task_type` to transformers' table of classes."""
+
+_COUNTS = ("layers", "blocks", "depth", "depths", "experts", "stages")
+"""How keys of `config.json` end that say how many modules a model has."""
+_LABELS = 1 << 20
+"""Labels for which transformers makes names."""
+_FACTOR = 4
+"""Modules that a configuration may ask for, over the tensors that the base has."""
+
+
+def build_skeleton(folder: Path, adapter: Mapping[str, Any], tensors: int) -> tuple[Any, bool]:
+    """Build the model that an adapter was trained on, on the meta device.
+
+    Args:
+        folder: the base's folder, with its `config.json`; no code of it is run.
+        adapter: the adapter's configuration, whose `auto_mapping` and `task_type` tell the class
+            that was adapted where it is another than the base's own.
+        tensors: how many tensors the base has, which bounds what is built.
+
+    Returns:
+        The module in eval mode, and whether the adapter names its class; (None, False) where no
+        class can be built.
+    """
+    try:
+        import torch
+        import transformers
+    except ModuleNotFoundError:
+        return None, False
+    if not _is_modest(folder / "config.json", tensors):
+        return None, False
+    with quiet():
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except Exception:  # a strange configuration may raise anything in transformers' own code
+            return None, False
+        for kind, is_adapted in _classes(transformers, config, adapter):
+            try:
+                with torch.device("meta"), torch.random.fork_rng(devices=[]):
+                    return kind(config).eval(), is_adapted
+            except Exception:  # a class that this configuration does not fit
+                continue
+    return None, False
+
+
+def _is_modest(place: Path, tensors: int) -> bool:
+    """Return whether a configuration asks for no more modules than the base can have tensors of."""
+    try:
+        config = json.loads(plain.read_model_file(place))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return all(_modules(table) <= max(_FACTOR * tensors, 1000) for table in _tables(config))
+
+
+def _tables(value: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield a configuration and those in it: a model may have one for each tower."""
+    if isinstance(value, dict):
+        yield value
+        for inner in value.values():
+            yield from _tables(inner)
+
+
+def _modules(table: Mapping[str, Any]) -> int:
+    """Return about how many modules a configuration asks for: layers times experts."""
+    counts = {"layers": 1, "experts": 1}
+    for key, value in table.items():
+        number = sum(n for n in value if type(n) is int) if isinstance(value, list) else value
+        if type(number) is not int:
+            continue
+        if key == "num_labels" and number > _LABELS:
+            return number
+        if key.lower().endswith(_COUNTS):
+            kind = "experts" if key.lower().endswith("experts") else "layers"
+            counts[kind] = max(counts[kind], number)
+    return counts["layers"] * counts["experts"]
+
+
+def _classes(transformers: Any, config: Any, adapter: Mapping[str, Any]) -> list[tuple[Any, bool]]:
+    """List the classes to try, and whether the adapter names them."""
+    mapping = adapter.get("auto_mapping")
+    adapted = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    table = _TASKS.get(str(adapter.get("task_type")))
+    named = getattr(config, "architectures", None)
+    own = named[:1] if isinstance(named, list) else []
+    listed = [
+        (getattr(transformers, str(adapted), None), True),
+        (_from_table(transformers, table, config), True),
+        *((getattr(transformers, str(name), None), False) for name in own),
+        (_from_table(transformers, "MODEL_MAPPING", config), False),
+    ]
+    return [
+        (kind, is_adapted)
+        for kind, is_adapted in listed
+        if isinstance(kind, type)
+        and issubclass(kind, transformers.PreTrainedModel)
+        and isinstance(config, getattr(kind, "config_class", None) or ())
+    ]
+
+
+def _from_table(transformers: Any, table: str | None, config: Any) -> Any:
+    mapping = getattr(transformers, table, None) if table else None
+    try:
+        found = mapping.get(type(config), None) if mapping is not None else None
+    except Exception:  # a table names a class whose module needs what is not installed
+        return None
+    return found[0] if isinstance(found, (tuple, list)) else found
