@@ -223,7 +223,5 @@ def test_an_expert_that_is_changed_twice_is_refused(tmp_path: Path) -> None:
     key = "base_model.model.model.layers.0.block_sparse_moe.experts.1.w2.lora_"
     more = {f"{key}A.weight": torch.randn(3, 24), f"{key}B.weight": torch.randn(16, 3)}
     adapters.edit(tmp_path / "adapter", lambda found: found.update(more), target_modules=["w2"])
-    with pytest.raises(
-        InputError, match=r"experts\.1\.w2\.weight twice, as "
-    ):
+    with pytest.raises(InputError, match=r"experts\.1\.w2\.weight twice, as "):
         import_adapter(tmp_path / "adapter", base, tmp_path / "task.kd")
