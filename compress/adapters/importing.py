@@ -65,13 +65,6 @@ def import_adapter(
     Returns:
         What the file holds and what was lost; with `requantise`, the report of `compress` in it.
 
-    Args:
-        adapter: a folder of HF PEFT, or a file of the official NOLA code.
-        base: the model it was trained on.
-        out: the `.kd` file to write.
-        options: how its numbers are stored.
-        progress: told about every stage.
-
     Raises:
         CheckpointError: the adapter's or the base's files are missing or damaged.
         BaseMismatchError: the adapter was not made for this base.

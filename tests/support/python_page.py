@@ -20,7 +20,7 @@ from kilodelta.cli import SECTIONS
 FUNCTIONS = {
     "demo": "kilodelta.demo.demo",
     "compress": "kilodelta.compress.compress",
-    "import": "kilodelta.compress.adapters.importing.bring",
+    "import": "kilodelta.compress.import_adapter",
     "merge": "kilodelta.merge",
     "export": "kilodelta.export.export",
     "export-peft": "kilodelta.export.export_peft",
@@ -51,13 +51,6 @@ TERMINAL = {"json", "quiet", "help"}
 """Options that say how a result is shown; functions return it."""
 
 OTHER_NAMES: Mapping[tuple[str, str], str] = {
-    ("import", "requantise"): "`kilodelta.compress.adapters.requantise.requantise`",
-    ("import", "method"): "`options` of `requantise`",
-    ("import", "rank"): "`options` of `requantise`",
-    ("import", "bases"): "`options` of `requantise`",
-    ("import", "inputs"): "`options` of `requantise`",
-    ("import", "steps"): "`options` of `requantise`",
-    ("import", "model"): "`options` of `requantise`",
     ("pull", "apply"): "`kilodelta.device.apply` of the result",
     ("digest", "tensors"): "the result's `tensors`",
     ("diff", "all"): "the result's `rows`",
