@@ -151,8 +151,9 @@ def _template(
 
 
 def port(value: Any) -> Port:
-    """Describe an input or output of an `onnx_ir` graph."""
-    shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
+    """Describe an input or output of an `onnx_ir` graph; one that states no shape has none here."""
+    sizes = () if value.shape is None else value.shape
+    shape = tuple(size if isinstance(size, int) else str(size.value) for size in sizes)
     name = value.dtype.name
     return Port(name=value.name, dtype=_PLAIN.get(name, name.lower()), shape=shape)
 

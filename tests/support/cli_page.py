@@ -42,7 +42,8 @@ def _section(command: click.Command, context: click.Context) -> list[str]:
             assert inner is not None
             out += _section(inner, click.Context(inner, info_name=name, parent=context))
         return out
-    options = [p for p in command.get_params(context) if isinstance(p, click.Option)]
+    # --help is every command's, and click remembers its names from whichever context came first.
+    options = [p for p in command.params if isinstance(p, click.Option)]
     rows = [row for p in options if (row := p.get_help_record(context))]
     if rows:
         out.append("| option | |\n|---|---|")
