@@ -167,7 +167,12 @@ def mix_signs(coefficients: Tensor, packed: Tensor, sizes: Sequence[int], place:
 def mix_signs_backward(
     gradient: Tensor, packed: Tensor, sizes: Sequence[int], place: str
 ) -> Tensor:
-    """Compute the gradient of `mix_signs` to its coefficients: float32 (targets, 8 * bytes)."""
+    """Compute the gradient of `mix_signs` to its coefficients: float32 (targets, 8 * bytes).
+
+    Args:
+        gradient: to the sums, as `mix_signs` returns them.
+        packed, sizes, place: as for `mix_signs`.
+    """
     if not packed.shape[0]:
         from kilodelta.merging.gpu.mix_launch import mix_backward
 

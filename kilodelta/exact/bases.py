@@ -123,7 +123,13 @@ class Stream:
         return out
 
     def sign(self, role: int, base: int, rows: range, columns: range) -> Ints:
-        """Draw sign basis `base` itself, int8 (rows, columns) of -1 and +1."""
+        """Draw one sign basis itself, int8 (rows, columns) of -1 and +1.
+
+        Args:
+            role: of the basis.
+            base: its number.
+            rows, columns: the slice of it.
+        """
         block, bit = divmod(base, BLOCK)
         words = self.words(role, rows, columns, range(block, block + 1))
         drawn = (words[:, :, 0, bit // 32] >> np.uint32(bit % 32)) & np.uint32(1)

@@ -41,7 +41,16 @@ def _row(left, right, start, acc):  # type: ignore[no-untyped-def]
 
 @kernel
 def merge_f32(left, right, weights, factor, scale, out):  # type: ignore[no-untyped-def]
-    """Compute `out` (rows, d) = weights + 2^e C left @ right; return whether any is not finite."""
+    """Compute `out` (rows, d) = weights + 2^e C left @ right; return whether any is not finite.
+
+    Args:
+        left: float64 (rows, K), integers.
+        right: float64 (K, d), integers, contiguous.
+        weights: float32 (rows, d).
+        factor: C, float64.
+        scale: 2^e, float32.
+        out: float32 (rows, d).
+    """
     bad, buffer = np.uint32(0), np.empty(TILE)
     for start in range(0, right.shape[1], TILE):
         stop = min(right.shape[1], start + TILE)
@@ -54,7 +63,7 @@ def merge_f32(left, right, weights, factor, scale, out):  # type: ignore[no-unty
 
 @kernel
 def merge_bf16(left, right, weights, factor, scale, out):  # type: ignore[no-untyped-def]
-    """Do what `merge_f32` does, for bfloat16 as uint16."""
+    """Do what `merge_f32` does, for bfloat16 as uint16; the arguments are the same."""
     bad, buffer = np.uint32(0), np.empty(TILE)
     for start in range(0, right.shape[1], TILE):
         stop = min(right.shape[1], start + TILE)
@@ -67,7 +76,7 @@ def merge_bf16(left, right, weights, factor, scale, out):  # type: ignore[no-unt
 
 @kernel
 def merge_f16(left, right, weights, factor, scale, out):  # type: ignore[no-untyped-def]
-    """Do what `merge_f32` does, for float16 as uint16."""
+    """Do what `merge_f32` does, for float16 as uint16; the arguments are the same."""
     bad, buffer = np.uint32(0), np.empty(TILE)
     for start in range(0, right.shape[1], TILE):
         stop = min(right.shape[1], start + TILE)

@@ -27,7 +27,15 @@ def _step(number, factor, scale):  # type: ignore[no-untyped-def]
 
 @kernel
 def add_f32(weights, numbers, factor, scale, out):  # type: ignore[no-untyped-def]
-    """Merge float32 (n,) into `out`; return whether anything in it is not finite."""
+    """Merge float32 (n,) into `out`; return whether anything in it is not finite.
+
+    Args:
+        weights: float32 (n,).
+        numbers: dQ, integers of any type that holds them, (n,).
+        factor: C, float64.
+        scale: 2^e, float32.
+        out: float32 (n,).
+    """
     bad = np.uint32(0)
     for j in range(out.size):
         y = np.float32(weights[j] + _step(numbers[j], factor, scale))
@@ -39,7 +47,7 @@ def add_f32(weights, numbers, factor, scale, out):  # type: ignore[no-untyped-de
 
 @kernel
 def add_bf16(weights, numbers, factor, scale, out):  # type: ignore[no-untyped-def]
-    """Do what `add_f32` does, for bfloat16 as uint16."""
+    """Do what `add_f32` does, for bfloat16 as uint16; the arguments are the same."""
     bad = np.uint32(0)
     for j in range(out.size):
         w = np.uint32(np.uint32(weights[j]) << _16).view(np.float32)
@@ -82,7 +90,7 @@ def to_half(value):  # type: ignore[no-untyped-def]
 
 @kernel
 def add_f16(weights, numbers, factor, scale, out):  # type: ignore[no-untyped-def]
-    """Do what `add_f32` does, for float16 as uint16."""
+    """Do what `add_f32` does, for float16 as uint16; the arguments are the same."""
     bad = np.uint32(0)
     for j in range(out.size):
         w = from_half(np.uint32(weights[j]))

@@ -85,7 +85,14 @@ class Unit(Protocol):
         """Draw RandLoRA's lambda_j[rho] B_j[line, rho], lambda (n, rank); sparsity 0 for signs."""
 
     def small(self, bases: Bases, gamma: Ints, rank: int, sparsity: int) -> Draw:
-        """Draw RandLoRA's A[rho, line] gamma_j[line], gamma (n, all lines)."""
+        """Draw RandLoRA's A[rho, line] gamma_j[line].
+
+        Args:
+            bases: where A comes from.
+            gamma: integers (n, all lines).
+            rank: rows of A.
+            sparsity: of the ternary basis; 0 for signs.
+        """
 
     def add(
         self, weights: Tensor, left: Tensor, right: Tensor, scale: UpdateScale

@@ -43,6 +43,7 @@ class Lora(Method):
         return (cls(rank=5),)
 
     def groups(self, target: Target) -> tuple[Group, ...]:
+        """Return A (r, in) and B (out, r)."""
         out, in_ = target.matrix
         return Group(name="A", shape=(self.rank, in_)), Group(name="B", shape=(out, self.rank))
 
@@ -55,9 +56,11 @@ class Lora(Method):
         return q["A"]
 
     def draws(self, target: Target) -> int:
+        """Nothing is drawn: the factors are the coefficients."""
         return 0
 
     def bound(self, q: Coefficients) -> int:
+        """Add, over the ranks, the largest magnitude of B's column times that of A's row."""
         per_rank = magnitude(q["B"]).max(axis=0) * magnitude(q["A"]).max(axis=1)
         return int(per_rank.sum())
 

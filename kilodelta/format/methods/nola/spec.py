@@ -53,6 +53,7 @@ class Nola(Method):
         return (cls(rank=2, bases=130),)
 
     def groups(self, target: Target) -> tuple[Group, ...]:
+        """Return alpha (k,) and beta (k,)."""
         return Group(name="alpha", shape=(self.bases,)), Group(name="beta", shape=(self.bases,))
 
     def left(self, q: Coefficients, target: Target, stream: Stream, rows: range) -> Ints:
@@ -73,9 +74,11 @@ class Nola(Method):
         return stream.mix_many(ROLE_A, alphas, range(self.rank), columns)
 
     def draws(self, target: Target) -> int:
+        """Count a call for each entry of both factors and each block of bases."""
         return self.rank * sum(target.matrix) * -(-self.bases // BLOCK)
 
     def bound(self, q: Coefficients) -> int:
+        """Let all signs agree: an entry of a factor is then the sum of its coefficients' sizes."""
         return self.rank * int(magnitude(q["alpha"]).sum()) * int(magnitude(q["beta"]).sum())
 
     def scales(self) -> tuple[str, ...]:

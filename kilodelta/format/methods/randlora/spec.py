@@ -73,6 +73,7 @@ class RandLora(Method):
         return cls(rank=3), cls(rank=2, basis="ternary", sparsity=3)
 
     def groups(self, target: Target) -> tuple[Group, ...]:
+        """Return lambda (n, r) and gamma (n, m)."""
         small, n = min(target.matrix), self.count(target.matrix)
         return Group(name="lambda", shape=(n, self.rank)), Group(name="gamma", shape=(n, small))
 
@@ -108,20 +109,30 @@ class RandLora(Method):
         return scaled
 
     def draw(self, stream: Stream, role: int, values: Ints, rows: range, columns: range) -> Ints:
-        """Draw the bases of a role, base j times values[j, column]: (rows, columns, n)."""
+        """Draw the bases of a role, base j times values[j, column]: (rows, columns, n).
+
+        Args:
+            stream: the random bases of the file's seed.
+            role: of the bases.
+            values: signed integers (n, width); the result has their type.
+            rows, columns: the slice of each basis.
+        """
         if self.basis == "ternary":
             return stream.ternary(role, self.sparsity, values, rows, columns)
         return stream.signs(role, values, rows, columns)
 
     def inner(self, target: Target) -> int:
+        """Return n r, at least the shorter side: the rank is full."""
         return self.count(target.matrix) * self.rank
 
     def draws(self, target: Target) -> int:
+        """Count a call for each entry of A, and for each entry of B and block of bases."""
         a_call = TERNARY_BLOCK if self.basis == "ternary" else BLOCK
         calls = -(-self.count(target.matrix) // a_call)
         return self.rank * (max(target.matrix) * calls + min(target.matrix))
 
     def bound(self, q: Coefficients) -> int:
+        """Take the largest sum of a column, sum_j (sum_rho lambda_j) gamma_j in magnitudes."""
         per_base = magnitude(q["lambda"]).sum(axis=1)[:, None] * magnitude(q["gamma"])
         return int(per_base.sum(axis=0).max())
 

@@ -60,6 +60,7 @@ class UniLora(Method):
         return replace(base, rank=min(base.rank, min(map(max, sides))), bases=value)
 
     def shared(self) -> tuple[Group, ...]:
+        """Return theta (k,)."""
         return (Group(name="theta", shape=(self.bases,)),)
 
     def groups(self, target: Target) -> tuple[Group, ...]:
@@ -80,10 +81,12 @@ class UniLora(Method):
         return U
 
     def draws(self, target: Target) -> int:
+        """Count a call for each pick, and for each entry of the anchor."""
         out, in_ = target.matrix
         return self.rank * (out + in_ * (2 if self.anchor else 1))
 
     def bound(self, q: Coefficients) -> int:
+        """Let every pick be theta's largest entry, with signs that agree."""
         top = peak(q["theta"])
         return self.rank * top * (abs(self.anchor) + top)
 

@@ -45,6 +45,7 @@ class Vera(Method):
         return (cls(rank=6),)
 
     def groups(self, target: Target) -> tuple[Group, ...]:
+        """Return lambda (r,) and b (out,)."""
         out, _ = target.matrix
         return Group(name="lambda", shape=(self.rank,)), Group(name="b", shape=(out,))
 
@@ -60,9 +61,11 @@ class Vera(Method):
         return stream.sign(ROLE_A, 0, range(self.rank), range(target.matrix[1]))
 
     def draws(self, target: Target) -> int:
+        """Count a call for each entry of A and of B."""
         return self.rank * sum(target.matrix)
 
     def bound(self, q: Coefficients) -> int:
+        """Multiply the largest |b| by the sum of |lambda|, for all signs may agree."""
         return peak(q["b"]) * int(magnitude(q["lambda"]).sum())
 
     def scales(self) -> tuple[str, ...]:
