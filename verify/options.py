@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from kilodelta.export.manifest.artefacts import Manifest
+from kilodelta.export.manifest.facts import Manifest
 from kilodelta.files.checkpoint import Checkpoint
 
 

@@ -14,9 +14,7 @@ from torch.nn import functional
 
 from kilodelta.compress.distill.learn.comparisons import SHARPNESS
 from kilodelta.errors import InputError
-from kilodelta.export.merge.checkpoint import merge
-from kilodelta.export.merged_model import open_merged
-from kilodelta.files import staging
+from kilodelta.export.merged_model import merged_weights, open_merged
 from kilodelta.format.file import load
 from kilodelta.models import LoadedModel, fill, open_model, outputs, read_texts, tokenize
 from kilodelta.models.heads import EMBEDDING
@@ -63,10 +61,7 @@ def _weights(subject: Subject, progress: Progress) -> Iterator[Path]:
     if subject.merged is not None:
         yield subject.merged
         return
-    with staging.scratch() as folder:
-        single = not subject.base.path.is_dir()
-        place = folder / ("merged.safetensors" if single else "merged")
-        merge(subject.base, subject.delta, place, progress=progress)
+    with merged_weights(subject.base, load(subject.delta), progress=progress) as place:
         yield place
 
 
