@@ -354,8 +354,8 @@ def check_names(folder: Path, out: Path, dtype: str = "float32") -> int:
 @pytest.mark.parametrize(
     ("name", "dtype", "count"),
     [
-        ("bert", "float32", 15),
-        ("bert", "float16", 15),
+        ("bert", "float32", 16),
+        ("bert", "float16", 16),
         ("gpt2", "float32", 10),
         ("resnet", "float32", 7),
     ],
