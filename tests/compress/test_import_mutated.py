@@ -136,10 +136,19 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
             model=model,
             folder=folder,
             tensors=adapters.tensors(folder),
-            config=json.loads((folder / adapters.CONFIG).read_text()),
+            config=settings_of(folder),
             merged=merged_by_peft(wrapped),
         )
     return found
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """An adapter's configuration, its targets in order: PEFT writes them from a set, whose order
+    follows the process's hash seed, and a mutant must be the same one in every process."""
+    config: dict[str, Any] = json.loads((folder / adapters.CONFIG).read_text())
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
+    return config
 
 
 def state_of(model: Any) -> dict[str, np.ndarray[Any, Any]]:
@@ -473,3 +482,28 @@ def test_the_unchanged_adapters_are_right(cases: dict[str, Case]) -> None:
             float(np.abs(case.merged[n] - v).max()) for n, v in state_of(case.model).items()
         )
         assert moved > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("targets", "is_taken"),
+    [
+        (["v_proj"], False),  # PEFT leaves both tables unread
+        (["lm_head", "v_proj"], True),
+        (["embed_tokens", "v_proj"], True),
+        (["model.embed_tokens"], False),
+    ],
+)
+def test_tied_updates_count_only_where_one_of_the_two_is_targeted(
+    targets: list[str], is_taken: bool, cases: dict[str, Case], tmp_path: Path
+) -> None:
+    case = cases["tied"]
+    folder = written(
+        case, tmp_path / "targets", dict(case.tensors), {**case.config, "target_modules": targets}
+    )
+    if not is_taken:
+        with pytest.raises(KiloDeltaError, match=r"embed_tokens|lm_head|v_proj"):
+            by_import(case, folder)
+        return
+    theirs = by_peft(case, folder)
+    assert theirs is not None
+    assert is_equal(by_import(case, folder), theirs)

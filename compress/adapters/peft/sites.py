@@ -10,7 +10,11 @@ from kilodelta.compress.adapters.architecture import Architecture, Stack
 from kilodelta.compress.adapters.peft.config import AdapterConfig
 from kilodelta.compress.adapters.peft.keys import Module
 from kilodelta.compress.adapters.peft.parameters import missing_parameters, targeted_parameters
-from kilodelta.compress.adapters.peft.targeting import missing_targets, require_targeted
+from kilodelta.compress.adapters.peft.targeting import (
+    is_targeted,
+    missing_targets,
+    require_targeted,
+)
 from kilodelta.compress.adapters.placing import Place, find_place
 from kilodelta.compress.adapters.tensors import Tensors
 from kilodelta.errors import BaseMismatchError, InputError
@@ -187,9 +191,13 @@ def _check_targets(
     """See that the adapter holds exactly what its configuration targets in this base."""
     held = frozenset(site.name for site in sites)
     is_tying = config.option("ensure_weight_tying", (bool, type(None))) is True
+    owners = {site.name: site.module.owner for site in sites if not site.is_parameter}
     for site in sites:
-        tied = held.intersection(architecture.tied(site.name)) - {site.name}
-        if site.is_parameter or (is_tying and tied):
+        if site.is_parameter:
+            continue
+        # PEFT gives a tied layer its update beside the one that is targeted, never alone
+        tied = (held & owners.keys() & set(architecture.tied(site.name))) - {site.name}
+        if is_tying and any(is_targeted(owners[name], config) for name in tied):
             continue
         require_targeted(site.module.owner, site.tensor or site.name, config, path)
     missing = [
