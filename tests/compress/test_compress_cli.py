@@ -158,12 +158,14 @@ FOREIGN: list[tuple[str, Callable[[Path], Any], str, str]] = [
     ("weights", lambda p: p.write_bytes(b"GGUF...."), "is a GGUF file", "converted from"),
     ("m.pth", lambda p: p.write_bytes(b"PK"), "is a PyTorch pickle", "save_pretrained"),
     ("m.onnx", lambda p: p.write_bytes(b"x"), "is an ONNX file", "exported"),
+    ("m.npy", lambda p: p.write_bytes(b"\x93NUMPY"), "is a .npy file", "--inputs"),
     ("m.kd", lambda p: p.write_bytes(b"x"), "is a kilodelta file", "kilodelta merge BASE FILE"),
-    ("bin", lambda p: _folder(p, "pytorch_model.bin"), "holds pytorch_model.bin, a Py", "save"),
-    ("quant", lambda p: _folder(p, "q4.gguf"), "holds q4.gguf, a GGUF file", "converted"),
+    ("bin", lambda p: _folder(p, "pytorch_model.bin"), "is a folder with pytorch_model", "save"),
+    ("quant", lambda p: _folder(p, "q4.gguf"), "is a folder with q4.gguf, a G", "converted"),
     ("peft", lambda p: _folder(p, "adapter_config.json", "adapter_model.safetensors"),
-     "is a PEFT adapter", "kilodelta import"),
-    ("device", lambda p: _folder(p, "bundle.json"), "is a device folder", "made from"),
+     "is the folder of a PEFT adapter", "kilodelta import"),
+    ("device", lambda p: _folder(p, "bundle.json"), "is a device folder", "kilodelta status"),
+    ("onnx", lambda p: _folder(p, "manifest.json"), "is the folder of an export", "verify"),
 ]  # fmt: skip
 
 
@@ -184,6 +186,21 @@ def test_other_kinds_of_models_are_named(
     assert fix in result.stderr
     with pytest.raises(CheckpointError, match=f"BASE {name}"):
         refuse_foreign(Path(name), "BASE")
+
+
+def test_a_header_that_begins_like_a_pickle_is_a_model(tmp_path: Path) -> None:
+    """The length of a safetensors header of 640 bytes begins with 0x80 0x02, as pickles do."""
+    path = tmp_path / "weights"
+    header = b"{" + b" " * 638 + b"}"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    refuse_foreign(path, "BASE")
+
+
+def test_a_base_that_is_an_adapter_gets_the_base_s_fix(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError) as error:
+        refuse_foreign(tmp_path, "BASE")
+    assert error.value.fix == "give the model that the adapter was trained on"
 
 
 def stop_at(step: int) -> Callable[[Event], None]:

@@ -7,6 +7,10 @@ mean minus infinity and it differs from precision to precision. Nothing here ret
 
 Integers and booleans (labels, masks) have no distance: an element is right or wrong, and both
 relative errors are the share of wrong elements.
+
+`Metrics` defines what top-1, KL and cosine mean in this project. `compress` needs gradients and
+has them in torch (`compress.distill.learn.comparisons`); tests/verify/test_one_measure.py holds the
+two equal.
 """
 
 from __future__ import annotations
@@ -33,6 +37,9 @@ _LARGEST = (65504.0, 3.3895313892515355e38, 3.4028234663852886e38, 1.79769313486
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
     """Distances of one output from its reference.
+
+    The reference is the teacher where a student is measured, and the float64 model where an
+    artefact is.
 
     Attributes:
         max_abs: the largest absolute error.

@@ -9,7 +9,10 @@ similarities to a bank of the teacher's embeddings of other inputs must follow t
 (relational distillation, Park et al., arXiv 1904.05068). Other states are compared by their
 normalised mean square.
 
-Measures are made of sums over positions, so that batches of any sizes give the same figure.
+Measures are made of sums over positions, so that batches of any sizes give the same figure. What
+top-1, KL and cosine mean is defined by `kilodelta.verify.parity.metrics.Metrics`; here they are
+torch, in the outputs' dtype, because a loss needs gradients. tests/verify/test_one_measure.py holds
+the two equal.
 """
 
 from __future__ import annotations
@@ -98,16 +101,31 @@ def kl(student: Tensor, teacher: Tensor) -> Tensor:
         >>> kl(torch.zeros(2), torch.tensor([0.0, -torch.inf]))
         tensor(0.6931)
     """
-    target = teacher.clamp(min=IMPOSSIBLE).log_softmax(-1)
-    found = student.clamp(min=IMPOSSIBLE).log_softmax(-1)
-    return (target.exp() * (target - found)).sum(-1)
+    # Clamped, because 0 * (-inf - -inf) of a class that both rule out would be NaN.
+    log_p = teacher.clamp(min=IMPOSSIBLE).log_softmax(-1)
+    log_q = student.clamp(min=IMPOSSIBLE).log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def top1(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return whether the student's largest score is the teacher's as well, bool (...).
+
+    The last dimension holds the classes. Where the teacher's winners tie, each of them counts.
+
+    Example:
+        >>> top1(torch.tensor([1.0, 2.0, 0.0]), torch.tensor([5.0, 5.0, 1.0]))
+        tensor(True)
+    """
+    winner = student.argmax(-1, keepdim=True)
+    return teacher.gather(-1, winner)[..., 0] == teacher.amax(-1)
 
 
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:
     """Compute the cosine over the last dimension; two zero vectors point the same way."""
-    found = functional.cosine_similarity(student, teacher, dim=-1)
+    # torch's default eps of 1e-8 would call two equal vectors that are shorter than it unlike.
+    cosines = functional.cosine_similarity(student, teacher, dim=-1, eps=1e-30)
     both_zero = (student == 0).all(-1) & (teacher == 0).all(-1)
-    return found.masked_fill(both_zero, 1.0)
+    return cosines.masked_fill(both_zero, 1.0)
 
 
 class _Averaged(Comparison):
@@ -143,7 +161,7 @@ class Classes(_Averaged):
         return weighted_mean(kl(student, teacher), weights)
 
     def agreement(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return student.argmax(-1) == teacher.argmax(-1)
+        return top1(student, teacher)
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         return kl(student, teacher)
