@@ -123,7 +123,7 @@ def open_headed(
 
 
 def _together(base: Checkpoint, heads: Mapping[str, RawTensor]) -> Checkpoint:
-    """One checkpoint of both; a head takes the place of a base tensor of its name."""
+    """Join both into one checkpoint; a head replaces the base tensor of its name."""
     with staging.scratch() as stage:
         safetensors.write(stage / "heads.safetensors", heads)
         added = Checkpoint.open(stage / "heads.safetensors")  # mapped, so it outlives its name

@@ -17,7 +17,7 @@ SHORT: Mapping[str, str] = MappingProxyType(
 
 
 def short(dtype: str) -> str:
-    """A precision as file names write it: `fp16` for `float16`."""
+    """Return a precision as file names write it: `fp16` for `float16`."""
     return next(name for name, full in SHORT.items() if full == dtype)
 
 

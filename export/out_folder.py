@@ -13,11 +13,13 @@ from kilodelta.files import staging
 
 @contextmanager
 def out_folder(path: Path, *, force: bool) -> Iterator[Path]:
-    """A folder to write into, which becomes `path` when the block ends well and vanishes
-    otherwise.
+    """Yield a folder to write into, which becomes `path` when the block ends well.
+
+    It vanishes otherwise.
 
     Args:
-        force: replace an earlier export. What else lies in its folder is never removed.
+        path: of the export.
+        force: replace an earlier export. Anything else in its folder is never removed.
 
     Raises:
         OutputError: `path` holds something that may not be replaced, or cannot be written.

@@ -42,6 +42,12 @@ class Maker:
     ) -> list[Artefact]:
         """Trace the model, fill it with weights, write it, and build its engine.
 
+        Args:
+            loaded: the model in the architecture of the artefact.
+            batch: example inputs to trace with; made from the model's signature where None.
+            weights: the merged checkpoint.
+            dtype: `float32`, `float16` or `bfloat16`.
+
         Raises:
             ExportError: the model cannot be exported, or an engine not be built.
             InputError: the profile does not fit the model.

@@ -102,7 +102,7 @@ def expand(
 
 
 def _stored_value(name: str, tensor: RawTensor, layout: AdapterLayout) -> Matrix:
-    """A stored tensor as the graph takes it, rounded once."""
+    """Round a stored tensor once, as the graph takes it."""
     if tensor.dtype not in TARGETS:
         return tensor.values()
     dtype = BY_LONG[layout.dtype].name
@@ -170,14 +170,16 @@ def _float_factors(
 
 
 def _tops(stack: together.Stack) -> dict[str, Matrix]:
-    """The largest magnitude of each component, by target."""
+    """Return the largest magnitude of each component, by target."""
     tops = np.abs(stack.values).max(axis=1 if stack.is_left else 2)
     return dict(zip(stack.names, tops, strict=True))
 
 
 def _fill(A: Matrix, B: Matrix, tensor: Exposed, rows: Matrix, columns: Matrix) -> None:
-    """Write a target's two inputs from its update as stored, (rows, k) @ (k, columns), rounding
-    once; components that there are not stay zero."""
+    """Write a target's two inputs from its update as stored, (rows, k) @ (k, columns).
+
+    Each entry is rounded once; components beyond k stay zero.
+    """
     k = rows.shape[1]
     if tensor.use == "turned":
         A[:, :k], B[:k] = columns.T, rows.T

@@ -177,7 +177,7 @@ def _write_graph(
 
 
 def _open(checkpoint: Checkpoint, delta: Delta, options: AdapterOptions) -> HeadedBase:
-    """The base in the architecture that is asked for, or else in that of the fine-tune's head."""
+    """Open the base in the architecture that is asked for, or in that of the fine-tune's head."""
     from kilodelta.export.architecture import open_headed
 
     has_head = any(

@@ -115,7 +115,7 @@ def _check_options(rank: int, slots: int) -> None:
 def _choose(
     model: Any, source: Checkpoint, include: Sequence[str], exclude: Sequence[str], taken: set[str]
 ) -> list[tuple[TensorInfo, tuple[GraphSite, ...]]]:
-    """The weights to expose in name order, each with its uses."""
+    """Choose the weights to expose, in name order, each with its uses."""
     infos = {name: source.info(name) for name in source.names if name not in taken}
     patterns = Patterns(include=tuple(include) or ("*",), exclude=tuple(exclude))
     weights = model.graph.initializers
@@ -138,7 +138,7 @@ def _stored(
     heads: Mapping[str, RawTensor],
     whole: Sequence[str],
 ) -> tuple[list[StoredInput], dict[str, RawTensor]]:
-    """The tensors that fine-tunes bring whole in name order, and the values of those in use."""
+    """List the tensors that fine-tunes bring whole in name order, and the values of those used."""
     values = {name: source.raw(name) for name in source.names if matches(name, whole)} | dict(heads)
     if whole and len(values) == len(heads):
         raise InputError(

@@ -1,4 +1,4 @@
-"""Where a graph uses a weight, and in which of the ways that a low-rank update can join.
+"""Find where a graph uses a weight, and in which of the ways that a low-rank update can join.
 
 A use that is none of those takes the updated weight itself, W + A B, made anew at each request.
 """
@@ -16,8 +16,13 @@ Kind = Literal["linear", "rows", "conv", "whole"]
 
 @dataclass(frozen=True, kw_only=True)
 class GraphSite:
-    """One use of a weight: `linear` multiplies by it, `rows` picks rows, `conv` convolves, `whole`
-    is anything else; `turned` where it is used transposed; `index` is the node's input.
+    """One use of a weight.
+
+    Attributes:
+        kind: `linear` multiplies by it, `rows` picks rows, `conv` convolves, `whole` is the rest.
+        node: the `onnx_ir.Node`.
+        index: which of the node's inputs it is.
+        turned: whether it is used transposed.
     """
 
     kind: Kind
@@ -27,7 +32,7 @@ class GraphSite:
 
 
 def sites(weight: Any) -> tuple[GraphSite, ...]:
-    """All uses of an `onnx_ir.Value`, those behind a transposition included."""
+    """Find all uses of an `onnx_ir.Value`, those behind a transposition included."""
     found: list[GraphSite] = []
     for node, index in weight.uses():
         if node.op_type == "Transpose" and _order(node) == (1, 0):
@@ -39,7 +44,7 @@ def sites(weight: Any) -> tuple[GraphSite, ...]:
 
 
 def use_of(found: Sequence[GraphSite]) -> Use:
-    """The layout of factors that suits all uses of one weight."""
+    """Choose the layout of factors that suits all uses of one weight."""
     if not found:
         return "unused"
     if all(site.kind == "conv" for site in found):
@@ -48,7 +53,7 @@ def use_of(found: Sequence[GraphSite]) -> Use:
 
 
 def is_layer(found: Sequence[GraphSite]) -> bool:
-    """Whether a weight is one of a linear layer or a convolution, and nothing else."""
+    """Return whether a weight is one of a linear layer or a convolution, and nothing else."""
     return all(site.kind in ("linear", "conv") for site in found)
 
 

@@ -1,4 +1,4 @@
-"""Adding low-rank updates to an `onnx_ir` graph, whose factors are inputs."""
+"""Add low-rank updates, whose factors are inputs, to an `onnx_ir` graph."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ from kilodelta.models.example_inputs import BATCH
 
 class Surgery:
     """Changes one model in place: `expose` adds a tensor's two inputs, A and B, and joins their
-    product to all its uses. With slots the input `adapter` comes first."""
+    product to all its uses. With slots the input `adapter` comes first.
+
+    The four ways to join (`linear`, `rows`, `conv`, `whole`) take the tensor, the use, and the
+    graph's values of A and B in the shapes of `Exposed.shapes`, the axis of slots before them.
+    """
 
     def __init__(self, model: Any, layout: AdapterLayout) -> None:
         self._graph, self._layout = model.graph, layout
@@ -78,7 +82,7 @@ class Surgery:
             self._head(layer)
 
     def _head(self, layer: HeadLayer) -> None:
-        """x W^T + b, of each row's own W and b."""
+        """Compute x W^T + b, with each row's own W and b."""
         site, x, y = layer.site, layer.site.node.inputs[0], layer.outputs[-1]
         _require_rows(layer.weight.name, site)
         weight, *bias = (self._slot_input(value) for value in (layer.weight, *layer.bias))
@@ -104,7 +108,7 @@ class Surgery:
             del self._graph.initializers[value.name]
 
     def _slot_input(self, value: Any) -> Any:
-        """An input that holds a tensor of every slot; its name is the tensor's."""
+        """Add an input that holds a tensor of every slot; it takes the tensor's name."""
         name = value.name
         value.name = f"{name}:base"
         shape = (*self._layout.lead, *value.shape.numpy())
@@ -113,7 +117,14 @@ class Surgery:
         return made
 
     def linear(self, tensor: Exposed, site: GraphSite, A: Any, B: Any) -> None:
-        """y + (x A) B; where the factors lie for other uses, y + (x B^T) A^T."""
+        """Add (x A) B to y; where the factors lie for other uses, (x B^T) A^T.
+
+        Args:
+            tensor: what is exposed.
+            site: one use of it.
+            A: the graph's value of the first factor.
+            B: that of the second.
+        """
         if tensor.use == "straight" and site.turned:
             A, B = self._turned(site, B), self._turned(site, A)
         x = site.node.inputs[0]
@@ -127,7 +138,7 @@ class Surgery:
             self._add(site, update)
 
     def _by_row(self, site: GraphSite, width: int, compute: Callable[[Any], Any]) -> Any:
-        """A product of an x that is not (batch, rows, width), computed as if it were."""
+        """Compute with an x that is not (batch, rows, width) as if it were."""
         x = site.node.inputs[0]
         batch = self._node(site, "Shape", [self._index])
         sizes = self._node(site, "Concat", [batch, self._whole_numbers(-1, width)], axis=0)
@@ -137,7 +148,14 @@ class Surgery:
         return self._node(site, "Reshape", [found, sizes])
 
     def rows(self, tensor: Exposed, site: GraphSite, A: Any, B: Any) -> None:
-        """y + A[ids] B."""
+        """Add A[ids] B to y.
+
+        Args:
+            tensor: what is exposed.
+            site: one use of it.
+            A: the graph's value of the first factor.
+            B: that of the second.
+        """
         ids = site.node.inputs[1]
         if self._layout.slots:
             A, ids = self._rows_of_all_slots(tensor, site, A, ids)
@@ -146,13 +164,27 @@ class Surgery:
         self._add(site, self._node(site, "MatMul", [picked, B]))
 
     def conv(self, tensor: Exposed, site: GraphSite, A: Any, B: Any) -> None:
-        """y + (x * A) * B: the convolution itself with few channels out, then one of size 1."""
+        """Add (x * A) * B to y: the convolution itself with few channels out, then one of size 1.
+
+        Args:
+            tensor: what is exposed.
+            site: one use of it.
+            A: the graph's value of the first factor.
+            B: that of the second.
+        """
         same = {name: attribute.value for name, attribute in site.node.attributes.items()}
         few = self._node(site, "Conv", [site.node.inputs[0], A], **same)
         self._add(site, self._node(site, "Conv", [few, B]))
 
     def whole(self, tensor: Exposed, site: GraphSite, A: Any, B: Any) -> None:
-        """W + A B instead of W."""
+        """Use W + A B instead of W.
+
+        Args:
+            tensor: what is exposed.
+            site: one use of it.
+            A: the graph's value of the first factor.
+            B: that of the second.
+        """
         update = self._node(site, "MatMul", [A, B])
         if len(tensor.info.shape) > 2:
             sizes = self._whole_numbers(*tensor.info.shape)
@@ -163,7 +195,7 @@ class Surgery:
     def _rows_of_all_slots(
         self, tensor: Exposed, site: GraphSite, A: Any, ids: Any
     ) -> tuple[Any, Any]:
-        """The slots' tables under each other, and the ids that count from their tops."""
+        """Stack the slots' tables, and shift the ids to where each row's table begins."""
         rows, rank = tensor.info.shape[0], self._layout.rank
         table = self._node(site, "Reshape", [A, self._whole_numbers(-1, rank)])
         tops = self._node(site, "Mul", [self._index, self._whole_numbers(rows)])
@@ -171,7 +203,7 @@ class Surgery:
         return table, self._node(site, "Add", [ids, column])
 
     def _product(self, site: GraphSite, x: Any, A: Any, B: Any) -> Any:
-        """(x A) B"""
+        """Compute (x A) B."""
         return self._node(site, "MatMul", [self._node(site, "MatMul", [x, A]), B])
 
     def _turned(self, site: GraphSite, factor: Any) -> Any:
@@ -179,7 +211,7 @@ class Surgery:
         return self._node(site, "Transpose", [factor], perm=order)
 
     def _chosen(self, site: GraphSite, factor: Any) -> Any:
-        """A factor of each row's slot."""
+        """Pick the factor of each row's slot."""
         return self._node(site, "Gather", [factor, self._index], axis=0)
 
     def _add(self, site: GraphSite, update: Any) -> None:
@@ -194,7 +226,7 @@ class Surgery:
         self._graph.insert_after(site.node, node)
 
     def _node(self, site: GraphSite, kind: str, inputs: list[Any], **attributes: Any) -> Any:
-        """A new node before a site; returns its output."""
+        """Insert a node before a site, and return its output."""
         node = ir.node(kind, inputs, attributes, outputs=[self._value()])
         self._graph.insert_before(site.node, node)
         return node.outputs[0]
@@ -205,7 +237,7 @@ class Surgery:
         return ir.Value(name=f"adapter:{self._made}", type=kind, shape=shape)
 
     def _whole_numbers(self, *numbers: int) -> Any:
-        """An int64 constant (n,)."""
+        """Add an int64 constant (n,)."""
         value = self._value()
         value.const_value = ir.tensor(np.array(numbers, np.int64), name=value.name)
         self._graph.register_initializer(value)
@@ -227,7 +259,7 @@ class Surgery:
 
 
 def _numbers(tensor: RawTensor, dtype: Any) -> Any:
-    """A tensor's values in an ONNX dtype, to nearest even."""
+    """Return a tensor's values in an ONNX dtype, to nearest even."""
     if tensor.dtype not in FLOATS:
         return tensor.values()
     return FLOATS[tensor.dtype].widen(tensor.data).reshape(tensor.shape).astype(dtype.numpy())
@@ -257,7 +289,7 @@ def _require_rows(name: str, site: GraphSite) -> None:
 
 
 def _leads_with_batch(value: Any) -> bool:
-    """Whether the first axis is the batch, or was flattened from axes of which it is the first."""
+    """Return whether the first axis is the batch, or was flattened from axes that begin with it."""
     maker = value.producer()
     if maker is not None and maker.op_type == "Reshape" and len(value.shape or ()) == 2:
         value = maker.inputs[0]

@@ -174,5 +174,5 @@ def _write(
 
 
 def _floats(bits: Any) -> Any:
-    """A pair's matrices as numpy floats: they are held as the bits of their type."""
+    """View a pair's matrices as numpy floats: they are held as the bits of their type."""
     return bits.view({2: np.float16, 4: np.float32}[bits.itemsize])

@@ -31,7 +31,7 @@ _CHUNK = 16 << 20
 
 
 def to_json(manifest: Manifest) -> dict[str, Any]:
-    """The manifest as plain JSON values."""
+    """Return the manifest as plain JSON values."""
     return {
         "version": VERSION,
         "tool": manifest.tool,

@@ -104,7 +104,7 @@ class Manifest:
 
 
 def misfit(points: tuple[Shape, Shape, Shape], port: Port) -> str:
-    """What is wrong with an input's smallest, usual and largest shape; empty if nothing."""
+    """Explain what is wrong with an input's smallest, usual and largest shape; empty if nothing."""
     if any(len(point) != len(port.shape) for point in points):
         return f"its shapes have not the {len(port.shape)} axes of {port.name}"
     for extent, low, usual, high in zip(port.shape, *points, strict=True):

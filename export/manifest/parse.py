@@ -35,7 +35,7 @@ _TOP = ("tool", "libraries", "base", "delta", "result", "extras", "model", "arte
 
 
 def parse(data: bytes) -> Manifest:
-    """A manifest from its JSON text.
+    """Read a manifest from its JSON text, trusting nothing.
 
     Raises:
         FieldError: naming the field that is wrong.

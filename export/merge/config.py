@@ -91,10 +91,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def unties(base: Checkpoint, delta: Delta, config: Mapping[str, Any]) -> bool:
-    """Whether the merged model holds an output head that is no longer its input embedding.
+    """Return whether the merged model holds an output head that is no longer its input embedding.
 
-    Transformers 4 ties the two whatever the files hold, unless the configuration says otherwise;
-    PEFT says otherwise when it merges such a model.
+    Transformers 4 ties the two even if the files hold both, unless the configuration says
+    otherwise; PEFT says otherwise when it merges such a model.
 
     Args:
         base: the base.
@@ -118,7 +118,7 @@ def unties(base: Checkpoint, delta: Delta, config: Mapping[str, Any]) -> bool:
 
 
 def _differ(base: Checkpoint, delta: Delta, one: str, other: str) -> bool:
-    """Whether the merged values of two tensors of one shape differ, and the delta is why."""
+    """Return whether the merged values of two tensors of one shape differ because of the delta."""
     if not {one, other} & {*delta.extras, *delta.targets}:
         return False
     if {one, other} & set(delta.targets):
@@ -138,13 +138,13 @@ def _chunks(base: Checkpoint, delta: Delta, name: str) -> Iterator[Bytes]:
 
 
 def _ties(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration leaves embeddings tied: it says so, or says nothing."""
+    """Return whether a configuration leaves embeddings tied: it says so, or says nothing."""
     stated = [table[KEY] for table in (config, _text_config(config)) if table.get(KEY) is not None]
     return not stated or any(stated)
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a configuration that describes the language model."""
+    """Return the part of a configuration that describes the language model."""
     inner = config.get("text_config")
     return inner if isinstance(inner, dict) else config
 

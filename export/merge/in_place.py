@@ -1,4 +1,4 @@
-"""Merging into a model that is loaded already, in place, on whatever device its tensors are.
+"""Merge into a model that is loaded already, in place, on any device.
 
 A distributed tensor (DTensor, as FSDP2 and tensor parallelism make them) is merged by every rank on
 its own: bases have coordinates, so a rank draws its rows and columns and nothing else.
@@ -113,7 +113,7 @@ def _prove(delta: Delta, found: Mapping[str, Tensor]) -> None:
 
 
 def _merged(delta: Delta, target: Target, tensor: Tensor) -> Tensor:
-    """The merged tensor, or this rank's part of it."""
+    """Compute the merged tensor, or this rank's part of it."""
     local = _local(tensor)
     if not local.numel():
         return local
@@ -139,7 +139,7 @@ def _is_distributed(tensor: Tensor) -> bool:
 
 
 def _box(tensor: Tensor, target: Target) -> tuple[range, range]:
-    """The rows and columns of the stored matrix that this process holds."""
+    """Return the rows and columns of the stored matrix that this process holds."""
     rows, columns = target.stored
     if not _is_distributed(tensor):
         return range(rows), range(columns)

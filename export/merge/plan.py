@@ -87,7 +87,7 @@ def _plan_file(shard: Shard, delta: Delta, path: Path, added: Mapping[str, RawTe
 
 
 def _merged_info(entry: Entry, delta: Delta) -> TensorInfo:
-    """What a base tensor is in the merged model; the entry itself where it is the same."""
+    """Return what a base tensor is in the merged model; the entry itself where nothing changes."""
     extra = delta.extras.get(entry.name)
     if extra is None or (extra.dtype, extra.shape) == (entry.dtype, entry.shape):
         return entry
@@ -95,8 +95,10 @@ def _merged_info(entry: Entry, delta: Delta) -> TensorInfo:
 
 
 def merged_index(checkpoint: Checkpoint, delta: Delta) -> bytes:
-    """The base's index (`model.safetensors.index.json`), brought up to date where tensors are
-    added or change their size; empty where the base has none."""
+    """Bring the base's index (`model.safetensors.index.json`) up to date.
+
+    Only where tensors are added or change their size; empty where the base has none.
+    """
     added = [name for name in delta.extras if name not in checkpoint]
     resized = [
         name

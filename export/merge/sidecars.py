@@ -131,7 +131,7 @@ class _Walk:
         return ""
 
     def inside(self, descriptor: int, name: str, place: PurePosixPath) -> str | None:
-        """The name to open an entry by: its own, or that of the blob that it is a link to.
+        """Return the name to open an entry by: its own, or that of the blob that it is a link to.
 
         None for links to anywhere else, and for what is neither file nor link.
         """
@@ -153,7 +153,7 @@ def _is_regular(path: Path) -> bool:
 
 
 def holds_weights(name: str) -> bool:
-    """Whether a file's name says that it holds weights, or an index of such files.
+    """Return whether a file's name says that it holds weights, or an index of such files.
 
     Example:
         >>> [holds_weights(n) for n in ("model.onnx_data", "tokenizer.json", "consolidated.00.pth")]
@@ -170,7 +170,7 @@ def holds_weights(name: str) -> bool:
 
 
 def _blobs_of(folder: Path) -> Path | None:
-    """The blobs of a Hugging Face cache, of a folder `models--org--name/snapshots/<revision>`."""
+    """Find the blobs of a Hugging Face cache, given `models--org--name/snapshots/<revision>`."""
     place = folder.absolute()
     repository = place.parent.parent
     if place.parent.name != "snapshots" or not repository.name.startswith("models--"):
@@ -180,7 +180,7 @@ def _blobs_of(folder: Path) -> Path | None:
 
 
 def _modules(walk: _Walk, descriptor: int) -> frozenset[str]:
-    """Folders that sentence-transformers' `modules.json` names; none where it makes no sense."""
+    """List the folders that sentence-transformers' `modules.json` names, if it makes sense."""
     name = "modules.json"
     try:
         name = walk.inside(descriptor, name, PurePosixPath(name)) or ""
@@ -193,7 +193,7 @@ def _modules(walk: _Walk, descriptor: int) -> frozenset[str]:
 
 @contextmanager
 def _opened(name: str, flags: int, folder: int | None = None) -> Iterator[int]:
-    """A descriptor of a file or folder, closed at the end.
+    """Open a file or folder, yield its descriptor, and close it at the end.
 
     Raises:
         CheckpointError: it cannot be opened, or cannot be read in the block.

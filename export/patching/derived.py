@@ -89,7 +89,7 @@ def _is_matrix(info: TensorInfo) -> bool:
 
 
 def _likeness(base: Checkpoint, info: TensorInfo, grid: _Grid) -> float:
-    """The largest median correlation, over both axes and both orientations."""
+    """Compute the largest median correlation, over both axes and both orientations."""
     rows, columns = info.shape[0], prod(info.shape[1:])
     own = _numbers(base.data(info.name), info.dtype, rows, columns)
     turned = _Grid(rows=grid.columns, columns=grid.rows, at=lambda r, c: grid.at(c, r))
@@ -102,7 +102,7 @@ def _likeness(base: Checkpoint, info: TensorInfo, grid: _Grid) -> float:
 
 
 def _places(rows: int, columns: int) -> Iterator[tuple[Matrix, Matrix]]:
-    """Runs at random along the rows, then along the columns."""
+    """Yield the places of random runs along the rows, then along the columns."""
     random = np.random.default_rng(0)
     for along, across, turned in ((columns, rows, False), (rows, columns, True)):
         if along < SMALLEST:
@@ -116,7 +116,7 @@ def _places(rows: int, columns: int) -> Iterator[tuple[Matrix, Matrix]]:
 
 
 def _correlation(ours: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64]) -> float:
-    """The median of the runs' absolute correlations; 0 where most runs are constant."""
+    """Compute the median of the runs' absolute correlations; 0 where most runs are constant."""
     with np.errstate(invalid="ignore", over="ignore"):  # masks hold infinity
         ours = ours - ours.mean(axis=1, keepdims=True)
         theirs = theirs - theirs.mean(axis=1, keepdims=True)
@@ -129,7 +129,7 @@ def _correlation(ours: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64])
 
 
 def _grids(folder: Path, tensor: Stored | PackedWeight) -> Iterator[_Grid]:
-    """The matrices of numbers that a weight's bytes may stand for."""
+    """Yield the matrices of numbers that a weight's bytes may stand for."""
     if len(tensor.shape) < 2 or not prod(tensor.shape):
         return
     data = np.memmap(folder / tensor.file, np.uint8, "r", tensor.begin, (tensor.nbytes,))
@@ -154,7 +154,7 @@ def _numbers(data: Matrix, dtype: str, rows: int, columns: int) -> _Grid:
 
 
 def _codes(data: Matrix, rows: int, columns: int, bits: int, *, signed: bool) -> _Grid:
-    """Integers of 2, 4 or 8 bits, the first of a byte in its lowest bits."""
+    """Read integers of 2, 4 or 8 bits, the first of a byte in its lowest bits."""
     each, half = 8 // bits, 1 << (bits - 1)
 
     def at(r: Matrix, c: Matrix) -> npt.NDArray[np.float64]:

@@ -121,7 +121,7 @@ def _files(found: OnnxFile) -> tuple[FileFact, ...]:
 def _copies(
     found: OnnxFile, base: Checkpoint, matches: Sequence[Match], names: Iterable[str]
 ) -> dict[str, str]:
-    """Why tensors cannot be patched of which the file also holds a copy in another form."""
+    """Explain why tensors cannot be patched of which the file also holds a copy in another form."""
     known = {(place.file, place.begin) for match in matches for place in match.places}
     held: list[Stored | PackedWeight] = [*found.tensors, *found.packed]
     foreign = [
@@ -162,7 +162,7 @@ def _settled(
 
 
 def _equals(matches: Sequence[Match]) -> dict[str, list[str]]:
-    """For each base tensor the others that claim one of its places."""
+    """List for each base tensor the others that claim one of its places."""
     claims: dict[tuple[str, int], list[str]] = {}
     for match in matches:
         for place in match.places:

@@ -76,11 +76,11 @@ class PatchMap:
     unused: tuple[str, ...] = ()
 
     def info(self, name: str) -> TensorInfo | None:
-        """What a tensor is in the file's architecture; None for one that is not known."""
+        """Return what a tensor is in the file's architecture; None for one that is unknown."""
         return self.heads.get(name) or self.tensors.get(name)
 
     def exact(self, name: str) -> OnnxPlace | None:
-        """A place from which a base tensor's own bytes can be read back, if there is one."""
+        """Find a place from which a base tensor's own bytes can be read back, or None."""
         if name in self.heads:
             return None
         dtype = self.tensors[name].dtype

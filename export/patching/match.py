@@ -1,5 +1,4 @@
-"""Find tensors among those of an ONNX file by content: by their bytes, in their own layout and
-transposed, in the precisions of the file.
+"""Find base tensors in an ONNX file by their bytes: as stored or transposed, in its precisions.
 
 Exporters rename, transpose, copy, merge and fold weights, and no name tells; bytes do.
 """
@@ -71,7 +70,7 @@ def match_all(
 def _contents(
     found: OnnxFile, threads: int | None, progress: Progress
 ) -> dict[Content, list[Stored]]:
-    """The file's tensors that feed a node, by content."""
+    """Index the file's tensors that feed a node by their content."""
     tensors = [tensor for tensor in found.tensors if tensor.name in found.used]
     meter = Meter("scan", sum(tensor.nbytes for tensor in tensors), "B", progress)
 

@@ -34,24 +34,28 @@ class PatchPlan:
     rest: Checkpoint | None
 
     def path(self, file: str) -> Path:
-        """One of the map's files; the model itself may have been renamed."""
+        """Return the path of one of the map's files; the model itself may have been renamed."""
         return self.model if file == self.found.files[0].file else self.model.parent / file
 
     def places(self, name: str) -> tuple[OnnxPlace, ...]:
-        """Where the file holds a tensor; nowhere if nothing depends on it."""
+        """Return where the file holds a tensor; nothing where no output depends on it."""
         return self.found.places.get(name, ())
 
     def size(self, name: str) -> int:
-        """The bytes of a changed tensor, in the base's dtype or as the delta stores it."""
+        """Return the bytes of a changed tensor, in the base's dtype or as the delta stores it."""
         extra = self.delta.extras.get(name)
         return self.found.tensors[name].nbytes if extra is None else extra.nbytes
 
     def tuned(self, name: str) -> RawTensor:
-        """A changed tensor."""
+        """Compute a changed tensor from the base's bytes.
+
+        Raises:
+            CheckpointError: the base tensor cannot be read, or holds NaN or infinity.
+        """
         return merged_tensor(self.delta, name, self._base)
 
     def written(self, name: str, found: RawTensor) -> Iterator[tuple[OnnxPlace, Bytes]]:
-        """A changed tensor's bytes as each of its places holds them.
+        """Yield a changed tensor's bytes as each of its places holds them.
 
         Raises:
             ExportError: a finite value does not fit into the file's dtype.
@@ -115,7 +119,7 @@ def _refuse(
 
 
 def _no_place(plan: PatchPlan, name: str) -> str:
-    """Why a changed tensor cannot be written; empty if it can, or need not be."""
+    """Explain why a changed tensor cannot be written; empty if it can, or need not be."""
     found = plan.found
     if name in found.heads and name in plan.delta.targets:
         return "the file was exported with a new head in its place"

@@ -1,4 +1,4 @@
-"""Patch mode: the ONNX file of a fine-tune from the ONNX file of its base, without torch or onnx.
+"""Write the ONNX file of a fine-tune from that of its base, without torch or onnx.
 
 The file is copied by the kernel, which shares the blocks where the file system can, and only the
 changed weights are written. The names appear once the result's digest has come out right.
@@ -94,8 +94,10 @@ def patch(
 
 @contextmanager
 def _copies(plan: PatchPlan, out: Path) -> Iterator[tuple[Mapping[str, int], tuple[Path, ...]]]:
-    """Descriptors of copies by file name, and the paths they get when the block ends well: the
-    model's own last, so that it never stands without its data."""
+    """Yield descriptors of copies by file name, and the paths they get when the block ends well.
+
+    The model's own name appears last, so that it never stands without its data.
+    """
     main, *others = (file.file for file in plan.found.files)
     paths = {main: out, **{name: out.parent / name for name in others}}
     _require_free(plan, paths.values(), alone=not others)

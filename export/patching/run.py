@@ -1,4 +1,4 @@
-"""Running a plan: the base's files are checked, the changed weights computed, handed on and proved.
+"""Run a plan: check the base's files, compute the changed weights, hand them on and prove them.
 
 Where the bytes go, into a new file or a running session, is the caller's affair.
 """
@@ -33,6 +33,12 @@ def run(
     """Call `write` with the tuned bytes of every place, from several threads.
 
     Nothing that was written may be used before this returns.
+
+    Args:
+        plan: what changes where.
+        write: takes a place and its bytes, uint8 (n,); has to be thread-safe.
+        threads: cores to use; all by default.
+        progress: told how far the work is, in bytes.
 
     Raises:
         CheckpointError: a file is not the one that the map was made for.

@@ -1,4 +1,4 @@
-"""Patch mode in memory: ONNX Runtime serves the base's file with a delta, and writes no file.
+"""Serve a delta with the base's ONNX file in ONNX Runtime, and write no file.
 
 Weights in external data are handed over as `add_external_initializers`; it refuses others. Those
 are patched in the model's bytes. (`add_initializer` would take both, but under the default
@@ -51,10 +51,22 @@ def patched_weights(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Weights:
-    """The tuned weights in memory, proved; arguments and errors are those of `patch`.
+    """Compute the tuned weights in memory, and prove them.
+
+    Args:
+        model: the base's ONNX file.
+        delta: a `.kd` file or a `Delta`.
+        places: the map of `model`.
+        base: the base checkpoint, or `write_rest`'s part of it, for what the file does not hold.
+        threads: cores to use; all by default.
+        progress: told how far the work is, in bytes.
 
     Raises:
-        ExportError: a weight lies in external data, but inside a subgraph or constant.
+        BaseMismatchError: `model` holds another base than the delta's.
+        CheckpointError: `model` is not the file that the map was made for.
+        ExportError: a weight lies in external data, but inside a subgraph or constant; or a changed
+            tensor was fused, merged or folded, or `base` is needed.
+        ProofError: the result's digest is not the file's.
     """
     require_good_kernels()
     found = delta if isinstance(delta, Delta) else load(delta)
@@ -89,7 +101,7 @@ def _require_reachable(plan: PatchPlan) -> None:
 
 
 def _patched(model: Path, inline: list[tuple[int, Bytes]]) -> bytes:
-    """The file's bytes with some replaced."""
+    """Return the file's bytes with some replaced."""
     data = np.fromfile(model, np.uint8)
     for begin, new in inline:
         data[begin : begin + new.size] = new
@@ -107,13 +119,21 @@ def open_patched(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Any:
-    """An `onnxruntime.InferenceSession` of the fine-tune; arguments are those of `patch`.
+    """Open an `onnxruntime.InferenceSession` of the fine-tune.
 
     Args:
+        model: the base's ONNX file.
+        delta: a `.kd` file or a `Delta`.
+        places: the map of `model`.
+        base: the base checkpoint, or `write_rest`'s part of it, for what the file does not hold.
         options: `onnxruntime.SessionOptions` for this session alone.
+        providers: execution providers, in order of preference.
+        threads: cores to compute the weights with; all by default.
+        progress: told how far the work is, in bytes.
 
     Raises:
         MissingPackageError: ONNX Runtime is not installed.
+        KiloDeltaError: what `patched_weights` raises.
     """
     ort = require("onnxruntime", extra="cpu", why="run ONNX models")
     found = patched_weights(

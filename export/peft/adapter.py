@@ -1,4 +1,4 @@
-"""A low-rank delta as a PEFT LoRA adapter: the folder that `PeftModel.from_pretrained` opens.
+"""Write a low-rank delta as a PEFT LoRA adapter: the folder that `PeftModel.from_pretrained` opens.
 
 Source: Hu et al., https://arxiv.org/abs/2106.09685, in the file layout of Hugging Face PEFT. Needs
 neither torch nor PEFT.

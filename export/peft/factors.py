@@ -1,9 +1,9 @@
-"""A target's update as the two float factors of a LoRA adapter, scale folded in, error measured.
+"""Compute the two float factors of a LoRA adapter from a target's update, and measure the error.
 
 The factors of every low-rank method are integers (of a compatibility form float32), so those here
-are exact but for one rounding each: to the adapter's dtype. Between the two, each rank's scale is
-split by a power of two, so that both have entries of like size and float16 neither overflows nor
-underflows sooner than it must.
+are exact but for one rounding each: to the adapter's dtype. The scale is folded in, split between
+the two, rank by rank, by a power of two, so that both have entries of like size and float16 neither
+overflows nor underflows sooner than it must.
 """
 
 from __future__ import annotations
@@ -41,7 +41,12 @@ class FactorPair:
 
 
 def float_factors(delta: Delta, name: str) -> tuple[Matrix, Matrix]:
-    """float64 B and A of a low-rank update, without components that are zero."""
+    """Compute B (out, r) and A (r, in) of a low-rank update, float64, without ranks that are zero.
+
+    Args:
+        delta: bound to its base.
+        name: of a target.
+    """
     compat = delta.manifest.compat
     if compat is None:
         factors = delta.factors(name)
@@ -61,14 +66,19 @@ def _split(left: Matrix, right: Matrix, c: float, e: int) -> tuple[Matrix, Matri
 
 
 def scales(left: Matrix, right: Matrix, c: Any, e: Any) -> tuple[Matrix, Matrix]:
-    """What to multiply two factors' components with, so that both get entries of like size.
+    """Compute what to multiply two factors' components by, so that both get entries of like size.
 
     The scale c 2^e goes to both: c to the left one, and of 2^e to each what suits it. A product
     with c times a power of two is rounded as one with c is.
 
     Args:
-        left, right: the largest magnitudes of their components, float64 or integers; where one is
-            zero the component is, and so are the scales.
+        left: the largest magnitude of each component of the left factor, float64 or integers.
+        right: the same of the right factor. Where one is zero, so is the component, and the scales.
+        c: the update's integer scale.
+        e: its exponent.
+
+    Returns:
+        The two multipliers, float64, in the shape of `left`.
     """
     used = (left > 0) & (right > 0)
     tops = c * np.where(used, left, 1), np.where(used, right, 1)
@@ -77,7 +87,16 @@ def scales(left: Matrix, right: Matrix, c: Any, e: Any) -> tuple[Matrix, Matrix]
 
 
 def exact_pair(delta: Delta, name: str, dtype: str) -> FactorPair:
-    """The update of a low-rank method, exact but for the rounding to `dtype`."""
+    """Compute a low-rank update's factors, exact but for the rounding to `dtype`.
+
+    Args:
+        delta: bound to its base.
+        name: of a target.
+        dtype: F32, F16 or BF16.
+
+    Raises:
+        ExportError: a factor is beyond the dtype's range.
+    """
     B, A = float_factors(delta, name)
     B_bits, B_found = _rounded(B, dtype, name)
     A_bits, A_found = _rounded(A, dtype, name)
@@ -86,7 +105,17 @@ def exact_pair(delta: Delta, name: str, dtype: str) -> FactorPair:
 
 
 def svd_pair(delta: Delta, name: str, rank: int, dtype: str) -> FactorPair:
-    """The nearest update of a rank, of any method."""
+    """Compute the factors of the nearest update of a rank, for any method.
+
+    Args:
+        delta: bound to its base.
+        name: of a target.
+        rank: of the result, or less where the matrix has less.
+        dtype: F32, F16 or BF16.
+
+    Raises:
+        ExportError: a factor is beyond the dtype's range.
+    """
     update = delta.update(name).astype(np.float64)
     B, A = truncated(update, rank)
     B_bits, B_found = _rounded(B, dtype, name)
@@ -97,7 +126,7 @@ def svd_pair(delta: Delta, name: str, rank: int, dtype: str) -> FactorPair:
 
 
 def padded(pair: FactorPair, rank: int) -> FactorPair:
-    """The same update with zero components up to a rank."""
+    """Add components of zero up to a rank; the update stays the same."""
     more = rank - pair.rank
     B = np.pad(pair.B, ((0, 0), (0, more)))
     A = np.pad(pair.A, ((0, more), (0, 0)))
@@ -128,7 +157,7 @@ def require_low_rank(delta: Delta) -> None:
 
 
 def _rounded(values: Matrix, dtype: str, name: str) -> tuple[Matrix, Matrix]:
-    """The bits of a dtype, to nearest even, and what they stand for in float64.
+    """Round to a dtype, to nearest even; return its bits, and what they stand for in float64.
 
     Raises:
         ExportError: a factor is beyond the dtype's range.

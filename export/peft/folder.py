@@ -1,4 +1,4 @@
-"""The files of a PEFT LoRA adapter: what each tensor and each module is called, and its settings.
+"""Write the files of a PEFT LoRA adapter: keys, shapes and settings.
 
 alpha equals r everywhere, and by default all targets have one rank: PEFT, vLLM and llama.cpp
 disagree on what a rank pattern does to the scale, and so there is nothing to disagree about.
@@ -27,7 +27,15 @@ from kilodelta.models.layer_names import owner
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterPlan:
-    """Where everything goes: the targets' modules and kinds by tensor name, and the extras."""
+    """Where everything goes: the targets' modules and kinds by tensor name, and the extras.
+
+    Attributes:
+        paths: the module of each target.
+        kinds: what PEFT takes that module for.
+        targets: the delta's, by name.
+        whole: where the extras go.
+        modules: all modules of the base that own a tensor, adapted or not.
+    """
 
     paths: Mapping[str, str]
     kinds: Mapping[str, Kind]
@@ -38,6 +46,11 @@ class AdapterPlan:
 
 
 def make_plan(delta: Delta, checkpoint: Checkpoint, naming: ModuleNaming) -> AdapterPlan:
+    """Decide where each target and extra of a delta goes in an adapter.
+
+    Raises:
+        ExportError: PEFT has no place for one; it is named.
+    """
     kinds = {name: naming.kind(target) for name, target in delta.targets.items()}
     for name, kind in kinds.items():
         if kind is Kind.EMBEDDING:
@@ -54,7 +67,17 @@ def make_plan(delta: Delta, checkpoint: Checkpoint, naming: ModuleNaming) -> Ada
 def adapter_tensors(
     plan: AdapterPlan, pairs: Mapping[str, FactorPair], dtype: str, *, own_ranks: bool
 ) -> tuple[dict[str, RawTensor], dict[str, int]]:
-    """The adapter's factors by key, and the rank of each module."""
+    """Lay out the adapter's factors by key, and return the rank of each module.
+
+    Args:
+        plan: where everything goes.
+        pairs: the factors, by target.
+        dtype: that they are rounded to: F32, F16 or BF16.
+        own_ranks: keep each target's rank; else all are padded with zeros to the highest.
+
+    Returns:
+        The tensors by key, and the rank by module path.
+    """
     top = max(1, *(pair.rank for pair in pairs.values()))
     found: dict[str, RawTensor] = {}
     ranks = {}
@@ -66,7 +89,7 @@ def adapter_tensors(
 
 
 def _keyed(plan: AdapterPlan, name: str, pair: FactorPair, dtype: str) -> dict[str, RawTensor]:
-    """One target's two tensors under the names, and in the shapes, of its kind of layer."""
+    """Name and shape one target's two tensors as its kind of layer has them."""
     kind, target, start = (
         plan.kinds[name],
         plan.targets[name],
@@ -91,7 +114,7 @@ def _raw(dtype: str, values: Any) -> RawTensor:
 
 
 def stored_tensors(whole: Whole, delta: Delta, checkpoint: Checkpoint) -> dict[str, RawTensor]:
-    """The tensors of whole modules: the delta's, and the base's beside them."""
+    """Collect the tensors of whole modules by key: the delta's, and the base's beside them."""
     found = {}
     for name, key in whole.tensors.items():
         if name in delta.extras:
@@ -102,6 +125,13 @@ def stored_tensors(whole: Whole, delta: Delta, checkpoint: Checkpoint) -> dict[s
 
 
 def adapter_config(plan: AdapterPlan, ranks: Mapping[str, int], base: str) -> dict[str, Any]:
+    """Return the contents of `adapter_config.json`.
+
+    Args:
+        plan: where everything goes.
+        ranks: of each module, by path.
+        base: the base's name, or nothing.
+    """
     top = max(ranks.values())
     own = {f"^{re.escape(path)}": rank for path, rank in sorted(ranks.items()) if rank != top}
     return {
@@ -125,8 +155,10 @@ def adapter_config(plan: AdapterPlan, ranks: Mapping[str, int], base: str) -> di
 
 
 def _target_modules(paths: Sequence[str], modules: Sequence[str]) -> list[str] | str:
-    """The exact paths; as one expression where a path is also the ending of another module's, which
-    a list would choose too."""
+    """Return the exact paths, or one expression where a path also ends another module's.
+
+    PEFT matches a list by endings, and would adapt that other module as well.
+    """
     endings = tuple("." + path for path in paths)
     if any(module.endswith(endings) and module not in set(paths) for module in modules):
         return "|".join(re.escape(path) for path in paths)
@@ -134,6 +166,11 @@ def _target_modules(paths: Sequence[str], modules: Sequence[str]) -> list[str] |
 
 
 def write_folder(out: Path, config: Mapping[str, Any], tensors: Mapping[str, RawTensor]) -> int:
+    """Write an adapter's two files, in full or not at all; return the bytes of the weights.
+
+    Raises:
+        OutputError: `out` exists, or cannot be written.
+    """
     with staging.new_folder(out) as stage:
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (stage / "adapter_config.json").write_text(text, encoding="utf-8")

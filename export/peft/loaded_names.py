@@ -1,4 +1,4 @@
-"""What transformers calls the modules of a base once it is loaded, and what they are.
+"""Ask transformers what it calls the modules of a base once it is loaded, and what they are.
 
 transformers renames tensors while loading: a ViT's files say `encoder.layer.0.attention.attention
 .query`, its version 5 `layers.0.attention.q_proj`. PEFT passes over names that it does not find.
@@ -48,7 +48,7 @@ class LoadedNaming(ModuleNaming):
 
 
 def naming_as_loaded(checkpoint: Checkpoint) -> LoadedNaming:
-    """Load the base with transformers and look.
+    """Load the base with transformers, and take the names and kinds of its modules.
 
     Raises:
         InputError: the base is no folder that transformers can load.
@@ -67,5 +67,5 @@ def naming_as_loaded(checkpoint: Checkpoint) -> LoadedNaming:
 
 
 def _class(kind: type) -> str:
-    """The name of a class, or of the one that it refines and PEFT knows."""
+    """Return the name of a class, or of the nearest of its bases that PEFT knows."""
     return next((base.__name__ for base in kind.__mro__ if base.__name__ in _KINDS), kind.__name__)

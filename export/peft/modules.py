@@ -1,4 +1,4 @@
-"""Which module a target is for PEFT, read from tensor names and `config.json` alone, without torch.
+"""Read from tensor names and `config.json` which module a target is for PEFT, without torch.
 
 A safetensors file does not say whether a matrix belongs to a Linear, a Conv1D or an Embedding; PEFT
 wants another form of adapter for each. Names decide, and what they cannot decide is refused.
@@ -44,12 +44,12 @@ class ModuleNaming:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def path(self, name: str) -> str:
-        """The module that owns a tensor of the base, in the model that is adapted."""
+        """Return the module that owns a tensor of the base, in the model that is adapted."""
         module = owner(name)
         return f"{self.prefix}.{module}" if self.prefix else module
 
     def kind(self, target: Target) -> Kind:
-        """What a target's module is.
+        """Decide what a target's module is.
 
         Raises:
             ExportError: PEFT has no LoRA for it.
@@ -65,7 +65,7 @@ class ModuleNaming:
         return self.matrix_kind(target)
 
     def matrix_kind(self, target: Target) -> Kind:
-        """What the module of a two-dimensional weight is."""
+        """Decide what the module of a two-dimensional weight is."""
         if self._is_embedding(target.name):
             return Kind.EMBEDDING
         return (
@@ -91,7 +91,7 @@ class ModuleNaming:
             )
 
     def is_tied(self, name: str, checkpoint: Checkpoint) -> bool:
-        """Whether it is the input embedding of a language model whose output layer is the same."""
+        """Return whether it is a language model's input embedding and its output layer."""
         shape = checkpoint.info(name).shape if name in checkpoint else ()
         if len(shape) != 2 or shape[0] != self.config.get("vocab_size") or not self._ties():
             return False
@@ -104,7 +104,7 @@ class ModuleNaming:
 
 
 def refused(name: str, why: str) -> ExportError:
-    """The error of a tensor that PEFT has no place for."""
+    """Make the error of a tensor that PEFT has no place for; `why` follows "it"."""
     return ExportError(
         f"{name} cannot travel in a PEFT adapter: it {why}",
         fix="kilodelta merge writes the whole model, whatever its layers",
@@ -115,7 +115,7 @@ def refused(name: str, why: str) -> ExportError:
 class Whole:
     """What an adapter stores whole: modules with all their tensors, and biases of its targets.
 
-    `tensors` goes from the tensor's name at home to the key it has in the adapter.
+    `tensors` maps each tensor's name in the base or the delta to its key in the adapter.
     """
 
     modules: tuple[str, ...]
@@ -126,7 +126,13 @@ class Whole:
 def sort_extras(
     extras: Sequence[str], targets: Sequence[str], checkpoint: Checkpoint, naming: ModuleNaming
 ) -> Whole:
-    """Where a delta's extras go.
+    """Decide where a delta's extras go: into modules that are saved whole, or as biases of targets.
+
+    Args:
+        extras: names of the delta's extras.
+        targets: names of its targets.
+        checkpoint: the base.
+        naming: what the base's modules are called in the model that is adapted.
 
     Raises:
         ExportError: PEFT has no place for one; it is named.
@@ -154,7 +160,7 @@ def sort_extras(
 def _module_paths(
     names: Iterable[str], checkpoint: Checkpoint, naming: ModuleNaming
 ) -> Mapping[str, str]:
-    """All modules with tensors, and their paths; the prefix is the base's, not a new head's."""
+    """Map every module that owns tensors to its path; only the base's get the prefix."""
     home = {owner(name): naming.path(name) for name in checkpoint.names}
     return {owner(name): home.get(owner(name), owner(name)) for name in names}
 
@@ -165,7 +171,7 @@ def _check_bias(name: str, checkpoint: Checkpoint) -> None:
 
 
 def _check_module(name: str, paths: Mapping[str, str]) -> None:
-    """Whether the module of an extra can be saved whole, and alone."""
+    """See that the module of an extra can be saved whole, and alone."""
     module = owner(name)
     if not module:
         raise refused(name, "belongs to no module")

@@ -1,6 +1,6 @@
-"""The nearest update of low rank, for deltas that have none.
+"""Find the nearest update of low rank, for deltas that have none.
 
-Source: small matrices by LAPACK, large ones by a randomised block Krylov method, near-optimal also
+Source: small matrices by LAPACK, large ones by a randomised block Krylov method, near-optimal even
 where singular values fall slowly (Musco and Musco, https://arxiv.org/abs/1504.05477).
 """
 
@@ -22,9 +22,13 @@ SPARE = 8
 
 
 def truncated(matrix: Matrix, rank: int) -> tuple[Matrix, Matrix]:
-    """left (D, r) and right (r, d), float64, whose product is nearly the best of that rank.
+    """Compute left (D, r) and right (r, d), float64, whose product is nearly the best of that rank.
 
-    The singular values are shared evenly by the two.
+    Each singular value is shared evenly by the two.
+
+    Args:
+        matrix: float64 (D, d).
+        rank: of the product, or less where the matrix has less.
     """
     rank = min(rank, *matrix.shape)
     whole = min(matrix.shape) <= max(SMALL, (STEPS + 1) * (rank + SPARE))

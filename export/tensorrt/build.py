@@ -1,4 +1,4 @@
-"""Building TensorRT engines, by one module for `tensorrt` and `tensorrt_rtx`.
+"""Build TensorRT engines, by one module for `tensorrt` and `tensorrt_rtx`.
 
 Networks are strongly typed: the precision is the ONNX file's. TF32 is off unless asked for, so
 that float32 means float32.

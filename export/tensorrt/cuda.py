@@ -56,19 +56,19 @@ class Driver:
             raise CudaError(f"{function} failed: {self._explain(code)}")
 
     def version(self) -> tuple[int, int]:
-        """The newest CUDA that the driver supports, as (major, minor)."""
+        """Return the newest CUDA that the driver supports, as (major, minor)."""
         value = ctypes.c_int()
         self.call("cuDriverGetVersion", ctypes.byref(value))
         return value.value // 1000, value.value % 1000 // 10
 
     def gpus(self) -> tuple[Gpu, ...]:
-        """Every device that is visible to this process."""
+        """List the devices that are visible to this process."""
         count = ctypes.c_int()
         self.call("cuDeviceGetCount", ctypes.byref(count))
         return tuple(self._gpu(index) for index in range(count.value))
 
     def handle(self, index: int) -> ctypes.c_int:
-        """The driver's handle of a device."""
+        """Return the driver's handle of a device."""
         device = ctypes.c_int()
         self.call("cuDeviceGet", ctypes.byref(device), index)
         return device
@@ -132,18 +132,18 @@ class Stream:
         return self._stream.value or 0
 
     def wait(self) -> None:
-        """Until everything that was set off on the stream has ended."""
+        """Wait until everything that was started on the stream has ended."""
         self._driver.call("cuStreamSynchronize", self._stream)
 
     def allocate(self, nbytes: int) -> int:
-        """The address of fresh device memory; an empty tensor gets an address of its own too."""
+        """Allocate device memory and return its address; an empty tensor has one as well."""
         buffer = ctypes.c_uint64()
         self._driver.call("cuMemAlloc_v2", ctypes.byref(buffer), _size(max(nbytes, 1)))
         self._buffers.append(buffer)
         return buffer.value
 
     def upload(self, array: NDArray[Any]) -> int:
-        """Copy a C-contiguous array to the device; its address there."""
+        """Copy a C-contiguous array to the device; return its address there."""
         address = self.allocate(array.nbytes)
         if array.nbytes:
             self._driver.call(
@@ -170,7 +170,7 @@ class Stream:
 
 @functools.cache
 def driver() -> Driver:
-    """The one driver of this process.
+    """Return this process's only driver, started when first asked for.
 
     Raises:
         CudaError: no driver is installed, or it does not start.
@@ -179,7 +179,7 @@ def driver() -> Driver:
 
 
 def present() -> str | None:
-    """The compute capability of the first GPU, such as `sm89`; None without a GPU or driver."""
+    """Return the compute capability of the first GPU, such as `sm89`, or None."""
     try:
         gpus = driver().gpus()
     except CudaError:

@@ -1,4 +1,4 @@
-"""TensorRT's talk: one logger for the process, as TensorRT wants it, that keeps the errors."""
+"""Keep what TensorRT logs as errors: one logger for the process, which is all that it takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @functools.cache
 def logger(trt: Any) -> Any:
-    """The process's logger of one flavour. Its `errors` is a list, emptied by its users."""
+    """Return the process's logger of one flavour. Its `errors` is a list that its users empty."""
 
     class Errors(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -28,8 +28,10 @@ def logger(trt: Any) -> Any:
 
 @contextmanager
 def clean_stdout() -> Iterator[None]:
-    """What the compiler below TensorRT prints to the process's stdout goes to stderr instead:
-    stdout carries results."""
+    """Send to stderr what the compiler below TensorRT prints to the process's stdout.
+
+    stdout carries results. The file descriptor is exchanged, because that compiler is no Python.
+    """
     sys.stdout.flush()
     kept = os.dup(1)
     try:

@@ -33,7 +33,7 @@ class Network:
         return tuple(self.network.get_input(i).name for i in range(self.network.num_inputs))
 
     def profile(self, shapes: Profile) -> Any:
-        """An optimisation profile.
+        """Make an optimisation profile.
 
         Raises:
             ExportError: the network has other inputs.
@@ -85,6 +85,6 @@ def _refused(trt: Any, onnx: Path, parser: Any) -> ExportError:
 
 
 def _told(error: Any) -> str:
-    """One of the parser's errors: its code, the node and operator where there is one, the text."""
+    """Describe one of the parser's errors: code, node and operator if there is one, text."""
     node = f" at node {error.node_name()} ({error.node_operator()})" if error.node_name() else ""
     return f"{error.code().name}{node}: {error.desc()}"

@@ -1,4 +1,4 @@
-"""Optimisation profiles: at which sizes of its axes a model will be used."""
+"""Make optimisation profiles: the sizes of its axes at which a model will be used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ LONGEST = 512
 def profile_for(
     loaded: LoadedModel, inputs: Sequence[Port], by_hand: Mapping[str, Sizes]
 ) -> Profile:
-    """The shapes of every input: by hand where an axis is named there, else from the model.
+    """Return the shapes of every input: by hand where its axis is named, else from the model.
+
+    Args:
+        loaded: the model, for its largest number of tokens.
+        inputs: of the graph, with the names of axes that vary.
+        by_hand: smallest, usual and largest size by axis.
 
     Raises:
         InputError: an axis that no input has, or more tokens than the model has positions.

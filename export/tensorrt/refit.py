@@ -212,6 +212,6 @@ class RefitEngine:
 
 
 def warnings(trt: Any) -> tuple[str, ...]:
-    """What is known against refitting with this TensorRT."""
+    """List what is known to go wrong when this TensorRT refits."""
     affected = trt.__name__ == CLASSIC and trt.__version__.split(".")[:2] == ["11", "3"]
     return (GEMM_BIAS,) if affected else ()

@@ -49,7 +49,15 @@ class Values:
         require_result(delta, {n: raw_digest(n, self._tuned[n]) for n in delta.targets})
 
     def get(self, name: str, dtype: str, count: int) -> Bytes:
-        """A weight's raw bytes, as an engine holds it.
+        """Return a weight's raw bytes, as an engine holds it.
+
+        Args:
+            name: of the weight.
+            dtype: the engine's, by its safetensors name.
+            count: the engine's number of elements.
+
+        Returns:
+            uint8 (n,).
 
         Raises:
             ExportError: it does not fit the engine.

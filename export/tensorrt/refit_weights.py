@@ -1,4 +1,4 @@
-"""Handing weights to a TensorRT refitter, by name, until it misses none."""
+"""Hand weights to a TensorRT refitter, by name, until it misses none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class DeviceStream(Protocol):
         """The stream as the integer that other libraries take."""
 
     def upload(self, array: Bytes) -> int:
-        """Copy an array to the device; its address there."""
+        """Copy an array to the device; return its address there."""
 
 
 def hand_over(
@@ -27,8 +27,15 @@ def hand_over(
 ) -> list[Bytes]:
     """Set all of `names`, then whatever the refitter misses beside them.
 
+    Args:
+        trt: the TensorRT module.
+        refitter: of the engine.
+        values: the weights.
+        names: those to set first.
+        stream: where to upload the weights; None leaves them in host memory.
+
     Returns:
-        host memory that TensorRT reads until the refit is over.
+        Host memory that TensorRT reads until the refit is over.
 
     Raises:
         ExportError: a weight is refused, or stays missing after it was set.

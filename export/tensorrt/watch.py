@@ -1,7 +1,7 @@
-"""Progress of an engine build, and a Ctrl-C that ends it.
+"""Report the progress of an engine build, and let Ctrl-C end it.
 
 TensorRT calls its `IProgressMonitor` back from C++, where no Python exception may pass. So the
-build runs on a thread of its own, and the main one waits, open to Ctrl-C.
+build runs on a separate thread, and the main one waits, open to Ctrl-C.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Watch:
 
 
 def monitor(trt: Any, watch: Watch) -> Any:
-    """TensorRT's side of a watch."""
+    """Make TensorRT's side of a watch."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:

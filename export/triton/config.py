@@ -30,10 +30,14 @@ MODEL_FILES = {"onnx": "model.onnx", "engine": "model.plan"}
 
 
 def config(name: str, artefact: Artefact) -> str:
-    """The text of `config.pbtxt`.
+    """Write the text of `config.pbtxt`.
 
     A model whose inputs and outputs all begin with the batch is batched by the server, up to the
     profile's largest batch and preferably in its usual one; any other takes requests as they are.
+
+    Args:
+        name: of the model in the repository.
+        artefact: the ONNX file or engine that it serves.
     """
     largest = _largest_batch(artefact)
     lines = [
@@ -82,5 +86,5 @@ def _dims(shape: tuple[int | str, ...]) -> list[str]:
 
 
 def _text(value: str) -> str:
-    """A protobuf text literal: JSON's escapes are among its own."""
+    """Return a protobuf text literal: JSON's escapes are among its own."""
     return json.dumps(value, ensure_ascii=False)

@@ -151,6 +151,6 @@ def _add(source: Path, model: Path, artefact: Artefact) -> Served:
 
 
 def _versions(model: Path) -> list[Path]:
-    """The numbered folders, which are all that Triton looks at."""
+    """List the numbered folders, which are all that Triton looks at."""
     places = model.iterdir() if model.is_dir() else ()
     return [place for place in places if place.name.isdecimal() and place.is_dir()]

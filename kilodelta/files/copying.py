@@ -1,4 +1,6 @@
-"""Bytes from file to file: by the kernel, which shares or moves them unseen, where it can."""
+"""Copy byte ranges between files with `copy_file_range` (which may share extents); fall back to
+pread and pwrite.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,16 @@ def pwrite(descriptor: int, data: memoryview, position: int) -> None:
 
 
 def copy_range(source: int, target: int, count: int, read: int, write: int) -> int:
-    """Copy at most `count` bytes between open files; the bytes copied, 0 at the source's end.
+    """Copy bytes between open files; return how many, 0 at the source's end.
 
     On file systems that can (Btrfs, XFS) the two files then share the blocks.
+
+    Args:
+        source: a descriptor to read from.
+        target: a descriptor to write to.
+        count: bytes, at most.
+        read: the position in `source`.
+        write: the position in `target`.
     """
     if hasattr(os, "copy_file_range"):
         try:
@@ -36,7 +45,7 @@ def copy_range(source: int, target: int, count: int, read: int, write: int) -> i
 
 
 def pread(path: Path, begin: int, nbytes: int) -> npt.NDArray[np.uint8]:
-    """A part of a file, read into memory of its own: mapped pages would stay counted as ours.
+    """Read a part of a file into memory, uint8 (n,); pages of a mapping would count as ours.
 
     Raises:
         CheckpointError: it cannot be read, or ends too soon.

@@ -117,7 +117,14 @@ def lines(
 
 
 def bars(labels: Sequence[str], values: Sequence[float], *, x: str, alt: str) -> str:
-    """Draw one horizontal bar for each label, its value written beside it; return the SVG."""
+    """Draw one horizontal bar for each label, its value written beside it; return the SVG.
+
+    Args:
+        labels: from top to bottom.
+        values: one for each label.
+        x: what the values are.
+        alt: what the picture shows, for who cannot see it.
+    """
     with _figure(4.7, 0.5 + 0.36 * len(labels) + 0.4) as (fig, axes):
         places = range(len(labels))
         axes.barh(places, values, color=SERIES[0], height=0.62)

@@ -79,7 +79,14 @@ def read(adapter: Adapter, options: ReadOptions) -> ParsedAdapter:
 def update(
     form: PeftRandLora, q: dict[str, Floats], basis: Basis, shape: tuple[int, int]
 ) -> Floats:
-    """Compute PEFT's `get_delta_weight`, float64 (out, in)."""
+    """Compute PEFT's `get_delta_weight`, float64 (out, in).
+
+    Args:
+        form: rank, alpha and basis of the adapter.
+        q: `lambda` (n, r) and `gamma` (n, min(out, in)).
+        basis: A (r, m) and B (M, n, r), shared by all layers and cut to this one.
+        shape: (out, in).
+    """
     A, B = (part.astype(np.float64) for part in basis)
     n, small = q["gamma"].shape
     L = q["lambda"].astype(np.float64)[:, :, None] * A[:, None, :small] * q["gamma"]

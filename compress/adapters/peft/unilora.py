@@ -85,7 +85,14 @@ def read(adapter: Adapter, options: ReadOptions) -> ParsedAdapter:
 
 
 def update(scaled: Floats, indices: Indices, rank: int, shape: Shape) -> Floats:
-    """Compute PEFT's `get_delta_weight`, float64 (out, in)."""
+    """Compute PEFT's `get_delta_weight`, float64 (out, in).
+
+    Args:
+        scaled: the shared vector times each place's norm, float64 (k,).
+        indices: places in the vector, A's (r, in) before B's (out, r), flat; more may follow.
+        rank: r.
+        shape: (out, in).
+    """
     middle = rank * shape[1]
     A = scaled[indices[:middle]].reshape(rank, shape[1])
     B = scaled[indices[middle : middle + rank * shape[0]]].reshape(shape[0], rank)
