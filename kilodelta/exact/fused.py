@@ -63,7 +63,16 @@ def merge_f32(left, right, weights, factor, scale, out):  # type: ignore[no-unty
 
 @kernel
 def merge_bf16(left, right, weights, factor, scale, out):  # type: ignore[no-untyped-def]
-    """Do what `merge_f32` does, for bfloat16 as uint16; the arguments are the same."""
+    """Compute what `merge_f32` computes, for bfloat16 as uint16.
+
+    Args:
+        left: float64 (rows, K), integers.
+        right: float64 (K, d), integers, contiguous.
+        weights: bfloat16 bits, uint16 (rows, d).
+        factor: C, float64.
+        scale: 2^e, float32.
+        out: uint16 (rows, d).
+    """
     bad, buffer = np.uint32(0), np.empty(TILE)
     for start in range(0, right.shape[1], TILE):
         stop = min(right.shape[1], start + TILE)
@@ -76,7 +85,16 @@ def merge_bf16(left, right, weights, factor, scale, out):  # type: ignore[no-unt
 
 @kernel
 def merge_f16(left, right, weights, factor, scale, out):  # type: ignore[no-untyped-def]
-    """Do what `merge_f32` does, for float16 as uint16; the arguments are the same."""
+    """Compute what `merge_f32` computes, for float16 as uint16.
+
+    Args:
+        left: float64 (rows, K), integers.
+        right: float64 (K, d), integers, contiguous.
+        weights: float16 bits, uint16 (rows, d).
+        factor: C, float64.
+        scale: 2^e, float32.
+        out: uint16 (rows, d).
+    """
     bad, buffer = np.uint32(0), np.empty(TILE)
     for start in range(0, right.shape[1], TILE):
         stop = min(right.shape[1], start + TILE)

@@ -94,7 +94,15 @@ def _place(start, row, column, columns, ys, xs):  # type: ignore[no-untyped-def]
 
 @kernel
 def draw(k0, k1, role, row, column, block, out):  # type: ignore[no-untyped-def]
-    """Draw a box of words: `out` uint32 (rows, columns, blocks, 4) from (row, column, block) on."""
+    """Draw a box of words from (row, column, block) on.
+
+    Args:
+        k0, k1: the seed's low and high word, uint32.
+        role: of the bases, the counter's last word.
+        row, column: the first coordinate, the counter's first two words.
+        block: the first block, the counter's third word.
+        out: uint32 (rows, columns, blocks, 4).
+    """
     rows, columns, blocks, _ = out.shape
     keys = _schedule(k0, k1)
     for i in range(rows):
@@ -116,9 +124,13 @@ def mix(k0, k1, role, row, column, planes, flips, totals, out):  # type: ignore[
     for each bit plane p of the magnitudes 2^p times a population count.
 
     Args:
+        k0, k1: the seed's low and high word, uint32.
+        role: of the bases, the counter's last word.
+        row, column: the first coordinate, the counter's first two words.
         planes: uint32 (n, P, blocks, 4), bit i of a block set where |q_i| has bit p.
         flips: uint32 (n, blocks, 4), bit i set where q_i is negative.
         totals: int64 (n,), sum |q_i|, below 2^32.
+        out: int64 (n, rows, columns).
     """
     keys = _schedule(k0, k1)
     flat = out.reshape(out.shape[0], -1)
@@ -138,7 +150,7 @@ def mix(k0, k1, role, row, column, planes, flips, totals, out):  # type: ignore[
         for t in range(out.shape[0]):
             acc, line = sums[t][:n], flat[t][start : start + n]
             for j in range(n):
-                line[j] = totals[t] - 2 * np.int64(acc[j])
+                line[j] = totals[t] - 2 * np.int64(acc[j])  # twice a uint32 may pass 2^32
 
 
 @kernel
@@ -159,10 +171,14 @@ def _count(w0, w1, w2, w3, mask, flip, shift, acc):  # type: ignore[no-untyped-d
 
 @kernel
 def signs(k0, k1, role, row, column, values, out):  # type: ignore[no-untyped-def]
-    """Compute `out` (rows, columns, n) = values[j, column + .] S_j[row + ., .] for sign bases.
+    """Compute values[j, column + .] S_j[row + ., .] for sign bases S_j.
 
-    `values` is (n, all columns); `out` and `values` share a signed integer type, which holds -value
-    as well.
+    Args:
+        k0, k1: the seed's low and high word, uint32.
+        role: of the bases, the counter's last word.
+        row, column: the first coordinate, the counter's first two words.
+        values: signed integers (n, all columns).
+        out: (rows, columns, n), of the same type, which holds -value as well.
     """
     rows, columns, n = out.shape
     keys = _schedule(k0, k1)
@@ -181,7 +197,16 @@ def signs(k0, k1, role, row, column, values, out):  # type: ignore[no-untyped-de
 
 @kernel
 def ternary(k0, k1, role, row, column, sparsity, values, out):  # type: ignore[no-untyped-def]
-    """Do the same for ternary bases: words below floor(2^32 / 2s) are -1, as many on top +1."""
+    """Do the same for ternary bases: words below floor(2^32 / 2s) are -1, as many on top +1.
+
+    Args:
+        k0, k1: the seed's low and high word, uint32.
+        role: of the bases, the counter's last word.
+        row, column: the first coordinate, the counter's first two words.
+        sparsity: s; one entry in s is not zero.
+        values: signed integers (n, all columns).
+        out: (rows, columns, n), of the same type.
+    """
     rows, columns, n = out.shape
     keys = _schedule(k0, k1)
     edge = np.uint64((np.uint64(1) << _32) // np.uint64(2 * sparsity))
@@ -200,7 +225,16 @@ def ternary(k0, k1, role, row, column, sparsity, values, out):  # type: ignore[n
 
 @kernel
 def pick(k0, k1, role, row, column, block, theta, out):  # type: ignore[no-untyped-def]
-    """Draw signed picks: `out` (rows, columns) is theta[(w0 k) >> 32], negated where w1 is odd."""
+    """Draw signed picks: theta[(w0 k) >> 32], negated where w1 is odd.
+
+    Args:
+        k0, k1: the seed's low and high word, uint32.
+        role: of the bases, the counter's last word.
+        row, column: the first coordinate, the counter's first two words.
+        block: the counter's third word: the target's index.
+        theta: signed integers (k,).
+        out: (rows, columns), of the same type.
+    """
     rows, columns = out.shape
     keys = _schedule(k0, k1)
     k = np.uint64(theta.size)

@@ -47,7 +47,15 @@ def add_f32(weights, numbers, factor, scale, out):  # type: ignore[no-untyped-de
 
 @kernel
 def add_bf16(weights, numbers, factor, scale, out):  # type: ignore[no-untyped-def]
-    """Do what `add_f32` does, for bfloat16 as uint16; the arguments are the same."""
+    """Do what `add_f32` does, for bfloat16 as uint16.
+
+    Args:
+        weights: bfloat16 bits, uint16 (n,).
+        numbers: dQ, integers of any type that holds them, (n,).
+        factor: C, float64.
+        scale: 2^e, float32.
+        out: uint16 (n,).
+    """
     bad = np.uint32(0)
     for j in range(out.size):
         w = np.uint32(np.uint32(weights[j]) << _16).view(np.float32)
@@ -65,6 +73,7 @@ def add_bf16(weights, numbers, factor, scale, out):  # type: ignore[no-untyped-d
 @kernel
 def from_half(half):  # type: ignore[no-untyped-def]
     """Widen float16 bits to float32; infinity and NaN come out as infinity."""
+    # Subnormal float16 are multiples of 2^-24, which float32 holds as normal numbers.
     magnitude = np.uint32(half & np.uint32(0x7FFF))
     normal = np.uint32(np.uint32(magnitude << _13) + _HALF_BIAS).view(np.float32)
     small = np.float32(np.float32(magnitude) * np.float32(2.0**-24))
@@ -84,13 +93,22 @@ def to_half(value):  # type: ignore[no-untyped-def]
     normal = np.uint32(np.uint32(np.uint32(size - _HALF_BIAS) + round_) >> _13)
     units = np.float32(np.uint32(size).view(np.float32) * np.float32(2.0**24))
     small = np.uint32(np.float32(units + _MAGIC).view(np.uint32) - _MAGIC_BITS)
+    # Subnormals: in units of 2^-24, adding 2^23 leaves the rounded count in the low mantissa bits.
     half = small if size < _HALF_MIN else min(normal, np.uint32(0x7C00))
     return np.uint32(half | sign)
 
 
 @kernel
 def add_f16(weights, numbers, factor, scale, out):  # type: ignore[no-untyped-def]
-    """Do what `add_f32` does, for float16 as uint16; the arguments are the same."""
+    """Do what `add_f32` does, for float16 as uint16.
+
+    Args:
+        weights: float16 bits, uint16 (n,).
+        numbers: dQ, integers of any type that holds them, (n,).
+        factor: C, float64.
+        scale: 2^e, float32.
+        out: uint16 (n,).
+    """
     bad = np.uint32(0)
     for j in range(out.size):
         w = from_half(np.uint32(weights[j]))

@@ -4,6 +4,10 @@ For each folder its files; over all product files the median and 90th percentile
 function lengths, the share of comment lines, the share of public functions with four or more
 parameters whose docstring has `Args:`, file and class names that occur more than once, and import
 circles. ROOT is the repository by default; another checkout can be given for comparison.
+
+Public is what a caller can reach: no functions inside of functions. A method without a docstring
+has that of the class which it overrides, as `inspect.getdoc` gives it. Commands of the command line
+are left out, because their docstring is what `--help` prints, and their options explain themselves.
 """
 
 from __future__ import annotations
@@ -13,8 +17,8 @@ import io
 import sys
 import tokenize
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -103,30 +107,92 @@ def import_graph(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Function:
-    """One function or method: where it is, its lines, parameters and docstring."""
+    """One function or method: where it is, its lines, parameters and docstring.
+
+    Attributes:
+        place: its module.
+        owner: its class, or nothing.
+        bases: that class's, by their last names.
+        name: its own.
+        lines: from `def` to its end.
+        parameters: without `self` and `cls`.
+        doc: its docstring, or nothing.
+        public: whether a caller can reach it.
+        command: whether the command line calls it.
+    """
 
     place: str
+    owner: str
+    bases: tuple[str, ...]
     name: str
     lines: int
     parameters: int
     doc: str
     public: bool
+    command: bool
 
 
-def functions(name: str, tree: ast.Module) -> Iterator[Function]:
+def functions(place: str, tree: ast.Module) -> Iterator[Function]:
     """Yield every function of a module, nested ones and methods included."""
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            given = node.args
-            names = [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
-            yield Function(
-                place=name,
-                name=node.name,
-                lines=(node.end_lineno or node.lineno) - node.lineno + 1,
-                parameters=len([n for n in names if n not in ("self", "cls")]),
-                doc=ast.get_docstring(node) or "",
-                public=not node.name.startswith("_"),
-            )
+    pending: list[tuple[ast.AST, ast.ClassDef | None, bool]] = [(tree, None, False)]
+    while pending:
+        parent, owner, inside = pending.pop()
+        for node in ast.iter_child_nodes(parent):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield _function(place, node, owner, nested=inside)
+                pending.append((node, None, True))
+            elif isinstance(node, ast.ClassDef):
+                pending.append((node, node, inside))
+            else:
+                pending.append((node, owner, inside))
+
+
+def _function(
+    place: str,
+    node: ast.FunctionDef | ast.AsyncFunctionDef,
+    owner: ast.ClassDef | None,
+    *,
+    nested: bool,
+) -> Function:
+    given = node.args
+    names = [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    bases = [] if owner is None else [ast.unparse(base) for base in owner.bases]
+    return Function(
+        place=place,
+        owner="" if owner is None else owner.name,
+        bases=tuple(base.partition("[")[0].rpartition(".")[2] for base in bases),
+        name=node.name,
+        lines=(node.end_lineno or node.lineno) - node.lineno + 1,
+        parameters=len([n for n in names if n not in ("self", "cls")]),
+        doc=ast.get_docstring(node) or "",
+        public=not node.name.startswith("_") and not nested,
+        command=any("command" in ast.unparse(one) for one in node.decorator_list),
+    )
+
+
+def lists_arguments(one: Function, everything: Sequence[Function]) -> bool:
+    """Return whether a function's docstring, or the one that it inherits, has `Args:`."""
+    if "Args:" in one.doc:
+        return True
+    overridden = [
+        other
+        for other in everything
+        if other.owner in one.bases and other.name == one.name and other != one
+    ]
+    if overridden:
+        return any(lists_arguments(other, everything) for other in overridden)
+    parents = {base for other in everything if other.owner in one.bases for base in other.bases}
+    return bool(parents) and lists_arguments(replace(one, bases=tuple(parents)), everything)
+
+
+def silent_about_arguments(everything: Sequence[Function], most: int = 3) -> list[str]:
+    """Return the public functions of more than `most` parameters that do not list them."""
+    return [
+        f"{one.place}: {one.owner}.{one.name}" if one.owner else f"{one.place}: {one.name}"
+        for one in everything
+        if one.public and not one.command and one.parameters > most
+        if not lists_arguments(one, everything)
+    ]
 
 
 def comment_share(text: str) -> float:
@@ -153,7 +219,8 @@ def report(root: Path = ROOT) -> str:
     found = [f for name, tree in trees.items() for f in functions(name, tree)]
     lines = sorted(text.count("\n") for text in texts.values())
     lengths = [f.lines for f in found]
-    many = [f for f in found if f.public and f.parameters >= 4]
+    many = [f for f in found if f.public and not f.command and f.parameters >= 4]
+    silent = silent_about_arguments(found)
     public = [f for f in found if f.public]
     classes = [
         node.name
@@ -173,7 +240,7 @@ def report(root: Path = ROOT) -> str:
         f"comment lines: {100 * comments / code:.1f} %",
         f"public functions with a docstring: {sum(bool(f.doc) for f in public)} of {len(public)}",
         f"of {len(many)} public functions with 4 or more parameters,"
-        f" {sum('Args:' in f.doc for f in many)} have Args:",
+        f" {len(many) - len(silent)} have Args:; not {silent or 'one is left'}",
         f"file names that occur more than once: {repeated([p.name for p in files])}",
         f"public class names that occur more than once: {repeated(classes)}",
         f"import circles: {circles(import_graph(trees)) or 'none'}",

@@ -62,8 +62,8 @@ class Measures:
 class Comparison(ABC):
     """One kind's loss and measures.
 
-    All methods take (student, teacher, weights): (rows, ..., width) twice, and (rows, ...) with 1
-    where a position counts.
+    All methods take (student, teacher, weights): outputs (rows, ..., width) twice, and (rows, ...)
+    with 1 where a position counts.
     """
 
     counts: ClassVar[str]
@@ -73,7 +73,14 @@ class Comparison(ABC):
     def loss(
         self, student: Tensor, teacher: Tensor, weights: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Compute the loss to train on, ()."""
+        """Compute the loss to train on, ().
+
+        Args:
+            student: the student's output, (rows, ..., width).
+            teacher: the teacher's, of the same shape.
+            weights: (rows, ...), 1 where a position counts.
+            generator: draws what a loss draws.
+        """
 
     @abstractmethod
     def sums(self, student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:

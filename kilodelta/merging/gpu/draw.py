@@ -2,7 +2,14 @@
 
 A low-rank factor is int32 (rank, lines), where lines are the rows or the columns of the weights;
 RandLoRA's is int8 (lines, width), element rho * n + j of a line for rank rho and base j.
-`first` is the first line. No basis is ever in memory.
+No basis is ever in memory. All kernels share these arguments:
+
+- `out`: the factor, or the part of it from line `first` on;
+- `k0, k1, role`: the seed's words, low first, and the bases' role;
+- `first, lines, rank`: the first line, how many, and the rank;
+- `ROWS`: lines are rows of the basis, else its columns;
+- `TILE`: entries (or lines) that one program computes;
+- `edge, top`: of the ternary basis: below `edge` an entry is -1, from `top` on +1.
 """
 
 from __future__ import annotations
@@ -23,7 +30,12 @@ def mixed(
 ):  # fmt: skip
     """Sum sign bases: sum |q| - 2 sum |q| (bit ^ negative), each bit plane of |q| by counting bits.
 
-    `planes` is uint32 (bits, blocks, 4), `flips` (blocks, 4), as for the numba kernel.
+    Args:
+        planes: uint32 (bits, blocks, 4), as for the numba kernel.
+        flips: uint32 (blocks, 4), bit i set where q_i is negative.
+        total: sum |q|, below 2^31.
+        blocks, bits: sizes of `planes`.
+        out, k0, k1, role, first, lines, rank, ROWS, TILE: see above.
     """
     at = tl.program_id(0) * TILE + tl.arange(0, TILE)
     row, column = place(at % lines + first, at // lines, ROWS)
@@ -39,6 +51,7 @@ def mixed(
             count = popcount(w0 & tl.load(mask)) + popcount(w1 & tl.load(mask + 1))
             count += popcount(w2 & tl.load(mask + 2)) + popcount(w3 & tl.load(mask + 3))
             total_set += count << p
+    # Twice the count may pass 2^31; as int32 it is right modulo 2^32, and so is the difference.
     twice = (total_set << 1).to(tl.int32, bitcast=True)
     tl.store(out + at, total - twice, mask=at < lines * rank)
 
@@ -48,7 +61,13 @@ def signed(
     out, over_rank, over_lines, k0, k1, role, first, lines, rank,
     ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Multiply sign basis 0 by a number for each rank and one for each line (VeRA)."""
+    """Multiply sign basis 0 by a number for each rank and one for each line (VeRA).
+
+    Args:
+        over_rank: int32 (rank,).
+        over_lines: int32 (all lines,).
+        out, k0, k1, role, first, lines, rank, ROWS, TILE: see above.
+    """
     at = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = at < lines * rank
     row, column = place(at % lines + first, at // lines, ROWS)
@@ -63,11 +82,22 @@ def picked(
     out, theta, k, anchor, k0, k1, role, anchor_role, index, first, lines, rank,
     ROWS: tl.constexpr, ANCHORED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Pick signed numbers from a vector of k, and add a multiple of sign basis 0 (Uni-LoRA)."""
+    """Pick signed numbers from a vector, and add a multiple of sign basis 0 (Uni-LoRA).
+
+    Args:
+        theta: int32 (k,).
+        k: its length.
+        anchor: the multiple.
+        anchor_role: the role of that basis.
+        index: the target's position among the targets.
+        ANCHORED: whether `anchor` is not zero.
+        out, k0, k1, role, first, lines, rank, ROWS, TILE: see above.
+    """
     at = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = at < lines * rank
     row, column = place(at % lines + first, at // lines, ROWS)
     word, odd, _, _ = philox(row, column, index, role, k0, k1)
+    # (word k) >> 32 scales a word to 0 .. k - 1 without a division.
     chosen = tl.umulhi(word, k + tl.zeros_like(word))
     value = tl.load(theta + chosen, mask=inside, other=0) * sign(odd, 0)
     if ANCHORED:
@@ -89,7 +119,16 @@ def large(
     out, lambda_, k0, k1, role, first, edge, top, lines, rank, n, width,
     TERNARY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Draw RandLoRA's large side, lambda_j[rho] B_j[line, rho], 128 bases j per program."""
+    """Draw RandLoRA's large side, lambda_j[rho] B_j[line, rho], 128 bases j per program.
+
+    Args:
+        lambda_: int8 (n, rank).
+        edge, top: of the ternary basis.
+        n: bases.
+        width: entries of a line of `out`, rank n rounded up.
+        TERNARY: the basis is ternary, else of signs.
+        out, k0, k1, role, first, lines, rank, TILE: see above.
+    """
     line = tl.program_id(0) * TILE + tl.arange(0, TILE)
     rho, group = tl.program_id(1), tl.program_id(2)
     at = tl.arange(0, 32)[None, :]
@@ -116,7 +155,17 @@ def small(
     out, gamma, k0, k1, role, first, edge, top, lines, all_lines, n, width,
     TERNARY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Draw RandLoRA's small side, A[rho, line] gamma_j[line], 32 bases j per program."""
+    """Draw RandLoRA's small side, A[rho, line] gamma_j[line], 32 bases j per program.
+
+    Args:
+        gamma: int8 (n, all_lines).
+        edge, top: of the ternary basis.
+        all_lines: lines of the whole factor.
+        n: bases.
+        width: entries of a line of `out`, rank n rounded up.
+        TERNARY: the basis is ternary, else of signs.
+        out, k0, k1, role, first, lines, TILE: see above.
+    """
     line = tl.program_id(0) * TILE + tl.arange(0, TILE)
     rho = tl.program_id(1)
     j = tl.program_id(2) * 32 + tl.arange(0, 32)[None, :]

@@ -30,6 +30,8 @@ def _dot(a, b, total):
     if a.dtype == tl.float64:
         total = tl.dot(a, b, total, out_dtype=tl.float64)
     else:
+        # TF32 keeps the upper 10 of 23 mantissa bits: the first product takes those, the second
+        # the 13 below; their difference is exact in float32.
         high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
         total = tl.dot(high, b, total, input_precision="tf32")
         total = tl.dot(a - high, b, total, input_precision="tf32")
@@ -41,7 +43,18 @@ def forward(
     out, coefficients, starts, sizes, k0, k1, role, targets, largest, rank, blocks,
     ROWS: tl.constexpr, TYPE: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """Store out[starts[t] + el] = sum_i coefficients[t, i] S_i[el] for elements el < sizes[t]."""
+    """Store out[starts[t] + el] = sum_i coefficients[t, i] S_i[el] for elements el < sizes[t].
+
+    Args:
+        out: the factors one after the other, (sum of sizes,).
+        coefficients: (targets, 128 blocks), zero beyond the bases.
+        starts, sizes: int64 (targets,): where each target's factor begins, and its entries.
+        k0, k1, role: the seed's words, low first, and the bases' role.
+        targets, largest, rank, blocks: sizes; `largest` is that of the largest factor.
+        ROWS: lines are rows of the basis, else its columns.
+        TYPE: float32 or float64.
+        BT, BE: targets and elements of a tile.
+    """
     element = tl.program_id(0) * BE + tl.arange(0, BE)
     t = tl.program_id(1) * BT + tl.arange(0, BT)
     valid = t < targets
@@ -72,6 +85,17 @@ def backward(
 
     It is sum_e g[t, e] S_i[e] over `step` elements. The parts are added afterwards in a fixed
     order, so that training is reproducible.
+
+    Args:
+        out: (parts, targets, 128 blocks).
+        gradient: of the factors, (sum of sizes,).
+        starts, sizes: int64 (targets,): where each target's factor begins, and its entries.
+        k0, k1, role: the seed's words, low first, and the bases' role.
+        step: elements of a part.
+        targets, largest, rank, blocks: sizes; `largest` is that of the largest factor.
+        ROWS: lines are rows of the basis, else its columns.
+        TYPE: float32 or float64.
+        BT, BE: targets and elements of a tile.
     """
     b, part = tl.program_id(0), tl.program_id(1)
     t = tl.program_id(2) * BT + tl.arange(0, BT)

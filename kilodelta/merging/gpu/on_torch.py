@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kilodelta.exact.bases import BLOCK, Ints
-from kilodelta.merging.gpu.unit import Bases, Draw, UpdateScale
+from kilodelta.merging.gpu.unit import Bases, Draw, Unit, UpdateScale
 
 MASK = 0xFFFFFFFF
 
@@ -35,7 +35,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     return a, b, c, d
 
 
-class TorchUnit:
+class TorchUnit(Unit):
     """A device by torch operations alone; low-rank factors are float64 holding integers."""
 
     name = "torch"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kilodelta.exact.bases import BLOCK, Ints, bit_planes
 from kilodelta.merging.gpu import variants
-from kilodelta.merging.gpu.unit import DTYPES, Bases, Draw, UpdateScale
+from kilodelta.merging.gpu.unit import DTYPES, Bases, Draw, Unit, UpdateScale
 
 
 def word(value: int) -> int:
@@ -31,7 +31,7 @@ def tiles(count: int, tile: int) -> int:
     return -(-count // tile)
 
 
-class TritonUnit:
+class TritonUnit(Unit):
     """A device by Triton kernels; factors are int32 (rank, lines) or int8 (lines, width)."""
 
     name = "triton"

@@ -15,7 +15,13 @@ _W0, _W1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
 
 @triton.jit
 def philox(row, column, block, role, k0, k1):
-    """Compute four uint32 words for each coordinate; the key's words may come as int32."""
+    """Compute four uint32 words for each coordinate.
+
+    Args:
+        row, column: tensors of one shape, the counter's first two words.
+        block, role: scalars or tensors of that shape, its last two.
+        k0, k1: the seed's words, low first; they may come as int32.
+    """
     a, b = row.to(tl.uint32), column.to(tl.uint32)
     c, d = block + tl.zeros_like(a), role + tl.zeros_like(a)
     k0, k1 = k0.to(tl.uint32, bitcast=True), k1.to(tl.uint32, bitcast=True)

@@ -82,7 +82,13 @@ class Unit(Protocol):
         """Copy a factor (rank, lines) that the CPU has computed; entries are below 2^31."""
 
     def large(self, bases: Bases, lambda_: Ints, sparsity: int) -> Draw:
-        """Draw RandLoRA's lambda_j[rho] B_j[line, rho], lambda (n, rank); sparsity 0 for signs."""
+        """Draw RandLoRA's lambda_j[rho] B_j[line, rho].
+
+        Args:
+            bases: where B comes from.
+            lambda_: integers (n, rank).
+            sparsity: of the ternary basis; 0 for signs.
+        """
 
     def small(self, bases: Bases, gamma: Ints, rank: int, sparsity: int) -> Draw:
         """Draw RandLoRA's A[rho, line] gamma_j[line].

@@ -89,7 +89,14 @@ class Fold(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, lambda_: Tensor, gamma: Tensor, A: Tensor) -> Tensor:
-        """Compute the product from lambda (n, r), gamma (n, m), A (m, r)."""
+        """Compute the product, (m, n r).
+
+        Args:
+            ctx: of autograd; keeps the three factors.
+            lambda_: (n, r).
+            gamma: (n, m).
+            A: (m, r).
+        """
         ctx.save_for_backward(lambda_, gamma, A)
         return ((A[:, None, :] * gamma.t()[:, :, None]) * lambda_).flatten(1)
 
