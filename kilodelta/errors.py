@@ -38,7 +38,7 @@ LONGEST_MESSAGE = 4000
 def printable(text: str, limit: int = LONGEST_MESSAGE, *, keep: str = "") -> str:
     r"""Return a text that is safe to print: control characters escaped, its length limited.
 
-    Escaped is whatever acts on a terminal, breaks a line or hides other text: control and format
+    Escaped is all that acts on a terminal, breaks a line or hides other text: control and format
     characters (Unicode Cc and Cf), line separators, lone surrogates and unassigned code points.
 
     Args:

@@ -26,7 +26,7 @@ def silent(event: Event) -> None:
 
 
 class StoppedError(Exception):
-    """Work was told to stop; raised inside its threads, never seen by a caller."""
+    """Work has to stop; raised inside its threads, never seen by a caller."""
 
 
 class Meter:

@@ -60,7 +60,7 @@ def print_table(
 
 
 def _cell(value: object) -> Any:
-    """A value as rich prints it: `Text`, because rich reads markup in plain strings."""
+    """Make a value `Text`, because rich reads markup in plain strings."""
     from rich.text import Text
 
     return Text(printable(str(value), CELL))

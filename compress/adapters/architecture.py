@@ -233,7 +233,7 @@ def _in_number_order(name: str) -> list[tuple[int, int, str]]:
 def _ties(module: Any, names: Mapping[str, str], base: Checkpoint) -> tuple[tuple[str, ...], ...]:
     """Group the names of one tensor in memory.
 
-    transformers 5 loads two tensors untied, whatever the configuration says, where the files hold
+    transformers 5 loads two tensors untied, against the configuration, where the files hold
     both and they differ.
     """
     groups: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""The same product in other factors, for the one that loses least when it is quantised.
+"""Write a product in other factors, choosing those that lose least when they are quantised.
 
 B A = (B R) (R^-1 A) for every invertible R. A group of coefficients has one scale, so what is lost
 depends on R; a handful is tried, and the loss of each is measured, not guessed.
@@ -41,8 +41,10 @@ def quantise_product(pair: Pair, rank: int, bits: int) -> Best:
 
 
 def candidates(pair: Pair) -> Iterator[Pair]:
-    """The factors as they are; balanced rank by rank; by singular values; and those in mixed
-    directions, which flattens what heavy tails would waste a scale on."""
+    """Yield the factors unchanged, balanced by rank, by singular values, and in mixed directions.
+
+    Mixing flattens what heavy tails would waste a scale on.
+    """
     B, A = pair
     tops = _nonzero(np.abs(B).max(axis=0)), _nonzero(np.abs(A).max(axis=1))
     yield B, A
@@ -57,8 +59,11 @@ def candidates(pair: Pair) -> Iterator[Pair]:
 
 
 def by_singular_values(B: Floats, A: Floats) -> Pair:
-    """The same product in its singular directions, of the shorter side's rank at most; the values
-    are shared evenly. Never larger than the thin factors."""
+    """Factorise the same product in its singular directions, each value shared evenly.
+
+    The rank is at most the shorter side's. QR of both factors first, so that no matrix is larger
+    than the thin factors.
+    """
     Q, R = np.linalg.qr(B)
     P, S = np.linalg.qr(A.T)
     U, s, Vt = np.linalg.svd(R @ S.T, full_matrices=False)

@@ -17,7 +17,7 @@ from kilodelta.format.quantise import Scale
 from kilodelta.format.targets import Target
 
 OLDEST = 5
-"""Numbers that a training checkpoint of kilodelta 0.1 has, whatever the method."""
+"""Numbers that a training checkpoint of kilodelta 0.1 has, for any method."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Settled:
 
 
 def choose(method: Method, widest: Method, targets: Sequence[Target], bits: int) -> Precision:
-    """Choose the finest rounding that is exact whatever the coefficients.
+    """Choose the finest rounding that is exact for all coefficients.
 
     Args:
         method: as it is trained.
@@ -65,7 +65,7 @@ def choose(method: Method, widest: Method, targets: Sequence[Target], bits: int)
 
 
 def largest_mantissa(method: Method, target: Target, bits: int) -> int:
-    """Return the largest c that keeps every update exact whatever the coefficients, at most 255.
+    """Return the largest c that keeps every update exact for all coefficients, at most 255.
 
     Args:
         method: with the largest options that training may choose.

@@ -73,7 +73,7 @@ def expand(
         delta: needs no base: the layout says what its targets are.
         layout: of the graph that the inputs are for.
         threads: cores to use; all by default.
-        progress: what is told how far the work is, in tensors.
+        progress: called with how far the work is, in tensors.
 
     Returns:
         Arrays by input name: the factors of its targets, zeros for other exposed tensors, and the

@@ -34,7 +34,7 @@ def write_adapter(
         layout: of the graph that it is for.
         path: a new file.
         version: a number of your own, which the file carries.
-        progress: what is told how far the work is.
+        progress: called with how far the work is.
 
     Raises:
         InputError: the graph has slots or required factors, or cannot take this delta.

@@ -91,7 +91,7 @@ def export_adapter(
         delta: the `.kd` file, whose name the adapter gets.
         out: a new folder, or one that this function made for the same base.
         options: how a new graph is made.
-        progress: what is told how far the work is.
+        progress: called with how far the work is.
 
     Raises:
         BaseMismatchError: `base` is another model, or `out` has another's graph.

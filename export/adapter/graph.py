@@ -5,7 +5,7 @@ binding other inputs. To y = x W the graph adds (x A) B behind the product, whic
 that a runtime fuses as it was: with factors of zeros the outputs are the base's, bit for bit.
 (Not so where a runtime folds a batch norm into a convolution: those outputs agree to rounding.)
 
-A head that the base lacks differs in every fine-tune as a whole, so its tensors become inputs too.
+A head that the base lacks differs as a whole in every fine-tune, so its tensors become inputs also.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def export_gguf(
 
 
 def _names(delta: Delta, naming: Naming) -> dict[str, str]:
-    """llama.cpp's name of every target; whatever has none is refused before any work."""
+    """Return llama.cpp's name of every target; one that has none is refused before any work."""
     if delta.extras:
         first = next(iter(delta.extras))
         raise ExportError(

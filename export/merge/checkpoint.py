@@ -69,7 +69,7 @@ def merge(
             delta says of it.
         threads: cores to use; all by default.
         device: `cpu`, or `cuda` or `cuda:N` for a GPU, whose memory need not hold the model.
-        progress: what is told how far the work is, in bytes.
+        progress: called with how far the work is, in bytes.
 
     Raises:
         BaseMismatchError: `base` is another model, and nothing is written; or it changes meanwhile.

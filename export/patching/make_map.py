@@ -52,7 +52,7 @@ def make_map(
         unused: tensors that the outputs do not depend on, where that is known
             (`Template.unused`): a delta may change them without the file's following.
         threads: cores to use; all by default.
-        progress: what is told how far the work is, in bytes.
+        progress: called with how far the work is, in bytes.
 
     Raises:
         CheckpointError: one of the two cannot be read.

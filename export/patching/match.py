@@ -52,7 +52,7 @@ def match_all(
         found: the ONNX file.
         tensors: what to look for, by name; mapped bytes are read once.
         threads: cores to use; all by default.
-        progress: what is told how far the work is, in bytes.
+        progress: called with how far the work is, in bytes.
     """
     contents = _contents(found, threads, progress)
     meter = Meter("match", sum(tensor.nbytes for tensor in tensors.values()), "B", progress)

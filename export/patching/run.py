@@ -38,7 +38,7 @@ def run(
         plan: what changes where.
         write: takes a place and its bytes, uint8 (n,); has to be thread-safe.
         threads: cores to use; all by default.
-        progress: told how far the work is, in bytes.
+        progress: called with how far the work is, in bytes.
 
     Raises:
         CheckpointError: a file is not the one that the map was made for.

@@ -59,7 +59,7 @@ def patched_weights(
         places: the map of `model`.
         base: the base checkpoint, or `write_rest`'s part of it, for what the file does not hold.
         threads: cores to use; all by default.
-        progress: told how far the work is, in bytes.
+        progress: called with how far the work is, in bytes.
 
     Raises:
         BaseMismatchError: `model` holds another base than the delta's.
@@ -129,7 +129,7 @@ def open_patched(
         options: `onnxruntime.SessionOptions` for this session alone.
         providers: execution providers, in order of preference.
         threads: cores to compute the weights with; all by default.
-        progress: told how far the work is, in bytes.
+        progress: called with how far the work is, in bytes.
 
     Raises:
         MissingPackageError: ONNX Runtime is not installed.

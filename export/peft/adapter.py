@@ -94,7 +94,7 @@ def export_peft(
         out: a new folder.
         options: how the adapter is written.
         threads: cores to use; all by default.
-        progress: told how many factors are made.
+        progress: called with how many factors are made.
 
     Raises:
         BaseMismatchError: `base` is another model.

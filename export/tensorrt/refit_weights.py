@@ -25,7 +25,7 @@ class DeviceStream(Protocol):
 def hand_over(
     trt: Any, refitter: Any, values: Values, names: Iterable[str], stream: DeviceStream | None
 ) -> list[Bytes]:
-    """Set all of `names`, then whatever the refitter misses beside them.
+    """Set all of `names`, then those that the refitter misses beside them.
 
     Args:
         trt: the TensorRT module.

@@ -58,7 +58,7 @@ def write_repository(
         folder: what `kilodelta export` wrote; its files are proved against its manifest first.
         repository: a folder, new or with models in it.
         name: of the model; by default the `.kd` file's. Where the export holds several artefacts,
-            each is a model of its own: `<name>-fp32-onnx`, `<name>-fp16-tensorrt`.
+            each is a separate model: `<name>-fp32-onnx`, `<name>-fp16-tensorrt`.
 
     Raises:
         FileError, ProofError: `folder` is no export, or its files are not what it says.

@@ -101,7 +101,7 @@ def demo(
         out: a new folder, where all files stay.
         seed: of the fine-tune and its `.kd` file.
         effort: how much to do; a few minutes on two cores by default.
-        progress: told about every stage.
+        progress: called at each stage.
 
     Raises:
         OutputError: the folder holds something already.

@@ -72,7 +72,7 @@ def make_task(
     Args:
         topics: module to class, in plain words.
         each: the most texts per class.
-        progress: told about each module.
+        progress: called at each module.
 
     Raises:
         MissingPackageError: a package is not installed.

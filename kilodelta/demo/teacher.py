@@ -72,7 +72,7 @@ def fine_tune(
         steps: training steps of 32 texts.
         max_length: tokens that texts are cut to.
         seed: decides the order of the texts.
-        progress: told about each step.
+        progress: called at each step.
     """
     model = open_model(base)
     head = embed(model, names, max_length).clone()

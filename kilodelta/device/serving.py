@@ -107,8 +107,10 @@ class Device:
         return self._sessions.get(key, lambda: self._trial(path))
 
     def _served(self) -> Session:
-        """The current fine-tune. One that is so old that it was removed while it was being opened
-        is no longer the current one: look again."""
+        """Return the current fine-tune's session.
+
+        One that was removed while it was being opened is no longer the current one: look again.
+        """
         for _ in range(_ATTEMPTS):
             name = self.state.serving.folder
             try:

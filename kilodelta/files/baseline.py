@@ -47,7 +47,7 @@ def require_base(
         cached: let remembered digests say so at first. A caller that takes this hint must hash
             what it reads later on.
         threads: cores to hash on; all by default.
-        progress: is told how many bytes are hashed.
+        progress: called with how many bytes are hashed.
 
     Raises:
         BaseMismatchError: it is another model; names the tensors that are changed, extra, missing.

@@ -41,7 +41,7 @@ class Shard:
         return self.file.path
 
     def tensor(self, entry: Entry) -> TensorBytes:
-        """The bytes of one of its tensors; nothing is read yet."""
+        """Name the bytes of one of its tensors; nothing is read yet."""
         return TensorBytes(self.file, entry.begin, entry.nbytes)
 
     @property

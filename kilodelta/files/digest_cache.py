@@ -3,7 +3,7 @@
 What is remembered is a hint and proves nothing: a file counts as unchanged while its device, inode,
 size and times are the same, and writes through a memory map alter none of these. A file that was
 touched within the last two seconds is not remembered, because a second write could leave the same
-times. The folder must be the user's own; what is in it is read like a stranger's file, and whatever
+times. The folder must be the user's own; what is in it is read like a stranger's file, and what
 is wrong with it means that the digests are computed anew.
 """
 

@@ -28,7 +28,7 @@ def digest(
         cached: take the digests remembered for a file whose device, inode, size and times are
             unchanged. That is a hint, not a proof: writes through a memory map change none of them.
         threads: cores to hash on; all by default.
-        progress: is told how many bytes are hashed.
+        progress: called with how many bytes are hashed.
 
     Raises:
         CheckpointError: the files cannot be read, or changed while they were.

@@ -137,7 +137,7 @@ def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]]) 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open the archive; whatever its reader raises becomes a sentence."""
+    """Open the archive; every error of its reader becomes a sentence."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for without end
             raise InputError(f"{path} is not a regular file", fix="give an .npz file")

@@ -74,7 +74,7 @@ def read_layout(file: SourceFile, *, limit: int = HEADER_LIMIT) -> Layout:
 
 
 def _not_one(file: SourceFile, what: str) -> KiloDeltaError:
-    """The error of a file that does not begin as safetensors files do: say what it is, if known."""
+    """Make the error of a file that does not begin as safetensors files do, with what it is."""
     kind = kind_of_file(file.path, file.read(0, min(file.size, 512)).tobytes())
     return _fault(file, what) if kind is None else file.fault(f"it is {kind.what}", fix=kind.fix)
 

@@ -1,7 +1,7 @@
 """Which tensors of a model in memory are tied: several names for one tensor.
 
 Two names are tied when their tensors start at the same address and have the same type, shape and
-strides. A transposed or shorter view of the same memory is a tensor of its own: files store its
+strides. A transposed or shorter view of the same memory is a separate tensor: files store its
 values separately.
 """
 

@@ -1,8 +1,8 @@
 """Check the fields of parsed JSON that nobody vouches for, each before it is used.
 
 `kilodelta.files.plain` reads the bytes and `kilodelta.files.canonical` parses them, both within
-limits. Every function here takes a value and what messages call it, and returns the value. Only the
-message's words are this module's: the caller turns a `FieldError` into an error of its own kind.
+limits. Every function here takes a value and what messages call it, and returns the value. The
+words alone are decided here: the caller turns a `FieldError` into its kind of file's error.
 """
 
 from __future__ import annotations

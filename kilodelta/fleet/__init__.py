@@ -2,7 +2,7 @@
 
 `schema.py` reads the file, `graph.py` makes tasks whose names are digests of everything that they
 depend on, `work.py` does one task with the library's own functions, `child.py` gives each task a
-process of its own, and `local.py`, `shard` in it, and `on_ray.py` run them. There is no scheduler
+separate process, and `local.py`, `shard` in it, and `on_ray.py` run them. There is no scheduler
 here beyond a pool of threads: resuming is running again, because what is whole is not redone.
 """
 

@@ -1,4 +1,4 @@
-"""Run one task in a process of its own: its result takes its name only when it is whole.
+"""Run one task in a separate process; its result takes its name only when it is whole.
 
 A child gets one task as JSON and answers with one JSON object: what was made, or the sentence, fix
 and exit code of what went wrong. `python -m kilodelta.fleet.child` reads the task from standard
@@ -72,7 +72,7 @@ def do(task: Mapping[str, Any], out: Path) -> dict[str, Any]:
 
 
 def _whole(place: Path, record: Mapping[str, Any]) -> bool:
-    """Whether the files of an earlier result stand, by their sizes."""
+    """Return whether the files of an earlier result are complete, by their sizes."""
     try:
         return all((place / n).stat().st_size == size for n, size in record["files"].items())
     except (OSError, ValueError):

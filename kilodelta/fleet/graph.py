@@ -175,7 +175,7 @@ class _Maker:
         return self._digests[path]
 
     def _delta(self, tune: FineTune, base: Base) -> tuple[dict[str, Any], Task | None]:
-        """What later tasks know of the `.kd` file, and the task that makes it, if one does."""
+        """Return what later tasks know of the `.kd` file, and the task that makes it, if any."""
         root = self._model(base.path)
         if tune.delta is not None:
             return {"file": self._file(tune.delta), "path": str(tune.delta.resolve())}, None
@@ -245,7 +245,7 @@ class _Maker:
         yield self._task(target.kind, name, place, key, params, tune, base, needs, target.resources)
 
     def _onnx_base(self, base: Base, dtype: str) -> Task:
-        """The base's ONNX file and the map of its weights: exported once for all fine-tunes."""
+        """Export the base's ONNX file and the map of its weights, once for all fine-tunes."""
         key = {
             "kind": "onnx-base",
             "base": self._model(base.path),

@@ -98,7 +98,7 @@ def choose_jobs(tasks: Sequence[Task], jobs: int | None) -> int:
 
 
 def _available() -> int:
-    """Bytes of memory that are free, or a cautious guess where the system does not say."""
+    """Return the free bytes of memory, or a cautious guess where the system does not say."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -247,7 +247,7 @@ def _killed(task: Task, code: int) -> dict[str, Any]:
 
 
 def _child(task: Mapping[str, Any], out: str, answers: Any) -> None:
-    """What runs in the child; Ctrl-C reaches it by its parent alone."""
+    """Run in the child; Ctrl-C reaches it by its parent alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # Libraries' talk would break into the parent's progress.

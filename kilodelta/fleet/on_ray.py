@@ -146,7 +146,10 @@ def _answer(ray: Any, reference: Any, task: Task) -> Mapping[str, Any]:
 
 
 def _started(given: dict[str, Any], threads: int, version: str) -> dict[str, Any]:
-    """What Ray runs: one child process, with threads of its own and the driver's version."""
+    """Run a task in a child process, with its threads limited, of the driver's version.
+
+    It is what Ray runs.
+    """
     task = given["task"]
     lost = {"id": task["id"], "name": task["name"], "status": "failed", "seconds": 0.0}
     if __version__ != version:

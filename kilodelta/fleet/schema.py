@@ -199,7 +199,7 @@ def _known(table: Mapping[str, Any], where: str, keys: Iterable[str]) -> None:
 
 
 def _typed(table: Mapping[str, Any], where: str, key: str, kind: type, default: Any) -> Any:
-    """A value of a type; whole numbers count as numbers, true and false do not."""
+    """Take a value of a type; whole numbers count as numbers, true and false do not."""
     if key not in table:
         return default
     value = table[key]

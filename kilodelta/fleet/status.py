@@ -75,7 +75,7 @@ def _agreement(folder: Path) -> float | None:
 
 
 def _answers(out: Path) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
-    """What the last runs said of tasks that are not done, of all shards together."""
+    """Collect what the last runs said of tasks that are not done, of all shards."""
     failed: dict[str, Mapping[str, Any]] = {}
     skipped: dict[str, str] = {}
     for path in sorted(out.glob("run*.json")):

@@ -1,4 +1,4 @@
-"""Do one task with the library's own functions, into a folder of its own.
+"""Do one task with the library's functions, into a separate folder.
 
 Each function takes the task's parameters and an empty folder, and returns plain JSON for the
 record. Heavy libraries are imported by `preload`, in the process that children are forked from.

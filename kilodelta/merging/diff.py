@@ -152,7 +152,7 @@ def _models(first: Checkpoint, second: Checkpoint, progress: Progress) -> Differ
 
 
 def _model_row(name: str, first: Checkpoint, second: Checkpoint) -> tuple[Row, float]:
-    """One tensor's row and its squared difference."""
+    """Compare one tensor: its row, and its squared difference."""
     if name not in second:
         return Row(name=name, change=ONLY_FIRST, kinds=(_kind(first, name), "")), 0.0
     if name not in first:
@@ -178,7 +178,7 @@ def _kind(model: Checkpoint, name: str) -> str:
 
 
 def _values(model: Checkpoint, name: str) -> Iterator[npt.NDArray[np.float64]]:
-    """A float tensor's values block by block, as float64 (every type but F64 goes by float32)."""
+    """Yield a float tensor's values by blocks, as float64 (but for F64 by way of float32)."""
     dtype = FLOATS[model.info(name).dtype]
     data = model.tensor(name)
     step = _BLOCK * dtype.bits // 8
@@ -269,7 +269,7 @@ def _blocks(values: npt.NDArray[np.float32]) -> Iterator[npt.NDArray[np.float32]
 
 
 def _facts(delta: Delta) -> dict[str, Any]:
-    """What two deltas are compared by without a base."""
+    """List what two deltas are compared by without a base."""
     manifest = delta.manifest
     return {
         "base": manifest.base.root,

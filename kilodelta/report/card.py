@@ -115,6 +115,6 @@ def _front_matter(base_model: str, licence: str, method: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value of the file as Markdown text: one line, nothing that Markdown or HTML acts on."""
+    """Write a value of the file as Markdown: one line, nothing that Markdown or HTML acts on."""
     flat = "".join(c if c.isprintable() else " " for c in str(value))[:200]
     return re.sub(r"([\\`*_{}\[\]<>()#|!])", r"\\\1", flat)

@@ -185,7 +185,7 @@ def grid(
 ) -> tuple[list[str], list[str], list[list[float | None]]]:
     """Sort tensors into rows (their place in a layer) and columns (the layer), gaps as None.
 
-    A tensor without a number in its name stands in a column of its own, called `-`.
+    A tensor without a number in its name stands in a separate column, called `-`.
     """
     places: dict[str, dict[str, float]] = {}
     columns: list[str] = []

@@ -163,7 +163,7 @@ def checked_payload(
 
 
 def _has_signed(envelope: Any, key: PublicKey) -> bool:
-    """One key at a time, so that a bad signature of one signer cannot hide another's good one."""
+    """Check one key at a time, so that a bad signature cannot hide another signer's good one."""
     from securesystemslib.exceptions import UnverifiedSignatureError
 
     signature = envelope.signatures.get(key.keyid)
@@ -177,7 +177,7 @@ def _has_signed(envelope: Any, key: PublicKey) -> bool:
 
 
 def _parsed(data: bytes) -> Any:
-    """Read an envelope, bounded in bytes and signatures; whatever is odd is one kind of error."""
+    """Read an envelope, bounded in bytes and signatures; every oddity is one kind of error."""
     require("securesystemslib", extra="trust", why="check signatures")
     from securesystemslib.dsse import Envelope
 
@@ -197,7 +197,7 @@ def _parsed(data: bytes) -> Any:
         return Envelope.from_dict(value)
     except SignatureError:
         raise
-    # securesystemslib raises whatever its parts raise on odd values; all of it means "damaged".
+    # securesystemslib passes on what its parts raise on odd values; all of it means "damaged".
     except Exception:
         raise wrong from None
 

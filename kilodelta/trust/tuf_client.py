@@ -3,7 +3,7 @@
 Source: the TUF specification 1.0, section 5, by `python-tuf`'s `Updater`. It walks the chain of
 roots from the one that the device was given, and refuses metadata that are older than what it has
 seen, expired, or not of one publication. It keeps a link and writes targets in place, so it works
-in a folder of its own, to which nothing else looks; `apply` then takes the file by its own rules.
+in a separate folder, which nothing else reads; `apply` then takes the file by its own rules.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def pull(
 
 @contextlib.contextmanager
 def _locked(place: Path) -> Iterator[None]:
-    """Two clients at once on one folder are not supported by python-tuf."""
+    """Hold the folder's lock: python-tuf does not support two clients at once on one folder."""
     require("filelock", extra="mirror", why=WHY)
     import filelock
 
@@ -194,7 +194,7 @@ def _newest(targets: Path, task: str, kind: str) -> tuple[str, int] | None:
 
 
 def _fitting(custom: Any, task: str, kind: str) -> int | None:
-    """The version of an entry for this task and kind, or None."""
+    """Return the version of an entry for this task and kind, or None."""
     if not isinstance(custom, dict):
         return None
     version, kinds = custom.get("version"), custom.get("kinds")
@@ -208,7 +208,7 @@ def _fitting(custom: Any, task: str, kind: str) -> int | None:
 
 
 def _fetch(updater: Any, name: str) -> bool:
-    """Bring one target into the client's folder; True if it was not there already."""
+    """Bring one target into the client's folder; return True if it was not there before."""
     info = updater.get_targetinfo(name)
     if info is None:
         raise SignatureError(f"the mirror lacks {name}", fix="publish again")

@@ -136,7 +136,7 @@ def _release(file: Path, public: PublicKey) -> tuple[Path, Statement]:
 
 
 def _locked(place: Path) -> Any:
-    """One publication at a time; a killed one frees the lock."""
+    """Hold the lock of one publication; a killed one frees it."""
     require("filelock", extra="mirror", why=WHY)
     import filelock
 

@@ -87,7 +87,7 @@ def _most_rows(exported: Sequence[Artefact]) -> int:
 
 
 def _batches(pair: Pair, options: Options, rows: int) -> list[Batch]:
-    """All inputs where agreement is asked for, else as many as the largest case takes."""
+    """Take all inputs where agreement is asked for, else as many as the largest case needs."""
     limit = options.limit if options.against else min(options.limit or rows, rows)
     found = read_inputs(
         str(options.inputs),
@@ -282,7 +282,7 @@ def output_names(pair: Pair, batch: Batch) -> tuple[str, ...]:
 
 
 def _own_profile(batch: Batch) -> Mapping[str, tuple[Shape, Shape, Shape]]:
-    """The shapes of the inputs themselves, and those of a single row."""
+    """Return the shapes of the inputs themselves, and those of a single row."""
     return {
         name: ((1, *array.shape[1:]), array.shape, array.shape) for name, array in batch.items()
     }

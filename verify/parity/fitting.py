@@ -62,7 +62,7 @@ def fit(batch: Batch, shapes: Shapes, *, padding: Padding) -> Arrays:
 
 
 def _mask(tokens: NDArray[Any], length: int, padding: Padding) -> NDArray[np.bool_]:
-    """The new mask, bool (rows, length), of rows that have so many real tokens."""
+    """Make the new mask, bool (rows, length), of rows that have so many real tokens."""
     if padding == "none":
         return np.ones((len(tokens), length), dtype=bool)
     counts = np.minimum(tokens, length)
@@ -77,7 +77,7 @@ def _mask(tokens: NDArray[Any], length: int, padding: Padding) -> NDArray[np.boo
 def _picks(
     real: NDArray[np.bool_], counted: NDArray[np.bool_]
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """For each new position the row and column of a real token, each (rows, length).
+    """Choose for each new position the row and column of a real token, each (rows, length).
 
     A row's own tokens fill the positions that count, in order; the shuffle fills the others.
     """
@@ -98,7 +98,7 @@ def _picks(
 
 
 def _shuffled(have: int, want: int, rng: np.random.Generator) -> NDArray[np.intp]:
-    """`want` indices below `have`: every one of them before any comes again, in random order."""
+    """Draw `want` indices below `have`: every one before any comes again, in random order."""
     rounds = [rng.permutation(have) for _ in range(-(-want // have))]
     return np.concatenate(rounds)[:want] if rounds else np.empty(0, np.intp)
 
@@ -106,12 +106,12 @@ def _shuffled(have: int, want: int, rng: np.random.Generator) -> NDArray[np.intp
 def _along(
     array: NDArray[Any], real: NDArray[Any], wanted: tuple[int, ...], new: tuple[int, int]
 ) -> bool:
-    """Whether an input has one entry per token: ids, positions, boxes, embeddings."""
+    """Return whether an input has one entry per token: ids, positions, boxes, embeddings."""
     return array.shape[:2] == real.shape and wanted == (*new, *array.shape[2:])
 
 
 def _positions(array: NDArray[Any], counted: NDArray[np.bool_]) -> NDArray[Any]:
-    """Positions count the tokens that count, from the smallest given one on."""
+    """Number the tokens that count, from the smallest given position on."""
     first = array.min() if array.size else 0
     found: NDArray[Any] = np.maximum(counted.cumsum(axis=1) - 1, 0) + first
     return found.astype(array.dtype)
@@ -131,6 +131,6 @@ def _indices(have: int, want: int, axis: int, kind: str) -> NDArray[np.intp]:
     if kind == "f":  # frames or pixels: to and fro, without a jump
         turn = np.arange(want) % (2 * have)
         return np.minimum(turn, 2 * have - 1 - turn)
-    # The seed is always the same, so that ids and whatever lies beside them stay together.
+    # The seed is always the same, so that ids and the inputs beside them stay together.
     more = _shuffled(have, max(want - have, 0), np.random.default_rng(_SEED))
     return np.concatenate([np.arange(have), more])[:want]

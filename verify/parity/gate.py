@@ -76,6 +76,6 @@ def carries(plain: Iterable[Metrics]) -> bool:
 
 
 def _most(errors: Iterable[float], precision: str) -> float:
-    """The multiple of the largest finite error: torch's own NaN or infinity excuses nothing."""
+    """Multiply the largest finite error: torch's own NaN or infinity excuses nothing."""
     finite = (error for error in errors if math.isfinite(error))
     return min(MOST, MULTIPLE * max(UNIT_ROUNDOFF[precision], *finite, 0.0))

@@ -28,7 +28,7 @@ Float64: TypeAlias = NDArray[np.float64]
 Number: TypeAlias = float | str | None
 
 BLOCK = 1 << 22
-"""Elements compared at a time, so that temporaries stay at some 200 MB whatever the output."""
+"""Elements compared at a time, so that temporaries stay at some 200 MB for outputs of any size."""
 
 # The largest finite values of float16, bfloat16 and float32; float64's is found by itself.
 _LARGEST = (65504.0, 3.3895313892515355e38, 3.4028234663852886e38, 1.7976931348623157e308)
@@ -203,7 +203,7 @@ def _largest(x: Float64) -> float:
 
 
 def _norm(x: Float64) -> float:
-    """The Euclidean norm, scaled so that squares neither overflow nor vanish."""
+    """Compute the Euclidean norm, scaled so that squares neither overflow nor vanish."""
     scale = _largest(np.abs(x))
     if scale == 0.0 or np.isinf(scale):
         return scale

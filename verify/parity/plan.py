@@ -68,7 +68,7 @@ def plan(
         batch: real inputs.
         profile: by input its smallest, usual and largest shape.
         limit: bytes that the outputs may take; by default half of what is available.
-        progress: told the estimate.
+        progress: called with the estimate.
 
     Raises:
         InputError: the model cannot compute the smallest shapes, or they do not fit.
@@ -138,7 +138,7 @@ class _Planner:
         return next(iter(self._profile.values()))[0][0]
 
     def _steps(self, point: int) -> int:
-        """Steps from the smallest shapes to the usual (1) or the largest (2)."""
+        """Count the steps from the smallest shapes to the usual (1) or the largest (2)."""
         return max(
             (high - low)
             for points in self._profile.values()
@@ -146,7 +146,7 @@ class _Planner:
         )
 
     def _shape(self, name: str, point: int, step: int) -> Shape:
-        """One input's shape at a point of the profile, no axis longer than after so many steps."""
+        """Return one input's shape at a point of the profile, each axis within so many steps."""
         smallest, wanted = self._profile[name][0], self._profile[name][point]
         return (
             self._least,
@@ -170,7 +170,7 @@ class _Planner:
         return True
 
     def _longest(self, usual: int, last: int) -> int:
-        """The last step that the model computes and whose fewest rows fit into memory."""
+        """Find the last step that the model computes and whose fewest rows fit into memory."""
         if not self._computes(usual):
             return self._stopped(longest(self._computes, 0, usual), last)
         if not self._fits(0):

@@ -160,7 +160,7 @@ class Reference:
         return [compare(a, r, classes=classes) for a, r in zip(actual, reference, strict=True)]
 
     def _clear(self, name: str) -> list[NDArray[np.bool_]]:
-        """Where an integer does not hang on rounding: even the coarsest precision gives the same.
+        """Mark where an integer does not hang on rounding: the coarsest precision gives the same.
 
         The largest of two nearly equal scores is either one, in any correct program.
         """
@@ -174,7 +174,7 @@ class Reference:
         return self._clear_places[name]
 
     def _effect(self, name: str) -> float:
-        """The size of the fine-tune's effect: the norm of the change, or the elements that differ.
+        """Measure the fine-tune's effect: the norm of the change, or the elements that differ.
 
         0 where there is none beyond float64's own rounding.
         """
@@ -188,12 +188,12 @@ class Reference:
         return math.sqrt(change) if change > size * _NOISE**2 else 0.0
 
     def _is_torn(self, name: str) -> bool:
-        """Whether merged model and base disagree about what is NaN or infinite."""
+        """Return whether merged model and base disagree about what is NaN or infinite."""
         pairs = zip(self._live(name, self.merged), self._live(name, self.base), strict=True)
         return any(np.isinf(compare(m, b).max_abs) for m, b in pairs)
 
     def _share(self, name: str, results: Sequence[Arrays], precision: str) -> float | None:
-        """The share of the effect that results show; None where they cannot tell.
+        """Compute the share of the effect that results show; None where they cannot tell.
 
         What rounding adds across the effect, it adds along the effect as well: about
         |error| / sqrt(n) of n elements whose errors are independent. Where that is a quarter of the

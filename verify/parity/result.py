@@ -144,7 +144,7 @@ class Result:
         return (*map(_excess, late), *self._overwhelmed(), *self._absent())
 
     def _overwhelmed(self) -> list[str]:
-        """A reason for each failed output on which torch itself is lost in this precision."""
+        """Give a reason for each failed output on which torch itself is lost in this precision."""
         late = {check.output: check for check in self.checks if not check.passed}
         return [
             f"{self.precision} does not carry the model: plain torch in it is off by "

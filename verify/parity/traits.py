@@ -156,7 +156,7 @@ def _scale(array: NDArray[Any]) -> float:
 
 
 def _last_changed(name: str, array: NDArray[Any], length: int) -> NDArray[Any]:
-    """An input of token ids with another last token; any other input as it is."""
+    """Give token ids another last token; return any other input unchanged."""
     if name == MASK or "position" in name or "type" in name:
         return array
     if array.ndim != 2 or array.shape[1] != length or array.dtype.kind not in "iu":

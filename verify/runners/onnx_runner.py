@@ -141,7 +141,7 @@ class OnnxRunner:
 
     def _options(self, ort: Any) -> Any:
         options = ort.SessionOptions()
-        options.log_severity_level = 4  # only fatal: whatever matters arrives as an exception
+        options.log_severity_level = 4  # only fatal: what matters arrives as an exception
         if self._folder is not None:
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(self._folder)

@@ -18,7 +18,7 @@ def side_by_side(
 ) -> dict[str, float]:
     """Return the best time of each run in seconds.
 
-    The runs take turns, so that whatever disturbs the machine disturbs all of them.
+    The runs take turns, so that what disturbs the machine disturbs all of them.
 
     Args:
         runs: what to time, by name.

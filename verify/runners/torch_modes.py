@@ -80,7 +80,7 @@ def _axes(x: Tensor, dim: Any) -> tuple[int, ...]:
 
 
 def _total(x: Tensor, dims: tuple[int, ...]) -> Tensor | None:
-    """The sum over `dims` in float32, in order; None for sums that torch takes as well."""
+    """Sum over `dims` in float32, in order; None for sums that torch may take."""
     count = math.prod(x.shape[axis] for axis in dims)
     if not x.is_floating_point() or x.dtype == torch.float64 or not 2 < count <= InOrder.LONGEST:
         return None

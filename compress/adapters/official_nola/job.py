@@ -107,7 +107,7 @@ def _target(found: NolaCheckpoint, architecture: Architecture, place: Place, own
     """Return the base's tensor that a layer changes.
 
     Raises:
-        InputError: it is no float matrix, or another layer of the model has it, too.
+        InputError: it is no float matrix, or another layer of the model has it as well.
     """
     name = architecture.weight(place.to_model(owner) or "") or ""
     tensor = architecture.names.get(name, "")

@@ -11,7 +11,7 @@ from typing import Any
 from kilodelta.errors import InputError, require
 
 MAX_TEXT = 64 << 10
-"""Characters of all expressions of one adapter together; compiling takes time, too."""
+"""Characters of all expressions of one adapter together, because compiling takes time."""
 SECONDS = 4.0
 """Processor time for all matches of one adapter together."""
 

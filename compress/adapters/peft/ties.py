@@ -85,7 +85,7 @@ def _untied(
     updated: Collection[str],
     whole: Mapping[str, RawTensor],
 ) -> dict[str, RawTensor]:
-    """Give each of two tied layers a tensor of its own, if what they become can be stored so.
+    """Give each of two tied layers a separate tensor, if what they become can be stored so.
 
     Raises:
         InputError: it cannot.

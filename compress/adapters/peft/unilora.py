@@ -175,7 +175,7 @@ def _next(indices: Indices, left: Mapping[str, Indices]) -> str | None:
 
 
 def _scale_type(adapter: Adapter, sites: Sites, options: ReadOptions) -> Any:
-    """Return the type of PEFT's scales: that of the saved ones, else as told, else the base's."""
+    """Return the type of PEFT's scales: of the saved ones, else the option's, else the base's."""
     keys = [s.module.parts.get("unilora_scales_A") for s in sites.values()]
     saved = next(filter(None, keys), None)
     if saved is None and options.basis_dtype is not None:

@@ -92,7 +92,7 @@ def check_files(folder: Path, files: Sequence[FileFact]) -> None:
 
 
 def _difference(place: Path, wanted: FileFact) -> str:
-    """What is wrong with a file; empty if nothing."""
+    """Explain what is wrong with a file; empty if nothing."""
     try:
         if not plain.is_file(place):
             return plain.kind(place)

@@ -84,7 +84,7 @@ class Journal:
         return [entry for line in lines if (entry := _parse(line)) is not None]
 
     def _data(self) -> tuple[bytes, bool]:
-        """The newest bytes of the file, from a line's beginning on, and whether that is all."""
+        """Return the file's newest bytes from the beginning of a line, and whether that is all."""
         try:
             descriptor = plain.open_file(self.path)
             with os.fdopen(descriptor, "rb") as file:
@@ -129,7 +129,7 @@ def last_state(entries: Sequence[Entry]) -> State | None:
 
 
 def _newest_half(whole: bytes) -> bytes:
-    """The newest half of the lines and, before it, the newest state if that is older."""
+    """Keep the newest half of the lines and, before it, the newest state if that is older."""
     lines = whole.splitlines(keepends=True)
     kept, size = len(lines), 0
     while kept and size + len(lines[kept - 1]) <= LIMIT // 2:
@@ -156,7 +156,7 @@ def _parse(line: bytes) -> Entry | None:
 
 
 def _short(value: Any) -> Any:
-    """The same JSON value with its texts escaped and cut."""
+    """Return the same JSON value with its texts escaped and cut."""
     if isinstance(value, str):
         return printable(value, TEXT)
     if isinstance(value, Mapping):

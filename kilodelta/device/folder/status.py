@@ -100,7 +100,7 @@ def status(folder: str | os.PathLike[str], *, check: bool = False) -> Status:
 
 
 def _size(folder: Path) -> int:
-    """Bytes on the disk; blocks that files share by copy-on-write count in each."""
+    """Add up the bytes on the disk; blocks that files share by copy-on-write count in each."""
     total = 0
     for place in folder.rglob("*"):
         try:

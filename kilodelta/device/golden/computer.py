@@ -46,7 +46,7 @@ def computer(runtime: str) -> str:
 
 
 def _processor() -> str:
-    """A digest of the kinds of processor in this machine; their name where Linux does not say."""
+    """Digest the kinds of processor in this machine; their name where Linux does not say."""
     try:
         lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

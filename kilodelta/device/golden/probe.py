@@ -144,7 +144,7 @@ def _error(name: str, found: Arrays, known: Golden) -> Metrics:
 
 
 def _same(found: Arrays, base: Arrays) -> bool:
-    """Whether all outputs are equal. NaN equals NaN, or one of them would hide the base."""
+    """Return whether all outputs are equal. NaN equals NaN, or one of them would hide the base."""
     return found.keys() == base.keys() and all(
         np.array_equal(array, base[name], equal_nan=array.dtype.kind == "f")
         for name, array in found.items()
@@ -152,5 +152,5 @@ def _same(found: Arrays, base: Arrays) -> bool:
 
 
 def _changes(delta: Delta) -> bool:
-    """Whether a file changes anything: not all of its coefficients are zero, or it has extras."""
+    """Return whether a file changes anything: a coefficient is not zero, or it has extras."""
     return bool(delta.blob.any()) or bool(delta.extras)

@@ -166,7 +166,7 @@ def _probe(
     out: Path,
     progress: Progress,
 ) -> tuple[Mapping[str, RawTensor], tuple[str, ...]]:
-    """The probe's tensors, and the precisions in which it tells."""
+    """Return the probe's tensors, and the precisions in which it tells the two models apart."""
     from kilodelta.device.golden import reference
     from kilodelta.export.architecture import open_headed
     from kilodelta.export.manifest.facts import DTYPES

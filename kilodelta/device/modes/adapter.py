@@ -73,7 +73,7 @@ class AdapterMode:
         return _Switched(self._runner, {**feeds, INDEX: index})
 
     def _slots(self, wanted: Mapping[Any, None]) -> tuple[_Slots, Mapping[str, Any]]:
-        """The fine-tunes in slots, all wanted ones among them, and the inputs for them."""
+        """Return the fine-tunes in slots, all wanted ones among them, and the inputs for them."""
         slots, inputs = self._table  # replaced whole, never changed, so no lock to read it
         if inputs and wanted.keys() <= set(slots):
             return slots, inputs

@@ -56,7 +56,7 @@ class Lora(Method):
         return q["A"]
 
     def draws(self, target: Target) -> int:
-        """Nothing is drawn: the factors are the coefficients."""
+        """Return 0: nothing is drawn, for the factors are the coefficients."""
         return 0
 
     def bound(self, q: Coefficients) -> int:
