@@ -9,16 +9,15 @@ from types import MappingProxyType
 from kilodelta.errors import InputError
 from kilodelta.export.manifest.facts import Sizes
 from kilodelta.export.tensorrt.flavour import AUTO
+from kilodelta.files.dtypes import PRECISIONS
 
-SHORT: Mapping[str, str] = MappingProxyType(
-    {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-)
+SHORT: Mapping[str, str] = MappingProxyType({row.short: row.long for row in PRECISIONS.values()})
 """Precisions as file names and the command line write them."""
 
 
 def short(dtype: str) -> str:
     """Return a precision as file names write it: `fp16` for `float16`."""
-    return next(name for name, full in SHORT.items() if full == dtype)
+    return PRECISIONS[dtype].short
 
 
 @dataclass(frozen=True, kw_only=True)

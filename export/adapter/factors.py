@@ -9,7 +9,7 @@ agree with the merged model's to rounding, not bit for bit; zeros give the base'
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from kilodelta.export.adapter.fit import fit, too_high
 from kilodelta.export.adapter.layout import AdapterLayout, Exposed
 from kilodelta.export.merge.tensor import rounded
 from kilodelta.export.peft.factors import float_factors, scales
-from kilodelta.files.dtypes import BY_LONG, FLOATS, TARGETS
+from kilodelta.files.dtypes import PRECISIONS, TARGETS
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.merging import stacks as together
@@ -31,12 +31,6 @@ Matrix = npt.NDArray[Any]
 Factors = dict[str, Matrix]
 """Arrays by input name. Those of a bfloat16 graph are float32: numpy lacks the type, so whoever
 feeds them rounds them, as `kilodelta.files.dtypes.FloatType.narrow` does."""
-
-_DTYPES: Mapping[str, Any] = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": np.float32,
-}
 
 
 def base_factors(layout: AdapterLayout) -> Factors:
@@ -56,7 +50,7 @@ def base_factors(layout: AdapterLayout) -> Factors:
 
 
 def _zeros(layout: AdapterLayout, lead: tuple[int, ...]) -> Factors:
-    dtype, axes = _DTYPES[layout.dtype], len(layout.lead)
+    dtype, axes = PRECISIONS[layout.dtype].numpy, len(layout.lead)
     return {name: np.zeros((*lead, *shape[axes:]), dtype) for name, shape in layout.inputs.items()}
 
 
@@ -105,9 +99,9 @@ def _stored_value(name: str, tensor: RawTensor, layout: AdapterLayout) -> Matrix
     """Round a stored tensor once, as the graph takes it."""
     if tensor.dtype not in TARGETS:
         return tensor.values()
-    dtype = BY_LONG[layout.dtype].name
-    narrow = FLOATS[dtype].widen(rounded(name, tensor, dtype))
-    return narrow.astype(_DTYPES[layout.dtype]).reshape(tensor.shape)
+    dtype = PRECISIONS[layout.dtype]
+    values = dtype.widen(rounded(name, tensor, dtype.name))
+    return values.astype(dtype.numpy).reshape(tensor.shape)
 
 
 def in_slots(layout: AdapterLayout, fine_tunes: Sequence[Factors]) -> Factors:

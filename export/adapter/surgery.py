@@ -13,7 +13,7 @@ from kilodelta.errors import ExportError
 from kilodelta.export.adapter.heads import HeadLayer, find_layer
 from kilodelta.export.adapter.layout import INDEX, AdapterLayout, Exposed, StoredInput
 from kilodelta.export.adapter.sites import GraphSite
-from kilodelta.files.dtypes import FLOATS
+from kilodelta.files.dtypes import BY_LONG, FLOATS
 from kilodelta.files.tensor import RawTensor
 from kilodelta.models.example_inputs import BATCH
 
@@ -252,7 +252,7 @@ class Surgery:
         return value
 
     def _input(self, name: str, dtype: str, shape: tuple[int | str, ...]) -> Any:
-        kind = ir.DataType[_DTYPES[dtype]]
+        kind = ir.DataType[BY_LONG[dtype].onnx]
         value = ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(shape))
         self._graph.inputs.append(value)
         return value
@@ -264,8 +264,6 @@ def _numbers(tensor: RawTensor, dtype: Any) -> Any:
         return tensor.values()
     return FLOATS[tensor.dtype].widen(tensor.data).reshape(tensor.shape).astype(dtype.numpy())
 
-
-_DTYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64"}
 
 _JOIN: Mapping[str, Callable[[Surgery, Exposed, GraphSite, Any, Any], None]] = MappingProxyType(
     {

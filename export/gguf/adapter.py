@@ -23,12 +23,13 @@ from kilodelta.export.peft.factors import FactorPair, exact_pair, padded, requir
 from kilodelta.files import staging
 from kilodelta.files.baseline import require_base
 from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.dtypes import PRECISIONS
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.models.layer_names import read_config
 from kilodelta.progress import Meter, Progress, silent
 
-DTYPES = {"float32": "F32", "float16": "F16"}
+DTYPES = ("float32", "float16")
 MAX_SVD = 4096
 
 
@@ -103,7 +104,7 @@ def export_gguf(
     bound = given.bind(checkpoint)
     if svd is None:
         require_low_rank(bound)
-    pairs = _pairs(bound, DTYPES[dtype], svd, threads, progress)
+    pairs = _pairs(bound, PRECISIONS[dtype].name, svd, threads, progress)
     rank = max(1, *(pair.rank for pair in pairs.values()))
     with staging.new_file(place) as stage:
         _write(stage, naming, {names[n]: padded(p, rank) for n, p in pairs.items()}, rank, bound)

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-DTYPES = ("float32", "float16", "bfloat16")
+from kilodelta.files.dtypes import PRECISIONS
+
+DTYPES = tuple(PRECISIONS)
+"""Precisions that models are exported in."""
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
 POINTS = ("min", "opt", "max")
 

@@ -29,12 +29,12 @@ from kilodelta.export.peft.loaded_names import naming_as_loaded
 from kilodelta.export.peft.modules import ModuleNaming
 from kilodelta.files.baseline import require_base
 from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.dtypes import PRECISIONS
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.models.layer_names import read_config
 from kilodelta.progress import Meter, Progress, silent
 
-DTYPES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 MAX_SVD = 4096
 
 
@@ -112,7 +112,9 @@ def export_peft(
     if chosen.svd is None:
         require_low_rank(bound)
     pairs = _pairs(bound, chosen, threads, progress)
-    tensors, ranks = adapter_tensors(plan, pairs, DTYPES[chosen.dtype], own_ranks=chosen.own_ranks)
+    tensors, ranks = adapter_tensors(
+        plan, pairs, PRECISIONS[chosen.dtype].name, own_ranks=chosen.own_ranks
+    )
     tensors |= stored_tensors(plan.whole, bound, checkpoint)
     config = adapter_config(plan, ranks, bound.manifest.base.name)
     nbytes = write_folder(Path(out), config, tensors)
@@ -120,9 +122,10 @@ def export_peft(
 
 
 def _check(options: PeftOptions) -> None:
-    if options.dtype not in DTYPES:
+    if options.dtype not in PRECISIONS:
         raise InputError(
-            f"adapters are not written in {options.dtype!r}", fix=f"choose one of {list(DTYPES)}"
+            f"adapters are not written in {options.dtype!r}",
+            fix=f"choose one of {list(PRECISIONS)}",
         )
     if options.svd is not None and not 1 <= options.svd <= MAX_SVD:
         raise InputError(f"rank {options.svd} makes no sense", fix=f"choose 1 to {MAX_SVD}")
@@ -148,7 +151,7 @@ def _naming(options: PeftOptions, checkpoint: Checkpoint) -> ModuleNaming:
 def _pairs(
     delta: Delta, options: PeftOptions, threads: int | None, progress: Progress
 ) -> dict[str, FactorPair]:
-    names, dtype = list(delta.targets), DTYPES[options.dtype]
+    names, dtype = list(delta.targets), PRECISIONS[options.dtype].name
     make = (
         partial(exact_pair, dtype=dtype)
         if options.svd is None

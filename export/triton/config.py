@@ -9,19 +9,8 @@ import json
 from collections.abc import Iterable
 
 from kilodelta.export.manifest.facts import Artefact, Port
+from kilodelta.files.dtypes import BY_LONG
 
-_TYPES = {
-    "bool": "TYPE_BOOL",
-    "uint8": "TYPE_UINT8",
-    "int8": "TYPE_INT8",
-    "int16": "TYPE_INT16",
-    "int32": "TYPE_INT32",
-    "int64": "TYPE_INT64",
-    "float16": "TYPE_FP16",
-    "float32": "TYPE_FP32",
-    "float64": "TYPE_FP64",
-    "bfloat16": "TYPE_BF16",
-}
 _BACKENDS = {"onnx": "onnxruntime", "engine": "tensorrt"}
 BATCH = "batch"
 """The axis that an export's inputs and outputs share."""
@@ -71,7 +60,11 @@ def _preferred(artefact: Artefact, largest: int) -> list[int]:
 def _tensors(kind: str, ports: Iterable[Port], *, batched: bool) -> list[str]:
     lines = [f"{kind} ["]
     for port in ports:
-        lines += ["  {", f"    name: {_text(port.name)}", f"    data_type: {_TYPES[port.dtype]}"]
+        lines += [
+            "  {",
+            f"    name: {_text(port.name)}",
+            f"    data_type: {BY_LONG[port.dtype].triton}",
+        ]
         lines += _dims(port.shape[1:] if batched else port.shape)
         lines += ["  },"]
     return [*lines[:-1], "  }", "]"]

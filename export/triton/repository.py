@@ -22,6 +22,7 @@ from pathlib import Path
 from kilodelta.errors import ExportError, InputError, OutputError
 from kilodelta.export.manifest import artefacts
 from kilodelta.export.manifest.artefacts import Artefact
+from kilodelta.export.options import short
 from kilodelta.export.triton.config import MODEL_FILES, config
 from kilodelta.files import staging
 
@@ -126,8 +127,7 @@ def _named(stem: str, chosen: Sequence[Artefact]) -> list[tuple[str, Artefact]]:
 
 
 def _short(artefact: Artefact) -> str:
-    precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[artefact.dtype]
-    return f"{precision}-{'onnx' if artefact.kind == 'onnx' else 'tensorrt'}"
+    return f"{short(artefact.dtype)}-{'onnx' if artefact.kind == 'onnx' else 'tensorrt'}"
 
 
 def _add(source: Path, model: Path, artefact: Artefact) -> Served:

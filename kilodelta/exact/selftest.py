@@ -15,6 +15,7 @@ import numpy as np
 from kilodelta.errors import SelfTestError
 from kilodelta.exact import products
 from kilodelta.exact.bases import Ints, Stream
+from kilodelta.files.dtypes import FLOATS
 
 KNOWN_ANSWERS = (
     (
@@ -135,9 +136,8 @@ def _rounds(dtype: str) -> bool:
     view, add = rounding.ADD[dtype]
     weights = np.array(bits, width).view(view)
     out = np.empty_like(weights)
-    digits = {"F32": 23, "BF16": 7, "F16": 10}[dtype]
     numbers = np.array([1, 1, 1, 0, 0], np.float64)
-    add(weights, numbers, np.float64(1), np.float32(2.0 ** -(digits + 1)), out)
+    add(weights, numbers, np.float64(1), np.float32(FLOATS[dtype].unit_roundoff), out)
     expected = (bits[0], bits[1] + 1, bits[0], bits[3], 0)
     return tuple(map(int, out.view(width))) == expected
 

@@ -57,6 +57,11 @@ class FloatType(DType):
     fraction_bits: int
 
     @property
+    def numpy(self) -> np.dtype[Any]:
+        """The numpy type to compute in: the type itself, or float32 where numpy lacks it."""
+        return np.dtype(np.float32 if self.name == "BF16" else self.long)
+
+    @property
     def unit_roundoff(self) -> float:
         """The largest relative error of rounding to nearest: 2^-(fraction_bits + 1)."""
         return 2.0 ** -(self.fraction_bits + 1)
@@ -182,7 +187,12 @@ FLOATS: Mapping[str, FloatType] = MappingProxyType(
 )
 """The types whose values can be read and written, by safetensors name."""
 
-TARGETS = frozenset({"F32", "F16", "BF16"})
+PRECISIONS: Mapping[str, FloatType] = MappingProxyType(
+    {FLOATS[name].long: FLOATS[name] for name in ("F32", "F16", "BF16")}
+)
+"""The types that models compute in, by numpy's and torch's name, the finest first."""
+
+TARGETS = frozenset(row.name for row in PRECISIONS.values())
 """The types that a delta can change by arithmetic."""
 
 BY_LONG: Mapping[str, DType] = _by(_ROWS, "long")

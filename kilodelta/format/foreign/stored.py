@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kilodelta.errors import InputError
-from kilodelta.files.dtypes import FLOATS, TARGETS
+from kilodelta.files.dtypes import FLOATS, PRECISIONS, TARGETS
 
 Values = npt.NDArray[Any]
 
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = tuple(sorted(PRECISIONS))
 """The types that PEFT's bases are drawn or stored in, by torch's names."""
 
 _WHOLE = {"I64": "<i8", "U8": "u1"}

@@ -18,6 +18,7 @@ from kilodelta.exact import rounding
 from kilodelta.exact.bases import Ints, Stream
 from kilodelta.exact.bounds import EXACT
 from kilodelta.exact.selftest import ROUNDED, require_good_kernels
+from kilodelta.files.dtypes import FLOATS
 from kilodelta.format.methods import METHODS, Coefficients, Method
 from kilodelta.format.packing import largest, storage
 from kilodelta.format.targets import Target
@@ -27,9 +28,6 @@ from kilodelta.merging.gpu.unit import TORCH, Unit, UpdateScale
 STREAM = Stream(0xFEDCBA9876543210)
 SHAPES = ((38, 21), (21, 140))
 """A tall and a wide target; neither divides into tiles."""
-
-DIGITS = {"F32": 23, "F16": 10, "BF16": 7}
-"""Stored bits of a significand."""
 
 
 def require_good_unit(unit: Unit, name: str, variant: str = "") -> None:
@@ -70,7 +68,9 @@ def _rounds(unit: Unit, dtype: str) -> bool:
     weights = _on(unit, np.array([bits], width), dtype)
     left = unit.held(np.ones((1, 1), np.int8))(range(1))
     right = unit.held(np.array([[1, 1, 1, 0, 0]], np.int8))(range(5))
-    out, flag = unit.add(weights, left, right, UpdateScale(c=1, e=-DIGITS[dtype] - 1, bound=1))
+    out, flag = unit.add(
+        weights, left, right, UpdateScale(c=1, e=-FLOATS[dtype].fraction_bits - 1, bound=1)
+    )
     expected = [bits[0], bits[1] + 1, bits[0], bits[3], 0]
     return _bits(out).view(width).tolist() == expected and not flag.any()
 

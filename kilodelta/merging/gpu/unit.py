@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kilodelta.exact import bounds
 from kilodelta.exact.bases import Ints, Stream
+from kilodelta.files.dtypes import PRECISIONS
 
 Draw = Callable[[range], Tensor]
 """From a range of lines to their part of a factor: integers (rank, lines), or int8
@@ -113,7 +114,7 @@ class Unit(Protocol):
         """
 
 
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPES = {getattr(torch, row.long): row.name for row in PRECISIONS.values()}
 """torch's types of weights to safetensors names."""
 
 TORCH = {name: dtype for dtype, name in DTYPES.items()}

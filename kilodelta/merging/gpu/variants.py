@@ -14,6 +14,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from kilodelta.files.dtypes import PRECISIONS
 from kilodelta.merging.gpu import add, draw, mix
 
 TILE = 128
@@ -79,7 +80,7 @@ def _types(pointers: str, integers: str, **others: str) -> Mapping[str, str]:
 
 
 _PLACE = "k0 k1 role first lines rank"
-BITS = MappingProxyType({"F32": "i32", "F16": "i16", "BF16": "i16"})
+BITS = MappingProxyType({row.name: f"i{row.bits}" for row in PRECISIONS.values()})
 """The integer type that holds a weight's bits."""
 
 MIXED = {
