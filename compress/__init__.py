@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from kilodelta.compress.adapters.importing import import_adapter as import_adapter
     from kilodelta.compress.distill.compress import compress as compress
     from kilodelta.compress.distill.options import Options as Options
+    from kilodelta.compress.distill.planning.plan import Planned as Planned
+    from kilodelta.compress.distill.planning.plan import plan as plan
     from kilodelta.compress.distill.report import Report as Report
     from kilodelta.compress.training import train as train
 
@@ -22,11 +24,22 @@ _WHERE = {
     "Imported": "kilodelta.compress.adapters.conversion",
     "Options": "kilodelta.compress.distill.options",
     "Report": "kilodelta.compress.distill.report",
+    "Planned": "kilodelta.compress.distill.planning.plan",
     "compress": "kilodelta.compress.distill.compress",
     "import_adapter": "kilodelta.compress.adapters.importing",
+    "plan": "kilodelta.compress.distill.planning.plan",
 }
 
-__all__ = ["Imported", "Options", "Report", "compress", "import_adapter", "train"]
+__all__ = [
+    "Imported",
+    "Options",
+    "Planned",
+    "Report",
+    "compress",
+    "import_adapter",
+    "plan",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

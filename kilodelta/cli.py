@@ -29,6 +29,7 @@ from kilodelta.commands import (
     import_,
     inspect_,
     merge_export,
+    plan,
     trust,
     verify,
 )
@@ -37,7 +38,7 @@ from kilodelta.errors import KiloDeltaError
 
 SECTIONS = {
     "Start": (demo.demo,),
-    "Make a .kd file": (compress.compress, import_.import_adapter),
+    "Make a .kd file": (compress.compress, plan.plan, import_.import_adapter),
     "Use it": (
         merge_export.merge,
         merge_export.export,

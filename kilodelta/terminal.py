@@ -92,6 +92,11 @@ def print_warning(what: str) -> None:
     print(f"warning: {printable(what, keep=chr(10))}", file=sys.stderr)
 
 
+def print_note(what: str) -> None:
+    """Print to stderr what a user may want to hear before long work begins."""
+    print(printable(what), file=sys.stderr)
+
+
 def _stdout() -> Any:
     from rich.console import Console
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from kilodelta.compress.distill import foreign, svd
-from kilodelta.compress.distill.job import Job, as_dtype, prepare
+from kilodelta.compress.distill.job import Job, prepare
 from kilodelta.compress.distill.learn import state as states
 from kilodelta.compress.distill.learn.data import Data, Plan, check_count, gather
 from kilodelta.compress.distill.learn.loop import distill
@@ -29,16 +30,17 @@ from kilodelta.compress.distill.options import options_from as options_from
 from kilodelta.compress.distill.place import check_place
 from kilodelta.compress.distill.report import Report
 from kilodelta.compress.distill.results import check_quality, finish
+from kilodelta.compress.distill.student import attach_student, build_delta
+from kilodelta.compress.distill.teacher.ask import Shelf
+from kilodelta.compress.distill.teacher.swap import as_tuned
 from kilodelta.compress.training import train
-from kilodelta.compress.training.conversion import quantised
 from kilodelta.errors import InputError, OutputError
+from kilodelta.files import staging
 from kilodelta.files.model_digest import digest
-from kilodelta.format.delta import Delta
-from kilodelta.format.methods import Lora
 from kilodelta.merging.build import Recipe, build
-from kilodelta.models import locate, open_source, read_texts
+from kilodelta.models import LoadedModel, locate, open_source, read_texts
+from kilodelta.models.layer_names import read_config
 from kilodelta.models.sources import Source
-from kilodelta.models.weights import fill
 from kilodelta.progress import Progress, silent
 from kilodelta.report import write_report
 from kilodelta.report.pages import require_page
@@ -92,13 +94,11 @@ def compress(
     """
     if report is not None:
         require_page(Path(report))
-    options = replace(options, **_as_given(options))
+    options = as_given(options)
     check(options, learns=inputs is not None)
-    models = {"the base": locate(base), "the tuned model": locate(tuned)}
-    foreign.refuse_foreign(models["the base"], "BASE")
-    foreign.refuse_foreign(models["the tuned model"], "TUNED")
+    models = find_models(base, tuned)
     _check_outputs(Path(out), models, force=force, resume=resume, learns=inputs is not None)
-    source, labels = _open_inputs(inputs, options)
+    source, labels = open_inputs(inputs, options)
     learns = source is not None
     job = prepare(models["the base"], models["the tuned model"], Path(out), options, learns=learns)
     made = _fit(job, progress) if source is None else _distil(job, source, labels, resume, progress)
@@ -108,10 +108,23 @@ def compress(
     return made
 
 
-def _as_given(options: Options) -> dict[str, Any]:
-    """One glob may stand where several may."""
+def as_given(options: Options) -> Options:
+    """Return options with tuples of globs: one glob may stand where several may."""
     fields = {"targets": options.targets, "exclude": options.exclude}
-    return {k: (v,) if isinstance(v, str) else tuple(v) for k, v in fields.items()}
+    globs: dict[str, Any] = {k: (v,) if isinstance(v, str) else tuple(v) for k, v in fields.items()}
+    return replace(options, **globs)
+
+
+def find_models(base: str | Path, tuned: str | Path) -> dict[str, Path]:
+    """Find both models' files, by what each is called.
+
+    Raises:
+        CheckpointError: what was given is of a kind that cannot be compressed.
+    """
+    models = {"the base": locate(base), "the tuned model": locate(tuned)}
+    foreign.refuse_foreign(models["the base"], "BASE")
+    foreign.refuse_foreign(models["the tuned model"], "TUNED")
+    return models
 
 
 def _check_outputs(
@@ -128,10 +141,14 @@ def _check_outputs(
         )
 
 
-def _open_inputs(
+def open_inputs(
     inputs: str | Path | None, options: Options
 ) -> tuple[Source | None, tuple[str, ...] | None]:
-    """The inputs and the labels, read and judged before any model is opened."""
+    """Read and judge the inputs and the labels, before any model is opened.
+
+    Raises:
+        InputError: they cannot be read, or are too few.
+    """
     if inputs is None:
         return None, None
     source = open_source(inputs, field=options.field, limit=options.limit)
@@ -166,9 +183,23 @@ def _distil(
 ) -> Report:
     pair, options = job.pair, job.options
     assert pair.student is not None  # `prepare` opens both where there are inputs
-    assert pair.teacher is not None
     student = pair.student.choosing(tuple(options.outputs))
-    plan = Plan(
+    with ExitStack() as ending:
+        shelf = Shelf(
+            cache=None if options.teacher_cache is None else Path(options.teacher_cache),
+            facts=lambda: _teacher_facts(job),
+            scratch=lambda: ending.enter_context(staging.scratch(job.out)),
+        )
+        data = gather(
+            source, student, as_tuned(pair, job.changes), plan_of(job, labels), progress, shelf
+        )
+        return _learn(job, student, data, labels, resume, progress)
+
+
+def plan_of(job: Job, labels: tuple[str, ...] | None) -> Plan:
+    """Say how a job's inputs are used."""
+    options = job.options
+    return Plan(
         held_out=options.held_out,
         batch=options.batch,
         max_length=options.max_length,
@@ -177,20 +208,36 @@ def _distil(
         wanted=Wanted(weights=options.outputs, classes=options.classes),
         coefficients=job.coefficients,
     )
-    data = gather(source, student, pair.teacher.choosing(tuple(options.outputs)), plan, progress)
-    before = measure(student, data, data.held_out)
-    _attach(job)
-    schedule = Schedule(
+
+
+def schedule_of(job: Job) -> Schedule:
+    """Say how long and how fast a job trains."""
+    options = job.options
+    return Schedule(
         steps=options.steps,
         rate=job.method.rate if options.rate is None else options.rate,
         batch=options.batch,
         bits=job.bits,
         seed=options.seed,
     )
-    kept = states.place_of(job.out)
+
+
+def _learn(
+    job: Job,
+    student: LoadedModel,
+    data: Data,
+    labels: tuple[str, ...] | None,
+    resume: bool,
+    progress: Progress,
+) -> Report:
+    """Train the student on what the teacher has put out, and write the file."""
+    pair, kept = job.pair, states.place_of(job.out)
+    before = measure(student, data, data.held_out)
+    attach_student(job)
+    schedule = schedule_of(job)
     facts = _facts(job, data, schedule, labels)
     done = distill(student, data, schedule, progress, kept=kept, facts=facts, resume=resume)
-    delta = _build(job, progress)
+    delta = build_delta(job, progress)
     train.detach(student.module)
     fill_merged(student.module, delta, pair.base, pair.names)
     after = measure(student, data, data.held_out)
@@ -200,59 +247,13 @@ def _distil(
     return report
 
 
-def _attach(job: Job) -> None:
-    """Hook the delta into the student, which then holds the extras' tuned values."""
-    pair = job.pair
-    assert pair.student is not None  # the caller has looked
-    module = pair.student.module
-    present = {c.name: pair.names[c.name] for c in job.split.extras if c.name in pair.names}
-    train.attach(
-        module,
-        job.method,
-        job.patterns.include,
-        seed=job.options.seed,
-        extras=tuple(map(literal, present)),
-        names=pair.names,
-    )
-    fill(module, pair.tuned, present)
-    if isinstance(job.method, Lora):
-        svd.start_from_svd(train.attached(module), pair.base, pair.tuned)
-
-
-def literal(name: str) -> str:
-    """Return a glob that matches just this name.
-
-    Example:
-        >>> literal("a[0].weight")
-        'a[[]0].weight'
-    """
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
-
-
-def _build(job: Job, progress: Progress) -> Delta:
-    """The trained delta, its extras in the types that files keep them in."""
-    assert job.pair.student is not None  # the caller has looked
-    module = job.pair.student.module
-    attachment = train.attached(module)
-    precision = attachment.precision or attachment.precision_for(job.bits)
-    own, shared = quantised(attachment, precision)
-    trained = attachment.frozen.trained(module)
-    extras = {}
-    for change in job.split.extras:
-        stored = job.stored(change.name)
-        if change.name in trained:
-            stored = as_dtype(trained[change.name], stored.dtype)
-        extras[change.name] = stored
-    recipe = Recipe(
-        method=precision.method,
-        patterns=attachment.patterns,
-        seed=attachment.seed,
-        bits=precision.bits,
-        name=job.name,
-        extras=extras,
-        config=job.config,
-    )
-    return build(job.pair.base, recipe, own, shared, progress=progress)
+def _teacher_facts(job: Job) -> dict[str, str]:
+    """What the teacher's outputs depend on, beside the inputs and the outputs themselves."""
+    return {
+        "base model": digest(job.pair.base, cached=True).root,
+        "tuned model": digest(job.pair.tuned, cached=True).root,
+        "module": job.options.model or json.dumps(read_config(job.pair.tuned), sort_keys=True),
+    }
 
 
 def _facts(

@@ -42,6 +42,8 @@ class Options:
         max_length: tokens that texts are cut to.
         field: the text's key in a `.jsonl` record.
         limit: inputs that are read at most.
+        teacher_cache: a folder in which the tuned model's outputs are kept, for later runs on the
+            same models and inputs with other budgets, methods or steps.
         min_agreement: raise `QualityError` where the result agrees less.
         seed: of the bases, the batches and the choice of held-out inputs.
         name: what the base is called; its folder's name by default.
@@ -65,6 +67,7 @@ class Options:
     max_length: int | None = None
     field: str = "text"
     limit: int | None = None
+    teacher_cache: str | None = None
     min_agreement: float | None = None
     seed: int = 0
     name: str = ""

@@ -20,6 +20,7 @@ from kilodelta.compress.distill.changes.compare import equal_tensors
 from kilodelta.compress.distill.changes.structure import Structure, by_names, from_module
 from kilodelta.errors import CheckpointError, InputError, KiloDeltaError
 from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.dtypes import TARGETS
 from kilodelta.models import LoadedModel, layer_names, open_model
 
 
@@ -36,7 +37,8 @@ class Pair:
         ties: for each tied matrix that both store under several names: all its names.
         student: the base's weights in the tuned model's architecture; None where no module is
             needed and none could be built.
-        teacher: the tuned model; None likewise.
+        teacher: the tuned model; None likewise. Where both models' files hold the same names and
+            shapes it shares the student's module, which `teacher.swap` fills in turn.
         names: checkpoint name to state name, of both models' tensors.
         note: why there is no module; empty where there is one.
     """
@@ -70,12 +72,29 @@ def open_pair(base: Path, tuned: Path, *, model: str | None, learns: bool) -> Pa
     source = model or str(_architecture(base, tuned))
     try:
         student = open_model(source, weights=before)
-        teacher = open_model(source, weights=after)
+        alike = _are_laid_out_alike(before, after)
+        teacher = student if alike else open_model(source, weights=after)
     except KiloDeltaError as problem:
         if learns or model is not None or _is_quantised(before) or _is_quantised(after):
             raise
         return _by_names(before, after, problem.what)
     return _by_modules(before, after, student, teacher)
+
+
+def _are_laid_out_alike(base: Checkpoint, tuned: Checkpoint) -> bool:
+    """Whether opening either model makes the same module, and gives every tensor the same place.
+
+    Opening depends on the tensors' names, shapes, and kinds of numbers; float types are all loaded
+    as one.
+    """
+
+    def kinds(checkpoint: Checkpoint) -> list[tuple[str, tuple[int, ...], str]]:
+        infos = map(checkpoint.info, checkpoint.names)
+        return [
+            (i.name, i.shape, "float" if i.dtype in TARGETS | {"F64"} else i.dtype) for i in infos
+        ]
+
+    return kinds(base) == kinds(tuned)
 
 
 def _architecture(base: Path, tuned: Path) -> Path:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
+from kilodelta.commands.compress_options import how_to_compress
 from kilodelta.commands.shared import Command, as_json, with_progress
 from kilodelta.errors import require
-from kilodelta.format.methods import TABLE
 
 if TYPE_CHECKING:
     from kilodelta.compress.distill.report import Report
@@ -42,57 +42,12 @@ INTERRUPTED = 130
     "--inputs",
     help="Unlabelled inputs: .jsonl, .txt, .npz, or package.module:function yielding batches.",
 )
-@click.option(
-    "--labels", help="Labels or queries, one per line, that embeddings are compared with."
-)
-@click.option(
-    "--outputs",
-    multiple=True,
-    metavar="NAME[=WEIGHT]",
-    help="Names or globs of the outputs that count; repeat. All, equally, by default.",
-)
-@click.option(
-    "--classes",
-    multiple=True,
-    metavar="NAME=AXIS",
-    help="The axis of an output that holds classes; repeat. Told by its name by default.",
-)
 @click.option("--budget", help="Bytes of the whole file, such as 20KB (the default).")
-@click.option("--method", type=click.Choice(tuple(TABLE)), help="Instead of the budget's choice.")
 @click.option("--rank", type=click.IntRange(1), help="Rank of the method.")
 @click.option("--bases", type=click.IntRange(1), help="Bases of NOLA, or Uni-LoRA's vector.")
-@click.option("--bits", type=click.Choice(["4", "8", "16"]), help="Bits of a coefficient.")
-@click.option("--targets", multiple=True, help="Globs of tensors to change; repeat.")
-@click.option(
-    "--exclude", multiple=True, help="Globs of tensors neither to change nor to store; repeat."
-)
-@click.option(
-    "--extras",
-    default="auto",
-    help="Other changed tensors to store whole: auto, all, none, or PATTERN[,PATTERN].",
-)
-@click.option("--steps", default=800, type=click.IntRange(2), help="Training steps.")
-@click.option(
-    "--lr",
-    type=click.FloatRange(0, min_open=True),
-    help="Learning rate; by default one that suits the method.",
-)
-@click.option("--batch", default=32, type=click.IntRange(1), help="Inputs per training step.")
-@click.option(
-    "--held-out", type=click.IntRange(1), help="Inputs to measure on; a tenth, 512 at most."
-)
-@click.option("--max-length", type=click.IntRange(1), help="Cut texts to so many tokens.")
-@click.option("--field", default="text", help="The text's key in .jsonl.")
-@click.option("--limit", type=click.IntRange(1), help="Read at most so many inputs.")
+@how_to_compress
 @click.option("--min-agreement", type=click.FloatRange(-1, 1), help="Exit 12 if it keeps less.")
-@click.option(
-    "--seed",
-    default=0,
-    type=click.IntRange(0, 2**63 - 1),
-    help="Of bases, shuffling and held-out inputs.",
-)
 @click.option("--name", default="", help="What the base is called; its folder's name by default.")
-@click.option("--model", help="package.module:function that builds the model.")
 @click.option("--force", is_flag=True, help="Replace the .kd file, and forget a run towards it.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 @click.option("--report", type=click.Path(), help="Write what was kept as an HTML page as well.")

@@ -21,7 +21,7 @@ from kilodelta.compress.distill.learn.objective import Measures, Objective
 from kilodelta.compress.distill.learn.outputs import Wanted, survey
 from kilodelta.compress.distill.learn.rows import Rows
 from kilodelta.compress.distill.learn.schedule import Distilled, Schedule
-from kilodelta.compress.distill.learn.teacher import Teacher
+from kilodelta.compress.distill.teacher.ask import ask
 from kilodelta.compress.training import train
 from kilodelta.errors import InputError
 from kilodelta.format.methods import Nola
@@ -56,7 +56,7 @@ def task() -> tuple[LoadedModel, Data]:
     torch.manual_seed(3)
     rows = Rows(tuple({"x": torch.randn(6)} for _ in range(40)), {})
     seen = survey(tuned, rows, Wanted())
-    teacher = Teacher(tuned, rows, seen, lambda event: None)
+    teacher, seen = ask(tuned, rows, seen, lambda event: None)
     learned, held_out = list(range(10, 40)), list(range(10))
     bank = teacher.bank(EMBEDDING, learned)
     objective = Objective(

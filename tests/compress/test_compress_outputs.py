@@ -17,8 +17,8 @@ from kilodelta.compress.distill.learn.comparisons import Values, comparison_for,
 from kilodelta.compress.distill.learn.objective import Objective
 from kilodelta.compress.distill.learn.outputs import Output, Survey, Wanted, survey
 from kilodelta.compress.distill.learn.rows import Rows, to_rows
-from kilodelta.compress.distill.learn.teacher import Teacher
 from kilodelta.compress.distill.report import Report
+from kilodelta.compress.distill.teacher.ask import ask
 from kilodelta.errors import InputError
 from kilodelta.format.methods import Lora, Method, RandLora
 from kilodelta.models import open_model, outputs
@@ -208,7 +208,7 @@ def test_a_model_of_one_row_is_computed_row_by_row() -> None:
     rows = Rows(tuple({"x": torch.arange(6.0) + i} for i in range(5)), {})
     seen = survey(loaded, rows, Wanted())
     assert seen.one_row
-    teacher = Teacher(loaded, rows, seen, lambda event: None)
+    teacher, _ = ask(loaded, rows, seen, lambda event: None)
     assert teacher([3, 1])["output"].tolist() == [[3, 4], [1, 2]]
 
 
@@ -222,7 +222,7 @@ def test_a_remembered_output_is_cut_only_along_the_tokens() -> None:
         "logits": (), "score": (), "box": (), "states": (1,), "token_logits": (1,),
         "early_logits": (2,), "start_logits": (1,), "pair_logits": (1, 2),
     }  # fmt: skip
-    teacher = Teacher(loaded, rows, seen, lambda event: None)
+    teacher, _ = ask(loaded, rows, seen, lambda event: None)
     chosen = sorted(range(9), key=rows.length)[-3:]
     together = teacher(chosen)
     with torch.no_grad():
@@ -302,4 +302,4 @@ def test_a_teacher_that_is_not_finite_is_refused_but_not_for_padding() -> None:
     rows = Rows(tuple({"x": torch.arange(6.0) + i} for i in range(9)), {})
     seen = survey(loaded, rows, Wanted())
     with pytest.raises(InputError, match="output y of the tuned model is not finite"):
-        Teacher(loaded, rows, seen, lambda event: None)
+        ask(loaded, rows, seen, lambda event: None)

@@ -20,6 +20,7 @@ from kilodelta.cli import SECTIONS
 FUNCTIONS = {
     "demo": "kilodelta.demo.demo",
     "compress": "kilodelta.compress.compress",
+    "plan": "kilodelta.compress.plan",
     "import": "kilodelta.compress.import_adapter",
     "merge": "kilodelta.merge",
     "export": "kilodelta.export.export",
@@ -58,6 +59,7 @@ OTHER_NAMES: Mapping[tuple[str, str], str] = {
     ("compress", "rank"): "`options.method`",
     ("compress", "bases"): "`options.method`",
     ("compress", "lr"): "`options.rate`",
+    ("plan", "lr"): "`options.rate`",
     ("export", "tensorrt"): "`options.capabilities`",
     ("export", "external_data"): "`options.external`",
     ("export", "profile"): "`options.sizes`",

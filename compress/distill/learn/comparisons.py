@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kilodelta.compress.distill.learn.outputs import Output
+from kilodelta.compress.distill.teacher.top_k import kl_shortened, unpack
 
 SHARPNESS = 20.0
 """Cosines are multiplied by this before they become a distribution, as retrieval models do."""
@@ -174,6 +175,21 @@ class Classes(_Averaged):
         return kl(student, teacher)
 
 
+class TopClasses(Classes):
+    """Distributions over a vocabulary, the teacher's shortened to its most likely classes."""
+
+    def loss(
+        self, student: Tensor, teacher: Tensor, weights: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        return weighted_mean(kl_shortened(student, teacher), weights)
+
+    def agreement(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return student.argmax(-1) == unpack(teacher)[1][..., 0]
+
+    def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return kl_shortened(student, teacher)
+
+
 class Labels(_Averaged):
     """One yes or no per class: the divergence is summed over the classes."""
 
@@ -291,7 +307,7 @@ def comparison_for(
         return Head(labels, pull=PULL * min(1.0, coefficients / PULLED))
     if output.kind == "embedding" and bank is not None:
         return Relational(bank)
-    return _BY_KIND[output.kind]()
+    return TopClasses() if output.kept else _BY_KIND[output.kind]()
 
 
 _BY_KIND: Mapping[str, type[Classes | Labels | States]] = {

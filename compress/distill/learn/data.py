@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from kilodelta.compress.distill.learn.comparisons import comparison_for
 from kilodelta.compress.distill.learn.objective import Objective
 from kilodelta.compress.distill.learn.outputs import Output, Survey, Wanted, survey
 from kilodelta.compress.distill.learn.rows import Rows, to_rows
-from kilodelta.compress.distill.learn.teacher import Teacher
+from kilodelta.compress.distill.teacher.ask import Shelf, Teacher, ask
 from kilodelta.errors import InputError
 from kilodelta.models import LoadedModel, outputs, read_inputs, tokenize
 from kilodelta.models.heads import EMBEDDING
@@ -74,37 +75,55 @@ class Plan:
 
 
 def gather(
-    source: Source, student: LoadedModel, teacher: LoadedModel, plan: Plan, progress: Progress
+    source: Source,
+    student: LoadedModel,
+    tuned: AbstractContextManager[LoadedModel],
+    plan: Plan,
+    progress: Progress,
+    shelf: Shelf | None = None,
 ) -> Data:
     """Read the inputs, hold some out, and ask the teacher about all of them.
 
     Args:
         source: the inputs, opened.
         student: the base model in the tuned model's architecture.
-        teacher: the tuned model.
+        tuned: opens the tuned model, and closes it when all its outputs are kept.
         plan: how the inputs are used.
         progress: told about the teacher's work.
+        shelf: where outputs are kept that do not fit in memory.
 
     Raises:
         InputError: too few inputs, inputs or outputs that do not fit, or labels for a model that
             embeds nothing.
     """
-    batches = read_inputs(source, student, batch_size=READ, max_length=plan.max_length)
-    rows = to_rows(batches, getattr(student.tokenizer, "pad_token_id", None) or 0)
-    check_count(len(rows), source.spec, plan.held_out, plan.batch)
-    seen = survey(teacher, rows, plan.wanted)
-    rows = rows if seen.padded else rows.unpadded()
+    rows = read_rows(source, student, plan)
     learned, held_out = _halves(rows, plan)
-    known = Teacher(teacher, rows, seen, progress)
+    with tuned as model:
+        model = model.choosing(tuple(plan.wanted.weights))
+        seen = survey(model, rows, plan.wanted)
+        rows = rows if seen.padded else rows.unpadded()
+        teacher, seen = ask(model, rows, seen, progress, shelf)
     return Data(
         rows=rows,
-        teacher=known,
-        objective=_objective(seen.matched, known, learned, _labels(student, seen, plan), plan),
+        teacher=teacher,
+        objective=objective_for(seen.matched, teacher, learned, _labels(student, seen, plan), plan),
         survey=seen,
         learned=learned,
         held_out=held_out,
         repeated=len(rows) - len(learned) - len(held_out),
     )
+
+
+def read_rows(source: Source, student: LoadedModel, plan: Plan) -> Rows:
+    """Read the inputs as single rows.
+
+    Raises:
+        InputError: too few, or inputs that the model does not take.
+    """
+    batches = read_inputs(source, student, batch_size=READ, max_length=plan.max_length)
+    rows = to_rows(batches, getattr(student.tokenizer, "pad_token_id", None) or 0)
+    check_count(len(rows), source.spec, plan.held_out, plan.batch)
+    return rows
 
 
 def check_count(count: int, spec: str, held_out: int | None, batch: int) -> int:
@@ -152,13 +171,22 @@ def _halves(rows: Rows, plan: Plan) -> tuple[list[int], list[int]]:
     return learned, held_out
 
 
-def _objective(
+def objective_for(
     matched: Sequence[Output],
     teacher: Teacher,
     learned: Sequence[int],
     labels: Tensor | None,
     plan: Plan,
 ) -> Objective:
+    """Choose how each output is compared.
+
+    Args:
+        matched: the outputs.
+        teacher: their values on all rows.
+        learned: rows whose embeddings are the bank of others.
+        labels: embeddings of the labels, (n, width).
+        plan: says how many coefficients are trained.
+    """
     return Objective(
         outputs=matched,
         comparisons=[

@@ -86,7 +86,7 @@ def distill(
         InputError: the run to resume was another one, or the loss is not finite.
         OutputError: the state cannot be written.
     """
-    job = _Run(loaded, data, schedule, progress)
+    job = Run(loaded, data, schedule, progress)
     if resume and kept is not None:
         found = states.load(kept, facts or {})
         with states.explained(kept):
@@ -128,7 +128,7 @@ def _stop_after_step() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-class _Run:
+class Run:
     """One run's moving parts."""
 
     def __init__(
@@ -149,7 +149,7 @@ class _Run:
         order = self._batches()
         began, written = time.monotonic() - self.spent, time.monotonic()
         while self.step < self.schedule.steps and not stopped.is_set():
-            loss = self._step(next(order))
+            loss = self.take(next(order))
             self.step += 1
             self.spent = time.monotonic() - began
             self._look()
@@ -170,7 +170,8 @@ class _Run:
         for chosen in order:
             yield [self.data.learned[i] for i in chosen]
 
-    def _step(self, chosen: Sequence[int]) -> float:
+    def take(self, chosen: Sequence[int]) -> float:
+        """Take one step on some rows, without counting it; return its loss."""
         if self.step == self.schedule.rounds_from:
             train.quantise(self.loaded.module, self.schedule.bits)
         for group in self.optimiser.param_groups:

@@ -10,9 +10,8 @@ from kilodelta.compress.distill.learn.data import Data
 from kilodelta.compress.distill.learn.objective import Measures
 from kilodelta.compress.distill.learn.outputs import run
 from kilodelta.compress.distill.learn.rows import token_mask
+from kilodelta.compress.distill.teacher.ask import batch_rows
 from kilodelta.models import LoadedModel
-
-BATCH = 64
 
 
 @torch.no_grad()
@@ -31,7 +30,7 @@ def measure(loaded: LoadedModel, data: Data, chosen: Sequence[int]) -> tuple[Mea
     loaded.module.eval()
     totals: list[torch.Tensor] = []
     try:
-        for part in data.rows.subset(chosen).in_order(BATCH):
+        for part in data.rows.subset(chosen).in_order(batch_rows(data.rows, data.survey)):
             rows = [chosen[i] for i in part]
             batch = data.rows.batch(rows)
             found = run(loaded, batch, one_row=data.survey.one_row)

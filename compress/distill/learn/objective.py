@@ -85,7 +85,8 @@ class Objective:
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ours, theirs = student[output.name], teacher[output.name]
-        if ours.shape != theirs.shape:
+        _check_classes(output, ours)
+        if ours.shape[:-1] != theirs.shape[:-1] if output.kept else ours.shape != theirs.shape:
             raise InputError(
                 f"output {output.name} is {tuple(ours.shape)} of the base with the update and"
                 f" {tuple(theirs.shape)} of the tuned model",
@@ -94,3 +95,15 @@ class Objective:
         values, weights = output.aligned(ours, mask)
         wanted, _ = output.aligned(theirs, mask)
         return values, wanted, weights
+
+
+def _check_classes(output: Output, ours: Tensor) -> None:
+    """Refuse a student that chooses among other classes than the teacher does."""
+    if output.axis is None or not output.size or ours.shape[output.axis] == output.size:
+        return
+    raise InputError(
+        f"output {output.name} has {ours.shape[output.axis]} classes or features of the base with"
+        f" the update and {output.size} of the tuned model",
+        fix="give models of one vocabulary: a fine-tune that added tokens needs a base with as many"
+        " rows in its embedding",
+    )

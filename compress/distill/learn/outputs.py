@@ -60,6 +60,8 @@ class Output:
         axis: the axis of classes or features; None for `values`.
         size: how many classes or features there are; 0 where they follow the tokens.
         token_axes: axes as long as the batch's attention mask.
+        kept: how many classes per position the teacher's output is shortened to
+            (`teacher.top_k`); 0 where it is whole.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Output:
     axis: int | None
     size: int
     token_axes: tuple[int, ...]
+    kept: int = 0
 
     def aligned(self, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Bring an output into (rows, ..., classes), and say which positions count.

@@ -1,0 +1,79 @@
+"""Measure memory: what this process holds, what the machine has left, what a pass keeps."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Kept:
+    """What a forward pass keeps for the backward pass.
+
+    Attributes:
+        nbytes: bytes of all tensors kept, each memory counted once; parameters not.
+        largest: bytes of the largest of them.
+    """
+
+    nbytes: int = 0
+    largest: int = 0
+    places: set[int] = field(default_factory=set)
+
+
+@contextmanager
+def counting_kept(module: torch.nn.Module) -> Iterator[Kept]:
+    """Count the bytes that passes in this block keep for their backward pass.
+
+    Args:
+        module: its parameters and buffers are there anyway, and are not counted.
+    """
+    kept = Kept()
+    tensors = [*module.parameters(), *module.buffers()]
+    own = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+    def count(tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in own and place not in kept.places:
+            kept.places.add(place)
+            size = tensor.untyped_storage().nbytes()
+            kept.nbytes += size
+            kept.largest = max(kept.largest, size)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        yield kept
+
+
+def resident() -> int:
+    """Return the bytes of memory that this process holds now; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    import resource
+
+    return pages * resource.getpagesize()
+
+
+def available(device: torch.device | None = None) -> int | None:
+    """Return the bytes that can still be taken, or None where the system does not say.
+
+    Args:
+        device: a GPU; the machine's memory by default.
+    """
+    if device is not None and device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if sys.platform != "linux":
+        return None
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = {line.split(":")[0]: line.split()[1] for line in lines if line.endswith(" kB")}
+    return int(found["MemAvailable"]) * 1024 if "MemAvailable" in found else None

@@ -1,0 +1,139 @@
+"""Plan a compression: what it takes, and where asked for, the curve of size against fidelity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kilodelta.compress.distill.compress import (
+    as_given,
+    find_models,
+    open_inputs,
+    plan_of,
+    schedule_of,
+)
+from kilodelta.compress.distill.job import prepare
+from kilodelta.compress.distill.options import Options, check
+from kilodelta.compress.distill.planning.curve import Curve, check_folder, draw_curve, parse_budgets
+from kilodelta.compress.distill.planning.estimate import Estimate, estimate_job
+from kilodelta.errors import InputError, require
+from kilodelta.progress import Progress, silent
+
+DEFAULTS = Options()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What a plan says, and the curve where one was drawn.
+
+    Attributes:
+        estimate: what one budget takes: the largest of the curve, or the options' own.
+        budgets: the curve's budgets in bytes; empty without one.
+        total_seconds: of all budgets, the tuned model's outputs computed once.
+        curve: what came out; None without one.
+    """
+
+    estimate: Estimate
+    budgets: tuple[int, ...]
+    total_seconds: float
+    curve: Curve | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        curve = None if self.curve is None else self.curve.to_json()
+        return {
+            "estimate": self.estimate.to_json(),
+            "budgets": list(self.budgets),
+            "total_seconds": self.total_seconds,
+            "curve": curve,
+            "sizes": [] if curve is None else curve["sizes"],
+        }
+
+
+def plan(
+    base: str | Path,
+    tuned: str | Path,
+    *,
+    inputs: str | Path,
+    out: str | Path = "curve",
+    curve: str | Sequence[int] | None = None,
+    options: Options = DEFAULTS,
+    force: bool = False,
+    resume: bool = False,
+    announce: Callable[[Planned], object] | None = None,
+    progress: Progress = silent,
+) -> Planned:
+    """Estimate memory, time and disk of a compression; with `curve`, compress at each budget.
+
+    Args:
+        base: the model that the fine-tune began from.
+        tuned: the fine-tuned model.
+        inputs: unlabelled inputs, as for `compress`.
+        out: the curve's folder: one file per budget, `curve.json`, `curve.svg`, `teacher/`.
+        curve: budgets in bytes, or as a user types them: `4KB,12KB,50KB`.
+        options: how to compress; a curve has its own budgets.
+        force: begin a curve anew.
+        resume: go on with a curve that was interrupted.
+        announce: called with the plan before the first budget is begun.
+        progress: told about every stage.
+
+    Raises:
+        InputError: inputs or options make no sense.
+        OutputError: the folder holds a curve, or cannot be written.
+        KiloDeltaError: as `compress`.
+
+    Example:
+        >>> plan("base/", "tuned/", inputs="texts.jsonl").estimate.fits  # doctest: +SKIP
+        True
+    """
+    options = as_given(options)
+    sizes = _sizes(curve, options)
+    if sizes:
+        check_folder(Path(out), force=force, resume=resume)
+        require("matplotlib", extra="report", why="draw the curve")
+        options = replace(options, budget=sizes[-1])
+    check(options, learns=True)
+    source, labels = open_inputs(inputs, options)
+    assert source is not None  # inputs are given
+    models = find_models(base, tuned)
+    place = Path(out) / "plan.kd"
+    job = prepare(models["the base"], models["the tuned model"], place, options, learns=True)
+    estimate = estimate_job(job, source, plan_of(job, labels), schedule_of(job), progress)
+    each = estimate.total_seconds - estimate.teacher_seconds
+    planned = Planned(
+        estimate=estimate,
+        budgets=sizes,
+        total_seconds=estimate.teacher_seconds + each * max(1, len(sizes)),
+    )
+    if announce is not None:
+        announce(planned)
+    if not sizes:
+        return planned
+    del job, source  # the models are opened again for each budget
+    drawn = draw_curve(
+        base,
+        tuned,
+        Path(out),
+        sizes,
+        inputs=inputs,
+        options=options,
+        force=force,
+        resume=resume,
+        progress=progress,
+    )
+    return replace(planned, curve=drawn)
+
+
+def _sizes(curve: str | Sequence[int] | None, options: Options) -> tuple[int, ...]:
+    if curve is None:
+        return ()
+    if options.budget is not None or not isinstance(options.method, str | None):
+        raise InputError(
+            "a curve has its own budgets",
+            fix="leave --budget, --rank and --bases away; --method NAME alone may stand beside it",
+        )
+    if isinstance(curve, str):
+        return parse_budgets(curve)
+    return parse_budgets(",".join(map(str, curve)))

@@ -1,0 +1,218 @@
+"""Compute the tuned model's outputs on all inputs, once, and serve them to every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kilodelta.compress.distill.learn.outputs import Output, Survey, run
+from kilodelta.compress.distill.learn.rows import Rows, token_mask
+from kilodelta.compress.distill.teacher.store import (
+    DiskStore,
+    Facts,
+    MemoryStore,
+    Store,
+    folder_of,
+    padded,
+    require_disk,
+)
+from kilodelta.compress.distill.teacher.top_k import LARGEST, TOP_K, shorten
+from kilodelta.errors import InputError
+from kilodelta.models import LoadedModel
+from kilodelta.progress import Event, Progress
+
+ROOM = 1 << 28
+"""Bytes of whole outputs up to which they are kept as they are, in memory. Beyond, distributions
+over many classes are shortened, and everything lies on disk."""
+BATCH = 64
+CELLS = 1 << 26
+"""Numbers of one output of one batch: 256 MB in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shelf:
+    """Where outputs are kept that do not fit in memory, or that later runs are to find.
+
+    Attributes:
+        cache: the user's folder; None for a place that ends with the run.
+        facts: what the outputs depend on, beside what `ask` adds; asked for where `cache` is given.
+        scratch: makes a folder that ends with the run.
+    """
+
+    cache: Path | None
+    facts: Callable[[], Facts]
+    scratch: Callable[[], Path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """What the outputs of all rows take.
+
+    Attributes:
+        whole: bytes of the outputs as they are.
+        kept: bytes with the outputs in `shortened` at their k classes.
+        shortened: by the name of each output that is shortened, k.
+    """
+
+    whole: int
+    kept: int
+    shortened: Mapping[str, int]
+
+    @property
+    def is_small(self) -> bool:
+        """Whether memory holds them."""
+        return self.whole < ROOM
+
+
+class Teacher:
+    """The tuned model as a function from rows to the outputs that are matched."""
+
+    def __init__(self, store: Store, survey: Survey) -> None:
+        self._store, self._survey = store, survey
+
+    def __call__(self, chosen: Sequence[int]) -> dict[str, Tensor]:
+        """Return the outputs of rows of one batch, (rows, ...), by name."""
+        parts = [self._store.row(index) for index in chosen]
+        return {o.name: padded([part[o.name] for part in parts]) for o in self._survey.matched}
+
+    def bank(self, name: str, chosen: Sequence[int]) -> Tensor:
+        """Return an embedding's values, (rows, width)."""
+        return torch.stack([self._store.row(index)[name] for index in chosen])
+
+
+def ask(
+    loaded: LoadedModel,
+    rows: Rows,
+    survey: Survey,
+    progress: Progress,
+    shelf: Shelf | None = None,
+) -> tuple[Teacher, Survey]:
+    """Compute what the tuned model puts out for all rows, or find it where it was kept.
+
+    Args:
+        loaded: the tuned model; it is not needed afterwards.
+        rows: the inputs.
+        survey: what its outputs are.
+        progress: told about every batch.
+        shelf: where outputs lie that do not fit in memory; memory alone without one.
+
+    Returns:
+        The outputs, and the survey with `kept` set on each output that is shortened.
+
+    Raises:
+        InputError: an output is not finite, or the cache holds those of another run.
+        OutputError: the disk has no room for them.
+    """
+    need = estimate(loaded, rows, survey)
+    matched = tuple(replace(o, kept=need.shortened.get(o.name, 0)) for o in survey.matched)
+    survey = replace(survey, matched=matched)
+    store = _store(rows, survey, need, shelf)
+    _fill(store, loaded, rows, survey, progress)
+    return Teacher(store, survey), survey
+
+
+def compute(loaded: LoadedModel, rows: Rows, survey: Survey, progress: Progress) -> Teacher:
+    """Compute the outputs of a few rows in memory, shortened as the survey says."""
+    store = MemoryStore(len(rows))
+    _fill(store, loaded, rows, survey, progress)
+    return Teacher(store, survey)
+
+
+def estimate(loaded: LoadedModel, rows: Rows, survey: Survey) -> Need:
+    """Judge what the outputs of all rows take by those of the first row."""
+    first = _compute(loaded, rows, survey, [0])
+    tokens, one = sum(map(rows.length, range(len(rows)))), rows.length(0)
+    each = {name: values.nbytes * tokens // one for name, values in first.items()}
+    whole = sum(each.values())
+    shortened: dict[str, int] = {}
+    if whole >= ROOM:
+        shortened = {o.name: TOP_K for o in survey.matched if _is_long(o, first[o.name])}
+    kept = {n: b * (2 * TOP_K + 1) // first[n].shape[-1] for n, b in each.items() if n in shortened}
+    return Need(whole=whole, kept=sum({**each, **kept}.values()), shortened=shortened)
+
+
+def _is_long(output: Output, values: Tensor) -> bool:
+    """Whether an output is a distribution over so many classes that few of them say nearly all."""
+    last = output.kind == "classes" and output.axis == values.dim() - 1
+    return last and 4 * TOP_K <= output.size < LARGEST
+
+
+def _store(rows: Rows, survey: Survey, need: Need, shelf: Shelf | None) -> Store:
+    if shelf is None or (need.is_small and shelf.cache is None):
+        return MemoryStore(len(rows))
+    if shelf.cache is None:
+        folder = shelf.scratch()
+        require_disk(folder, need.kept)
+        return DiskStore(folder, {}, len(rows))
+    outputs = [[o.name, o.kind, o.axis, o.size, o.kept] for o in survey.matched]
+    facts = {**shelf.facts(), "inputs": rows.digest(), "outputs": str(outputs)}
+    store = DiskStore(folder_of(shelf.cache, facts), facts, len(rows))
+    require_disk(shelf.cache, need.kept * len(store.missing()) // len(rows))
+    return store
+
+
+def _fill(
+    store: Store, loaded: LoadedModel, rows: Rows, survey: Survey, progress: Progress
+) -> None:
+    """Compute the rows that the store lacks."""
+    left = store.missing()
+    done = len(rows) - len(left)
+    try:
+        for part in rows.subset(left).in_order(batch_rows(rows, survey)):
+            chosen = [left[i] for i in part]
+            store.add(_rows(_compute(loaded, rows, survey, chosen), chosen, rows, survey))
+            done += len(chosen)
+            progress(Event(stage="teacher", done=done, total=len(rows), unit="inputs"))
+    finally:  # whatever ends the work, what is done need not be done again
+        store.close()
+
+
+def batch_rows(rows: Rows, survey: Survey) -> int:
+    """Choose how many rows are computed at a time, so that no output is too large for memory."""
+    longest = max(map(rows.length, range(len(rows))))
+    widest = max((output.size for output in survey.matched), default=1)
+    return max(1, min(BATCH, CELLS // max(1, longest * widest)))
+
+
+@torch.no_grad()
+def _compute(
+    loaded: LoadedModel, rows: Rows, survey: Survey, chosen: Sequence[int]
+) -> dict[str, Tensor]:
+    batch = rows.batch(chosen)
+    found = run(loaded, batch, one_row=survey.one_row)
+    values = {}
+    for output in survey.matched:
+        aligned, _ = output.aligned(found[output.name], token_mask(batch))
+        if bool((aligned.isnan() | (aligned == torch.inf)).any()):
+            raise InputError(
+                f"output {output.name} of the tuned model is not finite for one of the inputs"
+                f" {', '.join(map(str, sorted(chosen)[:3]))}, ...",
+                fix="check the tuned model, or leave that output out with --outputs",
+            )
+        whole = found[output.name].float()
+        values[output.name] = shorten(whole, output.kept) if output.kept else whole
+    return values
+
+
+def _rows(
+    values: Mapping[str, Tensor], chosen: Sequence[int], rows: Rows, survey: Survey
+) -> dict[int, Mapping[str, Tensor]]:
+    """Take a batch's outputs apart, without the positions that its padding added."""
+    return {
+        index: {
+            output.name: _cut(output, values[output.name][place], rows.length(index), rows)
+            for output in survey.matched
+        }
+        for place, index in enumerate(chosen)
+    }
+
+
+def _cut(output: Output, values: Tensor, length: int, rows: Rows) -> Tensor:
+    """One row's output (...) without the positions that its batch's padding added."""
+    for axis in output.token_axes if rows.pad else ():
+        values = values.narrow(axis - 1, 0, length)
+    return values.clone()

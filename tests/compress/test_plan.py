@@ -1,0 +1,152 @@
+"""`kilodelta plan`: the estimate before the first step, and the curve of size against fidelity."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+from click.testing import CliRunner, Result
+
+from kilodelta.cli import main
+from kilodelta.compress import Options, plan
+from kilodelta.compress.distill.planning import estimate as estimating
+from kilodelta.compress.distill.planning.curve import parse_budgets
+from kilodelta.compress.distill.planning.estimate import Estimate
+from kilodelta.compress.distill.planning.memory import available, counting_kept, resident
+from kilodelta.errors import InputError, OutputError
+from kilodelta.format.methods import Lora
+from tests.support import pico
+
+OPTIONS = ("--steps", "8", "--batch", "8", "-q")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with base, tuned model and texts; the working directory."""
+    monkeypatch.chdir(tmp_path)
+    base = pico.bert_classifier(tmp_path / "base")
+    pico.tuned(base, tmp_path / "tuned", size=0.2)
+    words = pico.WORDS.split()
+    lines = [" ".join(words[(i * j) % len(words)] for j in range(1, 4 + i % 5)) for i in range(64)]
+    (tmp_path / "texts.txt").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def typed(*arguments: str) -> Result:
+    return CliRunner().invoke(
+        main, ["plan", "base", "tuned", "--inputs", "texts.txt", *OPTIONS, *arguments]
+    )
+
+
+def test_kept_activations_are_counted_once_and_without_the_weights() -> None:
+    layer = torch.nn.Linear(10, 20)
+    x = torch.randn(3, 10, requires_grad=True)
+    with counting_kept(layer) as kept:
+        y = layer(x).exp()
+        (y * y).sum()
+    assert kept.nbytes == 4 * (3 * 10 + 3 * 20)  # the layer keeps x, exp and the product keep y
+    assert kept.largest == 4 * 3 * 20
+
+
+def test_an_estimate_leaves_the_models_and_the_disk_alone(here: Path) -> None:
+    options = Options(steps=8, batch=8, budget=3000)
+    planned = plan("base", "tuned", inputs="texts.txt", options=options)
+    found = planned.estimate
+    assert planned.curve is None
+    assert (found.steps, found.rows) == (8, 64)
+    assert found.weights_bytes == 4 * sum(p.numel() for p in _parameters(here / "base"))
+    assert found.coefficients > 1000
+    assert found.teacher_bytes == 64 * 3 * 4
+    assert not found.teacher_on_disk
+    assert found.peak_bytes > found.weights_bytes + found.activations_bytes
+    assert planned.total_seconds >= 8 * found.step_seconds
+    assert sorted(path.name for path in here.iterdir()) == ["base", "texts.txt", "tuned"]
+    larger = plan("base", "tuned", inputs="texts.txt", options=Options(batch=32, budget=3000))
+    assert larger.estimate.activations_bytes > 2 * found.activations_bytes
+    assert larger.estimate.steps == 800
+
+
+def _parameters(folder: Path) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(folder).parameters()
+
+
+def test_what_does_not_fit_is_said_before_the_first_step(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimating, "available", lambda: 0)
+    monkeypatch.setattr(estimating, "resident", lambda: 1000)
+    answer = typed()
+    assert answer.exit_code == 0
+    assert "warning: a step may take" in answer.stderr
+    assert "smaller --batch or --max-length" in answer.stderr
+
+
+def test_memory_that_is_not_known_is_no_warning() -> None:
+    made = Estimate(
+        peak_bytes=10, available_bytes=None, weights_bytes=1, activations_bytes=1, teacher_bytes=1,
+        teacher_on_disk=False, shortened={}, step_seconds=1, teacher_seconds=1, steps=1,
+        total_seconds=1, rows=1, coefficients=1,
+    )  # fmt: skip
+    assert made.fits
+    assert made.warnings() == []
+    assert (available() or 1) > 0
+    assert resident() >= 0
+
+
+def test_a_curve_is_files_a_table_and_a_picture(here: Path) -> None:
+    answer = typed("--curve", "6KB,3KB", "-o", "out")
+    assert answer.exit_code == 0, answer.output
+    assert "2 budgets take about" in answer.stderr
+    table = json.loads((here / "out" / "curve.json").read_text())
+    assert [point["budget"] for point in table["sizes"]] == [3000, 6000]
+    for point in table["sizes"]:
+        assert (here / "out" / point["file"]).stat().st_size == point["nbytes"] <= point["budget"]
+        assert point["name"] in ("unilora", "lora")
+    assert table["kind"] == "top-1"
+    assert not table["interrupted"]
+    picture = ElementTree.fromstring((here / "out" / "curve.svg").read_text())
+    assert picture.tag.endswith("svg")
+    assert "var(" not in (here / "out" / "curve.svg").read_text()
+    assert len(list((here / "out" / "teacher").iterdir())) == 1  # both read one cache
+    again = typed("--curve", "6KB,3KB", "-o", "out")
+    assert again.exit_code != 0
+    assert "holds a curve already" in again.stderr
+
+
+def test_a_curve_goes_on_where_it_ended(here: Path) -> None:
+    assert typed("--curve", "3KB", "-o", "out").exit_code == 0
+    before = (here / "out" / "3000.kd").stat().st_mtime_ns
+    answer = typed("--curve", "3KB,5KB", "-o", "out", "--resume", "--json")
+    assert answer.exit_code == 0, answer.output
+    result = json.loads(answer.stdout)
+    assert [point["budget"] for point in result["sizes"]] == [3000, 5000]
+    assert result["curve"]["kind"] == "top-1"
+    assert (here / "out" / "3000.kd").stat().st_mtime_ns == before
+
+
+def test_budgets_as_a_user_types_them() -> None:
+    assert parse_budgets("50KB,4KB, 12KB") == (4000, 12000, 50000)
+    for wrong, why in (("4KB,4000", "some of them equal"), ("4KB,big", "is no size"),
+                       (",".join(f"{n}KB" for n in range(1, 19)), "18 budgets")):  # fmt: skip
+        with pytest.raises(InputError, match=why):
+            parse_budgets(wrong)
+
+
+def test_what_makes_no_sense_is_refused_before_models_are_opened(tmp_path: Path) -> None:
+    for options in (Options(budget=3000), Options(method=Lora(rank=2))):
+        with pytest.raises(InputError, match="a curve has its own budgets"):
+            plan("nowhere", "nowhere", inputs="none.txt", curve="4KB", options=options)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is no folder"):
+        plan("nowhere", "nowhere", inputs="none.txt", curve="4KB", out=tmp_path / "file")
+    with pytest.raises(InputError, match=r"none\.txt is no file"):
+        plan("nowhere", "nowhere", inputs="none.txt")
