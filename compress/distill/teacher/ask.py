@@ -126,7 +126,11 @@ def estimate(loaded: LoadedModel, rows: Rows, survey: Survey) -> Need:
     """Judge what the outputs of all rows take by those of the first row."""
     first = _compute(loaded, rows, survey, [0])
     tokens, one = sum(map(rows.length, range(len(rows)))), rows.length(0)
-    each = {name: values.nbytes * tokens // one for name, values in first.items()}
+    each = {
+        o.name: first[o.name].nbytes * tokens // one if o.token_axes
+        else first[o.name].nbytes * len(rows)
+        for o in survey.matched
+    }  # fmt: skip
     whole = sum(each.values())
     shortened: dict[str, int] = {}
     if whole >= ROOM:
