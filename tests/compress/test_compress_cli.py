@@ -269,21 +269,21 @@ def test_a_run_is_known_by_all_that_makes_it(here: Path) -> None:
 def test_an_interrupted_command_exits_130(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kilodelta.compress.distill.learn import loop
 
-    step = loop._Run._step
+    step = loop.Run.take
 
     def stopping(run: Any, chosen: Any) -> float:
         if run.step == 4:
             signal.raise_signal(signal.SIGINT)
         return step(run, chosen)
 
-    monkeypatch.setattr(loop._Run, "_step", stopping)
+    monkeypatch.setattr(loop.Run, "take", stopping)
     result = typed(*LEARN, "--json")
     assert result.exit_code == 130
     assert json.loads(result.stdout)["interrupted"] is True
     assert "interrupted after 5 steps" in result.stderr
     shown = CliRunner().invoke(main, ["inspect", "task.kd"])
     assert "interrupted True" in shown.stdout
-    monkeypatch.setattr(loop._Run, "_step", step)
+    monkeypatch.setattr(loop.Run, "take", step)
     done = typed(*LEARN, "--resume")
     assert done.exit_code == 0, done.stderr
     assert "mode" in done.stdout

@@ -184,7 +184,9 @@ class TopClasses(Classes):
         return weighted_mean(kl_shortened(student, teacher), weights)
 
     def agreement(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return student.argmax(-1) == unpack(teacher)[1][..., 0]
+        logs, indices, _ = unpack(teacher)
+        winners = logs == logs[..., :1]  # where the teacher's winners tie, each of them counts
+        return ((indices == student.argmax(-1, keepdim=True)) & winners).any(-1)
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         return kl_shortened(student, teacher)
