@@ -7,8 +7,10 @@ load when they are first used; all but `Options` need torch.
 
 from __future__ import annotations
 
-import importlib
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from kilodelta.lazy import lazy
 
 if TYPE_CHECKING:
     from kilodelta.compress.adapters.conversion import Imported as Imported
@@ -42,13 +44,14 @@ __all__ = [
 ]
 
 
+_attribute, _names = lazy(__name__, _WHERE)
+
+
 def __getattr__(name: str) -> Any:
-    if name == "train":
-        return importlib.import_module("kilodelta.compress.training.train")
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    if name == "train":  # the module itself is public
+        return import_module("kilodelta.compress.training.train")
+    return _attribute(name)
 
 
 def __dir__() -> list[str]:
-    return list(__all__)
+    return [*_names(), "train"]

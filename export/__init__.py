@@ -19,8 +19,9 @@ Names load when first used, because merging and patching need neither torch nor 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kilodelta.lazy import lazy
 
 if TYPE_CHECKING:
     from kilodelta.export.adapter.factors import base_factors as base_factors
@@ -126,12 +127,4 @@ __all__ = [
     "write_rest",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
+__getattr__, __dir__ = lazy(__name__, _WHERE)

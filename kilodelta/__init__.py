@@ -31,6 +31,8 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from kilodelta.lazy import lazy
+
 if TYPE_CHECKING:
     from kilodelta.export.merge.checkpoint import merge as merge
     from kilodelta.files.checkpoint import Checkpoint as Checkpoint
@@ -53,6 +55,7 @@ _PACKAGES = frozenset({"compress", "demo", "device", "export", "trust", "verify"
 _TRAIN = "train"
 
 __all__ = ["Checkpoint", "Delta", "digest", "inspect", "load", "merge"]
+_attribute, _names = lazy(__name__, _WHERE)
 
 
 def __getattr__(name: str) -> Any:
@@ -63,12 +66,10 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("kilodelta.compress.training.train")
     if name in _PACKAGES:
         return importlib.import_module(f"kilodelta.{name}")
-    if name not in _WHERE:
-        raise AttributeError(f"module 'kilodelta' has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    return _attribute(name)
 
 
 def __dir__() -> list[str]:
     """List the public names; `train` where torch is installed, so that `help` can look at all."""
     train = [_TRAIN] if importlib.util.find_spec("torch") is not None else []
-    return sorted([*_WHERE, *_PACKAGES, *train, "__version__"])
+    return sorted([*_names(), *_PACKAGES, *train, "__version__"])

@@ -8,23 +8,19 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kilodelta.lazy import lazy
 
 if TYPE_CHECKING:
     from kilodelta.compress.adapters.conversion import Imported as Imported
     from kilodelta.compress.adapters.importing import import_adapter as import_adapter
 
-_WHERE = {"Imported": "conversion", "import_adapter": "importing"}
+_WHERE = {
+    "Imported": "kilodelta.compress.adapters.conversion",
+    "import_adapter": "kilodelta.compress.adapters.importing",
+}
 
 __all__ = ["Imported", "import_adapter"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
+__getattr__, __dir__ = lazy(__name__, _WHERE)

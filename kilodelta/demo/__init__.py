@@ -6,8 +6,9 @@ library's own functions. `demo` is the command of that name; it needs the extra 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kilodelta.lazy import lazy
 
 if TYPE_CHECKING:
     from kilodelta.demo.run import Demo as Demo
@@ -15,12 +16,4 @@ if TYPE_CHECKING:
 
 __all__ = ["Demo", "demo"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("kilodelta.demo.run"), name)
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
+__getattr__, __dir__ = lazy(__name__, dict.fromkeys(__all__, "kilodelta.demo.run"))

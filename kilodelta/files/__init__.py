@@ -12,8 +12,9 @@ when they are whole (`staging`).
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kilodelta.lazy import lazy
 
 if TYPE_CHECKING:
     from kilodelta.files.checkpoint import Checkpoint as Checkpoint
@@ -36,13 +37,5 @@ _WHERE = {
 
 __all__ = ["DTYPES", "FLOATS", "Checkpoint", "Identity", "RawTensor", "TensorInfo", "digest"]
 
-
-def __getattr__(name: str) -> Any:
-    # Loaded when first used: to stage a text needs no numpy.
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
+# Loaded when first used: to stage a text needs no numpy.
+__getattr__, __dir__ = lazy(__name__, _WHERE)

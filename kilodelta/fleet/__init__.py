@@ -8,8 +8,9 @@ here beyond a pool of threads: resuming is running again, because what is whole 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kilodelta.lazy import lazy
 
 if TYPE_CHECKING:
     from kilodelta.fleet.graph import Plan as Plan
@@ -28,12 +29,4 @@ _WHERE = {
 
 __all__ = ["Fleet", "Plan", "make_plan", "read_fleet", "run"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
+__getattr__, __dir__ = lazy(__name__, _WHERE)

@@ -8,8 +8,9 @@ float bases.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kilodelta.lazy import lazy
 
 if TYPE_CHECKING:
     from kilodelta.format.delta import Delta as Delta
@@ -30,12 +31,4 @@ _WHERE = {
 
 __all__ = ["METHODS", "Delta", "Method", "Patterns", "load", "register"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
+__getattr__, __dir__ = lazy(__name__, _WHERE)

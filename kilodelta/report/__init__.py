@@ -7,8 +7,9 @@ result is good and what to do next. Nothing here computes: every number comes fr
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kilodelta.lazy import lazy
 
 if TYPE_CHECKING:
     from kilodelta.report.pages import write_report as write_report
@@ -23,12 +24,4 @@ _WHERE = {
 
 __all__ = ["Verdict", "verdict_of", "write_report"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
+__getattr__, __dir__ = lazy(__name__, _WHERE)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from kilodelta.errors import DeviceError, DowngradeError, InputError, SignatureE
 from kilodelta.trust import keygen, publish
 from kilodelta.trust.tuf_repository import first_root
 from tests.doubles import numpy_device
+from tests.support.mirrors import mirror_of
 
 
 class Team:
@@ -233,22 +231,10 @@ def test_odd_changes_are_sentences(team: Team, standin: None, tmp_path: Path) ->
         pins_from([], threshold=1, task="x", kind="")
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def mirror(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    place = tmp_path / "repo"
-    place.mkdir()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(place)))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield place, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with mirror_of(tmp_path / "repo") as url:
+        yield tmp_path / "repo", url
 
 
 def test_a_release_reaches_a_device_by_the_mirror(team: Team, mirror: tuple[Path, str]) -> None:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import threading
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from kilodelta.trust.envelope import write_signature
 from kilodelta.trust.statement import stated
 from kilodelta.trust.tuf_client import Pulled, pull
 from kilodelta.trust.tuf_repository import first_root, publish
+from tests.support.mirrors import mirror_of
 
 
 @pytest.fixture(scope="module")
@@ -47,23 +45,11 @@ def release(folder: Path, key: Any, version: int, task: str = "intents", kinds: 
     return file
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     """A folder served as it is, on a loopback port."""
-    place = tmp_path / "repo"
-    place.mkdir()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(place)))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield place, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with mirror_of(tmp_path / "repo") as url:
+        yield tmp_path / "repo", url
 
 
 def client(tmp_path: Path, served: tuple[Path, str], **more: Any) -> Pulled | None:
