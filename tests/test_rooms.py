@@ -16,8 +16,9 @@ from tests.support.processes import BLOCKED, GOLDEN, ROOT, run
 BELOW: dict[str, frozenset[str]] = {
     "files": frozenset(),
     "exact": frozenset({"files"}),
+    "grid": frozenset({"files", "exact"}),
     "format": frozenset({"files", "exact"}),
-    "merging": frozenset({"files", "exact", "format"}),
+    "merging": frozenset({"files", "exact", "format", "grid"}),
     "models": frozenset({"files"}),
 }
 """Each room, and the rooms that it may import; `errors` and `progress` are open to all."""
@@ -132,7 +133,7 @@ def test_no_test_module_imports_another() -> None:
 def test_torch_is_named_in_one_module_of_the_ground_floor() -> None:
     users = {
         path.name
-        for room in ("files", "exact", "format")
+        for room in ("files", "exact", "grid", "format")
         for path in ROOMS[room].rglob("*.py")
         if floor_of(path, room) == room and "torch" in imported(ast.parse(path.read_text()))
     }

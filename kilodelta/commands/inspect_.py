@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kilodelta import terminal
 from kilodelta.commands.shared import Command, as_json, threads, with_progress
+
+if TYPE_CHECKING:
+    from kilodelta.grid import LogicalIdentity
 
 _COMPATIBILITY = "a compatibility form: floats, its result by the ordered sum of this package alone"
 
@@ -79,21 +82,59 @@ def _short(value: object, width: int = 100) -> str:
 def digest(
     model: str, tensors: bool, cached: bool, threads: int | None, as_json: bool, progress: Any
 ) -> Callable[[], None]:
-    """Print the root of a MODEL: a .safetensors file, a Hugging Face folder or cache folder."""
-    from kilodelta.files.model_digest import digest
+    """Print the root of a MODEL: a .safetensors file, a Hugging Face folder or cache folder.
 
-    found = digest(model, cached=cached, threads=threads, progress=progress)
+    Of a quantised one (a folder, a .gguf or an .onnx file) the logical root as well: over codes,
+    scales and zero points, whatever their layout.
+    """
+    from kilodelta.files.model_digest import digest
+    from kilodelta.grid.open import is_quantised, open_quantised
+
+    logical = None
+    if is_quantised(model):
+        opened = open_quantised(model)
+        found = opened.stored_identity(threads=threads, progress=progress)
+        logical = opened.identity(threads=threads, progress=progress)
+        method = opened.method
+    else:
+        found = digest(model, cached=cached, threads=threads, progress=progress)
 
     def show() -> None:
         if as_json:
             listed = {"tensors": dict(found.tensors)} if tensors else {}
-            terminal.print_json({"root": found.root, "count": len(found.tensors), **listed})
+            table = {"root": found.root, "count": len(found.tensors), **listed}
+            if logical is not None:
+                table["quantised"] = {"method": method, **_logical_json(logical, tensors)}
+            terminal.print_json(table)
             return
         for name, text in found.tensors.items() if tensors else ():
             print(f"{text}  {name}")
         print(f"{found.root}  {model}" if not tensors else f"{found.root}  (root)")
+        if logical is not None:
+            for name, text in logical.weights.items() if tensors else ():
+                print(f"{text}  {name} (logical)")
+            print(f"{logical.root}  (logical root of {len(logical.weights)} weights, {method})")
+            print(f"{logical.plain}  (all other tensors, by value)")
+            print(f"{logical.config}  (quantisation configuration)")
+            if logical.still_blocks:
+                terminal.print_warning(
+                    f"{logical.still_blocks} blocks have a step of zero: no merge in the grid"
+                    " changes their weights"
+                )
 
     return show
+
+
+def _logical_json(logical: LogicalIdentity, tensors: bool) -> dict[str, Any]:
+    listed = {"weights": dict(logical.weights)} if tensors else {}
+    return {
+        "logical_root": logical.root,
+        "count": len(logical.weights),
+        "plain_root": logical.plain,
+        "configuration": logical.config,
+        "still_blocks": logical.still_blocks,
+        **listed,
+    }
 
 
 @click.command(

@@ -1,0 +1,91 @@
+"""Pack and unpack codes of 1 to 8 bits: one little-endian bit stream per row, low bits first.
+
+Every layout of this room is such a stream once its words and rows are put in order: little-endian
+words of any width follow each other as their bytes do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+
+
+def unpack_bits(stream: Bytes, bits: int) -> Bytes:
+    """Unpack every whole code of each row.
+
+    Args:
+        stream: uint8 (rows, nbytes).
+        bits: of one code, 1 to 8.
+
+    Returns:
+        uint8 (rows, 8 * nbytes // bits).
+
+    Example:
+        >>> unpack_bits(np.array([[0x21, 0x43]], np.uint8), 4).tolist()
+        [[1, 2, 3, 4]]
+    """
+    rows, nbytes = stream.shape
+    if bits == 8:
+        return stream
+    if bits == 4:
+        codes = np.empty((rows, 2 * nbytes), np.uint8)
+        np.bitwise_and(stream, 15, out=codes[:, ::2])
+        np.right_shift(stream, 4, out=codes[:, 1::2])
+        return codes
+    count = 8 * nbytes // bits
+    flat = np.unpackbits(stream, axis=1, bitorder="little")[:, : count * bits]
+    weights = (1 << np.arange(bits)).astype(np.uint8)
+    codes = (flat.reshape(rows, count, bits) * weights).sum(axis=2, dtype=np.uint8)
+    return np.asarray(codes)
+
+
+def pack_bits(codes: npt.NDArray[Any], bits: int, nbytes: int) -> Bytes:
+    """Pack codes as `unpack_bits` reads them; bits behind the last code are zero.
+
+    Args:
+        codes: uint8 (rows, count), each below 2^bits.
+        bits: of one code, 1 to 8.
+        nbytes: of a packed row.
+
+    Returns:
+        uint8 (rows, nbytes).
+
+    Example:
+        >>> pack_bits(np.array([[1, 2, 3]], np.uint8), 4, 2).tolist()
+        [[33, 3]]
+    """
+    rows, count = codes.shape
+    if bits == 8:
+        return _padded(codes.astype(np.uint8, copy=False), nbytes)
+    if bits == 4:
+        even = _padded(codes.astype(np.uint8, copy=False), 2 * nbytes)
+        return even[:, ::2] | (even[:, 1::2] << np.uint8(4))
+    spread = (codes[:, :, None] >> np.arange(bits, dtype=np.uint8)) & np.uint8(1)
+    flat = _padded(spread.reshape(rows, count * bits).astype(np.uint8), 8 * nbytes)
+    return np.packbits(flat, axis=1, bitorder="little")
+
+
+def replace_bits(stream: Bytes, bits: int, codes: npt.NDArray[Any]) -> Bytes:
+    """Write codes over the first ones of each row; the codes behind them stay as they are.
+
+    Args:
+        stream: uint8 (rows, nbytes).
+        bits: of one code.
+        codes: uint8 (rows, count), count at most as many as a row holds.
+
+    Returns:
+        new bytes, uint8 (rows, nbytes).
+    """
+    count = codes.shape[1]
+    behind = unpack_bits(stream, bits)[:, count:]
+    whole = np.concatenate([codes, behind], axis=1) if behind.size else codes
+    return pack_bits(whole, bits, stream.shape[1])
+
+
+def _padded(values: Bytes, length: int) -> Bytes:
+    missing = length - values.shape[1]
+    return np.pad(values, ((0, 0), (0, missing))) if missing else values

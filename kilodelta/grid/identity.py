@@ -1,0 +1,73 @@
+"""Compute the logical root of a quantised model: the same for every layout of the same numbers.
+
+Hashed are, per weight, its name, kind, shape, block, codes, steps, zero points, minima and column
+order as `Matrix` has them. So a scale of 0.5 is one number in float16 and float32, -0.0 is 0.0,
+and codes that pad a row or a block are not there (docs/format.md, section 10).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kilodelta.files import canonical
+from kilodelta.grid.matrix import Matrix
+
+DOMAIN = b"kilodelta grid 1"
+
+
+def matrix_digest(name: str, matrix: Matrix) -> str:
+    """Compute the logical digest of one weight under its name, `sha256:<hex>`.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from kilodelta.grid.codes import integer_kind
+        >>> half, codes = np.array([[0.5, -0.0]]), np.array([[1, -8, 0]], np.int8)
+        >>> w = Matrix(kind=integer_kind(4), codes=codes, steps=half, block=(1, 2))
+        >>> again = replace(w, steps=np.abs(half), zeros=np.zeros((1, 2), np.int16))
+        >>> matrix_digest("w", w) == matrix_digest("w", again)
+        True
+    """
+    state = matrix_hash(name, matrix)
+    state.update(np.ascontiguousarray(matrix.kind.plus_zero(matrix.codes)).data)
+    return "sha256:" + state.hexdigest()
+
+
+def matrix_hash(name: str, matrix: Matrix) -> hashlib._Hash:
+    """Start the hash of a weight with everything but its codes, which follow row by row."""
+    rows, columns = matrix.shape
+    block = (min(matrix.block[0], rows), min(matrix.block[1], columns))
+    order = matrix.order
+    if order is not None and np.array_equal(order, np.arange(columns) // block[1]):
+        order = None
+    head = (
+        DOMAIN, name.encode(), matrix.kind.name.encode(), f"{rows},{columns}".encode(),
+        f"{block[0]},{block[1]}".encode(),
+        _state(matrix.zeros) + _state(matrix.minima) + (b"0" if order is None else b"1"), b"",
+    )  # fmt: skip
+    state = hashlib.sha256(b"\0".join(head))
+    state.update(_bytes(matrix.steps, "<f8"))
+    for values, dtype in ((matrix.zeros, "<i2"), (matrix.minima, "<f8")):
+        if values is not None and values.any():
+            state.update(_bytes(values, dtype))
+    if order is not None:
+        state.update(_bytes(order, "<i4"))
+    return state
+
+
+def _state(values: npt.NDArray[Any] | None) -> bytes:
+    return b"1" if values is not None and values.any() else b"0"
+
+
+def _bytes(values: npt.NDArray[Any], dtype: str) -> bytes:
+    return np.ascontiguousarray(values + 0, dtype=dtype).tobytes()  # -0.0 + 0 is 0.0
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """Compute the digest of a quantisation configuration, as canonical JSON."""
+    text = canonical.dumps(dict(config)).encode("utf-8")
+    return "sha256:" + hashlib.sha256(text).hexdigest()

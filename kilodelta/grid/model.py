@@ -1,0 +1,212 @@
+"""A quantised model: which of its stored tensors make which weight, and the root of it all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from kilodelta import parallel
+from kilodelta.errors import CheckpointError
+from kilodelta.files.checkpoint import Checkpoint, in_name_order
+from kilodelta.files.dtypes import FLOATS
+from kilodelta.files.identity import Identity, of_digests, raw_digest, root, tensor_hash
+from kilodelta.files.model_digest import digest
+from kilodelta.files.tensor import RawTensor, TensorInfo
+from kilodelta.grid.identity import config_digest, matrix_digest
+from kilodelta.grid.layouts.base import Layout, Parts
+from kilodelta.grid.matrix import Matrix, Shape
+from kilodelta.progress import Meter, Progress, silent
+
+
+class Source(Protocol):
+    """Where stored tensors lie: a `Checkpoint`, a GGUF file, an ONNX graph."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def info(self, name: str) -> TensorInfo: ...
+
+    def raw(self, name: str) -> RawTensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """One quantised weight: its layout, and its stored tensors' names by role."""
+
+    name: str
+    layout: Layout
+    parts: Mapping[str, str]
+
+    @property
+    def shape(self) -> Shape:
+        """(out, in)."""
+        return self.layout.shape
+
+    @property
+    def codes(self) -> str:
+        """The name of the stored tensor that holds the codes."""
+        return self.parts[self.layout.codes_in]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogicalIdentity:
+    """What a quantised model is, whatever its layout.
+
+    Attributes:
+        root: over the quantised weights' logical digests, in name order.
+        weights: those digests by name.
+        plain: root over all other tensors by value: F16, BF16 and F32 spellings of the same
+            numbers are one.
+        config: digest of the quantisation configuration as it stands in the files.
+        still_blocks: blocks with a step of zero, whose weights no code can change.
+    """
+
+    root: str
+    weights: Mapping[str, str]
+    plain: str
+    config: str
+    still_blocks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantisedModel:
+    """A model whose weights are stored as codes and scales.
+
+    Attributes:
+        path: where it lies.
+        method: what quantised it: `compressed-tensors`, `gptq`, `gguf`, ...
+        config: the quantisation configuration as the files have it.
+        stored: the quantised weights, by name, in name order.
+        plain: the names of all tensors that are no part of one.
+        source: the stored tensors.
+    """
+
+    path: Path
+    method: str
+    config: Mapping[str, Any]
+    stored: Mapping[str, Stored]
+    plain: tuple[str, ...]
+    source: Source
+
+    def parts(self, name: str) -> Parts:
+        """Read the stored tensors of a weight, by role."""
+        return {role: self.source.raw(place) for role, place in self.of(name).parts.items()}
+
+    def of(self, name: str) -> Stored:
+        """Say where a weight lies.
+
+        Raises:
+            CheckpointError: no quantised weight has that name.
+        """
+        if name not in self.stored:
+            raise CheckpointError(
+                f"{self.path} has no quantised weight {name!r:.200}",
+                fix="list them: kilodelta digest --tensors",
+            )
+        return self.stored[name]
+
+    def matrix(self, name: str) -> Matrix:
+        """Read a weight.
+
+        Raises:
+            CheckpointError: a stored tensor is missing or does not fit, a scale is NaN or
+                infinite, or a code is out of range.
+        """
+        stored = self.of(name)
+        try:
+            return stored.layout.unpack(self.parts(name)).checked(name)
+        except CheckpointError as problem:
+            if problem.what.startswith(name):
+                raise
+            raise CheckpointError(f"{name}: {problem.what}", fix=problem.fix) from None
+
+    def identity(
+        self, *, threads: int | None = None, progress: Progress = silent
+    ) -> LogicalIdentity:
+        """Compute the logical identity; each matrix is in memory for as long as it is hashed.
+
+        Raises:
+            CheckpointError: as `matrix`.
+        """
+        names = list(self.stored)
+        weights = [self.stored[name].shape for name in names]
+        meter = Meter("decode", sum(a * b for a, b in weights), "weights", progress)
+
+        def one(name: str) -> tuple[str, int]:
+            matrix = self.matrix(name)
+            meter.add(matrix.codes.size)
+            return matrix_digest(name, matrix), matrix.still
+
+        done = parallel.run(
+            one, names, meter, threads=threads, weight=lambda name: self.stored[name].shape[0]
+        )
+        digests = {name: text for name, (text, _) in zip(names, done, strict=True)}
+        return LogicalIdentity(
+            root=root(digests.values()),
+            weights=digests,
+            plain=root(self._plain_digests()),
+            config=config_digest(self.config),
+            still_blocks=sum(still for _, still in done),
+        )
+
+    def stored_identity(
+        self, *, threads: int | None = None, progress: Progress = silent
+    ) -> Identity:
+        """Compute the identity over the stored tensors, as of any model (docs/format.md, 4).
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        if isinstance(self.source, Checkpoint):
+            return digest(self.source, threads=threads, progress=progress)
+        return of_digests(
+            {name: raw_digest(name, self.source.raw(name)) for name in self.source.names}
+        )
+
+    def _plain_digests(self) -> Iterator[str]:
+        for name in self.plain:
+            yield value_digest(name, self.source.raw(name))
+
+
+def value_digest(name: str, tensor: RawTensor) -> str:
+    """Compute a tensor's digest by value: floats as F32 (which holds F16 and BF16 exactly)."""
+    narrow = tensor.dtype in ("F16", "BF16", "F32")
+    dtype = "F32" if narrow else tensor.dtype
+    state = tensor_hash(name, dtype, tensor.shape)
+    values = FLOATS[tensor.dtype].widen(tensor.data) + np.float32(0) if narrow else tensor.data
+    state.update(np.ascontiguousarray(values).data)
+    return "sha256:" + state.hexdigest()
+
+
+def described(
+    path: Path, method: str, config: Mapping[str, Any], stored: list[Stored], source: Source
+) -> QuantisedModel:
+    """Make the model of the weights that a reader recognised among a source's tensors.
+
+    Raises:
+        CheckpointError: there are none, or two of one name.
+    """
+    if not stored:
+        raise CheckpointError(
+            f"{path} is taken for a quantised model ({method}), but no weight is stored quantised",
+            fix="give the model that was quantised, all shards; of a float model the checkpoint"
+            " itself",
+        )
+    by_name = {weight.name: weight for weight in stored}
+    if len(by_name) != len(stored):
+        raise CheckpointError(
+            f"{path}: two quantised weights have one name", fix="fetch the model again"
+        )
+    used = {place for weight in stored for place in weight.parts.values()}
+    return QuantisedModel(
+        path=path,
+        method=method,
+        config=config,
+        stored={name: by_name[name] for name in in_name_order(by_name)},
+        plain=in_name_order(set(source.names) - used),
+        source=source,
+    )

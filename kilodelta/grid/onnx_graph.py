@@ -1,0 +1,195 @@
+"""Find the quantised weights of an ONNX graph: `MatMulNBits` and `DequantizeLinear` of constants.
+
+A weight's name is its initializer's without what ONNX Runtime's quantisers append
+(`layer.weight_Q4` is `layer.weight`).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kilodelta.errors import CheckpointError, require
+from kilodelta.files.checkpoint import in_name_order
+from kilodelta.files.dtypes import BY_ONNX_NUMBER
+from kilodelta.files.tensor import RawTensor, TensorInfo
+from kilodelta.grid.layouts.onnx_blocks import DequantizeLinear, MatMulNBits
+from kilodelta.grid.matrix import Shape
+from kilodelta.grid.model import QuantisedModel, Stored, described
+
+SUFFIX = re.compile(r"_(?:DQ_)?(?:Q\d+|quantized)\Z")
+_TYPES = ("INT4", "UINT4", "INT8", "UINT8", "INT2", "UINT2", "FLOAT8E4M3FN", "FLOAT4E2M1")
+
+
+class OnnxSource:
+    """The initializers of a graph, without the types that safetensors lacks: those come as U8.
+
+    Raises:
+        CheckpointError: the file is no ONNX model, or its external data are missing.
+        MissingPackageError: `onnx` is not installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._onnx: Any = require("onnx", extra="onnx", why=f"read {path}")
+        try:
+            self.model = self._onnx.load(path)
+        except Exception as problem:  # protobuf and onnx raise classes of their own
+            raise CheckpointError(
+                f"{path} is no ONNX model that can be read: {problem}",
+                fix="fetch it again, with its external data beside it",
+            ) from None
+        self.tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        self.names = in_name_order(self.tensors)
+
+    def type_of(self, name: str) -> str:
+        """Return ONNX's name of an initializer's type."""
+        return str(self._onnx.TensorProto.DataType.Name(self.tensors[name].data_type))
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Return an initializer's shape in elements."""
+        return tuple(self.tensors[name].dims)
+
+    def info(self, name: str) -> TensorInfo:
+        raw = self.raw(name)
+        return raw.info(name)
+
+    def raw(self, name: str) -> RawTensor:
+        tensor = self.tensors[name]
+        kind = self.type_of(name)
+        if kind in ("FLOAT8E4M3FN", "FLOAT4E2M1", "INT4", "UINT4", "INT2", "UINT2"):
+            flat = np.frombuffer(self._packed(tensor), np.uint8)
+            dtype = "F8_E4M3" if kind == "FLOAT8E4M3FN" else "U8"
+            return RawTensor(dtype=dtype, shape=(flat.size,), data=flat)
+        row = BY_ONNX_NUMBER.get(tensor.data_type)
+        if row is None:
+            raise CheckpointError(
+                f"initializer {name:.200} has type {kind}, which is not read", fix="export it anew"
+            )
+        array = self._onnx.numpy_helper.to_array(tensor)
+        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        return RawTensor(dtype=row.name, shape=tuple(tensor.dims), data=flat)
+
+    def _packed(self, tensor: Any) -> bytes:
+        """Return the packed bytes, of which int32_data holds one per number."""
+        if tensor.HasField("raw_data"):
+            return bytes(tensor.raw_data)
+        return bytes(word & 0xFF for word in tensor.int32_data)
+
+
+def open_onnx(path: Path) -> QuantisedModel:
+    """Open an ONNX graph.
+
+    Raises:
+        CheckpointError: it cannot be read, holds no quantised weight, or one that was packed for
+            one kernel.
+        MissingPackageError: `onnx` is not installed.
+    """
+    source = OnnxSource(path)
+    graph = source.model.graph
+    stored: list[Stored] = []
+    for node in graph.node:
+        weight = None
+        if node.op_type == "MatMulNBits":
+            weight = _matmul(node, source)
+        elif node.op_type == "DequantizeLinear":
+            weight = _dequantised(node, source, _readers(graph))
+        if weight is not None and weight.name not in {other.name for other in stored}:
+            stored.append(weight)
+    return described(path, "onnx", {"quant_method": "onnx"}, stored, source)
+
+
+def _attributes(node: Any) -> dict[str, Any]:
+    return {a.name: (a.i if a.type == 2 else list(a.ints)) for a in node.attribute}
+
+
+def _named(name: str, layout: Any, node: Any, roles: dict[str, int], source: OnnxSource) -> Stored:
+    parts = {}
+    for role, index in roles.items():
+        given = node.input[index] if len(node.input) > index else ""
+        if given in source.tensors:
+            parts[role] = given
+    return Stored(name=SUFFIX.sub("", name), layout=layout, parts=parts)
+
+
+def _matmul(node: Any, source: OnnxSource) -> Stored | None:
+    given = _attributes(node)
+    name = node.input[1]
+    if name not in source.tensors:
+        return None
+    if given.get("weight_prepacked"):
+        raise CheckpointError(
+            f"{name:.200} is prepacked for one kernel, and such a layout is not read",
+            fix="quantise without weight_prepacked",
+        )
+    if len(node.input) > 4 and node.input[4]:
+        raise CheckpointError(
+            f"{name:.200} has g_idx, which ONNX Runtime no longer reads", fix="quantise without it"
+        )
+    layout = MatMulNBits(
+        shape=(given["N"], given["K"]), bits=given.get("bits", 4), group=given["block_size"]
+    )
+    return _named(name, layout, node, {"B": 1, "scales": 2, "zero_points": 3}, source)
+
+
+def _readers(graph: Any) -> dict[str, list[tuple[Any, int]]]:
+    """List, for each value, the nodes that read it and at which input."""
+    found: dict[str, list[tuple[Any, int]]] = {}
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            found.setdefault(name, []).append((node, index))
+    return found
+
+
+def _dequantised(
+    node: Any, source: OnnxSource, readers: dict[str, list[tuple[Any, int]]]
+) -> Stored | None:
+    name = node.input[0]
+    if name not in source.tensors or source.type_of(name) not in _TYPES:
+        return None
+    shape = source.shape_of(name)
+    if len(shape) != 2 or any(reader.op_type == "DequantizeLinear" for reader, _ in
+                              readers.get(node.output[0], ())):  # fmt: skip
+        return None  # a bias, or the scales of another DequantizeLinear
+    transposed = _is_transposed(node.output[0], readers)
+    given = _attributes(node)
+    scale = node.input[1]
+    inner = None
+    if scale not in source.tensors:
+        inner = next((n for n in source.model.graph.node if scale in n.output), None)
+        if inner is None or inner.op_type != "DequantizeLinear":
+            return None
+        scale = inner.input[0]
+    axis = given.get("axis", 1) % 2
+    by_axis = _block(shape, source.shape_of(scale), axis, given.get("block_size", 0))
+    block = (by_axis[1], by_axis[0]) if transposed else by_axis
+    upright = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+    layout = DequantizeLinear(
+        shape=upright, type=source.type_of(name), transposed=transposed, block=block
+    )
+    found = _named(name, layout, node, {"x": 0, "x_scale": 1, "x_zero_point": 2}, source)
+    if inner is None:
+        return found
+    parts = {**found.parts, "x_scale": scale, "x_scale_scale": inner.input[1]}
+    return Stored(name=found.name, layout=layout, parts=parts)
+
+
+def _is_transposed(value: str, readers: dict[str, list[tuple[Any, int]]]) -> bool:
+    """Whether a constant is (in, out): it is the second input of a MatMul, or of a plain Gemm."""
+    for node, index in readers.get(value, ()):
+        if node.op_type == "MatMul" and index == 1:
+            return True
+        if node.op_type == "Gemm" and index == 1:
+            return not _attributes(node).get("transB", 0)
+    return False
+
+
+def _block(shape: tuple[int, ...], scales: tuple[int, ...], axis: int, size: int) -> Shape:
+    """Return how many rows and columns of the constant share a scale."""
+    if size:
+        return (size, 1) if axis == 0 else (1, size)
+    if len(scales) == 1 and scales[0] == shape[axis] and scales != (1,):
+        return (1, shape[1]) if axis == 0 else (shape[0], 1)
+    return shape[0], shape[1]
