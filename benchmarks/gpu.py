@@ -25,7 +25,7 @@ from machine import describe
 
 from kilodelta.verify.gpu import machine
 from kilodelta.verify.gpu.measure import Measure
-from kilodelta.verify.gpu.part import Row, Setting
+from kilodelta.verify.gpu.part import PartRow, Setting
 
 
 def main() -> int:
@@ -56,7 +56,7 @@ def measured(device: str) -> dict[str, Any]:
     return {
         "machine": {**describe(), **machine.describe()},
         "rows": [measure.to_json() for measure in found if isinstance(measure, Measure)],
-        "not run": {row.what: row.found for row in found if isinstance(row, Row)},
+        "not run": {row.what: row.found for row in found if isinstance(row, PartRow)},
     }
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from training_accuracy import EQUAL, compare, print_accuracy
 from training_methods import METHODS, MODELS
 
-from kilodelta.verify.gpu.training import Step, sharing
+from kilodelta.verify.gpu.training import TrainingStep, sharing
 from kilodelta.verify.runners.timing import side_by_side
 
 TEXTS, TOKENS = 16, 32
@@ -73,11 +73,11 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def step(model: nn.Module) -> Step:
+def step(model: nn.Module) -> TrainingStep:
     """A training step of an adapted model, as often as it is called."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1000, 20000, (TEXTS, TOKENS), generator=generator)
-    return Step(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    return TrainingStep(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 
 def rows(model: str, threads: int, repeats: int) -> list[dict[str, Any]]:

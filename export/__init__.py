@@ -11,7 +11,7 @@ Names load when first used, because merging and patching need neither torch nor 
                   ONNX Runtime's own adapter files
  patch mode       `make_map`, `write_map` and `write_rest` once; `read_map`, `patch` and
                   `open_patched` for each fine-tune
- refit mode       `RefitEngine`, on a `Stream` of the CUDA `driver()`
+ refit mode       `RefitEngine`, on a `CudaStream` of the CUDA `driver()`
  named graphs     `export_template`, `fill_template` and `save`, of what `open_model` opens, or
                   `open_headed` where fine-tunes bring a head that the base lacks
 ================  ================================================================================
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from kilodelta.export.peft.adapter import PeftOptions as PeftOptions
     from kilodelta.export.peft.adapter import export_peft as export_peft
     from kilodelta.export.pipeline import export as export
-    from kilodelta.export.tensorrt.cuda import Stream as Stream
+    from kilodelta.export.tensorrt.cuda import CudaStream as CudaStream
     from kilodelta.export.tensorrt.cuda import driver as driver
     from kilodelta.export.tensorrt.refit import RefitEngine as RefitEngine
     from kilodelta.models import open_model as open_model
@@ -65,7 +65,7 @@ _WHERE = {
     "PatchMap": "kilodelta.export.patching.map",
     "PeftOptions": "kilodelta.export.peft.adapter",
     "RefitEngine": "kilodelta.export.tensorrt.refit",
-    "Stream": "kilodelta.export.tensorrt.cuda",
+    "CudaStream": "kilodelta.export.tensorrt.cuda",
     "Template": "kilodelta.export.onnx.template",
     "base_factors": "kilodelta.export.adapter.factors",
     "driver": "kilodelta.export.tensorrt.cuda",
@@ -95,12 +95,12 @@ _WHERE = {
 __all__ = [
     "AdapterLayout",
     "AdapterOptions",
+    "CudaStream",
     "HeadedBase",
     "Options",
     "PatchMap",
     "PeftOptions",
     "RefitEngine",
-    "Stream",
     "Template",
     "base_factors",
     "driver",

@@ -16,7 +16,7 @@ from typing import Any
 from kilodelta import __version__
 from kilodelta.errors import InputError, require
 from kilodelta.export.manifest import artefacts
-from kilodelta.export.manifest.artefacts import Artefact, DeltaFacts, Manifest, file_fact
+from kilodelta.export.manifest.artefacts import Artefact, DeltaFacts, ExportManifest, file_fact
 from kilodelta.export.merge.checkpoint import merge
 from kilodelta.export.merge.tensor import changed_names
 from kilodelta.export.merged_model import open_merged
@@ -43,7 +43,7 @@ class Exported:
     """What an export wrote, and how long each part took, in seconds."""
 
     path: Path
-    manifest: Manifest
+    manifest: ExportManifest
     seconds: Mapping[str, float]
     not_kept: tuple[str, ...]
     """ONNX files that engines were built from, and that are gone."""
@@ -142,9 +142,9 @@ def _run(base: Checkpoint, delta: Delta, maker: Maker) -> list[Artefact]:
     ]
 
 
-def _manifest(delta: Delta, path: Path, options: Options, made: list[Artefact]) -> Manifest:
+def _manifest(delta: Delta, path: Path, options: Options, made: list[Artefact]) -> ExportManifest:
     known = delta.manifest
-    return Manifest(
+    return ExportManifest(
         tool=f"kilodelta {__version__}",
         libraries=MappingProxyType(_versions()),
         base_name=known.base.name,

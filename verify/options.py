@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from kilodelta.export.manifest.artefacts import Manifest
+from kilodelta.export.manifest.artefacts import ExportManifest
 from kilodelta.files.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class VerifyOptions:
     """How outputs are compared, and what has to run; `kilodelta.verify.verify` explains each.
 
     Attributes:
@@ -58,4 +58,4 @@ class Subject:
     delta: Path
     merged: Path | None = None
     folder: Path | None = None
-    export: Manifest | None = None
+    export: ExportManifest | None = None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kilodelta.errors import InputError, KiloDeltaError, OutputError
 from kilodelta.errors import require as require_package
-from kilodelta.export.manifest.artefacts import Manifest
+from kilodelta.export.manifest.artefacts import ExportManifest
 from kilodelta.files import staging
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.progress import Progress, silent
@@ -21,7 +21,7 @@ from kilodelta.report import write_report
 from kilodelta.report.pages import require_page
 from kilodelta.verify.digests.exported import check_export, is_export
 from kilodelta.verify.digests.proof import Proof, prove
-from kilodelta.verify.options import Options, Subject
+from kilodelta.verify.options import Subject, VerifyOptions
 from kilodelta.verify.parity.report import Report
 from kilodelta.verify.parity.result import Json
 from kilodelta.verify.runners.names import check_names
@@ -40,7 +40,7 @@ class Verification:
     """
 
     proof: Proof
-    export: Manifest | None
+    export: ExportManifest | None
     report: Report | None
 
     @property
@@ -132,7 +132,7 @@ def verify(
         >>> found.failure is None, found.proof.targets
         (True, 4)
     """
-    options = Options(
+    options = VerifyOptions(
         inputs=_text(inputs),
         against=_text(against),
         labels=_text(labels),
@@ -184,7 +184,7 @@ def _sorted_out(places: Sequence[_Path]) -> tuple[Path | None, Path | None]:
     return next(iter(merged), None), next(iter(exports), None)
 
 
-def _check(options: Options, out: Path | None) -> None:
+def _check(options: VerifyOptions, out: Path | None) -> None:
     """Refuse what cannot work, before any work."""
     check_names(options.require)
     if options.device not in ("cpu", "cuda"):
@@ -207,7 +207,7 @@ def _check(options: Options, out: Path | None) -> None:
         )
 
 
-def _check_comparison(options: Options) -> None:
+def _check_comparison(options: VerifyOptions) -> None:
     require_package("torch", extra="hf", why="compare what models put out")
     from kilodelta.models import check_spec, read_texts
 

@@ -31,7 +31,7 @@ _HOMES = ("torch.nn.", "transformers.pytorch_utils")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stack:
+class ExpertStack:
     """A parameter (experts, out, in) that is stacked in memory from matrices of the files.
 
     `parts[p][e]` is the base's matrix of expert `e` that gives the parameter's `p`-th span of
@@ -42,7 +42,7 @@ class Stack:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
+class AdaptedArchitecture:
     """A base's tensors by the names that they have in the model in memory.
 
     Attributes:
@@ -59,7 +59,7 @@ class Architecture:
 
     base: Checkpoint
     names: Mapping[str, str]
-    stacks: Mapping[str, Stack] = field(default_factory=dict)
+    stacks: Mapping[str, ExpertStack] = field(default_factory=dict)
     rebuilt: frozenset[str] = frozenset()
     ties: tuple[tuple[str, ...], ...] = ()
     aliases: frozenset[str] = frozenset()
@@ -115,7 +115,7 @@ class Architecture:
         return next((group for group in self.ties if name in group), (name,))
 
 
-def read_architecture(base: Checkpoint, adapter: Mapping[str, Any]) -> Architecture:
+def read_architecture(base: Checkpoint, adapter: Mapping[str, Any]) -> AdaptedArchitecture:
     """Describe the model that an adapter was trained on.
 
     Args:
@@ -124,7 +124,7 @@ def read_architecture(base: Checkpoint, adapter: Mapping[str, Any]) -> Architect
             that was adapted where it is another than the base's own.
     """
     config = read_config(base)
-    plain = Architecture(base=base, names={name: name for name in base.names}, config=config)
+    plain = AdaptedArchitecture(base=base, names={name: name for name in base.names}, config=config)
     folder = base.shards[0].path.parent
     if not (folder / "config.json").is_file():
         return plain
@@ -144,7 +144,7 @@ def read_architecture(base: Checkpoint, adapter: Mapping[str, Any]) -> Architect
         if name not in names and (stored := next((names[n] for n in group if n in names), ""))
     }
     own = {name: name for name in base.names if name not in stacks.keys() | rebuilt}
-    return Architecture(
+    return AdaptedArchitecture(
         base=base,
         names={**own, **names, **aliases},
         stacks=stacks,
@@ -206,7 +206,7 @@ def _renamed(module: Any, base: Checkpoint) -> Iterator[tuple[str, str, str | No
         yield name, place, pattern, owner
 
 
-def _stack(made_of: Sequence[_Source], base: Checkpoint) -> Stack | None:
+def _stack(made_of: Sequence[_Source], base: Checkpoint) -> ExpertStack | None:
     """Recognise experts that lie one by one in the files; None for other ways to make a tensor."""
     _, _, converter, shape = made_of[0]
     steps = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
@@ -222,7 +222,7 @@ def _stack(made_of: Sequence[_Source], base: Checkpoint) -> Stack | None:
     matrices = [next(iter(found)) for found in shapes]
     if any(len(matrix) != 2 or matrix[1:] != shape[2:] for matrix in matrices):
         return None
-    return Stack(parts=parts) if sum(height for height, _ in matrices) == shape[1] else None
+    return ExpertStack(parts=parts) if sum(height for height, _ in matrices) == shape[1] else None
 
 
 def _in_number_order(name: str) -> list[tuple[int, int, str]]:

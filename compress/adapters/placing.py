@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kilodelta.compress.adapters.architecture import Architecture
+from kilodelta.compress.adapters.architecture import AdaptedArchitecture
 from kilodelta.errors import BaseMismatchError, InputError
 
 _SHOWN = 4
@@ -76,7 +76,7 @@ def _with_dot(path: str) -> str:
 
 def find_place(
     paths: tuple[str, ...],
-    architecture: Architecture,
+    architecture: AdaptedArchitecture,
     where: Path,
     *,
     weight: Callable[[str, Place], str | None],
@@ -121,7 +121,7 @@ def find_place(
 def _told(
     paths: tuple[str, ...],
     place: Place,
-    architecture: Architecture,
+    architecture: AdaptedArchitecture,
     where: Path,
     weight: Callable[[str, Place], str | None],
 ) -> Place:
@@ -135,7 +135,7 @@ def _told(
     return place
 
 
-def _moves(paths: tuple[str, ...], architecture: Architecture) -> Iterator[Place]:
+def _moves(paths: tuple[str, ...], architecture: AdaptedArchitecture) -> Iterator[Place]:
     """Yield the fronts that all paths have in common, to cut, and those under which the first path
     is found, to add."""
     first = paths[0].split(".")
@@ -147,7 +147,7 @@ def _moves(paths: tuple[str, ...], architecture: Architecture) -> Iterator[Place
         yield Place(added=front)
 
 
-def _fronts(path: str, architecture: Architecture) -> Iterator[str]:
+def _fronts(path: str, architecture: AdaptedArchitecture) -> Iterator[str]:
     """Yield what stands before a module path in the names of the base's tensors."""
     inner = f".{path}."
     for name in (*architecture.names, *architecture.stacks):
@@ -173,7 +173,7 @@ def _once(
 def _fits(
     place: Place,
     paths: tuple[str, ...],
-    architecture: Architecture,
+    architecture: AdaptedArchitecture,
     weight: Callable[[str, Place], str | None],
     fits: Callable[[str, tuple[int, ...]], bool],
 ) -> bool:
@@ -184,7 +184,7 @@ def _fits(
     return True
 
 
-def _several(places: list[Place], where: Path, architecture: Architecture) -> InputError:
+def _several(places: list[Place], where: Path, architecture: AdaptedArchitecture) -> InputError:
     options = [f"--prefix {place.option}" for place in places]
     more = f" and {len(options) - _SHOWN} more" if len(options) > _SHOWN else ""
     return InputError(
@@ -196,7 +196,7 @@ def _several(places: list[Place], where: Path, architecture: Architecture) -> In
 
 def _nowhere(
     paths: tuple[str, ...],
-    architecture: Architecture,
+    architecture: AdaptedArchitecture,
     where: Path,
     weight: Callable[[str, Place], str | None],
 ) -> BaseMismatchError:
@@ -232,7 +232,7 @@ def _nowhere(
 
 def _replacements(
     paths: tuple[str, ...],
-    architecture: Architecture,
+    architecture: AdaptedArchitecture,
     weight: Callable[[str, Place], str | None],
 ) -> Iterator[Place]:
     """Yield ways to replace a front by another, which are proposed but never taken unasked."""

@@ -1,7 +1,7 @@
 """An adapter's tensors, and a ledger of those that somebody has used.
 
 A tensor that no reader asks for is an update that is lost without a word. So readers take tensors
-through `Tensors`, which remembers them, and the import ends with `require_all_used`.
+through `AdapterTensors`, which remembers them, and the import ends with `require_all_used`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kilodelta.files.tensor import RawTensor, TensorInfo
 from kilodelta.format.quantise import Floats
 
 
-class Tensors:
+class AdapterTensors:
     """The tensors of an adapter's file, each marked when its values are taken."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:

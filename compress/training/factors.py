@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kilodelta.compress.training.packed import PerDevice
-from kilodelta.compress.training.precision import Precision, Settled
+from kilodelta.compress.training.precision import FixedOptions, Precision
 from kilodelta.compress.training.trainables import GroupSet, Start
 from kilodelta.compress.training.update import FactoredUpdate
 from kilodelta.exact.bases import Stream
@@ -48,7 +48,7 @@ class CoefficientValues:
 class TrainableFactors(ABC):
     """What one method does with its coefficients, differentiably."""
 
-    settled: ClassVar[Settled] = Settled()
+    settled: ClassVar[FixedOptions] = FixedOptions()
     """What `settle` chooses."""
 
     method: Any

@@ -27,7 +27,7 @@ _UPDATE = "_kilodelta_update"
 """The attribute in which an attached linear layer holds its update while it runs."""
 
 
-class Source(Protocol):
+class UpdateSource(Protocol):
     """What knows the updates."""
 
     def update(self, index: int) -> FactoredUpdate:
@@ -38,7 +38,7 @@ class Source(Protocol):
 class LayerHook(ABC):
     """A site with access to its target's update; pickles and copies with the model."""
 
-    source: Source
+    source: UpdateSource
     index: int
     site: Site
     transposed: bool
@@ -245,7 +245,7 @@ def _kind(site: Site) -> _Kind:
     return kind
 
 
-def install(source: Source, place: AttachedTarget) -> list[RemovableHandle]:
+def install(source: UpdateSource, place: AttachedTarget) -> list[RemovableHandle]:
     """Let all sites of a target compute with its update; the handles undo it."""
     target = place.target
     handles: list[RemovableHandle] = []

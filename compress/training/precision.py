@@ -34,7 +34,7 @@ class Precision:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settled:
+class FixedOptions:
     """What a method chooses anew when quantised training begins."""
 
     options: tuple[str, ...] = ()
@@ -89,7 +89,7 @@ def largest_mantissa(method: Method, target: Target, bits: int) -> int:
     return c_max
 
 
-def to_numbers(precision: Precision | None, settled: Settled) -> Tensor:
+def to_numbers(precision: Precision | None, settled: FixedOptions) -> Tensor:
     """Write a precision as int64 numbers, for a training checkpoint.
 
     Returns:
@@ -106,7 +106,7 @@ def to_numbers(precision: Precision | None, settled: Settled) -> Tensor:
     return torch.tensor(numbers + [0] * (OLDEST - count), dtype=torch.int64)
 
 
-def from_numbers(numbers: Tensor, method: Method, settled: Settled) -> Precision | None:
+def from_numbers(numbers: Tensor, method: Method, settled: FixedOptions) -> Precision | None:
     """Read what `to_numbers` wrote, for a method as it is trained."""
     bits, c_max, *rest = (int(number) for number in numbers)
     if not bits:

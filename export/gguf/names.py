@@ -14,7 +14,7 @@ Matrix = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
+class GgufArchitecture:
     """One of llama.cpp's architectures.
 
     Attributes:
@@ -26,18 +26,18 @@ class Architecture:
     rotated: bool
 
 
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture(name="llama", rotated=True),
-    "mistral": Architecture(name="llama", rotated=True),
-    "qwen2": Architecture(name="qwen2", rotated=False),
-    "qwen3": Architecture(name="qwen3", rotated=False),
+ARCHITECTURES: Mapping[str, GgufArchitecture] = {
+    "llama": GgufArchitecture(name="llama", rotated=True),
+    "mistral": GgufArchitecture(name="llama", rotated=True),
+    "qwen2": GgufArchitecture(name="qwen2", rotated=False),
+    "qwen3": GgufArchitecture(name="qwen3", rotated=False),
 }
 """By `model_type` of `config.json`. Others are refused: a name that fits proves nothing of the
 order of rows, and llama.cpp loads a wrong one without a word."""
 QUERY, KEY = "attn_q.weight", "attn_k.weight"
 
 
-def architecture_of(config: Mapping[str, Any]) -> Architecture:
+def architecture_of(config: Mapping[str, Any]) -> GgufArchitecture:
     """Return the architecture of a Hugging Face configuration.
 
     Raises:

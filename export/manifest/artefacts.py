@@ -16,8 +16,8 @@ from kilodelta.export.manifest.facts import POINTS
 from kilodelta.export.manifest.facts import Artefact as Artefact
 from kilodelta.export.manifest.facts import DeltaFacts as DeltaFacts
 from kilodelta.export.manifest.facts import EngineFacts as EngineFacts
+from kilodelta.export.manifest.facts import ExportManifest as ExportManifest
 from kilodelta.export.manifest.facts import FileFact as FileFact
-from kilodelta.export.manifest.facts import Manifest as Manifest
 from kilodelta.export.manifest.facts import Port as Port
 from kilodelta.export.manifest.facts import Profile as Profile
 from kilodelta.export.manifest.facts import Shape as Shape
@@ -30,7 +30,7 @@ from kilodelta.progress import Event, Progress, silent
 _CHUNK = 16 << 20
 
 
-def to_json(manifest: Manifest) -> dict[str, Any]:
+def to_json(manifest: ExportManifest) -> dict[str, Any]:
     """Return the manifest as plain JSON values."""
     return {
         "version": VERSION,
@@ -60,7 +60,7 @@ def _artefact_json(artefact: Artefact) -> dict[str, Any]:
     }
 
 
-def write(manifest: Manifest, folder: Path) -> Path:
+def write(manifest: ExportManifest, folder: Path) -> Path:
     """Write `manifest.json` into a folder, in full or not at all.
 
     Raises:
@@ -71,7 +71,7 @@ def write(manifest: Manifest, folder: Path) -> Path:
     return folder / MANIFEST
 
 
-def read(folder: Path) -> Manifest:
+def read(folder: Path) -> ExportManifest:
     """Read `manifest.json` from a folder, trusting nothing.
 
     Raises:
@@ -111,7 +111,7 @@ def file_fact(path: Path, *, follow: bool = True) -> FileFact:
     return FileFact(file=path.name, sha256=f"sha256:{state.hexdigest()}", nbytes=count)
 
 
-def check_files(folder: Path, manifest: Manifest, *, progress: Progress = silent) -> None:
+def check_files(folder: Path, manifest: ExportManifest, *, progress: Progress = silent) -> None:
     """See that every file of every artefact is there, byte for byte.
 
     Raises:

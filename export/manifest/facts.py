@@ -88,7 +88,7 @@ class DeltaFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
+class ExportManifest:
     """All that is known about the artefacts of one folder."""
 
     tool: str

@@ -14,8 +14,8 @@ from kilodelta.export.manifest.facts import (
     Artefact,
     DeltaFacts,
     EngineFacts,
+    ExportManifest,
     FileFact,
-    Manifest,
     Port,
     Profile,
     Shape,
@@ -34,7 +34,7 @@ _CAPABILITY = re.compile(r"sm[1-9][0-9]{1,2}\Z")
 _TOP = ("tool", "libraries", "base", "delta", "result", "extras", "model", "artefacts")
 
 
-def parse(data: bytes) -> Manifest:
+def parse(data: bytes) -> ExportManifest:
     """Read a manifest from its JSON text, trusting nothing.
 
     Raises:
@@ -50,7 +50,7 @@ def parse(data: bytes) -> Manifest:
     base = untrusted.table(top["base"], "base", ("name", "root"))
     result = untrusted.table(top["result"], "result", ("root",))
     model = top["model"]
-    found = Manifest(
+    found = ExportManifest(
         tool=untrusted.text(top["tool"], "tool"),
         libraries=_libraries(top["libraries"]),
         base_name=untrusted.text(base["name"], "base.name"),

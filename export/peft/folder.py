@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from kilodelta.export.peft.factors import FactorPair, padded
-from kilodelta.export.peft.modules import Kind, ModuleNaming, Whole, sort_extras
+from kilodelta.export.peft.modules import ModuleKind, ModuleNaming, StoredModules, sort_extras
 from kilodelta.files import safetensors, staging
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import RawTensor
@@ -38,9 +38,9 @@ class AdapterPlan:
     """
 
     paths: Mapping[str, str]
-    kinds: Mapping[str, Kind]
+    kinds: Mapping[str, ModuleKind]
     targets: Mapping[str, Target]
-    whole: Whole
+    whole: StoredModules
     modules: Sequence[str]
     """All modules of the base that own a tensor, adapted or not."""
 
@@ -53,7 +53,7 @@ def make_plan(delta: Delta, checkpoint: Checkpoint, naming: ModuleNaming) -> Ada
     """
     kinds = {name: naming.kind(target) for name, target in delta.targets.items()}
     for name, kind in kinds.items():
-        if kind is Kind.EMBEDDING:
+        if kind is ModuleKind.EMBEDDING:
             naming.check_untied(name, checkpoint)
     return AdapterPlan(
         paths={name: naming.path(name) for name in kinds},
@@ -96,12 +96,12 @@ def _keyed(plan: AdapterPlan, name: str, pair: FactorPair, dtype: str) -> dict[s
         f"base_model.model.{plan.paths[name]}",
     )
     A, B = pair.A, pair.B
-    if (kind in (Kind.CONV1D, Kind.EMBEDDING)) != target.transposed:
+    if (kind in (ModuleKind.CONV1D, ModuleKind.EMBEDDING)) != target.transposed:
         A, B = B.T, A.T
-    if kind is Kind.CONV:
+    if kind is ModuleKind.CONV:
         A = A.reshape(pair.rank, *target.shape[1:])
         B = B.reshape(*B.shape, *(1 for _ in target.shape[2:]))
-    if kind is Kind.EMBEDDING:
+    if kind is ModuleKind.EMBEDDING:
         keys = f"{start}.lora_embedding_A", f"{start}.lora_embedding_B"
     else:
         keys = f"{start}.lora_A.weight", f"{start}.lora_B.weight"
@@ -113,7 +113,9 @@ def _raw(dtype: str, values: Any) -> RawTensor:
     return RawTensor(dtype=dtype, shape=values.shape, data=data)
 
 
-def stored_tensors(whole: Whole, delta: Delta, checkpoint: Checkpoint) -> dict[str, RawTensor]:
+def stored_tensors(
+    whole: StoredModules, delta: Delta, checkpoint: Checkpoint
+) -> dict[str, RawTensor]:
     """Collect the tensors of whole modules by key: the delta's, and the base's beside them."""
     found = {}
     for name, key in whole.tensors.items():
@@ -145,7 +147,7 @@ def adapter_config(plan: AdapterPlan, ranks: Mapping[str, int], base: str) -> di
         "alpha_pattern": own,
         "lora_dropout": 0.0,
         "target_modules": _target_modules(sorted(ranks), plan.modules),
-        "fan_in_fan_out": Kind.CONV1D in plan.kinds.values(),
+        "fan_in_fan_out": ModuleKind.CONV1D in plan.kinds.values(),
         "modules_to_save": list(plan.whole.modules) or None,
         "bias": "lora_only" if plan.whole.biases else "none",
         "init_lora_weights": True,

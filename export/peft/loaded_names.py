@@ -10,16 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kilodelta.errors import require
-from kilodelta.export.peft.modules import Kind, ModuleNaming, refused
+from kilodelta.export.peft.modules import ModuleKind, ModuleNaming, refused
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tying import tied
 from kilodelta.format.targets import Target
 from kilodelta.models.layer_names import owner
 
-_KINDS: Mapping[str, Kind] = {
-    "Linear": Kind.LINEAR,
-    "Conv1D": Kind.CONV1D,
-    "Embedding": Kind.EMBEDDING,
+_KINDS: Mapping[str, ModuleKind] = {
+    "Linear": ModuleKind.LINEAR,
+    "Conv1D": ModuleKind.CONV1D,
+    "Embedding": ModuleKind.EMBEDDING,
 }
 
 
@@ -37,7 +37,7 @@ class LoadedNaming(ModuleNaming):
     def path(self, name: str) -> str:
         return owner(self.names.get(name, name))
 
-    def matrix_kind(self, target: Target) -> Kind:
+    def matrix_kind(self, target: Target) -> ModuleKind:
         layer = self.layers.get(self.path(target.name), "none")
         if layer not in _KINDS:
             raise refused(target.name, f"belongs to a {layer}, which PEFT cannot adapt")

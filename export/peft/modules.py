@@ -21,7 +21,7 @@ WEIGHT = ".weight"
 LANGUAGE_HEADS = ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration")
 
 
-class Kind(Enum):
+class ModuleKind(Enum):
     """What PEFT takes a target's module for."""
 
     LINEAR = "linear"
@@ -48,7 +48,7 @@ class ModuleNaming:
         module = owner(name)
         return f"{self.prefix}.{module}" if self.prefix else module
 
-    def kind(self, target: Target) -> Kind:
+    def kind(self, target: Target) -> ModuleKind:
         """Decide what a target's module is.
 
         Raises:
@@ -61,17 +61,17 @@ class ModuleNaming:
         if len(target.shape) > 2:
             if target.transposed:
                 raise refused(target.name, "is a transposed convolution, which PEFT cannot adapt")
-            return Kind.CONV
+            return ModuleKind.CONV
         return self.matrix_kind(target)
 
-    def matrix_kind(self, target: Target) -> Kind:
+    def matrix_kind(self, target: Target) -> ModuleKind:
         """Decide what the module of a two-dimensional weight is."""
         if self._is_embedding(target.name):
-            return Kind.EMBEDDING
+            return ModuleKind.EMBEDDING
         return (
-            Kind.CONV1D
+            ModuleKind.CONV1D
             if target.transposed or layer_names.is_conv1d(target.name, self.config)
-            else Kind.LINEAR
+            else ModuleKind.LINEAR
         )
 
     def _is_embedding(self, name: str) -> bool:
@@ -112,7 +112,7 @@ def refused(name: str, why: str) -> ExportError:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Whole:
+class StoredModules:
     """What an adapter stores whole: modules with all their tensors, and biases of its targets.
 
     `tensors` maps each tensor's name in the base or the delta to its key in the adapter.
@@ -125,7 +125,7 @@ class Whole:
 
 def sort_extras(
     extras: Sequence[str], targets: Sequence[str], checkpoint: Checkpoint, naming: ModuleNaming
-) -> Whole:
+) -> StoredModules:
     """Decide where a delta's extras go: into modules that are saved whole, or as biases of targets.
 
     Args:
@@ -150,7 +150,7 @@ def sort_extras(
     kept = [name for name in sorted({*checkpoint.names, *extras}) if owner(name) in saved]
     keys = {name: f"{paths[owner(name)]}.{name.rpartition('.')[2]}" for name in kept}
     keys |= {name: f"{paths[owner(name)]}.base_layer.bias" for name in biases}
-    return Whole(
+    return StoredModules(
         modules=tuple(sorted(paths[module] for module in saved)),
         biases=tuple(biases),
         tensors={name: f"base_model.model.{key}" for name, key in keys.items()},

@@ -108,7 +108,7 @@ class Driver:
         return f"{text.value.decode('utf-8', 'replace')} (CUresult {code})"
 
 
-class Stream:
+class CudaStream:
     """A stream in a device's primary context, and the buffers that live as long as it does."""
 
     def __init__(self, driver: Driver, index: int = 0) -> None:
@@ -117,7 +117,7 @@ class Stream:
         driver.use(index)
         driver.call("cuStreamCreate", ctypes.byref(self._stream), 0)
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> CudaStream:
         return self
 
     def __exit__(self, *exception: object) -> None:

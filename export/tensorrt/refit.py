@@ -18,7 +18,7 @@ from kilodelta.exact.selftest import require_good_kernels
 from kilodelta.export.merge.tensor import changed_names
 from kilodelta.export.tensorrt.flavour import CLASSIC, EXTRAS
 from kilodelta.export.tensorrt.log import logger
-from kilodelta.export.tensorrt.refit_values import Values
+from kilodelta.export.tensorrt.refit_values import RefitValues
 from kilodelta.export.tensorrt.refit_weights import DeviceStream, hand_over
 from kilodelta.files import staging
 from kilodelta.files.baseline import require_base
@@ -113,7 +113,7 @@ class RefitEngine:
         refitter = self._trt.Refitter(self.engine, logger(self._trt))
         names = tuple(refitter.get_all_weights())
         self._require_refittable(bound, names)
-        values = Values(bound, self._base, threads=threads, progress=progress)
+        values = RefitValues(bound, self._base, threads=threads, progress=progress)
         kept = hand_over(self._trt, refitter, values, names, stream)
         self._run(refitter, stream)
         del kept  # TensorRT reads these until it returns

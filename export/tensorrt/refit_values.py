@@ -19,7 +19,7 @@ from kilodelta.format.delta import Delta
 from kilodelta.progress import Meter, Progress
 
 
-class Values:
+class RefitValues:
     """A fine-tune's weights by name, computed and proved at once.
 
     Args:

@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from kilodelta.errors import ExportError
-from kilodelta.export.tensorrt.refit_values import Values
+from kilodelta.export.tensorrt.refit_values import RefitValues
 from kilodelta.files.dtypes import BY_TENSORRT
 from kilodelta.files.tensor import Bytes
 
 
 class DeviceStream(Protocol):
-    """A CUDA stream and its memory, such as `kilodelta.export.tensorrt.cuda.Stream`."""
+    """A CUDA stream and its memory, such as `kilodelta.export.tensorrt.cuda.CudaStream`."""
 
     @property
     def address(self) -> int:
@@ -23,7 +23,7 @@ class DeviceStream(Protocol):
 
 
 def hand_over(
-    trt: Any, refitter: Any, values: Values, names: Iterable[str], stream: DeviceStream | None
+    trt: Any, refitter: Any, values: RefitValues, names: Iterable[str], stream: DeviceStream | None
 ) -> list[Bytes]:
     """Set all of `names`, then those that the refitter misses beside them.
 
@@ -56,7 +56,7 @@ def hand_over(
 
 
 def _set(
-    trt: Any, refitter: Any, name: str, values: Values, stream: DeviceStream | None
+    trt: Any, refitter: Any, name: str, values: RefitValues, stream: DeviceStream | None
 ) -> list[Bytes]:
     prototype = refitter.get_weights_prototype(name)
     kind = prototype.dtype.name

@@ -33,7 +33,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
+class TritonModel:
     """One model of the repository: its name, the version written, the file it came from."""
 
     name: str
@@ -46,7 +46,7 @@ class Repository:
     """What was written; `left_out` names engines that Triton cannot run."""
 
     path: Path
-    models: tuple[Served, ...]
+    models: tuple[TritonModel, ...]
     left_out: tuple[str, ...]
 
 
@@ -130,7 +130,7 @@ def _short(artefact: Artefact) -> str:
     return f"{short(artefact.dtype)}-{'onnx' if artefact.kind == 'onnx' else 'tensorrt'}"
 
 
-def _add(source: Path, model: Path, artefact: Artefact) -> Served:
+def _add(source: Path, model: Path, artefact: Artefact) -> TritonModel:
     """Write one model's next version."""
     text = config(model.name, artefact)
     known = model / CONFIG
@@ -147,7 +147,7 @@ def _add(source: Path, model: Path, artefact: Artefact) -> Served:
         for index, file in enumerate(artefact.files):
             own = MODEL_FILES[artefact.kind] if index == 0 else file.file
             shutil.copyfile(source / file.file, stage / own)
-    return Served(name=model.name, version=version, file=artefact.file)
+    return TritonModel(name=model.name, version=version, file=artefact.file)
 
 
 def _versions(model: Path) -> list[Path]:

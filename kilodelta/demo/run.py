@@ -15,7 +15,7 @@ from kilodelta.compress import Options as CompressOptions
 from kilodelta.compress import compress
 from kilodelta.demo import task as tasks
 from kilodelta.demo import teacher
-from kilodelta.demo.task import Task
+from kilodelta.demo.task import DemoTask
 from kilodelta.errors import OutputError, require
 from kilodelta.export import pipeline as exporting
 from kilodelta.export.merge.checkpoint import merge
@@ -50,7 +50,7 @@ REPORT = "report.html"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class DemoStep:
     """One step: what it did in a sentence, the command for it, and its seconds."""
 
     name: str
@@ -61,7 +61,7 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class ModelRow:
     """One model of the summary: bytes to ship, and the share of the test set it gets right."""
 
     name: str
@@ -74,8 +74,8 @@ class Demo:
     """What the demo made and measured; `verification` may hold a failure."""
 
     folder: Path
-    steps: tuple[Step, ...]
-    rows: tuple[Row, ...]
+    steps: tuple[DemoStep, ...]
+    rows: tuple[ModelRow, ...]
     verification: Verification
 
     def to_json(self) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class _Run:
     def __init__(self, folder: Path, seed: int, effort: Effort, progress: Progress) -> None:
         self._folder, self._seed, self._effort = folder, seed, effort
         self._progress = progress
-        self._steps: list[Step] = []
+        self._steps: list[DemoStep] = []
 
     def all(self, model: Path) -> Demo:
         task = self._step("task", "", lambda: self._task(model))
@@ -159,10 +159,10 @@ class _Run:
         began = time.perf_counter()
         result, said = work()
         seconds = round(time.perf_counter() - began, 1)
-        self._steps.append(Step(name=name, command=command, said=said, seconds=seconds))
+        self._steps.append(DemoStep(name=name, command=command, said=said, seconds=seconds))
         return result
 
-    def _task(self, model: Path) -> tuple[Task, str]:
+    def _task(self, model: Path) -> tuple[DemoTask, str]:
         shutil.copytree(model, self._folder / "base")
         task = tasks.make_task(self._effort.topics, each=self._effort.each, progress=self._progress)
         tasks.save(task, self._folder)
@@ -171,7 +171,7 @@ class _Run:
             f"{len(task.test)} to test; base is {MODEL}"
         )
 
-    def _fine_tune(self, task: Task) -> tuple[None, str]:
+    def _fine_tune(self, task: DemoTask) -> tuple[None, str]:
         steps = self._effort.teacher_steps
         teacher.fine_tune(
             self._folder / "base",
@@ -282,7 +282,7 @@ class _Run:
             "--report verify.json"
         )
 
-    def _measure(self, task: Task) -> tuple[tuple[Row, ...], str]:
+    def _measure(self, task: DemoTask) -> tuple[tuple[ModelRow, ...], str]:
         folder, tokens = self._folder, self._effort.tokens
         base = open_model(folder / "base")
         head = teacher.embed(base, task.names, tokens)
@@ -294,7 +294,7 @@ class _Run:
             ("delta", "merged", shipped),
         )
         rows = tuple(
-            Row(
+            ModelRow(
                 name=name,
                 nbytes=nbytes,
                 accuracy=teacher.accuracy(open_model(folder / place), head, task.test, tokens),

@@ -54,7 +54,7 @@ class Texts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class DemoTask:
     """A training and a test set without a text in common; `names` are the classes."""
 
     names: tuple[str, ...]
@@ -64,7 +64,7 @@ class Task:
 
 def make_task(
     topics: Mapping[str, str] = TOPICS, *, each: int = 300, progress: Progress = silent
-) -> Task:
+) -> DemoTask:
     """Read the docstrings of some modules into a training and a test set.
 
     A text is left out where it is doubled, names any of the modules, or is too short or long.
@@ -87,14 +87,14 @@ def make_task(
         _chosen([t for p, t in texts.items() if counts[p] == 1 and _is_fit(t, named)], each)
         for texts in found
     ]
-    return Task(
+    return DemoTask(
         names=tuple(topics.values()),
         train=_texts(kept, test=False),
         test=_texts(kept, test=True),
     )
 
 
-def save(task: Task, folder: Path) -> tuple[Path, Path, Path]:
+def save(task: DemoTask, folder: Path) -> tuple[Path, Path, Path]:
     """Write `train.jsonl`, `test.jsonl` and `labels.txt`."""
     places = folder / "train.jsonl", folder / "test.jsonl", folder / "labels.txt"
     for place, part in zip(places[:2], (task.train, task.test), strict=True):

@@ -23,7 +23,7 @@ BAND = 1 << 15
 """Elements of the left factor drawn at a time."""
 
 
-class Source(Protocol):
+class ByteSource(Protocol):
     """A tensor's raw bytes, uint8 `(size,)`: an array, or a file that is read as it is sliced."""
 
     @property
@@ -38,7 +38,7 @@ Add = Callable[[Any, Any, Any], Any]
 """From (left rows, weights, out) to whether a merged weight is not finite; fills `out`."""
 
 
-def merged(delta: Delta, target: Target, base: Source) -> Iterator[Bytes]:
+def merged(delta: Delta, target: Target, base: ByteSource) -> Iterator[Bytes]:
     """Yield the merged tensor's bytes, piece by piece in order; each is overwritten by the next.
 
     Args:

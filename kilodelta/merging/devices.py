@@ -12,9 +12,9 @@ from kilodelta.format.delta import Delta
 from kilodelta.format.targets import Target
 
 if TYPE_CHECKING:  # the CPU's kernels come with numba, for which reading a file need not wait
-    from kilodelta.merging.cpu import Source
+    from kilodelta.merging.cpu import ByteSource
 
-Merge: TypeAlias = "Callable[[Delta, Target, Source], Iterator[Bytes]]"
+Merge: TypeAlias = "Callable[[Delta, Target, ByteSource], Iterator[Bytes]]"
 """From a target's base bytes to the merged ones, piece by piece."""
 
 GPU_THREADS = 16

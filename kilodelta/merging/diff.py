@@ -32,7 +32,7 @@ _BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class TensorRow:
     """One tensor: what happened to it, and by how much where both have numbers of one shape.
 
     Attributes:
@@ -70,7 +70,7 @@ class Difference:
 
     kind: Literal["models", "deltas"]
     facts: dict[str, tuple[Any, Any]]
-    rows: tuple[Row, ...]
+    rows: tuple[TensorRow, ...]
     same: int
 
     @property
@@ -151,24 +151,24 @@ def _models(first: Checkpoint, second: Checkpoint, progress: Progress) -> Differ
     return Difference(kind="models", facts={}, rows=_shared(rows, energies), same=same)
 
 
-def _model_row(name: str, first: Checkpoint, second: Checkpoint) -> tuple[Row, float]:
+def _model_row(name: str, first: Checkpoint, second: Checkpoint) -> tuple[TensorRow, float]:
     """Compare one tensor: its row, and its squared difference."""
     if name not in second:
-        return Row(name=name, change=ONLY_FIRST, kinds=(_kind(first, name), "")), 0.0
+        return TensorRow(name=name, change=ONLY_FIRST, kinds=(_kind(first, name), "")), 0.0
     if name not in first:
-        return Row(name=name, change=ONLY_SECOND, kinds=("", _kind(second, name))), 0.0
+        return TensorRow(name=name, change=ONLY_SECOND, kinds=("", _kind(second, name))), 0.0
     kinds = _kind(first, name), _kind(second, name)
     a, b = first.info(name), second.info(name)
     if a.shape != b.shape:
-        return Row(name=name, change=OTHER_SHAPE, kinds=kinds), 0.0
+        return TensorRow(name=name, change=OTHER_SHAPE, kinds=kinds), 0.0
     if a.dtype == b.dtype and np.array_equal(first.data(name), second.data(name)):
-        return Row(name=name, change=SAME), 0.0
+        return TensorRow(name=name, change=SAME), 0.0
     if a.dtype not in FLOATS or b.dtype not in FLOATS:
-        return Row(name=name, change=CHANGED, kinds=kinds), 0.0
+        return TensorRow(name=name, change=CHANGED, kinds=kinds), 0.0
     pairs = zip(_values(first, name), _values(second, name), strict=True)
     relative, largest, energy = _measure(pairs)
     change = OTHER_TYPE if largest == 0 else CHANGED
-    row = Row(name=name, change=change, relative=relative, largest=largest, kinds=kinds)
+    row = TensorRow(name=name, change=change, relative=relative, largest=largest, kinds=kinds)
     return row, energy
 
 
@@ -212,14 +212,14 @@ def _nan_last(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def _shared(rows: list[Row], energies: dict[str, float]) -> tuple[Row, ...]:
+def _shared(rows: list[TensorRow], energies: dict[str, float]) -> tuple[TensorRow, ...]:
     """Rows with their share of the whole squared difference, the largest first."""
     whole = sum(e for e in energies.values() if math.isfinite(e))
     out = []
     for row in rows:
         energy = energies[row.name]
         known = row.relative is not None and math.isfinite(energy) and whole > 0
-        out.append(Row(**{**vars(row), "share": energy / whole if known else None}))
+        out.append(TensorRow(**{**vars(row), "share": energy / whole if known else None}))
     return tuple(sorted(out, key=lambda r: -(r.share or 0.0)))
 
 
@@ -246,20 +246,20 @@ def _deltas(
     return Difference(kind="deltas", facts=facts, rows=_shared(rows, energies), same=same)
 
 
-def _update_row(name: str, one: Delta, two: Delta) -> tuple[Row, float]:
+def _update_row(name: str, one: Delta, two: Delta) -> tuple[TensorRow, float]:
     if name not in two.targets:
-        return Row(name=name, change=ONLY_FIRST), 0.0
+        return TensorRow(name=name, change=ONLY_FIRST), 0.0
     if name not in one.targets:
-        return Row(name=name, change=ONLY_SECOND), 0.0
+        return TensorRow(name=name, change=ONLY_SECOND), 0.0
     a, b = one.update(name), two.update(name)
     if np.array_equal(a, b):
-        return Row(name=name, change=SAME), 0.0
+        return TensorRow(name=name, change=SAME), 0.0
     blocks = (
         (x.astype(np.float64), y.astype(np.float64))
         for x, y in zip(_blocks(a), _blocks(b), strict=True)
     )
     relative, largest, energy = _measure(blocks)
-    return Row(name=name, change=CHANGED, relative=relative, largest=largest), energy
+    return TensorRow(name=name, change=CHANGED, relative=relative, largest=largest), energy
 
 
 def _blocks(values: npt.NDArray[np.float32]) -> Iterator[npt.NDArray[np.float32]]:

@@ -27,7 +27,7 @@ from transformers import (
 import kilodelta
 from kilodelta.cli import main
 from kilodelta.compress.adapters import import_adapter
-from kilodelta.compress.adapters.architecture import Architecture, read_architecture
+from kilodelta.compress.adapters.architecture import AdaptedArchitecture, read_architecture
 from kilodelta.compress.adapters.peft.keys import sort_keys
 from kilodelta.compress.adapters.placing import Place, parse_prefix
 from kilodelta.errors import BaseMismatchError, CheckpointError, InputError
@@ -371,7 +371,7 @@ def test_an_architecture_tells_names_kinds_ties_and_stacks(tmp_path: Path) -> No
 def test_a_base_without_a_configuration_is_what_its_names_say(tmp_path: Path) -> None:
     save_file({"a.weight": torch.zeros(2, 2)}, tmp_path / "base.safetensors")
     found = read_architecture(Checkpoint.open(tmp_path / "base.safetensors"), {})
-    assert isinstance(found, Architecture)
+    assert isinstance(found, AdaptedArchitecture)
     assert (dict(found.names), found.module, found.ties) == ({"a.weight": "a.weight"}, None, ())
 
 

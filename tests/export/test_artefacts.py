@@ -19,8 +19,8 @@ from kilodelta.export.manifest.artefacts import (
     Artefact,
     DeltaFacts,
     EngineFacts,
+    ExportManifest,
     FileFact,
-    Manifest,
     Port,
 )
 
@@ -33,7 +33,7 @@ def fact(name: str) -> FileFact:
     return FileFact(file=name, sha256=f"sha256:{digest}", nbytes=len(CONTENT[name]))
 
 
-def manifest() -> Manifest:
+def manifest() -> ExportManifest:
     """One of everything."""
     ids = Port(name="input_ids", dtype="int64", shape=("batch", "sequence"))
     pixels = Port(name="pixels", dtype="float16", shape=("batch", 3, 8, 8))
@@ -58,7 +58,7 @@ def manifest() -> Manifest:
         refittable=("layer.weight",),
         onnx=fact("model.fp16.onnx").sha256,
     )
-    return Manifest(
+    return ExportManifest(
         tool="kilodelta 0.1.0",
         libraries={"torch": "2.13.0"},
         base_name="",

@@ -391,7 +391,7 @@ def test_a_real_engine_computes_what_the_merged_model_does(tmp_path: Path, on_de
     from kilodelta.export.onnx.template import export_template, fill_template
     from kilodelta.export.tensorrt import cuda, flavour
     from kilodelta.export.tensorrt.build import build
-    from kilodelta.export.tensorrt.cuda import Stream, driver
+    from kilodelta.export.tensorrt.cuda import CudaStream, driver
     from kilodelta.models import open_model
     from kilodelta.verify.runners.onnx_runner import OnnxRunner
     from kilodelta.verify.runners.tensorrt_runner import TensorrtRunner
@@ -417,7 +417,7 @@ def test_a_real_engine_computes_what_the_merged_model_does(tmp_path: Path, on_de
     refit = RefitEngine(engine, folder, flavour=trt.__name__)
     assert set(refit.refit(deltas[0]).weights) == set(names)
     if on_device:
-        with Stream(driver()) as stream:
+        with CudaStream(driver()) as stream:
             refit.refit(deltas[1], stream=stream)
     else:
         refit.refit(deltas[1])

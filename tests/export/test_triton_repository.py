@@ -20,8 +20,8 @@ from kilodelta.export.manifest.facts import (
     Artefact,
     DeltaFacts,
     EngineFacts,
+    ExportManifest,
     FileFact,
-    Manifest,
     Port,
 )
 from kilodelta.export.triton.config import config
@@ -185,7 +185,7 @@ def exported(folder: Path, *made: Artefact) -> Path:
         known.append(replace(one, files=tuple(files)))
     digest = "sha256:" + "1" * 64
     delta = FileFact(file="task.kd", sha256=digest, nbytes=1)
-    manifest = Manifest(
+    manifest = ExportManifest(
         tool="kilodelta",
         libraries={},
         base_name="base",

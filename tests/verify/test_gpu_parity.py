@@ -24,7 +24,7 @@ from kilodelta.export.tensorrt import build, cuda
 from kilodelta.verify.gpu import latency as gpu_latency
 from kilodelta.verify.gpu import parity
 from kilodelta.verify.gpu.model import Models, make
-from kilodelta.verify.gpu.part import MEASURED, Row, Setting, guarded, run
+from kilodelta.verify.gpu.part import MEASURED, PartRow, Setting, guarded, run
 from kilodelta.verify.parity.cases import Case
 from kilodelta.verify.parity.result import FAILED, NOT_RUN, PASSED
 from kilodelta.verify.runners import request as requests
@@ -63,14 +63,14 @@ def bench(models: Models, folder: Path) -> Any:
     )
 
 
-def by_name(rows: Iterable[Row]) -> dict[str, Row]:
+def by_name(rows: Iterable[PartRow]) -> dict[str, PartRow]:
     listed = list(rows)
     found = {row.what: row for row in listed}
     assert len(found) == len(listed)  # no two rows have one name
     return found
 
 
-def statuses(rows: Iterable[Row]) -> dict[str, str]:
+def statuses(rows: Iterable[PartRow]) -> dict[str, str]:
     return {what: row.status for what, row in by_name(rows).items()}
 
 
@@ -129,12 +129,12 @@ def test_a_refit_that_does_nothing_fails_on_the_saved_plan(
 def test_one_kind_of_engine_that_fails_stops_no_other(
     trt: engines.TensorRT, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> Iterator[Row]:
+    def fail(*_: Any) -> Iterator[PartRow]:
         raise ExportError("no kernel for it", fix="none")
         yield
 
-    def work(self: Any, dtype: str, maker: Any) -> Iterator[Row]:
-        yield Row(what=f"adapter {dtype}", found="")
+    def work(self: Any, dtype: str, maker: Any) -> Iterator[PartRow]:
+        yield PartRow(what=f"adapter {dtype}", found="")
 
     monkeypatch.setattr(parity._Bench, "_fixed", fail)
     monkeypatch.setattr(parity._Bench, "_refitted", fail)

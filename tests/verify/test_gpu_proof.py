@@ -17,8 +17,8 @@ import torch
 from kilodelta.errors import MissingPackageError
 from kilodelta.merging.gpu import stream
 from kilodelta.verify.gpu import exact, machine, measure, speed
-from kilodelta.verify.gpu.measure import Measure, Wanted
-from kilodelta.verify.gpu.part import MEASURED, Part, Row, Setting, guarded, run
+from kilodelta.verify.gpu.measure import Measure, Threshold
+from kilodelta.verify.gpu.part import MEASURED, Part, PartRow, Setting, guarded, run
 from kilodelta.verify.parity.result import FAILED, NOT_RUN, PASSED
 
 
@@ -64,14 +64,14 @@ def test_some_parts_alone(tmp_path: Path) -> None:
 )
 def test_exit_codes(statuses: tuple[str, ...], code: int) -> None:
     parts = tuple(
-        Part(name="x", rows=(Row(what="x", found="y", status=status),)) for status in statuses
+        Part(name="x", rows=(PartRow(what="x", found="y", status=status),)) for status in statuses
     )
-    assert machine.Proof(machine={}, parts=parts).exit_code == code
+    assert machine.MachineProof(machine={}, parts=parts).exit_code == code
 
 
 def test_what_came_before_an_error_is_kept(tmp_path: Path) -> None:
-    def work(setting: Setting) -> Iterator[Row]:
-        yield Row(what="first", found="good")
+    def work(setting: Setting) -> Iterator[PartRow]:
+        yield PartRow(what="first", found="good")
         raise RuntimeError("out of memory")
 
     part = run("x", work, Setting(device="cpu", folder=tmp_path))
@@ -132,7 +132,7 @@ def test_a_target_says_whether_it_holds(
     sense: Any, bound: float, ratio: float, verdict: str
 ) -> None:
     """A cost is ours over theirs, a speed the other way round."""
-    wanted = Wanted(sense=sense, bound=bound)
+    wanted = Threshold(sense=sense, bound=bound)
     found = Measure(what="x", against="y", ours=0.001, theirs=0.002, wanted=wanted)
     assert (found.ratio, found.verdict) == (ratio, verdict)
     assert found.to_json()["holds"] is (verdict == "holds")
@@ -156,7 +156,7 @@ def test_opponents_take_turns_and_the_best_counts() -> None:
 
 
 def test_too_little_memory_is_no_failure_of_the_others() -> None:
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[PartRow]:
         raise torch.OutOfMemoryError("CUDA out of memory")
         yield
 
@@ -212,9 +212,9 @@ def test_the_benchmark_prints_ratios_first(
     good = Measure(what="NOLA", against="them", ours=0.001, theirs=0.01)
     bad = Measure(
         what="step", against="PEFT", ours=2**21, theirs=2**20, unit="B",
-        wanted=Wanted(sense="<=", bound=1),
+        wanted=Threshold(sense="<=", bound=1),
     )  # fmt: skip
-    missing = Row(what="RandLoRA", found="not run: peft is not installed", status=NOT_RUN)
+    missing = PartRow(what="RandLoRA", found="not run: peft is not installed", status=NOT_RUN)
     monkeypatch.setattr(speed, "measures", lambda setting: iter([good, bad, missing]))
     monkeypatch.setattr(
         sys, "argv", ["gpu.py", "--device", "cpu", "--json", f"{tmp_path}/x/y.json"]

@@ -52,7 +52,7 @@ def profile(*points: tuple[int, int]) -> Profile:
 USUAL = profile((1, 1), (8, 32), (32, 512))
 
 
-def planned(module: nn.Module, shapes: Profile = USUAL, limit: int = 1 << 40) -> plan.Plan:
+def planned(module: nn.Module, shapes: Profile = USUAL, limit: int = 1 << 40) -> plan.ParityPlan:
     return plan.plan(module.eval(), ["logits"], batch(), shapes, limit=limit)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kilodelta.errors import ProofError
 from kilodelta.export.manifest import artefacts
-from kilodelta.export.manifest.artefacts import Manifest, file_fact
+from kilodelta.export.manifest.artefacts import ExportManifest, file_fact
 from kilodelta.progress import Progress, silent
 from kilodelta.verify.digests.proof import Proof
 
@@ -18,7 +18,7 @@ def is_export(place: Path) -> bool:
 
 def check_export(
     folder: Path, delta: Path, proof: Proof, *, progress: Progress = silent
-) -> Manifest:
+) -> ExportManifest:
     """Check that a folder was exported from this base and this file, and is whole.
 
     Args:
@@ -50,7 +50,7 @@ def _same(folder: Path, what: str, found: str, expected: str) -> None:
         )
 
 
-def _require_own_engines(folder: Path, manifest: Manifest) -> None:
+def _require_own_engines(folder: Path, manifest: ExportManifest) -> None:
     """Check that each engine was built from the ONNX file of its precision, if that was kept."""
     kept = {a.dtype: a.files[0] for a in manifest.artefacts if a.kind == "onnx"}
     for artefact in manifest.artefacts:

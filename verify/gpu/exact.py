@@ -15,13 +15,13 @@ from kilodelta.format.targets import Patterns
 from kilodelta.merging import cpu
 from kilodelta.merging.gpu import stream
 from kilodelta.verify.gpu import synthetic
-from kilodelta.verify.gpu.part import Row, Setting
+from kilodelta.verify.gpu.part import PartRow, Setting
 from kilodelta.verify.parity.result import FAILED, PASSED
 
 PROJECTIONS = Patterns(include=("*_proj.weight",))
 
 
-def exact(setting: Setting) -> Iterator[Row]:
+def exact(setting: Setting) -> Iterator[PartRow]:
     """Try every method on small tensors of every dtype, then merge a model of a billion weights."""
     base = synthetic.write(setting.folder / "small.safetensors", synthetic.SMALL)
     for method in synthetic.methods():
@@ -30,7 +30,7 @@ def exact(setting: Setting) -> Iterator[Row]:
     yield from _large(setting)
 
 
-def _small(checkpoint: Checkpoint, delta: Delta, setting: Setting) -> Row:
+def _small(checkpoint: Checkpoint, delta: Delta, setting: Setting) -> PartRow:
     bound, device = delta.bind(checkpoint), torch.device(setting.device)
     wrong = []
     for target in bound.targets.values():
@@ -42,7 +42,7 @@ def _small(checkpoint: Checkpoint, delta: Delta, setting: Setting) -> Row:
         if found != expected:
             wrong.append(target.name)
     text = f"differs in {', '.join(wrong)}" if wrong else f"{len(bound.targets)} tensors equal"
-    return Row(
+    return PartRow(
         what=f"{_name(delta.method)} {delta.manifest.bits} bits",
         found=text,
         status=FAILED if wrong else PASSED,
@@ -53,7 +53,7 @@ def _name(method: Method) -> str:
     return f"{method.name}{' ternary' if getattr(method, 'sparsity', 0) else ''} r={method.rank}"
 
 
-def _large(setting: Setting) -> Iterator[Row]:
+def _large(setting: Setting) -> Iterator[PartRow]:
     """Merge a whole file; the CPU has put the digest into the delta, and a wrong one raises."""
     shape = (1, 64, 176) if setting.small else (20, 2048, 8192)
     base = synthetic.write(setting.folder / "large.safetensors", synthetic.llama(*shape))
@@ -64,7 +64,7 @@ def _large(setting: Setting) -> Iterator[Row]:
         done = merge(base, delta, out, device=setting.device)
         seconds = time.perf_counter() - began
         out.unlink()
-        yield Row(
+        yield PartRow(
             what=f"{_name(method)}, {done.targets} tensors, {done.nbytes / 1e9:.1f} GB",
             found=f"{done.result[:19]} as the CPU's, {seconds:.1f} s with writing and hashing",
         )

@@ -12,7 +12,7 @@ import torch
 from kilodelta.errors import KiloDeltaError
 from kilodelta.export.tensorrt.cuda import CudaError
 from kilodelta.verify.gpu.measure import captured, wait
-from kilodelta.verify.gpu.part import MEASURED, Row, guarded
+from kilodelta.verify.gpu.part import MEASURED, PartRow, guarded
 from kilodelta.verify.parity.cases import Case
 from kilodelta.verify.runners.request import Latency, Request, latency
 from kilodelta.verify.runners.runner import Batch, one_line
@@ -21,7 +21,7 @@ from kilodelta.verify.runners.torch_runner import as_precision
 Ask: TypeAlias = Callable[[Batch], AbstractContextManager[Request]]
 
 
-def latencies(what: str, ask: Ask, cases: Sequence[Case]) -> Iterator[Row]:
+def latencies(what: str, ask: Ask, cases: Sequence[Case]) -> Iterator[PartRow]:
     """Yield one row per case.
 
     Args:
@@ -38,7 +38,7 @@ def latencies(what: str, ask: Ask, cases: Sequence[Case]) -> Iterator[Row]:
         yield from guarded(name, _corner(name, ask, case))
 
 
-def _corner(name: str, ask: Ask, case: Case) -> Iterator[Row]:
+def _corner(name: str, ask: Ask, case: Case) -> Iterator[PartRow]:
     with ask(case.batch) as request:
         rows = case.shape[0]
         plain = latency(request.start, request.wait, rows)
@@ -49,7 +49,7 @@ def _corner(name: str, ask: Ask, case: Case) -> Iterator[Row]:
         numbers["graph"] = graph.to_json()
     elif graph:
         found += f"; no CUDA graph: {graph}"
-    yield Row(what=name, found=found, status=MEASURED, numbers=numbers)
+    yield PartRow(what=name, found=found, status=MEASURED, numbers=numbers)
 
 
 def _graph(request: Request, rows: int) -> Latency | str:

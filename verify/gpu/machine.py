@@ -22,7 +22,7 @@ from kilodelta.errors import KiloDeltaError, ProofError
 from kilodelta.export.tensorrt import cuda
 from kilodelta.files import staging
 from kilodelta.verify.environment import packages
-from kilodelta.verify.gpu.part import Part, Row, Setting, run
+from kilodelta.verify.gpu.part import Part, PartRow, Setting, run
 from kilodelta.verify.parity.result import FAILED, NOT_RUN, Json
 
 SKIPPED = 77
@@ -31,11 +31,11 @@ PACKAGES = (
     "kilodelta", "torch", "triton", "numpy", "numba", "onnxruntime-gpu", "onnxruntime", "tensorrt",
     "tensorrt-rtx-cu13", "peft", "transformers",
 )  # fmt: skip
-Work = Callable[[Setting], Iterator[Row]]
+Work = Callable[[Setting], Iterator[PartRow]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Proof:
+class MachineProof:
     """The machine, and the parts in the order in which they ran."""
 
     machine: Json
@@ -104,7 +104,9 @@ def no_device() -> str:
     return "" if torch.cuda.is_available() else "no CUDA device"
 
 
-def prove(device: str = "cuda", *, small: bool = False, only: Sequence[str] = PARTS) -> Proof:
+def prove(
+    device: str = "cuda", *, small: bool = False, only: Sequence[str] = PARTS
+) -> MachineProof:
     """Run parts on a device.
 
     Args:
@@ -114,15 +116,15 @@ def prove(device: str = "cuda", *, small: bool = False, only: Sequence[str] = PA
     """
     why = no_device() if device.startswith("cuda") else ""
     if why:
-        row = Row(what="all of it", found=f"not run: {why}", status=NOT_RUN)
+        row = PartRow(what="all of it", found=f"not run: {why}", status=NOT_RUN)
         skipped = tuple(Part(name=name, rows=(row,)) for name in only)
-        return Proof(machine=describe(), parts=skipped)
+        return MachineProof(machine=describe(), parts=skipped)
     done, known = [], parts()
     for name in only:
         work = known[name]
         with staging.scratch() as folder:
             done.append(run(name, work, Setting(device=device, folder=folder, small=small)))
-    return Proof(machine=describe(), parts=tuple(done))
+    return MachineProof(machine=describe(), parts=tuple(done))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from kilodelta.verify.gpu.part import MEASURED, Row
+from kilodelta.verify.gpu.part import MEASURED, PartRow
 from kilodelta.verify.parity.result import Json
 from kilodelta.verify.runners import timing
 from kilodelta.verify.runners.runner import UnavailableError
@@ -20,7 +20,7 @@ TURNS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class Threshold:
     """What a ratio should be: `>=` so many times as fast, or `<=` so much of the other's cost."""
 
     sense: Literal[">=", "<="]
@@ -52,7 +52,7 @@ class Measure:
     ours: float
     theirs: float
     unit: Literal["s", "B"] = "s"
-    wanted: Wanted | None = None
+    wanted: Threshold | None = None
 
     @property
     def ratio(self) -> float:
@@ -67,12 +67,12 @@ class Measure:
             return ""
         return "holds" if self.wanted.holds(self.ratio) else "MISSED"
 
-    def row(self) -> Row:
+    def row(self) -> PartRow:
         """Return the measurement as a row of the report."""
         factor, unit = (1e3, "ms") if self.unit == "s" else (2.0**-20, "MiB")
         wanted = f", wanted {self.wanted}: {self.verdict}" if self.wanted else ""
         pair = f"{self.ours * factor:.3f} against {self.theirs * factor:.3f} {unit}"
-        return Row(
+        return PartRow(
             what=f"{self.what}: {self.against}",
             found=f"{self.ratio:.2f}x{wanted} ({pair})",
             status=MEASURED,

@@ -16,9 +16,9 @@ from kilodelta.format.targets import Patterns
 from kilodelta.models.quiet import quiet
 from kilodelta.progress import silent
 from kilodelta.verify.gpu import synthetic
-from kilodelta.verify.options import Options, Subject
+from kilodelta.verify.options import Subject, VerifyOptions
 from kilodelta.verify.parity.cases import cases
-from kilodelta.verify.parity.models import Pair, open_pair
+from kilodelta.verify.parity.models import ModelPair, open_pair
 from kilodelta.verify.parity.reference import Reference
 from kilodelta.verify.runners.runner import Arrays
 
@@ -60,10 +60,10 @@ class Models:
             device=device,
         )
 
-    def pair(self, fine_tune: int) -> Pair:
+    def pair(self, fine_tune: int) -> ModelPair:
         """Open a merged fine-tune, and the base."""
         subject = Subject(base=Checkpoint.open(self.base), delta=self.deltas[fine_tune])
-        return open_pair(subject, Options(), silent)
+        return open_pair(subject, VerifyOptions(), silent)
 
 
 def make(folder: Path, *, small: bool) -> Models:

@@ -14,7 +14,7 @@ import torch
 from kilodelta.errors import ExportError, KiloDeltaError
 from kilodelta.export.adapter.factors import Factors, expand
 from kilodelta.export.adapter.graph import with_adapter
-from kilodelta.export.manifest.artefacts import Artefact, Manifest
+from kilodelta.export.manifest.artefacts import Artefact, ExportManifest
 from kilodelta.export.manifest.facts import FLAVOURS
 from kilodelta.export.onnx.save import save
 from kilodelta.export.onnx.template import export_template, fill_template
@@ -29,7 +29,7 @@ from kilodelta.merging.gpu.choose import device_named
 from kilodelta.models import open_model
 from kilodelta.verify.gpu.latency import latencies, on_torch
 from kilodelta.verify.gpu.model import LAYERS, RANK, Models, make
-from kilodelta.verify.gpu.part import MEASURED, Row, Setting, guarded
+from kilodelta.verify.gpu.part import MEASURED, PartRow, Setting, guarded
 from kilodelta.verify.parity.bench import MERGED
 from kilodelta.verify.parity.cases import cases
 from kilodelta.verify.parity.judge import judge
@@ -44,7 +44,7 @@ from kilodelta.verify.verification import verify
 Runs = OnnxRunner | TensorrtRunner
 
 
-def parity(setting: Setting) -> Iterator[Row]:
+def parity(setting: Setting) -> Iterator[PartRow]:
     """Export an encoder and run it in torch, ONNX Runtime and both flavours of TensorRT.
 
     It is run whole, as an adapter graph, and in TensorRT before and after a refit.
@@ -79,7 +79,7 @@ class _Bench:
     folder: Path
     dtypes: tuple[str, ...]
 
-    def onnx(self) -> Iterator[Row]:
+    def onnx(self) -> Iterator[PartRow]:
         """Judge and time ONNX files in ONNX Runtime, and time torch."""
         out, manifest = self._export("onnx", ExportOptions(dtypes=self.dtypes))
         yield from self._verified("onnx", out)
@@ -88,7 +88,7 @@ class _Bench:
             runner = OnnxRunner(out / artefact.file, device=self.device.type)
             yield from self._timed(artefact.file, runner, artefact)
 
-    def engines(self, flavour: str) -> Iterator[Row]:
+    def engines(self, flavour: str) -> Iterator[PartRow]:
         """Judge and time engines with fixed weights, refittable ones, and those of adapter graphs.
 
         Raises:
@@ -105,13 +105,13 @@ class _Bench:
         for dtype in self.dtypes:
             yield from guarded(f"{flavour}, adapter {dtype}", self.adapter(dtype, maker))
 
-    def _fixed(self, maker: _Maker, options: ExportOptions) -> Iterator[Row]:
+    def _fixed(self, maker: _Maker, options: ExportOptions) -> Iterator[PartRow]:
         out, manifest = self._export(maker.flavour, options)
         yield from self._verified(maker.flavour, out)
         for artefact in manifest.artefacts:
             yield from self._timed(artefact.file, maker.runner(out / artefact.file), artefact)
 
-    def _refitted(self, maker: _Maker, options: ExportOptions) -> Iterator[Row]:
+    def _refitted(self, maker: _Maker, options: ExportOptions) -> Iterator[PartRow]:
         """Judge a plan as it was built; then refit it with another fine-tune, save, load, judge."""
         what = f"{maker.flavour}, refittable"
         out, manifest = self._export(f"{maker.flavour}-refittable", options)
@@ -125,21 +125,21 @@ class _Bench:
                 f"{name}, refitted and saved", maker.runner(saved), artefact, fine_tune=1
             )
 
-    def _refit(self, name: str, path: Path, flavour: str, saved: Path) -> Iterator[Row]:
+    def _refit(self, name: str, path: Path, flavour: str, saved: Path) -> Iterator[PartRow]:
         engine = RefitEngine(path, self.models.base, flavour=flavour)
         began = perf_counter()
         done = engine.refit(self.models.deltas[1])
         seconds = perf_counter() - began
         engine.save(saved)
         found = f"{seconds:.2f} s for {len(done.weights)} weights, the delta proved"
-        yield Row(
+        yield PartRow(
             what=f"{name}, refit",
             found="; ".join((found, *done.warnings)),
             status=MEASURED,
             numbers={"seconds": seconds, "weights": len(done.weights)},
         )
 
-    def adapter(self, dtype: str, maker: _Maker | None) -> Iterator[Row]:
+    def adapter(self, dtype: str, maker: _Maker | None) -> Iterator[PartRow]:
         """Judge and time a graph of the base's weights that takes a fine-tune's factors as inputs.
 
         Args:
@@ -167,11 +167,11 @@ class _Bench:
         yield _row("", judge(bound, against, artefact=f"adapter graph {dtype}", precision=dtype))
         yield from latencies(f"adapter graph {dtype} in {bound.name}", bound.request, against.cases)
 
-    def _export(self, name: str, options: ExportOptions) -> tuple[Path, Manifest]:
+    def _export(self, name: str, options: ExportOptions) -> tuple[Path, ExportManifest]:
         out = self.folder / f"out-{name}"
         return out, export(self.models.base, self.models.deltas[0], out, options=options).manifest
 
-    def _verified(self, name: str, out: Path) -> Iterator[Row]:
+    def _verified(self, name: str, out: Path) -> Iterator[PartRow]:
         """Verify an export as `kilodelta verify` does."""
         found = verify(
             self.models.base,
@@ -186,7 +186,7 @@ class _Bench:
             if result.artefact != MERGED or name == "onnx":
                 yield _row(name, result)
 
-    def _torch(self, artefact: Artefact) -> Iterator[Row]:
+    def _torch(self, artefact: Artefact) -> Iterator[PartRow]:
         view, outputs = self.models.pair(0).merged.view(), _names(artefact)
         runner = TorchRunner(view, outputs, precision=artefact.dtype, device=self.device.type)
         module = runner.module
@@ -199,14 +199,14 @@ class _Bench:
 
     def _judged(
         self, name: str, runner: Runs, artefact: Artefact, *, fine_tune: int
-    ) -> Iterator[Row]:
+    ) -> Iterator[PartRow]:
         against = self.models.reference(
             fine_tune, artefact.profile, _names(artefact), self.device.type
         )
         yield _row("", judge(runner, against, artefact=name, precision=artefact.dtype))
         yield from self._timed(name, runner, artefact)
 
-    def _timed(self, name: str, runner: Runs, artefact: Artefact) -> Iterator[Row]:
+    def _timed(self, name: str, runner: Runs, artefact: Artefact) -> Iterator[PartRow]:
         shapes = cases(self.models.batch, artefact.profile)
         yield from latencies(f"{name} in {runner.name}", runner.request, shapes)
 
@@ -246,12 +246,12 @@ def _names(artefact: Artefact) -> tuple[str, ...]:
     return tuple(port.name for port in artefact.outputs)
 
 
-def _row(prefix: str, result: Result) -> Row:
+def _row(prefix: str, result: Result) -> PartRow:
     what = f"{result.artefact} in {result.runner}, {result.precision}"
     worst = max((check.error.relative_l2 for check in result.checks), default=0.0)
     found = f"relative L2 up to {worst:.2g} in {len(result.checks)} checks"
     reasons = result.reasons()
-    return Row(
+    return PartRow(
         what=f"{prefix}: {what}" if prefix else what,
         found="; ".join(reasons) if reasons else found,
         status=result.status,

@@ -18,7 +18,7 @@ MEASURED = "measured"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class PartRow:
     """One thing that was looked at.
 
     Attributes:
@@ -54,7 +54,7 @@ class Part:
     """A part's name, and its rows in the order in which they came."""
 
     name: str
-    rows: tuple[Row, ...]
+    rows: tuple[PartRow, ...]
 
     @property
     def status(self) -> str:
@@ -68,7 +68,7 @@ class Part:
         return {"name": self.name, "status": self.status, "rows": rows}
 
 
-def run(name: str, work: Callable[[Setting], Iterator[Row]], setting: Setting) -> Part:
+def run(name: str, work: Callable[[Setting], Iterator[PartRow]], setting: Setting) -> Part:
     """Run a part. An error becomes its last row, so that other parts still run.
 
     Args:
@@ -79,7 +79,7 @@ def run(name: str, work: Callable[[Setting], Iterator[Row]], setting: Setting) -
     return Part(name=name, rows=tuple(guarded(name, work(setting))))
 
 
-def guarded(what: str, found: Iterator[T]) -> Iterator[T | Row]:
+def guarded(what: str, found: Iterator[T]) -> Iterator[T | PartRow]:
     """Yield rows until an error, and the error as the last row.
 
     It is `not run` if a package, the right machine or enough memory is missing, else `failed`.
@@ -91,12 +91,12 @@ def guarded(what: str, found: Iterator[T]) -> Iterator[T | Row]:
     try:
         yield from found
     except (MissingPackageError, UnavailableError) as error:
-        yield Row(what=what, found=f"not run: {error.what}", status=NOT_RUN)
+        yield PartRow(what=what, found=f"not run: {error.what}", status=NOT_RUN)
     except KiloDeltaError as error:
-        yield Row(what=what, found=error.what, status=FAILED)
+        yield PartRow(what=what, found=error.what, status=FAILED)
     except Exception as error:
         kind = type(error).__name__
         if kind == "OutOfMemoryError":  # torch's, which may not be installed
-            yield Row(what=what, found="not run: the GPU's memory is too small", status=NOT_RUN)
+            yield PartRow(what=what, found="not run: the GPU's memory is too small", status=NOT_RUN)
         else:
-            yield Row(what=what, found=f"{kind}: {one_line(error)}", status=FAILED)
+            yield PartRow(what=what, found=f"{kind}: {one_line(error)}", status=FAILED)

@@ -21,21 +21,21 @@ from kilodelta.format.targets import Target
 from kilodelta.merging.gpu.choose import device_named, unit_for
 from kilodelta.merging.gpu.sides import sides
 from kilodelta.merging.gpu.unit import UpdateScale
-from kilodelta.verify.gpu.measure import Measure, Run, Wanted, captured, side_by_side
-from kilodelta.verify.gpu.part import Row, Setting, guarded
+from kilodelta.verify.gpu.measure import Measure, Run, Threshold, captured, side_by_side
+from kilodelta.verify.gpu.part import PartRow, Setting, guarded
 from kilodelta.verify.gpu.synthetic import llama
 from kilodelta.verify.gpu.training import training
 
 STREAM = Stream(0)
 
 
-def speed(setting: Setting) -> Iterator[Row]:
+def speed(setting: Setting) -> Iterator[PartRow]:
     """Yield all measurements as rows; those that cannot be taken say why."""
     for found in measures(setting):
         yield found.row() if isinstance(found, Measure) else found
 
 
-def measures(setting: Setting) -> Iterator[Measure | Row]:
+def measures(setting: Setting) -> Iterator[Measure | PartRow]:
     """Measure merges of the seven projections of a 7B Llama layer, and a training step."""
     device, small = device_named(setting.device), setting.small
     sizes = (64, 176) if small else (4096, 11008)
@@ -55,7 +55,7 @@ def against_copying(method: Nola, weights: list[Tensor], device: torch.device) -
     """Compare NOLA with what any merge must do: read and write the weights once."""
     copying = "reading and writing the weights once"
     runs = {"ours": merging(method, weights, device), "theirs": lambda: [w + 1 for w in weights]}
-    what, wanted = _what(method, weights), Wanted(sense="<=", bound=2)
+    what, wanted = _what(method, weights), Threshold(sense="<=", bound=2)
     yield _measure(what, copying, runs, device, wanted)
     graphs = {name: captured(run, device) for name, run in runs.items()}
     yield _measure(f"{what}, as CUDA graphs", copying, graphs, device, wanted)
@@ -69,7 +69,7 @@ def against_official(
         "ours": merging(method, weights, device),
         "theirs": lambda: [official_nola(weight, method) for weight in weights],
     }
-    wanted = Wanted(sense=">=", bound=8)
+    wanted = Threshold(sense=">=", bound=8)
     yield _measure(_what(method, weights), "official NOLA's way", runs, device, wanted)
 
 
@@ -89,7 +89,7 @@ def against_int8(
     right = left.t()  # columns in a row, as cuBLAS's int8 products want them
     runs = {"ours": ours, "theirs": lambda: torch._int_mm(left, right)}
     work = sum(w.shape[0] * w.shape[1] * min(w.shape) for w in weights) / size**3
-    rate, wanted = f"torch._int_mm's int8 rate at {size}^3", Wanted(sense=">=", bound=0.4)
+    rate, wanted = f"torch._int_mm's int8 rate at {size}^3", Threshold(sense=">=", bound=0.4)
     yield _measure(_what(method, weights), rate, runs, device, wanted, work)
     graphs = {"ours": captured(ours, device), "theirs": runs["theirs"]}
     what = f"{_what(method, weights)}, as a CUDA graph"
@@ -102,13 +102,13 @@ def against_peft(
     """Compare RandLoRA (drawn, multiplied, added) with PEFT's product alone, its bases ready."""
     theirs = peft_deltas(method.rank, [w.shape for w in weights], device)
     runs = {"ours": merging(method, weights, device), "theirs": theirs}
-    wanted = Wanted(sense=">=", bound=8)
+    wanted = Threshold(sense=">=", bound=8)
     against = "PEFT get_delta_weight in float32"
     yield _measure(_what(method, weights), against, runs, device, wanted)
 
 
 def _measure(
-    what: str, against: str, runs: dict[str, Run], device: torch.device, wanted: Wanted,
+    what: str, against: str, runs: dict[str, Run], device: torch.device, wanted: Threshold,
     work: float = 1.0,
 ) -> Measure:  # fmt: skip
     """Time both alternately; the other's time is scaled by `work`, our work over what it did."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kilodelta.compress.training import train
 from kilodelta.errors import require
-from kilodelta.verify.gpu.measure import Measure, Wanted, peak, side_by_side
+from kilodelta.verify.gpu.measure import Measure, Threshold, peak, side_by_side
 from kilodelta.verify.runners.runner import UnavailableError
 
 RANK = 8
@@ -39,7 +39,7 @@ class Shape:
 SMALL = Shape(layers=1, width=32, heads=2, vocabulary=64, bases=16, tokens=(2, 8))
 
 
-class Step:
+class TrainingStep:
     """A training step of an adapted model, to be called as often as needed."""
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
@@ -67,8 +67,8 @@ def training(device: torch.device, *, small: bool) -> Iterator[Measure]:
     shape = SMALL if small else Shape()
     base = _gpt2(shape).to(device)
     batch = {"input_ids": torch.randint(shape.vocabulary, shape.tokens).to(device)}
-    steps: Mapping[str, Callable[[], Step]] = {
-        name: lambda adapt=adapt: Step(adapt(sharing(base), shape), batch)  # type: ignore[misc]
+    steps: Mapping[str, Callable[[], TrainingStep]] = {
+        name: lambda adapt=adapt: TrainingStep(adapt(sharing(base), shape), batch)  # type: ignore[misc]
         for name, adapt in ADAPTED.items()
     }
     what = f"training step, GPT-2 of {shape.layers} x {shape.width}, NOLA r={RANK} k={shape.bases}"
@@ -79,7 +79,7 @@ def training(device: torch.device, *, small: bool) -> Iterator[Measure]:
         against=against,
         ours=seconds[OURS],
         theirs=seconds[THEIRS],
-        wanted=Wanted(sense="<=", bound=1.2),
+        wanted=Threshold(sense="<=", bound=1.2),
     )
     if device.type != "cuda":
         raise UnavailableError("memory is counted on CUDA only", fix="measure on a GPU")
@@ -90,11 +90,11 @@ def training(device: torch.device, *, small: bool) -> Iterator[Measure]:
         ours=nbytes[OURS],
         theirs=nbytes[THEIRS],
         unit="B",
-        wanted=Wanted(sense="<=", bound=1),
+        wanted=Threshold(sense="<=", bound=1),
     )
 
 
-def _two(make: Callable[[], Step]) -> None:
+def _two(make: Callable[[], TrainingStep]) -> None:
     """Run two steps: from the second on Adam's moments are allocated."""
     step = make()
     step()

@@ -13,7 +13,7 @@ from kilodelta.errors import InputError
 from kilodelta.export.manifest.artefacts import Artefact, Profile, Shape
 from kilodelta.models import outputs, read_inputs
 from kilodelta.progress import Event, Progress
-from kilodelta.verify.options import Options, Subject
+from kilodelta.verify.options import Subject, VerifyOptions
 from kilodelta.verify.parity.agreement import agreement
 from kilodelta.verify.parity.bisect import first_departure
 from kilodelta.verify.parity.cases import Case, cases
@@ -21,7 +21,7 @@ from kilodelta.verify.parity.judge import judge
 from kilodelta.verify.parity.models import (
     LABELS,
     Labelled,
-    Pair,
+    ModelPair,
     embed_labels,
     open_pair,
     open_tuned,
@@ -44,7 +44,7 @@ ROWS = 32
 _Key: TypeAlias = tuple[tuple[tuple[str, tuple[Shape, ...]], ...], tuple[str, ...]]
 
 
-def compare_outputs(subject: Subject, options: Options, progress: Progress) -> Report:
+def compare_outputs(subject: Subject, options: VerifyOptions, progress: Progress) -> Report:
     """Run everything and judge it.
 
     Everything that can be wrong with the options is found before any artefact is run.
@@ -86,7 +86,7 @@ def _most_rows(exported: Sequence[Artefact]) -> int:
     return max((shape[0] for shape in shapes if shape), default=ROWS)
 
 
-def _batches(pair: Pair, options: Options, rows: int) -> list[Batch]:
+def _batches(pair: ModelPair, options: VerifyOptions, rows: int) -> list[Batch]:
     """Take all inputs where agreement is asked for, else as many as the largest case needs."""
     limit = options.limit if options.against else min(options.limit or rows, rows)
     found = read_inputs(
@@ -129,10 +129,10 @@ def _require_inputs(artefact: Artefact, batch: Batch) -> None:
 
 def _agree(
     tuned: nn.Module,
-    pair: Pair,
+    pair: ModelPair,
     labels: torch.Tensor | None,
     batches: Sequence[Batch],
-    options: Options,
+    options: VerifyOptions,
     progress: Progress,
 ) -> tuple[Agreement, ...]:
     names = output_names(pair, batches[0])
@@ -162,7 +162,7 @@ class Bench:
         progress: called as work goes on.
     """
 
-    def __init__(self, pair: Pair, batch: Batch, *, device: str, progress: Progress) -> None:
+    def __init__(self, pair: ModelPair, batch: Batch, *, device: str, progress: Progress) -> None:
         self._pair, self._batch, self._device = pair, batch, device
         self._progress = progress
         self._references: dict[_Key, Reference] = {}
@@ -274,7 +274,7 @@ def is_score(name: str) -> bool:
     return "logits" in name
 
 
-def output_names(pair: Pair, batch: Batch) -> tuple[str, ...]:
+def output_names(pair: ModelPair, batch: Batch) -> tuple[str, ...]:
     """Return the names of everything that the merged model puts out for a row of the batch."""
     row = {name: torch.from_numpy(array[:1]) for name, array in batch.items()}
     with torch.inference_mode():

@@ -21,21 +21,21 @@ from kilodelta.format.file import load
 from kilodelta.models import LoadedModel, fill, open_model, outputs, read_texts, tokenize
 from kilodelta.models.heads import EMBEDDING
 from kilodelta.progress import Progress
-from kilodelta.verify.options import Options, Subject
+from kilodelta.verify.options import Subject, VerifyOptions
 
 LABELS = "labels"
 """The name of the class scores that embeddings give over a set of labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
+class ModelPair:
     """The merged model, and the base in the same architecture."""
 
     merged: LoadedModel
     base: LoadedModel
 
 
-def open_pair(subject: Subject, options: Options, progress: Progress) -> Pair:
+def open_pair(subject: Subject, options: VerifyOptions, progress: Progress) -> ModelPair:
     """Open both. Tensors that only the delta has (a new head) are the same in both.
 
     Raises:
@@ -54,7 +54,7 @@ def open_pair(subject: Subject, options: Options, progress: Progress) -> Pair:
         if name in subject.base and subject.base.info(name).shape == tuple(state[place].shape)
     }
     fill(base.module, subject.base, names)
-    return Pair(merged=merged, base=base)
+    return ModelPair(merged=merged, base=base)
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def _weights(subject: Subject, progress: Progress) -> Iterator[Path]:
         yield place
 
 
-def open_tuned(options: Options) -> LoadedModel:
+def open_tuned(options: VerifyOptions) -> LoadedModel:
     """Open the tuned model in the architecture that its folder states.
 
     Raises:
@@ -100,7 +100,7 @@ class Labelled(nn.Module):
         return {**found, LABELS: unit @ self.get_buffer("labels").T}
 
 
-def embed_labels(pair: Pair, options: Options) -> Tensor:
+def embed_labels(pair: ModelPair, options: VerifyOptions) -> Tensor:
     """Embed the labels by the base model; float32 (n, width).
 
     Raises:

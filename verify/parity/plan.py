@@ -33,7 +33,7 @@ WIDE = 2.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ParityPlan:
     """What will be computed.
 
     Attributes:
@@ -59,7 +59,7 @@ def plan(
     *,
     limit: int | None = None,
     progress: Progress = silent,
-) -> Plan:
+) -> ParityPlan:
     """Try the model on few rows, and cut a profile to what it computes and memory holds.
 
     Args:
@@ -103,7 +103,7 @@ class _Planner:
         self._reason = ""
         self._notes: list[str] = []
 
-    def plan(self) -> Plan:
+    def plan(self) -> ParityPlan:
         usual = self._steps(1)
         self._cost(0)
         top = self._longest(usual, self._last)
@@ -124,7 +124,7 @@ class _Planner:
             rows[point] * max(0.0, self._seconds(step) - overhead / self._least)
             for point, step in ((1, usual), (2, top))
         )
-        return Plan(
+        return ParityPlan(
             profile=cut,
             rows=self._rows_per_pass(top, max(rows.values())),
             nbytes=self._nbytes(self._cost(top).elements) * rows[2] // self._least,

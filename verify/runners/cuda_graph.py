@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 
-from kilodelta.export.tensorrt.cuda import Driver, Stream
+from kilodelta.export.tensorrt.cuda import CudaStream, Driver
 
 # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: calls by other threads do not invalidate the capture.
 _THREAD_LOCAL = 1
@@ -23,7 +23,7 @@ class Graph:
         CudaError: the work cannot be captured.
     """
 
-    def __init__(self, driver: Driver, stream: Stream, work: Callable[[], object]) -> None:
+    def __init__(self, driver: Driver, stream: CudaStream, work: Callable[[], object]) -> None:
         self._driver, self._stream = driver, ctypes.c_void_p(stream.address)
         graph, self._ready = ctypes.c_void_p(), ctypes.c_void_p()
         driver.call("cuStreamBeginCapture_v2", self._stream, _THREAD_LOCAL)

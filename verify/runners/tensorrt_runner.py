@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kilodelta.errors import KiloDeltaError, MissingPackageError, ProofError, require
-from kilodelta.export.tensorrt.cuda import CudaError, Gpu, Stream, driver
+from kilodelta.export.tensorrt.cuda import CudaError, CudaStream, Gpu, driver
 from kilodelta.export.tensorrt.flavour import EXTRAS
 from kilodelta.export.tensorrt.log import logger
 from kilodelta.files.dtypes import BY_TENSORRT, FLOATS, DType
@@ -92,7 +92,7 @@ class TensorrtRunner:
         if unavailable is not None:
             raise unavailable
         try:
-            with Stream(driver()) as stream:
+            with CudaStream(driver()) as stream:
                 yield _Call(self._engine, stream, batch)
         except CudaError as error:
             raise ProofError(f"{self.name}: {error}", fix="see `kilodelta doctor`") from error
@@ -125,7 +125,7 @@ class TensorrtRunner:
 class _Call:
     """One batch in a fresh execution context, its tensors bound by name."""
 
-    def __init__(self, engine: Any, stream: Stream, batch: Batch) -> None:
+    def __init__(self, engine: Any, stream: CudaStream, batch: Batch) -> None:
         self._engine, self.stream = engine, stream
         self._context = engine.create_execution_context()
         self._feeds = {name: feed(batch, name, self._dtype(name)) for name in self._names("INPUT")}

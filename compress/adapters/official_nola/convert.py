@@ -18,7 +18,7 @@ from kilodelta.compress.adapters.official_nola.checkpoint import (
     open_checkpoint,
     without_front,
 )
-from kilodelta.compress.adapters.official_nola.job import Job, find_job
+from kilodelta.compress.adapters.official_nola.job import NolaJob, find_job
 from kilodelta.compress.adapters.reader import ParsedAdapter, ReadOptions
 from kilodelta.compress.adapters.tensors import floats
 from kilodelta.errors import InputError
@@ -59,7 +59,7 @@ def _require_cpu(found: NolaCheckpoint, options: ReadOptions) -> None:
         raise InputError(f"{found.path} was saved from {found.device}: {reason}", fix=f"give {way}")
 
 
-def _by_bases(job: Job) -> ParsedAdapter:
+def _by_bases(job: NolaJob) -> ParsedAdapter:
     own, factors = {}, {}
     for target in job.layout:
         own[target.name], factors[target.name] = _coefficients(job, target)
@@ -76,7 +76,7 @@ def _by_bases(job: Job) -> ParsedAdapter:
     )
 
 
-def _coefficients(job: Job, target: Target) -> tuple[dict[str, Floats], tuple[Floats, Floats]]:
+def _coefficients(job: NolaJob, target: Target) -> tuple[dict[str, Floats], tuple[Floats, Floats]]:
     """Return a target's groups, and the update's two factors in float64."""
     A, B = job.factors(target.name, "A"), job.factors(target.name, "B")
     drawn = [(_mixed(a), _mixed(b)) for a, b in zip(A, B, strict=True)]
@@ -98,7 +98,9 @@ def _mixed(factor: Factor) -> tuple[Floats, bytes]:
     return factor.start + total / sqrt(len(factor.coefficients)), fingerprint
 
 
-def _joined(job: Job, target: Target, pairs: list[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
+def _joined(
+    job: NolaJob, target: Target, pairs: list[tuple[Floats, Floats]]
+) -> tuple[Floats, Floats]:
     """Join the parts' factors to those of the whole target, the scale in the left one."""
     rank, spans = job.form.rank, job.form.parts(target)
     left = np.zeros((target.matrix[0], len(spans) * rank))
@@ -107,11 +109,11 @@ def _joined(job: Job, target: Target, pairs: list[tuple[Floats, Floats]]) -> tup
     return left, np.concatenate([A for _, A in pairs]).astype(np.float64)
 
 
-def _recipe(job: Job, method: OfficialNola | Lora, bits: int) -> Recipe:
+def _recipe(job: NolaJob, method: OfficialNola | Lora, bits: int) -> Recipe:
     return Recipe(method=method, patterns=job.patterns, bits=bits, name=job.options.name)
 
 
-def _by_factors(job: Job, given: Checkpoint) -> ParsedAdapter:
+def _by_factors(job: NolaJob, given: Checkpoint) -> ParsedAdapter:
     """Parse the factors that the GPU computed as an exact LoRA."""
     keys = {without_front(key).replace(".default", ""): key for key in given.names}
     wanted = {
@@ -142,7 +144,7 @@ def _by_factors(job: Job, given: Checkpoint) -> ParsedAdapter:
 
 
 def _given_pair(
-    job: Job, target: Target, given: Checkpoint, keys: Mapping[str, str]
+    job: NolaJob, target: Target, given: Checkpoint, keys: Mapping[str, str]
 ) -> tuple[Floats, Floats]:
     paths = job.parts[target.name]
     return _joined(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kilodelta.compress.adapters.architecture import Architecture, read_architecture
+from kilodelta.compress.adapters.architecture import AdaptedArchitecture, read_architecture
 from kilodelta.compress.adapters.official_nola.checkpoint import Factor, NolaCheckpoint
 from kilodelta.compress.adapters.placing import Place, find_place
 from kilodelta.compress.adapters.reader import ReadOptions
@@ -27,7 +27,7 @@ Parts = Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class NolaJob:
     """A checkpoint and where its layers belong in the base.
 
     Attributes:
@@ -53,7 +53,7 @@ class Job:
         return [self.checkpoint.layers[path][side] for path in self.parts[name]]
 
 
-def find_job(found: NolaCheckpoint, base: Checkpoint, options: ReadOptions) -> Job:
+def find_job(found: NolaCheckpoint, base: Checkpoint, options: ReadOptions) -> NolaJob:
     """Find a checkpoint's layers in the base.
 
     Raises:
@@ -77,7 +77,7 @@ def find_job(found: NolaCheckpoint, base: Checkpoint, options: ReadOptions) -> J
         parts.setdefault(_target(found, architecture, place, owners[path]), []).append(path)
     gpt2 = any(path.rpartition(".")[2] in BESIDE for path in found.layers)
     patterns = _patterns(base, list(parts), transposed=gpt2 or found.fan_in_fan_out)
-    job = Job(
+    job = NolaJob(
         checkpoint=found,
         layout=targets(base, patterns),
         patterns=patterns,
@@ -103,7 +103,9 @@ def _fits(
     return sides <= set(shape)
 
 
-def _target(found: NolaCheckpoint, architecture: Architecture, place: Place, owner: str) -> str:
+def _target(
+    found: NolaCheckpoint, architecture: AdaptedArchitecture, place: Place, owner: str
+) -> str:
     """Return the base's tensor that a layer changes.
 
     Raises:
@@ -129,7 +131,7 @@ def _target(found: NolaCheckpoint, architecture: Architecture, place: Place, own
     return tensor
 
 
-def _refuse_others(found: NolaCheckpoint, architecture: Architecture, place: Place) -> None:
+def _refuse_others(found: NolaCheckpoint, architecture: AdaptedArchitecture, place: Place) -> None:
     """See that what is no part of a factor is the base's own tensor.
 
     Raises:
@@ -184,7 +186,7 @@ def _form(found: NolaCheckpoint, options: ReadOptions, *, gpt2: bool) -> Officia
     )
 
 
-def _check_shapes(job: Job) -> None:
+def _check_shapes(job: NolaJob) -> None:
     for target in job.layout:
         spans, paths = job.form.parts(target), job.parts[target.name]
         if len(spans) != len(paths):

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kilodelta.compress.adapters.architecture import Architecture, read_architecture
+from kilodelta.compress.adapters.architecture import AdaptedArchitecture, read_architecture
 from kilodelta.compress.adapters.peft.config import CONFIG, AdapterConfig
 from kilodelta.compress.adapters.peft.keys import Keys, sort_keys
-from kilodelta.compress.adapters.peft.sites import Site, find_sites
+from kilodelta.compress.adapters.peft.sites import AdapterSite, find_sites
 from kilodelta.compress.adapters.peft.unilora_order import adapted_modules
 from kilodelta.compress.adapters.placing import Place
-from kilodelta.compress.adapters.tensors import Tensors
+from kilodelta.compress.adapters.tensors import AdapterTensors
 from kilodelta.compress.distill.changes.patterns import patterns_for
 from kilodelta.errors import CheckpointError, InputError
 from kilodelta.files import dtypes
@@ -33,11 +33,11 @@ class Adapter:
 
     path: Path
     config: AdapterConfig
-    tensors: Tensors
+    tensors: AdapterTensors
     keys: Keys
-    architecture: Architecture
+    architecture: AdaptedArchitecture
     place: Place
-    sites: tuple[Site, ...]
+    sites: tuple[AdapterSite, ...]
 
     @property
     def base(self) -> Checkpoint:
@@ -57,7 +57,7 @@ class Adapter:
         return self.config.option(name, kind, default)
 
     def floats(self, key: str) -> Floats:
-        """Take a tensor of the adapter as float32; see `Tensors.floats`."""
+        """Take a tensor of the adapter as float32; see `AdapterTensors.floats`."""
         return self.tensors.floats(key)
 
     def shaped(self, key: str, shape: tuple[int, ...]) -> Floats:
@@ -77,7 +77,7 @@ class Adapter:
             )
         return self.tensors.floats(key)
 
-    def matrices(self) -> dict[str, Site]:
+    def matrices(self) -> dict[str, AdapterSite]:
         """Return the sites by the base's tensors, for methods that change whole tensors alone.
 
         Raises:
@@ -128,7 +128,7 @@ def open_adapter(path: Path, config: AdapterConfig, base: Checkpoint, prefix: st
         InputError: a key, a setting or the place of the modules is not clear.
     """
     method = str(config.values.get("peft_type"))
-    tensors = Tensors(Checkpoint.open(_weights(path)))
+    tensors = AdapterTensors(Checkpoint.open(_weights(path)))
     keys = sort_keys(tensors.names, method)
     tensors.use(keys.replaced)
     architecture = read_architecture(base, config.values)

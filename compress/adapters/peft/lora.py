@@ -14,7 +14,7 @@ from kilodelta.compress.adapters.low_rank import Product, low_rank_adapter
 from kilodelta.compress.adapters.peft.folder import Adapter
 from kilodelta.compress.adapters.peft.orientation import is_transposed
 from kilodelta.compress.adapters.peft.settings import rank_of, scaling_of
-from kilodelta.compress.adapters.peft.sites import Site
+from kilodelta.compress.adapters.peft.sites import AdapterSite
 from kilodelta.compress.adapters.peft.ties import settle_ties
 from kilodelta.compress.adapters.peft.whole import read_whole
 from kilodelta.compress.adapters.reader import ParsedAdapter, ReadOptions
@@ -62,7 +62,7 @@ def read(adapter: Adapter, options: ReadOptions) -> ParsedAdapter:
     return low_rank_adapter("PEFT LoRA", products, recipe, whole.notes)
 
 
-def _product(adapter: Adapter, site: Site) -> Product:
+def _product(adapter: Adapter, site: AdapterSite) -> Product:
     """Return the update of one tensor, as its weight is stored or transposed."""
     shape, module = adapter.base.info(site.tensor).shape, site.module
     rank, scaling = rank_of(adapter.config, site), scaling_of(adapter.config, site)
@@ -86,7 +86,7 @@ def _product(adapter: Adapter, site: Site) -> Product:
     return _scaled(B, A, scaling, transposed=transposed)
 
 
-def _convolution(adapter: Adapter, site: Site, rank: int, scaling: float) -> Product:
+def _convolution(adapter: Adapter, site: AdapterSite, rank: int, scaling: float) -> Product:
     shape, module = adapter.base.info(site.tensor).shape, site.module
     A = adapter.tensors.info(module.key(A_KEY)).shape
     layer = adapter.architecture.layer(site.name.rpartition(".")[0])
@@ -103,7 +103,7 @@ def _convolution(adapter: Adapter, site: Site, rank: int, scaling: float) -> Pro
     return _scaled(up.reshape(-1, rank), down.reshape(rank, -1), scaling)
 
 
-def _experts(adapter: Adapter, site: Site) -> Iterator[tuple[str, Product]]:
+def _experts(adapter: Adapter, site: AdapterSite) -> Iterator[tuple[str, Product]]:
     """Yield the update of every expert's matrix.
 
     PEFT keeps the factors of all experts side by side: `lora_A` (experts * r, in) by expert, then

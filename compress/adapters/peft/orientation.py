@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from kilodelta.compress.adapters.peft.folder import Adapter
-from kilodelta.compress.adapters.peft.sites import Site
+from kilodelta.compress.adapters.peft.sites import AdapterSite
 
 
-def is_transposed(adapter: Adapter, site: Site, out: int | None = None) -> bool:
+def is_transposed(adapter: Adapter, site: AdapterSite, out: int | None = None) -> bool:
     """Return whether a site's weight is stored (in, out).
 
     Args:

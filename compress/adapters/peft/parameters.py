@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kilodelta.compress.adapters.architecture import Architecture
+from kilodelta.compress.adapters.architecture import AdaptedArchitecture
 from kilodelta.compress.adapters.peft.config import AdapterConfig
 from kilodelta.compress.adapters.placing import Place
 
 
 def targeted_parameters(
-    path: str, place: Place, architecture: Architecture, config: AdapterConfig
+    path: str, place: Place, architecture: AdaptedArchitecture, config: AdapterConfig
 ) -> tuple[str, ...]:
     """Return the parameters of a module that PEFT adapts, innermost wrapper first.
 
@@ -44,7 +44,7 @@ def targeted_parameters(
 
 
 def missing_parameters(
-    held: frozenset[str], place: Place, architecture: Architecture, config: AdapterConfig
+    held: frozenset[str], place: Place, architecture: AdaptedArchitecture, config: AdapterConfig
 ) -> Iterator[str]:
     """Yield the parameters that PEFT adapts in this base, but the adapter has nothing for.
 
@@ -69,7 +69,7 @@ def _is_named(name: str, targets: frozenset[str]) -> bool:
     return name in targets or any(name.endswith(f".{target}") for target in targets)
 
 
-def _leaves(path: str, architecture: Architecture) -> list[str]:
+def _leaves(path: str, architecture: AdaptedArchitecture) -> list[str]:
     layer = architecture.layer(path)
     if layer is not None:
         return [name for name, _ in layer.named_parameters(recurse=False)]
@@ -78,7 +78,7 @@ def _leaves(path: str, architecture: Architecture) -> list[str]:
     return sorted(leaf for leaf in found if "." not in leaf)
 
 
-def _all_parameters(architecture: Architecture) -> Iterator[str]:
+def _all_parameters(architecture: AdaptedArchitecture) -> Iterator[str]:
     if architecture.module is None:
         yield from architecture.names
         return

@@ -13,7 +13,7 @@ import numpy as np
 from kilodelta.compress.adapters.peft.config import CONFIG
 from kilodelta.compress.adapters.peft.folder import Adapter
 from kilodelta.compress.adapters.peft.orientation import is_transposed
-from kilodelta.compress.adapters.peft.sites import Site
+from kilodelta.compress.adapters.peft.sites import AdapterSite
 from kilodelta.compress.adapters.peft.ties import settle_ties
 from kilodelta.compress.adapters.peft.whole import read_whole
 from kilodelta.compress.adapters.reader import ParsedAdapter, ReadOptions
@@ -119,7 +119,7 @@ def _key(adapter: Adapter) -> int:
     return key & KEY_MASK
 
 
-def _coefficients(adapter: Adapter, site: Site, shape: tuple[int, int]) -> dict[str, Floats]:
+def _coefficients(adapter: Adapter, site: AdapterSite, shape: tuple[int, int]) -> dict[str, Floats]:
     rank, small = adapter.rank, min(shape)
     n = ceil_div(small, rank)
     return {

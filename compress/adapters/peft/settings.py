@@ -11,7 +11,7 @@ from math import sqrt
 from typing import Any
 
 from kilodelta.compress.adapters.peft.config import AdapterConfig
-from kilodelta.compress.adapters.peft.sites import Site
+from kilodelta.compress.adapters.peft.sites import AdapterSite
 from kilodelta.errors import InputError
 
 HARMLESS = frozenset(
@@ -77,7 +77,7 @@ def _refused(config: AdapterConfig, name: str, value: Any, why: str) -> InputErr
     return InputError(f"{config.where}: {name} is {value!r:.60}, and {why}", fix=_FIX)
 
 
-def rank_of(config: AdapterConfig, site: Site) -> int:
+def rank_of(config: AdapterConfig, site: AdapterSite) -> int:
     """Return r of a site: its own by `rank_pattern`, else the adapter's.
 
     Raises:
@@ -94,7 +94,7 @@ def rank_of(config: AdapterConfig, site: Site) -> int:
     return found
 
 
-def scaling_of(config: AdapterConfig, site: Site) -> float:
+def scaling_of(config: AdapterConfig, site: AdapterSite) -> float:
     """Return alpha / r of a site, or alpha / sqrt(r) with rank-stabilised scaling.
 
     Raises:

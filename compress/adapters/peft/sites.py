@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kilodelta.compress.adapters.architecture import Architecture, Stack
+from kilodelta.compress.adapters.architecture import AdaptedArchitecture, ExpertStack
 from kilodelta.compress.adapters.peft.config import AdapterConfig
 from kilodelta.compress.adapters.peft.keys import Module
 from kilodelta.compress.adapters.peft.parameters import missing_parameters, targeted_parameters
@@ -16,13 +16,13 @@ from kilodelta.compress.adapters.peft.targeting import (
     require_targeted,
 )
 from kilodelta.compress.adapters.placing import Place, find_place
-from kilodelta.compress.adapters.tensors import Tensors
+from kilodelta.compress.adapters.tensors import AdapterTensors
 from kilodelta.errors import BaseMismatchError, InputError
 from kilodelta.files import dtypes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
+class AdapterSite:
     """One tensor of the model that an adapter changes.
 
     Attributes:
@@ -36,7 +36,7 @@ class Site:
     module: Module
     name: str
     tensor: str = ""
-    stack: Stack | None = None
+    stack: ExpertStack | None = None
     is_parameter: bool = False
 
     @property
@@ -56,12 +56,12 @@ class Site:
 def find_sites(
     path: Path,
     modules: Sequence[Module],
-    architecture: Architecture,
+    architecture: AdaptedArchitecture,
     config: AdapterConfig,
-    tensors: Tensors,
+    tensors: AdapterTensors,
     *,
     prefix: str = "",
-) -> tuple[Place, tuple[Site, ...]]:
+) -> tuple[Place, tuple[AdapterSite, ...]]:
     """Find the tensors of the base that an adapter changes.
 
     Args:
@@ -109,7 +109,7 @@ def find_sites(
     return place, sites
 
 
-def _fits(parts: Mapping[str, str], tensors: Tensors, shape: tuple[int, ...]) -> bool:
+def _fits(parts: Mapping[str, str], tensors: AdapterTensors, shape: tuple[int, ...]) -> bool:
     """Return whether what a module's parts tell of the shape of its weight is true."""
     known = {part: tensors.info(key).shape for part, key in parts.items()}
     if "lora_A.weight" in known and "lora_B.weight" in known:
@@ -126,8 +126,12 @@ def _fits(parts: Mapping[str, str], tensors: Tensors, shape: tuple[int, ...]) ->
 
 
 def _site(
-    path: Path, module: Module, place: Place, architecture: Architecture, config: AdapterConfig
-) -> Site:
+    path: Path,
+    module: Module,
+    place: Place,
+    architecture: AdaptedArchitecture,
+    config: AdapterConfig,
+) -> AdapterSite:
     """Pair a module's keys with the tensor that they change."""
     names = targeted_parameters(module.path, place, architecture, config)
     if len(names) > 1 and architecture.module is None:
@@ -150,7 +154,7 @@ def _site(
             f"{architecture.base.path} has no tensor {name}, which {path} adapts",
             fix="give the base that the adapter was trained on",
         )
-    return Site(
+    return AdapterSite(
         module=module,
         name=name,
         tensor=architecture.names.get(name, ""),
@@ -159,9 +163,11 @@ def _site(
     )
 
 
-def _check_tensors(path: Path, sites: Sequence[Site], architecture: Architecture) -> None:
+def _check_tensors(
+    path: Path, sites: Sequence[AdapterSite], architecture: AdaptedArchitecture
+) -> None:
     """See that no two sites change one tensor, but for tied ones, and that arithmetic can."""
-    base, owners = architecture.base, dict[str, Site]()
+    base, owners = architecture.base, dict[str, AdapterSite]()
     for site in sites:
         for name in site.tensors:
             other = owners.setdefault(name, site)
@@ -183,9 +189,9 @@ def _check_tensors(path: Path, sites: Sequence[Site], architecture: Architecture
 
 def _check_targets(
     path: Path,
-    sites: Sequence[Site],
+    sites: Sequence[AdapterSite],
     place: Place,
-    architecture: Architecture,
+    architecture: AdaptedArchitecture,
     config: AdapterConfig,
 ) -> None:
     """See that the adapter holds exactly what its configuration targets in this base."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
-from kilodelta.compress.adapters.architecture import Architecture
+from kilodelta.compress.adapters.architecture import AdaptedArchitecture
 from kilodelta.compress.adapters.peft.config import AdapterConfig
 from kilodelta.compress.adapters.placing import Place
 from kilodelta.errors import BaseMismatchError
@@ -124,7 +124,7 @@ def require_targeted(path: str, name: str, config: AdapterConfig, where: Path) -
 
 
 def missing_targets(
-    held: Container[str], place: Place, architecture: Architecture, config: AdapterConfig
+    held: Container[str], place: Place, architecture: AdaptedArchitecture, config: AdapterConfig
 ) -> Iterator[tuple[str, str]]:
     """Yield the modules that PEFT adapts in this base, but the adapter has nothing for.
 
@@ -155,7 +155,7 @@ def missing_targets(
             yield own, tensor
 
 
-def _adaptable(architecture: Architecture, method: str) -> Iterator[str]:
+def _adaptable(architecture: AdaptedArchitecture, method: str) -> Iterator[str]:
     """Yield the paths of layers that a method could adapt; by the files if nothing else tells."""
     if architecture.module is not None:
         kinds = ADAPTED_KINDS[method]

@@ -16,7 +16,7 @@ from kilodelta.files.tensor import RawTensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settled:
+class SettledTies:
     """What an adapter's changes come to once ties are obeyed.
 
     Attributes:
@@ -35,7 +35,7 @@ def settle_ties(
     updated: Collection[str],
     whole: Mapping[str, RawTensor],
     are_equal: Callable[[str, str], bool] = lambda first, second: False,
-) -> Settled:
+) -> SettledTies:
     """Settle every group of tied tensors that an adapter changes.
 
     Args:
@@ -64,7 +64,7 @@ def settle_ties(
     names, aliases = adapter.architecture.names, adapter.architecture.aliases
     # an alias that is left has parted from the tensor that the files hold for both
     extras = {n if n in aliases else names.get(n, n): tensor for n, tensor in kept.items()}
-    return Settled(dropped=frozenset(dropped), extras=extras, config=config)
+    return SettledTies(dropped=frozenset(dropped), extras=extras, config=config)
 
 
 def _repeated(adapter: Adapter, group: tuple[str, ...]) -> set[str]:

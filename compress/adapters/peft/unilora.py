@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from kilodelta.compress.adapters.peft.folder import Adapter
 from kilodelta.compress.adapters.peft.orientation import is_transposed
-from kilodelta.compress.adapters.peft.sites import Site
+from kilodelta.compress.adapters.peft.sites import AdapterSite
 from kilodelta.compress.adapters.peft.ties import settle_ties
 from kilodelta.compress.adapters.peft.whole import read_whole
 from kilodelta.compress.adapters.reader import ParsedAdapter, ReadOptions
@@ -26,7 +26,7 @@ from kilodelta.merging.build import Recipe, targets
 THETA = "unilora_theta_d"
 Indices = npt.NDArray[Any]
 Shape = tuple[int, int]
-Sites = Mapping[str, Site]
+Sites = Mapping[str, AdapterSite]
 
 
 def read(adapter: Adapter, options: ReadOptions) -> ParsedAdapter:
@@ -111,7 +111,7 @@ def _check_rank(adapter: Adapter, shapes: Mapping[str, Shape]) -> None:
         )
 
 
-def _indices(adapter: Adapter, site: Site, shape: Shape) -> Indices:
+def _indices(adapter: Adapter, site: AdapterSite, shape: Shape) -> Indices:
     """Return a site's saved indices, A's (r, in) before B's (out, r), flat."""
     found = []
     for side, wanted in (("A", (adapter.rank, shape[1])), ("B", (shape[0], adapter.rank))):

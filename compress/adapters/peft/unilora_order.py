@@ -6,7 +6,7 @@ tells; so the base's class is asked.
 
 from __future__ import annotations
 
-from kilodelta.compress.adapters.architecture import Architecture
+from kilodelta.compress.adapters.architecture import AdaptedArchitecture
 from kilodelta.compress.adapters.peft.config import AdapterConfig
 from kilodelta.compress.adapters.peft.keys import Module
 from kilodelta.compress.adapters.peft.targeting import ADAPTED_KINDS, ALL_LINEAR, is_targeted
@@ -15,7 +15,7 @@ from kilodelta.errors import InputError
 _FIX = "save the adapter with save_indices, so that its file says which layers take what"
 
 
-def adapted_modules(config: AdapterConfig, architecture: Architecture) -> tuple[Module, ...]:
+def adapted_modules(config: AdapterConfig, architecture: AdaptedArchitecture) -> tuple[Module, ...]:
     """Return the adapted modules of the base, in the model's order.
 
     Raises:

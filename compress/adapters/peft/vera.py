@@ -13,7 +13,7 @@ import numpy as np
 from kilodelta.compress.adapters.peft.config import CONFIG
 from kilodelta.compress.adapters.peft.folder import Adapter
 from kilodelta.compress.adapters.peft.orientation import is_transposed
-from kilodelta.compress.adapters.peft.sites import Site
+from kilodelta.compress.adapters.peft.sites import AdapterSite
 from kilodelta.compress.adapters.peft.ties import settle_ties
 from kilodelta.compress.adapters.peft.whole import read_whole
 from kilodelta.compress.adapters.reader import ParsedAdapter, ReadOptions
@@ -84,7 +84,7 @@ def update(q: Mapping[str, Floats], basis: Basis, in_: int) -> Floats:
     return found
 
 
-def _is_transposed(adapter: Adapter, site: Site) -> bool:
+def _is_transposed(adapter: Adapter, site: AdapterSite) -> bool:
     shape = adapter.tensors.info(site.module.key("vera_lambda_b")).shape
     return is_transposed(adapter, site, *shape[:1])
 
@@ -107,7 +107,7 @@ def _saved(
     return (A, B), "drawn" if is_drawn else "stored"
 
 
-def _coefficients(adapter: Adapter, site: Site, out: int) -> dict[str, Floats]:
+def _coefficients(adapter: Adapter, site: AdapterSite, out: int) -> dict[str, Floats]:
     return {
         "d": adapter.shaped(site.module.key("vera_lambda_d"), (adapter.rank,)),
         "b": adapter.shaped(site.module.key("vera_lambda_b"), (out,)),

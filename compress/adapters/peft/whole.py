@@ -23,7 +23,7 @@ _EMBEDDINGS = frozenset({"embed_tokens", "lm_head"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Whole:
+class WholeTensors:
     """Tensors that replace the base's or are new.
 
     Attributes:
@@ -37,7 +37,7 @@ class Whole:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_whole(adapter: Adapter) -> Whole:
+def read_whole(adapter: Adapter) -> WholeTensors:
     """Read the tensors that an adapter stores whole and that differ from the base's.
 
     Raises:
@@ -57,7 +57,7 @@ def read_whole(adapter: Adapter) -> Whole:
         _put(adapter, found, name, place, tensor)
     _require_whole_modules(adapter)
     new = sorted(name for name in found if name not in adapter.architecture.names)
-    return Whole(
+    return WholeTensors(
         tensors=found,
         notes=tuple(f"{name} is new: the base has no tensor of that name" for name in new),
         config=_config(adapter, found, new),

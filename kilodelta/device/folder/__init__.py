@@ -6,7 +6,7 @@ changes by one rename; the journal says what was done.
 """
 
 from kilodelta.device.folder.bundle import Bundle as Bundle
-from kilodelta.device.folder.change import Change as Change
+from kilodelta.device.folder.change import FolderChange as FolderChange
 from kilodelta.device.folder.change import changing as changing
 from kilodelta.device.folder.device_folder import DeviceFolder as DeviceFolder
 from kilodelta.device.folder.state import Served as Served

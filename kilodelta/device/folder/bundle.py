@@ -87,7 +87,7 @@ class Bundle:
 
 
 @dataclass(frozen=True)
-class Tensors:
+class BaseTensors:
     """What the base's tensors are, without their values: enough to bind a delta to it."""
 
     infos: tuple[TensorInfo, ...]
@@ -128,7 +128,7 @@ def write_tensors(path: Path, infos: Mapping[str, TensorInfo], identity: Identit
     staging.write(path, canonical.dumps(rows).encode())
 
 
-def read_tensors(path: Path) -> Tensors:
+def read_tensors(path: Path) -> BaseTensors:
     """Read `base/tensors.json`.
 
     Raises:
@@ -210,9 +210,11 @@ def _number(value: Any, where: str) -> float:
     return float(value)
 
 
-def _tensors(value: Any) -> Tensors:
+def _tensors(value: Any) -> BaseTensors:
     rows = untrusted.listed(value, "tensors", _row)
-    return Tensors(tuple(info for info, _ in rows), {info.name: digest for info, digest in rows})
+    return BaseTensors(
+        tuple(info for info, _ in rows), {info.name: digest for info, digest in rows}
+    )
 
 
 def _row(value: Any, where: str) -> tuple[TensorInfo, str]:

@@ -27,7 +27,7 @@ _OLD_STAGE = re.compile(r"\.(current|journal|baseline\.npz)\.[0-9]+\.tmp\Z")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class FolderChange:
     """A change under way, which ends in `commit` or in an error.
 
     Attributes:
@@ -80,7 +80,7 @@ class Change:
 
 
 @contextlib.contextmanager
-def changing(folder: DeviceFolder) -> Iterator[Change]:
+def changing(folder: DeviceFolder) -> Iterator[FolderChange]:
     """Lock a folder, repair what a killed command left, and yield the change to make.
 
     If the block raises, what was built and is not served is removed, and the error is written down.
@@ -91,7 +91,7 @@ def changing(folder: DeviceFolder) -> Iterator[Change]:
         OutputError: the folder cannot be written.
     """
     with locked(folder):
-        change = Change(folder=folder, before=recover(folder))
+        change = FolderChange(folder=folder, before=recover(folder))
         try:
             yield change
         except BaseException as problem:
@@ -100,7 +100,7 @@ def changing(folder: DeviceFolder) -> Iterator[Change]:
             raise
 
 
-def _undo(change: Change, problem: BaseException) -> None:
+def _undo(change: FolderChange, problem: BaseException) -> None:
     standing = read_state(change.folder.current)
     sweep(change.folder, standing)
     # An interrupt may come between the rename and its line in the journal.

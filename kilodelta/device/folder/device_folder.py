@@ -24,8 +24,8 @@ from pathlib import Path
 
 import kilodelta
 from kilodelta.device.folder.bundle import (
+    BaseTensors,
     Bundle,
-    Tensors,
     read_bundle,
     read_json,
     read_tensors,
@@ -164,7 +164,7 @@ class DeviceFolder:
         return read_state(self.current)
 
     @cached_property
-    def tensors(self) -> Tensors:
+    def tensors(self) -> BaseTensors:
         """What the base's tensors are.
 
         Raises:

@@ -176,10 +176,10 @@ def bundle(
     mirror_root = None if mirror is None else first_root(mirror)
     require("torch", extra="onnx", why="export models")
     require("onnxscript", extra="onnx", why="export ONNX models")
-    from kilodelta.device.make.bundling import Job
+    from kilodelta.device.make.bundling import BundleJob
 
     with staging.new_folder(Path(out)) as stage:
-        made = Job(source, settings, progress).run(stage)
+        made = BundleJob(source, settings, progress).run(stage)
         provision(stage, pins, mirror_root)
     return made
 

@@ -29,7 +29,7 @@ from kilodelta.models import LoadedModel, locate
 from kilodelta.progress import Event, Progress
 
 
-class Job:
+class BundleJob:
     """One bundle in the making.
 
     Args:
@@ -120,7 +120,7 @@ class Job:
         self.progress(Event(stage=f"bundle: {what}", done=done, total=3, unit="steps"))
 
 
-def _adapter(job: Job, template: Template, base: Path) -> None:
+def _adapter(job: BundleJob, template: Template, base: Path) -> None:
     settings = job.settings
     wide, layout = with_adapter(
         template,
@@ -140,14 +140,14 @@ def _adapter(job: Job, template: Template, base: Path) -> None:
         job.engine(wide, base)
 
 
-def _patch(job: Job, template: Template, base: Path) -> None:
+def _patch(job: BundleJob, template: Template, base: Path) -> None:
     model, heads = job.save(template, base), job.headed.heads
     places = make_map(model, job.base, heads=heads, unused=template.unused)
     write_map(places, base / patch.MAP)
     write_rest(places, job.base, base / patch.REST)
 
 
-def _refit(job: Job, template: Template, base: Path) -> None:
+def _refit(job: BundleJob, template: Template, base: Path) -> None:
     chosen = job.chosen()
     job.save(template, base)
     job.engine(template, base, tuple(name for name in chosen if name in template.weights))
@@ -156,6 +156,6 @@ def _refit(job: Job, template: Template, base: Path) -> None:
     refit.write_unused(base, template.unused)
 
 
-MAKERS: Mapping[str, Callable[[Job, Template, Path], None]] = MappingProxyType(
+MAKERS: Mapping[str, Callable[[BundleJob, Template, Path], None]] = MappingProxyType(
     {"adapter": _adapter, "patch": _patch, "refit": _refit}
 )

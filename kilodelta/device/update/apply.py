@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kilodelta.device.folder.change import Change, changing
+from kilodelta.device.folder.change import FolderChange, changing
 from kilodelta.device.folder.device_folder import DeviceFolder
 from kilodelta.device.folder.fine_tune import build_fine_tune
 from kilodelta.device.folder.state import Served, State
@@ -153,7 +153,9 @@ class _Candidate:
     signed: admit.Signed
 
 
-def _admitted(change: Change, file: Path, allow_downgrade: bool, allow_jump: bool) -> _Candidate:
+def _admitted(
+    change: FolderChange, file: Path, allow_downgrade: bool, allow_jump: bool
+) -> _Candidate:
     folder = change.folder
     # Taken before the file is read, so that one that changes meanwhile is noticed.
     digest = _digest(file)

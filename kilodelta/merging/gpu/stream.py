@@ -19,7 +19,7 @@ from kilodelta.files.tensor import Bytes
 from kilodelta.format.delta import Delta
 from kilodelta.format.targets import Target
 from kilodelta.merging import cpu
-from kilodelta.merging.cpu import Source
+from kilodelta.merging.cpu import ByteSource
 from kilodelta.merging.gpu.choose import unit_for
 from kilodelta.merging.gpu.device_update import DeviceUpdate
 from kilodelta.merging.gpu.unit import TORCH
@@ -82,7 +82,7 @@ class Lane:
 
 
 def merged(
-    delta: Delta, target: Target, base: Source, device: torch.device, band: int = BAND
+    delta: Delta, target: Target, base: ByteSource, device: torch.device, band: int = BAND
 ) -> Iterator[Bytes]:
     """Yield the merged tensor's bytes in order, as `kilodelta.merging.cpu.merged` does.
 
@@ -123,14 +123,14 @@ def _merge(update: DeviceUpdate, rows: range, columns: range) -> Merge:
     return lambda weights: update.merge(weights, rows, columns)
 
 
-def _checked(lane: Lane, delta: Delta, target: Target, base: Source) -> Bytes:
+def _checked(lane: Lane, delta: Delta, target: Target, base: ByteSource) -> Bytes:
     merged, is_finite = lane.finish()
     if not is_finite:
         raise_not_finite(delta, target, base)
     return merged
 
 
-def raise_not_finite(delta: Delta, target: Target, base: Source) -> None:
+def raise_not_finite(delta: Delta, target: Target, base: ByteSource) -> None:
     """Find out on the CPU why a merge is not finite, and raise its error.
 
     Raises:

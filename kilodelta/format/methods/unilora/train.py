@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kilodelta.compress.training.factors import CoefficientValues, TrainableFactors, uniform
 from kilodelta.compress.training.packed import PerDevice
-from kilodelta.compress.training.precision import Precision, Settled
+from kilodelta.compress.training.precision import FixedOptions, Precision
 from kilodelta.compress.training.quantise_ste import as_scale, round_group
 from kilodelta.compress.training.trainables import GroupSet, Start
 from kilodelta.compress.training.update import FactoredUpdate
@@ -38,7 +38,7 @@ class UniLoraFactors(TrainableFactors):
     theta's scale, and chooses the integer that keeps the anchor's size.
     """
 
-    settled: ClassVar[Settled] = Settled(options=("anchor",), groups=("theta",))
+    settled: ClassVar[FixedOptions] = FixedOptions(options=("anchor",), groups=("theta",))
     method: UniLora
 
     def __init__(self, method: Method, seed: int, targets: Sequence[Target]) -> None:
