@@ -329,18 +329,18 @@ def _timed_merge(
 def _merge_child(base: Path, delta: Path, out: Path, threads: int, sender: Any) -> None:
     import kilodelta
     from kilodelta.exact.selftest import require_good_kernels
-    from kilodelta.files import staging
+    from kilodelta.files.staging import publish
 
     require_good_kernels()  # compiled kernels come from the cache; their loading is not merging
     synced = [0.0]
-    original = staging.sync
+    original = publish.sync
 
     def sync(path: Path) -> None:
         began = time.perf_counter()
         original(path)
         synced[0] += time.perf_counter() - began
 
-    staging.sync = sync
+    publish.sync = sync
     with peak_memory() as peak:
         began = time.perf_counter()
         kilodelta.merge(base, delta, out, threads=threads)

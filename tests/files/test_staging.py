@@ -136,7 +136,7 @@ def test_a_folder_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool
 ) -> None:
     if not exchanges:
-        monkeypatch.setattr(staging, "_exchanged", lambda *places: False)
+        monkeypatch.setattr(staging.publish, "_exchanged", lambda *places: False)
     path = tmp_path / "f"
     path.mkdir()
     (path / "old").write_text("")

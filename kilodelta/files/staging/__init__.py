@@ -1,0 +1,15 @@
+"""Write results in full or not at all, and leave nothing behind of what was killed.
+
+`publish.py` gives a finished file or folder its name in one rename; `stage.py` makes the private
+folders in which it is made, and sweeps those of dead processes.
+"""
+
+from kilodelta.files.staging.publish import new_file as new_file
+from kilodelta.files.staging.publish import new_files as new_files
+from kilodelta.files.staging.publish import new_folder as new_folder
+from kilodelta.files.staging.publish import scratch as scratch
+from kilodelta.files.staging.publish import sync as sync
+from kilodelta.files.staging.publish import write as write
+from kilodelta.files.staging.stage import sweep as sweep
+
+__all__ = ["new_file", "new_files", "new_folder", "scratch", "sweep", "sync", "write"]
