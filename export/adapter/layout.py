@@ -29,7 +29,7 @@ from typing import Any, Literal, TypeAlias
 
 from kilodelta.errors import CheckpointError, FileError
 from kilodelta.export.manifest.facts import DTYPES
-from kilodelta.files import canonical, dtypes, safetensors, staging, untrusted
+from kilodelta.files import canonical, dtypes, plain, safetensors, staging, untrusted
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import RawTensor, TensorInfo
 from kilodelta.format.fields import MAX_RANK
@@ -161,9 +161,10 @@ def read_layout(folder: Path) -> AdapterLayout:
     """
     place = folder / NAME
     try:
-        with place.open("rb") as file:
-            return _parse(canonical.loads(file.read(LIMIT)), folder)
-    except (OSError, untrusted.FieldError, canonical.NotCanonicalError) as problem:
+        return _parse(canonical.loads(plain.read(place, LIMIT)), folder)
+    except OSError as problem:
+        raise FileError(f"{place} {problem.strerror or problem}", fix=_FIX) from None
+    except (untrusted.FieldError, canonical.NotCanonicalError) as problem:
         raise FileError(f"{place} is wrong: {problem}", fix=_FIX) from None
 
 

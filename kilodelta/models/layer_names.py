@@ -5,10 +5,10 @@ A safetensors file does not say whether a matrix belongs to a Linear, a Conv1D o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from kilodelta.files import canonical, plain
 from kilodelta.files.checkpoint import Checkpoint
 
 TABLES = frozenset({"wte", "wpe", "shared"})
@@ -36,11 +36,10 @@ def is_conv1d(name: str, config: Mapping[str, Any]) -> bool:
 
 def read_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """The model folder's `config.json`; empty where there is none, or no JSON object."""
-    place = checkpoint.shards[0].path.parent / "config.json"
-    if not checkpoint.path.is_dir() or not place.is_file():
+    if not checkpoint.path.is_dir():
         return {}
     try:
-        found = json.loads(place.read_bytes())
-    except ValueError:
+        found = canonical.loads_foreign(plain.read_model_file(checkpoint.folder / "config.json"))
+    except (OSError, canonical.NotCanonicalError):
         return {}
     return found if isinstance(found, dict) else {}

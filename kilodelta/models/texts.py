@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from kilodelta.errors import InputError
+from kilodelta.files import plain
 
 
 def read_texts(path: str | Path, *, field: str = "text", limit: int | None = None) -> list[str]:
@@ -27,28 +32,35 @@ def read_texts(path: str | Path, *, field: str = "text", limit: int | None = Non
         ['one', 'two']
     """
     place = Path(path)
-    texts: list[str] = []
-    for number, line in enumerate(_lines(place), 1):
-        if limit is not None and len(texts) >= limit:
-            break
-        if line.strip():
-            is_record = place.suffix == ".jsonl"
-            texts.append(_text(line, field, f"{place}:{number}") if is_record else line.strip())
+    texts = list(islice(_texts(place, field), limit))
     if not texts:
         raise InputError(f"{place} holds no text", fix="give a file with one text per line")
     return texts
 
 
-def _lines(path: Path) -> list[str]:
+def _texts(path: Path, field: str) -> Iterator[str]:
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            is_record = path.suffix == ".jsonl"
+            yield _text(line, field, f"{path}:{number}") if is_record else line.strip()
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a file one by one, so that a large one never lies in memory whole."""
+    passed = 0
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for without end
-            raise InputError(f"{path} is not a regular file", fix="give a file of texts")
-        return path.read_text(encoding="utf-8-sig").split("\n")
+        with io.BufferedReader(plain.open_reader(path, follow=True)) as file:  # type: ignore[type-var]
+            for line in file:
+                text = line if passed else line.removeprefix(codecs.BOM_UTF8)
+                yield text.decode("utf-8").removesuffix("\n")
+                passed += len(line)
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at {error.start}",
+            f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at {passed + error.start}",
             fix="convert it, for example with iconv -t utf-8",
         ) from None
+    except plain.NotPlainError:
+        raise InputError(f"{path} is not a regular file", fix="give a file of texts") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}", fix="check the path") from None
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kilodelta.errors import InputError, OutputError, require
-from kilodelta.files import staging
+from kilodelta.files import plain, staging
 
 ED25519_SPKI = bytes.fromhex("302a300506032b6570032100")
 """The DER bytes before the 32 bytes of an Ed25519 public key (RFC 8410, section 4)."""
@@ -136,8 +136,7 @@ def read_public(path: str | os.PathLike[str]) -> PublicKey:
         InputError: the file cannot be read, or holds another kind of key.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_PEM + 1)
+        data = plain.read(Path(path), MAX_PEM, follow=True)
     except OSError as error:
         raise InputError(
             f"{os.fspath(path)} cannot be read: {error.strerror}", fix="give a .pub file"
@@ -182,8 +181,7 @@ def read_private(path: str | os.PathLike[str], password: bytes | None = None) ->
 
     where = os.fspath(path)
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_PEM + 1)
+        data = plain.read(Path(path), MAX_PEM, follow=True)
     except OSError as error:
         raise InputError(
             f"{where} cannot be read: {error.strerror}", fix="give a .key file"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from kilodelta.errors import InputError, OutputError, SignatureError, require
-from kilodelta.files import staging
+from kilodelta.files import plain, staging
 from kilodelta.trust.envelope import read_signature, signature_path, verify
 from kilodelta.trust.keys import PublicKey, read_private
 from kilodelta.trust.statement import Statement
@@ -31,6 +31,8 @@ ROLES = ("root", "timestamp", "snapshot", "targets")
 ROOT_DAYS = 365
 TIMESTAMP_DAYS = 30
 """For how long a device believes that there is nothing newer: publish at least as often."""
+MAX_ROOT = 512_000
+"""Bytes of a root that are read, as python-tuf does."""
 WHY = "publish releases"
 
 
@@ -261,7 +263,7 @@ def first_root(path: str | os.PathLike[str]) -> bytes:
     from tuf.api.metadata import Metadata, Root
 
     try:
-        data = Path(path).read_bytes()
+        data = plain.read(Path(path), MAX_ROOT, follow=True)
         if not isinstance(Metadata[Root].from_bytes(data).signed, Root):
             raise RepositoryError("no root")
     except (OSError, RepositoryError):

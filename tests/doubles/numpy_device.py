@@ -19,6 +19,7 @@ from kilodelta.device.folder import Bundle, DeviceFolder
 from kilodelta.device.golden import golden
 from kilodelta.device.golden.golden import Golden
 from kilodelta.device.modes import interface
+from kilodelta.errors import ProofError
 from kilodelta.files import model_digest
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
@@ -40,6 +41,14 @@ class Linear:
         self.tensors = tensors
 
     def run(self, batch: Any) -> dict[str, np.ndarray[Any, Any]]:
+        """Compute `y`, or refuse other inputs as the runtimes' sessions do.
+
+        Raises:
+            ProofError: there is no `x`, float32 (rows, 8).
+        """
+        x = batch.get("x")
+        if x is None or x.dtype != np.float32 or x.shape[1:] != (8,):
+            raise ProofError("numpy cannot compute these inputs", fix="give x, float32 (rows, 8)")
         hidden = batch["x"] @ self.tensors["a.weight"].T
         return {"y": hidden @ self.tensors["b.weight"].T + self.tensors["norm.bias"]}
 

@@ -51,7 +51,15 @@ def safetensors_changed(data: bytes, random: Random) -> bytes:
     begin, end = entry["data_offsets"]
     dtype = random.choice(list(WIDTHS))
     count = (end - begin) // WIDTHS[dtype]
-    shapes = ([count], [1, count], [count, 1], [0, count], [1] * 40 + [count], [-1, -count], [])
+    shapes: tuple[list[int], ...] = (
+        [count],
+        [1, count],
+        [count, 1],
+        [0, count],
+        [1] * 40 + [count],
+        [-1, -count],
+        [],
+    )
     entry |= {"dtype": dtype, "shape": random.choice(shapes)}
     return joined(spelled(table), body)
 
@@ -171,9 +179,7 @@ def zip_changed(data: bytes, random: Random) -> bytes:
         chosen = random.choice(infos + [i for i in infos if i.filename.endswith(".pkl")] * 5)
         for info in infos:
             content = source.read(info)
-            made.writestr(
-                info, bytes_changed(content, random) if info is chosen else content
-            )
+            made.writestr(info, bytes_changed(content, random) if info is chosen else content)
     return out.getvalue()
 
 
@@ -196,8 +202,8 @@ def protobuf_changed(data: bytes, random: Random) -> bytes:
     elif step < 0.85:
         fields[place] = (random.choice((1, 2, 5, 7, 8, 9, 13, 14, 2**29 - 1)), wire, value)
     elif isinstance(value, bytes):
-        options = (b"", random.choice(TEXTS).encode("utf-8", "replace"), bytes_changed(value, random),
-                   _nested(value, random))  # fmt: skip
+        text = random.choice(TEXTS).encode("utf-8", "replace")
+        options = (b"", text, bytes_changed(value, random), _nested(value, random))
         fields[place] = (number, wire, random.choice(options))
     else:
         options_ = (0, 1, value + 1, 2**31, 2**63, 2**64 - 1, random.randrange(30))
@@ -260,6 +266,5 @@ def _field(number: int, wire: int, value: Any) -> bytes:
     key = _encoded(number << 3 | wire)
     if wire == 0:
         return key + _encoded(value)
-    return key + (_encoded(len(value)) if wire == 2 else b"") + value
-
-
+    data: bytes = value
+    return key + (_encoded(len(data)) if wire == 2 else b"") + data

@@ -136,9 +136,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _write_damaged(
-    surface: Surface, files: Mapping[str, bytes], work: Path, random: Random
-) -> int:
+def _write_damaged(surface: Surface, files: Mapping[str, bytes], work: Path, random: Random) -> int:
     """Write the example with one or two of its files damaged; return its bytes."""
     names = [name for name in files if surface.mutators(name)]
     chosen = {random.choice(names) for _ in range(random.choice((1, 1, 1, 2)))}
@@ -213,11 +211,11 @@ class _Outcome:
         return self.kind == "hang" or self.memory > FREE + TIMES * size
 
 
-def _outcome(read: Read, work: Path, *, seconds: float = SECONDS) -> _Outcome:
+def _outcome(read: Read, work: Path, *, seconds: float | None = None) -> _Outcome:
     kind, text = None, ""
     before, began = _reset_peak(), time.process_time()
     try:
-        with _limited(seconds):
+        with _limited(seconds or SECONDS):
             read(work)
     except KiloDeltaError as error:
         text = _unprintable(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from random import Random
 from typing import Any, TypeAlias
 
@@ -150,7 +151,8 @@ def other(value: Any, random: Random) -> Any:
             return _text(value, random)
         if isinstance(value, list):
             return random.choice((value[::-1], value * 2, value[:-1], [value], value[:1] * 300))
-    return random.choice((*NUMBERS, *TEXTS, *ODD, {"a": value}, [value]))
+    # A copy: what is drawn goes into a value that further changes are made to.
+    return deepcopy(random.choice((*NUMBERS, *TEXTS, *ODD, {"a": value}, [value])))
 
 
 def _text(value: str, random: Random) -> str:

@@ -228,3 +228,31 @@ def test_sources_are_judged_without_a_model(tmp_path: Path) -> None:
     assert "is no kind of input" in error(lambda: open_source("a.csv")).what
     assert "is no file" in error(lambda: open_source("absent.txt")).what
     assert not is_entry("a:b:c")
+
+
+def test_texts_are_read_line_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit of rows ends the reading: what follows, of whatever size and kind, costs nothing."""
+    place = tmp_path / "texts.txt"
+    place.write_bytes("\ufeffone\n two \n".encode() + b"\xff" * 1000)
+    assert read_texts(place, limit=2) == ["one", "two"]
+    with pytest.raises(InputError, match="not UTF-8: byte 0xff at 13"):
+        read_texts(place)
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(InputError, match="not a regular file"):
+        read_texts(tmp_path / "pipe.txt")
+
+
+def test_a_configuration_of_any_bytes_says_nothing(tmp_path: Path) -> None:
+    from kilodelta.files.checkpoint import Checkpoint
+    from kilodelta.models.layer_names import read_config
+    from tests.support import making
+
+    base = Checkpoint.open(making.folder(tmp_path / "base", making.model()))
+    assert read_config(base) == {"model_type": "x"}
+    place = tmp_path / "base" / "config.json"
+    for data in (b"[" * 100_000, b"\xff", b"9" * 10_000, b"[]"):
+        place.write_bytes(data)
+        assert read_config(base) == {}
+    place.unlink()
+    os.mkfifo(place)
+    assert read_config(base) == {}

@@ -25,10 +25,10 @@ from kilodelta.trust.rotation import (
 )
 from kilodelta.trust.tuf_client import Pulled
 from kilodelta.trust.tuf_client import pull as fetch
+from kilodelta.trust.tuf_repository import MAX_ROOT
 
 MIRROR = "mirror"
 """The mirror client's own folder in the device folder; nothing else looks into it."""
-MAX_ROOT = 512_000
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from kilodelta.compress.adapters.conversion import convert_adapter
 from kilodelta.compress.adapters.reader import ReadOptions
 from tests.fuzz.containers import safetensors_changed, zip_changed
 from tests.fuzz.harness import Read, Surface
-from tests.fuzz.mutations import bytes_changed, json_changed
+from tests.fuzz.mutations import ODD, TEXTS, json_changed
 
 WEIGHTS = (safetensors_changed,)
 
@@ -57,16 +59,56 @@ def _vera() -> Any:
 
 
 def _official(example: Path, trusted: Path) -> Read:
-    import torch
 
     from tests.support import nola_checkpoints
 
-    base, layers, file = nola_checkpoints.gpt2_case(trusted)
+    base, _, file = nola_checkpoints.gpt2_case(trusted)
     (example / "nola.pt").write_bytes(file.read_bytes())
-    # Structures that an honest tool never writes, beside the one that is damaged.
     return lambda work: convert_adapter(
         work / "nola.pt", base, work / "task.kd", options=ReadOptions(alpha=6.0, drawn_on="cpu")
     )
+
+
+def checkpoint_changed(data: bytes, random: Random) -> bytes:
+    """Replace an entry of a checkpoint by what `torch.save` writes and no honest tool would."""
+    import torch
+
+    state = torch.load(io.BytesIO(data), weights_only=True)
+    key = random.choice(list(state))
+    # An expanded tensor is a few bytes in the file and its whole size once it is copied.
+    values = (
+        torch.zeros(1).expand(1 << 31),
+        torch.zeros(1, 1).expand(1 << 20, 1 << 20),
+        torch.eye(3).to_sparse(),
+        torch.zeros(3, dtype=torch.complex64),
+        torch.zeros(0),
+        torch.tensor(float("nan")),
+        torch.full((7,), float("inf")),
+        torch.zeros(3, dtype=torch.bool),
+        torch.zeros(7).double(),
+        torch.zeros(7, dtype=torch.float8_e4m3fn),
+        torch.tensor(2**62),
+        torch.tensor([-1]),
+        torch.zeros([1] * 20),
+        torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8),
+        torch.empty(3, device="meta"),
+        torch.ones(4, 4).t()[1:, ::2],
+        *ODD,
+        "text",
+        2**70,
+        b"bytes",
+        state,
+    )
+    step = random.randrange(5)
+    if step == 0:
+        state[random.choice((0, None, ("a", 1), *TEXTS))] = state.pop(key)
+    elif step == 1:
+        state = random.choice((list(state.values()), {"model": state}, [state], {}, None))
+    else:
+        state[key] = random.choice(values)
+    out = io.BytesIO()
+    torch.save(state, out)
+    return out.getvalue()
 
 
 _NEEDS = ("torch", "transformers", "peft")
@@ -79,7 +121,7 @@ SURFACES = (
     Surface(
         name="official-pt",
         make=_official,
-        mutate={"*.pt": (zip_changed, bytes_changed)},
+        mutate={"*.pt": (zip_changed, checkpoint_changed, checkpoint_changed)},
         needs=("torch", "transformers"),
     ),
 )

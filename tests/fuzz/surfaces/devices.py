@@ -18,8 +18,8 @@ from kilodelta.format.targets import Patterns
 from tests.doubles import numpy_device
 from tests.doubles.numpy_device import BATCH
 from tests.fuzz.containers import npz_changed
-from tests.fuzz.harness import Mutate, Read, Surface
-from tests.fuzz.mutations import bytes_changed, json_changed, json_lines_changed
+from tests.fuzz.harness import Read, Surface
+from tests.fuzz.mutations import Mutate, bytes_changed, json_changed, json_lines_changed
 
 
 def _device(then: Callable[[Path, Path], Any]) -> Callable[[Path, Path], Read]:
@@ -38,29 +38,26 @@ def _device(then: Callable[[Path, Path], Any]) -> Callable[[Path, Path], Read]:
     return make
 
 
-def _real(then: Callable[[Path, Path], Any]) -> Callable[[Path, Path], Read]:
+def _real(example: Path, trusted: Path) -> Read:
     """A device of a pico model in ONNX Runtime, patched by a released fine-tune."""
+    from kilodelta.device import bundle, release
+    from tests.support import making, pico
 
-    def make(example: Path, trusted: Path) -> Read:
-        from kilodelta.device import bundle, release
-        from tests.support import making, pico
+    modes.OPENERS["patch"] = patch.PatchMode
+    base = pico.sentence_bert(trusted / "base")
+    bundle(base, example / "device", mode="patch")
+    patterns = Patterns(include=("encoder.*.dense.weight",))
+    making.delta(base, Lora(rank=2), patterns=patterns).save(trusted / "raw.kd")
+    (trusted / "x.txt").write_text("\n".join(pico.TEXTS))
+    release(base, trusted / "raw.kd", trusted / "2.kd", version=2, inputs=str(trusted / "x.txt"))
+    ids = np.array([[2, 5, 6, 7, 3], [2, 9, 3, 0, 0]])
+    write_npz(example / "inputs.npz", {"input_ids": ids, "attention_mask": (ids > 0) * 1})
 
-        modes.OPENERS["patch"] = patch.PatchMode
-        base = pico.sentence_bert(trusted / "base")
-        bundle(base, example / "device", mode="patch")
-        patterns = Patterns(include=("encoder.*.dense.weight",))
-        making.delta(base, Lora(rank=2), patterns=patterns).save(trusted / "raw.kd")
-        (trusted / "x.txt").write_text("\n".join(pico.TEXTS))
-        release(base, trusted / "raw.kd", trusted / "2.kd", version=2, inputs=trusted / "x.txt")
-        ids = np.array([[2, 5, 6, 7, 3], [2, 9, 3, 0, 0]])
-        write_npz(example / "inputs.npz", {"input_ids": ids, "attention_mask": (ids > 0) * 1})
-        return lambda work: then(work / "device", trusted)
+    def read(work: Path) -> None:
+        run(work / "device", work / "inputs.npz")
+        _change(work / "device", trusted)
 
-    return make
-
-
-def _run(device: Path, trusted: Path) -> None:
-    run(device, device.parent / "inputs.npz")
+    return read
 
 
 def _look(device: Path, trusted: Path) -> None:
@@ -84,24 +81,25 @@ def _surface(
     name: str, then: Callable[[Path, Path], Any], mutate: dict[str, tuple[Mutate, ...]]
 ) -> Surface:
     return Surface(
-        name=name, make=_device(then), mutate={f"device/{key}": value for key, value in mutate.items()}
+        name=name,
+        make=_device(then),
+        mutate={f"device/{key}": value for key, value in mutate.items()},
     )
 
 
 SURFACES = (
-    _surface("bundle", _look, {"bundle.json": (json_changed,), "base/tensors.json": (json_changed,)}),
+    _surface(
+        "bundle", _look, {"bundle.json": (json_changed,), "base/tensors.json": (json_changed,)}
+    ),
     _surface("current", _recover, {"current": (json_changed,), "lock": (bytes_changed,)}),
     _surface("journal", _recover, {"journal": (json_lines_changed,)}),
-    Surface(
-        name="golden",
-        make=_real(_change),
-        mutate={"device/base/golden.npz": (npz_changed,), "device/baseline.npz": (npz_changed,)},
-        needs=("torch", "transformers", "onnxscript", "onnxruntime"),
+    _surface(
+        "golden", _change, {"base/golden.npz": (npz_changed,), "baseline.npz": (npz_changed,)}
     ),
     Surface(
-        name="run-npz",
-        make=_real(_run),
-        mutate={"inputs.npz": (npz_changed,)},
+        name="onnxruntime",
+        make=_real,
+        mutate={"*.npz": (npz_changed,), "device/base/map.json": (json_changed,)},
         needs=("torch", "transformers", "onnxscript", "onnxruntime"),
     ),
     Surface(

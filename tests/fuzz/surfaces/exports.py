@@ -110,7 +110,9 @@ def _onnx(example: Path, trusted: Path) -> Read:
     from tests.support import onnx_files
 
     onnx_files.write(example / "model.onnx", _graph())
-    onnx_files.write(example / "far" / "model.onnx", onnx_files.model(making.model()), external=True)
+    onnx_files.write(
+        example / "far" / "model.onnx", onnx_files.model(making.model()), external=True
+    )
 
     def read(work: Path) -> None:
         read_onnx(work / "model.onnx")
@@ -137,9 +139,7 @@ def _graph() -> object:
         [numpy_helper.from_array(floats, "inner")],
     )
     nodes = [helper.make_node("Shape", [weight.name], [f"{weight.name}:s"]) for weight in weights]
-    nodes.append(
-        helper.make_node("If", ["w.bool"], ["if"], then_branch=inner, else_branch=inner)
-    )
+    nodes.append(helper.make_node("If", ["w.bool"], ["if"], then_branch=inner, else_branch=inner))
     constant = helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(floats, "c"))
     graph = helper.make_graph([*nodes, constant], "g", [], [], weights)
     function = helper.make_function(

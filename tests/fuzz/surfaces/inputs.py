@@ -10,8 +10,8 @@ import numpy as np
 
 from kilodelta.files.npz import write_npz
 from tests.fuzz.containers import npz_changed
-from tests.fuzz.harness import Mutate, Read, Surface
-from tests.fuzz.mutations import json_lines_changed, lines_changed
+from tests.fuzz.harness import Read, Surface
+from tests.fuzz.mutations import Mutate, json_lines_changed, lines_changed
 
 TEXTS = ("a river runs past the old mill", "seven birds watch", "rain", "the quiet garden", "é ☂ x")
 
@@ -56,7 +56,10 @@ SURFACES = (
     _surface("npz", _inputs("x.npz", _arrays), "npz", npz_changed),
     _surface("jsonl", _inputs("x.jsonl", _records), "jsonl", json_lines_changed),
     _surface(
-        "txt", _inputs("x.txt", lambda path: path.write_text("\n".join(TEXTS))), "txt", lines_changed
+        "txt",
+        _inputs("x.txt", lambda path: path.write_text("\n".join(TEXTS))),
+        "txt",
+        lines_changed,
     ),
     _surface("labels", _labels, "txt", lines_changed),
 )

@@ -66,7 +66,7 @@ def _signature(example: Path, trusted: Path) -> Read:
 
 
 def _rotation(example: Path, trusted: Path) -> Read:
-    private, public = _team(example, trusted)
+    private, _ = _team(example, trusted)
     other = keygen(trusted / "other")
     (example / "new.pub").write_bytes(Path(other.public).read_bytes())
     change = example / "change.json"
@@ -169,8 +169,15 @@ SURFACES = (
             **{
                 f"{folder}/{name}.json": (metadata_changed,)
                 for folder in ("repo/metadata", "device/mirror/metadata")
-                for name in ("1.root", "1.snapshot", "1.targets", "timestamp", "root", "snapshot",
-                             "targets")
+                for name in (
+                    "1.root",
+                    "1.snapshot",
+                    "1.targets",
+                    "timestamp",
+                    "root",
+                    "snapshot",
+                    "targets",
+                )
             },
             "device/root.json": (metadata_changed,),
             "*.sig": (bytes_changed,),
