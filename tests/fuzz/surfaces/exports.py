@@ -15,8 +15,8 @@ from kilodelta.export.manifest.facts import (
     Artefact,
     DeltaFacts,
     EngineFacts,
+    ExportManifest,
     FileFact,
-    Manifest,
     Port,
 )
 from kilodelta.export.onnx.file import read_onnx
@@ -42,7 +42,7 @@ def _manifest(example: Path, trusted: Path) -> Read:
     return read
 
 
-def _described(folder: Path) -> Manifest:
+def _described(folder: Path) -> ExportManifest:
     def fact(name: str) -> FileFact:
         content = name.encode() * 5
         (folder / name).write_bytes(content)
@@ -68,7 +68,7 @@ def _described(folder: Path) -> Manifest:
         refittable=("layer.weight",),
         onnx=graph.sha256,
     )
-    return Manifest(
+    return ExportManifest(
         tool="kilodelta",
         libraries={"torch": "2.9"},
         base_name="base",
