@@ -62,6 +62,7 @@ class LayerHook(ABC):
         weight: Any = owner._parameters[attribute]
         update = self.source.update(self.index).map(lambda t: t.to(weight.device)).matrix()
         change = (update.t() if self.transposed else update).view_as(weight)
+        # Add in the wider type and round once: a half-precision sum would lose small updates.
         wide = torch.promote_types(weight.dtype, change.dtype)
         merged: Tensor = (weight.to(wide) + change).to(weight.dtype)
         owner.__dict__[attribute] = merged
@@ -95,6 +96,7 @@ class AddLinear(LayerHook):
         update = self.update(given)
         if sum_is_cheaper(given.numel() // given.shape[-1], update):
             left, right = reversed(update.pair()) if self.transposed else update.pair()
+            # One fused product, W + left right^T: dW alone is never held.
             module.__dict__["weight"] = weight.addmm(left, right.t())
         else:
             module.__dict__[_UPDATE] = update

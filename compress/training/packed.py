@@ -36,6 +36,7 @@ class PerDevice:
         """Return the constant on a device."""
         if device not in self._copies:
             cpu = torch.device("cpu")
+            # Philox runs on the CPU, so that every device trains on the same bases.
             self._copies.setdefault(cpu, self._draw())
             self._copies[device] = self._copies[cpu].to(device)
         return self._copies[device]
@@ -60,6 +61,7 @@ def pack(
     place = (range(lines), range(rank)) if lines_are_rows else (range(rank), range(lines))
     words = stream.words(role, *place, range(-(-bases // BLOCK)))
     ordered = words if lines_are_rows else words.swapaxes(0, 1)
+    # Little-endian words, so that bit i mod 8 of byte i div 8 is basis i on any machine.
     as_bytes = np.ascontiguousarray(ordered).astype("<u4", copy=False).view(np.uint8)
     return torch.from_numpy(as_bytes.reshape(lines * rank, -1)[:, : -(-bases // 8)].copy())
 
@@ -148,6 +150,7 @@ def mix_signs(coefficients: Tensor, packed: Tensor, sizes: Sequence[int], place:
         from kilodelta.merging.gpu.mix_launch import mix
 
         return mix(coefficients, sizes, _numbers(place))
+    # autocast would sum thousands of terms in half precision and lose the small coefficients.
     flat = coefficients.new_empty(sum(sizes))
     classes = _classes(sizes)
     with torch.autocast(packed.device.type, enabled=False):

@@ -46,6 +46,8 @@ def scale_above(step: Tensor, c_max: int) -> tuple[Tensor, Tensor]:
     Returns:
         c float64 and e int32, of step's shape.
     """
+    # step / c_max = m 2^e with m in [1/2, 1): c = step 2^-e fits, and with e - 1 only at m = 1/2,
+    # which the division may have rounded to.
     e = torch.frexp(step / c_max).exponent
     e = torch.where((step * power_of_two(1 - e)).ceil() <= c_max, e - 1, e).clamp(-128, 127)
     c = (step * power_of_two(-e)).ceil()
@@ -91,6 +93,7 @@ def round_with(value: Tensor, bits: int, c: Tensor, e: Tensor) -> Rounded:
 
 def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
     """Return `rounded`, bit for bit, whose gradient goes to `value` unchanged."""
+    # The bracket is exactly zero, so the forward value is `rounded`, and its gradient one.
     return rounded.detach() + (value - value.detach())
 
 

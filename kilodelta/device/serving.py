@@ -173,6 +173,7 @@ class _Sessions:
         except BaseException as problem:
             with self._lock:
                 del self._futures[key]
+            # All who wait get the error; an interrupt is the maker's alone, so the others retry.
             if isinstance(problem, Exception):
                 future.set_exception(problem)
             else:
@@ -184,6 +185,7 @@ class _Sessions:
 
     def _trim(self) -> None:
         with self._lock:
+            # Only finished ones: of one that is dropped while it is made, a second would be made.
             done = [key for key, future in self._futures.items() if future.done()]
             for key in done[: max(0, len(self._futures) - self._held)]:
                 del self._futures[key]

@@ -83,6 +83,7 @@ class Stream:
         """
         totals = np.abs(coefficients.astype(np.int64)).sum(axis=1)
         if int(totals.max(initial=0)) >= KERNEL_SUM:
+            # q = low + 256 high with low in 0 .. 255, of negative q as well (two's complement).
             low = (coefficients.astype(np.int32) & 255).astype(np.int16)
             high = ((coefficients - low) >> 8).astype(np.int16)
             by_bytes: Ints = self.mix_many(role, low, rows, columns)
@@ -166,6 +167,7 @@ def _bit_planes(coefficients: Ints) -> tuple[Ints, Ints]:
     bits = np.empty((n, count + 1, padded.shape[1]), np.uint8)
     bits[:, :count] = (sizes[:, None] >> np.arange(count)[:, None]) & 1
     bits[:, count] = padded < 0
+    # Little-endian bits and words: basis i is bit i mod 128 of block i div 128 on any machine.
     words = np.packbits(bits, axis=2, bitorder="little").view("<u4").astype(np.uint32)
     stacked = words.reshape(n, count + 1, -1, 4)
     return np.ascontiguousarray(stacked[:, :count]), np.ascontiguousarray(stacked[:, count])

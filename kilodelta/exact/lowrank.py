@@ -21,6 +21,8 @@ def product_norm(left: Matrix, right: Matrix) -> float:
         >>> product_norm(np.array([[3.0], [4.0]]), np.array([[2.0]]))
         10.0
     """
+    # |L R|^2 = trace(R^T L^T L R), the sum over (L^T L) * (R R^T): two small (K, K) matrices.
+    # Rounding may leave it just below zero where the product vanishes.
     return float(np.sqrt(max(0.0, float(np.sum((left.T @ left) * (right @ right.T))))))
 
 

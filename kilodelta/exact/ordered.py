@@ -43,6 +43,7 @@ def _row(left, right, first, last, start, acc):  # type: ignore[no-untyped-def]
         r2, r3 = right[k + 2, start:stop], right[k + 3, start:stop]
         l0, l1, l2, l3 = left[k], left[k + 1], left[k + 2], left[k + 3]
         for j in range(acc.size):
+            # The brackets are the contract: K ascends. Four terms a pass spare most loads of acc.
             acc[j] = (((acc[j] + l0 * r0[j]) + l1 * r1[j]) + l2 * r2[j]) + l3 * r3[j]
         k += 4
     while k < last:

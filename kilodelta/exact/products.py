@@ -125,6 +125,7 @@ def by_float32(right: Matrix, bound: int) -> Multiply:
             whole: Matrix = left.astype(np.float32) @ floats
             return whole
         total: Matrix = np.zeros((left.shape[0], right.shape[1]), np.int32)
+        # Each run is an exact integer below 2^24; their total fits int32, as the caller vouches.
         for span in float32_spans(left, right):
             total += (left[:, span].astype(np.float32) @ floats[span]).astype(np.int32)
         return total
@@ -134,6 +135,7 @@ def by_float32(right: Matrix, bound: int) -> Multiply:
 
 def float32_spans(left: Matrix, right: Matrix) -> list[slice]:
     """Cut the inner dimension into runs whose sums of absolute products stay below 2^24."""
+    # One bound for all rows of the left factor: shorter runs, but the factor is read once.
     peaks, spans, start = _peaks(left, 0), [], 0
     reach = np.zeros(right.shape[1], np.int64)
     for k in range(0, right.shape[0], SPAN):
@@ -159,6 +161,7 @@ def passes_self_test(unit: Unit) -> bool:
     for rows, inner, columns in ((33, 64, 48), (40, 200, 24), (17, 130, 9), (64, 1040, 64)):
         left = rng.choice(np.array([-127, -64, 65, 127], np.int8), (rows, inner))
         right = rng.choice(np.array([-127, -1, 65, 127], np.int8), (inner, columns))
+        # Rows and columns of one sign: the largest sums there are, where a saturating unit errs.
         left[0], right[:, 0] = 127, 127
         left[1], right[:, 1] = -127, 127
         try:

@@ -51,6 +51,7 @@ def load(shard: Shard) -> dict[str, str] | None:
 
 def store(shard: Shard, tensors: dict[str, str]) -> None:
     """Remember a file's digests, if it was not touched a moment ago."""
+    # mtime and ctime: coarse clocks may give a second write the times of the first.
     if time.time_ns() - max(shard.file.key[3:]) < SETTLED_NS:
         return
     text = canonical.dumps({"key": shard.file.key, "tensors": tensors}).encode("utf-8")

@@ -25,6 +25,7 @@ class Identity:
 
 def tensor_hash(name: str, dtype: str, shape: tuple[int, ...]) -> hashlib._Hash:
     """Start a SHA-256 with a tensor's name, dtype and shape; its bytes are to follow."""
+    # Zero bytes between the parts: no name, dtype or shape holds one, so no two tensors collide.
     decimals = ",".join(map(str, shape))
     return hashlib.sha256(b"\0".join((name.encode(), dtype.encode(), decimals.encode(), b"")))
 

@@ -45,6 +45,7 @@ class SourceFile:
             self._descriptor = (
                 plain.open_file(path, follow=True) if follow else plain.open_model_file(path)
             )
+        # Unlike __del__, a finalizer runs at exit as well, while modules are still whole.
         weakref.finalize(self, os.close, self._descriptor)
         self.path, self._error = path, error
         self._status = os.fstat(self._descriptor)

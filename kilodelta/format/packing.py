@@ -85,6 +85,7 @@ def pack(q: Ints, bits: int) -> Ints:
     if bits != 4:
         return flat.astype("<i2" if bits == 16 else "i1").view(np.uint8)
     nibbles = np.zeros(flat.size + flat.size % 2, np.uint8)
+    # Two's complement in four bits; an odd count leaves the last high nibble zero.
     nibbles[: flat.size] = flat & 15
     return (nibbles[::2] | (nibbles[1::2] << 4)).astype(np.uint8)
 

@@ -63,6 +63,7 @@ def scale_above(step: float, c_max: int = 255) -> Scale:
     if not np.isfinite(step):
         raise InputError("a coefficient is not finite", fix="train with a lower learning rate")
     e = frexp(step / c_max)[1]
+    # `step / c_max` was rounded, so the exponent may be one too large; ldexp and ceil are exact.
     while ceil(ldexp(step, -(e - 1))) <= c_max:
         e -= 1
     c = ceil(ldexp(step, -e))
@@ -99,6 +100,7 @@ def quantise(values: Floats, bits: int, c_max: int = 255) -> Quantised:
     """
     floats = np.asarray(values, dtype=np.float64)
     peak = float(np.abs(floats).max(initial=0.0)) / largest(bits)
+    # With 4 bits a few outliers waste most of the steps; clipping them may lose less in all.
     clips = CLIPS if bits == 4 else (1.0,)
     scales = dict.fromkeys(scale_above(peak * clip, c_max) for clip in clips)
     candidates = [_round(floats, bits, scale) for scale in scales]

@@ -190,6 +190,7 @@ def _manifest(
         bits=recipe.bits,
         scales=tuple(value.scale for _, value in groups if isinstance(value, Quantised)),
         extras=in_name_order(recipe.extras),
+        # A placeholder: the root is that of the merge, for which there has to be a delta first.
         result="sha256:" + "0" * 64,
         made=dict(recipe.made),
         config=dict(recipe.config),

@@ -63,6 +63,7 @@ def merged(delta: Delta, target: Target, base: ByteSource) -> Iterator[Bytes]:
     row = base.size // rows
     left, right = _stored_factors(delta, target)
     add = _adder(delta, target, right)
+    # A BLAS product has to be large to run at full speed; the fused kernel has to stay in cache.
     step = min(rows, max(1, (CHUNK if right.shape[0] <= fused.FEW else LARGE) // columns))
     out = np.empty((step, columns), view)
     for span, factors in _bands(left, rows, step, right.shape[0]):
@@ -91,6 +92,7 @@ def _adder(delta: Delta, target: Target, right: Any) -> Add:
     compat = delta.manifest.compat
     if compat is not None:
         multiply = ordered.multiplier(right)
+        # A float form's scale is applied in float64, and the update rounded to float32 once.
         return _after(multiply, target.dtype, np.float64(compat.scaling), np.float32(1))
     c, e = delta.scale(target.name)
     bound = delta.bound(target.name)
@@ -115,6 +117,7 @@ def _after(
 
 def _bands(left: Left, rows: int, step: int, inner: int) -> Iterator[tuple[range, Any]]:
     """Yield steps of rows with their left factors, which are drawn for many steps at once."""
+    # A multiple of the step, so that no step needs the rows of two bands.
     tall = max(step, BAND // inner // step * step)
     for top in range(0, rows, tall):
         band = left(range(top, min(rows, top + tall)))
@@ -125,6 +128,7 @@ def _bands(left: Left, rows: int, step: int, inner: int) -> Iterator[tuple[range
 
 def _not_finite(target: Target, chunk: npt.NDArray[Any]) -> Exception:
     """Tell a base that is not finite from an update that leaves the range of its type."""
+    # An update of zeros keeps every weight: what is not finite now was so in the base.
     zeros, out = np.zeros(chunk.size), np.empty_like(chunk)
     if rounding.ADD[target.dtype][1](chunk, zeros, np.float64(1), np.float32(1), out):
         return CheckpointError(

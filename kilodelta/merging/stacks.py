@@ -66,6 +66,7 @@ def _sides(delta: Delta, names: Iterable[str]) -> list[_Side]:
     """Group the sides that are computed at once: those of one length, if bases are shared."""
     alike: dict[tuple[bool, int, str], list[str]] = {}
     for name in names:
+        # An empty text groups all names of one length; a name keeps its target by itself.
         alone = "" if delta.method.shares_bases else name
         out, in_ = delta.target(name).matrix
         alike.setdefault((True, out, alone), []).append(name)

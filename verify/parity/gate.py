@@ -77,5 +77,6 @@ def carries(plain: Iterable[Metrics]) -> bool:
 
 def _most(errors: Iterable[float], precision: str) -> float:
     """Multiply the largest finite error: torch's own NaN or infinity excuses nothing."""
+    # The roundoff is the floor, because torch may be exact by luck on small models.
     finite = (error for error in errors if math.isfinite(error))
     return min(MOST, MULTIPLE * max(UNIT_ROUNDOFF[precision], *finite, 0.0))

@@ -110,6 +110,7 @@ def absolute_error(a: Float64, r: Float64) -> Float64:
         >>> absolute_error(np.array([1.5, np.nan, np.inf]), np.array([1.0, np.nan, 3.0]))
         array([0.5, 0. , inf])
     """
+    # `==` holds for equal infinities, whose difference would be NaN.
     same = (a == r) | (np.isnan(a) & np.isnan(r)) | (_unbounded(a) == _unbounded(r))
     finite = np.isfinite(a) & np.isfinite(r)
     with np.errstate(over="ignore"):  # two finite values may lie further apart than float64 reaches
@@ -225,6 +226,7 @@ def _cosines(a: Float64, r: Float64, error: Float64) -> Float64:
 def _unit_rows(x: Float64) -> Float64:
     """Rows at length 1, zero rows as they are; two steps, so that no square overflows."""
     rows = finite(x)
+    # By the largest entry first: its square cannot overflow afterwards, nor all vanish.
     for order in (np.inf, 2):
         norm: Float64 = np.linalg.norm(rows, ord=order, axis=-1, keepdims=True)
         rows = np.divide(rows, norm, where=norm != 0.0, out=rows.copy())

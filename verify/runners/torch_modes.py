@@ -82,6 +82,7 @@ def _axes(x: Tensor, dim: Any) -> tuple[int, ...]:
 def _total(x: Tensor, dims: tuple[int, ...]) -> Tensor | None:
     """Sum over `dims` in float32, in order; None for sums that torch may take."""
     count = math.prod(x.shape[axis] for axis in dims)
+    # Two terms have one order only, and float64 is the reference itself.
     if not x.is_floating_point() or x.dtype == torch.float64 or not 2 < count <= InOrder.LONGEST:
         return None
     kept = [axis for axis in range(x.ndim) if axis not in dims]

@@ -64,6 +64,7 @@ class FolderChange:
         try:
             write_state(self.folder.current, after)
         except OutputError as problem:
+            # The rename may have come off, and only the folder's fsync have failed.
             if not self._stands(after):
                 raise
             warnings.append(f"it is served, but may be lost with the power: {problem.what}")

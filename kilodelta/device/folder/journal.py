@@ -69,6 +69,7 @@ class Journal:
         descriptor = plain.open_file(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
             while line:
+                # A disk that is nearly full takes a part.
                 line = line[os.write(descriptor, line) :]
             os.fsync(descriptor)
         finally:
@@ -80,6 +81,7 @@ class Journal:
         Raises:
             OutputError: the journal is no regular file, or cannot be read.
         """
+        # Behind the last newline stands nothing, or part of a line that a killed command left.
         lines = self._data()[0].split(b"\n")[:-1]
         return [entry for line in lines if (entry := _parse(line)) is not None]
 

@@ -159,6 +159,7 @@ def _admitted(
     folder = change.folder
     # Taken before the file is read, so that one that changes meanwhile is noticed.
     digest = _digest(file)
+    # The signature before the parser: nothing of a file that nobody vouches for is read.
     statement = admit.verified(folder, file, change.before)
     given = load(file)
     version = admit.version_of(given)

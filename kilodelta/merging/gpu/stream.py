@@ -106,12 +106,14 @@ def merged(
     step = min(rows, max(1, band // row))
     update.prepare(range(columns))
     lanes = [Lane(device, step * row) for _ in range(2 if step < rows else 1)]
+    # The columns' factor was drawn on the caller's stream, and both lanes read it.
     for lane in lanes:
         lane.after(device)
     waiting: list[Lane] = []
     for turn, top in enumerate(range(0, rows, step)):
         span, lane = range(top, min(rows, top + step)), lanes[turn % 2]
         part = base[span.start * row : span.stop * row]
+        # This lane's last band has been finished a turn ago, so its buffers are free.
         lane.start(part, TORCH[target.dtype], columns, _merge(update, span, range(columns)))
         waiting.append(lane)
         if len(waiting) > 1:
