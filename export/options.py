@@ -50,6 +50,9 @@ class Options:
     outputs: tuple[str, ...] = ()
     """Names or globs of the outputs to export; by default all that the model declares."""
 
+    max_work: float | None = None
+    """The most operations that the file may ask for; by default what suits the base's size."""
+
     force: bool = False
 
 

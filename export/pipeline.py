@@ -89,7 +89,7 @@ def export(
     require("onnxscript", extra="onnx", why="export ONNX models")
     trt = _trt(chosen)
     checkpoint = Checkpoint.open(locate(os.fspath(base)))
-    found = load(delta, base=checkpoint)
+    found = load(delta, base=checkpoint, max_work=chosen.max_work)
     with (
         out_folder(place, force=chosen.force) as stage,
         staging.scratch(beside=place) as work,

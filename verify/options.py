@@ -25,6 +25,7 @@ class VerifyOptions:
         model: `package.module:function` that builds the module.
         config: a folder with the tuned model's `config.json`.
         digests_only: run nothing.
+        max_work: the most operations that the file may ask for; None: what suits the base's size.
         report: a file for the JSON.
     """
 
@@ -39,6 +40,7 @@ class VerifyOptions:
     model: str | None = None
     config: str | None = None
     digests_only: bool = False
+    max_work: float | None = None
     report: str | None = None
 
 

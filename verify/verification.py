@@ -16,6 +16,7 @@ from kilodelta.errors import require as require_package
 from kilodelta.export.manifest.artefacts import ExportManifest
 from kilodelta.files import staging
 from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.format.file import load
 from kilodelta.progress import Progress, silent
 from kilodelta.report import write_report
 from kilodelta.report.pages import require_page
@@ -89,6 +90,7 @@ def verify(
     model: str | None = None,
     config: _Path | None = None,
     digests_only: bool = False,
+    max_work: float | None = None,
     report: _Path | None = None,
     threads: int | None = None,
     progress: Progress = silent,
@@ -114,6 +116,8 @@ def verify(
         model: `package.module:function` that builds the module.
         config: a folder with the tuned model's `config.json`, if the base's does not fit.
         digests_only: check an export folder by its digests and run nothing.
+        max_work: the most operations that the file may ask for; by default what suits the base's
+            size.
         report: a file to write the JSON to, or an HTML page where its name ends in `.html`, also
             if an artefact fails.
         threads: for digests and merging; all cores by default.
@@ -121,7 +125,8 @@ def verify(
 
     Raises:
         BaseMismatchError: the base is another model.
-        FileError: the delta or the export's manifest is damaged.
+        FileError: the delta or the export's manifest is damaged, or the delta asks for more work
+            than allowed.
         ProofError: a digest is wrong.
         InputError: options, places or inputs do not make sense.
         MissingPackageError: comparing outputs needs torch.
@@ -144,13 +149,15 @@ def verify(
         model=model,
         config=_text(config),
         digests_only=digests_only,
+        max_work=max_work,
         report=_text(report),
     )
     merged, out = _sorted_out(places)
     _check(options, out)
     source = _located(base) if options.inputs else Path(base)
     checkpoint = Checkpoint.open(source)
-    proof = prove(checkpoint, delta, merged, threads=threads, progress=progress)
+    loaded = load(delta, max_work=max_work)
+    proof = prove(checkpoint, loaded, merged, threads=threads, progress=progress)
     export = None if out is None else check_export(out, Path(delta), proof, progress=progress)
     outputs = None
     if options.inputs is not None:

@@ -56,6 +56,7 @@ def merge(
     config: str | os.PathLike[str] | None = None,
     threads: int | None = None,
     device: str = "cpu",
+    max_work: float | None = None,
     progress: Progress = silent,
 ) -> Merged:
     """Write the fine-tuned model: a `.safetensors` file, or a folder like the base's.
@@ -69,10 +70,13 @@ def merge(
             delta says of it.
         threads: cores to use; all by default.
         device: `cpu`, or `cuda` or `cuda:N` for a GPU, whose memory need not hold the model.
+        max_work: the most operations that the file may ask for; by default what suits the base's
+            size. A `Delta` has its own limit.
         progress: called with how far the work is, in bytes.
 
     Raises:
         BaseMismatchError: `base` is another model, and nothing is written; or it changes meanwhile.
+        FileError: the file is damaged, or asks for more work than allowed.
         CheckpointError: the base cannot be read, is cut meanwhile, or a target holds NaN.
         ProofError: the result's digest is not the file's; nothing is left behind.
         OutputError: `out` exists or cannot be written.
@@ -95,7 +99,7 @@ def merge(
     single = place.suffix == ".safetensors"
     _require_place(checkpoint, place, single)
     given = None if config is None else _read_config(Path(config), single)
-    opened = delta if isinstance(delta, Delta) else load(delta)
+    opened = delta if isinstance(delta, Delta) else load(delta, max_work=max_work)
     # Remembered digests suffice: each byte is hashed on its way, against these or the result.
     identity = require_base(
         checkpoint, opened.manifest.base, cached=True, threads=threads, progress=progress

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import Command, as_json, flavour, outputs, with_progress
+from kilodelta.commands.shared import Command, as_json, flavour, max_work, outputs, with_progress
 from kilodelta.commands.trust import key_password
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ HISTORY = 10
     type=click.IntRange(1),
     help="How far a version may exceed the highest one that the device has had.",
 )
+@max_work
 @click.option(
     "--trust",
     multiple=True,
@@ -240,11 +241,10 @@ def _show_release(done: Released) -> None:
 @click.option(
     "--allow-jump", is_flag=True, help="Take a version further ahead than the bundle allows."
 )
+@max_work
 @as_json
 @with_progress
-def apply(
-    folder: str, file: str, as_json: bool, progress: Any, **given: bool
-) -> Callable[[], None]:
+def apply(folder: str, file: str, as_json: bool, progress: Any, **given: Any) -> Callable[[], None]:
     """Serve a .kd FILE from a device FOLDER: prove, build, probe, commit; or change nothing.
 
     On any error what was served before goes on being served. What goes wrong after the commit is

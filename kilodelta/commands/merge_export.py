@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import Command, as_json, flavour, outputs, threads, with_progress
+from kilodelta.commands.shared import (
+    Command,
+    as_json,
+    flavour,
+    max_work,
+    outputs,
+    threads,
+    with_progress,
+)
 from kilodelta.errors import InputError, require
 
 if TYPE_CHECKING:
@@ -39,6 +47,7 @@ if TYPE_CHECKING:
     help="The tuned model's folder or config.json; else the base's with what FILE says of it.",
 )
 @click.option("--device", default="cpu", help="cpu, cuda, or cuda:N.")
+@max_work
 @threads
 @as_json
 @with_progress
@@ -47,10 +56,9 @@ def merge(
     file: str,
     out: str,
     config: str | None,
-    device: str,
-    threads: int | None,
     as_json: bool,
     progress: Any,
+    **given: Any,
 ) -> Callable[[], None]:
     """Merge a .kd FILE into its BASE: every tensor is proved while it is written.
 
@@ -59,7 +67,7 @@ def merge(
     """
     from kilodelta.export.merge.checkpoint import merge
 
-    done = merge(base, file, out, config=config, threads=threads, device=device, progress=progress)
+    done = merge(base, file, out, config=config, progress=progress, **given)
     if as_json:
         return lambda: terminal.print_json({**asdict(done), "path": str(done.path)})
     return lambda: _show_merge(done)
@@ -137,6 +145,7 @@ class _Export(Command):
     metavar="REPOSITORY",
     help="Also serve it: the next version in this Triton model repository.",
 )
+@max_work
 @click.option("--force", is_flag=True, help="Replace an earlier export.")
 @click.option("--report", type=click.Path(), help="Write what was made as an HTML page as well.")
 @as_json

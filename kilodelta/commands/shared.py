@@ -55,6 +55,12 @@ flavour = click.option(
 threads = click.option(
     "--threads", type=click.IntRange(1), help="Cores to use; all by default.", metavar="N"
 )
+max_work = click.option(
+    "--max-work",
+    type=click.FloatRange(0, min_open=True),
+    metavar="OPERATIONS",
+    help="The most that a file may ask for, such as 1e12; by default what suits the base's size.",
+)
 outputs = click.option(
     "--outputs",
     multiple=True,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import Command, as_json, threads, with_progress
+from kilodelta.commands.shared import Command, as_json, max_work, threads, with_progress
 
 if TYPE_CHECKING:
     from kilodelta.verify import Verification
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 @click.option("--model", help="package.module:function that builds the module.")
 @click.option("--config", type=click.Path(), help="Folder with the tuned model's config.json.")
 @click.option("--digests-only", is_flag=True, help="Check an export by its digests, run nothing.")
+@max_work
 @threads
 @as_json
 @with_progress

@@ -85,7 +85,8 @@ def check(form: Form, targets: Sequence[Target], max_work: float | None = None) 
         raise FileError(
             f"{form.name} of rank {form.rank} would take {work.operations:.2g} operations here,"
             f" about {work.seconds:.0f} s of one core; {limit:.2g} are allowed",
-            fix="a small file can ask for this by mistake or malice: if you trust it, load it with"
+            fix="a small file can ask for this by mistake or malice: if you trust it, give"
+            f" --max-work {_up(work.operations):.1e}, or in Python"
             f" kilodelta.load(path, base=..., max_work={_up(work.operations):.1e})",
         )
 

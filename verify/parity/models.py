@@ -17,6 +17,7 @@ from kilodelta.errors import InputError
 from kilodelta.export.merge.checkpoint import merge
 from kilodelta.export.merged_model import open_merged
 from kilodelta.files import staging
+from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.models import LoadedModel, fill, open_model, outputs, read_texts, tokenize
 from kilodelta.models.heads import EMBEDDING
@@ -41,8 +42,8 @@ def open_pair(subject: Subject, options: VerifyOptions, progress: Progress) -> M
     Raises:
         InputError, ExportError: the architecture is unknown, or has no place for such a tensor.
     """
-    delta = load(subject.delta)
-    with _weights(subject, progress) as weights:
+    delta = load(subject.delta, max_work=options.max_work)
+    with _weights(subject, delta, progress) as weights:
         merged = open_merged(
             subject.base, weights, delta, model=options.model, config=options.config
         )
@@ -58,7 +59,7 @@ def open_pair(subject: Subject, options: VerifyOptions, progress: Progress) -> M
 
 
 @contextmanager
-def _weights(subject: Subject, progress: Progress) -> Iterator[Path]:
+def _weights(subject: Subject, delta: Delta, progress: Progress) -> Iterator[Path]:
     """Yield the merged weights on disk: those given, or a merge that is removed afterwards."""
     if subject.merged is not None:
         yield subject.merged
@@ -66,7 +67,7 @@ def _weights(subject: Subject, progress: Progress) -> Iterator[Path]:
     with staging.scratch() as folder:
         single = not subject.base.path.is_dir()
         place = folder / ("merged.safetensors" if single else "merged")
-        merge(subject.base, subject.delta, place, progress=progress)
+        merge(subject.base, delta, place, progress=progress)
         yield place
 
 

@@ -54,6 +54,7 @@ class Bundle:
         ceiling: the most that the limits stated by a `.kd` file's probe may be.
         max_jump: how far a version may exceed the highest one that was served.
         keep: fine-tunes that stay on the disk to go back to.
+        max_work: the most operations that a `.kd` file may ask for; None: what suits the base.
         tool: what made the folder.
     """
 
@@ -67,6 +68,7 @@ class Bundle:
     ceiling: float
     max_jump: int = MAX_JUMP
     keep: int = 1
+    max_work: float | None = None
     tool: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -83,6 +85,8 @@ class Bundle:
             "max_jump": self.max_jump,
             "keep": self.keep,
             "tool": self.tool,
+            # Only where it is set: releases before it refuse keys that they do not know.
+            **({} if self.max_work is None else {"max_work": self.max_work}),
         }
 
 
@@ -165,7 +169,7 @@ def _bundle(value: Any) -> Bundle:
     if type(version) is not int or version not in (1, VERSION):
         raise FieldError(f"version is {version!r:.40}; this kilodelta reads 1 and {VERSION}")
     newer = {"ceiling", "max_jump"} if version > 1 else set()
-    table = untrusted.table(value, "bundle", _KEYS | newer)
+    table = untrusted.table(value, "bundle", _KEYS | newer, {"max_work"} if newer else ())
     base = untrusted.table(table["base"], "base", {"name", "root"})
     dtype = untrusted.choice(table["dtype"], "dtype", DTYPES)
     limits = untrusted.mapping(table["limits"], "limits")
@@ -180,6 +184,7 @@ def _bundle(value: Any) -> Bundle:
         ceiling=_number(table.get("ceiling", CEILINGS[dtype]), "ceiling"),
         max_jump=untrusted.whole(table.get("max_jump", MAX_JUMP), "max_jump"),
         keep=untrusted.whole(table["keep"], "keep"),
+        max_work=_number(table["max_work"], "max_work") if "max_work" in table else None,
         tool=untrusted.text(table["tool"], "tool"),
     )
 

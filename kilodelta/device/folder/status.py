@@ -51,6 +51,7 @@ class Status:
             "base": {"name": self.bundle.base_name, "root": self.bundle.base_root},
             "ceiling": self.bundle.ceiling,
             "max_jump": self.bundle.max_jump,
+            "max_work": self.bundle.max_work,
             "trust": None if self.pins is None else self.pins.to_json(),
             **self.state.to_json(),
             "history": [dict(entry) for entry in self.history],

@@ -24,6 +24,9 @@ from kilodelta.verify.parity.gate import Limit
 from kilodelta.verify.runners.runner import Arrays
 
 FILE = "golden.npz"
+TIMES, FREE = 64, 1 << 24
+"""What a file's own probe may take to compute, by `size_of`: so many times the bundle's golden
+inputs, and in any case as much as 16 rows of 1024 tokens or 32 images of 384 x 384."""
 INPUT, OUTPUT, LIMIT = "input.", "output.", "limit."
 _NUMPY = {dtype.name: long for long, dtype in BY_LONG.items() if long in np.sctypeDict}
 
@@ -84,6 +87,20 @@ def of_delta(delta: Delta) -> Golden | None:
     if not golden.inputs or not golden.outputs:
         raise _unfit("the file's probe has no inputs, or no outputs")
     return golden
+
+
+def size_of(inputs: Arrays) -> int:
+    """Say roughly how much inputs ask of a model: their elements; integers, which may be tokens
+    that attend to each other, count as often as their longest row is long.
+
+    Example:
+        >>> size_of({"input_ids": np.zeros((2, 128), np.int64)})
+        32768
+    """
+    return sum(
+        array.size * (max(array.shape[1:], default=1) if array.dtype.kind in "biu" else 1)
+        for array in inputs.values()
+    )
 
 
 def limits_of(delta: Delta, dtype: str) -> dict[str, Limit]:

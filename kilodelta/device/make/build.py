@@ -43,7 +43,7 @@ class Settings:
         name: the base's name, for messages.
         probe: where golden inputs come from, or None to make them up.
         outputs: names or globs of the outputs to serve; empty for all.
-        keep, ceiling, max_jump: as the bundle states them.
+        keep, ceiling, max_jump, max_work: as the bundle states them.
     """
 
     mode: str
@@ -66,6 +66,7 @@ class Settings:
     keep: int
     ceiling: float
     max_jump: int
+    max_work: float | None
 
 
 def bundle(
@@ -92,6 +93,7 @@ def bundle(
     keep: int = 1,
     ceiling: float | None = None,
     max_jump: int = MAX_JUMP,
+    max_work: float | None = None,
     trust: Sequence[str | os.PathLike[str]] = (),
     threshold: int = 1,
     task: str = "",
@@ -131,6 +133,8 @@ def bundle(
         ceiling: the most that a `.kd` file's own probe may allow an output to be off, relative;
             by default 0.01 in fp32, 0.1 in fp16, 0.5 in bf16.
         max_jump: how far a version may exceed the highest one that the device has had.
+        max_work: the most operations that a `.kd` file may ask for; by default what suits the
+            base's size.
         trust: public keys (`NAME.pub`); the device then takes signed releases only.
         threshold: how many of them must have signed.
         task: the one task whose releases the device takes; any by default.
@@ -170,6 +174,7 @@ def bundle(
         keep=_from(keep, "keep", 1, MAX_KEEP),
         ceiling=_ceiling(CEILINGS[precision] if ceiling is None else ceiling),
         max_jump=_from(max_jump, "max-jump", 1),
+        max_work=_max_work(max_work),
     )
     _check_together(settings)
     pins = pins_from(trust, threshold=threshold, task=task, kind=kind)
@@ -202,6 +207,12 @@ def _ceiling(value: float) -> float:
             f"--ceiling is {value}: the outputs of an unrelated model are off by more than 1",
             fix="give a number above 0 and up to 1",
         )
+    return value
+
+
+def _max_work(value: float | None) -> float | None:
+    if value is not None and not 0 < value < 1e300:
+        raise InputError(f"--max-work is {value}", fix="give a number of operations, such as 1e12")
     return value
 
 

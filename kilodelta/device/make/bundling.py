@@ -85,6 +85,7 @@ class BundleJob:
             ceiling=settings.ceiling,
             max_jump=settings.max_jump,
             keep=settings.keep,
+            max_work=settings.max_work,
         )
         infos = {name: self.base.info(name) for name in self.base.names}
         return DeviceFolder.create(root, bundle, infos=infos, identity=identity).bundle

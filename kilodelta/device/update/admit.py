@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kilodelta.device.folder.bundle import Bundle
 from kilodelta.device.folder.device_folder import DeviceFolder
 from kilodelta.device.folder.state import State
 from kilodelta.device.golden import golden
+from kilodelta.device.golden.golden import Golden
 from kilodelta.errors import (
     BaseMismatchError,
     DowngradeError,
@@ -29,10 +30,11 @@ HIGHEST = (1 << 63) - 1
 
 
 def bind(folder: DeviceFolder, delta: Delta) -> Delta:
-    """Return the delta, bound to the device's base.
+    """Return the delta, bound to the device's base, within its own limit of work or the bundle's.
 
     Raises:
         BaseMismatchError: it was made for another base; names what differs.
+        FileError: it asks for more work than allowed.
         DeviceError: what the folder says of its base is damaged.
         SelfTestError: this machine's kernels are wrong.
     """
@@ -47,7 +49,8 @@ def bind(folder: DeviceFolder, delta: Delta) -> Delta:
             f"{explain(folder.tensors.identity, base.fingerprints)}",
             fix="apply it to a device folder that was bundled from its own base",
         )
-    return delta.bind_to(folder.tensors.infos)
+    limit = bundle.max_work if delta.max_work is None else delta.max_work
+    return replace(delta, max_work=limit).bind_to(folder.tensors.infos)
 
 
 def version_of(delta: Delta) -> int:
@@ -174,6 +177,28 @@ def require_covered(found: Statements | None, delta: Delta, digest: str, version
     begins = found.statement.not_before
     seen = seconds(begins) if begins else 0
     return Signed(keys=found.keys, seen=seen, note=found.clock.note)
+
+
+def require_modest_probe(delta: Delta, own: Golden) -> None:
+    """See that the file's own probe does not take far longer to compute than the bundle's.
+
+    Args:
+        delta: the file.
+        own: the bundle's golden values.
+
+    Raises:
+        ProofError: it does.
+        FileError: the probe is damaged.
+    """
+    given = golden.of_delta(delta)
+    most = max(golden.FREE, golden.TIMES * golden.size_of(own.inputs))
+    if given is not None and golden.size_of(given.inputs) > most:
+        shapes = ", ".join(f"{n!r:.40} {a.shape}" for n, a in given.inputs.items())
+        raise ProofError(
+            f"the file's probe has inputs {shapes:.200}, which ask for far more than the bundle's"
+            " own golden inputs",
+            fix="release it with fewer --rows, or with shorter inputs",
+        )
 
 
 def require_strict(delta: Delta, bundle: Bundle) -> None:

@@ -71,6 +71,7 @@ def apply(
     *,
     allow_downgrade: bool = False,
     allow_jump: bool = False,
+    max_work: float | None = None,
     progress: Progress = silent,
 ) -> Applied:
     """Serve another fine-tune from a device folder: prove, build, probe, commit.
@@ -83,13 +84,14 @@ def apply(
         file: the `.kd` file.
         allow_downgrade: take a file whose version is lower than the highest this device has had.
         allow_jump: take one whose version is further above it than the bundle allows.
+        max_work: the most operations that the file may ask for; by default the bundle's limit.
         progress: called after each step.
 
     Raises:
         DeviceError: no device folder, or a damaged one.
         LockedError: another command is changing it.
-        FileError, BaseMismatchError, InputError: the file is damaged, for another base, or of a
-            kind that this folder's mode cannot take.
+        FileError, BaseMismatchError, InputError: the file is damaged, asks for more work than
+            allowed, is for another base, or of a kind that this folder's mode cannot take.
         DowngradeError: its version is too low, or too far ahead.
         SignatureError: the device pins keys, and the release is not signed by enough of them, is
             for another task or kind, or has expired.
@@ -102,7 +104,7 @@ def apply(
     """
     with changing(DeviceFolder.open(folder)) as change:
         tell = _teller(progress)
-        candidate = _admitted(change, Path(file), allow_downgrade, allow_jump)
+        candidate = _admitted(change, Path(file), max_work, allow_downgrade, allow_jump)
         served, delta = candidate.served, candidate.delta
         change.note("proved", **served.to_json(), signed_by=list(candidate.signed.keys))
         tell("proved")
@@ -154,14 +156,18 @@ class _Candidate:
 
 
 def _admitted(
-    change: FolderChange, file: Path, allow_downgrade: bool, allow_jump: bool
+    change: FolderChange,
+    file: Path,
+    max_work: float | None,
+    allow_downgrade: bool,
+    allow_jump: bool,
 ) -> _Candidate:
     folder = change.folder
     # Taken before the file is read, so that one that changes meanwhile is noticed.
     digest = _digest(file)
     # The signature before the parser: nothing of a file that nobody vouches for is read.
     statement = admit.verified(folder, file, change.before)
-    given = load(file)
+    given = load(file, max_work=max_work)
     version = admit.version_of(given)
     signed = admit.require_covered(statement, given, digest, version)
     delta = admit.bind(folder, given)
@@ -173,6 +179,7 @@ def _admitted(
         allow_jump=allow_jump,
     )
     admit.require_strict(delta, folder.bundle)
+    admit.require_modest_probe(delta, golden.read(folder.base / golden.FILE))
     # The sequence in the name: no other apply has used this folder, or will.
     name = f"{change.sequence:06}-{digest.removeprefix('sha256:')[:12]}"
     served = Served(folder=name, delta=digest, version=version)
