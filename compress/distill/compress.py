@@ -23,11 +23,13 @@ from kilodelta.compress.distill.learn.loop import distill
 from kilodelta.compress.distill.learn.measure import measure
 from kilodelta.compress.distill.learn.outputs import Wanted
 from kilodelta.compress.distill.learn.schedule import Schedule
+from kilodelta.compress.distill.learn.watch import rate_for
 from kilodelta.compress.distill.merged import fill_merged
 from kilodelta.compress.distill.options import Options as Options
 from kilodelta.compress.distill.options import check
 from kilodelta.compress.distill.options import options_from as options_from
 from kilodelta.compress.distill.place import check_place
+from kilodelta.compress.distill.placement import on_threads
 from kilodelta.compress.distill.report import Report
 from kilodelta.compress.distill.results import check_quality, finish
 from kilodelta.compress.distill.student import attach_student, build_delta
@@ -100,8 +102,15 @@ def compress(
     _check_outputs(Path(out), models, force=force, resume=resume, learns=inputs is not None)
     source, labels = open_inputs(inputs, options)
     learns = source is not None
-    job = prepare(models["the base"], models["the tuned model"], Path(out), options, learns=learns)
-    made = _fit(job, progress) if source is None else _distil(job, source, labels, resume, progress)
+    with on_threads(options.threads):
+        job = prepare(
+            models["the base"], models["the tuned model"], Path(out), options, learns=learns
+        )
+        made = (
+            _fit(job, progress)
+            if source is None
+            else _distil(job, source, labels, resume, progress)
+        )
     if report is not None:
         write_report(report, "compress", made.to_json())
     check_quality(made, options)
@@ -215,7 +224,7 @@ def schedule_of(job: Job) -> Schedule:
     options = job.options
     return Schedule(
         steps=options.steps,
-        rate=job.method.rate if options.rate is None else options.rate,
+        rate=rate_for(job.method.rate, options.steps) if options.rate is None else options.rate,
         batch=options.batch,
         bits=job.bits,
         seed=options.seed,
@@ -252,8 +261,16 @@ def _teacher_facts(job: Job) -> dict[str, str]:
     return {
         "base model": digest(job.pair.base, cached=True).root,
         "tuned model": digest(job.pair.tuned, cached=True).root,
+        "computed in": _computed_in(job),
         "module": job.options.model or json.dumps(read_config(job.pair.tuned), sort_keys=True),
     }
+
+
+def _computed_in(job: Job) -> str:
+    """The type of the weights that the models compute with."""
+    assert job.pair.student is not None  # the caller has inputs
+    floats = (p.dtype for p in job.pair.student.module.parameters() if p.is_floating_point())
+    return str(next(floats, "")).removeprefix("torch.")
 
 
 def _facts(
@@ -269,6 +286,7 @@ def _facts(
         "held-out inputs (--held-out, --seed)": _short_digest(held_out),
         "--labels": _short_digest("\n".join(labels or ())),
         "--model": job.options.model or "",
+        "--dtype": _computed_in(job),
         "method": json.dumps(job.method.to_manifest(), sort_keys=True),
         "targets": json.dumps(asdict(job.patterns), sort_keys=True),
         "--extras": json.dumps([change.name for change in job.split.extras]),

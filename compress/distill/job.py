@@ -126,7 +126,14 @@ def prepare(base: Path, tuned: Path, out: Path, options: Options, *, learns: boo
         CheckpointError: files are missing or damaged.
         InputError: the options leave nothing to do, or the models cannot be opened.
     """
-    pair = open_pair(base, tuned, model=options.model, learns=learns)
+    pair = open_pair(
+        base,
+        tuned,
+        model=options.model,
+        learns=learns,
+        device=options.device if learns else "cpu",
+        dtype=options.dtype if learns else "fp32",
+    )
     changes = compare(pair.base, pair.tuned, pair.repeats)
     structure = pair.structure if learns else _without_places(pair.structure)
     parts = split(

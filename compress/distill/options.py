@@ -16,6 +16,7 @@ from kilodelta.errors import InputError
 from kilodelta.format.methods import METHODS, Method
 from kilodelta.format.packing import BITS
 
+DTYPES = ("auto", "fp32", "bf16", "fp16")
 NONE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -47,6 +48,10 @@ class Options:
         min_agreement: raise `QualityError` where the result agrees less.
         seed: of the bases, the batches and the choice of held-out inputs.
         name: what the base is called; its folder's name by default.
+        device: `auto` (the first CUDA GPU, else the CPU), `cpu`, `cuda`, `cuda:N` or `mps`.
+        dtype: of the frozen base: `fp32`, `bf16`, `fp16`, or `auto`, the type that the base is
+            stored in where the device multiplies it in hardware, else float32.
+        threads: cores to compute on; torch's choice by default.
         model: `package.module:function` that builds the module, where the folders are bare
             checkpoints.
     """
@@ -71,6 +76,9 @@ class Options:
     min_agreement: float | None = None
     seed: int = 0
     name: str = ""
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = None
     model: str | None = None
 
 
@@ -96,6 +104,8 @@ def check(options: Options, *, learns: bool) -> None:
         raise InputError(
             f"{options.method!r} is no method", fix=f"choose one of {', '.join(METHODS)}"
         )
+    if options.dtype not in DTYPES:
+        raise InputError(f"{options.dtype!r} is no type", fix=f"give one of {', '.join(DTYPES)}")
     _check_bits(options)
     if not learns:
         _check_alone(options)
@@ -110,6 +120,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("limit", 1, 1 << 40),
     ("min_agreement", -1, 1),
     ("seed", 0, (1 << 63) - 1),
+    ("threads", 1, 1 << 16),
 )
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from kilodelta.compress.distill.changes.compare import equal_tensors
 from kilodelta.compress.distill.changes.structure import Structure, by_names, from_module
+from kilodelta.compress.distill.placement import Placement, choose_placement
 from kilodelta.errors import CheckpointError, InputError, KiloDeltaError
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import TARGETS
@@ -54,7 +55,15 @@ class Pair:
     note: str = ""
 
 
-def open_pair(base: Path, tuned: Path, *, model: str | None, learns: bool) -> Pair:
+def open_pair(
+    base: Path,
+    tuned: Path,
+    *,
+    model: str | None,
+    learns: bool,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Pair:
     """Open both models, once.
 
     Args:
@@ -63,6 +72,8 @@ def open_pair(base: Path, tuned: Path, *, model: str | None, learns: bool) -> Pa
         model: `package.module:function` that builds the module, where the files do not say.
         learns: whether the models have to compute. Where they need not, an architecture that
             cannot be opened is no obstacle: the tensors' names say what they are.
+        device: where they compute, as `choose_placement` takes it.
+        dtype: of their weights in memory, likewise.
 
     Raises:
         CheckpointError: files are missing or damaged.
@@ -70,15 +81,22 @@ def open_pair(base: Path, tuned: Path, *, model: str | None, learns: bool) -> Pa
     """
     before, after = Checkpoint.open(base), Checkpoint.open(tuned)
     source = model or str(_architecture(base, tuned))
+    placement = choose_placement(device, dtype, before)
     try:
-        student = open_model(source, weights=before)
+        student = _open(source, before, placement)
         alike = _are_laid_out_alike(before, after)
-        teacher = student if alike else open_model(source, weights=after)
+        teacher = student if alike else _open(source, after, placement)
     except KiloDeltaError as problem:
         if learns or model is not None or _is_quantised(before) or _is_quantised(after):
             raise
         return _by_names(before, after, problem.what)
     return _by_modules(before, after, student, teacher)
+
+
+def _open(source: str, weights: Checkpoint, placement: Placement) -> LoadedModel:
+    loaded = open_model(source, weights=weights, dtype=placement.dtype)
+    loaded.module.to(placement.device)
+    return loaded
 
 
 def _are_laid_out_alike(base: Checkpoint, tuned: Checkpoint) -> bool:

@@ -10,6 +10,7 @@ from kilodelta.compress.distill.job import Job
 from kilodelta.compress.distill.learn.data import Data
 from kilodelta.compress.distill.learn.objective import Measures
 from kilodelta.compress.distill.learn.schedule import Distilled
+from kilodelta.compress.distill.learn.watch import SLOWER
 from kilodelta.compress.distill.options import Options
 from kilodelta.compress.distill.report import Matched, Report
 from kilodelta.errors import QualityError
@@ -134,6 +135,16 @@ def _warnings(
             )
     if done is not None and done.interrupted:
         found.append(f"interrupted after {done.steps} steps: --resume goes on")
+    if done is not None and done.again:
+        found.append(
+            f"the loss grew, and the training began again {done.again} times, at last with"
+            f" {SLOWER**-done.again:.2g} of the learning rate"
+        )
+    if done is not None and done.piece:
+        found.append(
+            f"memory ran out: steps were computed {done.piece} inputs at a time, with the same"
+            " gradient and more time; a smaller --batch is faster"
+        )
     if data is not None:
         found += [f"output {name} {why}: not matched" for name, why in data.survey.ignored.items()]
         if data.repeated:

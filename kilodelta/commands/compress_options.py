@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from kilodelta.commands.shared import threads
 from kilodelta.format.methods import TABLE
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -59,6 +60,14 @@ OPTIONS = (
         type=click.Path(file_okay=False),
         help="Keep the tuned model's outputs here, for other budgets and methods.",
     ),
+    click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps."),
+    click.option(
+        "--dtype",
+        default="auto",
+        type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+        help="Type of the frozen base; auto is its own where the device is fast in it.",
+    ),
+    threads,
     click.option(
         "--seed",
         default=0,

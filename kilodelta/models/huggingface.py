@@ -56,7 +56,11 @@ def fetch(name: str) -> Path:
 
 
 def open_folder(
-    folder: Path, weights: Checkpoint | str | Path | None, *, source: str | None = None
+    folder: Path,
+    weights: Checkpoint | str | Path | None,
+    *,
+    source: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> LoadedModel:
     """Open a folder with `config.json`; see `kilodelta.models.open_model`."""
     transformers = require("transformers", extra="hf", why="open Hugging Face models")
@@ -64,7 +68,7 @@ def open_folder(
     config = _config(transformers, folder)
     kind = _class(transformers, config, headless=pooling is not None)
     checkpoint = Checkpoint.open(folder if weights is None else weights)
-    module, names = _load(kind, config, checkpoint)
+    module, names = _load(kind, config, checkpoint, dtype)
     fill(module, checkpoint, names)
     missing = unfilled(module, names)
     if weights is None and missing:
@@ -126,16 +130,18 @@ def _class(transformers: Any, config: Any, *, headless: bool) -> Any:
     return found
 
 
-def _load(kind: Any, config: Any, checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, str]]:
+def _load(
+    kind: Any, config: Any, checkpoint: Checkpoint, dtype: torch.dtype
+) -> tuple[nn.Module, dict[str, str]]:
     """The module, its weights still the twin's, and checkpoint name to state name."""
-    twin = unique(_specs(checkpoint))
+    twin = unique(_specs(checkpoint, dtype))
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module, report = kind.from_pretrained(
             None,
             config=config,
             state_dict=dict(twin),
-            torch_dtype=torch.float32,
+            torch_dtype=dtype,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
@@ -145,14 +151,16 @@ def _load(kind: Any, config: Any, checkpoint: Checkpoint) -> tuple[nn.Module, di
     return module, names
 
 
-def _specs(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of the twin: floats as float32, in which the module computes."""
+def _specs(
+    checkpoint: Checkpoint, floats: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of the twin: floats in the type of the module."""
     specs = {}
     for name in checkpoint.names:
         info = checkpoint.info(name)
         dtype = TORCH.get(info.dtype)
         if dtype is not None:
-            specs[name] = (info.shape, torch.float32 if dtype.is_floating_point else dtype)
+            specs[name] = (info.shape, floats if dtype.is_floating_point else dtype)
     return specs
 
 

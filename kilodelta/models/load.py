@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
 from torch import nn
 
 from kilodelta.errors import CheckpointError, InputError
@@ -18,15 +19,19 @@ from kilodelta.models.weights import fill
 
 
 def open_model(
-    source: str | Path, *, weights: Checkpoint | str | Path | None = None
+    source: str | Path,
+    *,
+    weights: Checkpoint | str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> LoadedModel:
-    """Open a model in eval mode (dropout off) with float32 weights.
+    """Open a model in eval mode (dropout off).
 
     Args:
         source: a Hugging Face folder, a hub id (`org/name`), or `package.module:function`, which
             returns an `nn.Module` when called without arguments.
         weights: a checkpoint to take the weights from instead, such as a merge result. It may
             lack tensors that the architecture has (a new head): `LoadedModel.missing` names them.
+        dtype: of the float weights in memory, whatever the files hold.
 
     Raises:
         InputError: `source` is nothing of the kind, or an architecture that is not supported.
@@ -38,11 +43,11 @@ def open_model(
     """
     text = str(source)
     if Path(source).exists():
-        return huggingface.open_folder(Path(source), weights)
+        return huggingface.open_folder(Path(source), weights, dtype=dtype)
     if is_entry(text):
-        return _open_function(text, weights)
+        return _open_function(text, weights, dtype)
     if huggingface.is_hub_id(text):
-        return huggingface.open_folder(huggingface.fetch(text), weights, source=text)
+        return huggingface.open_folder(huggingface.fetch(text), weights, source=text, dtype=dtype)
     raise InputError(
         f"{text} is not a model: no such folder, no hub id, no package.module:function",
         fix="check the path, or give a folder with config.json",
@@ -60,13 +65,15 @@ def locate(source: str | Path) -> Path:
     return huggingface.fetch(str(source))
 
 
-def _open_function(spec: str, weights: Checkpoint | str | Path | None) -> LoadedModel:
+def _open_function(
+    spec: str, weights: Checkpoint | str | Path | None, dtype: torch.dtype
+) -> LoadedModel:
     module = call_entry(spec)
     if not isinstance(module, nn.Module):
         raise InputError(
             f"{spec} returned a {type(module).__name__}", fix="return a torch.nn.Module"
         )
-    module = module.eval().float()
+    module = module.eval().to(dtype)
     if weights is None:
         return _loaded(spec, module, {name: name for name in _untied(module)})
     checkpoint = Checkpoint.open(weights)

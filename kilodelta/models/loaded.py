@@ -26,7 +26,7 @@ _KNOWN: Mapping[Kind, tuple[str, ...] | None] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A module in eval mode with float32 weights.
+    """A module in eval mode; its weights are float32 unless another type was asked for.
 
     Two sets of names meet here. A *checkpoint* name is that of a tensor in the safetensors files,
     which deltas use; a *state* name is a key of `module.state_dict()`.
@@ -101,10 +101,21 @@ def outputs(loaded: LoadedModel, batch: Mapping[str, Tensor]) -> dict[str, Tenso
 
     Args:
         loaded: names that it has chosen (`LoadedModel.choosing`) limit what comes back.
-        batch: tensors by input name.
+        batch: tensors by input name; they are brought to the device of the weights, and floats to
+            their type.
 
     Raises:
         InputError: the module returns no tensor, or lacks an output that was chosen.
     """
-    named: dict[str, Tensor] = loaded.view()(**batch)
+    named: dict[str, Tensor] = loaded.view()(**_placed(loaded.module, batch))
     return named
+
+
+def _placed(module: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if weight is None:
+        return batch
+    return {
+        name: values.to(weight.device, weight.dtype if values.is_floating_point() else None)
+        for name, values in batch.items()
+    }

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kilodelta.compress.distill.learn import loop, state
+from kilodelta.compress.distill.learn import loop, state, watch
 from kilodelta.compress.distill.learn.comparisons import comparison_for
 from kilodelta.compress.distill.learn.data import Data
 from kilodelta.compress.distill.learn.loop import distill
@@ -187,7 +187,7 @@ def test_a_damaged_state_is_a_sentence(tmp_path: Path) -> None:
     whole = stopped(tmp_path).read_bytes()
     student, data = task()
     place = tmp_path / "damaged"
-    torch.save({"version": 2, "facts": FACTS}, place)
+    torch.save({"version": 3, "facts": FACTS}, place)
     less = place.read_bytes()
     torch.save([1, 2], place)
     another = place.read_bytes()
@@ -241,6 +241,61 @@ def test_a_loss_that_is_not_finite_says_what_to_do() -> None:
         next(student.module.parameters()).fill_(torch.nan)
     with pytest.raises(InputError, match="the loss is nan after 0 steps"):
         distill(student, data, SCHEDULE, silent)
+
+
+WILD = Schedule(steps=40, rate=20.0, batch=4, bits=8, seed=5)
+"""A rate at which the loss grows. It is made of cosines, so it cannot grow without bounds."""
+LOW = 1.1
+"""Times the first loss that count as astray here."""
+
+
+def test_a_training_that_goes_astray_begins_again_at_a_lower_rate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watch, "ASTRAY", LOW)
+    student, data = task()
+    done = distill(student, data, WILD, silent)
+    assert done.again >= 1
+    assert done.steps == 40
+    monkeypatch.setattr(watch, "ATTEMPTS", 0)
+    student, data = task()
+    with pytest.raises(InputError, match=r"the loss is \S+ after \d+ steps"):
+        distill(student, data, WILD, silent)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize("step", [3, 9, 33])
+def test_a_resumed_run_remembers_that_it_began_again(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "ASTRAY", LOW)
+    whole, data = task()
+    wanted = distill(whole, data, WILD, silent)
+    kept = tmp_path / "a.kd.resume"
+    first, data = task()
+    distill(first, data, WILD, interrupt_at(step), kept=kept, facts=FACTS)
+    again, data = task()
+    found = distill(again, data, WILD, silent, kept=kept, facts=FACTS, resume=True)
+    assert found.again == wanted.again >= 1
+    assert equal(coefficients(again), coefficients(whole))
+
+
+def test_a_watch_needs_some_losses_and_forgets_them() -> None:
+    one = watch.Watch()
+    assert [one.is_astray(loss) for loss in (1.0, 9.0, 9.0, 9.0, 9.0)] == [False] * 5
+    assert one.is_astray(9.0)
+    assert one.begin_again()
+    assert (one.share, one.seen) == (0.25, 0)
+    assert one.is_astray(float("nan"))
+    falling = watch.Watch()
+    assert not any(falling.is_astray(1.0 / n) for n in range(1, 50))
+    assert watch.Watch.of(one.state()) == one or one.state()["again"] == 1
+
+
+def test_few_steps_run_at_a_lower_rate() -> None:
+    assert watch.rate_for(0.5, watch.FULL_RATE_FROM) == 0.5
+    assert watch.rate_for(0.5, 800) == 0.5
+    assert watch.rate_for(0.5, watch.FULL_RATE_FROM // 10) == pytest.approx(0.05)
 
 
 def test_where_a_state_lies() -> None:

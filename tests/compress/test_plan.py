@@ -82,7 +82,7 @@ def _parameters(folder: Path) -> Any:
 def test_what_does_not_fit_is_said_before_the_first_step(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimating, "available", lambda: 0)
+    monkeypatch.setattr(estimating, "available", lambda device: 0)
     monkeypatch.setattr(estimating, "resident", lambda: 1000)
     answer = typed()
     assert answer.exit_code == 0

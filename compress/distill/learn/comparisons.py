@@ -148,9 +148,10 @@ class _Averaged(Comparison):
         """Compute the divergence of each position, (rows, ...)."""
 
     def sums(self, student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-        same = self.agreement(student, teacher).double()
-        apart = self.divergence(student, teacher).double()
-        mass = weights.double()
+        # On the CPU, because Metal GPUs have no float64.
+        same = self.agreement(student, teacher).cpu().double()
+        apart = self.divergence(student, teacher).cpu().double()
+        mass = weights.cpu().double()
         return torch.stack([(same * mass).sum(), (apart * mass).sum(), mass.sum()])
 
     def measures(self, sums: Tensor) -> Measures:
@@ -203,7 +204,7 @@ class Labels(_Averaged):
         return weighted_mean(self.divergence(student, teacher), weights)
 
     def agreement(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return ((student > 0) == (teacher > 0)).double().mean(-1)
+        return ((student > 0) == (teacher > 0)).float().mean(-1)
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         s, t = student.clamp(min=IMPOSSIBLE), teacher.clamp(min=IMPOSSIBLE)
@@ -237,7 +238,7 @@ class Values(States):
     counts = "r2"
 
     def sums(self, student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-        s, t, mass = student.double()[..., 0], teacher.double()[..., 0], weights.double()
+        s, t, mass = (v.cpu().double() for v in (student[..., 0], teacher[..., 0], weights))
         error = (s - t).square()
         return torch.stack([(v * mass).sum() for v in (error, t, t.square(), torch.ones_like(t))])
 
@@ -261,6 +262,7 @@ class Relational(States):
         ours, theirs = functional.normalize(student, dim=-1), functional.normalize(teacher, dim=-1)
         count = len(self.bank)
         chosen = self.bank[torch.randint(count, (min(BANK, count),), generator=generator)]
+        chosen = chosen.to(student.device)
         near = kl(SHARPNESS * ours @ chosen.T, SHARPNESS * theirs @ chosen.T)
         return weighted_mean(near + 1 - (ours * theirs).sum(-1), weights)
 
@@ -274,7 +276,7 @@ class Head(Classes):
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """Score each label, (rows, labels)."""
-        return functional.normalize(embeddings, dim=-1) @ self.labels.T
+        return functional.normalize(embeddings, dim=-1) @ self.labels.to(embeddings.device).T
 
     def loss(
         self, student: Tensor, teacher: Tensor, weights: Tensor, generator: torch.Generator

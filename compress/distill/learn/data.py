@@ -11,11 +11,11 @@ from torch import Tensor
 
 from kilodelta.compress.distill.learn.comparisons import comparison_for
 from kilodelta.compress.distill.learn.objective import Objective
-from kilodelta.compress.distill.learn.outputs import Output, Survey, Wanted, survey
+from kilodelta.compress.distill.learn.outputs import Output, Survey, Wanted, run, survey
 from kilodelta.compress.distill.learn.rows import Rows, to_rows
 from kilodelta.compress.distill.teacher.ask import Shelf, Teacher, ask
 from kilodelta.errors import InputError
-from kilodelta.models import LoadedModel, outputs, read_inputs, tokenize
+from kilodelta.models import LoadedModel, read_inputs, tokenize
 from kilodelta.models.heads import EMBEDDING
 from kilodelta.models.sources import Source
 from kilodelta.progress import Progress
@@ -212,4 +212,4 @@ def _labels(student: LoadedModel, seen: Survey, plan: Plan) -> Tensor | None:
             fix="leave --labels away: logits are compared as they are",
         )
     with torch.no_grad():
-        return outputs(student, tokenize(student, plan.labels))[EMBEDDING]
+        return run(student, tokenize(student, plan.labels))[EMBEDDING].float()

@@ -24,8 +24,10 @@ from kilodelta.compress.distill.learn.data import Data
 from kilodelta.compress.distill.learn.measure import measure
 from kilodelta.compress.distill.learn.objective import Measures
 from kilodelta.compress.distill.learn.outputs import run
+from kilodelta.compress.distill.learn.pieces import backward, is_out_of_memory
 from kilodelta.compress.distill.learn.rows import token_mask
 from kilodelta.compress.distill.learn.schedule import Distilled, Look, Schedule
+from kilodelta.compress.distill.learn.watch import Watch
 from kilodelta.compress.training import train
 from kilodelta.errors import InputError
 from kilodelta.models import LoadedModel
@@ -135,10 +137,20 @@ class Run:
         self, loaded: LoadedModel, data: Data, schedule: Schedule, progress: Progress
     ) -> None:
         self.loaded, self.data, self.schedule, self.progress = loaded, data, schedule, progress
-        self.parameters = [p for p in loaded.module.parameters() if p.requires_grad]
+        self.trained = [p for p in loaded.module.parameters() if p.requires_grad]
+        # Extras have the base's type. In bfloat16 a step of the usual rate would round to nothing,
+        # so the optimiser works on float32 copies. Coefficients are float32 and their own copies.
+        self.masters = [
+            p if p.dtype == torch.float32 else nn.Parameter(p.detach().float().clone())
+            for p in self.trained
+        ]
         self.optimiser = torch.optim.AdamW(
-            self.parameters, lr=schedule.rate, betas=(0.9, 0.98), weight_decay=0.0
+            self.masters, lr=schedule.rate, betas=(0.9, 0.98), weight_decay=0.0
         )
+        self.watch = Watch()
+        self._start = {name: v.clone() for name, v in self._coefficients().items()}
+        self.piece = schedule.batch
+        """Rows computed at a time; fewer than a batch has where memory ran out."""
         self.step = 0
         self.spent = 0.0
         self.best = _Best()
@@ -175,23 +187,82 @@ class Run:
         if self.step == self.schedule.rounds_from:
             train.quantise(self.loaded.module, self.schedule.bits)
         for group in self.optimiser.param_groups:
-            group["lr"] = self.schedule.rate * self.schedule.factor(self.step)
-        batch = self.data.rows.batch(chosen)
-        found = run(self.loaded, batch, one_row=self.data.survey.one_row)
-        # One generator per step: what a resumed run draws does not depend on where it began.
-        draws = torch.Generator().manual_seed((self.schedule.seed * 1_000_003 + self.step) % 2**63)
-        wanted = self.data.teacher(chosen)
-        loss = self.data.objective.loss(found, wanted, token_mask(batch), draws)
-        if not torch.isfinite(loss):
+            group["lr"] = self.schedule.rate * self.watch.share * self.schedule.factor(self.step)
+        loss = self._gradient(chosen)
+        if self.watch.is_astray(loss.item()):
+            self._begin_again(loss.item())
+            return loss.item()
+        for parameter, master in zip(self.trained, self.masters, strict=True):
+            if master is not parameter and parameter.grad is not None:
+                master.grad = parameter.grad.float()
+        nn.utils.clip_grad_norm_(self.masters, CLIP)
+        self.optimiser.step()
+        with torch.no_grad():
+            for parameter, master in zip(self.trained, self.masters, strict=True):
+                if master is not parameter:
+                    parameter.copy_(master)
+        return loss.item()
+
+    def _begin_again(self, loss: float) -> None:
+        """Go back to where the training began, at a lower rate; the steps go on being counted.
+
+        Raises:
+            InputError: it went astray at every rate.
+        """
+        # Without an update the loss is the base's: no lower rate makes that one finite.
+        hopeless = self.watch.seen == 0 and not math.isfinite(loss)
+        if hopeless or not self.watch.begin_again():
             raise InputError(
-                f"the loss is {loss.item()} after {self.step} steps",
+                f"the loss is {loss} after {self.step} steps",
                 fix="give a lower --lr, and check that the tuned model's outputs are finite",
             )
-        self.optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.parameters, CLIP)
-        self.optimiser.step()
-        return loss.item()
+        rounding = self._coefficients()
+        kept = {n: v for n, v in rounding.items() if n.endswith("rounding")}
+        self.loaded.module.load_state_dict({**self._start, **kept})
+        with torch.no_grad():
+            for parameter, master in zip(self.trained, self.masters, strict=True):
+                if master is not parameter:
+                    master.copy_(parameter)
+        self.optimiser.state.clear()
+
+    def _gradient(self, chosen: Sequence[int]) -> Tensor:
+        """Compute the gradient of some rows; return their loss.
+
+        Where memory runs out, the rows are computed in pieces of half as many, now and from then
+        on, until a single row does not fit.
+        """
+        batch, wanted = self.data.rows.batch(chosen), self.data.teacher(chosen)
+        mask = token_mask(batch)
+
+        def compute(rows: slice) -> dict[str, Tensor]:
+            part = {name: values[rows] for name, values in batch.items()}
+            return run(self.loaded, part, one_row=self.data.survey.one_row)
+
+        def loss_of(outputs: Mapping[str, Tensor]) -> Tensor:
+            # One generator per step: what a resumed run draws does not depend on where it began.
+            seed = (self.schedule.seed * 1_000_003 + self.step) % 2**63
+            draws = torch.Generator().manual_seed(seed)
+            return self.data.objective.loss(outputs, wanted, mask, draws)
+
+        while True:
+            self.loaded.module.zero_grad()
+            try:
+                return backward(compute, loss_of, len(chosen), self.piece)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halve(min(self.piece, len(chosen)))
+
+    def _halve(self, piece: int) -> None:
+        """Compute half as many rows at a time from now on."""
+        if piece == 1:
+            raise InputError(
+                "memory ran out on a single input",
+                fix="give a smaller --max-length, --dtype bf16, or a device with more memory",
+            )
+        self.piece = piece // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _look(self) -> None:
         """Measure on the held-out rows now and then, from the first rounded step on."""
@@ -230,6 +301,8 @@ class Run:
             steps=self.step,
             seconds=self.spent,
             interrupted=self.step < self.schedule.steps,
+            piece=self.piece if self.piece < self.schedule.batch else 0,
+            again=self.watch.again,
         )
 
     def state(self) -> dict[str, Any]:
@@ -240,6 +313,8 @@ class Run:
             "spent": self.spent,
             "state": self._coefficients(),
             "optimiser": self.optimiser.state_dict(),
+            "watch": self.watch.state(),
+            "masters": [m.detach() for m in self.masters],
             "best": self.best.state,
             "measures": {"divergence": self.best.divergence, "each": pairs},
             "curve": [asdict(look) for look in self.curve],
@@ -249,6 +324,10 @@ class Run:
         """Take up a run where `state` left it."""
         self.loaded.module.load_state_dict(found["state"])
         self.optimiser.load_state_dict(found["optimiser"])
+        with torch.no_grad():
+            for master, values in zip(self.masters, found["masters"], strict=True):
+                master.copy_(values)
+        self.watch = Watch.of(found["watch"])
         self.step, self.spent = found["step"], found["spent"]
         each = tuple(Measures(agreement=a, divergence=d) for a, d in found["measures"]["each"])
         self.best = _Best(found["measures"]["divergence"], each, found["best"])

@@ -93,7 +93,7 @@ class Objective:
                 fix="give models of one architecture, whose outputs have the same shapes",
             )
         values, weights = output.aligned(ours, mask)
-        wanted, _ = output.aligned(theirs, mask)
+        wanted, _ = output.aligned(theirs.to(ours.device), mask)
         return values, wanted, weights
 
 

@@ -85,7 +85,9 @@ class Output:
             tokens are themselves the classes, padding is no position but an impossible choice:
             minus infinity.
         """
-        weights = torch.ones([1 if a == self.axis else n for a, n in enumerate(values.shape)])
+        mask = None if mask is None else mask.to(values.device)
+        sizes = [1 if a == self.axis else n for a, n in enumerate(values.shape)]
+        weights = torch.ones(sizes, device=values.device)
         for place in self.token_axes if mask is not None else ():
             assert mask is not None
             counts = mask.view(_shape(mask, place, values.dim()))

@@ -68,6 +68,8 @@ class Distilled:
         steps: how many steps were taken.
         seconds: time spent in them, over all runs that were resumed.
         interrupted: whether the run was stopped before its last step.
+        piece: rows that were computed at a time because memory ran out; 0 for a whole batch.
+        again: how often the training went astray and began again at a lower rate.
     """
 
     measures: tuple[Measures, ...]
@@ -75,3 +77,5 @@ class Distilled:
     steps: int
     seconds: float
     interrupted: bool
+    piece: int = 0
+    again: int = 0

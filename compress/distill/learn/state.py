@@ -17,8 +17,11 @@ import torch
 from kilodelta.errors import InputError
 from kilodelta.files import staging
 
-VERSION = 2
-_FIELDS = {"version", "facts", "step", "spent", "state", "optimiser", "best", "measures", "curve"}
+VERSION = 3
+_FIELDS = {
+    "version", "facts", "step", "spent", "state", "optimiser", "masters", "best", "measures",
+    "curve", "watch",
+}  # fmt: skip
 
 Facts = Mapping[str, str]
 """What makes two runs the same: what is compared, in words, and its value or digest."""
@@ -58,7 +61,7 @@ def load(path: Path, facts: Facts) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path} does not exist", fix="start without --resume")
     with explained(path):
-        found: dict[str, Any] = torch.load(path, weights_only=True)
+        found: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     whole = isinstance(found, dict) and found.keys() >= _FIELDS
     if not whole or found["version"] != VERSION:
         raise InputError(

@@ -142,7 +142,8 @@ def estimate_job(
     total = teacher_seconds + schedule.steps * step + looks * look * held_out / len(usual)
     coefficients = job.coefficients
     teacher_memory = need.whole if need.is_small else 0
-    free = available()
+    device = next(student.module.parameters()).device
+    free = available(device)
     peak = held + kept.nbytes + 2 * kept.largest + 4 * OPTIMISER * coefficients + teacher_memory
     return Estimate(
         peak_bytes=peak,

@@ -16,6 +16,7 @@ from kilodelta.compress.distill.compress import (
 )
 from kilodelta.compress.distill.job import prepare
 from kilodelta.compress.distill.options import Options, check
+from kilodelta.compress.distill.placement import on_threads
 from kilodelta.compress.distill.planning.curve import Curve, check_folder, draw_curve, parse_budgets
 from kilodelta.compress.distill.planning.estimate import Estimate, estimate_job
 from kilodelta.errors import InputError, require
@@ -99,8 +100,9 @@ def plan(
     assert source is not None  # inputs are given
     models = find_models(base, tuned)
     place = Path(out) / "plan.kd"
-    job = prepare(models["the base"], models["the tuned model"], place, options, learns=True)
-    estimate = estimate_job(job, source, plan_of(job, labels), schedule_of(job), progress)
+    with on_threads(options.threads):
+        job = prepare(models["the base"], models["the tuned model"], place, options, learns=True)
+        estimate = estimate_job(job, source, plan_of(job, labels), schedule_of(job), progress)
     each = estimate.total_seconds - estimate.teacher_seconds
     planned = Planned(
         estimate=estimate,

@@ -198,7 +198,7 @@ def _compute(
                 fix="check the tuned model, or leave that output out with --outputs",
             )
         whole = found[output.name].float()
-        values[output.name] = shorten(whole, output.kept) if output.kept else whole
+        values[output.name] = (shorten(whole, output.kept) if output.kept else whole).cpu()
     return values
 
 
