@@ -55,10 +55,13 @@ def architecture(
     if config is None and not changes:
         yield folder
         return
+    own = read_json(folder / NAME) or {}
+    given = apply_config(own, changes) if config is None else read_given(Path(config))
+    left_out = {NAME}
+    if given.get("architectures") != own.get("architectures"):
+        left_out.add("modules.json")  # pools the base's token states; another head takes logits
     with staging.scratch() as stage:
-        copy_sidecars(folder, stage, frozenset({NAME}))
-        found = apply_config(read_json(folder / NAME) or {}, changes)
-        given = found if config is None else read_given(Path(config))
+        copy_sidecars(folder, stage, frozenset(left_out))
         (stage / NAME).write_text(json.dumps(given), encoding="utf-8")
         yield stage
 

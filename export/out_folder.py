@@ -24,11 +24,19 @@ def out_folder(path: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         OutputError: `path` holds something that may not be replaced, or cannot be written.
     """
-    occupied = _is_occupied(path)
-    if occupied:
-        _require_replaceable(path, force=force)
-    with staging.new_folder(path, replace=occupied) as stage:
+    require_out(path, force=force)
+    with staging.new_folder(path, replace=_is_occupied(path)) as stage:
         yield stage
+
+
+def require_out(path: Path, *, force: bool) -> None:
+    """Check that an export may write a folder: it is free, or with `force` an earlier export.
+
+    Raises:
+        OutputError: `path` holds something that may not be replaced.
+    """
+    if _is_occupied(path):
+        _require_replaceable(path, force=force)
 
 
 def _is_occupied(path: Path) -> bool:

@@ -6,6 +6,7 @@ The merged model lies in a temporary folder only, and the output takes its name 
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from kilodelta.export.merged_model import open_merged
 from kilodelta.export.options import SHORT as SHORT
 from kilodelta.export.options import Options as Options
 from kilodelta.export.options import short
-from kilodelta.export.out_folder import out_folder
+from kilodelta.export.out_folder import out_folder, require_out
 from kilodelta.export.precision import Maker
 from kilodelta.export.tensorrt.flavour import AUTO, choose
 from kilodelta.files import staging
@@ -32,8 +33,11 @@ from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.models import locate, read_inputs
 from kilodelta.progress import Progress, silent
+from kilodelta.rehearsal import begin_work
 from kilodelta.report import write_report
 from kilodelta.report.pages import require_page
+
+log = logging.getLogger(__name__)
 
 _LIBRARIES = ("torch", "transformers", "onnxscript", "onnx-ir", "numpy", "safetensors")
 
@@ -90,6 +94,10 @@ def export(
     trt = _trt(chosen)
     checkpoint = Checkpoint.open(locate(os.fspath(base)))
     found = load(delta, base=checkpoint, max_work=chosen.max_work)
+    require_out(place, force=chosen.force)
+    files = ", ".join((*(short(d) for d in dict.fromkeys(chosen.dtypes)), *chosen.capabilities))
+    begin_work(place, targets=f"{len(found.targets)} tensors, by {found.method.name}", files=files)
+    log.info("export %s over %s: %s", delta, base, files)
     with (
         out_folder(place, force=chosen.force) as stage,
         staging.scratch(beside=place) as work,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from kilodelta.export.tensorrt import build
 from kilodelta.export.tensorrt.profile import profile_for
 from kilodelta.models import Batch, LoadedModel
 from kilodelta.progress import Event, Progress
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +110,7 @@ class Maker:
         began = time.perf_counter()
         yield
         self.seconds[part] = time.perf_counter() - began
+        log.info("%s took %.1f s", part, self.seconds[part])
 
 
 def _artefact(

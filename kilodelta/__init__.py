@@ -11,7 +11,8 @@ A fine-tune's way, each step a function and the command of the same name (docs/p
 This module reads and merges `.kd` files without torch: `inspect`, `digest`, `load`, `merge`, with
 the types `Delta` and `Checkpoint`. The rest lies in packages that load when they are first used:
 `compress` makes files and `train` trains them in a loop of one's own, `export` uses them, `verify`
-proves them, `device` serves them, `trust` signs them, `demo` shows all of it.
+proves them, `device` serves them, `trust` signs them, `demo` shows all of it. Inside `dry_run` a
+function checks everything and stops before it writes. All log to the logger `kilodelta`.
 
 Example:
     >>> import kilodelta
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from kilodelta.format.delta import Delta as Delta
     from kilodelta.format.file import load as load
     from kilodelta.format.inspect import inspect as inspect
+    from kilodelta.rehearsal import dry_run as dry_run
 
 __version__ = "0.2.0"
 
@@ -47,6 +49,7 @@ _WHERE = {
     "Checkpoint": "kilodelta.files.checkpoint",
     "Delta": "kilodelta.format.delta",
     "digest": "kilodelta.files.model_digest",
+    "dry_run": "kilodelta.rehearsal",
     "inspect": "kilodelta.format.inspect",
     "load": "kilodelta.format.file",
     "merge": "kilodelta.export.merge.checkpoint",
@@ -54,7 +57,7 @@ _WHERE = {
 _PACKAGES = frozenset({"compress", "demo", "device", "export", "trust", "verify"})
 _TRAIN = "train"
 
-__all__ = ["Checkpoint", "Delta", "digest", "inspect", "load", "merge"]
+__all__ = ["Checkpoint", "Delta", "digest", "dry_run", "inspect", "load", "merge"]
 _attribute, _names = lazy(__name__, _WHERE)
 
 

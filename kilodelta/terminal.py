@@ -7,6 +7,7 @@ shown was written by whoever made a file: names, notes, the journal of a device.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -97,6 +98,36 @@ def print_note(what: str) -> None:
     print(printable(what), file=sys.stderr)
 
 
+class _Log(logging.Handler):
+    """Prints records to stderr, as it is when a record comes: bars put themselves in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(printable(self.format(record), keep="\n"), file=sys.stderr)
+
+
+def log_to_stderr(level: int) -> Callable[[], None]:
+    """Print what the library logs to stderr.
+
+    Args:
+        level: the least level that is printed, such as `logging.INFO`.
+
+    Returns:
+        A function that ends it.
+    """
+    logger = logging.getLogger("kilodelta")
+    before = logger.level
+    handler = _Log()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(level)
+
+    def stop() -> None:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+    return stop
+
+
 def _stdout() -> Any:
     from rich.console import Console
 
@@ -127,7 +158,9 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
         yield lambda event: None
     elif sys.stderr.isatty():
         with _bars() as bars:
-            yield _drawn(bars)
+            # Models and packages load before the first stage: something moves meanwhile.
+            waiting = bars.add_task("working", total=None, amount="", detail="")
+            yield _drawn(bars, waiting)
     else:
         lines = _Lines()
         yield lines
@@ -136,11 +169,12 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
 
 def _bars() -> Bars:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
     return Progress(
+        SpinnerColumn(finished_text=" "),
         TextColumn("{task.description:<8}", markup=False),
-        BarColumn(),
+        BarColumn(bar_width=24),
         TextColumn("{task.fields[amount]:>22}", markup=False),
         TextColumn("{task.fields[detail]}", markup=False),
         TimeRemainingColumn(),
@@ -148,7 +182,7 @@ def _bars() -> Bars:
     )
 
 
-def _drawn(bars: Bars) -> Callable[[Event], None]:
+def _drawn(bars: Bars, waiting: Any) -> Callable[[Event], None]:
     tasks: dict[str, Any] = {}
     shown: dict[str, float] = {}
     began: dict[str, float] = {}
@@ -160,6 +194,7 @@ def _drawn(bars: Bars) -> Callable[[Event], None]:
         shown[event.stage] = now
         spent = now - began.setdefault(event.stage, now)
         if event.stage not in tasks:
+            bars.update(waiting, visible=False)
             tasks[event.stage] = bars.add_task(printable(event.stage, 40), amount="", detail="")
         bars.update(
             tasks[event.stage],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +27,9 @@ from kilodelta.format.delta import Delta
 from kilodelta.format.inspect import inspect
 from kilodelta.merging.build import build
 from kilodelta.progress import Progress, silent
+from kilodelta.rehearsal import begin_work
+
+log = logging.getLogger(__name__)
 
 DEFAULTS = ReadOptions()
 
@@ -112,6 +116,8 @@ def convert_adapter(
     inputs = {"the adapter": Path(adapter), "the base": checkpoint.path}
     check_place(Path(out), inputs, force=force)
     parsed = read_adapter(Path(adapter), checkpoint, options)
+    begin_work(out, source=parsed.source, notes="; ".join(parsed.notes) or "none")
+    log.info("import %s as %s", adapter, parsed.source)
     delta = _build(parsed, checkpoint, progress)
     error = _error(parsed, delta)
     delta.save(out)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -46,6 +47,8 @@ from kilodelta.models.sources import Source
 from kilodelta.progress import Progress, silent
 from kilodelta.report import write_report
 from kilodelta.report.pages import require_page
+
+log = logging.getLogger(__name__)
 
 DEFAULTS = Options()
 
@@ -106,6 +109,7 @@ def compress(
         job = prepare(
             models["the base"], models["the tuned model"], Path(out), options, learns=learns
         )
+        _announce(job, learns=learns)
         made = (
             _fit(job, progress)
             if source is None

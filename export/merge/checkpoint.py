@@ -6,6 +6,7 @@ ones as the delta promises.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.merging.devices import merger
 from kilodelta.progress import Progress, silent
+from kilodelta.rehearsal import begin_work
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +109,11 @@ def merge(
         checkpoint, opened.manifest.base, cached=True, threads=threads, progress=progress
     )
     bound = opened.bind_to(checkpoint.info(name) for name in checkpoint.names)
+    what = f"{len(bound.targets)} tensors, by {bound.method.name}"
+    if not single:
+        staging.require_free(place)
+    begin_work(place, base=identity.root, targets=what, device=device)
+    log.info("merge %s into %s: %s, on %s", opened, checkpoint.path, what, device)
     with staging.new_file(place, replace=False) if single else staging.new_folder(place) as stage:
         plans = plan_files(checkpoint, bound, stage, single=single)
         MergeStream(

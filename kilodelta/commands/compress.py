@@ -9,7 +9,7 @@ import click
 
 from kilodelta import terminal
 from kilodelta.commands.compress_options import how_to_compress
-from kilodelta.commands.shared import Command, as_json, with_progress
+from kilodelta.commands.shared import Command, as_json, with_dry_run, with_progress
 from kilodelta.errors import require
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ INTERRUPTED = 130
 @click.option("--report", type=click.Path(), help="Write what was kept as an HTML page as well.")
 @as_json
 @with_progress
+@with_dry_run
 def compress(
     base: str,
     tuned: str,

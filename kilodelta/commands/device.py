@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import Command, as_json, flavour, max_work, outputs, with_progress
+from kilodelta.commands.shared import (
+    Command,
+    as_json,
+    flavour,
+    max_work,
+    outputs,
+    with_dry_run,
+    with_progress,
+)
 from kilodelta.commands.trust import key_password
 
 if TYPE_CHECKING:
@@ -122,6 +130,7 @@ HISTORY = 10
 @click.option("--mirror", type=click.Path(), help="The mirror's metadata/1.root.json, for pull.")
 @as_json
 @with_progress
+@with_dry_run
 def bundle(
     base: str, out: str, engine: str | None, as_json: bool, progress: Any, **given: Any
 ) -> Callable[[], None]:
@@ -191,6 +200,7 @@ def _show_bundle(out: str, done: Bundle) -> None:
 )
 @as_json
 @with_progress
+@with_dry_run
 def release(
     base: str,
     file: str,

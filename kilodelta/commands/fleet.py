@@ -97,6 +97,7 @@ def _shard(ctx: click.Context, option: click.Parameter, value: str | None) -> An
 )
 @click.option("--address", help="Of the Ray cluster; by default one is started here.")
 @click.option("--cpus", default=1, type=click.IntRange(1), help="Of one task on Ray.")
+@click.option("--dry-run", is_flag=True, help="Show what would be done, as fleet plan does.")
 @as_json
 @with_progress
 def run(
@@ -107,6 +108,7 @@ def run(
     engine: str,
     address: str | None,
     cpus: int,
+    dry_run: bool,
     as_json: bool,
     progress: Any,
 ) -> Callable[[], None]:
@@ -119,6 +121,9 @@ def run(
     if engine == "local" and address:
         raise click.UsageError("--address is for --on ray")
     made = _planned(file, out, progress)
+    if dry_run:
+        shown = made.to_json()
+        return lambda: terminal.print_json(shown) if as_json else _show_plan(made)
     if engine == "ray":
         from kilodelta.fleet.on_ray import run_on_ray
 

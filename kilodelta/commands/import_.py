@@ -9,7 +9,7 @@ import click
 
 from kilodelta import terminal
 from kilodelta.commands import compress
-from kilodelta.commands.shared import Command, as_json, with_progress
+from kilodelta.commands.shared import Command, as_json, with_dry_run, with_progress
 from kilodelta.errors import require
 from kilodelta.format.methods import TABLE
 
@@ -71,6 +71,7 @@ from kilodelta.format.methods import TABLE
 @click.option("--force", is_flag=True, help="Replace a .kd file that is there.")
 @as_json
 @with_progress
+@with_dry_run
 def import_adapter(
     adapter: str, base: str, out: str, as_json: bool, progress: Any, **options: Any
 ) -> Callable[[], None]:

@@ -16,6 +16,7 @@ from kilodelta.commands.shared import (
     max_work,
     outputs,
     threads,
+    with_dry_run,
     with_progress,
 )
 from kilodelta.errors import InputError, require
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 @threads
 @as_json
 @with_progress
+@with_dry_run
 def merge(
     base: str,
     file: str,
@@ -150,6 +152,7 @@ class _Export(Command):
 @click.option("--report", type=click.Path(), help="Write what was made as an HTML page as well.")
 @as_json
 @with_progress
+@with_dry_run
 def export(
     base: str,
     file: str,

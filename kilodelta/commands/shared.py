@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ class Command(click.Command):
 
     def __init__(self, *args: Any, examples: Sequence[str] = (), **settings: Any) -> None:
         super().__init__(*args, **settings)
+        self.params.append(_verbose())
         self.examples = tuple(examples)
         for option in self.params:
             if isinstance(option, click.Option) and option.default == "":
@@ -35,6 +37,26 @@ class Command(click.Command):
         if self.examples:
             with formatter.section("Examples"):
                 formatter.write("".join(f"  {line}\n" for line in self.examples))
+
+
+LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
+
+
+def _verbose() -> click.Option:
+    """The option `--verbose` of every command."""
+    return click.Option(
+        ["-v", "--verbose"],
+        count=True,
+        expose_value=False,
+        show_default=False,
+        callback=_log,
+        help="Say on stderr what is done; -vv says more.",
+    )
+
+
+def _log(ctx: click.Context, parameter: click.Parameter, value: int) -> None:
+    if value:
+        ctx.call_on_close(terminal.log_to_stderr(LEVELS[min(value, len(LEVELS) - 1)]))
 
 
 def _note_json(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
@@ -67,6 +89,34 @@ outputs = click.option(
     metavar="NAME",
     help="Names or globs of outputs to take, such as logits or 'aux.*'; repeat. All by default.",
 )
+
+
+def with_dry_run(function: F) -> F:
+    """Give a command `--dry-run`, which checks everything, says what would be done, and ends.
+
+    The library function that the command calls must come to `kilodelta.rehearsal.begin_work`.
+    """
+
+    @click.option("--dry-run", is_flag=True, help="Check everything, say what would be written.")
+    @functools.wraps(function)
+    def wrapped(*args: Any, dry_run: bool, **options: Any) -> Any:
+        if not dry_run:
+            return function(*args, **options)
+        from kilodelta.rehearsal import dry_run as rehearse
+
+        with rehearse() as planned:
+            function(*args, **options)
+        assert planned.is_reached, "a function with --dry-run has no begin_work"
+        if options.get("as_json"):
+            return lambda: terminal.print_json({"dry_run": True, **planned.to_json()})
+        rows = [
+            *(("would write", str(path)) for path in planned.writes),
+            *(planned.facts.items()),
+            ("dry run", "what can be checked before the work is in order; nothing was written"),
+        ]
+        return lambda: terminal.print_facts(rows)
+
+    return wrapped  # type: ignore[return-value]
 
 
 def with_progress(function: F) -> F:

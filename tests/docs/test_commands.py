@@ -1,38 +1,14 @@
-"""Commands in README and docs: each parses as it is written, those on the clone's files run."""
+"""Commands in README and docs: each parses as it is written; test_pages.py runs them."""
 
 from __future__ import annotations
 
-import re
 import shlex
-from collections.abc import Iterator
-from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner
 
 from kilodelta.cli import main
-from tests.support.processes import ROOT
-
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-MADE = {"cli.md"}
-"""Pages that are made from the command line, which their own test compares."""
-USAGE = re.compile(r"[\[\]|]|\.\.\.")
-"""What makes a line a description of a command rather than a command."""
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
-
-
-def commands(page: Path) -> Iterator[str]:
-    """Yield the command lines of kilodelta in a page's blocks, without comments and prompts."""
-    for language, text in BLOCK.findall(page.read_text()):
-        if language not in ("", "sh", "bash", "text"):
-            continue
-        for line in text.replace("\\\n", " ").splitlines():
-            bare = re.sub(r"\s+#.*", "", line.strip().removeprefix("$ "))
-            for part in bare.split("&&"):
-                if part.strip().startswith("kilodelta ") and not USAGE.search(part):
-                    yield part.strip()
-
+from tests.support.pages import MADE, PAGES, commands
 
 LINES = [(page.name, line) for page in PAGES if page.name not in MADE for line in commands(page)]
 
@@ -57,24 +33,6 @@ def test_a_command_parses_as_it_is_written(page: str, line: str) -> None:
     if not words and not group.params:
         return
     group.make_context(group.name, words, parent=context)
-
-
-def runnable() -> list[str]:
-    """The README's commands on files that lie in the clone."""
-    return [line for page, line in LINES if page == "README.md" and "tests/golden" in line]
-
-
-def test_the_readmes_commands_on_the_clones_files_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lines = runnable()
-    assert len(lines) >= 4
-    (tmp_path / "tests").symlink_to(ROOT / "tests")
-    monkeypatch.chdir(tmp_path)
-    for line in lines:
-        result = CliRunner().invoke(main, shlex.split(line)[1:])
-        assert result.exit_code == 0, f"{line}\n{result.output}"
-    assert (tmp_path / "merged.safetensors").exists()
 
 
 def test_a_wrong_command_is_found() -> None:

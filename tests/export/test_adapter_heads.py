@@ -410,3 +410,13 @@ def test_a_delta_file_or_a_folder_names_the_architecture(tmp_path: Path) -> None
     assert open_headed(checkpoint, config=str(of.base)).weights is checkpoint
     with pytest.raises(InputError, match="is not a configuration file"):
         open_headed(checkpoint, config=str(tmp_path / "nothing"))
+
+
+def test_a_head_takes_the_place_of_the_pooling_of_a_sentence_encoder(tmp_path: Path) -> None:
+    """`modules.json` is of the base alone: with another head the outputs are its logits."""
+    base = pico.sentence_bert(tmp_path / "base")
+    fine_tune(case(), 7).save(tmp_path / "task.kd")
+    headed = open_headed(Checkpoint.open(base), config=str(tmp_path / "task.kd"))
+    assert headed.heads["classifier.weight"].shape == (7, pico.WIDTH)
+    assert type(headed.loaded.module).__name__ == "BertForSequenceClassification"
+    assert open_headed(Checkpoint.open(base)).loaded.pooling is not None

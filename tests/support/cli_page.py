@@ -16,8 +16,19 @@ Made from the command line's own help by `python -m tests.support.cli_page`; a t
 
 Every command takes `--help`. Options that hold a size take `12KB`, `1.5MB`, `8KiB` or bytes.
 Results go to standard output, progress and errors to standard error; exit codes are in
-[troubleshooting](troubleshooting.md). Completion in the shell:
-`eval "$(_KILODELTA_COMPLETE=bash_source kilodelta)"` (`zsh_source`, `fish_source`).
+[troubleshooting](troubleshooting.md). `--dry-run`, where work is long or files are written, checks
+everything, says what would be written, and ends. `--verbose` prints what the library logs.
+
+## Completion in the shell
+
+Commands, options, their values and file names complete with the Tab key after one line in the
+shell's own file:
+
+| shell | its file | line |
+|---|---|---|
+| bash | `~/.bashrc` | `eval "$(_KILODELTA_COMPLETE=bash_source kilodelta)"` |
+| zsh | `~/.zshrc` | `eval "$(_KILODELTA_COMPLETE=zsh_source kilodelta)"` |
+| fish | `config.fish` | `_KILODELTA_COMPLETE=fish_source kilodelta \\| source` |
 """
 
 

@@ -34,11 +34,13 @@ LABELS = 3
 IMAGE = 16
 
 
-def bert(folder: Path, *, seed: int = 0) -> Path:
+def bert(folder: Path, *, seed: int = 0, width: int = WIDTH, layers: int = 2) -> Path:
     """An encoder with a pooler, which puts out `pooler_output`, and a tokenizer."""
     from transformers import BertConfig, BertModel
 
-    return _save(lambda: BertModel(BertConfig(**_bert_options())), folder, seed, tokens=True)
+    sizes = {"hidden_size": width, "num_hidden_layers": layers}
+    config = BertConfig(**{**_bert_options(), **sizes})
+    return _save(lambda: BertModel(config), folder, seed, tokens=True)
 
 
 def bert_classifier(folder: Path, *, seed: int = 0, labels: int = LABELS) -> Path:
@@ -125,11 +127,13 @@ MODELS: Mapping[str, Callable[..., Path]] = {
 """Every pico model by name."""
 
 
-def sentence_bert(folder: Path, *, seed: int = 0, pooling: str = "mean") -> Path:
+def sentence_bert(
+    folder: Path, *, seed: int = 0, pooling: str = "mean", width: int = WIDTH, layers: int = 2
+) -> Path:
     """The encoder as a sentence-transformers folder: pooling ("mean" or "cls") and normalising."""
     import json
 
-    bert(folder, seed=seed)
+    bert(folder, seed=seed, width=width, layers=layers)
     names = ("transformers", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")
     modules = [
         {
@@ -141,7 +145,7 @@ def sentence_bert(folder: Path, *, seed: int = 0, pooling: str = "mean") -> Path
         for index, (path, name) in enumerate(names)
     ]
     options = {
-        "word_embedding_dimension": WIDTH,
+        "word_embedding_dimension": width,
         "pooling_mode_cls_token": pooling == "cls",
         "pooling_mode_mean_tokens": pooling == "mean",
         "pooling_mode_max_tokens": False,

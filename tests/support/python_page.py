@@ -48,8 +48,8 @@ FUNCTIONS = {
 
 GROUPS = {"fleet"}
 
-TERMINAL = {"json", "quiet", "help"}
-"""Options that say how a result is shown; functions return it."""
+TERMINAL = {"json", "quiet", "verbose", "help", "dry-run"}
+"""Options that say how a result is shown; functions return it. `kilodelta.dry_run` is a block."""
 
 OTHER_NAMES: Mapping[tuple[str, str], str] = {
     ("pull", "apply"): "`kilodelta.device.apply` of the result",
@@ -93,8 +93,15 @@ All that has to be imported is `kilodelta`: its packages `compress`, `train`
 what a device needs works without torch.
 
 Options that may be repeated take a sequence: `--exclude a --exclude b` is `exclude=["a", "b"]`. So
-do those that list by comma: `--engine sm86,sm89` is `engine=["sm86", "sm89"]`. `--json` and
-`--quiet` are the terminal's; results have `to_json()`.
+do those that list by comma: `--engine sm86,sm89` is `engine=["sm86", "sm89"]`. `--json`,
+`--quiet` and `--verbose` are the terminal's; results have `to_json()`, and everything logs to the
+logger `kilodelta`, which has no handler unless the program gives it one. `--dry-run` is a block:
+
+```python
+with kilodelta.dry_run() as rehearsed:
+    kilodelta.merge("base/", "task.kd", "elsewhere/")
+rehearsed.writes, rehearsed.facts  # nothing was written
+```
 
 This page is written by `python -m tests.support.python_page`, and a test compares the two.
 """

@@ -7,6 +7,7 @@ readers pass over and the next command removes. Entries with a `state` are a sec
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from typing import Any, TypeAlias
 from kilodelta.device.folder.state import State, parse_state
 from kilodelta.errors import OutputError, printable
 from kilodelta.files import canonical, plain, staging, untrusted
+
+log = logging.getLogger(__name__)
 
 Entry: TypeAlias = Mapping[str, Any]
 
@@ -51,6 +54,7 @@ class Journal:
         Raises:
             OutputError: it cannot be written. The journal is as it was, or ends in part of a line.
         """
+        log.info("%s: %s", self.path.parent, event)
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         entry = {"at": at, "event": event, "sequence": sequence}
         line = canonical.dumps(_short(entry | facts)).encode()

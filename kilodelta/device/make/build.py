@@ -5,6 +5,7 @@ What is deployed is exported once. Every fine-tune of this base can then be appl
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ from kilodelta.export.options import SHORT, read_sizes
 from kilodelta.export.tensorrt.flavour import AUTO
 from kilodelta.files import staging
 from kilodelta.progress import Progress, silent
+from kilodelta.rehearsal import begin_work
 from kilodelta.trust.tuf_repository import first_root
+
+log = logging.getLogger(__name__)
 
 PROVIDERS = ("cpu", "cuda")
 
@@ -183,6 +187,9 @@ def bundle(
     require("onnxscript", extra="onnx", why="export ONNX models")
     from kilodelta.device.make.bundling import BundleJob
 
+    staging.require_free(Path(out))
+    begin_work(out, base=source, mode=f"{settings.mode}, {settings.dtype}")
+    log.info("bundle %s: %s mode, %s", source, settings.mode, settings.dtype)
     with staging.new_folder(Path(out)) as stage:
         made = BundleJob(source, settings, progress).run(stage)
         provision(stage, pins, mirror_root)

@@ -6,6 +6,7 @@ model gives on them in float64, and how far each precision may be off.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,10 @@ from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.progress import Progress, silent
+from kilodelta.rehearsal import begin_work
 from kilodelta.trust.statement import MAX_VERSION
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +137,8 @@ def release(
     if os.path.lexists(place):
         raise OutputError(f"{place} exists already", fix="give a new name, or remove this file")
     delta = load(file)
+    begin_work(place, version=version, probe=inputs or "none", signed=signing is not None)
+    log.info("release %s as version %d", file, version)
     probes: Mapping[str, RawTensor] = {}
     dtypes: tuple[str, ...] = ()
     if inputs is None:

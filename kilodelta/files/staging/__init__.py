@@ -7,9 +7,19 @@ folders in which it is made, and sweeps those of dead processes.
 from kilodelta.files.staging.publish import new_file as new_file
 from kilodelta.files.staging.publish import new_files as new_files
 from kilodelta.files.staging.publish import new_folder as new_folder
+from kilodelta.files.staging.publish import require_free as require_free
 from kilodelta.files.staging.publish import scratch as scratch
 from kilodelta.files.staging.publish import sync as sync
 from kilodelta.files.staging.publish import write as write
 from kilodelta.files.staging.stage import sweep as sweep
 
-__all__ = ["new_file", "new_files", "new_folder", "scratch", "sweep", "sync", "write"]
+__all__ = [
+    "new_file",
+    "new_files",
+    "new_folder",
+    "require_free",
+    "scratch",
+    "sweep",
+    "sync",
+    "write",
+]

@@ -71,6 +71,19 @@ def new_files(*paths: Path) -> Iterator[Path]:
             sync(main.parent)
 
 
+def require_free(path: Path) -> None:
+    """Check that a new folder may take a path: nothing is there, or an empty folder.
+
+    Raises:
+        OutputError: the path holds something.
+
+    Example:
+        >>> require_free(Path("no-such-folder"))
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise present(path)
+
+
 @contextlib.contextmanager
 def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a private folder that becomes `path` when the block ends well.
@@ -88,9 +101,8 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     if path.is_symlink() and path.is_dir():
         path = path.resolve()  # the link stays, and the folder that it leads to is replaced
-    occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
-    if occupied and not replace:
-        raise present(path)
+    if not replace:
+        require_free(path)
     with staged(path) as stage:
         new = stage.content / path.name
         with explained(path):
