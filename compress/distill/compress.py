@@ -140,6 +140,16 @@ def find_models(base: str | Path, tuned: str | Path) -> dict[str, Path]:
     return models
 
 
+def _announce(job: Job, *, learns: bool) -> None:
+    """Log what is trained; in a dry run, end here."""
+    how = f"{job.method.name}, {job.bits} bits, {job.coefficients} coefficients"
+    steps = job.options.steps if learns else 0
+    extras = ", ".join(change.name for change in job.split.extras) or "none"
+    targets = f"{len(job.targets)} tensors"
+    begin_work(job.out, method=how, targets=targets, extras=extras, steps=steps)
+    log.info("compress to %s: %s, %s, %d steps", job.out, how, targets, steps)
+
+
 def _check_outputs(
     out: Path, models: Mapping[str, Path], *, force: bool, resume: bool, learns: bool
 ) -> None:
