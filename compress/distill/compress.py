@@ -45,6 +45,7 @@ from kilodelta.models import LoadedModel, locate, open_source, read_texts
 from kilodelta.models.layer_names import read_config
 from kilodelta.models.sources import Source
 from kilodelta.progress import Progress, silent
+from kilodelta.rehearsal import begin_work
 from kilodelta.report import write_report
 from kilodelta.report.pages import require_page
 
