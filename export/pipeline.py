@@ -93,10 +93,10 @@ def export(
     require("onnxscript", extra="onnx", why="export ONNX models")
     trt = _trt(chosen)
     checkpoint = Checkpoint.open(locate(os.fspath(base)))
-    found = load(delta, base=checkpoint, max_work=chosen.max_work)
+    bound = load(delta, base=checkpoint, max_work=chosen.max_work)
     require_out(place, force=chosen.force)
     files = ", ".join((*(short(d) for d in dict.fromkeys(chosen.dtypes)), *chosen.capabilities))
-    begin_work(place, targets=f"{len(found.targets)} tensors, by {found.method.name}", files=files)
+    begin_work(place, targets=f"{len(bound.targets)} tensors, by {bound.method.name}", files=files)
     log.info("export %s over %s: %s", delta, base, files)
     with (
         out_folder(place, force=chosen.force) as stage,
@@ -105,13 +105,13 @@ def export(
         maker = Maker(
             options=chosen,
             trt=trt,
-            refit=frozenset(changed_names(found)) if chosen.refittable else frozenset(),
+            refit=frozenset(changed_names(bound)) if chosen.refittable else frozenset(),
             stage=stage,
             work=work,
             progress=progress,
         )
-        made = _run(checkpoint, found, maker)
-        manifest = _manifest(found, Path(delta), chosen, made)
+        made = _run(checkpoint, bound, maker)
+        manifest = _manifest(bound, Path(delta), chosen, made)
         artefacts.write(manifest, stage)
     gone = (
         () if chosen.onnx else tuple(f"model.{short(d)}.onnx" for d in dict.fromkeys(chosen.dtypes))
@@ -151,14 +151,16 @@ def _run(base: Checkpoint, delta: Delta, maker: Maker) -> list[Artefact]:
 
 
 def _manifest(delta: Delta, path: Path, options: Options, made: list[Artefact]) -> ExportManifest:
-    known = delta.manifest
+    stated = delta.manifest
     return ExportManifest(
         tool=f"kilodelta {__version__}",
         libraries=MappingProxyType(_versions()),
-        base_name=known.base.name,
-        base_root=known.base.root,
-        delta=DeltaFacts(file=file_fact(path), method=MappingProxyType(known.method.to_manifest())),
-        result_root=known.result,
+        base_name=stated.base.name,
+        base_root=stated.base.root,
+        delta=DeltaFacts(
+            file=file_fact(path), method=MappingProxyType(stated.method.to_manifest())
+        ),
+        result_root=stated.result,
         extras=tuple(delta.extras),
         model=options.model,
         artefacts=tuple(made),
@@ -166,10 +168,10 @@ def _manifest(delta: Delta, path: Path, options: Options, made: list[Artefact]) 
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in _LIBRARIES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions

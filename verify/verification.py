@@ -167,10 +167,10 @@ def verify(
             base=checkpoint, delta=Path(delta), merged=merged, folder=out, export=export
         )
         outputs = compare_outputs(subject, options, progress)
-    found = Verification(proof=proof, export=export, report=outputs)
+    verification = Verification(proof=proof, export=export, report=outputs)
     if options.report is not None:
-        found.save(Path(options.report))
-    return found
+        verification.save(Path(options.report))
+    return verification
 
 
 def _text(path: _Path | None) -> str | None:

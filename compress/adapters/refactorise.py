@@ -72,8 +72,8 @@ def by_singular_values(B: Floats, A: Floats) -> Pair:
 
 
 def _nonzero(values: Floats) -> Floats:
-    found: Floats = np.where(values > 0, values, 1.0)
-    return found
+    filled: Floats = np.where(values > 0, values, 1.0)
+    return filled
 
 
 def _padded(pair: Pair, rank: int) -> Pair:

@@ -123,7 +123,7 @@ def _classes(transformers: Any, config: Any, adapter: Mapping[str, Any]) -> list
 def _from_table(transformers: Any, table: str | None, config: Any) -> Any:
     mapping = getattr(transformers, table, None) if table else None
     try:
-        found = mapping.get(type(config), None) if mapping is not None else None
+        kind = mapping.get(type(config), None) if mapping is not None else None
     except Exception:  # a table names a class whose module needs what is not installed
         return None
-    return found[0] if isinstance(found, (tuple, list)) else found
+    return kind[0] if isinstance(kind, (tuple, list)) else kind

@@ -47,9 +47,9 @@ class AdapterTensors:
         Raises:
             CheckpointError: it is missing.
         """
-        found = self.checkpoint.raw(key)
+        tensor = self.checkpoint.raw(key)
         self._used.add(key)
-        return found
+        return tensor
 
     def floats(self, key: str) -> Floats:
         """Take a tensor as float32.
@@ -58,9 +58,9 @@ class AdapterTensors:
             CheckpointError: it is missing or of no float type.
             InputError: it holds NaN or infinity.
         """
-        found = floats(self.checkpoint, key)
+        values = floats(self.checkpoint, key)
         self._used.add(key)
-        return found
+        return values
 
     def use(self, keys: Iterable[str]) -> None:
         """Mark tensors whose values do not matter, such as a saved module's original weights."""

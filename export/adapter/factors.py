@@ -136,9 +136,9 @@ def _float_factors(
     if delta.manifest.compat is not None:
 
         def factors(name: str) -> tuple[Matrix, Matrix]:
-            found = float_factors(delta, name)
+            pair = float_factors(delta, name)
             meter.add(1)
-            return found
+            return pair
 
         weight = {name: sum(delta.targets[name].matrix) for name in names}
         pairs = parallel.run(factors, names, meter, weight=weight.__getitem__, threads=threads)
@@ -153,14 +153,14 @@ def _float_factors(
         c[:, None].astype(np.float64),
         e[:, None],
     )
-    found: tuple[dict[str, Matrix], dict[str, Matrix]] = ({}, {})
+    scaled: tuple[dict[str, Matrix], dict[str, Matrix]] = ({}, {})
     place = {name: index for index, name in enumerate(names)}
     for stack in stacks:
         side = 0 if stack.is_left else 1
         share = np.expand_dims(shares[side][[place[n] for n in stack.names]], 1 + side)
-        found[side].update(zip(stack.names, stack.values * share, strict=True))
+        scaled[side].update(zip(stack.names, stack.values * share, strict=True))
     meter.add(len(names))
-    return {name: (found[0][name], found[1][name]) for name in names}
+    return {name: (scaled[0][name], scaled[1][name]) for name in names}
 
 
 def _tops(stack: together.Stack) -> dict[str, Matrix]:

@@ -220,10 +220,10 @@ def _parse(value: Any, folder: Path) -> AdapterLayout:
 
 
 def _within(value: Any, where: str, low: int, high: int) -> int:
-    found = untrusted.whole(value, where)
-    if not low <= found <= high:
-        raise untrusted.FieldError(f"{where} is {found}, not from {low} to {high}")
-    return found
+    number = untrusted.whole(value, where)
+    if not low <= number <= high:
+        raise untrusted.FieldError(f"{where} is {number}, not from {low} to {high}")
+    return number
 
 
 def _exposed(value: Any, where: str) -> Exposed:
@@ -263,10 +263,10 @@ def _read_defaults(path: Path, stored: tuple[StoredInput, ...]) -> dict[str, Raw
         source = Checkpoint.open(path)
     except CheckpointError as problem:
         raise FileError(problem.what, fix=_FIX) from None
-    found = {name: source.raw(name) for name in source.names}
-    if {name: raw.info(name) for name, raw in found.items()} != used:
+    values = {name: source.raw(name) for name in source.names}
+    if {name: raw.info(name) for name, raw in values.items()} != used:
         raise untrusted.FieldError(f"{VALUES} does not hold exactly the stored tensors")
     return {
         name: RawTensor(dtype=raw.dtype, shape=raw.shape, data=raw.data.copy())
-        for name, raw in found.items()
+        for name, raw in values.items()
     }

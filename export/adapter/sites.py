@@ -33,32 +33,32 @@ class GraphSite:
 
 def sites(weight: Any) -> tuple[GraphSite, ...]:
     """Find all uses of an `onnx_ir.Value`, those behind a transposition included."""
-    found: list[GraphSite] = []
+    uses: list[GraphSite] = []
     for node, index in weight.uses():
         if node.op_type == "Transpose" and _order(node) == (1, 0):
             behind = [_site(user, place, turned=True) for user, place in node.outputs[0].uses()]
-            found += behind if _all_linear(behind) else [_whole(node, index)]
+            uses += behind if _all_linear(behind) else [_whole(node, index)]
         else:
-            found.append(_site(node, index, turned=False))
-    return tuple(found)
+            uses.append(_site(node, index, turned=False))
+    return tuple(uses)
 
 
-def use_of(found: Sequence[GraphSite]) -> Use:
+def use_of(uses: Sequence[GraphSite]) -> Use:
     """Choose the layout of factors that suits all uses of one weight."""
-    if not found:
+    if not uses:
         return "unused"
-    if all(site.kind == "conv" for site in found):
+    if all(site.kind == "conv" for site in uses):
         return "conv"
-    return "turned" if all(site.turned for site in found) else "straight"
+    return "turned" if all(site.turned for site in uses) else "straight"
 
 
-def is_layer(found: Sequence[GraphSite]) -> bool:
+def is_layer(uses: Sequence[GraphSite]) -> bool:
     """Return whether a weight is one of a linear layer or a convolution, and nothing else."""
-    return all(site.kind in ("linear", "conv") for site in found)
+    return all(site.kind in ("linear", "conv") for site in uses)
 
 
-def _all_linear(found: Iterable[GraphSite]) -> bool:
-    return all(site.kind == "linear" for site in found)
+def _all_linear(uses: Iterable[GraphSite]) -> bool:
+    return all(site.kind == "linear" for site in uses)
 
 
 def _site(node: Any, index: int, *, turned: bool) -> GraphSite:

@@ -32,7 +32,7 @@ class Surgery:
         if layout.slots:
             self._index = self._input(INDEX, "int64", (BATCH,))
 
-    def expose(self, tensor: Exposed, found: tuple[GraphSite, ...]) -> None:
+    def expose(self, tensor: Exposed, uses: tuple[GraphSite, ...]) -> None:
         """Add one tensor's inputs, and its update to every use.
 
         Raises:
@@ -41,10 +41,10 @@ class Surgery:
         if tensor.use == "unused":
             return
         if self._layout.slots:
-            for site in found:
+            for site in uses:
                 _require_rows(tensor.info.name, site)
         A, B = (self._factor(name) for name in tensor.names)
-        for site in found:
+        for site in uses:
             kind = "whole" if site.kind == "conv" and tensor.use != "conv" else site.kind
             _JOIN[kind](self, tensor, site, A, B)
 
@@ -89,11 +89,11 @@ class Surgery:
 
         def product(rows: Any) -> Any:
             W = self._chosen(site, weight)
-            found = self._node(site, "MatMul", [rows, self._turned(site, W) if site.turned else W])
+            output = self._node(site, "MatMul", [rows, self._turned(site, W) if site.turned else W])
             for b in bias:
                 row = self._node(site, "Unsqueeze", [self._chosen(site, b), self._whole_numbers(1)])
-                found = self._node(site, "Add", [found, row])
-            return found
+                output = self._node(site, "Add", [output, row])
+            return output
 
         width = int(layer.weight.shape[1 if site.turned else 0])
         found = product(x) if len(x.shape) == 3 else self._by_row(site, width, product)
@@ -142,10 +142,10 @@ class Surgery:
         x = site.node.inputs[0]
         batch = self._node(site, "Shape", [self._index])
         sizes = self._node(site, "Concat", [batch, self._whole_numbers(-1, width)], axis=0)
-        found = compute(self._node(site, "Reshape", [x, sizes]))
+        output = compute(self._node(site, "Reshape", [x, sizes]))
         lead = self._node(site, "Shape", [x], start=0, end=-1)
         sizes = self._node(site, "Concat", [lead, self._whole_numbers(-1)], axis=0)
-        return self._node(site, "Reshape", [found, sizes])
+        return self._node(site, "Reshape", [output, sizes])
 
     def rows(self, tensor: Exposed, site: GraphSite, A: Any, B: Any) -> None:
         """Add A[ids] B to y.

@@ -73,13 +73,13 @@ class Naming:
         Raises:
             ExportError: it has none, or one that an adapter cannot carry (embeddings, norms).
         """
-        found: str | None = self._map.get_name(tensor, try_suffixes=(".weight",))
-        if found is None or not found.startswith("blk.") or "norm" in found:
+        theirs: str | None = self._map.get_name(tensor, try_suffixes=(".weight",))
+        if theirs is None or not theirs.startswith("blk.") or "norm" in theirs:
             raise ExportError(
                 f"{tensor} has no place in a GGUF adapter, which holds layers' matrices alone",
                 fix="leave it out: kilodelta compress --exclude, or merge and convert the model",
             )
-        return found
+        return theirs
 
     def ordered(self, name: str, B: Matrix) -> Matrix:
         """Return B (out, r) with its rows in llama.cpp's order.

@@ -134,9 +134,9 @@ def _difference(path: Path, expected: FileFact) -> str:
         size = path.lstat().st_size
         if plain.is_file(path) and size != expected.nbytes:
             return f"{path.name} has {size} bytes, not {expected.nbytes}"
-        found = file_fact(path, follow=False)
+        actual = file_fact(path, follow=False)
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror or error}"
-    if found.sha256 != expected.sha256:
-        return f"{path.name} is {found.sha256}, not {expected.sha256}"
+    if actual.sha256 != expected.sha256:
+        return f"{path.name} is {actual.sha256}, not {expected.sha256}"
     return ""

@@ -50,7 +50,7 @@ def parse(data: bytes) -> ExportManifest:
     base = untrusted.table(top["base"], "base", ("name", "root"))
     result = untrusted.table(top["result"], "result", ("root",))
     model = top["model"]
-    found = ExportManifest(
+    manifest = ExportManifest(
         tool=untrusted.text(top["tool"], "tool"),
         libraries=_libraries(top["libraries"]),
         base_name=untrusted.text(base["name"], "base.name"),
@@ -61,8 +61,8 @@ def parse(data: bytes) -> ExportManifest:
         model=None if model is None else untrusted.text(model, "model"),
         artefacts=untrusted.listed(top["artefacts"], "artefacts", _artefact),
     )
-    _require_unique(file.file for artefact in found.artefacts for file in artefact.files)
-    return found
+    _require_unique(file.file for artefact in manifest.artefacts for file in artefact.files)
+    return manifest
 
 
 def _require_unique(names: Iterable[str]) -> None:
@@ -74,61 +74,63 @@ def _require_unique(names: Iterable[str]) -> None:
 
 
 def _libraries(value: Any) -> Mapping[str, str]:
-    found = untrusted.mapping(value, "libraries")
-    return MappingProxyType({n: untrusted.text(v, f"libraries.{n:.80}") for n, v in found.items()})
+    versions = untrusted.mapping(value, "libraries")
+    return MappingProxyType(
+        {n: untrusted.text(v, f"libraries.{n:.80}") for n, v in versions.items()}
+    )
 
 
 def _delta(value: Any) -> DeltaFacts:
-    found = untrusted.table(value, "delta", ("file", "sha256", "nbytes", "method"))
-    method = untrusted.mapping(found.pop("method"), "delta.method")
+    fields = untrusted.table(value, "delta", ("file", "sha256", "nbytes", "method"))
+    method = untrusted.mapping(fields.pop("method"), "delta.method")
     untrusted.text(method.get("name"), "delta.method.name")
     for key, option in method.items():
         if not isinstance(option, (str, int, float)):
             raise FieldError(f"delta.method.{key:.80} is not a text, number or boolean")
     file = FileFact(
-        file=untrusted.text(found["file"], "delta.file"),  # a name to show, never opened
-        sha256=untrusted.digest(found["sha256"], "delta.sha256"),
-        nbytes=untrusted.whole(found["nbytes"], "delta.nbytes"),
+        file=untrusted.text(fields["file"], "delta.file"),  # a name to show, never opened
+        sha256=untrusted.digest(fields["sha256"], "delta.sha256"),
+        nbytes=untrusted.whole(fields["nbytes"], "delta.nbytes"),
     )
     return DeltaFacts(file=file, method=MappingProxyType(method))
 
 
 def _file(value: Any, where: str) -> FileFact:
-    found = untrusted.table(value, where, ("file", "sha256", "nbytes"))
+    fields = untrusted.table(value, where, ("file", "sha256", "nbytes"))
     return FileFact(
-        file=untrusted.file_name(found["file"], f"{where}.file"),
-        sha256=untrusted.digest(found["sha256"], f"{where}.sha256"),
-        nbytes=untrusted.whole(found["nbytes"], f"{where}.nbytes"),
+        file=untrusted.file_name(fields["file"], f"{where}.file"),
+        sha256=untrusted.digest(fields["sha256"], f"{where}.sha256"),
+        nbytes=untrusted.whole(fields["nbytes"], f"{where}.nbytes"),
     )
 
 
 def _artefact(value: Any, where: str) -> Artefact:
     keys = ("kind", "dtype", "files", "inputs", "outputs", "profile", "engine")
-    found = untrusted.table(value, where, keys)
-    kind = untrusted.choice(found["kind"], f"{where}.kind", ("onnx", "engine"))
-    files = untrusted.listed(found["files"], f"{where}.files", _file)
+    fields = untrusted.table(value, where, keys)
+    kind = untrusted.choice(fields["kind"], f"{where}.kind", ("onnx", "engine"))
+    files = untrusted.listed(fields["files"], f"{where}.files", _file)
     if not files:
         raise FieldError(f"{where}.files is empty")
-    if (kind == "engine") != (found["engine"] is not None):
+    if (kind == "engine") != (fields["engine"] is not None):
         raise FieldError(f"{where}.engine and its kind {kind} disagree")
-    inputs = untrusted.listed(found["inputs"], f"{where}.inputs", _port)
+    inputs = untrusted.listed(fields["inputs"], f"{where}.inputs", _port)
     return Artefact(
         kind=kind,  # type: ignore[arg-type]
-        dtype=untrusted.choice(found["dtype"], f"{where}.dtype", DTYPES),  # type: ignore[arg-type]
+        dtype=untrusted.choice(fields["dtype"], f"{where}.dtype", DTYPES),  # type: ignore[arg-type]
         files=files,
         inputs=inputs,
-        outputs=untrusted.listed(found["outputs"], f"{where}.outputs", _port),
-        profile=_profile(found["profile"], f"{where}.profile", inputs),
-        engine=_engine(found["engine"], f"{where}.engine") if kind == "engine" else None,
+        outputs=untrusted.listed(fields["outputs"], f"{where}.outputs", _port),
+        profile=_profile(fields["profile"], f"{where}.profile", inputs),
+        engine=_engine(fields["engine"], f"{where}.engine") if kind == "engine" else None,
     )
 
 
 def _port(value: Any, where: str) -> Port:
-    found = untrusted.table(value, where, ("name", "dtype", "shape"))
+    fields = untrusted.table(value, where, ("name", "dtype", "shape"))
     return Port(
-        name=untrusted.text(found["name"], f"{where}.name"),
-        dtype=untrusted.choice(found["dtype"], f"{where}.dtype", _PORT_DTYPES),
-        shape=untrusted.listed(found["shape"], f"{where}.shape", _extent),
+        name=untrusted.text(fields["name"], f"{where}.name"),
+        dtype=untrusted.choice(fields["dtype"], f"{where}.dtype", _PORT_DTYPES),
+        shape=untrusted.listed(fields["shape"], f"{where}.shape", _extent),
     )
 
 
@@ -138,16 +140,16 @@ def _extent(value: Any, where: str) -> int | str:
 
 
 def _profile(value: Any, where: str, inputs: tuple[Port, ...]) -> Profile:
-    found = untrusted.table(value, where, (port.name for port in inputs))
+    shapes = untrusted.table(value, where, (port.name for port in inputs))
     return MappingProxyType(
-        {port.name: _points(found[port.name], f"{where}.{port.name}", port) for port in inputs}
+        {port.name: _points(shapes[port.name], f"{where}.{port.name}", port) for port in inputs}
     )
 
 
 def _points(value: Any, where: str, port: Port) -> tuple[Shape, Shape, Shape]:
-    found = untrusted.table(value, where, POINTS)
+    shapes = untrusted.table(value, where, POINTS)
     low, usual, high = (
-        untrusted.listed(found[point], f"{where}.{point}", untrusted.whole) for point in POINTS
+        untrusted.listed(shapes[point], f"{where}.{point}", untrusted.whole) for point in POINTS
     )
     if problem := misfit((low, usual, high), port):
         raise FieldError(f"{where}: {problem}")
@@ -156,18 +158,18 @@ def _points(value: Any, where: str, port: Port) -> tuple[Shape, Shape, Shape]:
 
 def _engine(value: Any, where: str) -> EngineFacts:
     keys = ("flavour", "version", "capabilities", "tf32", "refittable", "onnx")
-    found = untrusted.table(value, where, keys)
-    flavour = untrusted.choice(found["flavour"], f"{where}.flavour", FLAVOURS)
-    capabilities = untrusted.listed(found["capabilities"], f"{where}.capabilities", _capability)
+    fields = untrusted.table(value, where, keys)
+    flavour = untrusted.choice(fields["flavour"], f"{where}.flavour", FLAVOURS)
+    capabilities = untrusted.listed(fields["capabilities"], f"{where}.capabilities", _capability)
     if not capabilities:
         raise FieldError(f"{where}.capabilities is empty")
     return EngineFacts(
         flavour=flavour,  # type: ignore[arg-type]
-        version=untrusted.text(found["version"], f"{where}.version"),
+        version=untrusted.text(fields["version"], f"{where}.version"),
         capabilities=capabilities,
-        tf32=untrusted.flag(found["tf32"], f"{where}.tf32"),
-        refittable=untrusted.texts(found["refittable"], f"{where}.refittable"),
-        onnx=untrusted.digest(found["onnx"], f"{where}.onnx"),
+        tf32=untrusted.flag(fields["tf32"], f"{where}.tf32"),
+        refittable=untrusted.texts(fields["refittable"], f"{where}.refittable"),
+        onnx=untrusted.digest(fields["onnx"], f"{where}.onnx"),
     )
 
 

@@ -38,13 +38,13 @@ def read_given(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{place} is not a configuration file", fix="give the tuned model's folder"
         )
-    found = read_json(place)
-    if found is None:
+    config = read_json(place)
+    if config is None:
         raise InputError(
             f"{place} is no JSON object of at most {LIMIT} bytes",
             fix="give the config.json that save_pretrained wrote beside the tuned model",
         )
-    return found
+    return config
 
 
 def write_config(
@@ -84,10 +84,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
     try:
         with path.open("rb") as file:
             text = file.read(LIMIT + 1)
-        found = json.loads(text) if len(text) <= LIMIT else None
+        config = json.loads(text) if len(text) <= LIMIT else None
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return config if isinstance(config, dict) else None
 
 
 def unties(base: Checkpoint, delta: Delta, config: Mapping[str, Any]) -> bool:
@@ -150,7 +150,7 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
-    found = {**config, KEY: False}
+    untied = {**config, KEY: False}
     if isinstance(config.get("text_config"), dict):
-        found["text_config"] = {**config["text_config"], KEY: False}
-    return found
+        untied["text_config"] = {**config["text_config"], KEY: False}
+    return untied

@@ -48,7 +48,7 @@ def merge_into(
         InputError: a tensor is distributed in a way that has no rows and columns.
     """
     state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    found = {
+    tensors = {
         name: _tensor(state, names.get(name, name), target)
         for name, target in delta.targets.items()
     }
@@ -56,8 +56,8 @@ def merge_into(
     values = {name: _extra(delta, name) for name in extras}
     with torch.no_grad():
         if prove:
-            _prove(delta, found)
-        for name, tensor in found.items():
+            _prove(delta, tensors)
+        for name, tensor in tensors.items():
             _local(tensor).copy_(_merged(delta, delta.target(name), tensor))
         for name, tensor in extras.items():
             _fill(tensor, values[name])
@@ -97,9 +97,9 @@ def _room(state: Mapping[str, Any], name: str, delta: Delta, extra: str) -> Tens
     return tensor
 
 
-def _prove(delta: Delta, found: Mapping[str, Tensor]) -> None:
+def _prove(delta: Delta, tensors: Mapping[str, Tensor]) -> None:
     digests = []
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         target = delta.target(name)
         whole = _gathered(tensor, _merged(delta, target, tensor))
         raw = whole.cpu().contiguous().view(-1).view(torch.uint8).numpy()

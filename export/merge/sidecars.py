@@ -78,7 +78,7 @@ class _Walk:
     def copy(self, descriptor: int, target: Path, place: PurePosixPath) -> None:
         """Copy the entries of an open folder, which lies at `place`."""
         with os.scandir(descriptor) as entries:
-            for entry in sorted(entries, key=lambda found: found.name):
+            for entry in sorted(entries, key=lambda item: item.name):
                 at_top = not place.parts
                 if entry.name.startswith(".") or (at_top and entry.name in self.own):
                     continue
@@ -185,8 +185,8 @@ def _modules(walk: _Walk, descriptor: int) -> frozenset[str]:
     try:
         name = walk.inside(descriptor, name, PurePosixPath(name)) or ""
         with _opened(name, _FLAGS, descriptor) as source:
-            found = json.loads(os.read(source, MODULES_LIMIT))
-        return frozenset(str(PurePosixPath(m["path"])) for m in found if m["path"])
+            modules = json.loads(os.read(source, MODULES_LIMIT))
+        return frozenset(str(PurePosixPath(m["path"])) for m in modules if m["path"])
     except (OSError, CheckpointError, RecursionError, ValueError, TypeError, KeyError):
         return frozenset()
 

@@ -68,7 +68,7 @@ def find_derived(
     """
     held = [base.info(name) for name in names if _is_matrix(base.info(name))]
     others = [base.info(name) for name in base.names if _is_matrix(base.info(name))]
-    found: dict[str, list[str]] = {}
+    derived: dict[str, list[str]] = {}
     for tensor in foreign:
         for grid in _grids(folder, tensor):
             scores = {info.name: _likeness(base, info, grid) for info in held}
@@ -79,9 +79,9 @@ def find_derived(
             best = max(best, *(_likeness(base, info, grid) for info in others))
             for name, score in scores.items():
                 if score >= best:
-                    found.setdefault(name, []).append(tensor.name)
+                    derived.setdefault(name, []).append(tensor.name)
             break
-    return found
+    return derived
 
 
 def _is_matrix(info: TensorInfo) -> bool:

@@ -58,19 +58,19 @@ def make_map(
         CheckpointError: one of the two cannot be read.
         InputError: the file holds no tensor of the base.
     """
-    found, checkpoint = read_onnx(Path(model)), Checkpoint.open(base)
+    file, checkpoint = read_onnx(Path(model)), Checkpoint.open(base)
     identity = digest(checkpoint, threads=threads, progress=progress)
     wanted = {name: checkpoint.raw(name) for name in checkpoint.names} | dict(heads)
-    matches = match_all(found, wanted, threads, progress)
-    places, refused = _settled(matches, found)
+    matches = match_all(file, wanted, threads, progress)
+    places, refused = _settled(matches, file)
     if not places.keys() - heads.keys():
         raise InputError(
-            f"{found.path} holds no tensor of {checkpoint.path}",
+            f"{file.path} holds no tensor of {checkpoint.path}",
             fix="give the checkpoint that the ONNX file was exported from",
         )
-    copies = _copies(found, checkpoint, matches, places.keys() - heads.keys())
+    copies = _copies(file, checkpoint, matches, places.keys() - heads.keys())
     return PatchMap(
-        files=_files(found),
+        files=_files(file),
         root=identity.root,
         tensors={name: checkpoint.info(name) for name in checkpoint.names},
         digests=identity.tensors,
@@ -81,14 +81,14 @@ def make_map(
     )
 
 
-def write_rest(found: PatchMap, base: str | Path | Checkpoint, path: str | Path) -> Path | None:
+def write_rest(patch_map: PatchMap, base: str | Path | Checkpoint, path: str | Path) -> Path | None:
     """Write the weights that patching needs and the ONNX file does not hold exactly.
 
     Those are the matrices that the model's outputs do not depend on, and all of them where the file
     rounds the base's weights to float16 or bfloat16.
 
     Args:
-        found: the file's map.
+        patch_map: the file's map.
         base: the checkpoint that it was made with.
         path: a new safetensors file.
 
@@ -103,8 +103,8 @@ def write_rest(found: PatchMap, base: str | Path | Checkpoint, path: str | Path)
     checkpoint = Checkpoint.open(base)
     lacking = [
         info
-        for name, info in found.tensors.items()
-        if info.dtype in TARGETS and len(info.shape) > 1 and not found.exact(name)
+        for name, info in patch_map.tensors.items()
+        if info.dtype in TARGETS and len(info.shape) > 1 and not patch_map.exact(name)
     ]
     if not lacking:
         return None
@@ -112,24 +112,24 @@ def write_rest(found: PatchMap, base: str | Path | Checkpoint, path: str | Path)
     return Path(path)
 
 
-def _files(found: OnnxFile) -> tuple[FileFact, ...]:
-    held: list[Stored | PackedWeight] = [*found.tensors, *found.packed]
-    names = dict.fromkeys((found.path.name, *(tensor.file for tensor in held)))
-    return tuple(replace(file_fact(found.path.parent / name), file=name) for name in names)
+def _files(file: OnnxFile) -> tuple[FileFact, ...]:
+    held: list[Stored | PackedWeight] = [*file.tensors, *file.packed]
+    names = dict.fromkeys((file.path.name, *(tensor.file for tensor in held)))
+    return tuple(replace(file_fact(file.path.parent / name), file=name) for name in names)
 
 
 def _copies(
-    found: OnnxFile, base: Checkpoint, matches: Sequence[Match], names: Iterable[str]
+    file: OnnxFile, base: Checkpoint, matches: Sequence[Match], names: Iterable[str]
 ) -> dict[str, str]:
     """Explain why tensors cannot be patched of which the file also holds a copy in another form."""
-    known = {(place.file, place.begin) for match in matches for place in match.places}
-    held: list[Stored | PackedWeight] = [*found.tensors, *found.packed]
+    matched = {(place.file, place.begin) for match in matches for place in match.places}
+    held: list[Stored | PackedWeight] = [*file.tensors, *file.packed]
     foreign = [
         tensor
         for tensor in held
-        if tensor.name in found.used and (tensor.file, tensor.begin) not in known
+        if tensor.name in file.used and (tensor.file, tensor.begin) not in matched
     ]
-    copies = find_derived(base, sorted(names), found.path.parent, foreign)
+    copies = find_derived(base, sorted(names), file.path.parent, foreign)
     return {
         name: f"the file also holds it quantised, scaled or folded ({_some(own)}), "
         "and that copy would stay the base's"
@@ -138,7 +138,7 @@ def _copies(
 
 
 def _settled(
-    matches: Sequence[Match], found: OnnxFile
+    matches: Sequence[Match], file: OnnxFile
 ) -> tuple[dict[str, tuple[OnnxPlace, ...]], dict[str, str]]:
     """Return the places of what is identified, and the reasons for the rest."""
     equals = _equals(matches)
@@ -149,7 +149,7 @@ def _settled(
         twins = equals[match.name]
         by_name = match.constant or bool(twins)
         if not match.places:
-            refused[match.name] = _absent(match, found)
+            refused[match.name] = _absent(match, file)
         elif match.symmetric:
             refused[match.name] = "it equals its transpose, so its layout cannot be told"
         elif by_name and not {match.name, *twins} <= named:
@@ -175,10 +175,10 @@ def _equals(matches: Sequence[Match]) -> dict[str, list[str]]:
     }
 
 
-def _absent(match: Match, found: OnnxFile) -> str:
-    names = {tensor.name for tensor in found.tensors}
-    if match.name in {*names, *found.sealed} & found.used:
-        if match.name in found.sealed:
+def _absent(match: Match, file: OnnxFile) -> str:
+    names = {tensor.name for tensor in file.tensors}
+    if match.name in {*names, *file.sealed} & file.used:
+        if match.name in file.sealed:
             return "its values are not kept in one piece of bytes (save the model with raw data)"
         return "the tensor of that name holds other values: something was folded into it"
     if match.name in names:

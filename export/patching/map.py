@@ -87,13 +87,13 @@ class PatchMap:
         return next((p for p in self.places.get(name, ()) if lossless(dtype, p.dtype)), None)
 
 
-def write_map(found: PatchMap, path: str | Path) -> None:
+def write_map(patch_map: PatchMap, path: str | Path) -> None:
     """Write a map as JSON, in full or not at all.
 
     Raises:
         OutputError: `path` exists, or cannot be written.
     """
-    text = canonical.dumps(_to_json(found)).encode("utf-8")
+    text = canonical.dumps(_to_json(patch_map)).encode("utf-8")
     with staging.new_file(Path(path), replace=False) as stage:
         stage.write_bytes(text + b"\n")
 
@@ -116,21 +116,23 @@ def read_map(path: str | Path) -> PatchMap:
         ) from None
 
 
-def _to_json(found: PatchMap) -> dict[str, Any]:
+def _to_json(patch_map: PatchMap) -> dict[str, Any]:
     return {
         "version": VERSION,
-        "files": [asdict(file) for file in found.files],
+        "files": [asdict(file) for file in patch_map.files],
         "base": {
-            "root": found.root,
+            "root": patch_map.root,
             "tensors": {
-                name: [info.dtype, list(info.shape), found.digests[name]]
-                for name, info in found.tensors.items()
+                name: [info.dtype, list(info.shape), patch_map.digests[name]]
+                for name, info in patch_map.tensors.items()
             },
         },
-        "places": {name: [asdict(place) for place in own] for name, own in found.places.items()},
-        "refused": dict(found.refused),
-        "heads": {name: [info.dtype, list(info.shape)] for name, info in found.heads.items()},
-        "unused": list(found.unused),
+        "places": {
+            name: [asdict(place) for place in own] for name, own in patch_map.places.items()
+        },
+        "refused": dict(patch_map.refused),
+        "heads": {name: [info.dtype, list(info.shape)] for name, info in patch_map.heads.items()},
+        "unused": list(patch_map.unused),
     }
 
 
@@ -141,25 +143,25 @@ def _parse(value: Any) -> PatchMap:
     version = untrusted.mapping(value, "the map").get("version")
     if type(version) is not int or version not in (1, VERSION):
         raise FieldError(f"version is {version!r:.40}; this kilodelta reads {VERSION}")
-    found = untrusted.table(value, "the map", _KEYS if version == 1 else (*_KEYS, "heads"))
-    base = untrusted.table(found["base"], "base", ("root", "tensors"))
+    fields = untrusted.table(value, "the map", _KEYS if version == 1 else (*_KEYS, "heads"))
+    base = untrusted.table(fields["base"], "base", ("root", "tensors"))
     rows = untrusted.mapping(base["tensors"], "base.tensors")
     known = {name: _tensor(row, f"base.tensors.{name}") for name, row in rows.items()}
     identity = of_digests({name: digest for name, (_, digest) in known.items()})
     if untrusted.digest(base["root"], "base.root") != identity.root:
         raise FieldError(f"base.root is {base['root']}, the tensors' digests give {identity.root}")
-    files = untrusted.listed(found["files"], "files", _file)
+    files = untrusted.listed(fields["files"], "files", _file)
     places = {
         name: untrusted.listed(own, f"places.{name}", _place)
-        for name, own in untrusted.mapping(found["places"], "places").items()
+        for name, own in untrusted.mapping(fields["places"], "places").items()
     }
     tensors = {name: replace(known[name][0], name=name) for name in identity.tensors}
     heads = {
         name: replace(_head(row, f"heads.{name}"), name=name)
-        for name, row in untrusted.mapping(found.get("heads", {}), "heads").items()
+        for name, row in untrusted.mapping(fields.get("heads", {}), "heads").items()
     }
     _check_places(files, places, tensors | heads)
-    refused = untrusted.mapping(found["refused"], "refused")
+    refused = untrusted.mapping(fields["refused"], "refused")
     return PatchMap(
         files=files,
         root=identity.root,
@@ -168,7 +170,7 @@ def _parse(value: Any) -> PatchMap:
         places=places,
         refused={name: untrusted.text(why, f"refused.{name}") for name, why in refused.items()},
         heads=heads,
-        unused=untrusted.texts(found["unused"], "unused"),
+        unused=untrusted.texts(fields["unused"], "unused"),
     )
 
 
@@ -197,11 +199,11 @@ def _shape(value: Any, where: str) -> tuple[int, ...]:
 
 
 def _file(value: Any, where: str) -> FileFact:
-    found = untrusted.table(value, where, ("file", "sha256", "nbytes"))
+    fields = untrusted.table(value, where, ("file", "sha256", "nbytes"))
     return FileFact(
-        file=_inside(found["file"], where),
-        sha256=untrusted.digest(found["sha256"], where),
-        nbytes=untrusted.whole(found["nbytes"], where),
+        file=_inside(fields["file"], where),
+        sha256=untrusted.digest(fields["sha256"], where),
+        nbytes=untrusted.whole(fields["nbytes"], where),
     )
 
 
@@ -213,15 +215,15 @@ def _inside(value: Any, where: str) -> str:
 
 def _place(value: Any, where: str) -> OnnxPlace:
     keys = ("name", "dtype", "shape", "file", "begin", "transposed", "top")
-    found = untrusted.table(value, where, keys)
+    fields = untrusted.table(value, where, keys)
     return OnnxPlace(
-        name=untrusted.text(found["name"], where),
-        dtype=_dtype(found["dtype"], where),
-        shape=_shape(found["shape"], where),
-        file=_inside(found["file"], where),
-        begin=untrusted.whole(found["begin"], where),
-        transposed=untrusted.flag(found["transposed"], where),
-        top=untrusted.flag(found["top"], where),
+        name=untrusted.text(fields["name"], where),
+        dtype=_dtype(fields["dtype"], where),
+        shape=_shape(fields["shape"], where),
+        file=_inside(fields["file"], where),
+        begin=untrusted.whole(fields["begin"], where),
+        transposed=untrusted.flag(fields["transposed"], where),
+        top=untrusted.flag(fields["top"], where),
     )
 
 

@@ -41,7 +41,7 @@ class Match:
 
 
 def match_all(
-    found: OnnxFile,
+    file: OnnxFile,
     tensors: Mapping[str, RawTensor],
     threads: int | None,
     progress: Progress,
@@ -49,12 +49,12 @@ def match_all(
     """Return a match for every tensor, in the order given.
 
     Args:
-        found: the ONNX file.
+        file: the ONNX file.
         tensors: what to look for, by name; mapped bytes are read once.
         threads: cores to use; all by default.
         progress: called with how far the work is, in bytes.
     """
-    contents = _contents(found, threads, progress)
+    contents = _contents(file, threads, progress)
     meter = Meter("match", sum(tensor.nbytes for tensor in tensors.values()), "B", progress)
 
     def match(name: str) -> Match:
@@ -68,14 +68,14 @@ def match_all(
 
 
 def _contents(
-    found: OnnxFile, threads: int | None, progress: Progress
+    file: OnnxFile, threads: int | None, progress: Progress
 ) -> dict[Content, list[Stored]]:
     """Index the file's tensors that feed a node by their content."""
-    tensors = [tensor for tensor in found.tensors if tensor.name in found.used]
+    tensors = [tensor for tensor in file.tensors if tensor.name in file.used]
     meter = Meter("scan", sum(tensor.nbytes for tensor in tensors), "B", progress)
 
     def content(tensor: Stored) -> Content:
-        data = pread(found.path.parent / tensor.file, tensor.begin, tensor.nbytes)
+        data = pread(file.path.parent / tensor.file, tensor.begin, tensor.nbytes)
         meter.add(tensor.nbytes)
         return _content(tensor.dtype, data)
 

@@ -54,15 +54,15 @@ class PatchPlan:
         """
         return merged_tensor(self.delta, name, self._base)
 
-    def written(self, name: str, found: RawTensor) -> Iterator[tuple[OnnxPlace, Bytes]]:
+    def written(self, name: str, tensor: RawTensor) -> Iterator[tuple[OnnxPlace, Bytes]]:
         """Yield a changed tensor's bytes as each of its places holds them.
 
         Raises:
             ExportError: a finite value does not fit into the file's dtype.
         """
         for place in self.places(name):
-            values = rounded(name, found, place.dtype)
-            yield place, transposed(values, found.shape) if place.transposed else values
+            values = rounded(name, tensor, place.dtype)
+            yield place, transposed(values, tensor.shape) if place.transposed else values
 
     def _base(self, name: str) -> Bytes:
         place = self.found.exact(name)
@@ -75,14 +75,14 @@ class PatchPlan:
 
 
 def make_plan(
-    model: Path, delta: Delta, found: PatchMap, base: str | Path | Checkpoint | None
+    model: Path, delta: Delta, patch_map: PatchMap, base: str | Path | Checkpoint | None
 ) -> PatchPlan:
     """See that a delta can be written into an ONNX file.
 
     Args:
         model: the base's ONNX file.
         delta: bound to its base or not.
-        found: the file's map.
+        patch_map: the file's map.
         base: the base checkpoint, or a part of it, for what the file does not hold exactly.
 
     Raises:
@@ -90,19 +90,19 @@ def make_plan(
         ExportError: a tensor was fused, merged or folded, or has no place; the file takes a head
             that the delta does not bring; or the file holds a target rounded and `base` lacks it.
     """
-    if delta.manifest.base.root != found.root:
+    if delta.manifest.base.root != patch_map.root:
         raise BaseMismatchError(
-            f"{model} holds another base: {found.root}, not {delta.manifest.base.root}",
+            f"{model} holds another base: {patch_map.root}, not {delta.manifest.base.root}",
             fix=f"give the ONNX file of {delta.manifest.base.name or 'the base'}",
         )
-    bound = delta if delta.layout is not None else delta.bind_to(found.tensors.values())
+    bound = delta if delta.layout is not None else delta.bind_to(patch_map.tensors.values())
     rest = None if base is None else Checkpoint.open(base)
-    plan = PatchPlan(model=model, found=found, delta=bound, rest=rest)
+    plan = PatchPlan(model=model, found=patch_map, delta=bound, rest=rest)
     names = changed_names(bound)
     _refuse([f"{n}: {why}" for n in names if (why := _no_place(plan, n))], "has no place")
     _refuse([f"{n}: {why}" for n in bound.extras if (why := _misfit(plan, n))], "does not fit")
     _require_heads(plan)
-    lacking = [n for n in bound.targets if found.exact(n) is None and n not in (rest or ())]
+    lacking = [n for n in bound.targets if patch_map.exact(n) is None and n not in (rest or ())]
     _refuse(lacking, "is not held exactly", fix="give the base checkpoint too, or `write_rest`'s")
     return plan
 
@@ -120,14 +120,14 @@ def _refuse(
 
 def _no_place(plan: PatchPlan, name: str) -> str:
     """Explain why a changed tensor cannot be written; empty if it can, or need not be."""
-    found = plan.found
-    if name in found.heads and name in plan.delta.targets:
+    patch_map = plan.found
+    if name in patch_map.heads and name in plan.delta.targets:
         return "the file was exported with a new head in its place"
-    if found.info(name) is None:
+    if patch_map.info(name) is None:
         return "the base has no tensor of that name, and the file was exported without it"
-    if plan.places(name) or name in found.unused:
+    if plan.places(name) or name in patch_map.unused:
         return ""
-    return found.refused.get(name, "the map does not know it")
+    return patch_map.refused.get(name, "the map does not know it")
 
 
 def _misfit(plan: PatchPlan, name: str) -> str:

@@ -72,8 +72,8 @@ def patch(
         OutputError: `out` exists or cannot be written.
     """
     require_good_kernels()
-    found = delta if isinstance(delta, Delta) else load(delta)
-    plan = make_plan(Path(model), found, places, base)
+    opened = delta if isinstance(delta, Delta) else load(delta)
+    plan = make_plan(Path(model), opened, places, base)
     with _copies(plan, Path(out)) as (files, paths):
 
         def write(place: OnnxPlace, data: Bytes) -> None:

@@ -53,10 +53,10 @@ def run(
         if isinstance(job, FileFact):
             _check(plan.path(job.file), job, meter)
             return
-        found = plan.tuned(job)
+        tensor = plan.tuned(job)
         if job in plan.delta.targets:
-            digests[job] = raw_digest(job, found)
-        for place, data in plan.written(job, found):
+            digests[job] = raw_digest(job, tensor)
+        for place, data in plan.written(job, tensor):
             write(place, data)
         meter.add(plan.size(job))
 

@@ -69,8 +69,8 @@ def patched_weights(
         ProofError: the result's digest is not the file's.
     """
     require_good_kernels()
-    found = delta if isinstance(delta, Delta) else load(delta)
-    plan = make_plan(Path(model), found, places, base)
+    opened = delta if isinstance(delta, Delta) else load(delta)
+    plan = make_plan(Path(model), opened, places, base)
     inline: list[tuple[int, Bytes]] = []
     initializers: dict[str, tuple[str, npt.NDArray[Any]]] = {}
     _require_reachable(plan)
@@ -136,18 +136,18 @@ def open_patched(
         KiloDeltaError: what `patched_weights` raises.
     """
     ort = require("onnxruntime", extra="cpu", why="run ONNX models")
-    found = patched_weights(
+    weights = patched_weights(
         model, delta, places=places, base=base, threads=threads, progress=progress
     )
     options = options or ort.SessionOptions()
-    held = {name: _value(ort, *weight) for name, weight in found.initializers.items()}
+    held = {name: _value(ort, *weight) for name, weight in weights.initializers.items()}
     if held:
         options.add_external_initializers(list(held), list(held.values()))
-    if isinstance(found.model, bytes):
+    if isinstance(weights.model, bytes):
         options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(found.folder)
+            "session.model_external_initializers_file_folder_path", str(weights.folder)
         )
-    source = found.model if isinstance(found.model, bytes) else str(found.model)
+    source = weights.model if isinstance(weights.model, bytes) else str(weights.model)
     session = ort.InferenceSession(source, options, providers=list(providers))
     weakref.finalize(session, held.clear)  # the session uses this memory as long as it lives
     return session

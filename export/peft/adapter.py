@@ -105,9 +105,9 @@ def export_peft(
     chosen = options or PeftOptions()
     _check(chosen)
     checkpoint = Checkpoint.open(base)
-    found = delta if isinstance(delta, Delta) else load(delta)
-    require_base(checkpoint, found.manifest.base, threads=threads, progress=progress)
-    bound = found.bind(checkpoint)
+    opened = delta if isinstance(delta, Delta) else load(delta)
+    require_base(checkpoint, opened.manifest.base, threads=threads, progress=progress)
+    bound = opened.bind(checkpoint)
     plan = make_plan(bound, checkpoint, _naming(chosen, checkpoint))
     if chosen.svd is None:
         require_low_rank(bound)
@@ -164,10 +164,10 @@ def _pairs(
         meter.add(1)
         return pair
 
-    found = parallel.run(
+    pairs = parallel.run(
         one, names, meter, weight=lambda name: delta.target(name).stored[1], threads=threads
     )
-    return dict(zip(names, found, strict=True))
+    return dict(zip(names, pairs, strict=True))
 
 
 def _summary(

@@ -79,13 +79,13 @@ def adapter_tensors(
         The tensors by key, and the rank by module path.
     """
     top = max(1, *(pair.rank for pair in pairs.values()))
-    found: dict[str, RawTensor] = {}
+    tensors: dict[str, RawTensor] = {}
     ranks = {}
     for name, pair in pairs.items():
         rank = max(1, pair.rank) if own_ranks else top
         ranks[plan.paths[name]] = rank
-        found |= _keyed(plan, name, padded(pair, rank), dtype)
-    return found, ranks
+        tensors |= _keyed(plan, name, padded(pair, rank), dtype)
+    return tensors, ranks
 
 
 def _keyed(plan: AdapterPlan, name: str, pair: FactorPair, dtype: str) -> dict[str, RawTensor]:
@@ -117,13 +117,13 @@ def stored_tensors(
     whole: StoredModules, delta: Delta, checkpoint: Checkpoint
 ) -> dict[str, RawTensor]:
     """Collect the tensors of whole modules by key: the delta's, and the base's beside them."""
-    found = {}
+    tensors = {}
     for name, key in whole.tensors.items():
         if name in delta.extras:
-            found[key] = delta.extras[name]
+            tensors[key] = delta.extras[name]
         else:
-            found[key] = checkpoint.raw(name)
-    return found
+            tensors[key] = checkpoint.raw(name)
+    return tensors
 
 
 def adapter_config(plan: AdapterPlan, ranks: Mapping[str, int], base: str) -> dict[str, Any]:

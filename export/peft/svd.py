@@ -49,5 +49,5 @@ def _krylov(matrix: Matrix, rank: int) -> tuple[Matrix, Matrix, Matrix]:
 
 
 def _orthonormal(columns: Matrix) -> Matrix:
-    found: Matrix = np.linalg.qr(columns)[0]
-    return found
+    basis: Matrix = np.linalg.qr(columns)[0]
+    return basis

@@ -41,10 +41,10 @@ def choose(flavour: str, capabilities: Sequence[str], dtypes: Sequence[str]) -> 
     """
     _check_spelling(flavour, capabilities)
     trt = _module(_pick(capabilities) if flavour == AUTO else flavour)
-    known = buildable(trt)
-    unknown = [capability for capability in capabilities if capability not in known]
+    possible = buildable(trt)
+    unknown = [capability for capability in capabilities if capability not in possible]
     if unknown:
-        raise _refused(trt, unknown, known)
+        raise _refused(trt, unknown, possible)
     _check_precision(trt, capabilities, dtypes)
     return trt
 
@@ -88,14 +88,14 @@ def _module(name: str) -> Any:
     return require(name, extra=EXTRAS[name], why="build TensorRT engines")
 
 
-def _refused(trt: Any, unknown: Sequence[str], known: Sequence[str]) -> ExportError:
+def _refused(trt: Any, unknown: Sequence[str], possible: Sequence[str]) -> ExportError:
     asked = ", ".join(unknown)
     if trt.__name__ == RTX:
         return ExportError(
-            f"tensorrt_rtx {trt.__version__} builds for {', '.join(known)}, not for {asked}",
+            f"tensorrt_rtx {trt.__version__} builds for {', '.join(possible)}, not for {asked}",
             fix=f"leave {asked} out, or build on a machine with that GPU and tensorrt",
         )
-    here = f"this one is {known[0]}" if known else "no NVIDIA GPU or driver was found here"
+    here = f"this one is {possible[0]}" if possible else "no NVIDIA GPU or driver was found here"
     return ExportError(
         f"tensorrt builds for the GPU present, not for {asked}: {here}",
         fix=f"export on a machine with {asked}, or install 'kilodelta[rtx]' for an RTX GPU",

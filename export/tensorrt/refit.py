@@ -173,11 +173,11 @@ class RefitEngine:
     def _bound(
         self, delta: str | os.PathLike[str] | Delta, threads: int | None, progress: Progress
     ) -> Delta:
-        found = delta if isinstance(delta, Delta) else load(delta)
-        if found.layout is not None:
-            return found
-        require_base(self._base, found.manifest.base, threads=threads, progress=progress)
-        return found.bind(self._base)
+        opened = delta if isinstance(delta, Delta) else load(delta)
+        if opened.layout is not None:
+            return opened
+        require_base(self._base, opened.manifest.base, threads=threads, progress=progress)
+        return opened.bind(self._base)
 
     def _require_refittable(self, delta: Delta, names: tuple[str, ...]) -> None:
         wrong = [n for n in changed_names(delta) if n not in names and n not in self._unused]

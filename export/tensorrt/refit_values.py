@@ -40,9 +40,9 @@ class RefitValues:
         meter = Meter("expand", sum(sizes.values()), "B", progress)
 
         def work(name: str) -> RawTensor:
-            found = merged_tensor(delta, name, base.data)
+            tensor = merged_tensor(delta, name, base.data)
             meter.add(sizes[name])
-            return found
+            return tensor
 
         made = parallel.run(work, names, meter, weight=lambda n: sizes[n], threads=threads)
         self._base, self._tuned = base, dict(zip(names, made, strict=True))
@@ -63,10 +63,10 @@ class RefitValues:
             ExportError: it does not fit the engine.
             CheckpointError: nothing of that name is known.
         """
-        found = self._tuned.get(name) or self._base.raw(name)
-        if not castable(found.dtype, dtype) or nbytes("U8", found.shape) != count:
+        tensor = self._tuned.get(name) or self._base.raw(name)
+        if not castable(tensor.dtype, dtype) or nbytes("U8", tensor.shape) != count:
             raise ExportError(
-                f"{name} is {found.dtype} {found.shape}, the engine's has {count} of {dtype}",
+                f"{name} is {tensor.dtype} {tensor.shape}, the engine's has {count} of {dtype}",
                 fix="give the engine of this base, or a delta without that extra tensor",
             )
-        return rounded(name, found, dtype)
+        return rounded(name, tensor, dtype)

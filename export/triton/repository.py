@@ -133,16 +133,16 @@ def _short(artefact: Artefact) -> str:
 def _add(source: Path, model: Path, artefact: Artefact) -> TritonModel:
     """Write one model's next version."""
     text = config(model.name, artefact)
-    known = model / CONFIG
-    if known.exists() and known.read_text(encoding="utf-8") != text:
+    present = model / CONFIG
+    if present.exists() and present.read_text(encoding="utf-8") != text:
         raise OutputError(
-            f"{known} describes another model than {artefact.file} is",
+            f"{present} describes another model than {artefact.file} is",
             fix="give another name; or, if you edited it, copy the files of the export yourself",
         )
     version = 1 + max((int(place.name) for place in _versions(model)), default=0)
     model.mkdir(exist_ok=True)
-    if not known.exists():
-        staging.write(known, text.encode("utf-8"))
+    if not present.exists():
+        staging.write(present, text.encode("utf-8"))
     with staging.new_folder(model / str(version)) as stage:
         for index, file in enumerate(artefact.files):
             own = MODEL_FILES[artefact.kind] if index == 0 else file.file

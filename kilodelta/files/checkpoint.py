@@ -114,10 +114,10 @@ class Checkpoint:
 
         Files of tied models leave out all names but one; a comparison needs them.
         """
-        found = Checkpoint(self.path, self.shards, index=self.index)
-        found._places = {**self._places, **{new: self._places[old] for new, old in names.items()}}
-        found.names = in_name_order(found._places)
-        return found
+        copied = Checkpoint(self.path, self.shards, index=self.index)
+        copied._places = {**self._places, **{new: self._places[old] for new, old in names.items()}}
+        copied.names = in_name_order(copied._places)
+        return copied
 
     def __contains__(self, name: object) -> bool:
         return name in self._places
@@ -183,13 +183,13 @@ def _hub_snapshot(folder: Path) -> Path:
         return folder
     if plain.is_file(folder / "refs" / "main"):
         return snapshots / _revision(folder / "refs" / "main")
-    found = sorted(place for place in snapshots.iterdir() if plain.is_folder(place))
-    if len(found) != 1:
+    revisions = sorted(place for place in snapshots.iterdir() if plain.is_folder(place))
+    if len(revisions) != 1:
         raise CheckpointError(
-            f"{folder} holds {len(found)} snapshots and no refs/main",
+            f"{folder} holds {len(revisions)} snapshots and no refs/main",
             fix=f"name one of the folders below {snapshots}",
         )
-    return found[0]
+    return revisions[0]
 
 
 def _revision(reference: Path) -> str:
@@ -238,10 +238,10 @@ def _open_sharded(folder: Path) -> Checkpoint:
     weight_map = _weight_map(folder / INDEX, text)
     files = sorted(set(weight_map.values()))
     shards = tuple(Shard.open(folder / name, follow=False) for name in files)
-    found = {entry.name: s.path.name for s in shards for entry in s.layout.entries}
+    held = {entry.name: s.path.name for s in shards for entry in s.layout.entries}
     count = sum(len(s.layout.entries) for s in shards)
-    if found != weight_map or count != len(found):
-        wrong = [n for n, _ in sorted(set(found.items()) ^ set(weight_map.items()))] or ["a tensor"]
+    if held != weight_map or count != len(held):
+        wrong = [n for n, _ in sorted(set(held.items()) ^ set(weight_map.items()))] or ["a tensor"]
         raise CheckpointError(
             f"{folder / INDEX} and its shards disagree about {wrong[0]!r:.200}",
             fix="the folder is incomplete or mixed from two models: fetch it again",

@@ -51,14 +51,14 @@ def pread(path: Path, begin: int, nbytes: int) -> npt.NDArray[np.uint8]:
         CheckpointError: it cannot be read, or ends too soon.
     """
     try:
-        found = np.fromfile(path, np.uint8, nbytes, offset=begin)
+        data = np.fromfile(path, np.uint8, nbytes, offset=begin)
     except OSError as problem:
         raise CheckpointError(
             f"{path} cannot be read: {problem.strerror or problem}",
             fix="check the path and its permissions",
         ) from None
-    if found.size != nbytes:
+    if data.size != nbytes:
         raise CheckpointError(
             f"{path} ends before byte {begin + nbytes}", fix="the file is cut: fetch it again"
         )
-    return found
+    return data

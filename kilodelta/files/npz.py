@@ -70,10 +70,10 @@ def read_headers(path: str | os.PathLike[str]) -> dict[str, ArrayHeader]:
     """
     place = Path(path)
     with _opened(place) as archive:
-        found = {name: _header(place, archive, info) for name, info in _members(place, archive)}
-    if not found:
+        headers = {name: _header(place, archive, info) for name, info in _members(place, archive)}
+    if not headers:
         raise InputError(f"{place} holds no arrays", fix="give one array per input")
-    return found
+    return headers
 
 
 def read_npz(path: str | os.PathLike[str], *, rows: int | None = None) -> dict[str, NDArray[Any]]:

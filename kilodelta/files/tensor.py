@@ -121,5 +121,5 @@ def _torch_bytes(tensor: Any) -> Bytes:
     if str(tensor.layout) != "torch.strided":
         raise InputError(f"a tensor is {tensor.layout}", fix="convert it by to_dense() first")
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    found: Bytes = flat.view(sys.modules["torch"].uint8).numpy()
-    return found
+    raw: Bytes = flat.view(sys.modules["torch"].uint8).numpy()
+    return raw

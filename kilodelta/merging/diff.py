@@ -198,9 +198,9 @@ def _measure(pairs: Any) -> tuple[float, float, float]:
         with np.errstate(invalid="ignore", over="ignore"):
             equal = (a == b) | (np.isnan(a) & np.isnan(b))
             change = np.where(equal, 0.0, b - a)
-            known = np.nan_to_num(a, nan=0.0, posinf=np.inf, neginf=-np.inf)
+            size = np.nan_to_num(a, nan=0.0, posinf=np.inf, neginf=-np.inf)
             energy += float(change @ change)
-            norm += float(known @ known)
+            norm += float(size @ size)
             largest = max(largest, float(np.max(np.abs(change), initial=0.0)), key=_nan_last)
     if energy == 0.0:
         return 0.0, largest, 0.0
@@ -218,8 +218,8 @@ def _shared(rows: list[TensorRow], energies: dict[str, float]) -> tuple[TensorRo
     out = []
     for row in rows:
         energy = energies[row.name]
-        known = row.relative is not None and math.isfinite(energy) and whole > 0
-        out.append(TensorRow(**{**vars(row), "share": energy / whole if known else None}))
+        is_sized = row.relative is not None and math.isfinite(energy) and whole > 0
+        out.append(TensorRow(**{**vars(row), "share": energy / whole if is_sized else None}))
     return tuple(sorted(out, key=lambda r: -(r.share or 0.0)))
 
 

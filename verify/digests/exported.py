@@ -41,10 +41,10 @@ def check_export(
     return manifest
 
 
-def _same(folder: Path, what: str, found: str, expected: str) -> None:
-    if found != expected:
+def _same(folder: Path, what: str, actual: str, expected: str) -> None:
+    if actual != expected:
         raise ProofError(
-            f"{folder} was exported from another {what}: its manifest says {found}, "
+            f"{folder} was exported from another {what}: its manifest says {actual}, "
             f"the {what} given is {expected}",
             fix=f"give the {what} that it was made from, or export again",
         )

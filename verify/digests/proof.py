@@ -116,18 +116,18 @@ def _compare(
     threads: int | None,
     progress: Progress,
 ) -> str:
-    found = digest(merged, threads=threads, progress=progress)
-    if found.root != wanted.root:
+    actual = digest(merged, threads=threads, progress=progress)
+    if actual.root != wanted.root:
         place = merged.path if isinstance(merged, Checkpoint) else merged
         raise ProofError(
-            f"{place} is not this base with this file merged\n{_differences(found, wanted)}",
+            f"{place} is not this base with this file merged\n{_differences(actual, wanted)}",
             fix="merge again: kilodelta merge BASE FILE -o NEW",
         )
-    return found.root
+    return actual.root
 
 
-def _differences(found: Identity, wanted: Identity) -> str:
-    ours, theirs = found.tensors, wanted.tensors
+def _differences(actual: Identity, wanted: Identity) -> str:
+    ours, theirs = actual.tensors, wanted.tensors
     lines = [f"  extra: {name}" for name in ours if name not in theirs]
     lines += [f"  missing: {name}" for name in theirs if name not in ours]
     lines += [

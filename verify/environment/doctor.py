@@ -74,16 +74,16 @@ def doctor() -> Examination:
         >>> doctor()["system"].status
         'ok'
     """
-    gpu, found = _gpu()
+    gpu, device = _gpu()
     packages = [_package(name, extra) for name, extra in _PACKAGES.items() if name != "torch"]
     findings = [
         _system(),
         gpu,
-        _torch(found),
+        _torch(device),
         *packages,
-        _triton(found),
-        runtimes.onnxruntime(found),
-        *(runtimes.tensorrt(flavour, found) for flavour in runtimes.TENSORRT),
+        _triton(device),
+        runtimes.onnxruntime(device),
+        *(runtimes.tensorrt(flavour, device) for flavour in runtimes.TENSORRT),
     ]
     return Examination(findings=tuple(findings))
 
@@ -127,13 +127,13 @@ def _driver_release() -> str:
 
 
 def _package(name: str, extra: str) -> Finding:
-    found = version(name)
-    if found is None:
+    installed = version(name)
+    if installed is None:
         return missing(name, install(extra))
-    if found == "unknown":
+    if installed == "unknown":
         again = f"pip install --force-reinstall --no-deps {name}"
         return Finding(topic=name, status=BROKEN, value="its metadata is damaged", fix=again)
-    return Finding(topic=name, status=OK, value=found)
+    return Finding(topic=name, status=OK, value=installed)
 
 
 def _torch(cuda: Cuda) -> Finding:

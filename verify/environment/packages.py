@@ -39,21 +39,21 @@ def ask(code: str) -> Answer:
 def version(distribution: str) -> str | None:
     """Return the installed version of a distribution; "unknown" if its metadata is damaged."""
     try:
-        found: str | None = importlib.metadata.version(distribution)
+        installed: str | None = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
     except Exception:  # damaged metadata raises anything
         return "unknown"
-    return found or "unknown"
+    return installed or "unknown"
 
 
 def distributions(module: str) -> tuple[str, ...]:
     """Return the distributions that install a top-level module, each once, sorted."""
     try:
-        found = importlib.metadata.packages_distributions().get(module, [])
+        owners = importlib.metadata.packages_distributions().get(module, [])
     except Exception:  # one damaged package anywhere may break the whole listing
-        found = [name for name in (module, f"{module}-gpu") if version(name) is not None]
-    return tuple(sorted({name.lower().replace("_", "-") for name in found}))
+        owners = [name for name in (module, f"{module}-gpu") if version(name) is not None]
+    return tuple(sorted({name.lower().replace("_", "-") for name in owners}))
 
 
 def torch_cuda() -> str | None:

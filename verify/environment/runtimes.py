@@ -144,16 +144,16 @@ def tensorrt(flavour: str, cuda: Cuda) -> Finding:
         return Finding(topic=flavour, status=BROKEN, value=answer.error, fix=fix)
     if not answer.lines:
         return missing(flavour, TENSORRT[flavour])
-    found, names = answer.lines[0], answer.lines[-1].split()
+    installed, names = answer.lines[0], answer.lines[-1].split()
     if flavour == "tensorrt":
         reach = "builds and runs engines" if cuda.gpus else "needs a GPU to build and run engines"
-        return Finding(topic=flavour, status=OK, value=f"{found}, {reach}")
-    return _rtx(found, names, cuda)
+        return Finding(topic=flavour, status=OK, value=f"{installed}, {reach}")
+    return _rtx(installed, names, cuda)
 
 
-def _rtx(found: str, names: list[str], cuda: Cuda) -> Finding:
+def _rtx(installed: str, names: list[str], cuda: Cuda) -> Finding:
     """RTX builds anywhere for the GPUs that it knows; this machine's may not be among them."""
-    value = f"{found}, builds engines for {', '.join(names)}"
+    value = f"{installed}, builds engines for {', '.join(names)}"
     strange = [gpu.sm for gpu in cuda.gpus if gpu.sm not in names]
     if strange:
         value += f", not for this machine's {', '.join(strange)}"

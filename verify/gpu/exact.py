@@ -36,10 +36,10 @@ def _small(checkpoint: Checkpoint, delta: Delta, setting: Setting) -> PartRow:
     for target in bound.targets.values():
         data = checkpoint.data(target.name)
         expected = b"".join(part.tobytes() for part in cpu.merged(bound, target, data))
-        found = b"".join(
+        merged_bytes = b"".join(
             part.tobytes() for part in stream.merged(bound, target, data, device, 1 << 16)
         )
-        if found != expected:
+        if merged_bytes != expected:
             wrong.append(target.name)
     text = f"differs in {', '.join(wrong)}" if wrong else f"{len(bound.targets)} tensors equal"
     return PartRow(

@@ -43,13 +43,13 @@ def _corner(name: str, ask: Ask, case: Case) -> Iterator[PartRow]:
         rows = case.shape[0]
         plain = latency(request.start, request.wait, rows)
         graph = _graph(request, rows)
-    found, numbers = str(plain), plain.to_json()
+    text, numbers = str(plain), plain.to_json()
     if isinstance(graph, Latency):
-        found += f"; in a CUDA graph {graph}"
+        text += f"; in a CUDA graph {graph}"
         numbers["graph"] = graph.to_json()
     elif graph:
-        found += f"; no CUDA graph: {graph}"
-    yield PartRow(what=name, found=found, status=MEASURED, numbers=numbers)
+        text += f"; no CUDA graph: {graph}"
+    yield PartRow(what=name, found=text, status=MEASURED, numbers=numbers)
 
 
 def _graph(request: Request, rows: int) -> Latency | str:

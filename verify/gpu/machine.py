@@ -44,10 +44,10 @@ class MachineProof:
     @property
     def exit_code(self) -> int:
         """0, the code of a failed proof, or `SKIPPED` if no part ran."""
-        found = {part.status for part in self.parts}
-        if FAILED in found:
+        statuses = {part.status for part in self.parts}
+        if FAILED in statuses:
             return ProofError.exit_code
-        return SKIPPED if found == {NOT_RUN} else 0
+        return SKIPPED if statuses == {NOT_RUN} else 0
 
     def to_json(self) -> Json:
         """Return everything, fit for strict JSON."""
@@ -71,19 +71,19 @@ class MachineProof:
 
 def describe() -> Json:
     """Return device, driver and versions by name."""
-    found: Json = {"date": time.strftime("%Y-%m-%d"), "system": platform.platform()}
-    found["python"] = platform.python_version()
+    facts: Json = {"date": time.strftime("%Y-%m-%d"), "system": platform.platform()}
+    facts["python"] = platform.python_version()
     try:
         driver = cuda.driver()
-        found["devices"] = "; ".join(
+        facts["devices"] = "; ".join(
             f"{gpu.name}, {gpu.sm}, {gpu.memory_bytes >> 20} MiB" for gpu in driver.gpus()
         )
-        found["driver"] = "CUDA " + ".".join(map(str, driver.version()))
+        facts["driver"] = "CUDA " + ".".join(map(str, driver.version()))
     except cuda.CudaError as error:
-        found["devices"] = f"none: {error}"
-    found["torch for"] = packages.torch_cuda() or "CPU only"
-    found["versions"] = ", ".join(f"{n} {v}" for n in PACKAGES if (v := packages.version(n)))
-    return found
+        facts["devices"] = f"none: {error}"
+    facts["torch for"] = packages.torch_cuda() or "CPU only"
+    facts["versions"] = ", ".join(f"{n} {v}" for n in PACKAGES if (v := packages.version(n)))
+    return facts
 
 
 def parts() -> dict[str, Work]:
@@ -119,9 +119,9 @@ def prove(
         row = PartRow(what="all of it", found=f"not run: {why}", status=NOT_RUN)
         skipped = tuple(Part(name=name, rows=(row,)) for name in only)
         return MachineProof(machine=describe(), parts=skipped)
-    done, known = [], parts()
+    done, table = [], parts()
     for name in only:
-        work = known[name]
+        work = table[name]
         with staging.scratch() as folder:
             done.append(run(name, work, Setting(device=device, folder=folder, small=small)))
     return MachineProof(machine=describe(), parts=tuple(done))

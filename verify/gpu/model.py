@@ -37,8 +37,8 @@ class Models:
     @property
     def batch(self) -> Arrays:
         """Read the inputs by name."""
-        with np.load(self.inputs) as found:
-            return dict(found)
+        with np.load(self.inputs) as arrays:
+            return dict(arrays)
 
     def reference(
         self, fine_tune: int, profile: Profile, outputs: tuple[str, ...], device: str

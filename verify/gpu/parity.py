@@ -131,10 +131,10 @@ class _Bench:
         done = engine.refit(self.models.deltas[1])
         seconds = perf_counter() - began
         engine.save(saved)
-        found = f"{seconds:.2f} s for {len(done.weights)} weights, the delta proved"
+        text = f"{seconds:.2f} s for {len(done.weights)} weights, the delta proved"
         yield PartRow(
             what=f"{name}, refit",
-            found="; ".join((found, *done.warnings)),
+            found="; ".join((text, *done.warnings)),
             status=MEASURED,
             numbers={"seconds": seconds, "weights": len(done.weights)},
         )
@@ -173,15 +173,15 @@ class _Bench:
 
     def _verified(self, name: str, out: Path) -> Iterator[PartRow]:
         """Verify an export as `kilodelta verify` does."""
-        found = verify(
+        verification = verify(
             self.models.base,
             self.models.deltas[0],
             [out],
             inputs=self.models.inputs,
             device=self.device.type,
         )
-        assert found.report is not None  # inputs were given
-        for result in found.report.results:
+        assert verification.report is not None  # inputs were given
+        for result in verification.report.results:
             # The merged model in torch is the same for every export: one row of it is enough.
             if result.artefact != MERGED or name == "onnx":
                 yield _row(name, result)
@@ -249,11 +249,11 @@ def _names(artefact: Artefact) -> tuple[str, ...]:
 def _row(prefix: str, result: Result) -> PartRow:
     what = f"{result.artefact} in {result.runner}, {result.precision}"
     worst = max((check.error.relative_l2 for check in result.checks), default=0.0)
-    found = f"relative L2 up to {worst:.2g} in {len(result.checks)} checks"
+    text = f"relative L2 up to {worst:.2g} in {len(result.checks)} checks"
     reasons = result.reasons()
     return PartRow(
         what=f"{prefix}: {what}" if prefix else what,
-        found="; ".join(reasons) if reasons else found,
+        found="; ".join(reasons) if reasons else text,
         status=result.status,
         numbers={"relative_l2": worst, "checks": len(result.checks)} if result.checks else {},
     )

@@ -59,8 +59,8 @@ class Part:
     @property
     def status(self) -> str:
         """`failed` if any row failed, else `passed`, else `measured`, else `not run`."""
-        found = {row.status for row in self.rows}
-        return next((s for s in (FAILED, PASSED, MEASURED) if s in found), NOT_RUN)
+        statuses = {row.status for row in self.rows}
+        return next((s for s in (FAILED, PASSED, MEASURED) if s in statuses), NOT_RUN)
 
     def to_json(self) -> Json:
         """Return everything, fit for strict JSON."""
@@ -79,17 +79,17 @@ def run(name: str, work: Callable[[Setting], Iterator[PartRow]], setting: Settin
     return Part(name=name, rows=tuple(guarded(name, work(setting))))
 
 
-def guarded(what: str, found: Iterator[T]) -> Iterator[T | PartRow]:
+def guarded(what: str, rows: Iterator[T]) -> Iterator[T | PartRow]:
     """Yield rows until an error, and the error as the last row.
 
     It is `not run` if a package, the right machine or enough memory is missing, else `failed`.
 
     Args:
         what: the last row's `what`.
-        found: rows, or measurements.
+        rows: rows, or measurements.
     """
     try:
-        yield from found
+        yield from rows
     except (MissingPackageError, UnavailableError) as error:
         yield PartRow(what=what, found=f"not run: {error.what}", status=NOT_RUN)
     except KiloDeltaError as error:

@@ -31,8 +31,8 @@ STREAM = Stream(0)
 
 def speed(setting: Setting) -> Iterator[PartRow]:
     """Yield all measurements as rows; those that cannot be taken say why."""
-    for found in measures(setting):
-        yield found.row() if isinstance(found, Measure) else found
+    for measure in measures(setting):
+        yield measure.row() if isinstance(measure, Measure) else measure
 
 
 def measures(setting: Setting) -> Iterator[Measure | PartRow]:
@@ -112,9 +112,9 @@ def _measure(
     work: float = 1.0,
 ) -> Measure:  # fmt: skip
     """Time both alternately; the other's time is scaled by `work`, our work over what it did."""
-    found = side_by_side(runs, device)
-    theirs = found["theirs"] * work
-    return Measure(what=what, against=against, ours=found["ours"], theirs=theirs, wanted=wanted)
+    measure = side_by_side(runs, device)
+    theirs = measure["theirs"] * work
+    return Measure(what=what, against=against, ours=measure["ours"], theirs=theirs, wanted=wanted)
 
 
 def _what(method: Nola | RandLora, weights: list[Tensor]) -> str:
@@ -176,11 +176,11 @@ def peft_deltas(rank: int, shapes: list[torch.Size], device: torch.device) -> Ru
     )
     config = library.RandLoraConfig(r=rank, target_modules=list(layers), randlora_alpha=1)
     wrapped = library.get_peft_model(layers, config).to(device).float()
-    found = [wrapped.base_model.model[name] for name in layers]
+    layers_ = [wrapped.base_model.model[name] for name in layers]
 
     def run() -> None:
         with torch.no_grad():
-            for layer in found:
+            for layer in layers_:
                 layer.get_delta_weight("default")
 
     return run

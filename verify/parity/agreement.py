@@ -60,7 +60,7 @@ def agreement(
             )
             parts[name].append((len(rows["tuned"]), to_merged, to_base))
         progress(Event(stage="agreement", done=done, total=len(batches), unit="batches"))
-    return tuple(_whole(name, found) for name, found in parts.items())
+    return tuple(_whole(name, batch_parts) for name, batch_parts in parts.items())
 
 
 def _tuned(runner: TorchRunner, batch: Batch, merged: Arrays) -> Arrays:
@@ -80,8 +80,8 @@ def _tuned(runner: TorchRunner, batch: Batch, merged: Arrays) -> Arrays:
 
 
 def _rows(output: NDArray[Any], batch: Batch) -> NDArray[Any]:
-    counted = live(output, batch)
-    return counted.reshape(-1, counted.shape[-1] if counted.ndim > 1 else 1)
+    live_rows = live(output, batch)
+    return live_rows.reshape(-1, live_rows.shape[-1] if live_rows.ndim > 1 else 1)
 
 
 def _close(actual: NDArray[Any], tuned: NDArray[Any], classes: bool) -> Closeness:

@@ -89,7 +89,7 @@ def _most_rows(exported: Sequence[Artefact]) -> int:
 def _batches(pair: ModelPair, options: VerifyOptions, rows: int) -> list[Batch]:
     """Take all inputs where agreement is asked for, else as many as the largest case needs."""
     limit = options.limit if options.against else min(options.limit or rows, rows)
-    found = read_inputs(
+    batches = read_inputs(
         str(options.inputs),
         pair.merged,
         limit=limit,
@@ -97,7 +97,7 @@ def _batches(pair: ModelPair, options: VerifyOptions, rows: int) -> list[Batch]:
         field=options.field,
         max_length=options.max_length,
     )
-    return [{name: tensor.numpy() for name, tensor in batch.items()} for batch in found]
+    return [{name: tensor.numpy() for name, tensor in batch.items()} for batch in batches]
 
 
 def _require_inputs(artefact: Artefact, batch: Batch) -> None:

@@ -68,8 +68,8 @@ def first_departure(
     model = onnx.load(str(path), load_external_data=False)
     layers = {_layer(place): _layer(name) for name, place in names.items()}
     exact, plain = (
-        {layers.get(layer, layer): value for layer, value in found.items()}
-        for found in (_recorded(merged, batch, p, device) for p in ("float64", precision))
+        {layers.get(layer, layer): value for layer, value in recorded.items()}
+        for recorded in (_recorded(merged, batch, p, device) for p in ("float64", precision))
     )
     stops = [stop for stop in stops_of(model.graph) if stop.layer in exact]
     values = _values(onnx, model, stops, batch, path.parent, device)

@@ -46,16 +46,16 @@ def fit(batch: Batch, shapes: Shapes, *, padding: Padding) -> Arrays:
         return {name: _resized(array, shapes[name]) for name, array in arrays.items()}
     rows, length = shapes[MASK]
     real = arrays[MASK].astype(bool)
-    counted = _mask(real[np.arange(rows) % len(real)].sum(axis=1), length, padding)
-    picks = _picks(real, counted)
+    mask = _mask(real[np.arange(rows) % len(real)].sum(axis=1), length, padding)
+    picks = _picks(real, mask)
     fitted: Arrays = {}
     for name, array in arrays.items():
         if name == MASK:
-            fitted[name] = counted.astype(array.dtype)
+            fitted[name] = mask.astype(array.dtype)
         elif not _along(array, real, shapes[name], (rows, length)):
             fitted[name] = _resized(array, shapes[name])
         elif "position" in name:
-            fitted[name] = _positions(array, counted)
+            fitted[name] = _positions(array, mask)
         else:
             fitted[name] = array[picks]
     return fitted
@@ -75,13 +75,13 @@ def _mask(tokens: NDArray[Any], length: int, padding: Padding) -> NDArray[np.boo
 
 
 def _picks(
-    real: NDArray[np.bool_], counted: NDArray[np.bool_]
+    real: NDArray[np.bool_], mask: NDArray[np.bool_]
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Choose for each new position the row and column of a real token, each (rows, length).
 
     A row's own tokens fill the positions that count, in order; the shuffle fills the others.
     """
-    rows, length = counted.shape
+    rows, length = mask.shape
     pool = np.argwhere(real if real.any() else ~real)
     rng = np.random.default_rng(_SEED)
     picks = np.empty((rows, length, 2), dtype=np.intp)
@@ -89,8 +89,8 @@ def _picks(
         source = row % len(real)
         own = np.flatnonzero(real[source])
         # First the positions that count, then the padded ones, wherever they lie.
-        places = np.argsort(~counted[row], kind="stable")
-        kept = places[: min(len(own), int(counted[row].sum()) or length)]
+        places = np.argsort(~mask[row], kind="stable")
+        kept = places[: min(len(own), int(mask[row].sum()) or length)]
         picks[row, kept] = [(source, column) for column in own[: len(kept)]] or np.empty((0, 2))
         rest = places[len(kept) :]
         picks[row, rest] = pool[_shuffled(len(pool), len(rest), rng)]
@@ -110,11 +110,11 @@ def _along(
     return array.shape[:2] == real.shape and wanted == (*new, *array.shape[2:])
 
 
-def _positions(array: NDArray[Any], counted: NDArray[np.bool_]) -> NDArray[Any]:
+def _positions(array: NDArray[Any], mask: NDArray[np.bool_]) -> NDArray[Any]:
     """Number the tokens that count, from the smallest given position on."""
     first = array.min() if array.size else 0
-    found: NDArray[Any] = np.maximum(counted.cumsum(axis=1) - 1, 0) + first
-    return found.astype(array.dtype)
+    positions: NDArray[Any] = np.maximum(mask.cumsum(axis=1) - 1, 0) + first
+    return positions.astype(array.dtype)
 
 
 def _resized(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:

@@ -96,9 +96,9 @@ class Labelled(nn.Module):
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """Compute the embedding, and its sharpened cosine to every label, (rows, n)."""
-        found: dict[str, Tensor] = self.view(**batch)
-        unit = functional.normalize(found[EMBEDDING], dim=-1)
-        return {**found, LABELS: unit @ self.get_buffer("labels").T}
+        outputs: dict[str, Tensor] = self.view(**batch)
+        unit = functional.normalize(outputs[EMBEDDING], dim=-1)
+        return {**outputs, LABELS: unit @ self.get_buffer("labels").T}
 
 
 def embed_labels(pair: ModelPair, options: VerifyOptions) -> Tensor:

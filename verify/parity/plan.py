@@ -198,11 +198,11 @@ class _Planner:
         """
         if step in self._costs:
             return self._costs[step].elements
-        known = self._costs[max(self._costs)]
+        measured = self._costs[max(self._costs)]
         if len(self._costs) > 1 and len({cost.elements for cost in self._costs.values()}) == 1:
-            return known.elements
+            return measured.elements
         wanted = sum(prod(shape) for shape in self._at(step).values())
-        return -(-known.elements * wanted // known.inputs)
+        return -(-measured.elements * wanted // measured.inputs)
 
     def _nbytes(self, elements: int) -> int:
         return elements * BYTES

@@ -110,10 +110,10 @@ class Reference:
             precision: the artefact's.
         """
         shares = {name: self._share(name, results, precision) for name in self.outputs}
-        told = {name: share for name, share in shares.items() if share is not None}
-        continuous = {n: share for n, share in told.items() if not self._is_discrete(n)}
+        stated = {name: share for name, share in shares.items() if share is not None}
+        continuous = {n: share for n, share in stated.items() if not self._is_discrete(n)}
         # A label flips where two scores nearly tie, so scores tell better where there are any.
-        return continuous or told
+        return continuous or stated
 
     def _run(
         self, module: torch.nn.Module, precision: str, what: str, *, in_order: bool = False
@@ -231,9 +231,9 @@ class Reference:
             flat = [part.reshape(-1) for part in parts]
             for start in range(0, len(flat[0]), BLOCK):
                 block = [part[start : start + BLOCK].astype(np.float64) for part in flat]
-                told = np.logical_and.reduce([np.isfinite(values) for values in block])
-                told &= np.logical_and.reduce([finite(values) == values for values in block])
-                yield tuple(values[told] for values in block)
+                usable = np.logical_and.reduce([np.isfinite(values) for values in block])
+                usable &= np.logical_and.reduce([finite(values) == values for values in block])
+                yield tuple(values[usable] for values in block)
 
 
 def _require_shapes(actual: Sequence[NDArray[Any]], reference: Sequence[NDArray[Any]]) -> None:

@@ -116,12 +116,12 @@ class Trial:
             before, after = self._runner.run(inputs), self._runner.run(other)
         except InputError:
             return False
-        told = [
+        pairs = [
             (before[name][:, :-1], after[name][:, :-1])
             for name in before
             if before[name].ndim >= 3 and before[name].shape[:2] == (rows, length)
         ]
-        return bool(told) and all(_close(a, b) for a, b in told)
+        return bool(pairs) and all(_close(a, b) for a, b in pairs)
 
 
 def longest(works: Callable[[int], bool], low: int, high: int) -> int:

@@ -41,8 +41,8 @@ class InOrder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         rule = _REDUCTIONS.get(func)
-        found = None if rule is None else rule(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {})) if found is None else found
+        result = None if rule is None else rule(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {})) if result is None else result
 
 
 def _sum(

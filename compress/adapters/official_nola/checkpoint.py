@@ -116,13 +116,13 @@ def _unpickled(path: Path) -> tuple[dict[str, RawTensor], str | None]:
         return storage
 
     try:
-        found = torch.load(path, map_location=here, weights_only=True)
+        loaded = torch.load(path, map_location=here, weights_only=True)
     except Exception as problem:  # torch has no class for what may be wrong with a pickle
         raise CheckpointError(
             f"{path} cannot be read as weights: {_first_line(problem)}",
             fix="give the checkpoint as the official code saved it, or as .safetensors",
         ) from None
-    state = found.get("model_state_dict", found) if isinstance(found, dict) else found
+    state = loaded.get("model_state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise CheckpointError(
             f"{path} holds no tensors by name, but a {type(state).__name__}",

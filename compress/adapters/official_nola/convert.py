@@ -46,17 +46,19 @@ def read(path: Path, base: Checkpoint, options: ReadOptions) -> ParsedAdapter:
     return _by_bases(job)
 
 
-def _require_cpu(found: NolaCheckpoint, options: ReadOptions) -> None:
+def _require_cpu(checkpoint: NolaCheckpoint, options: ReadOptions) -> None:
     """Refuse bases that cannot be drawn again: only a CPU's numbers can."""
     reason = "numbers drawn on a CUDA device depend on the GPU model, and only CPU ones return"
     way = "--factors FILE with the factors computed on that GPU (docs/import.md has the lines)"
     if options.drawn_on != "cpu":
         raise InputError(
-            f"{found.path} does not say where its bases were drawn: {reason}",
+            f"{checkpoint.path} does not say where its bases were drawn: {reason}",
             fix=f"give {way}, or --drawn-on cpu if the training ran on a CPU",
         )
-    if found.device is not None and "cuda" in found.device:
-        raise InputError(f"{found.path} was saved from {found.device}: {reason}", fix=f"give {way}")
+    if checkpoint.device is not None and "cuda" in checkpoint.device:
+        raise InputError(
+            f"{checkpoint.path} was saved from {checkpoint.device}: {reason}", fix=f"give {way}"
+        )
 
 
 def _by_bases(job: NolaJob) -> ParsedAdapter:

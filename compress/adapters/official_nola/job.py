@@ -53,7 +53,7 @@ class NolaJob:
         return [self.checkpoint.layers[path][side] for path in self.parts[name]]
 
 
-def find_job(found: NolaCheckpoint, base: Checkpoint, options: ReadOptions) -> NolaJob:
+def find_job(checkpoint: NolaCheckpoint, base: Checkpoint, options: ReadOptions) -> NolaJob:
     """Find a checkpoint's layers in the base.
 
     Raises:
@@ -61,28 +61,28 @@ def find_job(found: NolaCheckpoint, base: Checkpoint, options: ReadOptions) -> N
         InputError: alpha is not known, layers disagree about rank or bases, or the checkpoint
             holds tensors that are no part of a layer.
     """
-    owners = {path: _owner(path) for path in found.layers}
+    owners = {path: _owner(path) for path in checkpoint.layers}
     architecture = read_architecture(base, {})
     place = find_place(
         tuple(dict.fromkeys(owners.values())),
         architecture,
-        found.path,
+        checkpoint.path,
         weight=lambda path, place: architecture.weight(place.to_model(path) or ""),
-        fits=lambda path, shape: _fits(found, owners, path, shape),
+        fits=lambda path, shape: _fits(checkpoint, owners, path, shape),
         prefix=options.prefix,
     )
-    _refuse_others(found, architecture, place)
+    _refuse_others(checkpoint, architecture, place)
     parts: dict[str, list[str]] = {}
     for path in sorted(owners, key=lambda path: FUSED.get(path.rpartition(".")[2], 0)):
-        parts.setdefault(_target(found, architecture, place, owners[path]), []).append(path)
-    gpt2 = any(path.rpartition(".")[2] in BESIDE for path in found.layers)
-    patterns = _patterns(base, list(parts), transposed=gpt2 or found.fan_in_fan_out)
+        parts.setdefault(_target(checkpoint, architecture, place, owners[path]), []).append(path)
+    gpt2 = any(path.rpartition(".")[2] in BESIDE for path in checkpoint.layers)
+    patterns = _patterns(base, list(parts), transposed=gpt2 or checkpoint.fan_in_fan_out)
     job = NolaJob(
-        checkpoint=found,
+        checkpoint=checkpoint,
         layout=targets(base, patterns),
         patterns=patterns,
         parts={name: tuple(paths) for name, paths in parts.items()},
-        form=_form(found, options, gpt2=gpt2),
+        form=_form(checkpoint, options, gpt2=gpt2),
         options=options,
         note=place.note,
     )
@@ -96,15 +96,17 @@ def _owner(path: str) -> str:
 
 
 def _fits(
-    found: NolaCheckpoint, owners: Mapping[str, str], path: str, shape: tuple[int, ...]
+    checkpoint: NolaCheckpoint, owners: Mapping[str, str], path: str, shape: tuple[int, ...]
 ) -> bool:
     """Return whether a layer's inputs are a side of a weight: the GPT-2 code's are its second."""
-    sides = {layer["A"].start.shape[1] for at, layer in found.layers.items() if owners[at] == path}
+    sides = {
+        layer["A"].start.shape[1] for at, layer in checkpoint.layers.items() if owners[at] == path
+    }
     return sides <= set(shape)
 
 
 def _target(
-    found: NolaCheckpoint, architecture: AdaptedArchitecture, place: Place, owner: str
+    checkpoint: NolaCheckpoint, architecture: AdaptedArchitecture, place: Place, owner: str
 ) -> str:
     """Return the base's tensor that a layer changes.
 
@@ -116,9 +118,9 @@ def _target(
     tied = [other for other in architecture.tied(name) if other != name]
     if tensor == "" or tied:
         raise InputError(
-            f"{found.path} changes {name}, which is one tensor with {tied[0]} in the base"
+            f"{checkpoint.path} changes {name}, which is one tensor with {tied[0]} in the base"
             if tied
-            else f"{found.path} changes {name}, which the base holds in parts",
+            else f"{checkpoint.path} changes {name}, which the base holds in parts",
             fix="merge it with its own code, and run kilodelta compress",
         )
     info = architecture.base.info(tensor)
@@ -131,19 +133,21 @@ def _target(
     return tensor
 
 
-def _refuse_others(found: NolaCheckpoint, architecture: AdaptedArchitecture, place: Place) -> None:
+def _refuse_others(
+    checkpoint: NolaCheckpoint, architecture: AdaptedArchitecture, place: Place
+) -> None:
     """See that what is no part of a factor is the base's own tensor.
 
     Raises:
         InputError: it is another one, which the import would lose.
     """
-    for name, tensor in found.others.items():
+    for name, tensor in checkpoint.others.items():
         known = architecture.names.get(place.to_model(name) or "")
         if known is not None and tensor.equals(architecture.base.raw(known)):
             continue
         raise InputError(
-            f"{found.path} holds {name!r:.200} {tensor.shape}, which is no part of a NOLA layer and"
-            " not the base's tensor of that name",
+            f"{checkpoint.path} holds {name!r:.200} {tensor.shape}, which is no part of a NOLA"
+            " layer and not the base's tensor of that name",
             fix="leave it out if it belongs to something else; a head that was trained beside NOLA"
             " travels in a merged model, by kilodelta compress",
         )
@@ -160,23 +164,23 @@ def _patterns(base: Checkpoint, names: list[str], *, transposed: bool) -> Patter
     return Patterns(include=include, transposed=include if transposed else ())
 
 
-def _form(found: NolaCheckpoint, options: ReadOptions, *, gpt2: bool) -> OfficialNola:
-    factors = [factor for layer in found.layers.values() for factor in layer.values()]
-    ranks = {layer["A"].start.shape[0] for layer in found.layers.values()}
+def _form(checkpoint: NolaCheckpoint, options: ReadOptions, *, gpt2: bool) -> OfficialNola:
+    factors = [factor for layer in checkpoint.layers.values() for factor in layer.values()]
+    ranks = {layer["A"].start.shape[0] for layer in checkpoint.layers.values()}
     bases = {len(factor.coefficients) for factor in factors}
     for what, values in (("rank", ranks), ("number of bases", bases)):
         if len(values) != 1:
             raise InputError(
-                f"{found.path}: the {what} differs between layers: {sorted(values)}",
+                f"{checkpoint.path}: the {what} differs between layers: {sorted(values)}",
                 fix="give a checkpoint of the official code, which has one for all",
             )
-    alpha = found.alpha if options.alpha is None else options.alpha
+    alpha = checkpoint.alpha if options.alpha is None else options.alpha
     if alpha is None:
         raise InputError(
-            f"{found.path} does not say alpha, which its update is multiplied by",
+            f"{checkpoint.path} does not say alpha, which its update is multiplied by",
             fix="add --alpha, as in training (--lora_alpha of the official GPT-2 script)",
         )
-    both = any(layer["B"].start.any() for layer in found.layers.values())
+    both = any(layer["B"].start.any() for layer in checkpoint.layers.values())
     return OfficialNola(
         rank=ranks.pop(),
         bases=bases.pop(),
@@ -196,10 +200,10 @@ def _check_shapes(job: NolaJob) -> None:
             )
         for span, path in zip(spans, paths, strict=True):
             layer, rank = job.checkpoint.layers[path], job.form.rank
-            found = layer["A"].start.shape, layer["B"].start.shape
-            if found != ((rank, target.matrix[1]), (len(span), rank)):
+            shapes = layer["A"].start.shape, layer["B"].start.shape
+            if shapes != ((rank, target.matrix[1]), (len(span), rank)):
                 raise BaseMismatchError(
-                    f"{path} has factors {found[0]} and {found[1]}; {target.name} of the base is "
+                    f"{path} has factors {shapes[0]} and {shapes[1]}; {target.name} of the base is "
                     f"(out, in) = {target.matrix}",
                     fix="give the base that it was trained on",
                 )

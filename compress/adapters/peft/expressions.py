@@ -56,8 +56,8 @@ class Expressions:
         Raises:
             InputError: as `begins`.
         """
-        found = self._timed(pattern, shown, text)
-        return None if found is None else str(found["idx"])
+        match = self._timed(pattern, shown, text)
+        return None if match is None else str(match["idx"])
 
     def _match(self, pattern: str, shown: str, text: str) -> bool:
         return self._timed(pattern, shown, text) is not None
@@ -90,11 +90,11 @@ class Expressions:
                 fix="name modules by their last part, such as q_proj",
             )
         try:
-            found = regex.compile(pattern)
+            compiled = regex.compile(pattern)
         except (regex.error, RecursionError, OverflowError) as problem:
             raise InputError(
                 f"{self._where} has {shown!r:.80}, no regular expression: {problem!s:.80}",
                 fix="give the configuration that PEFT wrote beside the adapter",
             ) from None
-        self._compiled[pattern] = found
-        return found
+        self._compiled[pattern] = compiled
+        return compiled

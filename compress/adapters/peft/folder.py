@@ -67,12 +67,12 @@ class Adapter:
             CheckpointError: it is missing or of no float type.
             InputError: it has another shape, or holds NaN or infinity.
         """
-        found = self.tensors.info(key).shape
-        if found != shape:
+        actual = self.tensors.info(key).shape
+        if actual != shape:
             raise InputError(
-                f"{self.path}: tensor {key} has shape {found}, the base and {CONFIG} want {shape}",
+                f"{self.path}: tensor {key} has shape {actual}, the base and {CONFIG} want {shape}",
                 fix="give the adapter's own base and its unchanged configuration"
-                if found and 0 not in found
+                if actual and 0 not in actual
                 else "it is empty: gather the parameters before saving (DeepSpeed ZeRO-3, FSDP)",
             )
         return self.tensors.floats(key)

@@ -106,15 +106,15 @@ def sort_keys(names: Iterable[str], method: str) -> Keys:
     named: dict[str, str] = {}
     for key in names:
         plain = _unwrapped(key)
-        found = _split(plain)
-        if found is None:
+        split = _split(plain)
+        if split is None:
             name = _module_name(plain)
             if name is None:
                 replaced.append(key)
             else:
                 whole.setdefault(name, []).append(key)
             continue
-        path, part, adapter = found
+        path, part, adapter = split
         _check_method(key, part, method)
         named.setdefault(adapter, key)
         if path in ("", "base_model"):

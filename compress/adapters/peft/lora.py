@@ -47,7 +47,7 @@ def read(adapter: Adapter, options: ReadOptions) -> ParsedAdapter:
     names = adapter.architecture.names
     kept = {names[n]: product for n, product in single.items() if n not in settled.dropped}
     stacked = [_experts(adapter, site) for site in adapter.sites if site.stack is not None]
-    products = {**kept, **{tensor: product for found in stacked for tensor, product in found}}
+    products = {**kept, **{tensor: product for pairs in stacked for tensor, product in pairs}}
     extras = {**settled.extras, **_biases(adapter, settled.extras)}
     recipe = Recipe(
         method=Lora(rank=1),
@@ -131,7 +131,7 @@ def _scaled(B: Floats, A: Floats, scaling: float, *, transposed: bool = False) -
 
 def _biases(adapter: Adapter, extras: Mapping[str, RawTensor]) -> dict[str, RawTensor]:
     """Return the biases that `lora_bias` changes: what lora_B adds to its layer's own bias."""
-    found = {}
+    biases = {}
     for site in adapter.sites:
         key = site.module.parts.get(BIAS_KEY)
         if key is None or site.stack is not None or site.is_parameter:
@@ -149,7 +149,7 @@ def _biases(adapter: Adapter, extras: Mapping[str, RawTensor]) -> dict[str, RawT
         if added.any():
             values = before + np.float32(scaling_of(adapter.config, site)) * added
             dtype = adapter.base.info(name).dtype
-            found[name] = RawTensor(
+            biases[name] = RawTensor(
                 dtype=dtype, shape=values.shape, data=stored.pack(values, dtype)
             )
-    return found
+    return biases

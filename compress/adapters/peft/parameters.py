@@ -74,8 +74,8 @@ def _leaves(path: str, architecture: AdaptedArchitecture) -> list[str]:
     if layer is not None:
         return [name for name, _ in layer.named_parameters(recurse=False)]
     front = f"{path}."
-    found = (name.removeprefix(front) for name in architecture.names if name.startswith(front))
-    return sorted(leaf for leaf in found if "." not in leaf)
+    leaves = (name.removeprefix(front) for name in architecture.names if name.startswith(front))
+    return sorted(leaf for leaf in leaves if "." not in leaf)
 
 
 def _all_parameters(architecture: AdaptedArchitecture) -> Iterator[str]:

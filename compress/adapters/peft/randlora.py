@@ -91,8 +91,8 @@ def update(
     n, small = q["gamma"].shape
     L = q["lambda"].astype(np.float64)[:, :, None] * A[:, None, :small] * q["gamma"]
     product = B[: max(shape), :n].reshape(max(shape), -1) @ L.reshape(-1, small)
-    found: Floats = form.scaling * (product.T if shape[0] < shape[1] else product)
-    return found
+    change: Floats = form.scaling * (product.T if shape[0] < shape[1] else product)
+    return change
 
 
 def _note(projection: _Projection) -> str:

@@ -62,9 +62,9 @@ def check_settings(config: AdapterConfig) -> None:
     Raises:
         InputError: naming the setting.
     """
-    known = HARMLESS | COMMON | OBEYED[str(config.values.get("peft_type"))]
+    understood = HARMLESS | COMMON | OBEYED[str(config.values.get("peft_type"))]
     for name, value in config.values.items():
-        if name not in known and value not in (None, False, 0, "", [], {}):
+        if name not in understood and value not in (None, False, 0, "", [], {}):
             why = REASONS.get(name, "it is not known here what that does to the update")
             raise _refused(config, name, value, why)
     start = config.values.get("init_lora_weights", True)
@@ -83,15 +83,15 @@ def rank_of(config: AdapterConfig, site: AdapterSite) -> int:
     Raises:
         InputError: it is no positive whole number.
     """
-    found = _by_pattern(config, "rank_pattern", site.pattern_path, None)
-    if found is None:
+    rank = _by_pattern(config, "rank_pattern", site.pattern_path, None)
+    if rank is None:
         return config.rank
-    if type(found) is not int or found < 1:
+    if type(rank) is not int or rank < 1:
         raise InputError(
-            f"{config.where}: the rank of {site.pattern_path} is {found!r:.40}",
+            f"{config.where}: the rank of {site.pattern_path} is {rank!r:.40}",
             fix="a rank is a positive whole number",
         )
-    return found
+    return rank
 
 
 def scaling_of(config: AdapterConfig, site: AdapterSite) -> float:

@@ -111,17 +111,17 @@ def find_sites(
 
 def _fits(parts: Mapping[str, str], tensors: AdapterTensors, shape: tuple[int, ...]) -> bool:
     """Return whether what a module's parts tell of the shape of its weight is true."""
-    known = {part: tensors.info(key).shape for part, key in parts.items()}
-    if "lora_A.weight" in known and "lora_B.weight" in known:
-        A, B = known["lora_A.weight"], known["lora_B.weight"]
+    shapes = {part: tensors.info(key).shape for part, key in parts.items()}
+    if "lora_A.weight" in shapes and "lora_B.weight" in shapes:
+        A, B = shapes["lora_A.weight"], shapes["lora_B.weight"]
         product = (*B[:1], *A[1:])
         return shape == product or (len(shape) == 2 and shape[::-1] == product)
-    if "lora_embedding_A" in known and "lora_embedding_B" in known:
-        return shape == (*known["lora_embedding_A"][1:], *known["lora_embedding_B"][:1])
-    if "vera_lambda_b" in known:
-        return set(known["vera_lambda_b"]) <= set(shape)
-    if "randlora_gamma" in known and len(shape) == 2:
-        return known["randlora_gamma"][-1:] == (min(shape),)
+    if "lora_embedding_A" in shapes and "lora_embedding_B" in shapes:
+        return shape == (*shapes["lora_embedding_A"][1:], *shapes["lora_embedding_B"][:1])
+    if "vera_lambda_b" in shapes:
+        return set(shapes["vera_lambda_b"]) <= set(shape)
+    if "randlora_gamma" in shapes and len(shape) == 2:
+        return shapes["randlora_gamma"][-1:] == (min(shape),)
     return True
 
 

@@ -71,8 +71,8 @@ def is_saved(name: str, config: AdapterConfig) -> bool:
 
 def _ends(path: str, targets: Iterable[str]) -> bool:
     """Return whether a path ends with one of the targets, after a dot."""
-    found = set(targets)
-    return any(path[at + 1 :] in found for at, letter in enumerate(path) if letter == ".")
+    endings = set(targets)
+    return any(path[at + 1 :] in endings for at, letter in enumerate(path) if letter == ".")
 
 
 def _is_chosen_layer(path: str, config: AdapterConfig) -> bool:
@@ -92,9 +92,9 @@ def _layer_number(path: str, config: AdapterConfig) -> int | None:
     given = config.text_or_texts("layers_pattern")
     patterns = [given] if isinstance(given, str) else sorted(given)
     for pattern in filter(None, patterns):
-        found = config.expressions.first(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", pattern, path)
-        if found is not None:
-            return int(found)
+        match = config.expressions.first(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", pattern, path)
+        if match is not None:
+            return int(match)
     if any(patterns):
         return None
     parts = path.split(".")

@@ -96,8 +96,8 @@ def update(scaled: Floats, indices: Indices, rank: int, shape: Shape) -> Floats:
     middle = rank * shape[1]
     A = scaled[indices[:middle]].reshape(rank, shape[1])
     B = scaled[indices[middle : middle + rank * shape[0]]].reshape(shape[0], rank)
-    found: Floats = B @ A
-    return found
+    change: Floats = B @ A
+    return change
 
 
 def _check_rank(adapter: Adapter, shapes: Mapping[str, Shape]) -> None:
@@ -113,7 +113,7 @@ def _check_rank(adapter: Adapter, shapes: Mapping[str, Shape]) -> None:
 
 def _indices(adapter: Adapter, site: AdapterSite, shape: Shape) -> Indices:
     """Return a site's saved indices, A's (r, in) before B's (out, r), flat."""
-    found = []
+    parts = []
     for side, wanted in (("A", (adapter.rank, shape[1])), ("B", (shape[0], adapter.rank))):
         key = site.module.key(f"unilora_indices_{side}")
         raw = adapter.tensors.raw(key)
@@ -122,8 +122,8 @@ def _indices(adapter: Adapter, site: AdapterSite, shape: Shape) -> Indices:
                 f"{adapter.path}: tensor {key} is {raw.dtype} {raw.shape}, not I64 {wanted}",
                 fix="save the adapter again",
             )
-        found.append(raw.values().reshape(-1))
-    return np.concatenate(found)
+        parts.append(raw.values().reshape(-1))
+    return np.concatenate(parts)
 
 
 def _starts(
@@ -155,16 +155,16 @@ def _order(
     order: list[str] = []
     start, left = 0, dict(saved)
     while left:
-        found = _next(indices[start:], left)
-        if found is None:
+        following = _next(indices[start:], left)
+        if following is None:
             name = min(left)
             raise InputError(
                 f"the indices saved for {name} are not those that the adapter's seed deals out",
                 fix="it was made by another version of PEFT: merge it there, and compress",
             )
-        order.append(found)
-        start += places(adapter.rank, [shapes[found]])
-        del left[found]
+        order.append(following)
+        start += places(adapter.rank, [shapes[following]])
+        del left[following]
     return order
 
 
@@ -181,13 +181,13 @@ def _scale_type(adapter: Adapter, sites: Sites, options: ReadOptions) -> Any:
     if saved is None and options.basis_dtype is not None:
         return options.basis_dtype
     name = next(iter(sites))
-    found = adapter.tensors.info(saved).dtype if saved else adapter.base.info(name).dtype
-    if found not in FLOATS:
+    dtype = adapter.tensors.info(saved).dtype if saved else adapter.base.info(name).dtype
+    if dtype not in FLOATS:
         raise CheckpointError(
-            f"{adapter.path}: tensor {saved} is {found}, not a float type",
+            f"{adapter.path}: tensor {saved} is {dtype}, not a float type",
             fix="save the adapter again",
         )
-    return FLOATS[found].long
+    return FLOATS[dtype].long
 
 
 def _check_scales(

@@ -78,10 +78,10 @@ def read(adapter: Adapter, options: ReadOptions) -> ParsedAdapter:
 def update(q: Mapping[str, Floats], basis: Basis, in_: int) -> Floats:
     """Compute PEFT's `get_delta_weight`, float64 (out, in)."""
     A, B = (part.astype(np.float64) for part in basis)
-    found: Floats = (q["b"].astype(np.float64)[:, None] * B[: len(q["b"])]) @ (
+    change: Floats = (q["b"].astype(np.float64)[:, None] * B[: len(q["b"])]) @ (
         q["d"].astype(np.float64)[:, None] * A[:, :in_]
     )
-    return found
+    return change
 
 
 def _is_transposed(adapter: Adapter, site: AdapterSite) -> bool:

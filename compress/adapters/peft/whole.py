@@ -45,7 +45,7 @@ def read_whole(adapter: Adapter) -> WholeTensors:
         BaseMismatchError: a targeted weight is not the base's, or a saved module lacks a tensor.
         InputError: a tensor is one that no setting explains.
     """
-    found: dict[str, RawTensor] = {}
+    tensors: dict[str, RawTensor] = {}
     for name, keys in adapter.keys.whole.items():
         tensor = _only(adapter, keys)
         place = _in_model(adapter, name)
@@ -54,18 +54,18 @@ def read_whole(adapter: Adapter) -> WholeTensors:
         _require_explained(adapter, name, place, keys[0], tensor)
         if tensor.dtype in FLOATS:
             adapter.floats(keys[0])  # refuses what is not finite
-        _put(adapter, found, name, place, tensor)
+        _put(adapter, tensors, name, place, tensor)
     _require_whole_modules(adapter)
-    new = sorted(name for name in found if name not in adapter.architecture.names)
+    new = sorted(name for name in tensors if name not in adapter.architecture.names)
     return WholeTensors(
-        tensors=found,
+        tensors=tensors,
         notes=tuple(f"{name} is new: the base has no tensor of that name" for name in new),
-        config=_config(adapter, found, new),
+        config=_config(adapter, tensors, new),
     )
 
 
 def _put(
-    adapter: Adapter, found: dict[str, RawTensor], name: str, place: str, tensor: RawTensor
+    adapter: Adapter, tensors: dict[str, RawTensor], name: str, place: str, tensor: RawTensor
 ) -> None:
     """Put a tensor where PEFT loads it: into a saved module's own copy, else into the model's
     tensor, which other layers may share.
@@ -75,13 +75,13 @@ def _put(
     """
     places = (place,) if is_saved(name, adapter.config) else adapter.architecture.tied(place)
     for each in places:
-        if each in found and not found[each].equals(tensor):
+        if each in tensors and not tensors[each].equals(tensor):
             raise InputError(
                 f"{adapter.path} holds two different tensors for {' and '.join(places)}, which are"
                 " one in the base (tied weights)",
                 fix="save the adapter again with save_embedding_layers=False",
             )
-        found[each] = tensor
+        tensors[each] = tensor
 
 
 def _only(adapter: Adapter, keys: tuple[str, ...]) -> RawTensor:
@@ -177,7 +177,7 @@ def _require_whole_modules(adapter: Adapter) -> None:
             )
 
 
-def _config(adapter: Adapter, found: Mapping[str, RawTensor], new: list[str]) -> dict[str, Any]:
+def _config(adapter: Adapter, tensors: Mapping[str, RawTensor], new: list[str]) -> dict[str, Any]:
     """Return what a new head or a longer vocabulary changes in the base's `config.json`.
 
     Raises:
@@ -187,23 +187,23 @@ def _config(adapter: Adapter, found: Mapping[str, RawTensor], new: list[str]) ->
     config: dict[str, Any] = {}
     if new and architecture.is_adapted:
         config["architectures"] = [type(architecture.module).__name__]
-    resized = _resized(adapter, found)
+    resized = _resized(adapter, tensors)
     for place, (before, after) in resized.items():
         if place.rpartition(".")[0].endswith(tuple(_EMBEDDINGS)):
             if architecture.config.get("vocab_size") != before:
-                raise _misfit(adapter, place, found[place])
+                raise _misfit(adapter, place, tensors[place])
             config["vocab_size"] = after
-    config |= _labels(adapter, found, new, resized)
+    config |= _labels(adapter, tensors, new, resized)
     return {k: value for k, value in config.items() if architecture.config.get(k) != value}
 
 
-def _resized(adapter: Adapter, found: Mapping[str, RawTensor]) -> dict[str, tuple[int, int]]:
+def _resized(adapter: Adapter, tensors: Mapping[str, RawTensor]) -> dict[str, tuple[int, int]]:
     """Return the tensors that have more or fewer rows than the base's: (before, after).
 
     All tensors of a module must be resized alike: a head's weight and its bias.
     """
     names, resized = adapter.architecture.names, {}
-    for place, tensor in found.items():
+    for place, tensor in tensors.items():
         shape = adapter.base.info(names[place]).shape if place in names else tensor.shape
         if tensor.shape == shape:
             continue
@@ -215,7 +215,7 @@ def _resized(adapter: Adapter, found: Mapping[str, RawTensor]) -> dict[str, tupl
         for other in (name for name in names if name.startswith(front)):
             shape = adapter.base.info(names[other]).shape
             if shape[:1] == rows[:1] and resized.get(other) != rows:
-                raise _misfit(adapter, place, found[place])
+                raise _misfit(adapter, place, tensors[place])
     return resized
 
 
@@ -229,7 +229,7 @@ def _misfit(adapter: Adapter, place: str, tensor: RawTensor) -> BaseMismatchErro
 
 def _labels(
     adapter: Adapter,
-    found: Mapping[str, RawTensor],
+    tensors: Mapping[str, RawTensor],
     new: list[str],
     resized: Mapping[str, tuple[int, int]],
 ) -> dict[str, Any]:
@@ -240,9 +240,9 @@ def _labels(
     labels = module.config.num_labels
     state = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     rows = {
-        found[name].shape[0]
+        tensors[name].shape[0]
         for name in (*new, *resized)
-        if state.get(name, ())[:1] == (labels,) and len(found[name].shape) == 2
+        if state.get(name, ())[:1] == (labels,) and len(tensors[name].shape) == 2
     }
     if len(rows) != 1 or (count := rows.pop()) == labels:
         return {}

@@ -99,7 +99,7 @@ def _difference(place: Path, wanted: FileFact) -> str:
         size = place.lstat().st_size
         if size != wanted.nbytes:  # known before a byte is read
             return f"is {size} bytes"
-        found = file_fact(place)
+        actual = file_fact(place)
     except OSError as problem:
         return f"cannot be read: {problem.strerror}"
-    return "" if found == wanted else f"is {found.nbytes} bytes, {found.sha256}"
+    return "" if actual == wanted else f"is {actual.nbytes} bytes, {actual.sha256}"

@@ -25,13 +25,13 @@ _COMPUTER = "runtime"
 """The entry that says what computed the outputs; releases before 0.2 wrote the runtime alone."""
 
 
-def device_base(folder: DeviceFolder, mode: Mode, known: golden.Golden) -> Arrays:
+def device_base(folder: DeviceFolder, mode: Mode, reference: golden.Golden) -> Arrays:
     """Return the base's outputs on the golden inputs, as this device computes them.
 
     Args:
         folder: remembers them.
         mode: computes them.
-        known: the golden inputs and outputs.
+        reference: the golden inputs and outputs.
 
     Raises:
         ProofError: the base does not give the golden outputs on this device.
@@ -41,10 +41,10 @@ def device_base(folder: DeviceFolder, mode: Mode, known: golden.Golden) -> Array
     remembered = _read(folder.remembered, here)
     if remembered is not None:
         return remembered
-    outputs = mode.open(None).run(known.inputs)
+    outputs = mode.open(None).run(reference.inputs)
     try:
-        require_finite(outputs, known.inputs, known.outputs)
-        require_close(outputs, known, folder.bundle.limits)
+        require_finite(outputs, reference.inputs, reference.outputs)
+        require_close(outputs, reference, folder.bundle.limits)
     except ProofError as problem:
         raise ProofError(
             f"the base itself is wrong on this device: {problem.what}",

@@ -112,18 +112,18 @@ def require_finite(
             raise ProofError(f"output {name} holds NaN or infinity", fix=_FIX)
 
 
-def require_close(found: Arrays, known: Golden, limits: Mapping[str, Limit]) -> Seen:
+def require_close(outputs: Arrays, known: Golden, limits: Mapping[str, Limit]) -> Seen:
     """Check that outputs are within their limits.
 
     Args:
-        found: the outputs by name.
+        outputs: the outputs by name.
         known: the inputs that they were computed from, and the outputs they must be close to.
         limits: by output, how close.
 
     Raises:
         ProofError: naming an output that is missing or too far off, with error and limit.
     """
-    errors = {name: _error(name, found, known) for name in limits}
+    errors = {name: _error(name, outputs, known) for name in limits}
     for name, error in errors.items():
         most = limits[name]
         if not most.admits(error):
@@ -136,18 +136,18 @@ def require_close(found: Arrays, known: Golden, limits: Mapping[str, Limit]) -> 
     return Seen(errors=errors, limits=limits)
 
 
-def _error(name: str, found: Arrays, known: Golden) -> Metrics:
-    if name not in found or name not in known.outputs:
-        raise ProofError(f"there is no output {name}; there are {', '.join(found)}", fix=_FIX)
-    actual, wanted = live(found[name], known.inputs), live(known.outputs[name], known.inputs)
+def _error(name: str, outputs: Arrays, known: Golden) -> Metrics:
+    if name not in outputs or name not in known.outputs:
+        raise ProofError(f"there is no output {name}; there are {', '.join(outputs)}", fix=_FIX)
+    actual, wanted = live(outputs[name], known.inputs), live(known.outputs[name], known.inputs)
     return compare(actual, wanted)
 
 
-def _same(found: Arrays, base: Arrays) -> bool:
+def _same(outputs: Arrays, base: Arrays) -> bool:
     """Return whether all outputs are equal. NaN equals NaN, or one of them would hide the base."""
-    return found.keys() == base.keys() and all(
+    return outputs.keys() == base.keys() and all(
         np.array_equal(array, base[name], equal_nan=array.dtype.kind == "f")
-        for name, array in found.items()
+        for name, array in outputs.items()
     )
 
 

@@ -71,10 +71,10 @@ def limits(loaded: LoadedModel, known: Golden, dtype: str) -> dict[str, Limit]:
     return {name: limit([error], dtype) for name, error in errors.items()}
 
 
-def distances(found: Arrays, known: Golden) -> dict[str, Metrics]:
+def distances(outputs: Arrays, known: Golden) -> dict[str, Metrics]:
     """Return by output the distance from the golden values, without padding."""
     return {
-        name: compare(live(found[name], known.inputs), live(array, known.inputs))
+        name: compare(live(outputs[name], known.inputs), live(array, known.inputs))
         for name, array in known.outputs.items()
     }
 

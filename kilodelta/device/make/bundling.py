@@ -66,13 +66,13 @@ class BundleJob:
         base.mkdir()
         batch = reference.golden_inputs(self.loaded, settings.probe, reference.ROWS)
         self._tell("golden", 1)
-        known = reference.exact(self.loaded, batch)
-        limits = reference.limits(self.loaded, known, settings.dtype)
+        exact = reference.exact(self.loaded, batch)
+        limits = reference.limits(self.loaded, exact, settings.dtype)
         self._tell("export", 2)
         template = export_template(self.loaded, batch, dtype=settings.dtype)
         MAKERS[settings.mode](self, template, base)
         self._tell("sealed", 3)
-        golden.write(base / golden.FILE, known)
+        golden.write(base / golden.FILE, exact)
         identity = digest(self.base)
         bundle = Bundle(
             mode=settings.mode,

@@ -188,7 +188,7 @@ def _probe(
         merge(checkpoint, delta, merged, progress=progress)
         tuned = open_merged(checkpoint, merged, delta, model=model, config=config)
         tuned = tuned.choosing(outputs)
-        known = reference.exact(tuned, reference.golden_inputs(tuned, inputs, rows))
+        exact = reference.exact(tuned, reference.golden_inputs(tuned, inputs, rows))
         plain = open_headed(checkpoint, config=config, delta=delta, model=model).loaded
-        limits = reference.telling_limits(tuned, plain, known, DTYPES)
-    return golden.to_probes(known, limits), tuple(limits)
+        limits = reference.telling_limits(tuned, plain, exact, DTYPES)
+    return golden.to_probes(exact, limits), tuple(limits)

@@ -151,11 +151,13 @@ def verified(folder: DeviceFolder, file: Path, standing: State) -> Statements | 
     return Statements(statement=statement, pins=pins, clock=clock, keys=tuple(keys))
 
 
-def require_covered(found: Statements | None, delta: Delta, digest: str, version: int) -> Signed:
+def require_covered(
+    statements: Statements | None, delta: Delta, digest: str, version: int
+) -> Signed:
     """See that the verified statement is of this very file, and that the device's pins let it pass.
 
     Args:
-        found: from `verified`.
+        statements: from `verified`.
         delta: the file as it was read.
         digest: of all its bytes, taken before it was read.
         version: the file's.
@@ -163,20 +165,20 @@ def require_covered(found: Statements | None, delta: Delta, digest: str, version
     Raises:
         SignatureError: it is another file's, or for another task or kind, or has expired.
     """
-    if found is None:
+    if statements is None:
         return Signed()
     require_allowed(
-        found.statement,
-        found.pins,
-        clock=found.clock,
+        statements.statement,
+        statements.pins,
+        clock=statements.clock,
         base=delta.manifest.base.root,
         file=digest,
         result=delta.manifest.result,
         version=version,
     )
-    begins = found.statement.not_before
+    begins = statements.statement.not_before
     seen = seconds(begins) if begins else 0
-    return Signed(keys=found.keys, seen=seen, note=found.clock.note)
+    return Signed(keys=statements.keys, seen=seen, note=statements.clock.note)
 
 
 def require_modest_probe(delta: Delta, own: Golden) -> None:

@@ -195,6 +195,6 @@ def _digest(file: Path) -> str:
 
 
 def _probe(folder: DeviceFolder, mode: Mode, delta: Delta, session: Any) -> Seen:
-    known = golden.read(folder.base / golden.FILE)
-    base = device_base(folder, mode, known)
-    return probe(session.run, delta, known.inputs, base, folder.bundle.dtype)
+    stored = golden.read(folder.base / golden.FILE)
+    base = device_base(folder, mode, stored)
+    return probe(session.run, delta, stored.inputs, base, folder.bundle.dtype)
