@@ -12,14 +12,21 @@ from html import escape
 
 from kilodelta.report.verdict import WORDS, Verdict
 
-STYLE = """
-:root { color-scheme: light dark; --paper: #fcfcfb; --ink: #1c1c1e; --faint: #6b6b70;
+LIGHT = """--paper: #fcfcfb; --ink: #1c1c1e; --faint: #6b6b70;
   --line: #dedee2; --box: #f2f2f4; --c1: #2458b8; --c2: #b4541a; --c3: #2c7a4b; --c4: #7a4a9e;
-  --green: #1f7a43; --amber: #96620a; --red: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --paper: #16171a; --ink: #e8e8ea; --faint: #a0a1a8;
+  --green: #1f7a43; --amber: #96620a; --red: #b3261e;"""
+"""The colours of pages and pictures by name, as CSS."""
+DARK = """--paper: #16171a; --ink: #e8e8ea; --faint: #a0a1a8;
   --line: #34363c; --box: #202228; --c1: #7fa8f5; --c2: #eb9a63; --c3: #6fc48f; --c4: #c096e0;
-  --green: #6fc48f; --amber: #e0b050; --red: #f08a80; } }
-* { box-sizing: border-box; }
+  --green: #6fc48f; --amber: #e0b050; --red: #f08a80;"""
+"""The same for who prefers dark pages."""
+COLOURS = f"""
+:root {{ color-scheme: light dark; {LIGHT} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {DARK} }} }}
+"""
+STYLE = (
+    COLOURS
+    + """* { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.2rem 1rem 3rem; max-width: 56rem; background: var(--paper);
   color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .3rem; overflow-wrap: anywhere; }
@@ -46,6 +53,7 @@ pre { background: var(--box); padding: .7rem .9rem; border-radius: .3rem; overfl
 figure { margin: .8rem 0; } figure svg { width: 100%; height: auto; display: block; }
 figure.small { max-width: 38rem; } figure.map svg { min-width: 34rem; }
 """
+)
 
 SORT = """
 for (const head of document.querySelectorAll("th[data-sort]")) {

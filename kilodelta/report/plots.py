@@ -68,6 +68,7 @@ def lines(
     alt: str,
     logarithmic: bool = False,
     levels: Mapping[str, float] | None = None,
+    ticks: Sequence[float] = (),
 ) -> str:
     """Draw lines over one axis and return the SVG.
 
@@ -78,6 +79,7 @@ def lines(
         alt: what the picture shows, for who cannot see it.
         logarithmic: whether x is.
         levels: horizontal lines by name (the tuned model, the base).
+        ticks: values of a logarithmic x that are named; those of the series by default.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
@@ -107,7 +109,7 @@ def lines(
             )
         if logarithmic:
             axes.set_xscale("log")
-            _byte_ticks(axes, [v for one in series for v in one.x])
+            _byte_ticks(axes, ticks or [v for one in series for v in one.x])
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.grid(axis="y", linewidth=0.6)
