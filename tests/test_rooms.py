@@ -17,7 +17,7 @@ BELOW: dict[str, frozenset[str]] = {
     "files": frozenset(),
     "exact": frozenset({"files"}),
     "grid": frozenset({"files", "exact"}),
-    "format": frozenset({"files", "exact"}),
+    "format": frozenset({"files", "exact", "grid"}),
     "merging": frozenset({"files", "exact", "format", "grid"}),
     "models": frozenset({"files"}),
 }

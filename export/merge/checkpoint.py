@@ -9,12 +9,21 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kilodelta.errors import InputError, OutputError
+from kilodelta.errors import BaseMismatchError, InputError, OutputError
 from kilodelta.exact.selftest import require_good_kernels
 from kilodelta.export.merge.config import read_given, write_config
+from kilodelta.export.merge.gguf_file import write_gguf
+from kilodelta.export.merge.in_grid import (
+    MIN_CHANGED,
+    GridStream,
+    Tally,
+    grid_stream,
+    threads_for,
+    with_codes,
+)
 from kilodelta.export.merge.plan import FilePlan, merged_index, plan_files
 from kilodelta.export.merge.sidecars import copy_sidecars
 from kilodelta.export.merge.streaming import MergeStream
@@ -23,7 +32,10 @@ from kilodelta.files.baseline import require_base
 from kilodelta.files.checkpoint import INDEX, Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
-from kilodelta.merging.devices import merger
+from kilodelta.grid.gguf_file import GgufSource
+from kilodelta.grid.model import QuantisedModel
+from kilodelta.merging.devices import Merge, merger
+from kilodelta.merging.quantised import open_base, refuse_quantised, require_grid_base
 from kilodelta.progress import Progress, silent
 from kilodelta.rehearsal import begin_work
 
@@ -51,6 +63,15 @@ class Merged:
     new: tuple[str, ...]
     """Extras that the base lacks or holds in another shape."""
 
+    codes: int = 0
+    """Codes of a quantised base that could change; 0 of a float one."""
+
+    codes_changed: int = 0
+    """How many did."""
+
+    still: int = 0
+    """How many lie in blocks with a step of zero, which nothing changes."""
+
 
 def merge(
     base: str | os.PathLike[str] | Checkpoint,
@@ -61,24 +82,29 @@ def merge(
     threads: int | None = None,
     device: str = "cpu",
     max_work: float | None = None,
+    min_changed: float = MIN_CHANGED,
     progress: Progress = silent,
 ) -> Merged:
     """Write the fine-tuned model: a `.safetensors` file, or a folder like the base's.
 
+    A quantised base keeps its layout and scales and gets new codes: the merge in the grid.
+
     Args:
         base: the model the delta was made for.
         delta: a `.kd` file or a `Delta`.
-        out: a new path; `.safetensors` for one file, else a folder with the base's sharding,
-            configuration and tokenizer.
+        out: a new path; `.safetensors` for one file (`.gguf` of a GGUF base), else a folder with
+            the base's sharding, configuration and tokenizer.
         config: the tuned model's folder, or its `config.json`; by default the base's with what the
             delta says of it.
         threads: cores to use; all by default.
         device: `cpu`, or `cuda` or `cuda:N` for a GPU, whose memory need not hold the model.
         max_work: the most operations that the file may ask for; by default what suits the base's
             size. A `Delta` has its own limit.
+        min_changed: the share of a quantised base's codes that has to change.
         progress: called with how far the work is, in bytes.
 
     Raises:
+        QualityError: fewer codes change; nothing is left behind.
         BaseMismatchError: `base` is another model, and nothing is written; or it changes meanwhile.
         FileError: the file is damaged, or asks for more work than allowed.
         CheckpointError: the base cannot be read, is cut meanwhile, or a target holds NaN.
@@ -98,33 +124,124 @@ def merge(
     """
     require_good_kernels()
     merge_target, at_once = merger(device)
-    checkpoint = Checkpoint.open(base)
     place = Path(out)
+    opened = delta if isinstance(delta, Delta) else load(delta, max_work=max_work)
+    if opened.manifest.grid is not None:
+        model = open_base(base, opened.manifest)
+        if isinstance(model.source, GgufSource):
+            _require_no(config, place)
+            return _merge_gguf(model, opened, place, min_changed, threads, progress)
+        if not isinstance(model.source, Checkpoint):
+            raise InputError(
+                f"{model.path} is an ONNX graph, which has no merge in the grid",
+                fix="merge into the checkpoint or the GGUF file, and export that",
+            )
+    else:
+        model = None
+    checkpoint = Checkpoint.open(base)
     single = place.suffix == ".safetensors"
     _require_place(checkpoint, place, single)
     given = None if config is None else _read_config(Path(config), single)
-    opened = delta if isinstance(delta, Delta) else load(delta, max_work=max_work)
     # Remembered digests suffice: each byte is hashed on its way, against these or the result.
-    identity = require_base(
-        checkpoint, opened.manifest.base, cached=True, threads=threads, progress=progress
-    )
-    bound = opened.bind_to(checkpoint.info(name) for name in checkpoint.names)
-    what = f"{len(bound.targets)} tensors, by {bound.method.name}"
+    bound, stream = _stream(checkpoint, opened, model, merge_target, threads, progress)
     if not single:
         staging.require_free(place)
-    begin_work(place, base=identity.root, targets=what, device=device)
-    log.info("merge %s into %s: %s, on %s", opened, checkpoint.path, what, device)
+    _begin(place, bound, stream.identity.root, device)
+    log.info("merge %s into %s on %s", opened, checkpoint.path, device)
     with staging.new_file(place, replace=False) if single else staging.new_folder(place) as stage:
         plans = plan_files(checkpoint, bound, stage, single=single)
-        MergeStream(
-            checkpoint=checkpoint, identity=identity, delta=bound, merge=merge_target
-        ).write(plans, threads or at_once, progress)
+        if isinstance(stream, GridStream):
+            plans = with_codes(plans, stream)
+            stream.write(plans, threads_for(bound, threads), progress)
+            stream.tally.require(min_changed)
+        else:
+            stream.write(plans, threads or at_once, progress)
         source, left_out = "", dict[str, str]()
         if checkpoint.path.is_dir() and not single:
             left_out = _copy_beside(checkpoint, bound, stage)
         if not single:
             source = write_config(stage, checkpoint, bound, given)
-    return _summary(checkpoint, bound, plans, place, source, left_out)
+    done = _summary(checkpoint, bound, plans, place, source, left_out)
+    return _counted(done, stream.tally) if isinstance(stream, GridStream) else done
+
+
+def _stream(
+    checkpoint: Checkpoint,
+    opened: Delta,
+    model: QuantisedModel | None,
+    merge_target: Merge,
+    threads: int | None,
+    progress: Progress,
+) -> tuple[Delta, MergeStream]:
+    """Prove the base and bind the delta to it; a quantised base has a stream of codes."""
+    if model is not None:
+        stored = require_grid_base(
+            model, opened.manifest, cached=True, threads=threads, progress=progress
+        )
+        bound = opened.bind(model)
+        return bound, grid_stream(checkpoint, stored, bound, model, merge_target)
+    try:
+        identity = require_base(
+            checkpoint, opened.manifest.base, cached=True, threads=threads, progress=progress
+        )
+    except BaseMismatchError:
+        refuse_quantised(checkpoint, opened.manifest)
+        raise
+    bound = opened.bind_to(checkpoint.info(name) for name in checkpoint.names)
+    stream = MergeStream(checkpoint=checkpoint, identity=identity, delta=bound, merge=merge_target)
+    return bound, stream
+
+
+def _begin(place: Path, delta: Delta, base: str, device: str) -> None:
+    """End the checks: a rehearsal goes no further."""
+    what = f"{len(delta.targets)} tensors, by {delta.form.name}"
+    begin_work(place, base=base, targets=what, device=device)
+
+
+def _merge_gguf(
+    model: QuantisedModel,
+    opened: Delta,
+    place: Path,
+    min_changed: float,
+    threads: int | None,
+    progress: Progress,
+) -> Merged:
+    """Merge into a copy of a GGUF file."""
+    stored = require_grid_base(model, opened.manifest, threads=threads, progress=progress)
+    bound = opened.bind(model)
+    _begin(place, bound, stored.root, "cpu")
+    with staging.new_file(place, replace=False) as stage:
+        nbytes, tally = write_gguf(model, stored, bound, stage, progress)
+        tally.require(min_changed)
+    done = Merged(
+        path=place,
+        result=bound.manifest.result,
+        targets=len(bound.targets),
+        extras=0,
+        copied=len(stored.tensors) - len(bound.targets),
+        nbytes=nbytes,
+        config="",
+        left_out={},
+        new=(),
+    )
+    return _counted(done, tally)
+
+
+def _counted(done: Merged, tally: Tally) -> Merged:
+    return replace(done, codes=tally.weights, codes_changed=tally.changed, still=tally.still)
+
+
+def _require_no(config: object, place: Path) -> None:
+    """A GGUF file carries its configuration, and its merge is one as well."""
+    if config is not None:
+        raise InputError("a GGUF file takes no config.json", fix="leave --config out")
+    if place.suffix != ".gguf":
+        raise InputError(
+            f"the base is a GGUF file, {place} is to be something else",
+            fix="give an output that ends in .gguf",
+        )
+    if place.exists():
+        raise OutputError(f"{place} exists already", fix="give a new name, or remove this file")
 
 
 def _require_place(checkpoint: Checkpoint, place: Path, single: bool) -> None:

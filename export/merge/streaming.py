@@ -58,10 +58,14 @@ class MergeStream:
         pairs = zip((piece for _, piece in jobs), digests, strict=True)
         merged = {piece.name: digest for piece, digest in pairs if piece.kind == "merge"}
         try:
-            require_result(self.delta, merged)
+            require_result(self.delta, {self.target_of(name): merged[name] for name in merged})
         except ProofError:
             self._require_unchanged(merged)  # says so if it was the base that changed
             raise
+
+    def target_of(self, stored: str) -> str:
+        """Return the target whose merged bytes a stored tensor holds: the one of its name."""
+        return stored
 
     def _write_piece(self, descriptor: int, piece: Piece, meter: Meter) -> str:
         """Write one tensor; returns the digest of what was written, empty for an extra."""

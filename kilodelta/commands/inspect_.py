@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -38,6 +38,7 @@ def inspect(file: str, as_json: bool) -> None:
             ("file", f"{found.path}, {terminal.size(found.nbytes['file'])}"),
             ("base", f"{found.base['name'] or 'unnamed'}, {found.base['tensors']} tensors"),
             ("", found.base["root"]),
+            *(("grid", line) for line in _grid_lines(found.grid)),
             ("method", f"{found.method['name']}: {options} ({found.paper})"),
             ("seed", found.seed),
             ("targets", f"{found.targets['count']}: {' '.join(found.targets['include'])}"),
@@ -51,11 +52,19 @@ def inspect(file: str, as_json: bool) -> None:
             *(("extra", f"{name} {kind}") for name, kind in found.extras.items()),
             *(("probe", f"{name} {kind}") for name, kind in found.probes.items()),
             ("result", found.result),
+            *([("beside", found.beside)] if found.beside else ()),
             *(("made", f"{name} {value}") for name, value in found.made.items()),
             *(("config", f"{key} {_short(value)}") for key, value in found.config.items()),
             *(("bytes", f"{count:>9}  {part}") for part, count in found.nbytes.items()),
         ]
     )
+
+
+def _grid_lines(grid: Mapping[str, Any] | None) -> list[str]:
+    """Say what a quantised base is."""
+    if grid is None:
+        return []
+    return [f"{grid['weights']} weights, {', '.join(grid['kinds'])}", f"logical {grid['logical']}"]
 
 
 def _short(value: object, width: int = 100) -> str:

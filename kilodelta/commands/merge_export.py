@@ -49,6 +49,13 @@ if TYPE_CHECKING:
 )
 @click.option("--device", default="cpu", help="cpu, cuda, or cuda:N.")
 @max_work
+@click.option(
+    "--min-changed",
+    default=0.01,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Of a quantised base: the share of codes that has to change.",
+)
 @threads
 @as_json
 @with_progress
@@ -65,7 +72,8 @@ def merge(
     """Merge a .kd FILE into its BASE: every tensor is proved while it is written.
 
     A folder keeps the base's sharding, tokenizer and further files; weights in other forms, and
-    links that leave the folder, are not copied, and named.
+    links that leave the folder, are not copied, and named. A quantised BASE (a folder or a .gguf
+    file) keeps its layout and scales and gets new codes.
     """
     from kilodelta.export.merge.checkpoint import merge
 
@@ -81,6 +89,12 @@ def _show_merge(done: Merged) -> None:
         f"{done.copied} copied, {terminal.size(done.nbytes)}"
     )
     terminal.print_line(f"result proved: {done.result}")
+    if done.codes:
+        share = 100 * done.codes_changed / done.codes
+        counts = f"{done.codes_changed} of {done.codes} codes changed ({share:.3g} %)"
+        terminal.print_line(f"in the grid: {counts}")
+    if done.still:
+        terminal.print_warning(f"{done.still} weights have a step of zero and stay as they are")
     for why in dict.fromkeys(done.left_out.values()):
         names = [name for name, reason in done.left_out.items() if reason == why]
         terminal.print_line(f"left out, {why}: {' '.join(names)}")

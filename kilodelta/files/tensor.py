@@ -14,6 +14,10 @@ from kilodelta.files import dtypes
 
 Bytes = npt.NDArray[np.uint8]
 
+GRID = "GRID"
+"""The dtype of a weight (out, in) that a model stores as codes and scales: no type of safetensors,
+so no bytes of its own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from kilodelta.errors import InputError
+from kilodelta.errors import BaseMismatchError, InputError
 from kilodelta.exact import products
 from kilodelta.exact.bases import Stream
 from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.files.tensor import RawTensor, TensorInfo
+from kilodelta.files.tensor import GRID, RawTensor, TensorInfo
 from kilodelta.format import container, cost
 from kilodelta.format.blob import Blob
 from kilodelta.format.fit import check_fit
@@ -25,6 +25,8 @@ from kilodelta.format.manifest import Manifest
 from kilodelta.format.methods import Method
 from kilodelta.format.packing import Ints
 from kilodelta.format.targets import Target, select
+from kilodelta.grid.model import QuantisedModel
+from kilodelta.grid.open import is_quantised, open_quantised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +97,7 @@ class Delta:
         """The random bases of the file's seed."""
         return Stream(self.manifest.seed)
 
-    def bind(self, base: str | os.PathLike[str] | Checkpoint) -> Delta:
+    def bind(self, base: str | os.PathLike[str] | Checkpoint | QuantisedModel) -> Delta:
         """Return the same delta with its targets located in a base.
 
         Only shapes and counts are checked here; `kilodelta.verify` and `kilodelta.merge` check the
@@ -106,6 +108,10 @@ class Delta:
             FileError: the coefficients break the exactness bound, or their expansion would take
                 more work than allowed.
         """
+        if self.manifest.grid is not None:
+            return self.bind_to(_quantised(base).infos())
+        if isinstance(base, QuantisedModel):
+            return self.bind_to(base.infos())
         checkpoint = Checkpoint.open(base)
         return self.bind_to(checkpoint.info(name) for name in checkpoint.names)
 
@@ -122,6 +128,15 @@ class Delta:
         check_fit(bound._packed, bound.extras)
         cost.check(bound.form, bound._packed.targets, bound.max_work)
         return bound
+
+    @property
+    def grid_targets(self) -> tuple[str, ...]:
+        """The names of the targets that the base stores quantised.
+
+        Raises:
+            InputError: the delta is not bound to a base.
+        """
+        return tuple(name for name, target in self.targets.items() if target.dtype == GRID)
 
     @cached_property
     def _packed(self) -> Blob:
@@ -255,6 +270,16 @@ class Delta:
                 f"{manifest.count} ({globs}) in {self.blob.size} bytes of coefficients{whole}",
             ),
         ]
+
+
+def _quantised(base: str | os.PathLike[str] | Checkpoint | QuantisedModel) -> QuantisedModel:
+    if not is_quantised(base):
+        place = base.path if isinstance(base, Checkpoint) else base
+        raise BaseMismatchError(
+            f"the file was made for a quantised base, and {place} is none",
+            fix="give the quantised model that it was made for",
+        )
+    return open_quantised(base)
 
 
 def _short(text: str, width: int = 60) -> str:

@@ -35,6 +35,10 @@ class Contents:
     config: Mapping[str, Any]
     """What the fine-tune changed in the base's `config.json`."""
     nbytes: Mapping[str, int]
+    grid: Mapping[str, Any] | None = None
+    """What the base is, where it is quantised: its roots, and its kinds of codes and blocks."""
+    beside: str = ""
+    """The root of the updates beside a quantised base."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -87,6 +91,8 @@ def inspect(path: str | os.PathLike[str]) -> Contents:
         made=manifest.made,
         config=manifest.config,
         nbytes=_parts(delta, place.stat().st_size),
+        grid=None if manifest.grid is None else vars(manifest.grid),
+        beside=manifest.beside,
     )
 
 

@@ -48,6 +48,24 @@ class Base:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What a quantised base is, whatever its layout (docs/format.md, section 10)."""
+
+    logical: str
+    """Root over the quantised weights' logical digests."""
+    grids: str
+    """Root over their steps, zero points, minima, blocks and orders, without the codes."""
+    plain: str
+    """Root over all other tensors by value."""
+    config: str
+    """Digest of the quantisation configuration."""
+    weights: int
+    """How many weights are quantised."""
+    kinds: tuple[str, ...]
+    """What they are, such as `int4 1x32`: kind of code and block, sorted, each once."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything that a file says about itself."""
 
@@ -66,6 +84,10 @@ class Manifest:
     made: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     """What the fine-tune changed in the base's `config.json`; empty where nothing did."""
+    grid: Grid | None = None
+    """The base's codes and scales, where it is quantised."""
+    beside: str = ""
+    """The root of the updates beside a quantised base; empty with any other."""
 
     @property
     def compat(self) -> Compat | None:
@@ -78,7 +100,7 @@ class Manifest:
 
 
 def _to_json(manifest: Manifest) -> dict[str, Any]:
-    base, patterns = manifest.base, manifest.patterns
+    base, patterns, grid = manifest.base, manifest.patterns, manifest.grid
     prints = {"fingerprints": to_base64(base.fingerprints)} if base.fingerprints else {}
     return {
         "version": VERSION,
@@ -93,9 +115,10 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
         },
         "coefficients": _coefficients_to_json(manifest),
         "extras": list(manifest.extras),
-        "result": {"root": manifest.result},
+        "result": {"root": manifest.result, **({"beside": manifest.beside} if grid else {})},
         "made": dict(manifest.made),
         **({"config": dict(manifest.config)} if manifest.config else {}),
+        **({"grid": {**vars(grid), "kinds": list(grid.kinds)}} if grid else {}),
     }
 
 
@@ -138,12 +161,14 @@ def _parse(fields: Any, text: str) -> Manifest:
             f"the file has version {version!r:.40}; this kilodelta reads {VERSION}",
             fix="update kilodelta: git pull in its clone, then pip install .",
         )
-    top = table(fields, "manifest", _TOP, optional=("config",))
+    top = table(fields, "manifest", _TOP, optional=("config", "grid"))
     if canonical.dumps(fields) != text:
         raise FieldError("it is not in canonical form")
     targets = table(top["targets"], "targets", ("include", "exclude", "transposed", "count"))
     method = parse_method(top["method"])
     bits, scales = _coefficients(top["coefficients"], method)
+    grid = _grid(top["grid"], method) if "grid" in top else None
+    result = table(top["result"], "result", ("root", "beside") if grid else ("root",))
     return Manifest(
         base=_base(top["base"]),
         method=method,
@@ -155,9 +180,11 @@ def _parse(fields: Any, text: str) -> Manifest:
         bits=bits,
         scales=scales,
         extras=_extras(top["extras"]),
-        result=digest(table(top["result"], "result", ("root",))["root"], "result.root"),
+        result=digest(result["root"], "result.root"),
         made=_made(top["made"]),
         config=parse_config(top["config"]) if "config" in top else {},
+        grid=grid,
+        beside=digest(result["beside"], "result.beside") if grid else "",
     )
 
 
@@ -185,6 +212,29 @@ def _base(value: Any) -> Base:
         root=digest(given["root"], "base.root"),
         tensors=tensors,
         fingerprints=prints,
+    )
+
+
+_KIND = re.compile(r"(?:int[1-8]|e2m1|e4m3) [1-9][0-9]{0,9}x[1-9][0-9]{0,9}\Z")
+
+
+def _grid(value: Any, method: Form) -> Grid:
+    keys = ("logical", "grids", "plain", "config")
+    given = table(value, "grid", (*keys, "weights", "kinds"))
+    if not isinstance(method, Method):
+        raise FieldError(f"{method.name} is no exact method, so it has no result in a grid")
+    kinds = given["kinds"]
+    if (
+        not isinstance(kinds, list)
+        or not 0 < len(kinds) <= MAX_PATTERNS
+        or not all(isinstance(kind, str) and _KIND.match(kind) for kind in kinds)
+        or sorted(set(kinds)) != kinds
+    ):
+        raise FieldError("grid.kinds is no sorted list of kinds and blocks")
+    return Grid(
+        **{key: digest(given[key], f"grid.{key}") for key in keys},
+        weights=whole(given["weights"], "grid.weights", 1, 1 << 24),
+        kinds=tuple(kinds),
     )
 
 

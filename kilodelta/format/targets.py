@@ -9,7 +9,7 @@ from math import prod
 
 from kilodelta.files import dtypes
 from kilodelta.files.checkpoint import in_name_order
-from kilodelta.files.tensor import TensorInfo
+from kilodelta.files.tensor import GRID, TensorInfo
 
 Shape = tuple[int, int]
 
@@ -59,14 +59,15 @@ def matches(name: str, globs: Iterable[str]) -> bool:
 
 
 def select(tensors: Iterable[TensorInfo], patterns: Patterns) -> tuple[Target, ...]:
-    """Choose the targets in a model: float tensors of two or more dimensions, in name order."""
+    """Choose the targets in a model, in name order: float tensors of two or more dimensions, and
+    quantised weights, which come as (out, in) of dtype `GRID` and are never transposed."""
     chosen = {info.name: info for info in tensors if _is_target(info, patterns)}
     return tuple(
         Target(
             name=name,
             dtype=chosen[name].dtype,
             shape=chosen[name].shape,
-            transposed=matches(name, patterns.transposed),
+            transposed=chosen[name].dtype != GRID and matches(name, patterns.transposed),
             index=index,
         )
         for index, name in enumerate(in_name_order(chosen))
@@ -75,7 +76,7 @@ def select(tensors: Iterable[TensorInfo], patterns: Patterns) -> tuple[Target, .
 
 def _is_target(info: TensorInfo, patterns: Patterns) -> bool:
     return (
-        info.dtype in dtypes.TARGETS
+        (info.dtype in dtypes.TARGETS or info.dtype == GRID)
         and len(info.shape) >= 2
         and prod(info.shape) > 0
         and matches(info.name, patterns.include)

@@ -59,6 +59,19 @@ def matrix_hash(name: str, matrix: Matrix) -> hashlib._Hash:
     return state
 
 
+def kind_text(matrix: Matrix) -> str:
+    """Say what a weight is: the kind of its codes and the block that shares a step.
+
+    Example:
+        >>> from kilodelta.grid.codes import integer_kind
+        >>> steps, codes = np.ones((2, 1)), np.zeros((2, 3), np.int8)
+        >>> kind_text(Matrix(kind=integer_kind(4), codes=codes, steps=steps, block=(1, 128)))
+        'int4 1x3'
+    """
+    rows, columns = matrix.shape
+    return f"{matrix.kind.name} {min(matrix.block[0], rows)}x{min(matrix.block[1], columns)}"
+
+
 def _state(values: npt.NDArray[Any] | None) -> bytes:
     return b"1" if values is not None and values.any() else b"0"
 

@@ -15,8 +15,8 @@ from kilodelta.files.checkpoint import Checkpoint, in_name_order
 from kilodelta.files.dtypes import FLOATS
 from kilodelta.files.identity import Identity, of_digests, raw_digest, root, tensor_hash
 from kilodelta.files.model_digest import digest
-from kilodelta.files.tensor import RawTensor, TensorInfo
-from kilodelta.grid.identity import config_digest, matrix_digest
+from kilodelta.files.tensor import GRID, RawTensor, TensorInfo
+from kilodelta.grid.identity import config_digest, kind_text, matrix_digest, matrix_hash
 from kilodelta.grid.layouts.base import Layout, Parts
 from kilodelta.grid.matrix import Matrix, Shape
 from kilodelta.progress import Meter, Progress, silent
@@ -61,6 +61,8 @@ class LogicalIdentity:
         weights: those digests by name.
         plain: root over all other tensors by value: F16, BF16 and F32 spellings of the same
             numbers are one.
+        grids: root over everything but their codes: steps, zero points, blocks.
+        kinds: what they are, such as `int4 1x32` (kind of code, block), sorted, each once.
         config: digest of the quantisation configuration as it stands in the files.
         still_blocks: blocks with a step of zero, whose weights no code can change.
     """
@@ -68,6 +70,8 @@ class LogicalIdentity:
     root: str
     weights: Mapping[str, str]
     plain: str
+    grids: str
+    kinds: tuple[str, ...]
     config: str
     still_blocks: int
 
@@ -136,33 +140,48 @@ class QuantisedModel:
         weights = [self.stored[name].shape for name in names]
         meter = Meter("decode", sum(a * b for a, b in weights), "weights", progress)
 
-        def one(name: str) -> tuple[str, int]:
+        def one(name: str) -> tuple[str, str, str, int]:
             matrix = self.matrix(name)
             meter.add(matrix.codes.size)
-            return matrix_digest(name, matrix), matrix.still
+            bare = "sha256:" + matrix_hash(name, matrix).hexdigest()
+            return matrix_digest(name, matrix), bare, kind_text(matrix), matrix.still
 
         done = parallel.run(
             one, names, meter, threads=threads, weight=lambda name: self.stored[name].shape[0]
         )
-        digests = {name: text for name, (text, _) in zip(names, done, strict=True)}
+        digests, grids, kinds, still = zip(*done, strict=True)
         return LogicalIdentity(
-            root=root(digests.values()),
-            weights=digests,
+            root=root(digests),
+            weights=dict(zip(names, digests, strict=True)),
             plain=root(self._plain_digests()),
+            grids=root(grids),
+            kinds=tuple(sorted(set(kinds))),
             config=config_digest(self.config),
-            still_blocks=sum(still for _, still in done),
+            still_blocks=sum(still),
         )
 
+    def infos(self) -> Iterator[TensorInfo]:
+        """List what a delta may change: quantised weights as (out, in) of `GRID`, then the rest."""
+        for name, stored in self.stored.items():
+            yield TensorInfo(name=name, dtype=GRID, shape=stored.shape)
+        for name in self.plain:
+            yield self.source.info(name)
+
     def stored_identity(
-        self, *, threads: int | None = None, progress: Progress = silent
+        self, *, cached: bool = False, threads: int | None = None, progress: Progress = silent
     ) -> Identity:
         """Compute the identity over the stored tensors, as of any model (docs/format.md, 4).
+
+        Args:
+            cached: take the digests remembered of unchanged files: a hint, no proof.
+            threads: cores to hash on; all by default.
+            progress: is told how many bytes are hashed.
 
         Raises:
             CheckpointError: a file cannot be read.
         """
         if isinstance(self.source, Checkpoint):
-            return digest(self.source, threads=threads, progress=progress)
+            return digest(self.source, cached=cached, threads=threads, progress=progress)
         return of_digests(
             {name: raw_digest(name, self.source.raw(name)) for name in self.source.names}
         )

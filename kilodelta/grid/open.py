@@ -18,13 +18,15 @@ _FILES = ("config.json", "hf_quant_config.json", "quantize_config.json", "quant_
 """Where configurations of quantised models lie; the first that has one counts."""
 
 
-def is_quantised(path: str | os.PathLike[str] | Checkpoint) -> bool:
+def is_quantised(path: str | os.PathLike[str] | Checkpoint | QuantisedModel) -> bool:
     """Return whether a path leads to a model that `open_quantised` would try to read.
 
     Example:
         >>> is_quantised("tests/golden/0.1.0/base.safetensors"), is_quantised("model.gguf")
         (False, True)
     """
+    if isinstance(path, QuantisedModel):
+        return True
     if isinstance(path, Checkpoint):
         return _config(path.folder) is not None if path.path.is_dir() else False
     place = Path(path)
@@ -33,8 +35,10 @@ def is_quantised(path: str | os.PathLike[str] | Checkpoint) -> bool:
     return place.is_dir() and _config(_folder(place)) is not None
 
 
-def open_quantised(path: str | os.PathLike[str] | Checkpoint) -> QuantisedModel:
-    """Open a quantised model; no weight is read before it is used.
+def open_quantised(path: str | os.PathLike[str] | Checkpoint | QuantisedModel) -> QuantisedModel:
+    """Open a quantised model; one that is open already is returned as it is.
+
+    No weight is read before it is used.
 
     Args:
         path: a folder with `config.json` and safetensors files, a `.gguf` file or a `.onnx` file.
@@ -43,15 +47,17 @@ def open_quantised(path: str | os.PathLike[str] | Checkpoint) -> QuantisedModel:
         CheckpointError: it is none, or in a layout that is not read.
         MissingPackageError: `gguf` or `onnx` is needed and not installed.
     """
-    suffix = Path(path).suffix.lower() if not isinstance(path, Checkpoint) else ""
-    if suffix == ".gguf":
+    if isinstance(path, QuantisedModel):
+        return path
+    place = path.path if isinstance(path, Checkpoint) else Path(path)
+    if place.suffix.lower() == ".gguf":
         from kilodelta.grid.gguf_file import open_gguf
 
-        return open_gguf(Path(path))  # type: ignore[arg-type]
-    if suffix == ".onnx":
+        return open_gguf(place)
+    if place.suffix.lower() == ".onnx":
         from kilodelta.grid.onnx_graph import open_onnx
 
-        return open_onnx(Path(path))  # type: ignore[arg-type]
+        return open_onnx(place)
     checkpoint = Checkpoint.open(path)
     config = _config(checkpoint.folder)
     if config is None:

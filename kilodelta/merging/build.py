@@ -26,14 +26,15 @@ from kilodelta.format.methods import Method
 from kilodelta.format.packing import Group, Ints, pack
 from kilodelta.format.quantise import Floats, Quantised, quantise, scale_near
 from kilodelta.format.targets import Patterns, Target, select
+from kilodelta.grid.model import QuantisedModel
+from kilodelta.grid.open import is_quantised, open_quantised
+from kilodelta.merging.grid_results import FINGERPRINTED as FINGERPRINTED
+from kilodelta.merging.grid_results import with_results
 from kilodelta.merging.proof import target_digests
 from kilodelta.progress import Progress, silent
 
 Numbers = Quantised | Floats
 """A group's coefficients."""
-
-FINGERPRINTED = 512
-"""Tensors up to which the manifest carries two bytes each."""
 
 MANTISSAS = (255, 127, 63, 31, 15, 7, 3, 1)
 """Largest mantissas of scales, finest first, that `quantise_target` tries."""
@@ -57,24 +58,35 @@ class Recipe:
     """What the fine-tune changed in the base's `config.json`."""
 
 
-def targets(base: str | os.PathLike[str] | Checkpoint, patterns: Patterns) -> tuple[Target, ...]:
-    """Return the targets that patterns choose in a base.
+Model = str | os.PathLike[str] | Checkpoint | QuantisedModel
+"""A base, float or quantised."""
+
+
+def targets(base: Model, patterns: Patterns) -> tuple[Target, ...]:
+    """Return the targets that patterns choose in a base, float or quantised.
 
     Raises:
         InputError: they choose none.
     """
-    checkpoint = Checkpoint.open(base)
-    chosen = select((checkpoint.info(name) for name in checkpoint.names), patterns)
+    path: object = base
+    if is_quantised(base):
+        model = open_quantised(base)
+        path, infos = model.path, list(model.infos())
+    else:
+        assert not isinstance(base, QuantisedModel)
+        checkpoint = Checkpoint.open(base)
+        path, infos = checkpoint.path, [checkpoint.info(name) for name in checkpoint.names]
+    chosen = select(infos, patterns)
     if not chosen:
         raise InputError(
-            f"no float matrix of {checkpoint.path} matches {list(patterns.include)}",
+            f"no float matrix of {path} matches {list(patterns.include)}",
             fix="list the tensors with kilodelta digest --tensors, and mind that case counts",
         )
     return chosen
 
 
 def build(
-    base: str | os.PathLike[str] | Checkpoint,
+    base: Model,
     recipe: Recipe,
     coefficients: Mapping[str, Mapping[str, Numbers]],
     shared: Mapping[str, Numbers] | None = None,
@@ -85,7 +97,7 @@ def build(
     """Make a delta from its coefficients, bound to its base, with its result's root computed.
 
     Args:
-        base: the model that the delta changes.
+        base: the model that the delta changes; of a quantised one the file states both results.
         recipe: everything but the coefficients.
         coefficients: by target name, then by group name; integers with their scale, or plain
             arrays for a compatibility form.
@@ -108,22 +120,29 @@ def build(
         np.float32(0.12493897)
     """
     require_good_kernels()
-    checkpoint = Checkpoint.open(base)
-    layout = targets(checkpoint, recipe.patterns)
+    layout = targets(base, recipe.patterns)
     _check_names(layout, coefficients)
     groups = _in_order(recipe.method, layout, coefficients, shared or {})
-    model = digest(checkpoint, threads=threads, progress=progress)
+    blob = np.concatenate([np.empty(0, np.uint8), *(_packed(*g, recipe.bits) for g in groups)])
     draft = Delta(
-        manifest=_manifest(recipe, layout, groups, model),
-        blob=np.concatenate([np.empty(0, np.uint8), *(_packed(*g, recipe.bits) for g in groups)]),
+        manifest=_manifest(recipe, layout, groups),
+        blob=blob,
         extras=dict(recipe.extras),
         probes=dict(recipe.probes),
         max_work=inf,  # whoever makes a delta may ask for as much work as needed
-    ).bind(checkpoint)
-    digests = target_digests(draft, checkpoint, threads=threads, progress=progress)
-    manifest = replace(draft.manifest, result=root(digests.values()))
+    )
+    if is_quantised(base):
+        model = open_quantised(base)
+        return with_results(draft, model, threads=threads, progress=progress)[0]
+    assert not isinstance(base, QuantisedModel)
+    checkpoint = Checkpoint.open(base)
+    identity = digest(checkpoint, threads=threads, progress=progress)
+    manifest = replace(draft.manifest, base=_base(recipe.name, identity))
+    bound = replace(draft, manifest=manifest).bind(checkpoint)
+    digests = target_digests(bound, checkpoint, threads=threads, progress=progress)
+    manifest = replace(manifest, result=root(digests.values()))
     parse_manifest(manifest.text())  # nothing is made that a reader would refuse
-    return replace(draft, manifest=manifest)
+    return replace(bound, manifest=manifest)
 
 
 def _check_names(
@@ -170,19 +189,18 @@ def _packed(group: Group, value: Numbers, bits: int) -> Ints:
     return stored.pack(value, group.dtype or FLOATS[bits])
 
 
+def _base(name: str, identity: Identity) -> Base:
+    tensors = len(identity.tensors)
+    prints = fingerprints(identity) if tensors <= FINGERPRINTED else b""
+    return Base(name=name, root=identity.root, tensors=tensors, fingerprints=prints)
+
+
 def _manifest(
-    recipe: Recipe,
-    layout: Sequence[Target],
-    groups: Sequence[tuple[Group, Numbers]],
-    model: Identity,
+    recipe: Recipe, layout: Sequence[Target], groups: Sequence[tuple[Group, Numbers]]
 ) -> Manifest:
+    """Make the manifest without what the base's bytes decide: its identity, and the result."""
     return Manifest(
-        base=Base(
-            name=recipe.name,
-            root=model.root,
-            tensors=len(model.tensors),
-            fingerprints=fingerprints(model) if len(model.tensors) <= FINGERPRINTED else b"",
-        ),
+        base=Base(name=recipe.name, root="", tensors=0),
         method=recipe.method,
         seed=recipe.seed,
         patterns=recipe.patterns,

@@ -61,12 +61,12 @@ def merged(delta: Delta, target: Target, base: ByteSource) -> Iterator[Bytes]:
     view, _ = rounding.ADD[target.dtype]
     rows, columns = target.stored
     row = base.size // rows
-    left, right = _stored_factors(delta, target)
+    left, right = stored_factors(delta, target)
     add = _adder(delta, target, right)
     # A BLAS product has to be large to run at full speed; the fused kernel has to stay in cache.
     step = min(rows, max(1, (CHUNK if right.shape[0] <= fused.FEW else LARGE) // columns))
     out = np.empty((step, columns), view)
-    for span, factors in _bands(left, rows, step, right.shape[0]):
+    for span, factors in bands(left, rows, step, right.shape[0]):
         raw, part = base[span.start * row : span.stop * row], out[: len(span)]
         chunk = raw.view(view).reshape(len(span), columns)
         if add(factors, chunk, part):
@@ -74,7 +74,7 @@ def merged(delta: Delta, target: Target, base: ByteSource) -> Iterator[Bytes]:
         yield part.reshape(-1).view(np.uint8)
 
 
-def _stored_factors(delta: Delta, target: Target) -> tuple[Left, Any]:
+def stored_factors(delta: Delta, target: Target) -> tuple[Left, Any]:
     """Return the update's factors in the orientation in which the tensor is stored."""
     form, stream, q = delta.form, delta.stream, delta.coefficients(target.name)
     right = form.right(q, target, stream)
@@ -115,7 +115,7 @@ def _after(
     )
 
 
-def _bands(left: Left, rows: int, step: int, inner: int) -> Iterator[tuple[range, Any]]:
+def bands(left: Left, rows: int, step: int, inner: int) -> Iterator[tuple[range, Any]]:
     """Yield steps of rows with their left factors, which are drawn for many steps at once."""
     # A multiple of the step, so that no step needs the rows of two bands.
     tall = max(step, BAND // inner // step * step)

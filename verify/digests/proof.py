@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from kilodelta.errors import ProofError
 from kilodelta.exact.selftest import require_good_kernels
@@ -17,27 +16,9 @@ from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.merging.proof import target_digests
 from kilodelta.progress import Progress, silent
-
-SHOWN = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class Proof:
-    """What was proved; every root is `sha256:<hex>`.
-
-    Attributes:
-        base: the base's root.
-        result: the root over the merged targets.
-        targets: how many tensors the delta changes.
-        extras: how many it stores whole.
-        merged: the merged model's root; empty if none was given.
-    """
-
-    base: str
-    result: str
-    targets: int
-    extras: int
-    merged: str
+from kilodelta.verify.digests.grid_proof import prove_grid
+from kilodelta.verify.digests.result import SHOWN
+from kilodelta.verify.digests.result import Proof as Proof
 
 
 def prove(
@@ -72,8 +53,10 @@ def prove(
         (4, 'sha256')
     """
     require_good_kernels()
-    checkpoint = Checkpoint.open(base)
     loaded = delta if isinstance(delta, Delta) else load(delta)
+    if loaded.manifest.grid is not None:
+        return prove_grid(base, loaded, merged, threads=threads, progress=progress)
+    checkpoint = Checkpoint.open(base)
     identified = require_base(checkpoint, loaded.manifest.base, threads=threads, progress=progress)
     bound = loaded.bind(checkpoint)
     targets = target_digests(bound, checkpoint, threads=threads, progress=progress)

@@ -124,12 +124,13 @@ def from_columns(rows: npt.NDArray[np.uint8], like: RawTensor) -> RawTensor:
 
 def centred(stored: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int8]:
     """Turn unsigned codes into signed ones: a stored u is u - 2^(bits-1)."""
-    return (stored.astype(np.int16) - (1 << (bits - 1))).astype(np.int8)
+    return (stored - np.uint8(1 << (bits - 1))).view(np.int8)  # modulo 256
 
 
 def uncentred(codes: Codes, bits: int) -> npt.NDArray[np.uint8]:
     """Undo `centred`."""
-    return (codes.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
+    flat: npt.NDArray[np.uint8] = np.ascontiguousarray(codes).view(np.uint8)
+    return flat + np.uint8(1 << (bits - 1))
 
 
 def nibbles(codes: Codes, kind: Kind) -> npt.NDArray[np.uint8]:

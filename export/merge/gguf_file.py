@@ -1,0 +1,81 @@
+"""Merge into the grid of a GGUF file: the file is copied, and only codes are written anew."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from kilodelta.errors import CheckpointError, InputError
+from kilodelta.export.merge.in_grid import Tally, merge_weight, proved_parts
+from kilodelta.export.merge.tensor import merged_tensor, require_result
+from kilodelta.files import identity
+from kilodelta.files.copying import copy_range, pwrite
+from kilodelta.files.identity import Identity
+from kilodelta.format.delta import Delta
+from kilodelta.grid.gguf_file import GgufSource
+from kilodelta.grid.model import QuantisedModel
+from kilodelta.progress import Meter, Progress
+
+_PIECE = 1 << 26
+
+
+def write_gguf(
+    model: QuantisedModel, stored: Identity, delta: Delta, stage: Path, progress: Progress
+) -> tuple[int, Tally]:
+    """Write the merged file, one weight after the other.
+
+    Args:
+        model: the base, opened from a `.gguf` file.
+        stored: the identity over its stored tensors, just proved.
+        delta: bound to it.
+        stage: the new file.
+        progress: receives how far the work is, in bytes.
+
+    Returns:
+        the file's bytes, and what changed.
+
+    Raises:
+        InputError: the delta stores tensors whole, for which a GGUF file has no place.
+        ProofError: the merged targets are not the ones that the delta promises.
+        CheckpointError, BaseMismatchError: the base cannot be read, or changes meanwhile.
+    """
+    source = model.source
+    assert isinstance(source, GgufSource)  # the caller looked at the suffix
+    if delta.extras:
+        raise InputError(
+            f"the file stores {', '.join(list(delta.extras)[:3])} whole, and a GGUF file is only"
+            " changed in place",
+            fix="merge into the checkpoint, and convert that with llama.cpp",
+        )
+    meter = Meter("merge", source.file.size, "B", progress)
+    tally, digests = Tally(), {}
+    with model.path.open("rb") as base, stage.open("w+b") as out:
+        _copy(base.fileno(), out.fileno(), source.file.size, meter)
+        for name, target in delta.targets.items():
+            if name in model.stored:
+                parts = proved_parts(model, stored, name)
+                packed, digests[name] = merge_weight(delta, model, name, parts, tally)
+            else:
+                packed = merged_tensor(delta, name, lambda n: source.raw(n).data)
+                digests[name] = identity.tensor_digest(
+                    name, target.dtype, target.shape, packed.data
+                )
+            pwrite(out.fileno(), packed.data.data, source.offset(name))
+    require_result(delta, digests)
+    if not source.file.is_unchanged():
+        raise CheckpointError(
+            f"{model.path} changed while it was read",
+            fix="wait until nothing writes to it, and start again",
+        )
+    return source.file.size, tally
+
+
+def _copy(source: int, target: int, size: int, meter: Meter) -> None:
+    os.ftruncate(target, size)
+    position = 0
+    while position < size:
+        count = copy_range(source, target, min(_PIECE, size - position), position, position)
+        if not count:
+            return
+        position += count
+        meter.add(count)

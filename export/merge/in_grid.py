@@ -1,0 +1,198 @@
+"""Write the tensors of a merge into the grid of a quantised base, each proved on its way.
+
+A tensor that holds codes is read whole with the scales beside it, given new codes, written, and
+decoded again from the bytes that were written; that decoding gives the digest. Every other tensor
+goes the way of any merge (`streaming`).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass, field, replace
+from math import prod
+
+from kilodelta.errors import BaseMismatchError, ProofError, QualityError
+from kilodelta.export.merge.plan import FilePlan, Piece
+from kilodelta.export.merge.streaming import MergeStream
+from kilodelta.files import identity
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.copying import pwrite
+from kilodelta.files.identity import Identity
+from kilodelta.files.tensor import RawTensor
+from kilodelta.format.delta import Delta
+from kilodelta.grid.identity import matrix_digest
+from kilodelta.grid.layouts import Parts
+from kilodelta.grid.model import QuantisedModel
+from kilodelta.merging.devices import Merge
+from kilodelta.merging.in_grid import regridded
+from kilodelta.progress import Meter
+
+AT_ONCE = 1 << 26
+"""Weights that are merged at a time, some six bytes each."""
+
+MIN_CHANGED = 0.01
+"""The share of codes below which a merge in the grid has changed almost nothing."""
+
+
+@dataclass
+class Tally:
+    """What the merges in the grid changed, summed over targets by several threads."""
+
+    changed: int = 0
+    weights: int = 0
+    steps: float = 0.0
+    still: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, *, changed: int, weights: int, steps: float, still: int) -> None:
+        """Count one target: codes that changed, of how many, the update's size in steps, weights
+        whose step is zero."""
+        with self._lock:
+            self.changed += changed
+            self.weights += weights
+            self.steps += steps
+            self.still += still
+
+    @property
+    def share(self) -> float:
+        """The share of codes that changed."""
+        return self.changed / self.weights if self.weights else 1.0
+
+    def require(self, least: float) -> None:
+        """Refuse a merge that changed almost nothing.
+
+        Args:
+            least: the share of codes that must change.
+
+        Raises:
+            QualityError: fewer did; says the size of the update against the grid's step.
+        """
+        if self.weights and self.share < least:
+            raise QualityError(
+                f"the merge in the grid changes {self.changed} of {self.weights} codes"
+                f" ({100 * self.share:.2g} %): the update is {self.steps / self.weights:.2g} of a"
+                " step of the grid on average, and what is below half a step rounds away. The"
+                " result would be the base",
+                fix="apply the file beside the base (its update is exact there), compress anew with"
+                " a larger update, or accept this with --min-changed 0",
+            )
+
+
+def merge_weight(
+    delta: Delta, model: QuantisedModel, name: str, parts: Parts, tally: Tally
+) -> tuple[RawTensor, str]:
+    """Merge one quantised weight.
+
+    Args:
+        delta: bound to the base.
+        model: the quantised base.
+        name: of a target that is quantised.
+        parts: its stored tensors, proved by the caller.
+        tally: counts what changes.
+
+    Returns:
+        the new stored tensor of the codes, and the logical digest of what it decodes to.
+
+    Raises:
+        CheckpointError: the weight cannot be read.
+        ProofError: what was packed does not decode to the new codes.
+    """
+    layout = model.of(name).layout
+    base = layout.unpack(parts).checked(name)
+    new = regridded(delta, delta.target(name), base)
+    tally.add(changed=new.changed, weights=base.codes.size, steps=new.steps, still=new.still)
+    packed = layout.recode(parts, new.matrix.codes)
+    written = layout.unpack({**parts, layout.codes_in: packed})
+    digest = matrix_digest(name, written)
+    if digest != matrix_digest(name, new.matrix):
+        raise ProofError(
+            f"{name}: the codes that were packed do not decode to themselves",
+            fix="this is a fault of kilodelta: please report it with the layout's name"
+            f" ({layout.name})",
+        )
+    return packed, digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridStream(MergeStream):
+    """A merge stream that knows which stored tensors hold codes of targets."""
+
+    model: QuantisedModel
+    weights: dict[str, str]
+    """The targets by the name of the stored tensor that holds their codes."""
+    tally: Tally = field(default_factory=Tally)
+
+    def target_of(self, stored: str) -> str:
+        """Return the target whose codes, or merged bytes, a stored tensor holds."""
+        return self.weights.get(stored, stored)
+
+    def _write_piece(self, descriptor: int, piece: Piece, meter: Meter) -> str:
+        if piece.name not in self.weights:
+            return super()._write_piece(descriptor, piece, meter)
+        name = self.weights[piece.name]
+        parts = proved_parts(self.model, self.identity, name)
+        packed, digest = merge_weight(self.delta, self.model, name, parts, self.tally)
+        pwrite(descriptor, packed.data.data, piece.begin)
+        meter.add(piece.nbytes)
+        return digest
+
+
+def proved_parts(model: QuantisedModel, stored: Identity, name: str) -> Parts:
+    """Read the stored tensors of a weight, and see that they are still the base's.
+
+    Raises:
+        BaseMismatchError: one has another digest than when the base was proved.
+        CheckpointError: one cannot be read.
+    """
+    parts = model.parts(name)
+    for role, place in model.of(name).parts.items():
+        if identity.raw_digest(place, parts[role]) != stored.tensors[place]:
+            raise BaseMismatchError(
+                f"{place} is not what it was when the base was proved",
+                fix="let nothing write to the base, and start again",
+            )
+    return parts
+
+
+def grid_stream(
+    checkpoint: Checkpoint, stored: Identity, delta: Delta, model: QuantisedModel, merge: Merge
+) -> GridStream:
+    """Prepare the stream of a merge in the grid.
+
+    Args:
+        checkpoint: the base's files.
+        stored: the identity over its stored tensors, just proved.
+        delta: bound to `model`.
+        model: the same base.
+        merge: merges targets that are not quantised.
+    """
+    weights = {model.of(name).codes: name for name in delta.grid_targets}
+    return GridStream(
+        checkpoint=checkpoint,
+        identity=stored,
+        delta=delta,
+        merge=merge,
+        model=model,
+        weights=weights,
+    )
+
+
+def threads_for(delta: Delta, threads: int | None) -> int:
+    """Return how many weights to merge at a time, so that they take a bounded amount of memory."""
+    largest = max((prod(delta.target(name).shape) for name in delta.grid_targets), default=1)
+    return max(1, min(threads or os.cpu_count() or 1, AT_ONCE // largest))
+
+
+def with_codes(plans: list[FilePlan], stream: GridStream) -> list[FilePlan]:
+    """Mark the pieces that hold codes of targets as merged."""
+    return [
+        replace(
+            plan,
+            pieces=tuple(
+                replace(piece, kind="merge") if piece.name in stream.weights else piece
+                for piece in plan.pieces
+            ),
+        )
+        for plan in plans
+    ]

@@ -1,0 +1,150 @@
+"""Round an updated weight to the nearest number of its grid, decided in exact integers.
+
+The new code is that of the number nearest to v + delta / step (docs/format.md, section 10), with
+delta = 2^e N and step = M 2^E exact. All is counted in half units of the grid, in which every
+midpoint between neighbours is an integer:
+
+    x = 2 V + N 2^s / M,    s = e + 1 - unit - E
+
+and x only matters through its floor and whether it is that integer exactly. A float64 quotient
+decides where its error bound leaves no doubt; else int64 does.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kilodelta.exact.compiled import kernel
+
+MANTISSA = 1 << 32
+"""Steps have odd mantissas M below this: every product here then fits int64."""
+
+FAR = 1 << 30
+"""Half units at which a quotient counts as far away: any grid is clamped long before."""
+
+_MARGIN = 2.0**-20
+"""More than the float64 quotient's error below 2^30: two roundings, 2^-22."""
+
+
+@kernel
+def floor_of(number, shift, mantissa, inverse):  # type: ignore[no-untyped-def]
+    """Compute the floor of N 2^s / M, twice, plus one if the quotient is no integer.
+
+    Args:
+        number: N, int64, |N| < 2^53.
+        shift: s.
+        mantissa: M, int64, odd, 0 < M < 2^32.
+        inverse: float64 of 2^s / M.
+    """
+    if number == 0:  # a shift of zero by more than 63 is undefined
+        return np.int64(0)
+    quotient = np.float64(number) * inverse
+    if quotient >= 1073741824.0:
+        return np.int64(2 * 1073741824 + 1)
+    if quotient <= -1073741824.0:
+        return np.int64(-2 * 1073741824 + 1)
+    low = np.floor(quotient)
+    rest = quotient - low
+    if rest > _MARGIN and rest < 1.0 - _MARGIN:
+        return np.int64(2) * np.int64(low) + np.int64(1)
+    near = np.int64(np.floor(quotient + 0.5))
+    if shift >= 0:
+        # |N 2^s| < 2^30 M < 2^62
+        difference = (number << np.int64(shift)) - near * mantissa
+    elif near == 0:
+        difference = number
+    else:
+        # near M 2^-s is close to N, so below 2^54
+        difference = number - ((near * mantissa) << np.int64(-shift))
+    if difference == 0:
+        return np.int64(2) * near
+    return np.int64(2) * (near if difference > 0 else near - np.int64(1)) + np.int64(1)
+
+
+@kernel
+def round_integers(numbers, factor, codes, zeros, steps, low, high, out):  # type: ignore[no-untyped-def]
+    """Round to equally spaced numbers, ties to even multiples of the step.
+
+    Args:
+        numbers: dQ, (rows, in), integers of any type that holds them.
+        factor: C, float64.
+        codes: int8 (rows, in).
+        zeros: int64 (rows, groups).
+        steps: of `step_parts`, with the group of each column, int64 (in,).
+        low, high: what codes are clamped to.
+        out: int8 (rows, in).
+
+    Returns:
+        how many codes changed, and the sum of |delta / step|, roughly.
+    """
+    signs, mantissas, shifts, inverses, groups = steps
+    changed, size = 0, 0.0
+    rows, columns = codes.shape
+    for i in range(rows):
+        for j in range(columns):
+            g, code = groups[j], np.int64(codes[i, j])
+            out[i, j] = codes[i, j]
+            if signs[i, g] == 0:
+                continue
+            number = np.int64(np.float64(numbers[i, j]) * factor) * signs[i, g]
+            if number == 0:
+                continue
+            size += abs(np.float64(number) * inverses[i, g])
+            found = floor_of(number, shifts[i, g], mantissas[i, g], inverses[i, g])
+            x = np.int64(2) * (code - zeros[i, g]) + (found >> 1)
+            nearest = x >> 1
+            if x & 1:  # at a midpoint, or above it
+                nearest += np.int64(1) if found & 1 else nearest & 1
+            code_ = min(max(nearest + zeros[i, g], low), high)
+            if code_ != code:
+                changed += 1
+                out[i, j] = code_
+    return changed, 0.5 * size
+
+
+@kernel
+def round_floats(numbers, factor, codes, table, middles, steps, sign, out):  # type: ignore[no-untyped-def]
+    """Round to the numbers of a small float type, ties to the even code, without infinity or NaN.
+
+    Args:
+        numbers, factor, steps: as of `round_integers`.
+        codes: uint8 (rows, in).
+        table: int64 (256,) or fewer, what each code stands for, in units.
+        middles: int64, the midpoints between positive neighbours, in half units, ascending.
+        sign: the bit of a code that is its sign.
+        out: uint8 (rows, in).
+
+    Returns:
+        as `round_integers`; a change between -0 and +0 counts as none.
+    """
+    signs, mantissas, shifts, inverses, groups = steps
+    changed, size = 0, 0.0
+    rows, columns = codes.shape
+    for i in range(rows):
+        for j in range(columns):
+            g, code = groups[j], codes[i, j]
+            out[i, j] = code
+            if signs[i, g] == 0:
+                continue
+            number = np.int64(np.float64(numbers[i, j]) * factor) * signs[i, g]
+            size += abs(np.float64(number) * inverses[i, g])
+            found = floor_of(number, shifts[i, g], mantissas[i, g], inverses[i, g])
+            x, beyond = np.int64(2) * table[code] + (found >> 1), found & 1
+            negative = x < 0
+            if negative:
+                x = -x - beyond
+            low, high = 0, middles.size  # how many midpoints lie below
+            while low < high:
+                middle = (low + high) >> 1
+                if middles[middle] < x or (middles[middle] == x and beyond):
+                    low = middle + 1
+                else:
+                    high = middle
+            if low < middles.size and middles[low] == x and not beyond and low & 1:
+                low += 1  # a tie, and the lower neighbour is odd
+            new = np.uint8(low)
+            if negative and low:
+                new = np.uint8(low | sign)
+            out[i, j] = new
+            changed += table[new] != table[code]
+    return changed, 0.5 * size

@@ -1,0 +1,83 @@
+"""Merge one target into the grid of a quantised base: its codes in, new codes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from kilodelta.exact import nearest, products
+from kilodelta.format.delta import Delta
+from kilodelta.format.targets import Target
+from kilodelta.grid.matrix import Matrix
+from kilodelta.grid.steps import step_parts, table_of
+from kilodelta.merging import cpu
+
+BAND = 1 << 20
+"""Elements whose update is in memory at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regridded:
+    """A weight after a merge in the grid.
+
+    Attributes:
+        matrix: the new one, with the base's steps and zero points.
+        changed: codes that stand for another number.
+        steps: the sum of the update's magnitudes, each in steps of its block.
+        still: weights in blocks with a step of zero, which nothing changes.
+    """
+
+    matrix: Matrix
+    changed: int
+    steps: float
+    still: int
+
+
+def regridded(delta: Delta, target: Target, base: Matrix) -> Regridded:
+    """Add a target's update to a quantised weight, and round to the base's grid.
+
+    Args:
+        delta: bound to the quantised base, of an exact method.
+        target: one of its targets.
+        base: the weight.
+
+    Raises:
+        CheckpointError: a step is none that a layout can store.
+    """
+    c, e = delta.scale(target.name)
+    bound = delta.bound(target.name)
+    left, right = cpu.stored_factors(delta, target)
+    multiply, factor = products.multiplier(right, bound), np.float64(c)
+    rows, columns = base.shape
+    out = np.empty_like(base.codes)
+    e = e if bound else 0  # an update of zero may have any exponent
+    changed, size = 0, 0.0
+    step = min(rows, max(1, BAND // columns))
+    for span, factors in cpu.bands(left, rows, step, right.shape[0]):
+        part = slice(span.start, span.stop)
+        count, sum_ = _round(base, part, multiply(factors), factor, e, out[part])
+        changed, size = changed + count, size + sum_
+    still = int(base.spread(base.steps == 0).sum()) if base.still else 0
+    return Regridded(matrix=replace(base, codes=out), changed=changed, steps=size, still=still)
+
+
+def _round(  # type: ignore[no-untyped-def]
+    base: Matrix, rows: slice, numbers, factor: np.float64, e: int, out
+) -> tuple[int, float]:
+    """Round some rows; the kernels say what is returned."""
+    codes, kind = np.ascontiguousarray(base.codes[rows]), base.kind
+    parts = step_parts(base, e, rows)
+    numbers = numbers.reshape(codes.shape)
+    if kind.is_float:
+        table, middles = table_of(kind)
+        sign = np.uint8(1 << (kind.bits - 1))
+        found = nearest.round_floats(numbers, factor, codes, table, middles, parts, sign, out)
+    else:
+        zeros = np.zeros(parts.signs.shape, np.int64)
+        if base.zeros is not None:
+            zeros = base.zeros[np.arange(base.shape[0])[rows] // base.block[0]].astype(np.int64)
+        low, high = np.int64(kind.low), np.int64(kind.high)
+        found = nearest.round_integers(numbers, factor, codes, zeros, parts, low, high, out)
+    changed, size = found
+    return int(changed), float(size) * 2.0**kind.unit

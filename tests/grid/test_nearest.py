@@ -1,0 +1,139 @@
+"""Rounding to a grid: the kernels against plain fractions, bit for bit."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from kilodelta.errors import CheckpointError
+from kilodelta.exact import nearest
+from kilodelta.grid.codes import E2M1, E4M3, Kind, integer_kind
+from kilodelta.grid.matrix import Matrix
+from kilodelta.grid.reference import new_code
+from kilodelta.grid.steps import step_parts, table_of
+
+KINDS = (integer_kind(2), integer_kind(4), integer_kind(8), E2M1, E4M3)
+
+
+def rounded(
+    kind: Kind, codes: Any, zeros: Any, steps: Any, numbers: Any, c: int, e: int
+) -> tuple[npt.NDArray[Any], int]:
+    """What the kernel makes of codes, with a group of four columns per step."""
+    matrix = Matrix(kind=kind, codes=codes, steps=steps, block=(1, 4), zeros=zeros)
+    parts, out, factor = step_parts(matrix, e, slice(None)), np.empty_like(codes), np.float64(c)
+    if kind.is_float:
+        table, middles = table_of(kind)
+        sign = np.uint8(1 << (kind.bits - 1))
+        found = nearest.round_floats(numbers, factor, codes, table, middles, parts, sign, out)
+    else:
+        wide = zeros.astype(np.int64)
+        low, high = np.int64(kind.low), np.int64(kind.high)
+        found = nearest.round_integers(numbers, factor, codes, wide, parts, low, high, out)
+    return out, found[0]
+
+
+def by_fractions(
+    kind: Kind, codes: Any, zeros: Any, steps: Any, numbers: Any, c: int, e: int
+) -> npt.NDArray[Any]:
+    found: npt.NDArray[Any] = np.empty_like(codes)
+    for i, j in np.ndindex(codes.shape):
+        zero = 0 if zeros is None else int(zeros[i, j // 4])
+        update = int(numbers[i, j]) * c * Fraction(2) ** e
+        found[i, j] = new_code(kind, int(codes[i, j]), zero, float(steps[i, j // 4]), update)
+    return found
+
+
+def drawn(kind: Kind, rng: np.random.Generator) -> tuple[npt.NDArray[Any], Any]:
+    if kind.is_float:
+        codes = rng.integers(0, 1 << kind.bits, (6, 12)).astype(np.uint8)
+        codes[(codes & 0x7F) == 0x7F] = 0
+        return codes, None
+    codes = rng.integers(kind.low, kind.high + 1, (6, 12)).astype(np.int8)
+    return codes, rng.integers(kind.low, kind.high + 1, (6, 3)).astype(np.int16)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(kind.name))
+@pytest.mark.parametrize("case", ["float16", "powers", "products", "ties"])
+def test_kernels_equal_plain_fractions(kind: Kind, case: str) -> None:
+    rng = np.random.default_rng(len(case) * 100 + kind.bits)
+    for _ in range(6):
+        codes, zeros = drawn(kind, rng)
+        e, c = int(rng.integers(-40, 4)), int(rng.integers(1, 256))
+        numbers = np.rint(rng.normal(size=(6, 12)) * 2.0**-e * rng.choice([0.01, 0.3, 3, 300]) / c)
+        steps = rng.normal(size=(6, 3)).astype(np.float16).astype(float)
+        if case == "powers":
+            steps = np.sign(steps) * 2.0 ** rng.integers(-8, 3, (6, 3))
+        elif case == "products":
+            steps = rng.normal(size=(6, 3)).astype(np.float32) * rng.integers(1, 16, (6, 3)) * 1.0
+        elif case == "ties":  # steps of zero as well
+            steps, e, c = np.round(steps * 4) / 4, int(rng.integers(-8, 1)), 1
+            numbers = rng.integers(-60, 60, (6, 12)).astype(np.int32)
+        found, changed = rounded(kind, codes, zeros, steps, numbers, c, e)
+        wanted = by_fractions(kind, codes, zeros, steps, numbers, c, e)
+        assert np.array_equal(found, wanted)
+        assert changed == int((kind.integers(found) != kind.integers(codes)).sum())
+
+
+def test_ties_are_decided_where_floats_cannot() -> None:
+    """N / M is a half, or a half and one part in 2^52: float64 sees no difference."""
+    codes, zeros = np.zeros((1, 4), np.int8), np.zeros((1, 1), np.int16)
+    step, half = np.array([[float(3 * 2**30 - 1)]]), (3 * 2**30 - 1) * 2**18
+    # delta / step = N 2^-19 / M, so N = half is exactly 1/2
+    numbers = np.array([[half, half + 1, half - 1, 3 * half]], np.float64)
+    found, _ = rounded(integer_kind(4), codes, zeros, step, numbers, 1, -19)
+    assert found.tolist() == [[0, 1, 0, 2]]
+    wanted = by_fractions(integer_kind(4), codes, zeros, step, numbers, 1, -19)
+    assert np.array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("kind", [E2M1, E4M3], ids=["e2m1", "e4m3"])
+def test_float_grids_round_as_ml_dtypes_does(kind: Kind) -> None:
+    """From a code of zero, a step of one and an update: the cast of the update, but for its end.
+
+    ml_dtypes makes NaN of what lies beyond E4M3's range; a grid is clamped.
+    """
+    numbers = np.arange(-1100, 1101).reshape(1, -1).astype(np.float64)
+    exponent = -6 if kind is E2M1 else -2
+    codes = np.zeros(numbers.shape, np.uint8)
+    steps = np.ones((1, -(-numbers.size // 4)))
+    found, _ = rounded(kind, codes, None, steps, numbers, 1, exponent)
+    limit = np.ldexp(float(kind.high), kind.unit)
+    values = np.clip(np.ldexp(numbers, exponent), -limit, limit)
+    narrow = ml_dtypes.float4_e2m1fn if kind is E2M1 else ml_dtypes.float8_e4m3fn
+    library = values.astype(narrow).astype(np.float64)
+    assert np.array_equal(np.ldexp(kind.integers(found).astype(float), kind.unit), library)
+    assert not (found == 1 << (kind.bits - 1)).any()  # zero is +0
+
+
+def test_minus_zero_becomes_zero_and_counts_as_no_change() -> None:
+    codes = np.array([[8, 8, 9, 1]], np.uint8)
+    numbers = np.array([[0, 0, 1, -1]], np.float64)
+    found, changed = rounded(E2M1, codes, None, np.array([[2.0]]), numbers, 1, 0)
+    assert (found.tolist(), changed) == ([[0, 0, 0, 0]], 2)
+    still, changed = rounded(E2M1, codes, None, np.array([[-0.0]]), numbers, 1, 0)
+    assert (still.tolist(), changed) == (codes.tolist(), 0)
+
+
+@pytest.mark.parametrize("number", [2**52, -(2**52), 2**53 - 1])
+@pytest.mark.parametrize("step", [2.0**-149 * 15, -65504.0, 3.0e38])
+@pytest.mark.parametrize("e", [-126, 0, 73])
+def test_no_size_overflows(number: int, step: float, e: int) -> None:
+    for kind in KINDS:
+        codes = np.zeros((1, 4), kind.dtype)
+        zeros = None if kind.is_float else np.zeros((1, 1), np.int16)
+        numbers = np.array([[number, 1, 0, -1]], np.float64)
+        steps = np.array([[float(np.float32(step))]])
+        found, _ = rounded(kind, codes, zeros, steps, numbers, 1, e)
+        assert np.array_equal(found, by_fractions(kind, codes, zeros, steps, numbers, 1, e))
+
+
+def test_a_step_that_no_layout_stores_is_refused() -> None:
+    codes = np.zeros((1, 4), np.int8)
+    matrix = Matrix(kind=integer_kind(4), codes=codes, steps=np.array([[1 / 3]]), block=(1, 4))
+    with pytest.raises(CheckpointError, match="more than 32 significant bits"):
+        step_parts(matrix, 0, slice(None))
