@@ -131,8 +131,9 @@ def prepare(root: Path) -> Fleet:
     import kilodelta
     from kilodelta.device import bundle
     from kilodelta.device.golden import reference
+    from kilodelta.export.onnx.make import export_template
     from kilodelta.export.onnx.save import save
-    from kilodelta.export.onnx.template import export_template, fill_template
+    from kilodelta.export.onnx.template import fill_template
     from kilodelta.models import open_model
 
     base = root / "base"
@@ -338,11 +339,11 @@ def apply(fleet: Fleet) -> list[dict[str, Any]]:
 
 def _anew(fleet: Fleet) -> None:
     """What a build machine does for every fine-tune today, and the device's first request."""
-    from kilodelta.export.pipeline import Options, export
+    from kilodelta.export.pipeline import export
     from kilodelta.verify.runners.onnx_runner import OnnxRunner
 
     shutil.rmtree(fleet.root / "anew", ignore_errors=True)
-    done = export(fleet.base, fleet.files[0], fleet.root / "anew", options=Options())
+    done = export(fleet.base, fleet.files[0], fleet.root / "anew")
     model = done.path / done.manifest.artefacts[0].file
     OnnxRunner(model, device="cpu").run(_batch(fleet))
 

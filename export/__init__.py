@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from kilodelta.export.architecture import HeadedBase as HeadedBase
     from kilodelta.export.architecture import open_headed as open_headed
     from kilodelta.export.merge.in_place import merge_into as merge_into
+    from kilodelta.export.onnx.make import export_template as export_template
     from kilodelta.export.onnx.save import save as save
     from kilodelta.export.onnx.template import Template as Template
-    from kilodelta.export.onnx.template import export_template as export_template
     from kilodelta.export.onnx.template import fill_template as fill_template
     from kilodelta.export.options import Options as Options
     from kilodelta.export.patching.make_map import make_map as make_map
@@ -73,7 +73,7 @@ _WHERE = {
     "export": "kilodelta.export.pipeline",
     "export_adapter": "kilodelta.export.adapter.folder",
     "export_peft": "kilodelta.export.peft.adapter",
-    "export_template": "kilodelta.export.onnx.template",
+    "export_template": "kilodelta.export.onnx.make",
     "fill_template": "kilodelta.export.onnx.template",
     "in_slots": "kilodelta.export.adapter.factors",
     "make_map": "kilodelta.export.patching.make_map",

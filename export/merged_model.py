@@ -1,33 +1,62 @@
-"""Open a merged model in the architecture of the fine-tune, its own tensors included."""
+"""Merge into a private place, and open the merged model in the architecture of the fine-tune."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from kilodelta.errors import ExportError, InputError
 from kilodelta.export.architecture import FIX, architecture
+from kilodelta.export.merge.checkpoint import merge
+from kilodelta.files import staging
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.models import LoadedModel, open_model
+from kilodelta.progress import Progress, silent
+
+
+@contextmanager
+def merged_weights(
+    base: Checkpoint, delta: Delta, *, beside: Path | None = None, progress: Progress = silent
+) -> Iterator[Path]:
+    """Merge into a private place that vanishes with the block, and yield its path.
+
+    Args:
+        base: the model that the delta was made for.
+        delta: the fine-tune.
+        beside: a path in the folder to use, such as the output's; the system's folder of
+            temporary files by default, which may be too small for a model.
+        progress: called while the weights are merged.
+
+    Raises:
+        BaseMismatchError, ProofError, OutputError: as `kilodelta.merge`.
+    """
+    with staging.scratch(beside) as folder:
+        place = folder / ("merged" if base.path.is_dir() else "merged.safetensors")
+        merge(base, delta, place, progress=progress)
+        yield place
 
 
 def open_merged(
     base: Checkpoint,
-    merged: Path,
+    weights: Path,
     delta: Delta,
     *,
     model: str | None = None,
     config: str | None = None,
+    outputs: Sequence[str] = (),
 ) -> LoadedModel:
-    """Open a merge result.
+    """Open a merge result in memory; its files are not needed any more afterwards.
 
     Args:
         base: what the delta was made for.
-        merged: the merged weights, a file or a folder.
+        weights: the merged weights, a file or a folder.
         delta: what was merged; by default its manifest says how the base's configuration changes.
         model: `package.module:function` that builds the module.
         config: the tuned model's folder, its `config.json`, or a `.kd` file made of it.
+        outputs: names or globs of the outputs that count; all by default.
 
     Raises:
         InputError: nothing says what the architecture is, or two things do.
@@ -36,11 +65,11 @@ def open_merged(
     if model and config:
         raise InputError("--model and --config both name an architecture", fix="give one of them")
     if model:
-        loaded = open_model(model, weights=merged)
+        loaded = open_model(model, weights=weights)
     else:
-        folder = base.shards[0].path.parent
-        with architecture(folder, config, delta) as place:
-            loaded = replace(open_model(place, weights=merged), source=str(config or folder))
+        with architecture(base.folder, config, delta) as place:
+            loaded = open_model(place, weights=weights)
+            loaded = replace(loaded, source=str(config or base.folder))
     homeless = [name for name in delta.extras if name in loaded.unused]
     if homeless:
         raise ExportError(
@@ -48,4 +77,4 @@ def open_merged(
             f"for {', '.join(homeless)}, which the delta brings",
             fix=FIX,
         )
-    return loaded
+    return loaded.choosing(outputs)

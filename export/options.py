@@ -1,4 +1,4 @@
-"""What `kilodelta export` is asked for."""
+"""What `kilodelta export` is asked for, checked and in the library's own terms."""
 
 from __future__ import annotations
 
@@ -16,43 +16,49 @@ SHORT: Mapping[str, str] = MappingProxyType({row.short: row.long for row in PREC
 
 
 def short(dtype: str) -> str:
-    """Return a precision as file names write it: `fp16` for `float16`."""
+    """Return a precision as file names write it.
+
+    Example:
+        >>> short("float16")
+        'fp16'
+    """
     return PRECISIONS[dtype].short
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What to export, and how."""
+    """What to export, and how; `kilodelta.export.export` explains each in full.
+
+    Attributes:
+        onnx: keep the ONNX files; engines are built from them either way.
+        capabilities: GPUs to build an engine for, such as `("sm86", "sm89")`.
+        dtypes: precisions, such as "float32".
+        external: put weights beside the ONNX file.
+        flavour: which TensorRT.
+        sizes: smallest, usual and largest size of axes by name; others follow from the model.
+        tf32: let an engine take float32 products in TF32.
+        refittable: let the delta's tensors be exchanged in the engine later.
+        model: `package.module:function` that builds the module.
+        config: a folder with the tuned model's config.json.
+        inputs: a batch to trace with.
+        outputs: names or globs of the outputs to export.
+        max_work: the most operations that the file may ask for; by default what suits the base.
+        force: replace an earlier export.
+    """
 
     onnx: bool = True
-    """Keep the ONNX files; engines are built from them either way."""
-
     capabilities: tuple[str, ...] = ()
-    """GPUs to build an engine for, such as `("sm86", "sm89")`; none by default."""
-
     dtypes: tuple[str, ...] = ("float32",)
     external: bool = False
-    """Put weights beside the ONNX file; above 2 GB they are there anyway."""
-
     flavour: str = AUTO
     sizes: Mapping[str, Sizes] = field(default_factory=dict)
-    """Smallest, usual and largest size of axes, by name; the others' follow from the model."""
-
     tf32: bool = False
     refittable: bool = False
-    """Let the delta's tensors be exchanged in the engine later."""
-
     model: str | None = None
     config: str | None = None
     inputs: str | None = None
-    """A batch to trace with, where the model does not say what its inputs look like."""
-
     outputs: tuple[str, ...] = ()
-    """Names or globs of the outputs to export; by default all that the model declares."""
-
     max_work: float | None = None
-    """The most operations that the file may ask for; by default what suits the base's size."""
-
     force: bool = False
 
 
@@ -81,3 +87,22 @@ def read_sizes(texts: Sequence[str]) -> dict[str, Sizes]:
             )
         found[name] = (sizes[0], sizes[1], sizes[2])
     return found
+
+
+def read_dtypes(names: Sequence[str]) -> tuple[str, ...]:
+    """Read precisions as the command line writes them, each once.
+
+    Raises:
+        InputError: a name that is none of them.
+
+    Example:
+        >>> read_dtypes(["fp16", "fp32", "fp16"])
+        ('float16', 'float32')
+    """
+    unknown = [name for name in names if name not in SHORT]
+    if unknown or not names:
+        raise InputError(
+            f"{', '.join(unknown) or 'nothing'} is no precision to export in",
+            fix=f"give {', '.join(SHORT)}",
+        )
+    return tuple(dict.fromkeys(SHORT[name] for name in names))

@@ -1,4 +1,4 @@
-"""The folder that an export writes: new, or an earlier export that may be replaced."""
+"""Stage the folder that an export writes: a new one, or an earlier export that may be replaced."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from kilodelta.files import staging
 
 @contextmanager
 def out_folder(path: Path, *, force: bool) -> Iterator[Path]:
-    """Yield a folder to write into, which becomes `path` when the block ends well.
-
-    It vanishes otherwise.
+    """Yield a folder that becomes `path` when the block ends well, and vanishes otherwise.
 
     Args:
-        path: of the export.
-        force: replace an earlier export. Anything else in its folder is never removed.
+        path: the output.
+        force: replace an earlier export. A folder that holds anything else is never touched.
 
     Raises:
         OutputError: `path` holds something that may not be replaced, or cannot be written.
@@ -53,13 +51,13 @@ def _require_replaceable(path: Path, *, force: bool) -> None:
             f"{path} holds an export already", fix="give a new folder, or --force to replace it"
         )
     try:
-        known = artefacts.read(path)
+        manifest = artefacts.read(path)
     except FileError as error:
         raise OutputError(error.what, fix="give a new folder as output") from None
-    own = {file.file for artefact in known.artefacts for file in artefact.files}
+    own = {file.file for artefact in manifest.artefacts for file in artefact.files}
     foreign = sorted({place.name for place in path.iterdir()} - own - {artefacts.MANIFEST})
     if foreign:
         raise OutputError(
-            f"{path} holds {', '.join(foreign[:5])} too, which no export wrote",
+            f"{path} also holds {', '.join(foreign[:5])}, which no export wrote",
             fix="move that away, or give a new folder as output",
         )

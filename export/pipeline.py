@@ -1,6 +1,7 @@
-"""A base and a delta in, a folder of proved artefacts out: ONNX files, TensorRT engines, manifest.
+"""Export a fine-tune: base and delta in, a folder of proved artefacts out.
 
-The merged model lies in a temporary folder only, and the output takes its name when all is there.
+The merged model lies in a private folder only, and the output takes its name when all of it is
+there.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,17 +19,15 @@ from typing import Any
 from kilodelta import __version__
 from kilodelta.errors import InputError, require
 from kilodelta.export.manifest import artefacts
-from kilodelta.export.manifest.artefacts import Artefact, DeltaFacts, ExportManifest, file_fact
-from kilodelta.export.merge.checkpoint import merge
+from kilodelta.export.manifest.artefacts import file_fact
+from kilodelta.export.manifest.facts import Artefact, DeltaFacts, ExportManifest
 from kilodelta.export.merge.tensor import changed_names
-from kilodelta.export.merged_model import open_merged
-from kilodelta.export.options import SHORT as SHORT
-from kilodelta.export.options import Options as Options
-from kilodelta.export.options import short
+from kilodelta.export.merged_model import merged_weights, open_merged
+from kilodelta.export.options import Options, read_dtypes, read_sizes, short
 from kilodelta.export.out_folder import out_folder, require_out
 from kilodelta.export.precision import Maker
 from kilodelta.export.tensorrt.flavour import AUTO, choose
-from kilodelta.files import staging
+from kilodelta.export.triton.repository import Repository, require_servable, write_repository
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
@@ -40,24 +40,40 @@ from kilodelta.report.pages import require_page
 log = logging.getLogger(__name__)
 
 _LIBRARIES = ("torch", "transformers", "onnxscript", "onnx-ir", "numpy", "safetensors")
+_ROWS = 2
+"""Rows of the inputs that are read: the graph is traced at sizes of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What an export wrote, and how long each part took, in seconds."""
+    """What an export wrote.
+
+    Attributes:
+        path: the folder.
+        manifest: what lies in it.
+        seconds: how long each part took.
+        not_kept: ONNX files that engines were built from, and that are gone.
+        notes: sentences on axes that are fixed although one might expect otherwise.
+        triton: what was written into a model repository, or None.
+    """
 
     path: Path
     manifest: ExportManifest
     seconds: Mapping[str, float]
     not_kept: tuple[str, ...]
-    """ONNX files that engines were built from, and that are gone."""
+    notes: tuple[str, ...]
+    triton: Repository | None
 
     def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        served = self.triton
         return {
             "path": str(self.path),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "not_kept": list(self.not_kept),
+            "notes": list(self.notes),
             "manifest": artefacts.to_json(self.manifest),
+            "triton": None if served is None else {**asdict(served), "path": str(served.path)},
         }
 
 
@@ -66,101 +82,171 @@ def export(
     delta: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    options: Options | None = None,
+    onnx: bool = False,
+    tensorrt: Sequence[str] = (),
+    dtype: Sequence[str] = ("fp32",),
+    external_data: bool = False,
+    flavour: str = AUTO,
+    profile: Sequence[str] = (),
+    tf32: bool = False,
+    refittable: bool = False,
+    model: str | None = None,
+    config: str | None = None,
+    inputs: str | None = None,
+    outputs: Sequence[str] = (),
+    triton: str | os.PathLike[str] | None = None,
+    max_work: float | None = None,
+    force: bool = False,
     report: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> Exported:
     """Merge, prove and export a fine-tune.
 
     Args:
-        base: the model the delta was made for: a folder, a `.safetensors` file or a hub id.
+        base: the model the delta was made for: a folder, a `.safetensors` file or `hf:org/name`.
         delta: the `.kd` file.
         out: a new folder.
-        options: what to export, and how.
+        onnx: keep the ONNX files; without `tensorrt` they are always kept.
+        tensorrt: GPUs to build one engine for, such as `["sm86", "sm89"]`.
+        dtype: precisions of weights and arithmetic: "fp32", "fp16", "bf16".
+        external_data: put weights beside the ONNX file; above 2 GB they are there anyway.
+        flavour: "tensorrt_rtx", "tensorrt", or "auto", which takes RTX where it builds for the
+            GPUs asked for.
+        profile: sizes of axes, such as `["batch=1,8,32"]`: smallest, usual, largest. Images vary
+            in `height` and `width` only where these are named.
+        tf32: let engines take float32 products in TF32.
+        refittable: let the delta's tensors be exchanged in the engine later.
+        model: `package.module:function` that builds the module.
+        config: a folder with the tuned model's config.json.
+        inputs: a batch to trace with, as `kilodelta.models.read_inputs` takes it, where the model
+            does not say what its inputs look like.
+        outputs: names or globs of the outputs to export; by default all that the model declares.
+        triton: a Triton model repository that gets the artefacts as its next version as well.
+        max_work: the most operations that the file may ask for; by default what suits the base's
+            size.
+        force: replace an earlier export in `out`.
         report: an HTML file for what was written; JSON is written beside it.
-        progress: called as work goes on.
+        progress: called while work goes on.
 
     Raises:
-        BaseMismatchError, ProofError: as `merge`.
-        ExportError: the model cannot be exported, or an engine not be built.
+        BaseMismatchError, ProofError: as `kilodelta.merge`.
+        ExportError: the model cannot be exported, an engine not be built, or Triton not serve it;
+            what can be known beforehand is refused before the merge.
         InputError: an option that does not make sense.
         MissingPackageError: torch, onnxscript, transformers or TensorRT is needed.
         OutputError: `out` holds something, or cannot be written. It is never left half done.
+
+    Example:
+        >>> export("base/", "task.kd", "out/", dtype=["fp16"]).path  # doctest: +SKIP
+        PosixPath('out')
     """
-    chosen, place = options or Options(), Path(out)
+    options = Options(
+        onnx=onnx or not tensorrt,
+        capabilities=tuple(tensorrt),
+        dtypes=read_dtypes(dtype),
+        external=external_data,
+        flavour=flavour,
+        sizes=read_sizes(profile),
+        tf32=tf32,
+        refittable=refittable,
+        model=model,
+        config=config,
+        inputs=inputs,
+        outputs=tuple(outputs),
+        max_work=max_work,
+        force=force,
+    )
     if report is not None:
         require_page(Path(report))
     require("onnxscript", extra="onnx", why="export ONNX models")
-    trt = _trt(chosen)
-    checkpoint = Checkpoint.open(locate(os.fspath(base)))
-    bound = load(delta, base=checkpoint, max_work=chosen.max_work)
-    require_out(place, force=chosen.force)
-    files = ", ".join((*(short(d) for d in dict.fromkeys(chosen.dtypes)), *chosen.capabilities))
-    begin_work(place, targets=f"{len(bound.targets)} tensors, by {bound.method.name}", files=files)
-    log.info("export %s over %s: %s", delta, base, files)
-    with (
-        out_folder(place, force=chosen.force) as stage,
-        staging.scratch(beside=place) as work,
-    ):
-        maker = Maker(
-            options=chosen,
-            trt=trt,
-            refit=frozenset(changed_names(bound)) if chosen.refittable else frozenset(),
-            stage=stage,
-            work=work,
-            progress=progress,
-        )
-        made = _run(checkpoint, bound, maker)
-        manifest = _manifest(bound, Path(delta), chosen, made)
-        artefacts.write(manifest, stage)
-    gone = (
-        () if chosen.onnx else tuple(f"model.{short(d)}.onnx" for d in dict.fromkeys(chosen.dtypes))
-    )
+    trt = _trt(options)
+    if triton is not None:
+        kinds = [*(["onnx"] if options.onnx else []), *([trt.__name__] if trt is not None else [])]
+        require_servable(delta, kinds=kinds, dtypes=options.dtypes)
+    done = _export(Path(os.fspath(base)), Path(delta), Path(out), options, trt, progress)
     if report is not None:
-        write_report(report, "export", artefacts.to_json(manifest))
-    return Exported(path=place, manifest=manifest, seconds=maker.seconds, not_kept=gone)
+        write_report(report, "export", artefacts.to_json(done.manifest))
+    if triton is None:
+        return done
+    return replace(done, triton=write_repository(done.path, triton))
 
 
 def _trt(options: Options) -> Any:
     """TensorRT, found and asked before any work is done; None where no engine is wanted."""
     if options.capabilities:
         return choose(options.flavour, options.capabilities, options.dtypes)
-    unused = options.tf32 or options.refittable or options.flavour != AUTO
-    if unused or not options.onnx:
+    if options.tf32 or options.refittable or options.flavour != AUTO:
         raise InputError(
-            "engines were described and none was asked for" if unused else "nothing to export",
+            "engines were described and none was asked for",
             fix="give --tensorrt with compute capabilities, such as sm86,sm89",
         )
     return None
 
 
-def _run(base: Checkpoint, delta: Delta, maker: Maker) -> list[Artefact]:
-    """Merge into the maker's working folder, open the result, and make what is asked for."""
+def _export(
+    base: Path, delta: Path, out: Path, options: Options, trt: Any, progress: Progress
+) -> Exported:
+    checkpoint = Checkpoint.open(locate(base))
+    tuned = load(delta, base=checkpoint, max_work=options.max_work)
+    require_out(out, force=options.force)
+    files = ", ".join((*map(short, options.dtypes), *options.capabilities))
+    begin_work(out, targets=f"{len(tuned.targets)} tensors, by {tuned.method.name}", files=files)
+    log.info("export %s over %s: %s", delta, base, files)
+    with out_folder(out, force=options.force) as stage:
+        maker = Maker(
+            options=options,
+            trt=trt,
+            refit=frozenset(changed_names(tuned)) if options.refittable else frozenset(),
+            stage=stage,
+            progress=progress,
+        )
+        made = _make(checkpoint, tuned, maker, out)
+        manifest = _manifest(tuned, delta, options, made)
+        artefacts.write(manifest, stage)
+    dropped = () if options.onnx else options.dtypes
+    return Exported(
+        path=out,
+        manifest=manifest,
+        seconds=maker.seconds,
+        not_kept=tuple(f"model.{short(dtype)}.onnx" for dtype in dropped),
+        notes=tuple(dict.fromkeys(maker.notes)),
+        triton=None,
+    )
+
+
+def _make(base: Checkpoint, delta: Delta, maker: Maker, out: Path) -> list[Artefact]:
+    """Merge, open the result, and make what is asked for."""
     options = maker.options
-    merged = maker.work / ("merged" if base.path.is_dir() else "merged.safetensors")
-    with maker.timed("merge"):
-        merge(base, delta, merged, progress=maker.progress)
-    loaded = open_merged(base, merged, delta, model=options.model, config=options.config)
-    loaded = loaded.choosing(options.outputs)
-    batch = read_inputs(options.inputs, loaded, limit=2)[0] if options.inputs else None
-    return [
-        artefact
-        for dtype in dict.fromkeys(options.dtypes)
-        for artefact in maker.make(loaded, batch, merged, dtype)
-    ]
+    with ExitStack() as stack:
+        with maker.timed("merge"):
+            weights = stack.enter_context(
+                merged_weights(base, delta, beside=out, progress=maker.progress)
+            )
+        loaded = open_merged(
+            base,
+            weights,
+            delta,
+            model=options.model,
+            config=options.config,
+            outputs=options.outputs,
+        )
+        batch = read_inputs(options.inputs, loaded, limit=_ROWS)[0] if options.inputs else None
+        return [
+            artefact
+            for dtype in options.dtypes
+            for artefact in maker.make(loaded, batch, weights, dtype)
+        ]
 
 
 def _manifest(delta: Delta, path: Path, options: Options, made: list[Artefact]) -> ExportManifest:
-    stated = delta.manifest
+    facts = delta.manifest
     return ExportManifest(
         tool=f"kilodelta {__version__}",
         libraries=MappingProxyType(_versions()),
-        base_name=stated.base.name,
-        base_root=stated.base.root,
-        delta=DeltaFacts(
-            file=file_fact(path), method=MappingProxyType(stated.method.to_manifest())
-        ),
-        result_root=stated.result,
+        base_name=facts.base.name,
+        base_root=facts.base.root,
+        delta=DeltaFacts(file=file_fact(path), method=MappingProxyType(facts.method.to_manifest())),
+        result_root=facts.result,
         extras=tuple(delta.extras),
         model=options.model,
         artefacts=tuple(made),

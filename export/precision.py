@@ -1,4 +1,4 @@
-"""One model in one precision, written as an ONNX file and as an engine."""
+"""Make one model in one precision: an ONNX file, and an engine."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kilodelta.export.manifest.artefacts import Artefact, EngineFacts, Profile, file_fact
+from kilodelta.export.manifest.artefacts import file_fact
+from kilodelta.export.manifest.facts import Artefact, EngineFacts
+from kilodelta.export.onnx.make import export_template
 from kilodelta.export.onnx.save import save
-from kilodelta.export.onnx.template import Template, export_template, fill_template
+from kilodelta.export.onnx.template import Template, fill_template
 from kilodelta.export.options import Options, short
 from kilodelta.export.tensorrt import build
-from kilodelta.export.tensorrt.profile import profile_for
+from kilodelta.files import staging
 from kilodelta.models import Batch, LoadedModel
 from kilodelta.progress import Event, Progress
 
@@ -24,21 +26,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Maker:
-    """Where artefacts go, and how they are made."""
+    """Where artefacts go, and how they are made.
+
+    Attributes:
+        options: what was asked for.
+        trt: a TensorRT module, or None where no engine is wanted.
+        refit: tensors that an engine may get new values for later.
+        stage: the folder to write into.
+        progress: called while work goes on.
+        seconds: how long each part took, filled as work goes on.
+        notes: sentences on what is fixed, filled as work goes on.
+    """
 
     options: Options
     trt: Any
-    """A TensorRT module, or None where no engine is wanted."""
-
     refit: frozenset[str]
-    """Tensors that an engine may get new values for later."""
-
     stage: Path
-    work: Path
-    """For ONNX files that are not kept."""
-
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def make(
         self, loaded: LoadedModel, batch: Batch | None, weights: Path, dtype: str
@@ -46,39 +52,40 @@ class Maker:
         """Trace the model, fill it with weights, write it, and build its engine.
 
         Args:
-            loaded: the model in the architecture of the artefact.
-            batch: example inputs to trace with; made from the model's signature where None.
+            loaded: the merged model.
+            batch: inputs to trace with, or None to make them up.
             weights: the merged checkpoint.
-            dtype: `float32`, `float16` or `bfloat16`.
+            dtype: "float32", "float16" or "bfloat16".
 
         Raises:
             ExportError: the model cannot be exported, or an engine not be built.
-            InputError: the profile does not fit the model.
+            InputError: a profile does not fit the model.
         """
         template = self._trace(loaded, batch, dtype)
-        profile = profile_for(loaded, template.inputs, self.options.sizes)
-        place = self.stage if self.options.onnx else self.work
-        path = place / f"model.{short(dtype)}.onnx"
-        onnx = self._write(template, weights, path, profile)
-        made = [onnx] if self.options.onnx else []
-        if self.trt is not None:
-            made.append(self._build(template, path, onnx))
-        return made
+        self.notes.extend(template.notes)
+        name = f"model.{short(dtype)}.onnx"
+        if self.options.onnx:
+            onnx = self._write(template, weights, self.stage / name)
+            engines = [self._build(template, self.stage / name, onnx)] if self.trt else []
+            return [onnx, *engines]
+        with staging.scratch(weights) as folder:  # beside the weights there is room for a model
+            onnx = self._write(template, weights, folder / name)
+            return [self._build(template, folder / name, onnx)]
 
     def _trace(self, loaded: LoadedModel, batch: Batch | None, dtype: str) -> Template:
         stage = f"trace {short(dtype)}"
         self.progress(Event(stage=stage, done=0, total=1, unit="models"))
         with self.timed(stage):
-            template = export_template(loaded, batch, dtype=dtype)
+            template = export_template(loaded, batch, dtype=dtype, sizes=self.options.sizes)
         self.progress(Event(stage=stage, done=1, total=1, unit="models"))
         return template
 
-    def _write(self, template: Template, weights: Path, path: Path, profile: Profile) -> Artefact:
+    def _write(self, template: Template, weights: Path, path: Path) -> Artefact:
         external = self.options.external or None  # None: only where one file cannot hold them
         with self.timed(path.name):
             model = fill_template(template, weights)
             files = save(model, path, external=external, progress=self.progress)
-        return _artefact("onnx", template, files, profile)
+        return _artefact("onnx", template, files)
 
     def _build(self, template: Template, source: Path, onnx: Artefact) -> Artefact:
         options, engine = self.options, self.stage / source.with_suffix(".engine").name
@@ -102,7 +109,7 @@ class Maker:
             refittable=refit,
             onnx=onnx.files[0].sha256,
         )
-        return _artefact("engine", template, (engine,), onnx.profile, facts)
+        return _artefact("engine", template, (engine,), facts)
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -114,11 +121,7 @@ class Maker:
 
 
 def _artefact(
-    kind: Any,
-    template: Template,
-    files: Sequence[Path],
-    profile: Profile,
-    engine: EngineFacts | None = None,
+    kind: Any, template: Template, files: Sequence[Path], engine: EngineFacts | None = None
 ) -> Artefact:
     return Artefact(
         kind=kind,
@@ -126,6 +129,6 @@ def _artefact(
         files=tuple(file_fact(path) for path in files),
         inputs=template.inputs,
         outputs=template.outputs,
-        profile=profile,
+        profile=template.profile(),
         engine=engine,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from kilodelta.export.manifest.artefacts import ExportManifest
+from kilodelta.export.manifest.facts import ExportManifest
 from kilodelta.files.checkpoint import Checkpoint
 
 

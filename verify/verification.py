@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kilodelta.errors import InputError, KiloDeltaError, OutputError
 from kilodelta.errors import require as require_package
-from kilodelta.export.manifest.artefacts import ExportManifest
+from kilodelta.export.manifest.facts import ExportManifest
 from kilodelta.files import staging
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.file import load

@@ -151,8 +151,9 @@ def _write_graph(
     require("torch", extra="onnx", why="export models")
     require("onnxscript", extra="onnx", why="export ONNX models")
     from kilodelta.export.adapter.graph import with_adapter
+    from kilodelta.export.onnx.make import export_template
     from kilodelta.export.onnx.save import save
-    from kilodelta.export.onnx.template import export_template, fill_template
+    from kilodelta.export.onnx.template import fill_template
     from kilodelta.files.baseline import require_base
     from kilodelta.models import locate, read_inputs
 

@@ -13,9 +13,9 @@ from kilodelta.errors import ExportError
 from kilodelta.export.adapter.heads import HeadLayer, find_layer
 from kilodelta.export.adapter.layout import INDEX, AdapterLayout, Exposed, StoredInput
 from kilodelta.export.adapter.sites import GraphSite
+from kilodelta.export.manifest.facts import BATCH
 from kilodelta.files.dtypes import BY_LONG, FLOATS
 from kilodelta.files.tensor import RawTensor
-from kilodelta.models.example_inputs import BATCH
 
 
 class Surgery:

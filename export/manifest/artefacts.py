@@ -1,73 +1,35 @@
-"""What an export made: `manifest.json`, which lies beside the artefacts and says what they are.
+"""An export's folder: write and read its `manifest.json`, and check its files byte for byte.
 
-Reading it needs neither torch nor onnx, so a device can check what it received.
+Neither torch nor onnx is needed, so a device can check what it received.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from kilodelta.errors import FileError, ProofError
-from kilodelta.export.manifest.facts import POINTS
-from kilodelta.export.manifest.facts import Artefact as Artefact
-from kilodelta.export.manifest.facts import DeltaFacts as DeltaFacts
-from kilodelta.export.manifest.facts import EngineFacts as EngineFacts
-from kilodelta.export.manifest.facts import ExportManifest as ExportManifest
-from kilodelta.export.manifest.facts import FileFact as FileFact
-from kilodelta.export.manifest.facts import Port as Port
-from kilodelta.export.manifest.facts import Profile as Profile
-from kilodelta.export.manifest.facts import Shape as Shape
-from kilodelta.export.manifest.parse import LIMIT, VERSION, parse
-from kilodelta.export.manifest.parse import MANIFEST as MANIFEST
+from kilodelta.export.manifest.facts import ExportManifest, FileFact
+from kilodelta.export.manifest.json_text import MANIFEST as MANIFEST
+from kilodelta.export.manifest.json_text import parse, to_text
+from kilodelta.export.manifest.json_text import to_json as to_json
 from kilodelta.files import canonical, plain, staging
 from kilodelta.files.untrusted import FieldError
 from kilodelta.progress import Event, Progress, silent
 
+LIMIT = 16 << 20
+"""Bytes of a manifest that are read at most."""
+
 _CHUNK = 16 << 20
 
 
-def to_json(manifest: ExportManifest) -> dict[str, Any]:
-    """Return the manifest as plain JSON values."""
-    return {
-        "version": VERSION,
-        "tool": manifest.tool,
-        "libraries": dict(manifest.libraries),
-        "base": {"name": manifest.base_name, "root": manifest.base_root},
-        "delta": {**asdict(manifest.delta.file), "method": dict(manifest.delta.method)},
-        "result": {"root": manifest.result_root},
-        "extras": list(manifest.extras),
-        "model": manifest.model,
-        "artefacts": [_artefact_json(artefact) for artefact in manifest.artefacts],
-    }
-
-
-def _artefact_json(artefact: Artefact) -> dict[str, Any]:
-    return {
-        "kind": artefact.kind,
-        "dtype": artefact.dtype,
-        "files": [asdict(file) for file in artefact.files],
-        "inputs": [asdict(port) for port in artefact.inputs],
-        "outputs": [asdict(port) for port in artefact.outputs],
-        "profile": {
-            name: dict(zip(POINTS, shapes, strict=True))
-            for name, shapes in artefact.profile.items()
-        },
-        "engine": None if artefact.engine is None else asdict(artefact.engine),
-    }
-
-
 def write(manifest: ExportManifest, folder: Path) -> Path:
-    """Write `manifest.json` into a folder, in full or not at all.
+    """Write `manifest.json` into a folder, in full or not at all, and return its path.
 
     Raises:
         OutputError: it cannot be written.
     """
-    text = json.dumps(to_json(manifest), indent=1, ensure_ascii=False, allow_nan=False)
-    staging.write(folder / MANIFEST, text.encode("utf-8") + b"\n")
+    staging.write(folder / MANIFEST, to_text(manifest))
     return folder / MANIFEST
 
 
@@ -75,11 +37,16 @@ def read(folder: Path) -> ExportManifest:
     """Read `manifest.json` from a folder, trusting nothing.
 
     Raises:
-        FileError: it is missing, or a field of it is wrong; the message names the field.
+        FileError: it is missing, no regular file or too large, or a field of it is wrong; the
+            message names the field.
     """
     place = folder / MANIFEST
     try:
         data = plain.read(place, LIMIT)
+    except plain.NotPlainError as error:
+        raise FileError(
+            f"{place} {error.strerror}", fix="export again, or fetch the folder again"
+        ) from None
     except OSError as error:
         raise FileError(
             f"{place} cannot be read: {error.strerror or error}",
@@ -94,14 +61,18 @@ def read(folder: Path) -> ExportManifest:
 
 
 def file_fact(path: Path, *, follow: bool = True) -> FileFact:
-    """Read a regular file for its name, digest and bytes.
+    """Read a regular file and return its name, digest and number of bytes.
 
     Args:
         path: the file.
-        follow: whether it may be a link.
+        follow: whether it may be a link, as one that the user named may.
 
     Raises:
         OSError: it cannot be read, or is no regular file.
+
+    Example:
+        >>> file_fact(Path("tests/golden/0.1.0/base.safetensors")).nbytes
+        744
     """
     state, count = hashlib.sha256(), 0
     with plain.open_reader(path, follow=follow) as file:
@@ -112,10 +83,16 @@ def file_fact(path: Path, *, follow: bool = True) -> FileFact:
 
 
 def check_files(folder: Path, manifest: ExportManifest, *, progress: Progress = silent) -> None:
-    """See that every file of every artefact is there, byte for byte.
+    """See that every file of every artefact is present, byte for byte.
+
+    Args:
+        folder: what an export wrote.
+        manifest: what `read` found there.
+        progress: called after each file.
 
     Raises:
-        ProofError: naming every file that is missing or changed, with both values.
+        ProofError: naming every file that is missing, no regular file, or changed, with both
+            values.
     """
     files = [file for artefact in manifest.artefacts for file in artefact.files]
     wrong = []
@@ -135,6 +112,8 @@ def _difference(path: Path, expected: FileFact) -> str:
         if plain.is_file(path) and size != expected.nbytes:
             return f"{path.name} has {size} bytes, not {expected.nbytes}"
         actual = file_fact(path, follow=False)
+    except plain.NotPlainError as error:
+        return f"{path.name} {error.strerror}"
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror or error}"
     if actual.sha256 != expected.sha256:

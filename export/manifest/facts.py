@@ -1,4 +1,4 @@
-"""What is known about exported artefacts, as data: no file, no JSON, no heavy import."""
+"""Describe exported artefacts as data: no file, no JSON, no heavy import."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ DTYPES = tuple(PRECISIONS)
 """Precisions that models are exported in."""
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
 POINTS = ("min", "opt", "max")
+BATCH, SEQUENCE = "batch", "sequence"
+"""Names of axes that vary: rows, and tokens of the main input."""
 
 Sizes: TypeAlias = tuple[int, int, int]
 """The smallest, usual and largest size of an axis."""
@@ -76,6 +78,7 @@ class Artefact:
 
     @property
     def file(self) -> str:
+        """The name of its own file."""
         return self.files[0].file
 
 
@@ -107,7 +110,12 @@ class ExportManifest:
 
 
 def misfit(points: tuple[Shape, Shape, Shape], port: Port) -> str:
-    """Explain what is wrong with an input's smallest, usual and largest shape; empty if nothing."""
+    """Say what is wrong with an input's smallest, usual and largest shape; empty if nothing.
+
+    Example:
+        >>> misfit(((1,), (8,), (4,)), Port(name="x", dtype="float32", shape=("batch",)))
+        '1, 8, 4 do not rise from 1 on'
+    """
     if any(len(point) != len(port.shape) for point in points):
         return f"its shapes have not the {len(port.shape)} axes of {port.name}"
     for extent, low, usual, high in zip(port.shape, *points, strict=True):

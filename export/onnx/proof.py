@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kilodelta.errors import ExportError
 from kilodelta.export.onnx.trace import Trace
 from kilodelta.files.tying import first_names, untied
-from kilodelta.models import twin
+from kilodelta.models import experts, twin
 
 _FIX = "export with the versions in constraints.txt, or report the model's architecture"
 
@@ -32,6 +32,7 @@ def make_twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     copied = copy.deepcopy(module)
     if hasattr(copied, "set_attn_implementation"):
         copied.set_attn_implementation("eager")  # type: ignore[operator]
+    experts.use(copied, experts.EXPORTED)
     cast(copied, dtype)
     state = distinct(copied)
     values = twin.unique({name: (tuple(t.shape), t.dtype) for name, t in state.items()})

@@ -1,100 +1,74 @@
-"""Named ONNX export: one template of an architecture, filled with the weights of any fine-tune.
+"""A template: the ONNX graph of an architecture, to be filled with the weights of any fine-tune.
 
 In a template every weight the outputs depend on is an initializer with its checkpoint name and
 its layout, proved by `kilodelta.export.onnx.proof`. So exporting another fine-tune means copying
-tensors by name.
+tensors by name. `kilodelta.export.onnx.make` makes templates.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
 
-from kilodelta.errors import CheckpointError, ExportError, InputError
-from kilodelta.export.manifest.facts import Port
-from kilodelta.export.onnx.clean import clean, rename
-from kilodelta.export.onnx.proof import claim, make_twin, require_kept
-from kilodelta.export.onnx.trace import trace
-from kilodelta.files.checkpoint import Checkpoint, in_name_order
-from kilodelta.files.tying import first_names
-from kilodelta.models import Batch, LoadedModel, View, example
-from kilodelta.models.example_inputs import axes
+from kilodelta.errors import CheckpointError, ExportError
+from kilodelta.export.manifest.facts import Port, Profile, Shape, Sizes
+from kilodelta.files import dtypes
+from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.models.weights import tensor
 
-DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_LONG: Mapping[str, str] = MappingProxyType(
+    {row.onnx: row.long for row in dtypes.DTYPES.values() if row.onnx}
 )
-"""The precisions to export in."""
-
-_PLAIN: Mapping[str, str] = MappingProxyType({"FLOAT": "float32", "DOUBLE": "float64"})
-"""ONNX's names of dtypes, where they are not the usual ones in capitals."""
+"""ONNX's names of types to numpy's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
     """An exported architecture without its weights' values.
 
-    Floating inputs and outputs are in `dtype` too (`pixel_values` of a float16 template is
+    Floating inputs and outputs are in `dtype` as well (`pixel_values` of a float16 template is
     float16); token ids stay int64.
+
+    Attributes:
+        model: an `onnx_ir.Model`; leave it as it is.
+        dtype: "float32", "float16" or "bfloat16".
+        weights: checkpoint name, which is also the initializer's name, to shape.
+        unused: checkpoint names of tensors that the outputs do not depend on (an idle pooler).
+        inputs, outputs: the graph's.
+        opset: of the ONNX standard.
+        sizes: smallest, usual and largest size of every axis that varies, by name.
+        notes: sentences on what is fixed although one might expect otherwise.
     """
 
     model: Any
-    """An `onnx_ir.Model`; leave it as it is."""
-
     dtype: str
-    """`float32`, `float16` or `bfloat16`."""
-
     weights: Mapping[str, tuple[int, ...]]
-    """Checkpoint name, which is the initializer's name too, to shape."""
-
     unused: tuple[str, ...]
-    """Checkpoint names of tensors that the outputs do not depend on (an idle pooler)."""
-
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     opset: int
+    sizes: Mapping[str, Sizes] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
+    def profile(self) -> Profile:
+        """Return the smallest, usual and largest shape of every input."""
+        return MappingProxyType({port.name: self._shapes(port) for port in self.inputs})
 
-def export_template(
-    loaded: LoadedModel, batch: Batch | None = None, *, dtype: str = "float32"
-) -> Template:
-    """Export a model's architecture; its weights' values play no part.
+    def _shapes(self, port: Port) -> tuple[Shape, Shape, Shape]:
+        def at(point: int) -> Shape:
+            return tuple(self.sizes[n][point] if isinstance(n, str) else n for n in port.shape)
 
-    Args:
-        loaded: what to export.
-        batch: inputs the model takes. Only their names, dtypes and fixed sizes matter; token
-            models and images of a known size need none.
-        dtype: the precision of weights and arithmetic. Casts that the model itself makes stay:
-            most normalise and take softmax in float32.
-
-    Raises:
-        ExportError: torch cannot export it, or a weight does not stay itself.
-        InputError: an unknown dtype, or no batch where one is needed.
-        MissingPackageError: onnxscript is not installed.
-    """
-    if dtype not in DTYPES:
-        raise InputError(f"{dtype} is no precision to export in", fix=f"give {', '.join(DTYPES)}")
-    twin = make_twin(loaded.module, DTYPES[dtype])
-    shown = _in_dtype(batch or example(loaded), DTYPES[dtype])
-    view = View(twin, loaded.pooling, loaded.chosen)
-    raw = trace(view, shown, {name: axes(loaded, name, t) for name, t in shown.items()})
-    claimed = claim(raw, twin)
-    clean(raw.model)
-    require_kept(raw.model, claimed, claimed.keys() & raw.used)
-    named = _by_checkpoint_name(loaded, twin, claimed)
-    rename(raw.model, named)
-    return _template(raw.model, dtype, loaded, named)
+        return at(0), at(1), at(2)
 
 
 def fill_template(template: Template, checkpoint: Checkpoint | str | Path) -> Any:
-    """The model with a checkpoint's weights, as an `onnx_ir.Model`.
+    """Return the model with a checkpoint's weights, as an `onnx_ir.Model`.
 
     Tensors are read from the mapped file, and rounded to the template's dtype, only when the
     model is written.
@@ -106,56 +80,19 @@ def fill_template(template: Template, checkpoint: Checkpoint | str | Path) -> An
 
     source = Checkpoint.open(checkpoint)
     _check_fit(template, source)
-    model = template.model.clone()
+    model, dtype = template.model.clone(), getattr(torch, template.dtype)
     for name in template.weights:
         value = model.graph.initializers[name]
-        read = functools.partial(_rounded, source, name, DTYPES[template.dtype])
+        read = functools.partial(_rounded, source, name, dtype)
         value.const_value = ir.LazyTensor(read, value.dtype, value.shape, name=name)
     return model
 
 
-def _in_dtype(batch: Batch, dtype: torch.dtype) -> Batch:
-    return {n: t.to(dtype) if t.is_floating_point() else t for n, t in batch.items()}
-
-
-def _by_checkpoint_name(
-    loaded: LoadedModel, twin: nn.Module, claimed: Mapping[str, list[Any]]
-) -> dict[str, list[Any]]:
-    """The claimed values by checkpoint name, in name order."""
-    firsts = first_names(twin.state_dict())
-    owner = {firsts[place]: name for name, place in loaded.names.items()}
-    orphans = sorted(set(claimed) - set(owner))
-    if orphans:
-        raise ExportError(
-            f"no checkpoint holds {', '.join(orphans)}, which the outputs depend on",
-            fix="give the merged model, or a delta that carries them as extras",
-        )
-    found = {owner[name]: values for name, values in claimed.items()}
-    return {name: found[name] for name in in_name_order(found)}
-
-
-def _template(
-    model: Any, dtype: str, loaded: LoadedModel, named: Mapping[str, list[Any]]
-) -> Template:
-    there = model.graph.initializers
-    weights = {name: tuple(there[name].shape.numpy()) for name in named if name in there}
-    return Template(
-        model=model,
-        dtype=dtype,
-        weights=MappingProxyType(weights),
-        unused=tuple(name for name in loaded.names if name not in weights) + loaded.unused,
-        inputs=tuple(map(port, model.graph.inputs)),
-        outputs=tuple(map(port, model.graph.outputs)),
-        opset=model.opset_imports[""],
-    )
-
-
 def port(value: Any) -> Port:
-    """Describe an input or output of an `onnx_ir` graph; one that states no shape has none here."""
+    """Describe an input or output of an `onnx_ir` graph; the shape is () where it states none."""
     sizes = () if value.shape is None else value.shape
     shape = tuple(size if isinstance(size, int) else str(size.value) for size in sizes)
-    name = value.dtype.name
-    return Port(name=value.name, dtype=_PLAIN.get(name, name.lower()), shape=shape)
+    return Port(name=value.name, dtype=_LONG[value.dtype.name], shape=shape)
 
 
 def _check_fit(template: Template, source: Checkpoint) -> None:

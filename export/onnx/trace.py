@@ -1,7 +1,9 @@
-"""From a torch module to a raw ONNX graph, every weight an initializer of its own."""
+"""Trace a torch module into a raw ONNX graph, every weight an initializer of its own."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,21 +12,22 @@ from torch import Tensor, nn
 
 from kilodelta.errors import ExportError, require
 from kilodelta.models import Batch, View
-from kilodelta.models.example_inputs import BATCH, SEQUENCE
 from kilodelta.models.quiet import quiet
-
-Axes = dict[int, str]
-
-_SIZES = {BATCH: 3, SEQUENCE: 7}
-"""Sizes to trace with: more than one, and unlike each other, so that none looks constant."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """A raw `onnx_ir.Model`, and the state names that its outputs depend on, as torch sees it."""
+    """A graph as torch makes it.
+
+    Attributes:
+        model: an `onnx_ir.Model`.
+        used: the state names that the outputs depend on, as torch sees it.
+        frozen: the names of the axes that torch could only trace at one size.
+    """
 
     model: Any
     used: frozenset[str]
+    frozen: tuple[str, ...]
 
 
 class Positional(nn.Module):
@@ -35,52 +38,50 @@ class Positional(nn.Module):
         self.view, self.inputs = view, inputs
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Compute the outputs, each a tensor of its own."""
         named = self.view(**dict(zip(self.inputs, tensors, strict=True)))
-        # A copy of each: one tensor under two names, or an input or weight that is passed on,
-        # would otherwise be one graph value, whose last name alone stays.
+        # One tensor under two names, or an input or weight that is passed on, would otherwise be
+        # one value of the graph, whose last name alone stays.
         return tuple(tensor.clone() for tensor in named.values())
 
 
-def trace(view: View, batch: Batch, axes: dict[str, Axes]) -> Trace:
+def trace(view: View, batch: Batch, axes: Mapping[str, Mapping[int, str]]) -> Trace:
     """Trace a view of a module.
 
     Args:
         view: in eval mode, in the precision to export.
-        batch: inputs that the view takes; the axes named in `axes` are brought to other sizes.
-        axes: for each input the axes that vary, by name.
+        batch: inputs that the view takes, at the sizes to trace with.
+        axes: for each input the names of the axes that vary, by index.
 
     Raises:
-        ExportError: torch cannot trace the module, or an axis cannot vary.
+        ExportError: torch cannot trace the module.
     """
     require("onnxscript", extra="onnx", why="export ONNX models")
-    shown = {name: _resized(tensor, axes[name]) for name, tensor in batch.items()}
+    # One object that is given for two inputs would be traced as one input.
+    shown = {name: tensor.clone() for name, tensor in batch.items()}
     with torch.inference_mode(False), torch.no_grad(), quiet():
         names = list(view(**shown))
         program = _export(Positional(view, tuple(shown)), shown, axes, names)
+    exported = program.exported_program
+    assert exported is not None  # `_export` has seen to it
     prefix = "view.module."
-    assert program.exported_program is not None  # `_export` has seen to it
-    used = {name.removeprefix(prefix) for name in _live(program.exported_program)}
-    return Trace(model=program.model, used=frozenset(used))
-
-
-def _resized(tensor: Tensor, axes: Axes) -> Tensor:
-    """The tensor with its varying axes cut, or repeated, to the sizes to trace with."""
-    for axis, name in axes.items():
-        size = _SIZES.get(name, tensor.shape[axis])
-        tensor = tensor.index_select(axis, torch.arange(size) % tensor.shape[axis])
-    return tensor
+    used = {name.removeprefix(prefix) for name in _live(exported)}
+    frozen = _name_axes(program.model, axes, _single(exported))
+    return Trace(model=program.model, used=frozenset(used), frozen=frozen)
 
 
 def _export(
-    module: Positional, batch: Batch, axes: dict[str, Axes], outputs: list[str]
+    module: Positional, batch: Batch, axes: Mapping[str, Mapping[int, str]], outputs: list[str]
 ) -> torch.onnx.ONNXProgram:
+    # AUTO lets torch fix an axis that the module's code fixes, instead of failing.
+    auto = torch.export.Dim.AUTO
     try:
         program = torch.onnx.export(
             module.eval(),
             tuple(batch.values()),
             input_names=list(batch),
             output_names=outputs,
-            dynamic_shapes=(tuple(axes[name] for name in batch),),
+            dynamic_shapes=(tuple(dict.fromkeys(axes[name], auto) for name in batch),),
             dynamo=True,
             optimize=False,
             verbose=False,
@@ -100,6 +101,49 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error).strip() or type(error).__name__
+
+
+def _single(program: torch.export.ExportedProgram) -> set[str]:
+    """The symbols of sizes that torch has found to have one possible value."""
+    return {
+        str(symbol)
+        for symbol, values in program.range_constraints.items()
+        if values.lower == values.upper
+    }
+
+
+def _name_axes(
+    model: Any, axes: Mapping[str, Mapping[int, str]], single: set[str]
+) -> tuple[str, ...]:
+    """Replace torch's symbols of sizes (`s21`) by the axes' names, in all shapes of the graph.
+
+    Returns:
+        The names of the axes that are fixed in the graph.
+    """
+    import onnx_ir as ir
+
+    names: dict[str, str] = {}
+    frozen: set[str] = set()
+    for value in model.graph.inputs:
+        for index, name in axes[value.name].items():
+            size = value.shape[index]
+            symbol = "" if isinstance(size, int) else str(size.value)
+            if not symbol.isidentifier() or symbol in single:
+                frozen.add(name)
+            else:
+                names.setdefault(symbol, name)
+    values = (*model.graph.inputs, *(v for node in model.graph.all_nodes() for v in node.outputs))
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([_named(size, names) for size in value.shape])
+    return tuple(sorted(frozen))
+
+
+def _named(size: Any, names: Mapping[str, str]) -> Any:
+    """A size with its symbols named: an int stays, `(s21 - 1)//2` becomes `(time - 1)//2`."""
+    if isinstance(size, int) or size.value is None:
+        return size
+    return re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), str(size.value))
 
 
 def _live(program: torch.export.ExportedProgram) -> set[str]:

@@ -35,14 +35,17 @@ def build(
     """Build an engine from an ONNX file and write it, in full or not at all.
 
     Args:
-        trt: what `tensorrt_flavour.choose` gave for these capabilities.
+        trt: what `flavour.choose` returned for these capabilities.
+        onnx: the ONNX file.
+        engine: the file to write.
         capabilities: GPUs that the engine is for; one engine serves all of them.
         profile: for each input its smallest, usual and largest shape.
         tf32: let float32 products be taken in TF32, faster and with 10 bits of mantissa.
         refit: names of weights that a later refit exchanges.
+        progress: called after each phase; what it raises ends the build.
 
     Returns:
-        the engine's bytes.
+        The number of the engine's bytes.
 
     Raises:
         ExportError: TensorRT refuses the model; the message holds all that it said.

@@ -1,7 +1,7 @@
-"""The CUDA driver, as much of it as finding a GPU and running an engine on it needs.
+"""Call the CUDA driver: as much of it as finding a GPU and running an engine on it needs.
 
-It is called through ctypes, so neither torch nor a toolkit has to be there: `libcuda` comes with
-the driver itself. Names and numbers are those of NVIDIA's `cuda.h`.
+It is called through ctypes, so neither torch nor a toolkit is needed: `libcuda` comes with the
+driver itself. Names and numbers are those of NVIDIA's `cuda.h`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ class Gpu:
 
 
 class Driver:
-    """An initialised driver; `library` is `libcuda` as ctypes loads it.
+    """An initialised driver.
+
+    Args:
+        library: `libcuda` as ctypes loads it.
 
     Raises:
         CudaError: it does not start, for want of a device or a matching kernel module.
@@ -62,7 +65,7 @@ class Driver:
         return value.value // 1000, value.value % 1000 // 10
 
     def gpus(self) -> tuple[Gpu, ...]:
-        """List the devices that are visible to this process."""
+        """Return every device that is visible to this process."""
         count = ctypes.c_int()
         self.call("cuDeviceGetCount", ctypes.byref(count))
         return tuple(self._gpu(index) for index in range(count.value))
@@ -132,18 +135,18 @@ class CudaStream:
         return self._stream.value or 0
 
     def wait(self) -> None:
-        """Wait until everything that was started on the stream has ended."""
+        """Wait until everything that was enqueued on the stream has ended."""
         self._driver.call("cuStreamSynchronize", self._stream)
 
     def allocate(self, nbytes: int) -> int:
-        """Allocate device memory and return its address; an empty tensor has one as well."""
+        """Allocate device memory and return its address; no bytes get an address as well."""
         buffer = ctypes.c_uint64()
         self._driver.call("cuMemAlloc_v2", ctypes.byref(buffer), _size(max(nbytes, 1)))
         self._buffers.append(buffer)
         return buffer.value
 
     def upload(self, array: NDArray[Any]) -> int:
-        """Copy a C-contiguous array to the device; return its address there."""
+        """Copy a C-contiguous array to the device and return its address there."""
         address = self.allocate(array.nbytes)
         if array.nbytes:
             self._driver.call(
@@ -155,7 +158,7 @@ class CudaStream:
         return address
 
     def download(self, address: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-        """Wait for the stream, then copy device memory into a new array."""
+        """Wait for the stream, then copy device memory into a new array of this shape and dtype."""
         array = np.empty(shape, dtype=dtype)
         self.wait()
         if array.nbytes:
@@ -170,7 +173,7 @@ class CudaStream:
 
 @functools.cache
 def driver() -> Driver:
-    """Return this process's only driver, started when first asked for.
+    """Return the one driver of this process.
 
     Raises:
         CudaError: no driver is installed, or it does not start.
@@ -179,7 +182,7 @@ def driver() -> Driver:
 
 
 def present() -> str | None:
-    """Return the compute capability of the first GPU, such as `sm89`, or None."""
+    """Return the compute capability of the first GPU, such as `sm89`; None without one."""
     try:
         gpus = driver().gpus()
     except CudaError:

@@ -1,4 +1,4 @@
-"""Choose which TensorRT builds an engine, for which GPUs, in which precisions.
+"""Choose the TensorRT that builds an engine for given GPUs in given precisions.
 
 `tensorrt_rtx` builds ahead of time for a list of GPU generations, on any machine; `tensorrt` builds
 for the one GPU that is present. Source:
@@ -26,7 +26,7 @@ _TURING, _AMPERE = 75, 80
 
 
 def choose(flavour: str, capabilities: Sequence[str], dtypes: Sequence[str]) -> Any:
-    """Choose the TensorRT module that builds for these GPUs in these precisions.
+    """Return the TensorRT module that builds for these GPUs in these precisions.
 
     Args:
         flavour: `tensorrt`, `tensorrt_rtx`, or `auto`: RTX where it is installed and knows every
@@ -50,7 +50,7 @@ def choose(flavour: str, capabilities: Sequence[str], dtypes: Sequence[str]) -> 
 
 
 def buildable(trt: Any) -> tuple[str, ...]:
-    """List the compute capabilities that a TensorRT builds for on this machine."""
+    """Return the compute capabilities that a TensorRT builds for on this machine."""
     if trt.__name__ == RTX:
         names = trt.ComputeCapability.__members__
         return tuple(name.lower() for name in names if _CAPABILITY.match(name.lower()))
@@ -72,7 +72,7 @@ def _check_spelling(flavour: str, capabilities: Sequence[str]) -> None:
 
 
 def _pick(capabilities: Sequence[str]) -> str:
-    """Pick RTX unless it is missing, or lacks one of these while the other is installed."""
+    """RTX, unless it is missing, or lacks one of these GPUs while the other is installed."""
     if not _installed(CLASSIC):
         return RTX
     if not _installed(RTX) or set(capabilities) - set(buildable(_module(RTX))):
@@ -98,7 +98,7 @@ def _refused(trt: Any, unknown: Sequence[str], possible: Sequence[str]) -> Expor
     here = f"this one is {possible[0]}" if possible else "no NVIDIA GPU or driver was found here"
     return ExportError(
         f"tensorrt builds for the GPU present, not for {asked}: {here}",
-        fix=f"export on a machine with {asked}, or install 'kilodelta[rtx]' for an RTX GPU",
+        fix=f"export on a machine with {asked}; or, for RTX GPUs, pip install '.[rtx]' in a clone",
     )
 
 

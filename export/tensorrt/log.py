@@ -1,4 +1,4 @@
-"""Keep what TensorRT logs as errors: one logger for the process, which is all that it takes."""
+"""Keep what TensorRT logs: one logger per process, as TensorRT wants it, that holds the errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @functools.cache
 def logger(trt: Any) -> Any:
-    """Return the process's logger of one flavour. Its `errors` is a list that its users empty."""
+    """Return the process's logger of one flavour; its `errors` is a list that its users empty."""
 
     class Errors(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -28,9 +28,9 @@ def logger(trt: Any) -> Any:
 
 @contextmanager
 def clean_stdout() -> Iterator[None]:
-    """Send to stderr what the compiler below TensorRT prints to the process's stdout.
+    """Send what the compiler below TensorRT prints to the process's stdout to stderr instead.
 
-    stdout carries results. The file descriptor is exchanged, because that compiler is no Python.
+    stdout carries results.
     """
     sys.stdout.flush()
     kept = os.dup(1)

@@ -1,4 +1,4 @@
-"""From an ONNX file to a strongly typed TensorRT network, with everything the parser objects to."""
+"""Parse an ONNX file into a strongly typed TensorRT network, and tell all that is refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from kilodelta.export.tensorrt.log import logger
 
 
 class Network:
-    """A parsed ONNX file, with the builder that made it. Precision is what the file says.
+    """A parsed ONNX file, with the builder that made it; its precision is what the file says.
+
+    Args:
+        trt: the TensorRT module.
+        onnx: the file.
 
     Raises:
         ExportError: TensorRT refuses the file; the message names every node it refuses.
@@ -30,10 +34,14 @@ class Network:
             raise _refused(trt, onnx, self.parser)
 
     def inputs(self) -> tuple[str, ...]:
+        """Return the names of the inputs."""
         return tuple(self.network.get_input(i).name for i in range(self.network.num_inputs))
 
     def profile(self, shapes: Profile) -> Any:
         """Make an optimisation profile.
+
+        Args:
+            shapes: for each input its smallest, usual and largest shape.
 
         Raises:
             ExportError: the network has other inputs.
@@ -50,7 +58,7 @@ class Network:
         return made
 
     def mark_refittable(self, names: Sequence[str]) -> None:
-        """Say which weights a later refit exchanges.
+        """Mark the weights that a later refit exchanges.
 
         Raises:
             ExportError: naming those that the network does not have.

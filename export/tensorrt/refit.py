@@ -1,4 +1,4 @@
-"""Refit mode: a TensorRT engine takes the weights of a fine-tune, without being built again.
+"""Refit mode: give a built TensorRT engine the weights of a fine-tune.
 
 The weights are the base's from disk plus the delta, proved before the engine is touched, never the
 last fine-tune's. Every refittable weight is set every time, so nothing of an earlier delta stays.
@@ -18,8 +18,7 @@ from kilodelta.exact.selftest import require_good_kernels
 from kilodelta.export.merge.tensor import changed_names
 from kilodelta.export.tensorrt.flavour import CLASSIC, EXTRAS
 from kilodelta.export.tensorrt.log import logger
-from kilodelta.export.tensorrt.refit_values import RefitValues
-from kilodelta.export.tensorrt.refit_weights import DeviceStream, hand_over
+from kilodelta.export.tensorrt.refit_weights import DeviceStream, TunedWeights, hand_over
 from kilodelta.files import staging
 from kilodelta.files.baseline import require_base
 from kilodelta.files.checkpoint import Checkpoint
@@ -35,15 +34,18 @@ GEMM_BIAS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Refitted:
-    """What a refit did: the proved root, the weights set, and what to beware of."""
+    """What a refit did.
+
+    Attributes:
+        result: the proved root of the merged targets.
+        weights: all refittable weights; those that the delta leaves alone have the base's values.
+        unused: changed tensors that the model's outputs do not depend on.
+        warnings: what is known against refitting with this TensorRT.
+    """
 
     result: str
     weights: tuple[str, ...]
-    """All refittable weights; those that the delta leaves alone have the base's values again."""
-
     unused: tuple[str, ...]
-    """Changed tensors that the model's outputs do not depend on."""
-
     warnings: tuple[str, ...]
 
 
@@ -55,13 +57,22 @@ class RefitEngine:
     Args:
         path: the engine, built with the base's weights and `refit=` (`build.py`).
         base: the base checkpoint, or one with only the engine's refittable weights.
-        flavour: `tensorrt` or `tensorrt_rtx`.
+        flavour: "tensorrt" or "tensorrt_rtx".
         unused: tensors that the outputs do not depend on (`Template.unused`).
+
+    Attributes:
+        engine: the `ICudaEngine`; another object after `reset` and after a failed refit.
+        result: the root of the delta in effect; None for the base.
 
     Raises:
         MissingPackageError: the flavour is not installed.
         ExportError: the engine does not load here, or is not refittable.
         CheckpointError: a file cannot be read.
+
+    Example:
+        >>> engine = RefitEngine("m.engine", "base/", flavour="tensorrt")  # doctest: +SKIP
+        >>> engine.refit("task.kd").result  # doctest: +SKIP
+        'sha256:...'
     """
 
     def __init__(
@@ -77,10 +88,7 @@ class RefitEngine:
         self._unused = frozenset(unused)
         self._runtime = self._trt.Runtime(logger(self._trt))  # has to outlive its engines
         self.result: str | None = None
-        """The root of the delta in effect; None for the base."""
-
         self.engine: Any = self._load()
-        """The `ICudaEngine`; another object after `reset` and after a failed refit."""
 
     def refit(
         self,
@@ -100,6 +108,7 @@ class RefitEngine:
             stream: put the weights on the device and refit in this stream's order; the memory has
                 to stay until the stream is done. By default from host memory, waiting.
             threads: cores to use; all by default.
+            progress: called while the base is read and the weights are expanded.
 
         Raises:
             BaseMismatchError: the delta is for another base; the engine keeps what it had.
@@ -113,7 +122,7 @@ class RefitEngine:
         refitter = self._trt.Refitter(self.engine, logger(self._trt))
         names = tuple(refitter.get_all_weights())
         self._require_refittable(bound, names)
-        values = RefitValues(bound, self._base, threads=threads, progress=progress)
+        values = TunedWeights(bound, self._base, threads=threads, progress=progress)
         kept = hand_over(self._trt, refitter, values, names, stream)
         self._run(refitter, stream)
         del kept  # TensorRT reads these until it returns
@@ -135,7 +144,7 @@ class RefitEngine:
         self.engine = self._load()
 
     def save(self, path: str | os.PathLike[str]) -> int:
-        """Write the engine with the weights it has, still refittable; returns its bytes.
+        """Write the engine with the weights it has, still refittable, and return its bytes.
 
         Raises:
             ExportError: TensorRT does not serialize it.
@@ -188,7 +197,7 @@ class RefitEngine:
             )
 
     def _run(self, refitter: Any, stream: DeviceStream | None) -> None:
-        """Refit; a failure may leave half an engine, so it is thrown away."""
+        """Refit; a failure may leave half an engine, so that one is thrown away."""
         try:
             done = (
                 refitter.refit_cuda_engine()
@@ -212,6 +221,6 @@ class RefitEngine:
 
 
 def warnings(trt: Any) -> tuple[str, ...]:
-    """List what is known to go wrong when this TensorRT refits."""
+    """Return what is known against refitting with this TensorRT."""
     affected = trt.__name__ == CLASSIC and trt.__version__.split(".")[:2] == ["11", "3"]
     return (GEMM_BIAS,) if affected else ()

@@ -1,7 +1,7 @@
 """Report the progress of an engine build, and let Ctrl-C end it.
 
 TensorRT calls its `IProgressMonitor` back from C++, where no Python exception may pass. So the
-build runs on a separate thread, and the main one waits, open to Ctrl-C.
+build runs on a second thread, and the main one waits, open to Ctrl-C.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ class Watch:
             self.stop()
 
     def goes_on(self) -> bool:
+        """Return whether the build may go on."""
         return not self._stopped.is_set()
 
 
 def monitor(trt: Any, watch: Watch) -> Any:
-    """Make TensorRT's side of a watch."""
+    """Return an `IProgressMonitor` that reports to a watch."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -64,10 +65,13 @@ def monitor(trt: Any, watch: Watch) -> Any:
 
 
 def attended(work: Callable[[], T], watch: Watch) -> T:
-    """Run `work` on another thread; an interrupt stops it, waits for its end and passes on.
+    """Run `work` on another thread and return its result; an interrupt stops it and passes on.
 
-    The end is an event of our own: a `Thread.join` that an interrupt breaks takes the thread for
-    ended from then on, up to Python 3.12.
+    The end is an event, since a `Thread.join` that an interrupt breaks takes the thread for ended
+    from then on, up to Python 3.12.
+
+    Raises:
+        BaseException: what `work` or the progress callback raised, or the interrupt.
     """
     results: list[T] = []
     ended = threading.Event()

@@ -1,4 +1,4 @@
-"""`config.pbtxt`: what Triton Inference Server has to know of an exported model.
+"""Write `config.pbtxt`: what Triton Inference Server has to know of an exported model.
 
 Source of the field names: `model_config.proto` of triton-inference-server/common.
 """
@@ -6,27 +6,27 @@ Source of the field names: `model_config.proto` of triton-inference-server/commo
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 
-from kilodelta.export.manifest.facts import Artefact, Port
+from kilodelta.export.manifest.facts import BATCH, Artefact, Port
 from kilodelta.files.dtypes import BY_LONG
 
 _BACKENDS = {"onnx": "onnxruntime", "engine": "tensorrt"}
-BATCH = "batch"
-"""The axis that an export's inputs and outputs share."""
 MODEL_FILES = {"onnx": "model.onnx", "engine": "model.plan"}
 """The names that Triton's back ends look for, by the kind of artefact."""
 
 
 def config(name: str, artefact: Artefact) -> str:
-    """Write the text of `config.pbtxt`.
+    """Return the text of `config.pbtxt`.
 
-    A model whose inputs and outputs all begin with the batch is batched by the server, up to the
-    profile's largest batch and preferably in its usual one; any other takes requests as they are.
+    A model whose inputs and outputs all begin with the batch, and hold it nowhere else, is batched
+    by the server, up to the profile's largest batch and preferably in its usual one; any other
+    takes requests as they are.
 
     Args:
-        name: of the model in the repository.
-        artefact: the ONNX file or engine that it serves.
+        name: the model's name in the repository.
+        artefact: what is served.
     """
     largest = _largest_batch(artefact)
     lines = [
@@ -45,11 +45,16 @@ def config(name: str, artefact: Artefact) -> str:
 
 
 def _largest_batch(artefact: Artefact) -> int:
-    """0 where the server must not batch."""
-    ports = (*artefact.inputs, *artefact.outputs)
-    if any(not port.shape or port.shape[0] != BATCH for port in ports):
+    """The batch up to which the server joins requests; 0 where it must not."""
+    if not all(map(_is_by_row, (*artefact.inputs, *artefact.outputs))):
         return 0
     return min((shapes[2][0] for shapes in artefact.profile.values()), default=0)
+
+
+def _is_by_row(port: Port) -> bool:
+    """Whether each row of a tensor is one request's; scores between rows, as CLIP's, are not."""
+    rest = (size for size in port.shape[1:] if isinstance(size, str))
+    return port.shape[:1] == (BATCH,) and not any(re.search(rf"\b{BATCH}\b", s) for s in rest)
 
 
 def _preferred(artefact: Artefact, largest: int) -> list[int]:
@@ -60,18 +65,15 @@ def _preferred(artefact: Artefact, largest: int) -> list[int]:
 def _tensors(kind: str, ports: Iterable[Port], *, batched: bool) -> list[str]:
     lines = [f"{kind} ["]
     for port in ports:
-        lines += [
-            "  {",
-            f"    name: {_text(port.name)}",
-            f"    data_type: {BY_LONG[port.dtype].triton}",
-        ]
+        triton = BY_LONG[port.dtype].triton
+        lines += ["  {", f"    name: {_text(port.name)}", f"    data_type: {triton}"]
         lines += _dims(port.shape[1:] if batched else port.shape)
         lines += ["  },"]
     return [*lines[:-1], "  }", "]"]
 
 
 def _dims(shape: tuple[int | str, ...]) -> list[str]:
-    """Triton wants at least one dimension: one number a row goes by a reshape."""
+    """Triton wants at least one dimension: a single number per row is declared by a reshape."""
     sizes = ", ".join(str(size if isinstance(size, int) else -1) for size in shape)
     if not sizes:
         return ["    dims: [ 1 ]", "    reshape: { shape: [ ] }"]

@@ -1,4 +1,4 @@
-"""A Triton Inference Server model repository from an export's folder.
+"""Lay an export's folder out as a model repository of Triton Inference Server.
 
 ::
 
@@ -21,14 +21,13 @@ from pathlib import Path
 
 from kilodelta.errors import ExportError, InputError, OutputError
 from kilodelta.export.manifest import artefacts
-from kilodelta.export.manifest.artefacts import Artefact
+from kilodelta.export.manifest.facts import Artefact
 from kilodelta.export.options import short
+from kilodelta.export.tensorrt.flavour import RTX
 from kilodelta.export.triton.config import MODEL_FILES, config
 from kilodelta.files import staging
 
 CONFIG = "config.pbtxt"
-_RUN = "tensorrt"
-"""The flavour whose engines Triton runs."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")
 
 
@@ -43,7 +42,7 @@ class TritonModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Repository:
-    """What was written; `left_out` names engines that Triton cannot run."""
+    """What was written; `left_out` says which files Triton cannot run, and why."""
 
     path: Path
     models: tuple[TritonModel, ...]
@@ -66,48 +65,65 @@ def write_repository(
         ExportError: Triton can run none of the artefacts.
         InputError: the name is none for a model.
         OutputError: the repository's model has other inputs or outputs, or cannot be written.
+
+    Example:
+        >>> write_repository("out/", "models/").models  # doctest: +SKIP
+        (TritonModel(name='task', version=1, file='model.fp32.onnx'),)
     """
     source, place = Path(folder), Path(repository)
     manifest = artefacts.read(source)
     artefacts.check_files(source, manifest)
-    chosen = [artefact for artefact in manifest.artefacts if _runs(artefact)]
+    refused = {a.file: _refusal(_runtime(a), a.dtype) for a in manifest.artefacts}
+    chosen = [artefact for artefact in manifest.artefacts if not refused[artefact.file]]
+    left_out = tuple(f"{file}: {reason}" for file, reason in refused.items() if reason)
     if not chosen:
-        raise _nothing_to_serve(f"{source} holds")
+        raise _nothing_to_serve(f"{source} holds nothing that Triton runs", left_out)
     stem = _checked(name or Path(manifest.delta.file.file).stem)
     place.mkdir(parents=True, exist_ok=True)
-    return Repository(
-        path=place,
-        models=tuple(
-            _add(source, place / model, artefact) for model, artefact in _named(stem, chosen)
-        ),
-        left_out=tuple(a.file for a in manifest.artefacts if not _runs(a)),
-    )
+    models = tuple(_add(source, place / model, of) for model, of in _named(stem, chosen))
+    return Repository(path=place, models=models, left_out=left_out)
 
 
-def require_servable(file: str | os.PathLike[str], *, flavour: str | None) -> None:
+def require_servable(
+    file: str | os.PathLike[str], *, kinds: Sequence[str], dtypes: Sequence[str]
+) -> None:
     """Refuse before an export what `write_repository` would refuse after it.
 
     Args:
         file: the `.kd` file, whose name becomes the model's.
-        flavour: of the engines, where the export keeps nothing else; None where it keeps ONNX.
+        kinds: what the export will hold: "onnx", and the TensorRT that builds its engines.
+        dtypes: its precisions.
 
     Raises:
         ExportError: Triton could run none of the artefacts.
         InputError: the file's name is none for a model.
+
+    Example:
+        >>> require_servable("task.kd", kinds=["onnx"], dtypes=["float16"])
     """
     _checked(Path(file).stem)
-    if flavour not in (None, _RUN):
-        raise _nothing_to_serve("without --onnx this export holds")
+    reasons = [_refusal(kind, dtype) for kind in kinds for dtype in dtypes]
+    if all(reasons):
+        raise _nothing_to_serve("this export would hold nothing that Triton runs", reasons)
 
 
-def _runs(artefact: Artefact) -> bool:
-    return artefact.engine is None or artefact.engine.flavour == _RUN
+def _runtime(artefact: Artefact) -> str:
+    return "onnx" if artefact.engine is None else artefact.engine.flavour
 
 
-def _nothing_to_serve(what: str) -> ExportError:
+def _refusal(runtime: str, dtype: str) -> str:
+    """Why Triton runs no such artefact; empty where it does."""
+    if runtime == RTX:
+        return "Triton does not run TensorRT-RTX engines"
+    if runtime == "onnx" and dtype == "bfloat16":
+        return "Triton's ONNX Runtime back end takes no bfloat16"
+    return ""
+
+
+def _nothing_to_serve(what: str, reasons: Sequence[str]) -> ExportError:
     return ExportError(
-        f"{what} only TensorRT-RTX engines, which Triton does not run",
-        fix="export with --onnx, or with --flavour tensorrt",
+        f"{what}: {'; '.join(dict.fromkeys(reasons))}",
+        fix="export with --onnx and --dtype fp32 or fp16, or with --flavour tensorrt",
     )
 
 
@@ -132,17 +148,16 @@ def _short(artefact: Artefact) -> str:
 
 def _add(source: Path, model: Path, artefact: Artefact) -> TritonModel:
     """Write one model's next version."""
-    text = config(model.name, artefact)
-    present = model / CONFIG
-    if present.exists() and present.read_text(encoding="utf-8") != text:
+    text, place = config(model.name, artefact).encode("utf-8"), model / CONFIG
+    if place.exists() and place.read_bytes() != text:
         raise OutputError(
-            f"{present} describes another model than {artefact.file} is",
+            f"{place} describes another model than {artefact.file} is",
             fix="give another name; or, if you edited it, copy the files of the export yourself",
         )
     version = 1 + max((int(place.name) for place in _versions(model)), default=0)
     model.mkdir(exist_ok=True)
-    if not present.exists():
-        staging.write(present, text.encode("utf-8"))
+    if not place.exists():
+        staging.write(place, text)
     with staging.new_folder(model / str(version)) as stage:
         for index, file in enumerate(artefact.files):
             own = MODEL_FILES[artefact.kind] if index == 0 else file.file

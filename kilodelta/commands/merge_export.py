@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,9 @@ from kilodelta.commands.shared import (
 from kilodelta.errors import InputError, require
 
 if TYPE_CHECKING:
-    from kilodelta.export.manifest.artefacts import Artefact
+    from kilodelta.export.manifest.facts import Artefact, Port
     from kilodelta.export.merge.checkpoint import Merged
-    from kilodelta.export.options import Options
     from kilodelta.export.pipeline import Exported
-    from kilodelta.export.triton.repository import Repository
 
 
 @click.command(
@@ -135,7 +133,6 @@ class _Export(Command):
 @click.option("--tensorrt", metavar="SM[,SM]", help="Build engines for GPUs such as sm86,sm89.")
 @click.option(
     "--dtype",
-    "dtypes",
     multiple=True,
     default=["fp32"],
     type=click.Choice(["fp32", "fp16", "bf16"]),
@@ -145,10 +142,10 @@ class _Export(Command):
 @flavour
 @click.option(
     "--profile",
-    "profiles",
     multiple=True,
     metavar="AXIS=MIN,OPT,MAX",
-    help="Sizes of an axis, such as batch=1,8,32 or sequence=1,64,256; repeat.",
+    help="Sizes of an axis, such as batch=1,8,32, sequence=1,64,256, time=50,200,800 or "
+    "height=224,224,448; repeat.",
 )
 @click.option("--tf32", is_flag=True, help="Let engines take float32 products in TF32.")
 @click.option("--refittable", is_flag=True, help="Engines whose changed weights can be exchanged.")
@@ -171,55 +168,27 @@ def export(
     base: str,
     file: str,
     out: str,
-    onnx: bool,
     tensorrt: str | None,
-    dtypes: tuple[str, ...],
-    external_data: bool,
-    profiles: tuple[str, ...],
-    triton: str | None,
-    report: str | None,
     as_json: bool,
     progress: Any,
     **given: Any,
 ) -> Callable[[], None]:
     """Export BASE with a .kd FILE merged in: ONNX files, TensorRT engines, and a manifest.
 
-    The merge is proved first. OUT appears when everything is there, or not at all.
+    The merge is proved first, and every graph is run at other sizes than it was traced at. OUT
+    appears when everything is there, or not at all.
     """
     require("torch", extra="onnx", why="export models")
-    from kilodelta.export.options import read_sizes
-    from kilodelta.export.pipeline import SHORT, Options, export
-    from kilodelta.export.triton.repository import require_servable, write_repository
+    from kilodelta.export import export
 
-    options = Options(
-        onnx=onnx or tensorrt is None,
-        capabilities=tuple(tensorrt.split(",")) if tensorrt is not None else (),
-        dtypes=tuple(SHORT[name] for name in dtypes),
-        external=external_data,
-        sizes=read_sizes(profiles),
-        **given,
-    )
-    if triton is not None:
-        require_servable(file, flavour=None if options.onnx else _flavour(options))
-    done = export(base, file, out, options=options, report=report, progress=progress)
-    served = None if triton is None else write_repository(done.path, triton)
+    gpus = tensorrt.split(",") if tensorrt is not None else ()
+    done = export(base, file, out, tensorrt=gpus, progress=progress, **given)
     if as_json:
-        return lambda: terminal.print_json({**done.to_json(), "triton": _triton_json(served)})
-    return lambda: _show_export(done, served)
+        return lambda: terminal.print_json(done.to_json())
+    return lambda: _show_export(done)
 
 
-def _flavour(options: Options) -> str:
-    """The TensorRT that would build the engines."""
-    from kilodelta.export.tensorrt.flavour import choose
-
-    return str(choose(options.flavour, options.capabilities, options.dtypes).__name__)
-
-
-def _triton_json(served: Repository | None) -> dict[str, Any] | None:
-    return None if served is None else {**asdict(served), "path": str(served.path)}
-
-
-def _show_export(done: Exported, served: Repository | None) -> None:
+def _show_export(done: Exported) -> None:
     rows = [
         (
             artefact.file,
@@ -232,19 +201,28 @@ def _show_export(done: Exported, served: Repository | None) -> None:
     ]
     columns = ("file", "precision", "size", "made in", "for")
     terminal.print_table(str(done.path), columns, rows, right=(2, 3))
-    facts = [("result proved", done.manifest.result_root)]
+    first = done.manifest.artefacts[0]
+    facts = [
+        ("inputs", _ports(first.inputs)),
+        ("outputs", _ports(first.outputs)),
+        ("result proved", done.manifest.result_root),
+        *(("note", note) for note in done.notes),
+    ]
     if done.not_kept:
         facts.append(("not kept", f"{', '.join(done.not_kept)}; --onnx keeps them"))
-    if served is not None:
-        models = ", ".join(f"{model.name}/{model.version}" for model in served.models)
-        facts.append((f"Triton, {served.path}", models))
-    if served is not None and served.left_out:
-        facts.append(("not for Triton", f"{', '.join(served.left_out)}: TensorRT-RTX"))
+    if done.triton is not None:
+        models = ", ".join(f"{model.name}/{model.version}" for model in done.triton.models)
+        facts.append((f"Triton, {done.triton.path}", models))
+        facts += [("not for Triton", reason) for reason in done.triton.left_out]
     terminal.print_facts(facts)
 
 
+def _ports(ports: Sequence[Port]) -> str:
+    return ", ".join(f"{port.name} [{', '.join(map(str, port.shape))}]" for port in ports)
+
+
 def _made_for(artefact: Artefact) -> str:
-    """The GPUs of an engine, and the shapes: one where all inputs have the same."""
+    """Say the GPUs of an engine, and the shapes: one where all inputs have the same."""
     shapes = ["..".join("x".join(map(str, p)) for p in ps) for ps in artefact.profile.values()]
     engine = artefact.engine
     runs_on = "" if engine is None else f"{engine.flavour} {','.join(engine.capabilities)} "

@@ -233,10 +233,12 @@ class _Run:
             folder / "base",
             folder / "task.kd",
             folder / "out",
-            options=exporting.Options(
-                capabilities=self._gpus(),
-                sizes={"batch": effort.batch, "sequence": (1, length // 2, length)},
-            ),
+            onnx=True,
+            tensorrt=self._gpus(),
+            profile=[
+                f"batch={','.join(map(str, effort.batch))}",
+                f"sequence=1,{length // 2},{length}",
+            ],
             progress=self._progress,
         )
         made = ", ".join(

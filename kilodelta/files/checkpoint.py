@@ -91,11 +91,12 @@ class Checkpoint:
         if not is_folder and looks_like_hub_id(str(place)):
             raise CheckpointError(
                 f"{place} is neither a file nor a folder here",
-                fix=f"of a model on the hub give the folder that this prints: hf download {place}",
+                fix=f"of a model on the hub give the folder that this prints: hf download {place}; "
+                f"commands that open models also take hf:{place}",
             )
         if not is_folder:
             return cls(place, (Shard.open(place, follow=True),), index=None)
-        return _open_folder(_hub_snapshot(place))
+        return _open_folder(hub_snapshot(place))
 
     @property
     def folder(self) -> Path:
@@ -173,7 +174,7 @@ class Checkpoint:
         return RawTensor(dtype=info.dtype, shape=info.shape, data=self.data(name))
 
 
-def _hub_snapshot(folder: Path) -> Path:
+def hub_snapshot(folder: Path) -> Path:
     """Find a Hugging Face cache folder's snapshot: the one that `refs/main` names, or the only one.
 
     Any other folder is returned as it is.

@@ -60,8 +60,9 @@ def compress(p: Params, out: Path) -> dict[str, Any]:
 
 def onnx_base(p: Params, out: Path) -> dict[str, Any]:
     """Export the base once, and map its weights, so that fine-tunes are patched in."""
+    from kilodelta.export.onnx.make import export_template
     from kilodelta.export.onnx.save import save
-    from kilodelta.export.onnx.template import export_template, fill_template
+    from kilodelta.export.onnx.template import fill_template
     from kilodelta.export.options import SHORT
     from kilodelta.export.patching.make_map import make_map, write_rest
     from kilodelta.export.patching.map import write_map
@@ -98,16 +99,18 @@ def onnx(p: Params, out: Path) -> dict[str, Any]:
 
 def tensorrt(p: Params, out: Path) -> dict[str, Any]:
     """Export and build an engine."""
-    from kilodelta.export.options import SHORT, Options
     from kilodelta.export.pipeline import export
 
-    options = Options(
-        capabilities=tuple(p["options"]["for"]),
-        dtypes=(SHORT[p["options"].get("dtype", "fp32")],),
+    made = export(
+        p["base"],
+        p["delta"],
+        out / "engine",
+        onnx=True,
+        tensorrt=p["options"]["for"],
+        dtype=[p["options"].get("dtype", "fp32")],
         model=p["model"],
         inputs=p["inputs"],
     )
-    made = export(p["base"], p["delta"], out / "engine", options=options)
     return {"artefacts": len(made.manifest.artefacts)}
 
 

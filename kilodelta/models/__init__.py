@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from kilodelta.models.heads import Pooling as Pooling
     from kilodelta.models.heads import View as View
     from kilodelta.models.heads import counted as counted
+    from kilodelta.models.hub import locate as locate
     from kilodelta.models.inputs import Batch as Batch
     from kilodelta.models.inputs import read_inputs as read_inputs
     from kilodelta.models.inputs import tokenize as tokenize
-    from kilodelta.models.load import locate as locate
     from kilodelta.models.load import open_model as open_model
     from kilodelta.models.loaded import LoadedModel as LoadedModel
     from kilodelta.models.loaded import outputs as outputs
@@ -36,7 +36,7 @@ _WHERE = {
     "counted": "kilodelta.models.heads",
     "example": "kilodelta.models.example_inputs",
     "fill": "kilodelta.models.weights",
-    "locate": "kilodelta.models.load",
+    "locate": "kilodelta.models.hub",
     "open_model": "kilodelta.models.load",
     "open_source": "kilodelta.models.sources",
     "outputs": "kilodelta.models.loaded",

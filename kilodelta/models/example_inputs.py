@@ -1,4 +1,4 @@
-"""Inputs made up for tracing and timing, and the axes of inputs that may vary."""
+"""Make up inputs for a model whose kind says what they look like."""
 
 from __future__ import annotations
 
@@ -10,50 +10,64 @@ from torch import Tensor
 from kilodelta.errors import InputError
 from kilodelta.models.loaded import Batch, LoadedModel
 
-BATCH, SEQUENCE = "batch", "sequence"
-"""The names of the axes that vary."""
+_USUAL_IMAGE = 224
+"""Pixels a side for networks whose configuration states no size, such as ResNets."""
 
 
 def example(loaded: LoadedModel, *, rows: int = 3, tokens: int = 7) -> Batch:
-    """A batch the model takes: token 0 everywhere, every position counting; or black images.
+    """Make up a batch of random tokens without padding, or of random pixels; always the same.
+
+    Args:
+        loaded: a model that takes token ids alone, or images alone.
+        rows: rows of the batch.
+        tokens: tokens of each row; no matter for images.
+
+    Returns:
+        int64 `(rows, tokens)` for each input that the tokenizer makes (`input_ids` and
+        `attention_mask` without one), or float32 `pixel_values` `(rows, channels, height, width)`.
 
     Raises:
-        InputError: nothing is known about the model's inputs.
+        InputError: the model takes something else, so that nobody but the user knows its inputs.
     """
+    chance = torch.Generator().manual_seed(0)
     if loaded.kind == "text":
-        return {name: _tokens(name, (rows, tokens)) for name in _text_inputs(loaded)}
+        shape, words = (rows, tokens), _vocabulary(loaded.module)
+        return {name: _tokens(name, shape, words, chance) for name in _text_inputs(loaded)}
     size = _image_size(getattr(loaded.module, "config", None))
     if loaded.kind == "image" and size is not None:
-        return {"pixel_values": torch.zeros(rows, *size)}
+        return {"pixel_values": torch.randn(rows, *size, generator=chance)}
     raise InputError(
-        f"{loaded.source} does not say what its inputs look like",
-        fix="give inputs: a .npz file or package.module:function",
+        f"{type(loaded.module).__name__} of {loaded.source} does not say what its inputs look "
+        f"like; it takes {', '.join(loaded.accepts)}",
+        fix="give inputs: a .npz file with one array per input, or package.module:function",
     )
 
 
-def axes(loaded: LoadedModel, name: str, tensor: Tensor) -> dict[int, str]:
-    """Which axes of an input vary, by name: the first is the batch; the second of a matrix of
-    integers is the sequence."""
-    is_tokens = tensor.ndim == 2 and not tensor.is_floating_point()
-    return {0: BATCH, 1: SEQUENCE} if is_tokens and loaded.kind != "image" else {0: BATCH}
-
-
 def _text_inputs(loaded: LoadedModel) -> tuple[str, ...]:
-    """What the tokenizer puts out and the module takes."""
+    """What the tokenizer makes and the module takes."""
     stated = getattr(loaded.tokenizer, "model_input_names", ("input_ids", "attention_mask"))
     return tuple(name for name in loaded.accepts if name in stated)
 
 
-def _tokens(name: str, shape: tuple[int, int]) -> Tensor:
+def _tokens(name: str, shape: tuple[int, int], words: int, chance: torch.Generator) -> Tensor:
+    if name == "input_ids":
+        return torch.randint(words, shape, generator=chance)
     return torch.full(shape, int(name == "attention_mask"))
 
 
-def _image_size(config: Any) -> tuple[int, int, int] | None:
-    """(channels, height, width) from a configuration; None where it does not say.
+def _vocabulary(module: Any) -> int:
+    """How many tokens the module knows; 1, for token 0 alone, where it does not say."""
+    try:
+        return int(module.get_input_embeddings().num_embeddings)
+    except (AttributeError, NotImplementedError):
+        return 1
 
-    Networks without a fixed size, such as ResNets, are shown the usual 224.
-    """
-    size = getattr(config, "image_size", 224)
+
+def _image_size(config: Any) -> tuple[int, int, int] | None:
+    """(channels, height, width) from a configuration; None where it does not say."""
+    size = getattr(config, "image_size", _USUAL_IMAGE)
     sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     channels = getattr(config, "num_channels", None)
-    return None if channels is None else (channels, *sides[:2])
+    if channels is None or len(sides) != 2 or not all(isinstance(s, int) for s in sides):
+        return None
+    return channels, sides[0], sides[1]

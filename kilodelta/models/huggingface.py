@@ -1,58 +1,43 @@
-"""Opening a Hugging Face folder: its class, its weights, and the names of its tensors by proof.
+"""Open a Hugging Face folder: its class, its weights, and the names of its tensors by proof.
 
 transformers renames tensors while loading (a head adds a prefix, old names are modernised). So
 the module is first loaded with a twin of the checkpoint; where each tensor arrived tells the
 names. Then the real values are filled in by those names.
+
+A folder is data: `trust_remote_code` is off, so Python code that lies in one is neither run nor
+offered for running, and pipes and devices in it are not opened.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from kilodelta.errors import CheckpointError, InputError, require
+from kilodelta.errors import CheckpointError, InputError, KiloDeltaError, require
+from kilodelta.files import plain
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tying import memory_of
-from kilodelta.models import sentence
-from kilodelta.models.loaded import LoadedModel
+from kilodelta.models import positions, quantised, sentence
+from kilodelta.models.loaded import Kind, LoadedModel
 from kilodelta.models.names import match, unfilled
 from kilodelta.models.quiet import quiet
 from kilodelta.models.twin import unique
 from kilodelta.models.weights import TORCH, fill
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
-_FIX_ENTRY = "build the module yourself and name it as package.module:function"
+_FIX_ENTRY = (
+    "build the module yourself, with the files' own tensor names in its state_dict, and name it "
+    "by --model package.module:function"
+)
 _REASONABLE_LENGTH = 1 << 20  # transformers writes 10^30 where a tokenizer knows no limit
-
-
-def is_hub_id(text: str) -> bool:
-    """Whether a text could be the name of a repository on the Hugging Face hub."""
-    return _HUB_ID.fullmatch(text) is not None
-
-
-def fetch(name: str) -> Path:
-    """Download a repository's safetensors, configuration and tokenizer, or find them cached.
-
-    Raises:
-        CheckpointError: there is no such repository, or no way to reach it.
-    """
-    hub = require("huggingface_hub", extra="hf", why="open models from the hub")
-    try:
-        with quiet():
-            return Path(hub.snapshot_download(name, allow_patterns=list(_HUB_FILES)))
-    except (OSError, ValueError) as error:  # all of the hub's own errors are among these
-        raise CheckpointError(
-            f"{name} is no folder here and cannot be fetched: {_first_line(error)}",
-            fix="check the name, the network and the login, or give a local folder",
-        ) from None
+_READ_BY_TRANSFORMERS = frozenset({".json", ".txt", ".model", ".jinja"})
 
 
 def open_folder(
@@ -62,13 +47,23 @@ def open_folder(
     source: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> LoadedModel:
-    """Open a folder with `config.json`; see `kilodelta.models.open_model`."""
+    """Open a folder with `config.json`; see `kilodelta.models.open_model`.
+
+    Args:
+        folder: holds config.json, and the weights unless others are given.
+        weights: a checkpoint to take the weights from instead.
+        source: what the user called the folder.
+        dtype: of the float weights in memory.
+    """
     transformers = require("transformers", extra="hf", why="open Hugging Face models")
+    _require_plain(folder)
     pooling = sentence.read_pooling(folder)
     config = _config(transformers, folder)
     kind = _class(transformers, config, headless=pooling is not None)
     checkpoint = Checkpoint.open(folder if weights is None else weights)
-    module, names = _load(kind, config, checkpoint, dtype)
+    quantised.refuse(checkpoint)
+    with _explained(f"{folder}: {kind.__name__} cannot be built from config.json", _FIX_ENTRY):
+        module, names = _load(kind, config, checkpoint, dtype)
     fill(module, checkpoint, names)
     missing = unfilled(module, names)
     if weights is None and missing:
@@ -85,49 +80,119 @@ def open_folder(
         missing=missing,
         unused=tuple(name for name in checkpoint.names if name not in names),
         tokenizer=tokenizer,
-        max_length=_max_length(folder, config, tokenizer),
+        max_length=_max_length(folder, module, tokenizer),
         pooling=pooling,
     )
 
 
+def names_by_twin(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str] | None:
+    """Match a checkpoint's names to the state names of a module that the user built.
+
+    Returns:
+        Checkpoint name to state name; None for a module that is no class of transformers, or that
+        differs from what its own configuration builds.
+
+    Raises:
+        CheckpointError: transformers makes a tensor of the module out of several of the files'.
+    """
+    if not _is_transformers(module):
+        return None
+    own, names = _load(type(module), module.config, checkpoint)
+    return names if own.state_dict().keys() == module.state_dict().keys() else None
+
+
+def _is_transformers(module: nn.Module) -> bool:
+    return hasattr(module, "config") and hasattr(module, "main_input_name")
+
+
+@contextmanager
+def _explained(what: str, fix: str) -> Iterator[None]:
+    """Turn whatever transformers raises about a stranger's files into a sentence."""
+    try:
+        yield
+    except (KiloDeltaError, MemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: {_first_line(error)}", fix=fix) from error
+
+
+def _require_plain(folder: Path) -> None:
+    """Refuse links, pipes and devices by name before transformers opens whatever it looks for.
+
+    Links of the hub's cache to its own files are followed.
+    """
+    if not folder.is_dir():
+        return
+    for place in sorted(folder.iterdir()):
+        is_read = place.suffix in _READ_BY_TRANSFORMERS and not place.is_dir()
+        if is_read and not plain.is_model_file(place):
+            raise CheckpointError(f"{place} {plain.kind(place)}", fix="put the file itself there")
+
+
 def _config(transformers: Any, folder: Path) -> Any:
-    if not (folder / "config.json").is_file():
+    _require_no_code(_read_config(folder), folder)
+    with _explained(f"{folder}/config.json is not understood", _FIX_ENTRY):
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        raise quantised.refusal(str(folder), "config.json has a quantization_config")
+    _without_cache(config)
+    return config
+
+
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    place = folder / "config.json"
+    if not place.exists():
         raise InputError(
             f"{folder} holds no config.json, so its architecture is not known",
             fix="give a Hugging Face folder, or the architecture's folder and these as weights",
         )
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{folder}/config.json is not understood: {_first_line(error)}", fix=_FIX_ENTRY
-        ) from None
-    if getattr(config, "quantization_config", None) is not None:
-        raise InputError(
-            f"{folder} holds a quantised model", fix="give the model before quantisation"
-        )
-    if getattr(config, "is_encoder_decoder", False):
-        raise InputError(
-            f"{folder} is an encoder-decoder ({config.model_type}), which needs two inputs",
-            fix=_FIX_ENTRY,
-        )
-    config.use_cache = False
+    with plain.explained(place, CheckpointError):
+        text = plain.read_model_file(place)
+    with _explained(f"{place} is not understood", "fetch the folder again"):
+        config = json.loads(text)
+    if not isinstance(config, dict):
+        raise InputError(f"{place} holds no JSON object", fix="fetch the folder again")
     return config
+
+
+def _require_no_code(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a model that only its folder's own Python could build."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    own = config.get("auto_map")
+    if own and config.get("model_type") not in CONFIG_MAPPING:
+        listed = ", ".join(map(str, own.values())) if isinstance(own, dict) else own
+        raise InputError(
+            f"{folder}/config.json names Python code of the folder ({listed:.200}), which is "
+            "never run",
+            fix=f"if you trust that code, {_FIX_ENTRY}",
+        )
+
+
+def _without_cache(config: Any) -> None:
+    """Turn the cache of generation off, in the configurations inside as well."""
+    config.use_cache = False
+    for name in getattr(config, "sub_configs", ()):
+        inner = getattr(config, name, None)
+        if inner is not None:
+            _without_cache(inner)
 
 
 def _class(transformers: Any, config: Any, *, headless: bool) -> Any:
     """The class that config.json names, or the bare encoder below a sentence embedding."""
     names = getattr(config, "architectures", None) or []
     if headless or not names:
-        found = transformers.MODEL_MAPPING.get(type(config), None)
-        return found[0] if isinstance(found, (tuple, list)) else found
-    found = getattr(transformers, names[0], None)
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        bare = transformers.MODEL_MAPPING.get(type(config), None)
+        kind = bare[0] if isinstance(bare, (tuple, list)) else bare
+    else:
+        kind = getattr(transformers, str(names[0]), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise InputError(
-            f"transformers {transformers.__version__} has no architecture {names[0]}",
+            f"transformers {transformers.__version__} has no architecture "
+            f"{names[0] if names else config.model_type}",
             fix=f"upgrade transformers, or {_FIX_ENTRY}",
         )
-    return found
+    return kind
 
 
 def _load(
@@ -144,6 +209,7 @@ def _load(
             torch_dtype=dtype,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            trust_remote_code=False,
         )
     module = module.eval()
     names = match(twin, module.state_dict())
@@ -188,36 +254,43 @@ def _name(entry: Any) -> str:
     return str(entry[0] if isinstance(entry, (tuple, list)) else entry)
 
 
-def _kind(module: Any) -> Literal["text", "image", "any"]:
+def _kind(module: Any) -> Kind:
+    """`text` or `image` for a module that takes nothing else; `any` for all others."""
+    taken = getattr(module, "input_modalities", ())
+    modalities = (taken,) if isinstance(taken, str) else tuple(taken)
     main = getattr(module, "main_input_name", "")
-    if main == "input_ids":
+    if getattr(module.config, "is_encoder_decoder", False) and _has_decoder_inputs(module):
+        return "any"
+    if main == "input_ids" and modalities == ("text",):
         return "text"
-    return "image" if main == "pixel_values" else "any"
+    return "image" if main == "pixel_values" and modalities == ("image",) else "any"
+
+
+def _has_decoder_inputs(module: nn.Module) -> bool:
+    """DETR and its relatives call themselves encoder-decoders and take images alone."""
+    import inspect
+
+    return "decoder_input_ids" in inspect.signature(module.forward).parameters
 
 
 def _tokenizer(transformers: Any, folder: Path) -> Any:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
-    try:
-        with quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(
-            f"{folder}: the tokenizer cannot be opened: {_first_line(error)}",
-            fix="save it again with tokenizer.save_pretrained",
-        ) from None
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    what = f"{folder}: the tokenizer cannot be opened"
+    with _explained(what, "save it again with tokenizer.save_pretrained"), quiet():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer.padding_side = "right"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _max_length(folder: Path, config: Any, tokenizer: Any) -> int | None:
-    """The smallest limit that the folder states, in tokens."""
+def _max_length(folder: Path, module: nn.Module, tokenizer: Any) -> int | None:
+    """The smallest limit that folder, tokenizer and position table state, in tokens."""
     stated = (
         sentence.read_max_length(folder),
         getattr(tokenizer, "model_max_length", None),
-        getattr(config, "max_position_embeddings", None),
+        positions.limit(module),
     )
     limits = [limit for limit in stated if limit and limit < _REASONABLE_LENGTH]
     return min(limits, default=None)

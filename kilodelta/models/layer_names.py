@@ -1,4 +1,4 @@
-"""What names and `config.json` tell about a model's layers, without loading it.
+"""Tell kinds of layers by tensor names and `config.json`, without loading the model.
 
 A safetensors file does not say whether a matrix belongs to a Linear, a Conv1D or an Embedding.
 """
@@ -18,24 +18,29 @@ CONV1D = frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
 
 
 def owner(name: str) -> str:
-    """The module path of a tensor's name; empty for a tensor of the model itself."""
+    """Return the module path of a tensor's name; empty for a tensor of the model itself.
+
+    Example:
+        >>> owner("encoder.layer.0.dense.weight")
+        'encoder.layer.0.dense'
+    """
     return name.rpartition(".")[0]
 
 
 def is_embedding(name: str) -> bool:
-    """Whether a weight is by its name the table of an Embedding."""
+    """Return whether a weight is by its name the table of an Embedding."""
     last = owner(name).rpartition(".")[2].lower()
     return last in TABLES or ("embed" in last and not last.endswith(("_out", "proj")))
 
 
 def is_conv1d(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether a weight is by its name the (in, out) matrix of a Conv1D."""
+    """Return whether a weight is by its name the (in, out) matrix of a Conv1D."""
     last = owner(name).rpartition(".")[2]
     return config.get("model_type") in CONV1D_MODELS and last in CONV1D
 
 
 def read_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """The model folder's `config.json`; empty where there is none, or no JSON object."""
+    """Read the model folder's `config.json`; empty where there is none, or no JSON object."""
     if not checkpoint.path.is_dir():
         return {}
     try:

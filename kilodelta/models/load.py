@@ -1,4 +1,4 @@
-"""Opening a model by what the user calls it: a folder, a hub id, or a function."""
+"""Open a model by what the user calls it: a folder, a hub name, or a function."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from kilodelta.errors import CheckpointError, InputError
-from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.checkpoint import Checkpoint, hub_snapshot
 from kilodelta.files.tying import file_order, untied
-from kilodelta.models import huggingface
+from kilodelta.models import huggingface, positions
 from kilodelta.models.entry import call_entry, is_entry
+from kilodelta.models.hub import is_hub_name, locate
 from kilodelta.models.loaded import LoadedModel
 from kilodelta.models.names import unfilled
 from kilodelta.models.weights import fill
@@ -26,9 +27,11 @@ def open_model(
 ) -> LoadedModel:
     """Open a model in eval mode (dropout off).
 
+    No code of the folder is run, and nothing is asked.
+
     Args:
-        source: a Hugging Face folder, a hub id (`org/name`), or `package.module:function`, which
-            returns an `nn.Module` when called without arguments.
+        source: a Hugging Face folder, `hf:org/name` for a repository of the hub, or
+            `package.module:function`, which returns an `nn.Module` when called without arguments.
         weights: a checkpoint to take the weights from instead, such as a merge result. It may
             lack tensors that the architecture has (a new head): `LoadedModel.missing` names them.
         dtype: of the float weights in memory, whatever the files hold.
@@ -39,30 +42,20 @@ def open_model(
         MissingPackageError: transformers is needed.
 
     Example:
-        >>> open_model("distilbert/distilbert-base-uncased").names  # doctest: +SKIP
+        >>> open_model("hf:distilbert/distilbert-base-uncased").names  # doctest: +SKIP
     """
     text = str(source)
+    if is_hub_name(text):
+        return huggingface.open_folder(locate(text), weights, source=text, dtype=dtype)
     if Path(source).exists():
-        return huggingface.open_folder(Path(source), weights, dtype=dtype)
+        folder = hub_snapshot(Path(source))
+        return huggingface.open_folder(folder, weights, source=text, dtype=dtype)
     if is_entry(text):
         return _open_function(text, weights, dtype)
-    if huggingface.is_hub_id(text):
-        return huggingface.open_folder(huggingface.fetch(text), weights, source=text, dtype=dtype)
     raise InputError(
-        f"{text} is not a model: no such folder, no hub id, no package.module:function",
-        fix="check the path, or give a folder with config.json",
+        f"{text} is no model: no folder of that name is here, and it is no package.module:function",
+        fix="check the path; a repository of the Hugging Face hub is named hf:org/name",
     )
-
-
-def locate(source: str | Path) -> Path:
-    """Where a model's files lie: the path itself, or what a hub id was downloaded to.
-
-    Raises:
-        CheckpointError: a hub id that cannot be fetched.
-    """
-    if Path(source).exists() or not huggingface.is_hub_id(str(source)):
-        return Path(source)
-    return huggingface.fetch(str(source))
 
 
 def _open_function(
@@ -93,6 +86,7 @@ def _loaded(
         names=MappingProxyType(names),
         missing=unfilled(module, names),
         unused=unused,
+        max_length=positions.limit(module),
     )
 
 
@@ -103,12 +97,18 @@ def _untied(module: nn.Module) -> list[str]:
 
 
 def _in_checkpoint(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """The tensors that checkpoint and module share, by their one name."""
+    """Match checkpoint names to state names.
+
+    Names are equal, unless the module is a class of transformers, which renames some while
+    loading: then a twin of the checkpoint shows where each arrives, as for a folder.
+    """
     state = module.state_dict()
-    found = {name: name for name in checkpoint.names if name in state}
-    if not found:
+    names = {name: name for name in checkpoint.names if name in state}
+    if len(names) < len(checkpoint.names):
+        names = huggingface.names_by_twin(module, checkpoint) or names
+    if not names:
         raise CheckpointError(
             f"{checkpoint.path} holds none of the module's tensors: {', '.join(list(state)[:3])}",
             fix="give a checkpoint saved from this module's state_dict",
         )
-    return found
+    return names

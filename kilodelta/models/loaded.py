@@ -17,11 +17,10 @@ Batch: TypeAlias = dict[str, Tensor]
 
 Kind = Literal["text", "image", "any"]
 
-_KNOWN: Mapping[Kind, tuple[str, ...] | None] = {
-    "text": ("input_ids", "attention_mask", "token_type_ids", "position_ids"),
-    "image": ("pixel_values",),
-    "any": None,
-}
+_NO_INPUTS = frozenset({"past_key_values", "cache_position", "logits_to_keep"})
+"""What the forward of a transformers class takes beside a batch's tensors: state of generation."""
+_TRAINING = ("labels", "_label", "start_positions", "end_positions")
+"""Endings of what it takes to compute a loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +32,12 @@ class LoadedModel:
     """
 
     source: str
-    """Where it came from: a folder, a hub id or `package.module:function`."""
+    """Where it came from: a folder, a hub name or `package.module:function`."""
 
     module: nn.Module
 
     kind: Kind
-    """What it takes: `text` (`input_ids`), `image` (`pixel_values`) or `any`thing."""
+    """What it takes: `text` (token ids alone), `image` (pixels alone), or `any` other inputs."""
 
     names: Mapping[str, str]
     """Checkpoint name to state name, for every checkpoint tensor that the module has a place for;
@@ -64,22 +63,35 @@ class LoadedModel:
 
     @property
     def accepts(self) -> tuple[str, ...]:
-        """The names of the tensors that the module's forward takes."""
-        known = _KNOWN[self.kind]
-        return tuple(
-            name
-            for name, parameter in inspect.signature(self.module.forward).parameters.items()
+        """The names of the tensors that the module's forward takes.
+
+        Of a transformers class these are the arguments annotated as tensors, other than labels and
+        what generation keeps between steps; of any other module all arguments.
+        """
+        parameters = inspect.signature(self.module.forward).parameters
+        named = {
+            name: parameter
+            for name, parameter in parameters.items()
             if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-            and (known is None or name in known)
-        )
+        }
+        if self._main is None:
+            return tuple(named)
+        return tuple(n for n, p in named.items() if _is_tensor(p) and not _is_training(n))
 
     @property
     def required(self) -> tuple[str, ...]:
-        """The inputs that a batch must hold."""
-        if self.kind != "any":
-            return ("input_ids" if self.kind == "text" else "pixel_values",)
+        """The inputs that a batch must hold; a transformers class may ask for more by itself."""
+        if self._main is not None:
+            return (self._main,)
         parameters = inspect.signature(self.module.forward).parameters
         return tuple(n for n in self.accepts if parameters[n].default is inspect.Parameter.empty)
+
+    @property
+    def _main(self) -> str | None:
+        """The main input of a transformers class; None for any other module."""
+        name = getattr(self.module, "main_input_name", None)
+        is_argument = name in inspect.signature(self.module.forward).parameters
+        return name if hasattr(self.module, "config") and is_argument else None
 
     def choosing(self, patterns: Sequence[str]) -> LoadedModel:
         """Return the same model with other outputs: those that a name or glob matches.
@@ -92,6 +104,14 @@ class LoadedModel:
     def view(self) -> View:
         """Wrap the module as a function from named tensors to its named outputs."""
         return View(self.module, self.pooling, self.chosen)
+
+
+def _is_tensor(parameter: inspect.Parameter) -> bool:
+    return "Tensor" in str(parameter.annotation) and parameter.name not in _NO_INPUTS
+
+
+def _is_training(name: str) -> bool:
+    return name.endswith(_TRAINING) and name != "input_labels"  # SAM's points have labels
 
 
 def outputs(loaded: LoadedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

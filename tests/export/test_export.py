@@ -26,9 +26,9 @@ from kilodelta.cli import main
 from kilodelta.errors import BaseMismatchError, ExportError, InputError, OutputError
 from kilodelta.export.manifest import artefacts
 from kilodelta.export.onnx import save
-from kilodelta.export.onnx.template import export_template
+from kilodelta.export.onnx.make import export_template
 from kilodelta.export.options import read_sizes
-from kilodelta.export.pipeline import Exported, Options, export
+from kilodelta.export.pipeline import Exported, export
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.methods import Nola
 from kilodelta.format.targets import Patterns
@@ -81,8 +81,8 @@ def make_case(place: Path, name: str, **options: Any) -> Case:
         base, Nola(rank=2, bases=9), patterns=MATRICES, extras=head() if is_new_head else {}
     )
     made.save(place / "task.kd")
-    chosen = Options(config=str(config) if is_new_head else None, **options)
-    done = export(base, place / "task.kd", place / "out", options=chosen)
+    options.setdefault("config", str(config) if is_new_head else None)
+    done = export(base, place / "task.kd", place / "out", **options)
     return Case(base=base, file=place / "task.kd", config=config, done=done)
 
 
@@ -131,7 +131,9 @@ TRACED: dict[str, Any] = {}
 
 @pytest.fixture
 def bert(bert_place: Path, monkeypatch: pytest.MonkeyPatch) -> Bert:
-    def once(loaded: LoadedModel, batch: object, *, dtype: str) -> Any:
+    def once(loaded: LoadedModel, batch: object, *, dtype: str, sizes: Any) -> Any:
+        if sizes:  # of axes by name, which are looked up in the model
+            return export_template(loaded, dtype=dtype, sizes=sizes)
         if dtype not in TRACED:
             TRACED[dtype] = export_template(loaded, dtype=dtype)
         return TRACED[dtype]
@@ -307,9 +309,8 @@ def test_any_module_by_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(InputError, match=r"holds no config\.json"):
         export("base.safetensors", "task.kd", "out")
     with pytest.raises(InputError, match="does not say what its inputs look like"):
-        export("base.safetensors", "task.kd", "out", options=Options(model="nets:make"))
-    options = Options(model="nets:make", inputs="x.npz")
-    done = export("base.safetensors", "task.kd", "out", options=options)
+        export("base.safetensors", "task.kd", "out", model="nets:make")
+    done = export("base.safetensors", "task.kd", "out", model="nets:make", inputs="x.npz")
     [artefact] = done.manifest.artefacts
     assert done.manifest.model == "nets:make"
     assert artefact.profile == {"x": ((1, 5), (8, 5), (32, 5))}
@@ -336,7 +337,7 @@ def test_ctrl_c_during_a_build_leaves_nothing(bert: Bert, tmp_path: Path) -> Non
             bert.base,
             bert.place / "task.kd",
             tmp_path / "out",
-            options=Options(capabilities=("sm86",)),
+            tensorrt=["sm86"],
             progress=press,
         )
     assert sent
@@ -358,7 +359,7 @@ def test_what_lies_in_the_output_is_never_lost(
     first = artefacts.read(out)
     assert "--force to replace it" in bert(out).stderr
     (out / "notes.txt").write_text("mine")
-    assert "holds notes.txt too" in bert(out, "--force").stderr
+    assert "also holds notes.txt" in bert(out, "--force").stderr
     (out / "notes.txt").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(

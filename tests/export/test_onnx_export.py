@@ -15,8 +15,9 @@ pytest.importorskip("transformers")
 import torch
 
 from kilodelta.errors import CheckpointError, InputError
+from kilodelta.export.onnx.make import export_template
 from kilodelta.export.onnx.save import save
-from kilodelta.export.onnx.template import export_template, fill_template
+from kilodelta.export.onnx.template import fill_template
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.models import example, open_model
 from kilodelta.models.weights import tensor

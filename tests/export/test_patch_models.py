@@ -20,8 +20,9 @@ import torch
 
 from kilodelta.errors import ExportError
 from kilodelta.export.merge.checkpoint import merge
+from kilodelta.export.onnx.make import export_template
 from kilodelta.export.onnx.save import save
-from kilodelta.export.onnx.template import Template, export_template, fill_template
+from kilodelta.export.onnx.template import Template, fill_template
 from kilodelta.export.patching.make_map import make_map, write_rest
 from kilodelta.export.patching.rewrite import patch
 from kilodelta.export.patching.session import open_patched

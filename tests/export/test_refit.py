@@ -330,8 +330,9 @@ def check_names(folder: Path, out: Path, dtype: str = "float32") -> int:
     lies there in the checkpoint's layout; how many there are."""
     import tensorrt_rtx
 
+    from kilodelta.export.onnx.make import export_template
     from kilodelta.export.onnx.save import save
-    from kilodelta.export.onnx.template import export_template, fill_template
+    from kilodelta.export.onnx.template import fill_template
     from kilodelta.export.tensorrt.network import Network
     from kilodelta.models import open_model
 
@@ -387,8 +388,9 @@ def test_the_real_parser_knows_all_of_minilm(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("default")
 def test_a_real_engine_computes_what_the_merged_model_does(tmp_path: Path, on_device: bool) -> None:
     pytest.importorskip("transformers")
+    from kilodelta.export.onnx.make import export_template
     from kilodelta.export.onnx.save import save
-    from kilodelta.export.onnx.template import export_template, fill_template
+    from kilodelta.export.onnx.template import fill_template
     from kilodelta.export.tensorrt import cuda, flavour
     from kilodelta.export.tensorrt.build import build
     from kilodelta.export.tensorrt.cuda import CudaStream, driver

@@ -164,6 +164,9 @@ def test_an_engine_of_several_inputs_parses_under_the_official_names() -> None:
         ({"profile": {"input_ids": ((1, 1), (1, 64), (1, 512))}}, 1, [-1]),
         ({"inputs": (replace(IDS, shape=(4, "sequence")),)}, 0, [4, -1]),
         ({"outputs": (replace(LOGITS, shape=(3,)),)}, 0, [-1, -1]),
+        # scores between the rows of one request, as CLIP's: joined requests would mix them
+        ({"outputs": (replace(LOGITS, shape=("batch", "batch")),)}, 0, [-1, -1]),
+        ({"outputs": (replace(LOGITS, shape=("batch", "2*batch + 1")),)}, 0, [-1, -1]),
     ],
 )
 def test_what_cannot_be_batched_is_not(changes: Any, largest: int, dims: list[int]) -> None:
@@ -231,17 +234,24 @@ def test_a_repository_grows_by_versions(tmp_path: Path) -> None:
 def test_several_artefacts_are_models_of_their_own(tmp_path: Path) -> None:
     half = engine("tensorrt", dtype="float16", **named("model.fp16.engine"))
     rtx = engine("tensorrt_rtx", **named("model.fp32.engine"))
-    source = exported(tmp_path / "out", artefact(), half, rtx)
+    brain = artefact(dtype="bfloat16", **named("model.bf16.onnx"))
+    source = exported(tmp_path / "out", artefact(), half, rtx, brain)
     done = write_repository(source, tmp_path / "models", name="intent")
     assert [model.name for model in done.models] == ["intent-fp32-onnx", "intent-fp16-tensorrt"]
-    assert done.left_out == ("model.fp32.engine",)
+    assert done.left_out == (
+        "model.fp32.engine: Triton does not run TensorRT-RTX engines",
+        "model.bf16.onnx: Triton's ONNX Runtime back end takes no bfloat16",
+    )
     assert (tmp_path / "models/intent-fp16-tensorrt/1/model.plan").is_file()
 
 
 def test_what_cannot_be_served_is_refused(tmp_path: Path) -> None:
     rtx = exported(tmp_path / "rtx", engine("tensorrt_rtx", **named("model.fp32.engine")))
-    with pytest.raises(ExportError, match="only TensorRT-RTX engines"):
+    with pytest.raises(ExportError, match="holds nothing that Triton runs: Triton does not run"):
         write_repository(rtx, tmp_path / "models")
+    brain = exported(tmp_path / "bf16", artefact(dtype="bfloat16"))
+    with pytest.raises(ExportError, match="back end takes no bfloat16"):
+        write_repository(brain, tmp_path / "models")
     assert not (tmp_path / "models").exists()
     source = exported(tmp_path / "out", artefact())
     with pytest.raises(InputError, match=r"'\.\./x' cannot be a model's name"):
@@ -297,11 +307,18 @@ def test_the_command_exports_into_a_repository_that_onnx_runtime_runs(tmp_path: 
             assert list(one.dims) == [n if isinstance(n, int) else -1 for n in sizes]
 
 
-@pytest.mark.parametrize("options", [["--tensorrt", "sm89"], []])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--tensorrt", "sm89"], "Triton does not run TensorRT-RTX engines"),
+        (["--dtype", "bf16"], "Triton's ONNX Runtime back end takes no bfloat16"),
+        ([], "'my task' cannot be a model's name"),
+    ],
+)
 def test_the_command_refuses_before_it_exports(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """RTX engines alone, and a file's name that is none for a model."""
+    """RTX engines alone, bfloat16 alone, and a file's name that is none for a model."""
     for package in ("torch", "onnxscript"):
         pytest.importorskip(package)
     from types import SimpleNamespace
@@ -309,19 +326,18 @@ def test_the_command_refuses_before_it_exports(
     from click.testing import CliRunner
 
     from kilodelta.cli import main
-    from kilodelta.export.tensorrt import flavour as tensorrt_flavour
 
     rtx = SimpleNamespace(__name__="tensorrt_rtx")
-    monkeypatch.setattr(tensorrt_flavour, "choose", lambda *_: rtx)
-    monkeypatch.setattr("kilodelta.export.pipeline.export", None)  # calling it would be a TypeError
+    monkeypatch.setattr("kilodelta.export.pipeline.choose", lambda *_: rtx)
+    monkeypatch.setattr("kilodelta.export.pipeline._export", None)  # calling it is a TypeError
     file = "task.kd" if options else "my task.kd"
     arguments = ["base", file, "-o", str(tmp_path / "out"), "--triton", str(tmp_path / "models")]
     done = CliRunner().invoke(main, ["export", *arguments, *options])
-    said = "only TensorRT-RTX engines" if options else "'my task' cannot be a model's name"
     assert (done.exit_code, said in done.output) == (11 if options else 9, True), done.output
     assert not list(tmp_path.iterdir())
 
 
 def test_what_triton_runs_is_not_refused_before() -> None:
-    require_servable("task.kd", flavour=None)
-    require_servable("task.kd", flavour="tensorrt")
+    require_servable("task.kd", kinds=["onnx", "tensorrt_rtx"], dtypes=["float32"])
+    require_servable("task.kd", kinds=["tensorrt"], dtypes=["bfloat16"])
+    require_servable("task.kd", kinds=["onnx"], dtypes=["bfloat16", "float16"])

@@ -134,8 +134,9 @@ def exported(loaded: LoadedModel, folder: Path, feeds: Mapping[str, Tensor]) -> 
     runtime = pytest.importorskip("onnxruntime")
     from safetensors.torch import save_file
 
+    from kilodelta.export.onnx.make import export_template
     from kilodelta.export.onnx.save import save
-    from kilodelta.export.onnx.template import export_template, fill_template
+    from kilodelta.export.onnx.template import fill_template
 
     save_file(loaded.module.state_dict(), folder / "weights.safetensors")
     template = export_template(loaded, dict(feeds))

@@ -15,8 +15,9 @@ import torch
 from kilodelta.export.adapter.graph import with_adapter
 from kilodelta.export.adapter.layout import AdapterLayout
 from kilodelta.export.merge.checkpoint import merge
+from kilodelta.export.onnx.make import export_template
 from kilodelta.export.onnx.save import save
-from kilodelta.export.onnx.template import Template, export_template, fill_template
+from kilodelta.export.onnx.template import Template, fill_template
 from kilodelta.format.delta import Delta
 from kilodelta.format.methods import Method, Nola
 from kilodelta.format.targets import Patterns

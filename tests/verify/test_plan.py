@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kilodelta.errors import InputError
-from kilodelta.export.manifest.artefacts import Profile
+from kilodelta.export.manifest.facts import Profile
 from kilodelta.progress import Event
 from kilodelta.verify.parity import memory, plan
 from kilodelta.verify.parity.plan import BYTES

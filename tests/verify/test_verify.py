@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import kilodelta
 from kilodelta.cli import main
 from kilodelta.errors import FileError, InputError, OutputError, ProofError
 from kilodelta.export.manifest import artefacts
-from kilodelta.export.pipeline import Options, export
+from kilodelta.export.pipeline import export
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.methods import Nola
@@ -37,6 +37,13 @@ CONV1D = ("*.c_attn.weight", "*.c_proj.weight", "*.c_fc.weight")
 MATRICES = Patterns(include=("*.weight",), exclude=(), transposed=CONV1D)
 SIZES = {"batch": (1, 2, 3), "sequence": (1, 4, 9)}
 MODEL = "model.fp32.onnx"
+
+
+def profile(sizes: Mapping[str, tuple[int, int, int]]) -> list[str]:
+    """Sizes as `--profile` takes them."""
+    return [f"{name}={','.join(map(str, values))}" for name, values in sizes.items()]
+
+
 NOWHERE = "sm99"  # a GPU that nobody has, so that an engine for it runs nowhere
 
 Edit = Callable[[dict[str, Any]], None]
@@ -78,7 +85,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KILODELTA_CACHE", str(place / "cache"))
         made = make(place, "bert_classifier")
-        export(place / "base", place / "task.kd", made.out, options=Options(sizes=SIZES))
+        export(place / "base", place / "task.kd", made.out, profile=profile(SIZES))
         kilodelta.merge(place / "base", place / "task.kd", place / "merged")
         yield made
 
@@ -427,8 +434,7 @@ def test_every_architecture_end_to_end(name: str, tmp_path: Path) -> None:
     world = make(tmp_path, name)
     sizes = SIZES if name in {"gpt2", "llama"} else {"batch": SIZES["batch"]}
     base, file = tmp_path / "base", tmp_path / "task.kd"
-    options = Options(dtypes=("float32", "float16"), sizes=sizes)
-    export(base, file, world.out, options=options)
+    export(base, file, world.out, dtype=["fp32", "fp16"], profile=profile(sizes))
     np.savez(tmp_path / "images.npz", pixel_values=pico.pixels()["pixel_values"].numpy())
     inputs = "texts.txt" if "sequence" in sizes else "images.npz"
     result = world.verify(world.out, "--inputs", tmp_path / inputs, "--require", "ort-cpu")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from kilodelta.errors import ProofError
 from kilodelta.export.manifest import artefacts
-from kilodelta.export.manifest.artefacts import ExportManifest, file_fact
+from kilodelta.export.manifest.artefacts import file_fact
+from kilodelta.export.manifest.facts import ExportManifest
 from kilodelta.progress import Progress, silent
 from kilodelta.verify.digests.proof import Proof
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,15 +14,14 @@ import torch
 from kilodelta.errors import ExportError, KiloDeltaError
 from kilodelta.export.adapter.factors import Factors, expand
 from kilodelta.export.adapter.graph import with_adapter
-from kilodelta.export.manifest.artefacts import Artefact, ExportManifest
-from kilodelta.export.manifest.facts import FLAVOURS
+from kilodelta.export.manifest.facts import FLAVOURS, Artefact, ExportManifest
+from kilodelta.export.onnx.make import export_template
 from kilodelta.export.onnx.save import save
-from kilodelta.export.onnx.template import export_template, fill_template
-from kilodelta.export.options import Options as ExportOptions
+from kilodelta.export.onnx.template import fill_template
+from kilodelta.export.options import short
 from kilodelta.export.pipeline import export
 from kilodelta.export.tensorrt import build, cuda
 from kilodelta.export.tensorrt.flavour import choose
-from kilodelta.export.tensorrt.profile import profile_for
 from kilodelta.export.tensorrt.refit import RefitEngine
 from kilodelta.format.file import load
 from kilodelta.merging.gpu.choose import device_named
@@ -81,7 +80,7 @@ class _Bench:
 
     def onnx(self) -> Iterator[PartRow]:
         """Judge and time ONNX files in ONNX Runtime, and time torch."""
-        out, manifest = self._export("onnx", ExportOptions(dtypes=self.dtypes))
+        out, manifest = self._export("onnx", {"dtype": self._short})
         yield from self._verified("onnx", out)
         for artefact in manifest.artefacts:
             yield from self._torch(artefact)
@@ -96,22 +95,20 @@ class _Bench:
             MissingPackageError: the flavour is not installed.
         """
         maker = _maker(flavour, self.dtypes)
-        options = ExportOptions(
-            onnx=False, capabilities=(maker.capability,), flavour=flavour, dtypes=self.dtypes
-        )
+        options = {"tensorrt": (maker.capability,), "flavour": flavour, "dtype": self._short}
         yield from guarded(flavour, self._fixed(maker, options))
-        refittable = replace(options, refittable=True)
+        refittable = {**options, "refittable": True}
         yield from guarded(f"{flavour}, refittable", self._refitted(maker, refittable))
         for dtype in self.dtypes:
             yield from guarded(f"{flavour}, adapter {dtype}", self.adapter(dtype, maker))
 
-    def _fixed(self, maker: _Maker, options: ExportOptions) -> Iterator[PartRow]:
+    def _fixed(self, maker: _Maker, options: Mapping[str, Any]) -> Iterator[PartRow]:
         out, manifest = self._export(maker.flavour, options)
         yield from self._verified(maker.flavour, out)
         for artefact in manifest.artefacts:
             yield from self._timed(artefact.file, maker.runner(out / artefact.file), artefact)
 
-    def _refitted(self, maker: _Maker, options: ExportOptions) -> Iterator[PartRow]:
+    def _refitted(self, maker: _Maker, options: Mapping[str, Any]) -> Iterator[PartRow]:
         """Judge a plan as it was built; then refit it with another fine-tune, save, load, judge."""
         what = f"{maker.flavour}, refittable"
         out, manifest = self._export(f"{maker.flavour}-refittable", options)
@@ -156,20 +153,25 @@ class _Bench:
         runner: Runs = OnnxRunner(path, device=self.device.type)
         if maker is not None:
             engine = self.folder / f"adapter-{dtype}-{maker.flavour}.engine"
-            profile = profile_for(loaded, wide.inputs, {})
+            profile = wide.profile()
             built = (maker.capability,)
             build.build(maker.trt, path, engine, capabilities=built, profile=profile)
             runner = maker.runner(engine)
         bound = _WithFactors(runner=runner, factors=expand(load(models.deltas[0]), layout))
         names = tuple(port.name for port in template.outputs)
-        shapes = profile_for(loaded, template.inputs, {})
+        shapes = template.profile()
         against = models.reference(0, shapes, names, self.device.type)
         yield _row("", judge(bound, against, artefact=f"adapter graph {dtype}", precision=dtype))
         yield from latencies(f"adapter graph {dtype} in {bound.name}", bound.request, against.cases)
 
-    def _export(self, name: str, options: ExportOptions) -> tuple[Path, ExportManifest]:
+    def _export(self, name: str, options: Mapping[str, Any]) -> tuple[Path, ExportManifest]:
         out = self.folder / f"out-{name}"
-        return out, export(self.models.base, self.models.deltas[0], out, options=options).manifest
+        return out, export(self.models.base, self.models.deltas[0], out, **options).manifest
+
+    @property
+    def _short(self) -> list[str]:
+        """The precisions as options write them."""
+        return [short(dtype) for dtype in self.dtypes]
 
     def _verified(self, name: str, out: Path) -> Iterator[PartRow]:
         """Verify an export as `kilodelta verify` does."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kilodelta.errors import InputError
-from kilodelta.export.manifest.artefacts import Artefact, Profile, Shape
+from kilodelta.export.manifest.facts import Artefact, Profile, Shape
 from kilodelta.models import outputs, read_inputs
 from kilodelta.progress import Event, Progress
 from kilodelta.verify.options import Subject, VerifyOptions

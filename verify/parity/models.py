@@ -14,9 +14,7 @@ from torch.nn import functional
 
 from kilodelta.compress.distill.learn.comparisons import SHARPNESS
 from kilodelta.errors import InputError
-from kilodelta.export.merge.checkpoint import merge
-from kilodelta.export.merged_model import open_merged
-from kilodelta.files import staging
+from kilodelta.export.merged_model import merged_weights, open_merged
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.models import LoadedModel, fill, open_model, outputs, read_texts, tokenize
@@ -64,10 +62,7 @@ def _weights(subject: Subject, delta: Delta, progress: Progress) -> Iterator[Pat
     if subject.merged is not None:
         yield subject.merged
         return
-    with staging.scratch() as folder:
-        single = not subject.base.path.is_dir()
-        place = folder / ("merged.safetensors" if single else "merged")
-        merge(subject.base, delta, place, progress=progress)
+    with merged_weights(subject.base, delta, progress=progress) as place:
         yield place
 
 

@@ -14,7 +14,7 @@ from math import prod
 import torch
 
 from kilodelta.errors import InputError
-from kilodelta.export.manifest.artefacts import Profile, Shape
+from kilodelta.export.manifest.facts import Profile, Shape
 from kilodelta.progress import Event, Progress, silent
 from kilodelta.verify.parity import memory
 from kilodelta.verify.parity.fitting import Shapes

@@ -14,13 +14,13 @@ from kilodelta.device.make.build import Settings
 from kilodelta.device.modes import patch, refit, runtime
 from kilodelta.export.adapter.graph import with_adapter
 from kilodelta.export.architecture import open_headed
+from kilodelta.export.onnx.make import export_template
 from kilodelta.export.onnx.save import save
-from kilodelta.export.onnx.template import Template, export_template, fill_template
+from kilodelta.export.onnx.template import Template, fill_template
 from kilodelta.export.patching.make_map import make_map, write_rest
 from kilodelta.export.patching.map import write_map
 from kilodelta.export.tensorrt import build
 from kilodelta.export.tensorrt.flavour import choose
-from kilodelta.export.tensorrt.profile import profile_for
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.model_digest import digest
 from kilodelta.files.safetensors import write_stream
@@ -69,7 +69,7 @@ class BundleJob:
         exact = reference.exact(self.loaded, batch)
         limits = reference.limits(self.loaded, exact, settings.dtype)
         self._tell("export", 2)
-        template = export_template(self.loaded, batch, dtype=settings.dtype)
+        template = export_template(self.loaded, batch, dtype=settings.dtype, sizes=settings.sizes)
         MAKERS[settings.mode](self, template, base)
         self._tell("sealed", 3)
         golden.write(base / golden.FILE, exact)
@@ -102,7 +102,7 @@ class BundleJob:
             onnx,
             folder / runtime.ENGINE,
             capabilities=self.settings.capabilities,
-            profile=profile_for(self.loaded, template.inputs, self.settings.sizes),
+            profile=template.profile(),
             refit=refittable,
             progress=self.progress,
         )

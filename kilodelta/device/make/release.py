@@ -17,7 +17,6 @@ from kilodelta.device.golden import golden
 from kilodelta.device.make.signing import sign_release, signing_from
 from kilodelta.device.update.admit import HIGHEST
 from kilodelta.errors import InputError, OutputError, require
-from kilodelta.files import staging
 from kilodelta.files.baseline import require_base
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import RawTensor
@@ -176,18 +175,13 @@ def _probe(
     from kilodelta.device.golden import reference
     from kilodelta.export.architecture import open_headed
     from kilodelta.export.manifest.facts import DTYPES
-    from kilodelta.export.merge.checkpoint import merge
-    from kilodelta.export.merged_model import open_merged
+    from kilodelta.export.merged_model import merged_weights, open_merged
     from kilodelta.models import locate
 
     checkpoint = Checkpoint.open(locate(os.fspath(base)))
     model, config, outputs = architecture
-    # Beside the output: the system's temporary folder may be too small for a model.
-    with staging.scratch(out) as work:
-        merged = work / ("merged" if checkpoint.path.is_dir() else "merged.safetensors")
-        merge(checkpoint, delta, merged, progress=progress)
-        tuned = open_merged(checkpoint, merged, delta, model=model, config=config)
-        tuned = tuned.choosing(outputs)
+    with merged_weights(checkpoint, delta, beside=out, progress=progress) as weights:
+        tuned = open_merged(checkpoint, weights, delta, model=model, config=config, outputs=outputs)
         exact = reference.exact(tuned, reference.golden_inputs(tuned, inputs, rows))
         plain = open_headed(checkpoint, config=config, delta=delta, model=model).loaded
         limits = reference.telling_limits(tuned, plain, exact, DTYPES)

@@ -1,0 +1,190 @@
+"""Make a template: trace the model, prove its weights, and see that its axes vary as declared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from kilodelta.errors import ExportError, InputError
+from kilodelta.export.manifest.facts import BATCH, DTYPES, Sizes
+from kilodelta.export.onnx.axes import Group, Variation, vary
+from kilodelta.export.onnx.clean import clean, rename
+from kilodelta.export.onnx.proof import claim, make_twin, require_kept
+from kilodelta.export.onnx.template import Template, port
+from kilodelta.export.onnx.trace import trace
+from kilodelta.export.onnx.trial import Trial, can_try
+from kilodelta.files.checkpoint import in_name_order
+from kilodelta.files.tying import first_names
+from kilodelta.models import Batch, LoadedModel, View, example
+
+
+def export_template(
+    loaded: LoadedModel,
+    batch: Batch | None = None,
+    *,
+    dtype: str = "float32",
+    sizes: Mapping[str, Sizes] | None = None,
+) -> Template:
+    """Export a model's architecture; its weights' values play no part.
+
+    Axes vary where the model and the exported graph take other sizes (`axes.py`, `trial.py`);
+    `Template.notes` says what is fixed.
+
+    Args:
+        loaded: what to export.
+        batch: inputs the model takes. Only their names, dtypes and fixed sizes matter; token
+            models and images of a known size need none.
+        dtype: the precision of weights and arithmetic. Casts that the model itself makes stay:
+            most normalise and take softmax in float32.
+        sizes: smallest, usual and largest size of axes by name. Images vary in `height` and
+            `width` only where they are named here.
+
+    Raises:
+        ExportError: torch cannot export it, a weight does not stay itself, the graph does not
+            compute the model, or an axis of `sizes` cannot vary in it.
+        InputError: an unknown dtype, no batch where one is needed, or a size that the model does
+            not take.
+        MissingPackageError: onnxscript is not installed.
+
+    Example:
+        >>> export_template(open_model("base/")).inputs  # doctest: +SKIP
+        (Port(name='input_ids', dtype='int64', shape=('batch', 'sequence')), ...)
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"{dtype} is no precision to export in", fix=f"give {', '.join(DTYPES)}")
+    by_hand = sizes or {}
+    variation = vary(loaded, example(loaded) if batch is None else batch, by_hand)
+    return _Maker(loaded, dtype, by_hand, is_made_up=batch is None).run(variation)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A graph with named weights, their shapes, and by axis why it is frozen there."""
+
+    model: Any
+    weights: Mapping[str, tuple[int, ...]]
+    frozen: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Traces, tries, and fixes axes that do not vary in the graph, until what is declared holds.
+
+    `is_made_up` says that nobody has said how large the inputs are.
+    """
+
+    loaded: LoadedModel
+    dtype: str
+    by_hand: Mapping[str, Sizes]
+    is_made_up: bool
+
+    def run(self, variation: Variation) -> Template:
+        retraced: set[str] = set()
+        while True:
+            try:
+                graph = self._graph(variation)
+            except ExportError as error:
+                variation = self._without_axes(variation, error)
+                continue
+            wrong = graph.frozen or self._tried(graph, variation)
+            if not wrong:
+                return self._template(graph, variation)
+            for name, reason in wrong.items():
+                group = variation.group(name)
+                larger = group.sizes[2] - 1
+                if name in graph.frozen or name in retraced or group.traced >= larger:
+                    variation = self._fixed(variation, group, reason)
+                else:  # a small size may take a branch of its own, where a large one is general
+                    variation = variation.retraced(name, larger)
+                    retraced.add(name)
+
+    def _graph(self, variation: Variation) -> _Graph:
+        dtype = getattr(torch, self.dtype)
+        twin = make_twin(self.loaded.module, dtype)
+        shown = variation.resized({group.name: group.traced for group in variation.groups})
+        raw = trace(
+            View(twin, self.loaded.pooling, self.loaded.chosen),
+            {n: t.to(dtype) if t.is_floating_point() else t for n, t in shown.items()},
+            variation.axes(),
+        )
+        claimed = claim(raw, twin)
+        clean(raw.model)
+        require_kept(raw.model, claimed, claimed.keys() & raw.used)
+        named = _by_checkpoint_name(self.loaded, twin, claimed)
+        rename(raw.model, named)
+        held = raw.model.graph.initializers
+        return _Graph(
+            model=raw.model,
+            weights={n: tuple(held[n].shape.numpy()) for n in named if n in held},
+            frozen=dict.fromkeys(raw.frozen, "the model's code fixes it while torch traces it"),
+        )
+
+    def _without_axes(self, variation: Variation, error: ExportError) -> Variation:
+        """What torch may be able to trace: the same with one size of everything but the batch.
+
+        Raises:
+            ExportError: `error` itself, where nothing is left to fix or what varies was asked for.
+        """
+        groups = [group for group in variation.groups if group.name != BATCH]
+        if not groups or any(group.name in self.by_hand for group in groups):
+            raise error
+        for group in groups:
+            variation = self._fixed(variation, group, error.what)
+        return variation
+
+    def _tried(self, graph: _Graph, variation: Variation) -> Mapping[str, str]:
+        if not can_try(self.dtype):
+            return {}
+        dtype = getattr(torch, self.dtype)
+        return Trial(graph.model, self.loaded, graph.weights, variation, dtype).guilty()
+
+    def _fixed(self, variation: Variation, group: Group, reason: str) -> Variation:
+        """Fix an axis at the size that the inputs have, or that was asked for."""
+        asked = self.by_hand.get(group.name)
+        if asked is not None and len(set(asked)) > 1:
+            raise ExportError(
+                f"{group.name} cannot vary in the exported graph: {reason}",
+                fix=f"leave {group.name} out of --profile, or give one size three times; it is "
+                "then fixed",
+            )
+        size = group.given if asked is None and not self.is_made_up else group.sizes[1]
+        return variation.fix(group.name, size, reason)
+
+    def _template(self, graph: _Graph, variation: Variation) -> Template:
+        loaded = self.loaded
+        untried = (
+            f"{self.dtype} was not run at other sizes: onnxruntime is not installed, or its CPU "
+            "kernels do not compute in it"
+        )
+        return Template(
+            model=graph.model,
+            dtype=self.dtype,
+            weights=MappingProxyType(graph.weights),
+            unused=tuple(n for n in loaded.names if n not in graph.weights) + loaded.unused,
+            inputs=tuple(map(port, graph.model.graph.inputs)),
+            outputs=tuple(map(port, graph.model.graph.outputs)),
+            opset=graph.model.opset_imports[""],
+            sizes=MappingProxyType({group.name: group.sizes for group in variation.groups}),
+            notes=variation.fixed if can_try(self.dtype) else (*variation.fixed, untried),
+        )
+
+
+def _by_checkpoint_name(
+    loaded: LoadedModel, twin: nn.Module, claimed: Mapping[str, list[Any]]
+) -> dict[str, list[Any]]:
+    """The claimed values by checkpoint name, in name order."""
+    firsts = first_names(twin.state_dict())
+    owner = {firsts[place]: name for name, place in loaded.names.items()}
+    orphans = sorted(set(claimed) - set(owner))
+    if orphans:
+        raise ExportError(
+            f"no checkpoint holds {', '.join(orphans)}, which the outputs depend on",
+            fix="give the merged model, or a delta that carries them as extras",
+        )
+    named = {owner[name]: values for name, values in claimed.items()}
+    return {name: named[name] for name in in_name_order(named)}
