@@ -100,7 +100,8 @@ def verify(
     Outputs that are wrong do not raise: see `Verification.failure`.
 
     Args:
-        base: the model that the delta was made for: a folder, a `.safetensors` file or a hub id.
+        base: the model that the delta was made for: a folder, a `.safetensors` file or
+            `hf:org/name`.
         delta: the `.kd` file.
         places: a merged model, an export folder, both or neither, in any order.
         inputs: real inputs to run everything on: `.jsonl`, `.txt`, `.npz`, or

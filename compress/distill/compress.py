@@ -69,7 +69,7 @@ def compress(
     """Distil a fine-tuned model into a `.kd` file over its base.
 
     Args:
-        base: the model that the fine-tune began from: a folder, a file, or a hub id.
+        base: the model that the fine-tune began from: a folder, a file, or `hf:org/name`.
         tuned: the fine-tuned model, likewise; a head that the base lacks travels whole.
         out: the `.kd` file to write.
         inputs: unlabelled inputs (`kilodelta.models.read_inputs`); without them only a LoRA by

@@ -136,8 +136,8 @@ def bundle(
 ) -> Callable[[], None]:
     """Make a device folder from BASE, on a build machine: what is deployed once.
 
-    BASE is a .safetensors file, a Hugging Face folder or a hub id. The folder serves the base until
-    a fine-tune is applied to it.
+    BASE is a .safetensors file, a Hugging Face folder or hf:org/name. The folder serves the base
+    until a fine-tune is applied to it.
     """
     from kilodelta.device import bundle
 

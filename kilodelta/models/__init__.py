@@ -1,6 +1,6 @@
 """Open the models that compress, export and verify work on: weights, inputs and outputs.
 
-A model is a Hugging Face folder, a hub id or a function of the user's own; inputs are texts,
+A model is a Hugging Face folder, `hf:org/name` or a function of the user's own; inputs are texts,
 arrays or batches. Opening one needs torch, and Hugging Face folders need transformers
 (`pip install '.[hf]'`), so names load when first used; `layer_names` needs neither.
 """

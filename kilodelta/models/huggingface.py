@@ -97,7 +97,7 @@ def names_by_twin(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str] |
     """
     if not _is_transformers(module):
         return None
-    own, names = _load(type(module), module.config, checkpoint)
+    own, names = _load(type(module), module.config, checkpoint, torch.float32)
     return names if own.state_dict().keys() == module.state_dict().keys() else None
 
 

@@ -386,7 +386,7 @@ def test_wrong_arguments(bert: Bert, tmp_path: Path) -> None:
 
     fails(InputError, "engines were described and none was asked for", "--tf32")
     fails(InputError, "is no profile of an axis", "--profile", "batch=4,2,8")
-    fails(InputError, "the model has 32 positions", "--profile", "sequence=1,8,33")
+    fails(InputError, "does not take sequence 33", "--profile", "sequence=1,8,33")
     fails(InputError, "no input has an axis frames", "--profile", "frames=1,2,3")
     fails(OutputError, "cannot be written", "-o", str(tmp_path / "absent" / "out"))
     assert bert(tmp_path / "out", "--dtype", "int8").exit_code == 2

@@ -108,7 +108,7 @@ def bundle(
     """Make a device folder that serves the base.
 
     Args:
-        base: a folder, a `.safetensors` file (with `model`) or a hub id.
+        base: a folder, a `.safetensors` file (with `model`) or `hf:org/name`.
         out: a new folder.
         mode: how fine-tunes are applied: "adapter", "patch" or "refit" (docs/deploy.md).
         onnx: keep the ONNX file that an engine was built from.

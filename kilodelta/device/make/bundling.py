@@ -33,7 +33,7 @@ class BundleJob:
     """One bundle in the making.
 
     Args:
-        base: a folder, a `.safetensors` file or a hub id.
+        base: a folder, a `.safetensors` file or `hf:org/name`.
         settings: what to deploy.
         progress: called after each step.
 
