@@ -117,4 +117,5 @@ def looks_like_hub_id(path: str) -> bool:
         >>> looks_like_hub_id("org/name"), looks_like_hub_id("./org/name"), looks_like_hub_id("x")
         (True, False, False)
     """
-    return _HUB.match(path) is not None and not Path(path).parent.exists()
+    is_file_name = path.endswith((".safetensors", ".kd", ".json"))  # a mistyped path, surely
+    return _HUB.match(path) is not None and not is_file_name and not Path(path).parent.exists()
