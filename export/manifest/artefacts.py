@@ -72,7 +72,7 @@ def file_fact(path: Path, *, follow: bool = True) -> FileFact:
 
     Example:
         >>> file_fact(Path("tests/golden/0.1.0/base.safetensors")).nbytes
-        744
+        1464
     """
     state, count = hashlib.sha256(), 0
     with plain.open_reader(path, follow=follow) as file:

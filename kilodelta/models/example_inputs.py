@@ -1,15 +1,16 @@
-"""Make up inputs for a model whose kind says what they look like."""
+"""Make up inputs for a model whose kind says what they look like, and say how long they may be."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kilodelta.errors import InputError
 from kilodelta.models.loaded import Batch, LoadedModel
 
+_FIELDS = ("max_position_embeddings", "n_positions", "max_target_positions")
 _USUAL_IMAGE = 224
 """Pixels a side for networks whose configuration states no size, such as ResNets."""
 
@@ -71,3 +72,44 @@ def _image_size(config: Any) -> tuple[int, int, int] | None:
     if channels is None or len(sides) != 2 or not all(isinstance(s, int) for s in sides):
         return None
     return channels, sides[0], sides[1]
+
+
+def longest_text(module: nn.Module) -> int | None:
+    """Return the longest text in tokens that the position table of a transformers module takes.
+
+    RoBERTa's relatives number positions from their padding index + 1 on, so that many rows of
+    their table are never reached (`create_position_ids_from_input_ids` in transformers).
+
+    Args:
+        module: any module; None is returned for one without a transformers configuration.
+    """
+    stated = _stated(getattr(module, "config", None))
+    if stated is None:
+        return None
+    return stated - max((skipped(table) for table in _tables(module)), default=0)
+
+
+def skipped(table: nn.Embedding) -> int:
+    """Return how many rows of a position table come before that of the first token."""
+    return 0 if table.padding_idx is None else table.padding_idx + 1
+
+
+def _stated(config: Any) -> int | None:
+    """The number of positions that a configuration states, its text model's where it has one."""
+    if config is None:
+        return None
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for owner in (text, config):
+        for field in _FIELDS:
+            value = getattr(owner, field, None)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+    return None
+
+
+def _tables(module: nn.Module) -> list[nn.Embedding]:
+    return [
+        table
+        for name, table in module.named_modules()
+        if isinstance(table, nn.Embedding) and name.endswith("position_embeddings")
+    ]

@@ -24,11 +24,12 @@ from kilodelta.errors import CheckpointError, InputError, KiloDeltaError, requir
 from kilodelta.files import plain
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tying import memory_of
-from kilodelta.models import positions, quantised, sentence
+from kilodelta.models import quantised
+from kilodelta.models.example_inputs import longest_text
 from kilodelta.models.loaded import Kind, LoadedModel
-from kilodelta.models.names import match, unfilled
+from kilodelta.models.pooling import read_max_length, read_pooling
 from kilodelta.models.quiet import quiet
-from kilodelta.models.twin import unique
+from kilodelta.models.twin import match, unfilled, unique
 from kilodelta.models.weights import TORCH, fill
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
@@ -57,7 +58,7 @@ def open_folder(
     """
     transformers = require("transformers", extra="hf", why="open Hugging Face models")
     _require_plain(folder)
-    pooling = sentence.read_pooling(folder)
+    pooling = read_pooling(folder)
     config = _config(transformers, folder)
     kind = _class(transformers, config, headless=pooling is not None)
     checkpoint = Checkpoint.open(folder if weights is None else weights)
@@ -288,9 +289,9 @@ def _tokenizer(transformers: Any, folder: Path) -> Any:
 def _max_length(folder: Path, module: nn.Module, tokenizer: Any) -> int | None:
     """The smallest limit that folder, tokenizer and position table state, in tokens."""
     stated = (
-        sentence.read_max_length(folder),
+        read_max_length(folder),
         getattr(tokenizer, "model_max_length", None),
-        positions.limit(module),
+        longest_text(module),
     )
     limits = [limit for limit in stated if limit and limit < _REASONABLE_LENGTH]
     return min(limits, default=None)

@@ -11,11 +11,12 @@ from torch import nn
 from kilodelta.errors import CheckpointError, InputError
 from kilodelta.files.checkpoint import Checkpoint, hub_snapshot
 from kilodelta.files.tying import file_order, untied
-from kilodelta.models import huggingface, positions
+from kilodelta.models import huggingface
 from kilodelta.models.entry import call_entry, is_entry
+from kilodelta.models.example_inputs import longest_text
 from kilodelta.models.hub import is_hub_name, locate
 from kilodelta.models.loaded import LoadedModel
-from kilodelta.models.names import unfilled
+from kilodelta.models.twin import unfilled
 from kilodelta.models.weights import fill
 
 
@@ -86,7 +87,7 @@ def _loaded(
         names=MappingProxyType(names),
         missing=unfilled(module, names),
         unused=unused,
-        max_length=positions.limit(module),
+        max_length=longest_text(module),
     )
 
 
