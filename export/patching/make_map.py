@@ -18,7 +18,7 @@ from kilodelta.export.manifest.facts import FileFact
 from kilodelta.export.onnx.file import OnnxFile, read_onnx
 from kilodelta.export.onnx.tensors import PackedWeight, Stored
 from kilodelta.export.patching.derived import find_derived
-from kilodelta.export.patching.map import OnnxPlace, PatchMap
+from kilodelta.export.patching.map import FilePlace, PatchMap
 from kilodelta.export.patching.match import Match, match_all
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import TARGETS
@@ -139,11 +139,11 @@ def _copies(
 
 def _settled(
     matches: Sequence[Match], file: OnnxFile
-) -> tuple[dict[str, tuple[OnnxPlace, ...]], dict[str, str]]:
+) -> tuple[dict[str, tuple[FilePlace, ...]], dict[str, str]]:
     """Return the places of what is identified, and the reasons for the rest."""
     equals = _equals(matches)
     named = {match.name for match in matches if any(p.name == match.name for p in match.places)}
-    places: dict[str, tuple[OnnxPlace, ...]] = {}
+    places: dict[str, tuple[FilePlace, ...]] = {}
     refused: dict[str, str] = {}
     for match in matches:
         twins = equals[match.name]

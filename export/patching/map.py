@@ -1,7 +1,7 @@
-"""Describe an ONNX file: which bytes of it are which tensor of a base, and what proves it.
+"""Describe a model file: which bytes of it are which tensor of a base, and what proves it.
 
-The map is made once, where the base checkpoint is (`make_map.py`), and travels with the ONNX file
-as JSON, read here field by field.
+The map is made once, where the base checkpoint is (`make_map.py` for ONNX files, `engine_map.py`
+for engines), and travels with the file as JSON, read here field by field.
 """
 
 from __future__ import annotations
@@ -22,19 +22,32 @@ from kilodelta.files.identity import of_digests
 from kilodelta.files.tensor import TensorInfo
 from kilodelta.files.untrusted import FieldError
 
-VERSION = 2
-"""Version 1 knew no heads; its maps are read."""
+VERSION = 3
+"""Version 1 had no heads, and version 2 no parts and no `through`; maps of both are read. A map
+that needs neither is written as version 2, so that older devices take it."""
+WITHOUT_PARTS = 2
+ENGINE = ".engine"
+"""How an engine's name ends; any other file is ONNX."""
 LIMIT = 64 << 20
 """Bytes of a map that are read; MiniLM's takes 35 KB."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnnxPlace:
-    """Where an ONNX file holds a base tensor.
+class FilePlace:
+    """Where a file holds a base tensor, or some columns of it.
 
-    `name`, `dtype` and `shape` are the initializer's; `file` is relative to the model's folder;
-    `transposed` says that it holds the matrix the other way round. `top` says that runtimes know
-    it by its name, as an initializer of the main graph.
+    Attributes:
+        name: the initializer's; in an engine the tensor's own.
+        dtype, shape: of the values as they lie in the file.
+        file: relative to the model's folder.
+        begin: the offset of the first value, in bytes.
+        transposed: the file holds the matrix the other way round.
+        top: runtimes know it by its name, as an initializer of the main graph.
+        stride: bytes from one row to the next, where a compiler has joined several matrices; 0
+            where the values follow each other. With a stride `shape` is (rows, columns).
+        first: with a stride, which column the place begins with, in the file's orientation.
+        through: a dtype that values are rounded to before they are held in a wider `dtype`; empty
+            for none.
     """
 
     name: str
@@ -44,15 +57,51 @@ class OnnxPlace:
     begin: int
     transposed: bool
     top: bool
+    stride: int = 0
+    first: int = 0
+    through: str = ""
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the values."""
         return nbytes(self.dtype, self.shape)
+
+    @property
+    def span(self) -> int:
+        """Bytes from the first value to the end of the last, with what lies between rows."""
+        if not self.stride:
+            return self.nbytes
+        return (self.shape[0] - 1) * self.stride + self.row
+
+    @property
+    def row(self) -> int:
+        """Bytes of the values of one row, where there is a stride."""
+        return nbytes(self.dtype, self.shape[1:])
+
+    @property
+    def rounding(self) -> str:
+        """The narrowest dtype that values pass on their way into the file."""
+        return self.through or self.dtype
+
+    def covers(self, shape: tuple[int, ...]) -> bool:
+        """Return whether all of a tensor of this shape is here, not only some of its columns."""
+        return not self.stride or self.shape == in_file(shape, transposed=self.transposed)
+
+
+def in_file(shape: tuple[int, ...], *, transposed: bool) -> tuple[int, int]:
+    """Return (rows, columns) of a tensor that a file holds as a matrix.
+
+    Example:
+        >>> in_file((8, 4), transposed=True), in_file((8,), transposed=False)
+        ((4, 8), (1, 8))
+    """
+    rows, columns = (shape[0], prod(shape[1:])) if len(shape) > 1 else (1, prod(shape))
+    return (columns, rows) if transposed else (rows, columns)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatchMap:
-    """Which bytes of an ONNX file are which tensor of a base.
+    """Which bytes of an ONNX file or an engine are which tensor of a base.
 
     Attributes:
         files: the model itself, then its external data, by their names in its folder.
@@ -70,7 +119,7 @@ class PatchMap:
     root: str
     tensors: Mapping[str, TensorInfo]
     digests: Mapping[str, str]
-    places: Mapping[str, tuple[OnnxPlace, ...]]
+    places: Mapping[str, tuple[FilePlace, ...]]
     refused: Mapping[str, str]
     heads: Mapping[str, TensorInfo] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
@@ -79,12 +128,18 @@ class PatchMap:
         """Return what a tensor is in the file's architecture; None for one that is unknown."""
         return self.heads.get(name) or self.tensors.get(name)
 
-    def exact(self, name: str) -> OnnxPlace | None:
+    def exact(self, name: str) -> FilePlace | None:
         """Find a place from which a base tensor's own bytes can be read back, or None."""
         if name in self.heads:
             return None
-        dtype = self.tensors[name].dtype
-        return next((p for p in self.places.get(name, ()) if lossless(dtype, p.dtype)), None)
+        dtype, shape = self.tensors[name].dtype, self.tensors[name].shape
+        whole = (p for p in self.places.get(name, ()) if p.covers(shape))
+        return next((p for p in whole if lossless(dtype, p.rounding)), None)
+
+    @property
+    def kind(self) -> str:
+        """What the map is of, for messages."""
+        return "engine" if self.files[0].file.endswith(ENGINE) else "ONNX file"
 
 
 def write_map(patch_map: PatchMap, path: str | Path) -> None:
@@ -112,13 +167,14 @@ def read_map(path: str | Path) -> PatchMap:
         ) from None
     except (FieldError, canonical.NotCanonicalError) as problem:
         raise FileError(
-            f"{path} is no map of an ONNX file: {problem}", fix="make it again, or fetch it again"
+            f"{path} is no map of a model's file: {problem}", fix="make it again, or fetch it again"
         ) from None
 
 
 def _to_json(patch_map: PatchMap) -> dict[str, Any]:
+    plain = all(place == _plain(place) for own in patch_map.places.values() for place in own)
     return {
-        "version": VERSION,
+        "version": WITHOUT_PARTS if plain else VERSION,
         "files": [asdict(file) for file in patch_map.files],
         "base": {
             "root": patch_map.root,
@@ -128,7 +184,8 @@ def _to_json(patch_map: PatchMap) -> dict[str, Any]:
             },
         },
         "places": {
-            name: [asdict(place) for place in own] for name, own in patch_map.places.items()
+            name: [_place_json(place, plain=plain) for place in own]
+            for name, own in patch_map.places.items()
         },
         "refused": dict(patch_map.refused),
         "heads": {name: [info.dtype, list(info.shape)] for name, info in patch_map.heads.items()},
@@ -136,13 +193,24 @@ def _to_json(patch_map: PatchMap) -> dict[str, Any]:
     }
 
 
+def _plain(place: FilePlace) -> FilePlace:
+    return replace(place, stride=0, first=0, through="")
+
+
+def _place_json(place: FilePlace, *, plain: bool) -> dict[str, Any]:
+    row = asdict(place)
+    return {key: row[key] for key in (_PLACE_KEYS if plain else (*_PLACE_KEYS, *_PART_KEYS))}
+
+
+_PLACE_KEYS = ("name", "dtype", "shape", "file", "begin", "transposed", "top")
+_PART_KEYS = ("stride", "first", "through")
 _KEYS = ("version", "files", "base", "places", "refused", "unused")
 
 
 def _parse(value: Any) -> PatchMap:
     version = untrusted.mapping(value, "the map").get("version")
-    if type(version) is not int or version not in (1, VERSION):
-        raise FieldError(f"version is {version!r:.40}; this kilodelta reads {VERSION}")
+    if type(version) is not int or version not in (1, WITHOUT_PARTS, VERSION):
+        raise FieldError(f"version is {version!r:.40}; this kilodelta reads 1 to {VERSION}")
     fields = untrusted.table(value, "the map", _KEYS if version == 1 else (*_KEYS, "heads"))
     base = untrusted.table(fields["base"], "base", ("root", "tensors"))
     rows = untrusted.mapping(base["tensors"], "base.tensors")
@@ -151,8 +219,9 @@ def _parse(value: Any) -> PatchMap:
     if untrusted.digest(base["root"], "base.root") != identity.root:
         raise FieldError(f"base.root is {base['root']}, the tensors' digests give {identity.root}")
     files = untrusted.listed(fields["files"], "files", _file)
+    place = _part if version == VERSION else _place
     places = {
-        name: untrusted.listed(own, f"places.{name}", _place)
+        name: untrusted.listed(own, f"places.{name}", place)
         for name, own in untrusted.mapping(fields["places"], "places").items()
     }
     tensors = {name: replace(known[name][0], name=name) for name in identity.tensors}
@@ -213,10 +282,23 @@ def _inside(value: Any, where: str) -> str:
     return str(value)
 
 
-def _place(value: Any, where: str) -> OnnxPlace:
-    keys = ("name", "dtype", "shape", "file", "begin", "transposed", "top")
-    fields = untrusted.table(value, where, keys)
-    return OnnxPlace(
+def _place(value: Any, where: str) -> FilePlace:
+    return _whole(untrusted.table(value, where, _PLACE_KEYS), where)
+
+
+def _part(value: Any, where: str) -> FilePlace:
+    fields = untrusted.table(value, where, (*_PLACE_KEYS, *_PART_KEYS))
+    through = fields["through"]
+    return replace(
+        _whole(fields, where),
+        stride=untrusted.whole(fields["stride"], where),
+        first=untrusted.whole(fields["first"], where),
+        through="" if through == "" else _dtype(through, where),
+    )
+
+
+def _whole(fields: Mapping[str, Any], where: str) -> FilePlace:
+    return FilePlace(
         name=untrusted.text(fields["name"], where),
         dtype=_dtype(fields["dtype"], where),
         shape=_shape(fields["shape"], where),
@@ -229,7 +311,7 @@ def _place(value: Any, where: str) -> OnnxPlace:
 
 def _check_places(
     files: tuple[FileFact, ...],
-    places: Mapping[str, tuple[OnnxPlace, ...]],
+    places: Mapping[str, tuple[FilePlace, ...]],
     known: Mapping[str, TensorInfo],
 ) -> None:
     """See that every place is of a known tensor, fits it, and lies in a file's bounds."""
@@ -238,15 +320,31 @@ def _check_places(
         if name not in known or not own:
             raise FieldError(f"places names {name!r:.80}, which the base or the file does not have")
         for place in own:
-            if place.begin + place.nbytes > sizes.get(place.file, 0):
+            if not _is_regular(place):
+                raise FieldError(f"places.{name} has a stride that is none")
+            if place.begin + place.span > sizes.get(place.file, 0):
                 raise FieldError(f"places.{name} ends beyond {place.file}")
             if not _fits(place, known[name]):
                 raise FieldError(f"places.{name} does not fit the base's tensor")
 
 
-def _fits(place: OnnxPlace, info: TensorInfo) -> bool:
+def _is_regular(place: FilePlace) -> bool:
+    """Whether a stride goes with rows that do not overlap, and columns only with a stride."""
+    if not place.stride:
+        return place.first == 0
+    return len(place.shape) == 2 and prod(place.shape) > 0 and place.stride >= place.row
+
+
+def _fits(place: FilePlace, info: TensorInfo) -> bool:
     if not castable(info.dtype, place.dtype):
         return False
+    if place.through and not lossless(place.through, place.dtype):
+        return False
+    if place.transposed and len(info.shape) != 2:
+        return False
+    if place.stride:
+        rows, columns = in_file(info.shape, transposed=place.transposed)
+        return place.shape[0] == rows and place.first + place.shape[1] <= columns
     if place.transposed:
-        return len(info.shape) == 2 and place.shape == info.shape[::-1]
+        return place.shape == info.shape[::-1]
     return prod(place.shape) == prod(info.shape)

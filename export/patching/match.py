@@ -16,7 +16,7 @@ import numpy.typing as npt
 from kilodelta import parallel
 from kilodelta.export.onnx.file import OnnxFile
 from kilodelta.export.onnx.tensors import Stored
-from kilodelta.export.patching.map import OnnxPlace
+from kilodelta.export.patching.map import FilePlace
 from kilodelta.files.copying import pread
 from kilodelta.files.floats import cast, castable, transposed
 from kilodelta.files.tensor import RawTensor
@@ -35,7 +35,7 @@ class Match:
     """
 
     name: str
-    places: tuple[OnnxPlace, ...]
+    places: tuple[FilePlace, ...]
     constant: bool
     symmetric: bool
 
@@ -90,7 +90,7 @@ def _content(dtype: str, data: Bytes) -> Content:
     return dtype, hashlib.sha256(data.data).digest()
 
 
-def _places(tensor: RawTensor, contents: Mapping[Content, list[Stored]]) -> Iterator[OnnxPlace]:
+def _places(tensor: RawTensor, contents: Mapping[Content, list[Stored]]) -> Iterator[FilePlace]:
     sizes = {(stored.dtype, stored.nbytes) for own in contents.values() for stored in own}
     for dtype in sorted({dtype for dtype, _ in sizes if castable(tensor.dtype, dtype)}):
         values = cast(tensor.data, tensor.dtype, dtype)
@@ -107,8 +107,8 @@ def _places(tensor: RawTensor, contents: Mapping[Content, list[Stored]]) -> Iter
             )
 
 
-def _place(tensor: Stored, *, turned: bool) -> OnnxPlace:
-    return OnnxPlace(
+def _place(tensor: Stored, *, turned: bool) -> FilePlace:
+    return FilePlace(
         name=tensor.name,
         dtype=tensor.dtype,
         shape=tensor.shape,
@@ -119,7 +119,7 @@ def _place(tensor: Stored, *, turned: bool) -> OnnxPlace:
     )
 
 
-def _match(name: str, tensor: RawTensor, places: tuple[OnnxPlace, ...]) -> Match:
+def _match(name: str, tensor: RawTensor, places: tuple[FilePlace, ...]) -> Match:
     data, shape = tensor.data, tensor.shape
     elements = data.reshape(-1, max(1, data.size // max(1, prod(shape))))
     square = len(shape) == 2 and shape[0] == shape[1] > 1

@@ -1,4 +1,4 @@
-"""Plan what a delta changes in an ONNX file: base bytes, tuned bytes and places."""
+"""Plan what a delta changes in an ONNX file or an engine: base bytes, tuned bytes and places."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from kilodelta.errors import BaseMismatchError, ExportError
 from kilodelta.export.merge.tensor import changed_names, merged_tensor, rounded
-from kilodelta.export.patching.map import OnnxPlace, PatchMap
+from kilodelta.export.patching.map import FilePlace, PatchMap
+from kilodelta.export.patching.strided import columns, read_place
 from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.files.copying import pread
 from kilodelta.files.floats import cast, castable, transposed
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
@@ -37,7 +37,7 @@ class PatchPlan:
         """Return the path of one of the map's files; the model itself may have been renamed."""
         return self.model if file == self.found.files[0].file else self.model.parent / file
 
-    def places(self, name: str) -> tuple[OnnxPlace, ...]:
+    def places(self, name: str) -> tuple[FilePlace, ...]:
         """Return where the file holds a tensor; nothing where no output depends on it."""
         return self.found.places.get(name, ())
 
@@ -54,22 +54,23 @@ class PatchPlan:
         """
         return merged_tensor(self.delta, name, self._base)
 
-    def written(self, name: str, tensor: RawTensor) -> Iterator[tuple[OnnxPlace, Bytes]]:
+    def written(self, name: str, tensor: RawTensor) -> Iterator[tuple[FilePlace, Bytes]]:
         """Yield a changed tensor's bytes as each of its places holds them.
 
         Raises:
             ExportError: a finite value does not fit into the file's dtype.
         """
         for place in self.places(name):
-            values = rounded(name, tensor, place.dtype)
-            yield place, transposed(values, tensor.shape) if place.transposed else values
+            values = cast(rounded(name, tensor, place.rounding), place.rounding, place.dtype)
+            turned = transposed(values, tensor.shape) if place.transposed else values
+            yield place, columns(place, turned, tensor.shape)
 
     def _base(self, name: str) -> Bytes:
         place = self.found.exact(name)
         if place is None:
             assert self.rest is not None  # `make_plan` has seen to it
             return self.rest.data(name)
-        data = pread(self.path(place.file), place.begin, place.nbytes)
+        data = read_place(self.path(place.file), place)
         plain = transposed(data, place.shape) if place.transposed else data
         return cast(plain, place.dtype, self.found.tensors[name].dtype)
 
@@ -77,10 +78,10 @@ class PatchPlan:
 def make_plan(
     model: Path, delta: Delta, patch_map: PatchMap, base: str | Path | Checkpoint | None
 ) -> PatchPlan:
-    """See that a delta can be written into an ONNX file.
+    """See that a delta can be written into an ONNX file or an engine.
 
     Args:
-        model: the base's ONNX file.
+        model: the base's ONNX file or engine.
         delta: bound to its base or not.
         patch_map: the file's map.
         base: the base checkpoint, or a part of it, for what the file does not hold exactly.
@@ -93,28 +94,36 @@ def make_plan(
     if delta.manifest.base.root != patch_map.root:
         raise BaseMismatchError(
             f"{model} holds another base: {patch_map.root}, not {delta.manifest.base.root}",
-            fix=f"give the ONNX file of {delta.manifest.base.name or 'the base'}",
+            fix=f"give the {patch_map.kind} of {delta.manifest.base.name or 'the base'}",
         )
     bound = delta if delta.layout is not None else delta.bind_to(patch_map.tensors.values())
     rest = None if base is None else Checkpoint.open(base)
     plan = PatchPlan(model=model, found=patch_map, delta=bound, rest=rest)
     names = changed_names(bound)
-    _refuse([f"{n}: {why}" for n in names if (why := _no_place(plan, n))], "has no place")
-    _refuse([f"{n}: {why}" for n in bound.extras if (why := _misfit(plan, n))], "does not fit")
+    _refuse(plan, [f"{n}: {why}" for n in names if (why := _no_place(plan, n))], "has no place")
+    _refuse(
+        plan, [f"{n}: {why}" for n in bound.extras if (why := _misfit(plan, n))], "does not fit"
+    )
     _require_heads(plan)
     lacking = [n for n in bound.targets if patch_map.exact(n) is None and n not in (rest or ())]
-    _refuse(lacking, "is not held exactly", fix="give the base checkpoint too, or `write_rest`'s")
+    _refuse(
+        plan, lacking, "is not held exactly", fix="give the base checkpoint too, or `write_rest`'s"
+    )
     return plan
 
 
-def _refuse(
-    reasons: list[str], what: str, fix: str = "export the base with `kilodelta export`"
-) -> None:
+WAY_OUT = "take a device folder in refit or adapter mode for it: kilodelta bundle --mode refit"
+"""For what an engine cannot be patched with."""
+
+
+def _refuse(plan: PatchPlan, reasons: list[str], what: str, fix: str = "") -> None:
     if reasons:
+        is_engine = plan.found.kind == "engine"
         listed = "\n  ".join(reasons[:SHOWN])
         more = f"\n  and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
         raise ExportError(
-            f"what the delta changes {what} in the ONNX file\n  {listed}{more}", fix=fix
+            f"what the delta changes {what} in the {plan.found.kind}\n  {listed}{more}",
+            fix=fix or (WAY_OUT if is_engine else "export the base with `kilodelta export`"),
         )
 
 
@@ -148,5 +157,5 @@ def _require_heads(plan: PatchPlan) -> None:
         raise ExportError(
             f"{plan.model.name} computes with a head that every file brings, and this one brings "
             f"no {', '.join(missing[:SHOWN])}",
-            fix="give the ONNX file of the base itself, exported without --config",
+            fix=f"give the {plan.found.kind} of the base itself, exported without --config",
         )

@@ -6,21 +6,23 @@ changed weights are written. The names appear once the result's digest has come 
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kilodelta.errors import CheckpointError, InputError, OutputError
+from kilodelta.errors import CheckpointError, InputError, OutputError, ProofError
 from kilodelta.exact.selftest import require_good_kernels
 from kilodelta.export.merge.tensor import changed_names
-from kilodelta.export.patching.map import OnnxPlace, PatchMap
+from kilodelta.export.patching.map import FilePlace, PatchMap
 from kilodelta.export.patching.plan import Bytes, PatchPlan, make_plan
-from kilodelta.export.patching.run import run
+from kilodelta.export.patching.run import CHUNK, run
+from kilodelta.export.patching.strided import write_place
 from kilodelta.files import staging
 from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.files.copying import copy_range, pwrite
+from kilodelta.files.copying import copy_range
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.progress import Progress, silent
@@ -51,24 +53,30 @@ def patch(
     *,
     places: PatchMap,
     base: str | Path | Checkpoint | None = None,
+    promised: str | None = None,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Patched:
     """Write the fine-tuned model's ONNX file; external data go beside it under their own names.
 
+    An engine is written in the same way, from the map of the base's engine.
+
     Args:
-        model: the base's ONNX file.
+        model: the base's ONNX file or engine.
         delta: a `.kd` file or a `Delta`.
         out: a new path. Where `model` has external data, one in another folder.
         places: the map of `model`.
         base: the base checkpoint, or `write_rest`'s part of it, for what the file does not hold.
+        promised: `sha256:<hex>` that the written file must have, where somebody has built it.
         threads: cores to use; all by default.
+        progress: called with the bytes done.
 
     Raises:
         BaseMismatchError: `model` holds another base than the delta's; nothing is written.
         CheckpointError: `model` is not the file that the map was made for.
         ExportError: a changed tensor was fused, merged or folded, or `base` is needed.
-        ProofError: the result's digest is not the file's; nothing is left behind.
+        ProofError: the result's digest is not the file's, or the written file's is not `promised`;
+            nothing is left behind.
         OutputError: `out` exists or cannot be written.
     """
     require_good_kernels()
@@ -76,10 +84,12 @@ def patch(
     plan = make_plan(Path(model), opened, places, base)
     with _copies(plan, Path(out)) as (files, paths):
 
-        def write(place: OnnxPlace, data: Bytes) -> None:
-            pwrite(files[place.file], data.data, place.begin)
+        def write(place: FilePlace, data: Bytes) -> None:
+            write_place(files[place.file], place, data)
 
         run(plan, write, threads=threads, progress=progress)
+        if promised is not None:
+            _require_promised(plan, files[places.files[0].file], promised)
     return Patched(
         files=paths,
         result=plan.delta.manifest.result,
@@ -90,6 +100,24 @@ def patch(
         ),
         unused=tuple(name for name in changed_names(plan.delta) if not plan.places(name)),
     )
+
+
+def _require_promised(plan: PatchPlan, descriptor: int, promised: str) -> None:
+    found = _digest(descriptor)
+    if found != promised:
+        raise ProofError(
+            f"the patched {plan.found.kind} is {found}, a build of it is {promised}",
+            fix="fetch the map and the file again; else take refit or adapter mode",
+        )
+
+
+def _digest(descriptor: int) -> str:
+    """`sha256:<hex>` of an open file."""
+    state, done = hashlib.sha256(), 0
+    while part := os.pread(descriptor, CHUNK, done):
+        state.update(part)
+        done += len(part)
+    return f"sha256:{state.hexdigest()}"
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from kilodelta import parallel
 from kilodelta.errors import CheckpointError
 from kilodelta.export.manifest.facts import FileFact
 from kilodelta.export.merge.tensor import changed_names, require_result
-from kilodelta.export.patching.map import OnnxPlace
+from kilodelta.export.patching.map import FilePlace
 from kilodelta.export.patching.plan import Bytes, PatchPlan
 from kilodelta.files import plain
 from kilodelta.files.identity import raw_digest
@@ -25,7 +25,7 @@ CHUNK = 1 << 20
 
 def run(
     plan: PatchPlan,
-    write: Callable[[OnnxPlace, Bytes], None],
+    write: Callable[[FilePlace, Bytes], None],
     *,
     threads: int | None,
     progress: Progress,

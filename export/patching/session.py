@@ -20,9 +20,10 @@ import numpy.typing as npt
 from kilodelta.errors import ExportError, require
 from kilodelta.exact.selftest import require_good_kernels
 from kilodelta.export.merge.tensor import changed_names
-from kilodelta.export.patching.map import OnnxPlace, PatchMap
+from kilodelta.export.patching.map import FilePlace, PatchMap
 from kilodelta.export.patching.plan import Bytes, PatchPlan, make_plan
 from kilodelta.export.patching.run import run
+from kilodelta.export.patching.strided import put_place
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import DTYPES
 from kilodelta.format.delta import Delta
@@ -71,13 +72,13 @@ def patched_weights(
     require_good_kernels()
     opened = delta if isinstance(delta, Delta) else load(delta)
     plan = make_plan(Path(model), opened, places, base)
-    inline: list[tuple[int, Bytes]] = []
+    inline: list[tuple[FilePlace, Bytes]] = []
     initializers: dict[str, tuple[str, npt.NDArray[Any]]] = {}
     _require_reachable(plan)
 
-    def write(place: OnnxPlace, data: Bytes) -> None:
+    def write(place: FilePlace, data: Bytes) -> None:
         if place.file == places.files[0].file:
-            inline.append((place.begin, data))
+            inline.append((place, data))
         else:
             array = data.view(DTYPES[place.dtype].storage).reshape(place.shape)
             initializers[place.name] = place.dtype, array
@@ -93,18 +94,18 @@ def patched_weights(
 def _require_reachable(plan: PatchPlan) -> None:
     for name in changed_names(plan.delta):
         for place in plan.places(name):
-            if place.file != plan.found.files[0].file and not place.top:
+            if place.file != plan.found.files[0].file and (place.stride or not place.top):
                 raise ExportError(
                     f"{name} lies in external data, but not among the main graph's initializers",
                     fix="patch into a file",
                 )
 
 
-def _patched(model: Path, inline: list[tuple[int, Bytes]]) -> bytes:
+def _patched(model: Path, inline: list[tuple[FilePlace, Bytes]]) -> bytes:
     """Return the file's bytes with some replaced."""
     data = np.fromfile(model, np.uint8)
-    for begin, new in inline:
-        data[begin : begin + new.size] = new
+    for place, new in inline:
+        put_place(data, place, new)
     return data.tobytes()
 
 

@@ -33,6 +33,7 @@ HISTORY = 10
         "kilodelta bundle base/ -o device/ --mode adapter --probe texts.jsonl",
         "kilodelta bundle base/ -o device/ --mode adapter --engine sm86,sm89 --dtype fp16",
         "kilodelta bundle base/ -o device/ --mode patch --keep 2",
+        "kilodelta bundle base/ -o device/ --mode patch --engine sm86 --dtype fp16",
     ],
 )
 @click.argument("base", type=click.Path())
@@ -184,6 +185,13 @@ def _show_bundle(out: str, done: Bundle) -> None:
 )
 @click.option("--model", help="package.module:function that builds the module.")
 @click.option("--config", type=click.Path(), help="Folder with the tuned model's config.json.")
+@click.option(
+    "--engine",
+    multiple=True,
+    type=click.Path(),
+    help="A device folder whose engine is patched: build the fine-tune's engine for it once, and "
+    "state its digest; repeat.",
+)
 @click.option(
     "--sign", multiple=True, type=click.Path(), help="Private key (NAME.key) to sign with; repeat."
 )

@@ -359,7 +359,10 @@ def test_a_release_goes_over_no_link(root: Path, tmp_path: Path) -> None:
 
 REFUSED = [
     (["--mode", "refit"], "refit mode needs an engine"),
-    (["--mode", "patch", "--engine", "sm89"], "patch mode changes ONNX files"),
+    (
+        ["--mode", "patch", "--engine", "sm89", "--flavour", "tensorrt"],
+        "patch mode changes engines of TensorRT-RTX, and this one is of tensorrt",
+    ),
     (["--mode", "patch", "--slots", "2"], "computes a batch with one fine-tune"),
     (["--mode", "patch", "--targets", "*"], "lets fine-tunes change every tensor"),
     (["--mode", "adapter", "--engine", "sm89", "--provider", "cuda"], "an engine runs in TensorRT"),

@@ -16,7 +16,7 @@ from kilodelta.device.update.trust import pins_from, provision
 from kilodelta.errors import InputError, require
 from kilodelta.export.manifest.facts import Sizes
 from kilodelta.export.options import SHORT, read_sizes
-from kilodelta.export.tensorrt.flavour import AUTO
+from kilodelta.export.tensorrt.flavour import AUTO, RTX
 from kilodelta.files import staging
 from kilodelta.progress import Progress, silent
 from kilodelta.rehearsal import begin_work
@@ -229,10 +229,10 @@ def _check_together(settings: Settings) -> None:
         raise InputError(
             "refit mode needs an engine", fix="give --engine with its GPU's name, such as sm89"
         )
-    if mode == "patch" and settings.capabilities:
+    if mode == "patch" and settings.capabilities and settings.flavour not in (AUTO, RTX):
         raise InputError(
-            "patch mode changes ONNX files; an engine would have to be built anew for each",
-            fix="take --mode refit for the engine, or leave --engine out",
+            f"patch mode changes engines of TensorRT-RTX, and this one is of {settings.flavour}",
+            fix="take --mode refit for the engine, or --flavour tensorrt_rtx",
         )
     if mode != "adapter" and settings.slots:
         raise InputError(

@@ -10,6 +10,7 @@ from typing import Any
 from kilodelta.device.folder.bundle import Bundle
 from kilodelta.device.folder.device_folder import DeviceFolder
 from kilodelta.device.golden import golden, reference
+from kilodelta.device.make import engines
 from kilodelta.device.make.build import Settings
 from kilodelta.device.modes import patch, refit, runtime
 from kilodelta.export.adapter.graph import with_adapter
@@ -142,8 +143,14 @@ def _adapter(job: BundleJob, template: Template, base: Path) -> None:
 
 
 def _patch(job: BundleJob, template: Template, base: Path) -> None:
-    model, heads = job.save(template, base), job.headed.heads
-    places = make_map(model, job.base, heads=heads, unused=template.unused)
+    heads = job.headed.heads
+    if job.trt:
+        places = engines.map_engine(job, template, base)
+        if job.settings.keep_onnx:
+            job.save(template, base)
+    else:
+        model = job.save(template, base)
+        places = make_map(model, job.base, heads=heads, unused=template.unused)
     write_map(places, base / patch.MAP)
     write_rest(places, job.base, base / patch.REST)
 

@@ -69,6 +69,7 @@ def release(
     model: str | None = None,
     config: str | None = None,
     outputs: Sequence[str] = (),
+    engine: Sequence[str | os.PathLike[str]] = (),
     sign: Sequence[str | os.PathLike[str]] = (),
     task: str = "",
     kinds: Sequence[str] = (),
@@ -93,6 +94,8 @@ def release(
             say the architecture.
         outputs: names or globs of the outputs that the probe holds, as the bundle was given them;
             by default all that the model declares.
+        engine: device folders whose engines are patched (`bundle --mode patch --engine`): the
+            fine-tune's engine is built once for each, and the file states its digest.
         sign: Ed25519 private keys; the signatures lie in `out` with `.sig` behind it.
         task: what the fine-tune is for; a device that pins another task refuses it.
         kinds: the kinds of device it is for; all by default.
@@ -106,6 +109,7 @@ def release(
     Raises:
         BaseMismatchError: `base` is another model.
         InputError: the inputs do not tell the fine-tune from its base, or a version out of range.
+        ExportError: an engine cannot be patched to what a build of the fine-tune gives.
         OutputError: `out` exists or cannot be written.
         MissingPackageError: a probe needs torch.
 
@@ -148,6 +152,21 @@ def release(
             base, delta, inputs, rows, (model, config, tuple(outputs)), place, progress
         )
     made = {**delta.manifest.made, "version": version}
+    if engine:
+        require("torch", extra="onnx", why="export models")
+        from kilodelta.device.make.engines import built_digests
+        from kilodelta.models import locate
+
+        checkpoint = Checkpoint.open(locate(os.fspath(base)))
+        made |= built_digests(
+            engine,
+            checkpoint,
+            delta,
+            model=model,
+            config=config,
+            outputs=outputs,
+            progress=progress,
+        )
     fresh = replace(delta, manifest=replace(delta.manifest, made=made), probes=dict(probes))
     nbytes = fresh.save(place)
     signatures: tuple[Path, ...] = ()

@@ -23,6 +23,11 @@ def is_engine(bundle: Bundle) -> bool:
     return bundle.runtime in FLAVOURS
 
 
+def file_name(bundle: Bundle) -> str:
+    """Return the name of what a bundle runs: an engine or an ONNX file."""
+    return ENGINE if is_engine(bundle) else ONNX
+
+
 def provider(bundle: Bundle) -> str:
     """Return ONNX Runtime's device: "cpu" or "cuda"."""
     return bundle.runtime.removeprefix("onnxruntime-")

@@ -1,0 +1,337 @@
+"""Make the map of an engine: by building it again with values that tell where they went.
+
+An engine's format is not published. So the map is not read from it but measured. The base is built
+until two builds are equal, for TensorRT numbers its internal values anew in some builds. Then a
+twin is built, whose weights are random values that no other weight has, and each weight is looked
+for in its bytes (`locate.py`). At last one further fine-tune, of other values, is built, and must
+be, byte for byte, what the map makes of the base's engine. A weight that was folded, quantised or
+reordered has no place, and a fine-tune that changes it is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from kilodelta.errors import ExportError
+from kilodelta.export.manifest.artefacts import file_fact
+from kilodelta.export.merge.tensor import rounded
+from kilodelta.export.patching.locate import RUN, fewest_bytes, find_places, holds
+from kilodelta.export.patching.map import FilePlace, PatchMap, in_file
+from kilodelta.export.patching.plan import WAY_OUT
+from kilodelta.export.patching.strided import columns, put_place
+from kilodelta.files import staging
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.dtypes import FLOATS, TARGETS
+from kilodelta.files.floats import cast, transposed
+from kilodelta.files.model_digest import digest
+from kilodelta.files.tensor import Bytes, RawTensor
+from kilodelta.progress import Event, Progress, silent
+
+Build = Callable[[Mapping[str, RawTensor], Path], object]
+"""Builds the base's engine with some of its tensors replaced, into a new file."""
+
+TRIES = 8
+"""Builds of the same weights. Measured with TensorRT-RTX 1.7: six in ten are the usual one, whose
+internal values have their usual numbers."""
+
+STATED = "texts in the engine state its values, and would go on stating the base's"
+ELSEWHERE = "the engine also holds something that was computed from it"
+OTHERWISE = "TensorRT lays it out otherwise where its values are others"
+
+STATED_VALUES = 3
+"""Values that are looked for in an engine's texts."""
+
+NOTHING: Mapping[str, RawTensor] = MappingProxyType({})
+
+
+def make_engine_map(
+    engine: Path,
+    base: Checkpoint,
+    build: Build,
+    *,
+    dtype: str,
+    weights: Iterable[str],
+    heads: Mapping[str, RawTensor] = NOTHING,
+    unused: Iterable[str] = (),
+    progress: Progress = silent,
+) -> PatchMap:
+    """Build the base's engine and the map of it, and prove the map by two further models.
+
+    Args:
+        engine: the new engine's path.
+        base: the checkpoint.
+        build: builds the engine of the base with some tensors replaced.
+        dtype: the network's precision: "F32", "F16" or "BF16".
+        weights: the tensors that the network holds.
+        heads: tensors that the network has and the base lacks, with their values.
+        unused: tensors that the outputs do not depend on.
+        progress: called after each step.
+
+    Raises:
+        ExportError: no two builds are equal, no weight has a place, or the further fine-tune is
+            not what the map says.
+        OutputError: a file cannot be written.
+    """
+    identity = digest(base)
+    tensors = {n: heads[n] if n in heads else base.raw(n) for n in weights}
+    with staging.scratch(engine) as work:
+        builder = EngineBuilds(build, work, progress)
+        held = builder.reproducible()
+        engine.write_bytes(held)
+        refused = {name: why for name, tensor in tensors.items() if (why := _why_not(tensor))}
+        searched = {name: t for name, t in tensors.items() if name not in refused}
+        stated = builder.stated(_twin(searched))
+        refused |= dict.fromkeys(stated, STATED)
+        searched = {name: t for name, t in searched.items() if name not in stated}
+        places, why_not = builder.located(held, searched, dtype, engine.name)
+        refused |= why_not
+        if not places:
+            raise ExportError(
+                f"none of {len(tensors)} weights stands in the engine as it is", fix=WAY_OUT
+            )
+        kept = builder.proved(held, places, searched)
+        refused |= dict.fromkeys(places.keys() - kept, ELSEWHERE)
+        places = {name: own for name, own in places.items() if name in kept}
+    return PatchMap(
+        files=(file_fact(engine),),
+        root=identity.root,
+        tensors={name: base.info(name) for name in base.names},
+        digests=identity.tensors,
+        places=places,
+        refused=refused,
+        heads={name: tensor.info(name) for name, tensor in heads.items()},
+        unused=tuple(unused),
+    )
+
+
+class EngineBuilds:
+    """Builds engines into a scratch folder, as often as it takes.
+
+    Args:
+        build: builds one.
+        work: a folder for them; each is removed when it was read.
+        progress: called after each build.
+    """
+
+    def __init__(self, build: Build, work: Path, progress: Progress = silent) -> None:
+        self._build, self._work, self._progress, self._count = build, work, progress, 0
+
+    def build(self, changed: Mapping[str, RawTensor]) -> bytes:
+        """Build an engine with some tensors replaced, and return its bytes."""
+        path = self._work / "trial.engine"
+        self._build(changed, path)
+        self._count += 1
+        self._progress(Event(stage="map: engines", done=self._count, total=0, unit="builds"))
+        data = path.read_bytes()
+        path.unlink()
+        return data
+
+    def reproducible(self) -> bytes:
+        """Return the first engine of the base that is built twice.
+
+        Raises:
+            ExportError: all builds differ.
+        """
+        seen: set[bytes] = set()
+        for _ in range(TRIES):
+            data = self.build({})
+            if data in seen:
+                return data
+            seen.add(data)
+        raise ExportError(
+            f"{TRIES} builds of the base gave {TRIES} different engines, so none can be patched",
+            fix=WAY_OUT,
+        )
+
+    def stated(self, twin: Mapping[str, RawTensor]) -> set[str]:
+        """Return the tensors whose first values the engine's texts state."""
+        data = self.build(twin)
+        return {name for name, tensor in twin.items() if is_stated(data, tensor)}
+
+    def located(
+        self, held: bytes, own: Mapping[str, RawTensor], dtype: str, file: str
+    ) -> tuple[dict[str, tuple[FilePlace, ...]], dict[str, str]]:
+        """Return the places of all tensors, and why some have none.
+
+        A twin of another layout than the base's engine is built again, for the layout may be one
+        of TensorRT's unusual ones; at last only matrices are replaced in it.
+
+        Args:
+            held: the base's engine.
+            own: the base's values, which `held` must have in the same places.
+            dtype: the network's precision.
+            file: the engine's name.
+        """
+        matrices = {name: tensor for name, tensor in own.items() if len(tensor.shape) > 1}
+        best: tuple[dict[str, tuple[FilePlace, ...]], dict[str, str]] = ({}, {})
+        for asked in (own, matrices):
+            twin = _twin(asked)
+            for _ in range(TRIES):
+                found = _located(held, self.build(twin), twin, own, dtype, file)
+                if OTHERWISE not in found[1].values():
+                    return found[0], dict.fromkeys(own.keys() - asked, OTHERWISE) | found[1]
+                best = max(best, found, key=lambda pair: len(pair[0]))
+        return best
+
+    def proved(
+        self,
+        held: bytes,
+        places: Mapping[str, tuple[FilePlace, ...]],
+        own: Mapping[str, RawTensor],
+    ) -> set[str]:
+        """Build one further fine-tune, and return the tensors that patching gets right in it.
+
+        Those are all, or the matrices alone, where a vector is also part of something that was
+        computed from it.
+
+        Raises:
+            ExportError: patching does not give what a build of the matrices gives.
+        """
+        matrices = {name for name in places if len(own[name].shape) > 1}
+        for kept in (set(places), matrices):
+            other = {n: _perturbed(own[n], seed) for seed, n in enumerate(places) if n in kept}
+            try:
+                self.require_build(other, written(held, places, other), "a further fine-tune")
+            except ExportError:
+                if kept == matrices or not matrices:
+                    raise
+                continue
+            return kept
+        raise AssertionError("the last attempt returns or raises")
+
+    def require_build(self, changed: Mapping[str, RawTensor], wanted: bytes, what: str) -> None:
+        """See that a build with these tensors replaced is, in every byte, what is wanted.
+
+        Args:
+            changed: the tensors.
+            wanted: a patched engine.
+            what: what is built, for the message.
+
+        Raises:
+            ExportError: none of several builds is.
+        """
+        last = ""
+        for _ in range(TRIES):
+            data = self.build(changed)
+            if data == wanted:
+                return
+            last = difference(data, wanted)
+        raise ExportError(
+            f"the map is refuted: of {TRIES} builds of {what} none is the patched engine; {last}",
+            fix=WAY_OUT,
+        )
+
+
+def is_stated(engine: bytes, tensor: RawTensor) -> bool:
+    """Return whether an engine's texts state the first values of a tensor.
+
+    TensorRT-RTX 1.7 keeps the sources of its kernels, with comments such as
+    `__mye39274_dconst-{1.16406, 1.23926, 1.43359, 0.653809, ...}` on constants that were fused into
+    them. The length of such a text, and with it every offset behind it, follows the values.
+    """
+    values = (
+        FLOATS[tensor.dtype].widen(tensor.data).reshape(in_file(tensor.shape, transposed=False))
+    )
+    for orientation in (values, values.T):
+        text = ", ".join(f"{value:g}" for value in orientation.reshape(-1)[:STATED_VALUES])
+        if b"{" + text.encode() in engine:
+            return True
+    return False
+
+
+def difference(built: bytes, patched: bytes) -> str:
+    """Say in how many bytes two engines differ, and where the first one is.
+
+    Example:
+        >>> difference(b"engine", b"eNgiNe")
+        '2 of 6 bytes differ, the first at 1'
+    """
+    if len(built) != len(patched):
+        return f"a build has {len(built)} bytes, the patched engine {len(patched)}"
+    one, other = np.frombuffer(built, np.uint8), np.frombuffer(patched, np.uint8)
+    wrong = np.flatnonzero(one != other)
+    return f"{wrong.size} of {len(built)} bytes differ, the first at {wrong[0]}"
+
+
+def written(
+    held: bytes, places: Mapping[str, tuple[FilePlace, ...]], tensors: Mapping[str, RawTensor]
+) -> bytes:
+    """Return an engine's bytes with these tensors in their places."""
+    data = np.frombuffer(held, np.uint8).copy()
+    for name, tensor in tensors.items():
+        for place, values in _as_placed(name, tensor, places[name]):
+            put_place(data, place, values)
+    return data.tobytes()
+
+
+def _as_placed(
+    name: str, tensor: RawTensor, places: tuple[FilePlace, ...]
+) -> Iterator[tuple[FilePlace, Bytes]]:
+    for place in places:
+        values = cast(rounded(name, tensor, place.rounding), place.rounding, place.dtype)
+        turned = transposed(values, tensor.shape) if place.transposed else values
+        yield place, columns(place, turned, tensor.shape)
+
+
+def _located(
+    held: bytes,
+    twin_engine: bytes,
+    twin: Mapping[str, RawTensor],
+    own: Mapping[str, RawTensor],
+    dtype: str,
+    file: str,
+) -> tuple[dict[str, tuple[FilePlace, ...]], dict[str, str]]:
+    """Places of the twin's tensors at which the base's engine holds the base's values."""
+    places: dict[str, tuple[FilePlace, ...]] = {}
+    refused: dict[str, str] = {}
+    for name, tensor in twin.items():
+        found = find_places(twin_engine, name, tensor, dtype, file)
+        if found is None:
+            refused[name] = "only some of its columns stand in the engine as they are"
+        elif not found:
+            refused[name] = "its values are nowhere: TensorRT folded, quantised or reordered them"
+        elif not all(holds(held, p, v) for p, v in _as_placed(name, own[name], found)):
+            refused[name] = OTHERWISE
+        else:
+            places[name] = found
+    return places, refused
+
+
+def _why_not(tensor: RawTensor) -> str:
+    """Why a tensor cannot be looked for; empty if it can."""
+    if tensor.dtype not in TARGETS:
+        return f"it is {tensor.dtype}, and weights of the network are floats"
+    if fewest_bytes(tensor) < RUN:
+        return "it has too few numbers to be told from others"
+    elements = tensor.data.view(FLOATS[tensor.dtype].storage)
+    if (elements == elements[0]).all():
+        return "all its values are equal, and TensorRT may have simplified them away"
+    return ""
+
+
+def _twin(tensors: Mapping[str, RawTensor]) -> dict[str, RawTensor]:
+    return {n: _unlike_any_other(t, seed) for seed, (n, t) in enumerate(tensors.items())}
+
+
+def _unlike_any_other(tensor: RawTensor, seed: int) -> RawTensor:
+    """Random positive values between 2^-8 and 1 that F32, F16 and BF16 all hold exactly."""
+    random = np.random.default_rng([2026, seed])
+    count = int(np.prod(tensor.shape))
+    mantissa = 1 + random.integers(128, size=count) / 128
+    values = np.ldexp(mantissa, random.integers(-8, 0, size=count)).astype(np.float32)
+    data = cast(values.view(np.uint8), "F32", tensor.dtype)
+    return RawTensor(dtype=tensor.dtype, shape=tensor.shape, data=data)
+
+
+def _perturbed(tensor: RawTensor, seed: int) -> RawTensor:
+    """A fine-tune's values: the base's with noise in every bit of the mantissa."""
+    random = np.random.default_rng([1128, seed])
+    values = FLOATS[tensor.dtype].widen(tensor.data).astype(np.float32)
+    noise = random.normal(scale=max(1e-3, 0.05 * float(np.std(values))), size=values.shape)
+    changed = (values + noise).astype(np.float32)
+    data = cast(changed.view(np.uint8), "F32", tensor.dtype)
+    return RawTensor(dtype=tensor.dtype, shape=tensor.shape, data=data)

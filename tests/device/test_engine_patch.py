@@ -1,0 +1,113 @@
+"""A device folder whose TensorRT-RTX engine is patched: bundle, release, and the device's part."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("onnxscript")
+pytest.importorskip("transformers")
+pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+
+import numpy as np
+
+from kilodelta.device import bundle, release
+from kilodelta.device.folder import DeviceFolder
+from kilodelta.device.make.engines import Recipe, read_recipe
+from kilodelta.device.modes import patch as patch_mode
+from kilodelta.device.modes import runtime
+from kilodelta.device.serving import Device
+from kilodelta.device.update.apply import apply
+from kilodelta.errors import DeviceError, ExportError, InputError, ProofError
+from kilodelta.export.manifest.artefacts import file_fact
+from kilodelta.format.file import load
+from kilodelta.format.methods import Lora
+from kilodelta.format.targets import Patterns
+from tests.support import making, pico
+from tests.support.devices import Bench
+
+LAYERS = Patterns(include=("encoder.*.weight",), exclude=("*LayerNorm*",))
+
+
+class Running:
+    """A double of TensorRT's runner: its output follows the engine's bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self._data = np.frombuffer(path.read_bytes(), np.uint8)
+
+    def run(self, batch: Any) -> dict[str, Any]:
+        return {"y": np.float32([[self._data.astype(np.float64).sum() % 1e6]])}
+
+
+@pytest.mark.slow
+def test_an_engine_is_bundled_released_and_patched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = pico.bert(tmp_path / "base")
+    device = tmp_path / "device"
+    made = bundle(base, device, mode="patch", engine=["sm86"], dtype="fp16")
+    names = {file.file for file in made.files}
+    assert (made.mode, made.runtime) == ("patch", "tensorrt_rtx")
+    assert {"model.engine", "model.map.json", "rest.safetensors", "recipe.json"} <= names
+    assert "model.onnx" not in names
+    tune = making.delta(base, Lora(rank=2), patterns=LAYERS)
+    tune.save(tmp_path / "task.kd")
+    done = release(base, tmp_path / "task.kd", tmp_path / "t1.kd", version=1, engine=[device])
+    digests = {k: v for k, v in load(done.path).manifest.made.items() if k.startswith("engine ")}
+    [engine] = [file for file in made.files if file.file == "model.engine"]
+    assert list(digests) == [f"engine {engine.sha256}"]
+
+    monkeypatch.setattr(runtime, "open_runner", lambda b, folder: Running(folder / "model.engine"))
+    folder = DeviceFolder.open(device)
+    mode = patch_mode.PatchMode(folder)
+    (tmp_path / "stage").mkdir()
+    mode.build(load(done.path, base), tmp_path / "stage")
+    assert file_fact(tmp_path / "stage" / "model.engine").sha256 in digests.values()
+    assert mode.trial(load(done.path, base)).run({}) != mode.open(None).run({})
+    with pytest.raises(ExportError, match="was not released for this device's engine"):
+        Device(device).run({}, tmp_path / "task.kd")
+    forged = dataclasses.replace(
+        load(done.path),
+        manifest=dataclasses.replace(
+            load(done.path).manifest, made={f"engine {engine.sha256}": "sha256:" + "0" * 64}
+        ),
+    )
+    forged.save(tmp_path / "forged.kd")
+    with pytest.raises(ProofError, match="the patched engine is"):
+        apply(device, tmp_path / "forged.kd")
+    assert list((device / "deltas").iterdir()) == []
+
+    recipe = json.loads((device / "base" / "recipe.json").read_text())
+    recipe["tensorrt"] = "1.0"
+    (device / "base" / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(ExportError, match=r"the engine is of tensorrt_rtx 1\.0"):
+        release(base, tmp_path / "task.kd", tmp_path / "t2.kd", version=2, engine=[device])
+    assert not (tmp_path / "t2.kd").exists()
+
+
+def test_a_folder_without_a_patched_engine_is_refused(bench: Bench, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no engine that is patched: it is in"):
+        release(bench.base, bench.files["a"], tmp_path / "r.kd", version=1, engine=[bench.device])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"capabilities": "sm86"}, "capabilities"),
+        ({"profile": {"x": [[1], [2]]}}, r"profile\.x is not a smallest"),
+        ({"tensorrt": 1}, "tensorrt"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_a_recipe_is_read_with_distrust(tmp_path: Path, change: Any, words: str) -> None:
+    recipe = Recipe(capabilities=("sm86",), profile={"x": ((1,), (2,), (3,))}, tensorrt="1.7")
+    recipe.write(tmp_path)
+    assert read_recipe(tmp_path) == recipe
+    table = json.loads((tmp_path / "recipe.json").read_text()) | change
+    (tmp_path / "recipe.json").write_text(json.dumps(table))
+    with pytest.raises(DeviceError, match=words):
+        read_recipe(tmp_path)
