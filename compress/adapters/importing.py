@@ -73,8 +73,21 @@ def import_adapter(
         OutputError: `out` may not be replaced, or cannot be written.
 
     Example:
-        >>> import_adapter("adapter/", "base/", "task.kd", bits=16).error  # doctest: +SKIP
-        2.6e-05
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from kilodelta.export import export_peft
+        >>> from kilodelta.format.methods import Lora
+        >>> from kilodelta.format.targets import Patterns
+        >>> from kilodelta.merging.build import Recipe, build, quantise_target
+        >>> base = "tests/golden/0.1.0/base.safetensors"
+        >>> recipe = Recipe(method=Lora(rank=1), patterns=Patterns(include=("tall.weight",)))
+        >>> values = {"A": np.ones((1, 4)), "B": np.ones((11, 1))}
+        >>> delta = build(base, recipe, {"tall.weight": quantise_target(recipe.method, values, 8)})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     made = export_peft(base, delta, Path(folder, "adapter"))
+        ...     got = import_adapter(made.path, base, Path(folder, "task.kd"), bits=16)
+        >>> got.source, got.targets, got.error < 1e-4
+        ('PEFT LoRA', 1, True)
     """
     options = ReadOptions(
         bits=bits,

@@ -93,10 +93,22 @@ def compress(
         QualityError: the agreement stayed below `options.min_agreement`; the file is written.
 
     Example:
-        >>> from kilodelta.compress import Options, compress
         >>> compress("base/", "tuned/", "task.kd", inputs="texts.jsonl",
         ...          options=Options(budget=12_000)).after.agreement  # doctest: +SKIP
         0.983
+
+        Without inputs, by truncated SVD:
+
+        >>> import tempfile
+        >>> from kilodelta.export.merge.checkpoint import merge
+        >>> from kilodelta.format.methods import Lora
+        >>> base, file = (f"tests/golden/0.1.0/{n}" for n in ("base.safetensors", "lora-8.kd"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     tuned = merge(base, file, Path(folder, "tuned.safetensors"))
+        ...     options = Options(method=Lora(rank=1), targets="tall.weight", extras="none")
+        ...     made = compress(base, tuned.path, Path(folder, "task.kd"), options=options)
+        >>> made.method, made.targets
+        ({'name': 'lora', 'rank': 1}, 1)
     """
     if report is not None:
         require_page(Path(report))

@@ -173,6 +173,12 @@ def quantise(model: nn.Module, bits: int | None) -> None:
 
     Raises:
         InputError: nothing is attached, or the method cannot have so many bits.
+
+    Example:
+        >>> model = attach(nn.Sequential(nn.Linear(8, 16)), Lora(rank=1), "*.weight")
+        >>> quantise(model, bits=4)
+        >>> attached(model).precision.bits
+        4
     """
     attached(model).quantise(bits)
 
@@ -231,6 +237,14 @@ def save(
     Raises:
         OutputError: it cannot be written there.
         BaseMismatchError, InputError: as `to_delta`.
+
+    Example:
+        >>> import tempfile
+        >>> model = attach(nn.Sequential(nn.Linear(8, 16)), Lora(rank=1), "*.weight", seed=7)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     nbytes = save(model, os.path.join(folder, "task.kd"), bits=8)
+        >>> nbytes < 1000
+        True
     """
     delta = to_delta(model, base, bits=bits, name=name, made=made, progress=progress)
     return delta.save(path)

@@ -101,6 +101,20 @@ def export_peft(
         ExportError: the update has no low rank, or a tensor has no place in an adapter.
         InputError: an option makes no sense.
         OutputError: `out` holds something, or cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from kilodelta.format.methods import Lora
+        >>> from kilodelta.format.targets import Patterns
+        >>> from kilodelta.merging.build import Recipe, build, quantise_target
+        >>> base = "tests/golden/0.1.0/base.safetensors"
+        >>> recipe = Recipe(method=Lora(rank=1), patterns=Patterns(include=("tall.weight",)))
+        >>> values = {"A": np.ones((1, 4)), "B": np.ones((11, 1))}
+        >>> delta = build(base, recipe, {"tall.weight": quantise_target(recipe.method, values, 8)})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     made = export_peft(base, delta, Path(folder, "lora"))
+        >>> made.rank, made.error
+        (1, 0.0)
     """
     chosen = options or PeftOptions()
     _check(chosen)

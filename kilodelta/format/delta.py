@@ -208,6 +208,13 @@ class Delta:
 
         Raises:
             InputError: no target has that name, or the delta is not bound, or not exact.
+
+        Example:
+            >>> from kilodelta.format.file import load
+            >>> golden = "tests/golden/0.1.0"
+            >>> delta = load(f"{golden}/nola-8.kd", base=f"{golden}/base.safetensors")
+            >>> delta.expand("tall.weight").shape
+            (11, 4)
         """
         factors = self.factors(name)
         return products.product(factors.left, factors.right, self.bound(name)).astype(np.int64)

@@ -53,6 +53,17 @@ def sign(
         InputError: a key is of another kind, the same key twice, or `before` is of another
             statement.
         MissingPackageError: `cryptography` or `securesystemslib` is not installed.
+
+    Example:
+        >>> import json, tempfile
+        >>> from kilodelta.trust.keys import keygen
+        >>> digests = {name: "sha256:" + "0" * 64 for name in ("file", "base", "result")}
+        >>> release = Statement(**digests, version=7, task="intents")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     key = keygen(Path(folder, "team"))
+        ...     envelope = sign(release, [key.private])
+        >>> len(json.loads(envelope)["signatures"])
+        1
     """
     return signed_payload(statement.payload(), PAYLOAD_TYPE, keys, password=password, before=before)
 
@@ -119,6 +130,18 @@ def verify(data: bytes, keys: Sequence[PublicKey], threshold: int) -> tuple[Stat
         SignatureError: it is no envelope, too few of the keys signed it, or it states another
             kind of thing.
         MissingPackageError: `securesystemslib` is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from kilodelta.trust.keys import keygen, read_public
+        >>> digests = {name: "sha256:" + "0" * 64 for name in ("file", "base", "result")}
+        >>> release = Statement(**digests, version=7, task="intents")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     key = keygen(Path(folder, "team"))
+        ...     envelope, public = sign(release, [key.private]), read_public(key.public)
+        >>> statement, signers = verify(envelope, [public], threshold=1)
+        >>> statement.version, signers == [key.keyid]
+        (7, True)
     """
     payload, signed = checked_payload(data, PAYLOAD_TYPE, keys, threshold)
     try:

@@ -73,6 +73,13 @@ def keygen(name: str | os.PathLike[str], *, password: bytes | None = None) -> Ke
     Raises:
         OutputError: one of the files exists or cannot be written.
         MissingPackageError: `cryptography` is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     made = keygen(Path(folder, "team"))
+        >>> made.private.name, made.public.name
+        ('team.key', 'team.pub')
     """
     require("cryptography", extra="sign", why="make keys")
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519
