@@ -19,6 +19,7 @@ from typing import Any
 from kilodelta.compress.distill import foreign, svd
 from kilodelta.compress.distill.job import Job, prepare
 from kilodelta.compress.distill.learn import state as states
+from kilodelta.compress.distill.learn.chat_rows import check_answers
 from kilodelta.compress.distill.learn.data import Data, Plan, check_count, gather
 from kilodelta.compress.distill.learn.loop import distill
 from kilodelta.compress.distill.learn.measure import measure
@@ -43,7 +44,7 @@ from kilodelta.files.model_digest import digest
 from kilodelta.merging.build import Recipe, build
 from kilodelta.models import LoadedModel, locate, open_source, read_texts
 from kilodelta.models.layer_names import read_config
-from kilodelta.models.sources import Source
+from kilodelta.models.sources import ChatSource, Source
 from kilodelta.progress import Progress, silent
 from kilodelta.rehearsal import begin_work
 from kilodelta.report import write_report
@@ -188,6 +189,8 @@ def open_inputs(
     if inputs is None:
         return None, None
     source = open_source(inputs, field=options.field, limit=options.limit)
+    if isinstance(source, ChatSource) and options.loss_on == "assistant":
+        check_answers(source)
     if source.rows is not None:
         check_count(source.rows, source.spec, options.held_out, options.batch)
     return source, tuple(read_texts(options.labels)) if options.labels is not None else None
@@ -243,6 +246,7 @@ def plan_of(job: Job, labels: tuple[str, ...] | None) -> Plan:
         labels=labels,
         wanted=Wanted(weights=options.outputs, classes=options.classes),
         coefficients=job.coefficients,
+        all_tokens=options.loss_on == "all",
     )
 
 

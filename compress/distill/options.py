@@ -17,6 +17,7 @@ from kilodelta.format.methods import METHODS, Method
 from kilodelta.format.packing import BITS
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
+LOSS_ON = ("assistant", "all")
 NONE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -42,6 +43,8 @@ class Options:
         held_out: inputs to measure on; a tenth, 512 at most, by default.
         max_length: tokens that texts are cut to.
         field: the text's key in a `.jsonl` record.
+        loss_on: of conversations and prompts with completions, the tokens that count:
+            `assistant` or `all`.
         limit: inputs that are read at most.
         teacher_cache: a folder in which the tuned model's outputs are kept, for later runs on the
             same models and inputs with other budgets, methods or steps.
@@ -71,6 +74,7 @@ class Options:
     held_out: int | None = None
     max_length: int | None = None
     field: str = "text"
+    loss_on: str = "assistant"
     limit: int | None = None
     teacher_cache: str | None = None
     min_agreement: float | None = None
@@ -106,6 +110,8 @@ def check(options: Options, *, learns: bool) -> None:
         )
     if options.dtype not in DTYPES:
         raise InputError(f"{options.dtype!r} is no type", fix=f"give one of {', '.join(DTYPES)}")
+    if options.loss_on not in LOSS_ON:
+        raise InputError(f"loss on {options.loss_on!r}", fix=f"give one of {', '.join(LOSS_ON)}")
     _check_bits(options)
     if not learns:
         _check_alone(options)

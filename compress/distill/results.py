@@ -151,6 +151,11 @@ def _warnings(
             found.append(
                 f"{data.repeated} inputs equal one that is held out and were not learnt from"
             )
+        if data.left_out:
+            found.append(
+                f"{data.left_out} conversations were cut before an answer and are left out; see"
+                " --max-length"
+            )
         if data.survey.one_row:
             found.append("the model computes one row at a time, so a step takes longer")
     return found

@@ -54,6 +54,12 @@ OPTIONS = (
     ),
     click.option("--max-length", type=click.IntRange(1), help="Cut texts to so many tokens."),
     click.option("--field", default="text", help="The text's key in .jsonl."),
+    click.option(
+        "--loss-on",
+        default="assistant",
+        type=click.Choice(["assistant", "all"]),
+        help="Of conversations in .jsonl, the tokens that count.",
+    ),
     click.option("--limit", type=click.IntRange(1), help="Read at most so many inputs."),
     click.option(
         "--teacher-cache",

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from kilodelta.errors import InputError, KiloDeltaError
 from kilodelta.files.npz import ArrayHeader, read_npz
+from kilodelta.models.chat_tokens import encode
+from kilodelta.models.chats import Chat
 from kilodelta.models.loaded import Batch as Batch
 from kilodelta.models.loaded import LoadedModel, outputs
 from kilodelta.models.quiet import quiet
-from kilodelta.models.sources import CalledSource, Source, TextSource, open_source
+from kilodelta.models.sources import CalledSource, ChatSource, Source, TextSource, open_source
 from kilodelta.models.sources import check_spec as check_spec
 from kilodelta.models.texts import read_texts as read_texts
 
@@ -38,7 +40,8 @@ def read_inputs(
     """Read inputs into batches, in their order, and see that the model computes with one row.
 
     Args:
-        spec: a `.jsonl` or `.txt` file of texts, one per line; a `.npz` file with one array per
+        spec: a `.jsonl` or `.txt` file of texts, one per line, or a `.jsonl` file of conversations
+            (`kilodelta.models.chats`); a `.npz` file with one array per
             input; `package.module:function`, which returns batches (mappings from names to
             tensors or arrays, or bare ones for the model's main input); or what
             `kilodelta.models.sources.open_source` made of one of these.
@@ -79,7 +82,7 @@ def tokenize(loaded: LoadedModel, texts: Sequence[str], *, max_length: int | Non
             f"{loaded.source} has no tokenizer, so it cannot read texts",
             fix="give token ids in a .npz file, or a folder with a tokenizer",
         )
-    limit = _length(loaded, max_length)
+    limit = length_limit(loaded, max_length)
     try:
         encoded = loaded.tokenizer(
             list(texts),
@@ -96,7 +99,12 @@ def tokenize(loaded: LoadedModel, texts: Sequence[str], *, max_length: int | Non
     return {name: encoded[name] for name in loaded.accepts if name in encoded}
 
 
-def _length(loaded: LoadedModel, wanted: int | None) -> int | None:
+def length_limit(loaded: LoadedModel, wanted: int | None) -> int | None:
+    """Return how many tokens a text may have, None where nothing limits it.
+
+    Raises:
+        InputError: more are asked for than the model takes.
+    """
     if wanted is None or loaded.max_length is None:
         return loaded.max_length if wanted is None else wanted
     if wanted > loaded.max_length:
@@ -114,6 +122,10 @@ def _batches(
         for start in range(0, len(source.texts), batch_size):
             part = source.texts[start : start + batch_size]
             yield tokenize(loaded, part, max_length=max_length)
+    elif isinstance(source, ChatSource):
+        for start in range(0, len(source.chats), batch_size):
+            part = source.chats[start : start + batch_size]
+            yield _padded(_encoded(part, loaded, max_length), loaded)
     elif isinstance(source, CalledSource):
         yield from _limited(_called(source, loaded), source.limit)
     else:
@@ -121,6 +133,24 @@ def _batches(
         arrays = check(read_npz(source.spec, rows=source.rows), loaded, source.spec)
         for start in range(0, _rows(arrays), batch_size):
             yield _cut(arrays, start, start + batch_size)
+
+
+def _encoded(chats: Sequence[Chat], loaded: LoadedModel, max_length: int | None) -> list[list[int]]:
+    limit = length_limit(loaded, max_length)
+    return [
+        encode(loaded.tokenizer, chat, source=loaded.source, limit=limit, marked=False)[0]
+        for chat in chats
+    ]
+
+
+def _padded(encoded: Sequence[Sequence[int]], loaded: LoadedModel) -> Batch:
+    """Make a batch of token ids, padded at the right, with its mask where the model takes one."""
+    longest = max(map(len, encoded))
+    fill = loaded.tokenizer.pad_token_id or 0
+    ids = torch.tensor([[*row, *[fill] * (longest - len(row))] for row in encoded])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in encoded])
+    named = {"input_ids": ids, "attention_mask": mask}
+    return {name: named[name] for name in loaded.accepts if name in named}
 
 
 def _rows(batch: Mapping[str, Tensor]) -> int:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from kilodelta.errors import InputError
 from kilodelta.files.npz import ArrayHeader, names_and_shapes, read_headers
+from kilodelta.models.chats import Chat, is_chat, read_chats
 from kilodelta.models.entry import find_entry, is_entry
 from kilodelta.models.texts import read_texts
 
@@ -31,6 +32,19 @@ class TextSource:
     def rows(self) -> int | None:
         """How many rows there are."""
         return len(self.texts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSource:
+    """Conversations of a file, read whole."""
+
+    spec: str
+    chats: tuple[Chat, ...]
+
+    @property
+    def rows(self) -> int | None:
+        """Count the rows."""
+        return len(self.chats)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +76,7 @@ class CalledSource:
         return None
 
 
-Source: TypeAlias = TextSource | ArraySource | CalledSource
+Source: TypeAlias = TextSource | ChatSource | ArraySource | CalledSource
 
 
 def check_spec(spec: str | Path) -> None:
@@ -93,6 +107,8 @@ def open_source(spec: str | Path, *, field: str = "text", limit: int | None = No
     check_spec(spec)
     text = str(spec)
     suffix = Path(spec).suffix
+    if suffix == ".jsonl" and is_chat(Path(spec), field):
+        return ChatSource(spec=text, chats=tuple(read_chats(Path(spec), limit=limit)))
     if suffix in TEXTS:
         return TextSource(spec=text, texts=tuple(read_texts(spec, field=field, limit=limit)))
     if suffix == ARRAYS:

@@ -39,13 +39,13 @@ def read_texts(path: str | Path, *, field: str = "text", limit: int | None = Non
 
 
 def _texts(path: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             is_record = path.suffix == ".jsonl"
             yield _text(line, field, f"{path}:{number}") if is_record else line.strip()
 
 
-def _lines(path: Path) -> Iterator[str]:
+def read_lines(path: Path) -> Iterator[str]:
     """Yield the lines of a file one by one, so that a large one never lies in memory whole."""
     passed = 0
     try:
@@ -82,12 +82,16 @@ def _text(line: str, field: str, place: str) -> str:
         raise InputError(
             f"{place} {what} field {field!r}; it holds {present}", fix="name the field of the text"
         )
-    _check_encodable(text, place)
+    check_encodable(text, place)
     return text
 
 
-def _check_encodable(text: str, place: str) -> None:
-    """Refuse half of a surrogate pair, which JSON can spell and no tokenizer takes."""
+def check_encodable(text: str, place: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can spell and no tokenizer takes.
+
+    Raises:
+        InputError: the text holds one.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

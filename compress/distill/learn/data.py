@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kilodelta.compress.distill.learn.chat_rows import chat_rows
 from kilodelta.compress.distill.learn.comparisons import comparison_for
 from kilodelta.compress.distill.learn.objective import Objective
 from kilodelta.compress.distill.learn.outputs import Output, Survey, Wanted, run, survey
@@ -17,7 +18,7 @@ from kilodelta.compress.distill.teacher.ask import Shelf, Teacher, ask
 from kilodelta.errors import InputError
 from kilodelta.models import LoadedModel, read_inputs, tokenize
 from kilodelta.models.heads import EMBEDDING
-from kilodelta.models.sources import Source
+from kilodelta.models.sources import ChatSource, Source
 from kilodelta.progress import Progress
 
 FEWEST = 8
@@ -40,6 +41,7 @@ class Data:
         learned: indices of the rows to train on; none of them equals a row that is held out.
         held_out: indices of the rows to measure on.
         repeated: how many rows are left out because they equal one that is held out.
+        left_out: how many conversations are, because they were cut before an answer.
     """
 
     rows: Rows
@@ -49,6 +51,7 @@ class Data:
     learned: Sequence[int]
     held_out: Sequence[int]
     repeated: int
+    left_out: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,7 @@ class Plan:
         labels: texts that embeddings are compared with.
         wanted: what is said about the outputs.
         coefficients: how many numbers are trained.
+        all_tokens: of conversations, count every token rather than the assistant's.
     """
 
     held_out: int | None
@@ -72,6 +76,7 @@ class Plan:
     labels: tuple[str, ...] | None
     wanted: Wanted
     coefficients: int
+    all_tokens: bool = False
 
 
 def gather(
@@ -111,6 +116,7 @@ def gather(
         learned=learned,
         held_out=held_out,
         repeated=len(rows) - len(learned) - len(held_out),
+        left_out=(source.rows or 0) - len(rows) if isinstance(source, ChatSource) else 0,
     )
 
 
@@ -120,6 +126,12 @@ def read_rows(source: Source, student: LoadedModel, plan: Plan) -> Rows:
     Raises:
         InputError: too few, or inputs that the model does not take.
     """
+    if isinstance(source, ChatSource):
+        rows = chat_rows(
+            source, student, max_length=plan.max_length, all_tokens=plan.all_tokens
+        ).rows
+        check_count(len(rows), source.spec, plan.held_out, plan.batch)
+        return rows
     batches = read_inputs(source, student, batch_size=READ, max_length=plan.max_length)
     rows = to_rows(batches, getattr(student.tokenizer, "pad_token_id", None) or 0)
     check_count(len(rows), source.spec, plan.held_out, plan.batch)

@@ -25,7 +25,6 @@ from kilodelta.compress.distill.learn.measure import measure
 from kilodelta.compress.distill.learn.objective import Measures
 from kilodelta.compress.distill.learn.outputs import run
 from kilodelta.compress.distill.learn.pieces import backward, is_out_of_memory
-from kilodelta.compress.distill.learn.rows import token_mask
 from kilodelta.compress.distill.learn.schedule import Distilled, Look, Schedule
 from kilodelta.compress.distill.learn.watch import Watch
 from kilodelta.compress.training import train
@@ -232,7 +231,7 @@ class Run:
         on, until a single row does not fit.
         """
         batch, wanted = self.data.rows.batch(chosen), self.data.teacher(chosen)
-        mask = token_mask(batch)
+        mask = self.data.rows.mask(chosen)
 
         def compute(rows: slice) -> dict[str, Tensor]:
             part = {name: values[rows] for name, values in batch.items()}

@@ -9,7 +9,6 @@ import torch
 from kilodelta.compress.distill.learn.data import Data
 from kilodelta.compress.distill.learn.objective import Measures
 from kilodelta.compress.distill.learn.outputs import run
-from kilodelta.compress.distill.learn.rows import token_mask
 from kilodelta.compress.distill.teacher.ask import batch_rows
 from kilodelta.models import LoadedModel
 
@@ -34,7 +33,7 @@ def measure(loaded: LoadedModel, data: Data, chosen: Sequence[int]) -> tuple[Mea
             rows = [chosen[i] for i in part]
             batch = data.rows.batch(rows)
             found = run(loaded, batch, one_row=data.survey.one_row)
-            sums = data.objective.sums(found, data.teacher(rows), token_mask(batch))
+            sums = data.objective.sums(found, data.teacher(rows), data.rows.mask(rows))
             totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
     finally:
         loaded.module.train(training)

@@ -30,10 +30,12 @@ class Rows:
         rows: one mapping from input names to tensors without a batch axis per row.
         pad: by the name of each input that runs along the tokens, the value that fills it up, ().
             Empty where the inputs have no mask: then rows are never padded.
+        counts: for each row (tokens,), 1 where the output at a token counts; empty where all do.
     """
 
     rows: tuple[Batch, ...]
     pad: Batch
+    counts: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -58,11 +60,18 @@ class Rows:
 
     def unpadded(self) -> Rows:
         """Return the same rows, of which only those of one length share a batch."""
-        return Rows(self.rows, {})
+        return Rows(self.rows, {}, self.counts)
 
     def subset(self, chosen: Sequence[int]) -> Rows:
         """Return some of the rows, in the order given."""
-        return Rows(tuple(self.rows[i] for i in chosen), self.pad)
+        counts = tuple(self.counts[i] for i in chosen) if self.counts else ()
+        return Rows(tuple(self.rows[i] for i in chosen), self.pad, counts)
+
+    def mask(self, chosen: Sequence[int]) -> Tensor | None:
+        """Return which outputs of a batch count, (rows, tokens); None where every one does."""
+        if self.counts:
+            return _stack([self.counts[i] for i in chosen], torch.tensor(0))
+        return token_mask(self.batch(chosen))
 
     @cached_property
     def _keys(self) -> list[Key]:
@@ -115,6 +124,8 @@ class Rows:
         for name, values in sorted(self.rows[index].items()):
             state.update(f"{name} {values.dtype} {tuple(values.shape)}\0".encode())
             state.update(values.contiguous().numpy().tobytes())
+        if self.counts:
+            state.update(b"counts\0" + self.counts[index].numpy().tobytes())
         return state.digest()
 
 

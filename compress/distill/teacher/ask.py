@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kilodelta.compress.distill.learn.outputs import Output, Survey, run
-from kilodelta.compress.distill.learn.rows import Rows, token_mask
+from kilodelta.compress.distill.learn.rows import Rows
 from kilodelta.compress.distill.teacher.store import (
     DiskStore,
     Facts,
@@ -190,7 +190,7 @@ def _compute(
     found = run(loaded, batch, one_row=survey.one_row)
     values = {}
     for output in survey.matched:
-        aligned, _ = output.aligned(found[output.name], token_mask(batch))
+        aligned, _ = output.aligned(found[output.name], rows.mask(chosen))
         if bool((aligned.isnan() | (aligned == torch.inf)).any()):
             raise InputError(
                 f"output {output.name} of the tuned model is not finite for one of the inputs"

@@ -1,0 +1,244 @@
+"""Compress before and now: memory, seconds per step, and time to equal agreement.
+
+    python benchmarks/compress.py [--parts decoder sets] [--old COMMIT] [--threads N] [--json FILE]
+
+`decoder`: a Llama-shaped decoder of 135M random weights in bfloat16 (30 layers, 49,152 words), on
+4 x 128 tokens: the build of `--old` from a git worktree, this one in float32 and in bfloat16, and
+PEFT's LoRA r = 8 in both types. Each runs in a process of its own, whose peak of resident memory is
+what the system counted, before the first step and in all.
+
+`sets`: all-MiniLM-L6-v2 on the sets of `--data` at 12 KB: agreement and seconds of the old build's
+800 steps, and of this one's at several numbers of steps.
+
+`--quick` takes 2 steps and one size, to see that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machine import describe
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data"
+OLD = "2bc4e6b"
+"""The build before compress was made to scale."""
+ROWS, TOKENS, WORDS = 4, 128, 49_152
+
+
+def main() -> None:
+    """Run what is asked for, and print one line per process."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--parts", nargs="+", choices=("decoder", "sets"), default=("decoder",))
+    parser.add_argument("--old", default=OLD, help="commit of the build to compare with")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8, help="of the decoder")
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--work", type=Path, default=Path("compress-benchmark"))
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path, help="write all numbers here")
+    options = parser.parse_args()
+    if options.child:
+        _child(json.loads(options.child))
+        return
+    options.work.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {"machine": describe(), "threads": options.threads, "runs": []}
+    with _worktree(options.old) as old:
+        for part in options.parts:
+            for job in (_decoder if part == "decoder" else _sets)(options):
+                tree = old if job.get("tree") == "old" else ROOT
+                result = {**job, **_run(job, tree, options.threads)}
+                print(json.dumps({k: v for k, v in result.items() if k != "options"}), flush=True)
+                found["runs"].append(result)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+@contextmanager
+def _worktree(commit: str) -> Iterator[Path]:
+    """Check out a commit beside this tree, for as long as the benchmark takes."""
+    git = ["git", "-C", str(ROOT), "worktree"]
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "old"
+        subprocess.run([*git, "add", "-q", "--detach", str(place), commit], check=True)
+        try:
+            yield place
+        finally:
+            subprocess.run([*git, "remove", "--force", str(place)], check=True)
+
+
+def _run(job: Mapping[str, Any], tree: Path, threads: int) -> dict[str, Any]:
+    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", json.dumps(job)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    if done.returncode:
+        return {"error": done.stderr.strip().splitlines()[-1:]}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def _decoder(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the decoder's runs, its files made first."""
+    work = options.work.resolve()
+    base, tuned, inputs = work / "base", work / "tuned", work / "tokens.npz"
+    if not (tuned / "config.json").exists():
+        _make_decoder(base, tuned)
+    draws = np.random.default_rng(0)
+    np.savez(inputs, input_ids=draws.integers(0, WORDS, (24, TOKENS)))
+    steps = 2 if options.quick else options.steps
+    common = {"base": str(base), "tuned": str(tuned), "inputs": str(inputs), "out": str(work)}
+    chosen = {"budget": 50_000, "steps": steps, "batch": ROWS, "held_out": ROWS}
+    # Of old and new in turns, so that a machine that slows down slows both.
+    for kind, tree, dtype in (
+        ("compress", "old", "fp32"),
+        ("compress", "new", "fp32"),
+        ("compress", "new", "bf16"),
+        ("peft", "new", "fp32"),
+        ("peft", "new", "bf16"),
+    ):
+        job = {**common, "kind": kind, "tree": tree, "options": {**chosen, "dtype": dtype}}
+        yield {**job, "dtype": dtype, "part": "decoder"}
+
+
+def _make_decoder(base: Path, tuned: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(base)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2 and "embed" not in name:
+                weight.add_(0.004 * torch.randn_like(weight))
+    model.save_pretrained(tuned)
+
+
+def _sets(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the runs on the shared sets, each teacher trained first."""
+    from fidelity_task import base_folder, read_task, train_teacher
+
+    for name in ("trec6",) if options.quick else ("trec6", "banking77"):
+        task, place = read_task(options.data / f"{name}.jsonl.gz"), options.work.resolve() / name
+        place.mkdir(exist_ok=True)
+        (place / "inputs.txt").write_text("\n".join(task.train.texts) + "\n")
+        (place / "labels.txt").write_text("\n".join(task.names) + "\n")
+        if not (place / "teacher").exists():
+            train_teacher(task, place / "teacher", 0)
+        common = {
+            "base": str(base_folder()),
+            "tuned": str(place / "teacher"),
+            "inputs": str(place / "inputs.txt"),
+            "out": str(place),
+        }
+        fixed = {"labels": str(place / "labels.txt"), "max_length": 48, "budget": 12_000}
+        runs = (("old", 800), ("new", 800), ("new", 400), ("new", 267))
+        for tree, steps in (("old", 2), ("new", 2)) if options.quick else runs:
+            job = {**common, "kind": "compress", "tree": tree, "part": name}
+            yield {**job, "steps": steps, "options": {**fixed, "steps": steps}}
+
+
+def _child(job: Mapping[str, Any]) -> None:
+    """Do one job, and print its numbers as the last line."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    print(json.dumps(_compress(job) if job["kind"] == "compress" else _peft(job)))
+
+
+def _peak() -> float:
+    """Return this process's peak of resident memory so far, GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _compress(job: Mapping[str, Any]) -> dict[str, Any]:
+    from kilodelta.compress import Options, compress
+
+    imported = _peak()
+    known = {field.name for field in fields(Options)}
+    options = Options(**{k: v for k, v in job["options"].items() if k in known})
+    times: list[float] = []
+    before: list[float] = []
+
+    def watch(event: Any) -> None:
+        if event.stage == "distil":
+            times.append(time.monotonic())
+        elif not times:
+            before[:] = [_peak()]
+
+    out, began = Path(job["out"]) / f"{job['tree']}.kd", time.monotonic()
+    report = compress(job["base"], job["tuned"], out, inputs=job["inputs"], options=options,
+                      force=True, progress=watch)  # fmt: skip
+    gaps = sorted(b - a for a, b in pairwise(times))
+    return {
+        "imports_gb": round(imported, 3),
+        "before_first_step_gb": round(before[-1], 3) if before else None,
+        "peak_gb": round(_peak(), 3),
+        "step_s": round(gaps[len(gaps) // 2], 3) if gaps else None,
+        "train_s": round(report.seconds, 2),
+        "total_s": round(time.monotonic() - began, 2),
+        "agreement": report.after.agreement if report.after else None,
+        "divergence": report.after.divergence if report.after else None,
+    }
+
+
+def _peft(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Train PEFT's LoRA r = 8 on every linear layer, on the same tokens."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    imported = _peak()
+    dtype = torch.bfloat16 if job["dtype"] == "bf16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(job["base"], dtype=dtype, use_cache=False)
+    wrapped = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=1e-4)
+    before = _peak()
+    ids = torch.from_numpy(np.load(job["inputs"])["input_ids"])
+    seconds = []
+    for step in range(job["options"]["steps"]):
+        began = time.monotonic()
+        batch = ids[step % 5 * ROWS :][:ROWS]
+        optimiser.zero_grad()
+        wrapped(input_ids=batch, labels=batch).loss.backward()
+        optimiser.step()
+        seconds.append(time.monotonic() - began)
+    return {
+        "imports_gb": round(imported, 3),
+        "before_first_step_gb": round(before, 3),
+        "peak_gb": round(_peak(), 3),
+        "step_s": round(sorted(seconds)[len(seconds) // 2], 3),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Read conversations and prompts with completions from `.jsonl`, one per line; no torch needed.
+
+A record holds `messages`, a list of objects with `role` and `content`, or `prompt` and
+`completion`, two texts or two such lists. These are the formats that TRL and most chat data sets
+use.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kilodelta.errors import InputError
+from kilodelta.models.texts import check_encodable, read_lines
+
+ASSISTANT = "assistant"
+_FORMATS = 'write {"messages": [{"role": "user", "content": "..."}, ...]} or {"prompt": "...", "completion": "..."}'  # noqa: E501
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """One record.
+
+    Attributes:
+        place: file and line.
+        messages: the turns; empty where it is a prompt with a completion.
+        prompt: a text.
+        completion: the text that follows it.
+    """
+
+    place: str
+    messages: tuple[Message, ...] = ()
+    prompt: str = ""
+    completion: str = ""
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether anything in it is the assistant's."""
+        if not self.messages:
+            return bool(self.completion)
+        return any(one.role == ASSISTANT and one.content for one in self.messages)
+
+
+def is_chat(path: Path, field: str) -> bool:
+    """Look at a file's first record: whether it is a conversation and no text under `field`."""
+    first = next((line for line in read_lines(path) if line.strip()), "")
+    try:
+        record = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return (
+        isinstance(record, dict)
+        and field not in record
+        and ("messages" in record or {"prompt", "completion"} <= record.keys())
+    )
+
+
+def read_chats(path: Path, *, limit: int | None = None) -> list[Chat]:
+    """Read the conversations of a file in their order; empty lines are skipped.
+
+    Args:
+        path: a `.jsonl` file.
+        limit: read at most so many.
+
+    Raises:
+        InputError: a record is neither of the two formats, or its texts are no texts.
+
+    Example:
+        >>> import tempfile
+        >>> place = Path(tempfile.mkdtemp()) / "a.jsonl"
+        >>> _ = place.write_text('{"prompt": "1 + 1 =", "completion": " 2"}')
+        >>> read_chats(place)[0].completion
+        ' 2'
+    """
+    chats: list[Chat] = []
+    for number, line in enumerate(read_lines(path), 1):
+        if limit is not None and len(chats) >= limit:
+            break
+        if line.strip():
+            chats.append(_chat(line, f"{path}:{number}"))
+    return chats
+
+
+def _chat(line: str, place: str) -> Chat:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place} is not JSON: {error}", fix="write one object per line") from None
+    if isinstance(record, dict) and "messages" in record:
+        return Chat(place=place, messages=_messages(record["messages"], "messages", place))
+    if isinstance(record, dict) and {"prompt", "completion"} <= record.keys():
+        prompt, completion = record["prompt"], record["completion"]
+        if isinstance(prompt, list) and isinstance(completion, list):
+            both = (_messages(part, name, place) for name, part in
+                    (("prompt", prompt), ("completion", completion)))  # fmt: skip
+            return Chat(place=place, messages=tuple(one for part in both for one in part))
+        return Chat(
+            place=place,
+            prompt=_text(prompt, "prompt", place),
+            completion=_text(completion, "completion", place),
+        )
+    what = ", ".join(record) or "nothing" if isinstance(record, dict) else type(record).__name__
+    raise InputError(f"{place} holds {what}, and the records before are chats", fix=_FORMATS)
+
+
+def _messages(value: Any, name: str, place: str) -> tuple[Message, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise InputError(f"{place}: {name} is no list of messages", fix=_FORMATS)
+    turns = []
+    for number, one in enumerate(value, 1):
+        if not isinstance(one, dict) or not isinstance(one.get("role"), str):
+            raise InputError(f"{place}: message {number} has no role", fix=_FORMATS)
+        content = _text(one.get("content"), f"the content of message {number}", place)
+        turns.append(Message(role=one["role"], content=content))
+    return tuple(turns)
+
+
+def _text(value: Any, name: str, place: str) -> str:
+    if not isinstance(value, str):
+        raise InputError(
+            f"{place}: {name} is {type(value).__name__}, not text",
+            fix="give texts: images, tool calls and other parts of messages are not read",
+        )
+    check_encodable(value, place)
+    return value
