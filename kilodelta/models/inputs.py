@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kilodelta.errors import InputError, KiloDeltaError
 from kilodelta.files.npz import ArrayHeader, read_npz
-from kilodelta.models.chat_tokens import encode
-from kilodelta.models.chats import Chat
+from kilodelta.models.chats.records import Chat
+from kilodelta.models.chats.tokens import encode
 from kilodelta.models.loaded import Batch as Batch
 from kilodelta.models.loaded import LoadedModel, outputs
 from kilodelta.models.quiet import quiet
@@ -41,7 +41,7 @@ def read_inputs(
 
     Args:
         spec: a `.jsonl` or `.txt` file of texts, one per line, or a `.jsonl` file of conversations
-            (`kilodelta.models.chats`); a `.npz` file with one array per
+            (`kilodelta.models.chats.records`); a `.npz` file with one array per
             input; `package.module:function`, which returns batches (mappings from names to
             tensors or arrays, or bare ones for the model's main input); or what
             `kilodelta.models.sources.open_source` made of one of these.
@@ -124,8 +124,8 @@ def _batches(
             yield tokenize(loaded, part, max_length=max_length)
     elif isinstance(source, ChatSource):
         for start in range(0, len(source.chats), batch_size):
-            part = source.chats[start : start + batch_size]
-            yield _padded(_encoded(part, loaded, max_length), loaded)
+            chats = source.chats[start : start + batch_size]
+            yield _padded(_encoded(chats, loaded, max_length), loaded)
     elif isinstance(source, CalledSource):
         yield from _limited(_called(source, loaded), source.limit)
     else:

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from kilodelta.errors import InputError
 from kilodelta.files.npz import ArrayHeader, names_and_shapes, read_headers
-from kilodelta.models.chats import Chat, is_chat, read_chats
+from kilodelta.models.chats.records import Chat, is_chat, read_chats
 from kilodelta.models.entry import find_entry, is_entry
 from kilodelta.models.texts import read_texts
 

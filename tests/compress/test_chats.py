@@ -19,8 +19,8 @@ from kilodelta.compress.distill.learn.chat_rows import chat_rows, check_answers
 from kilodelta.compress.distill.learn.rows import Rows
 from kilodelta.errors import InputError
 from kilodelta.models import open_model, open_source, read_inputs
-from kilodelta.models.chat_tokens import encode
-from kilodelta.models.chats import Chat, Message, read_chats
+from kilodelta.models.chats.records import Chat, Message, read_chats
+from kilodelta.models.chats.tokens import encode
 from kilodelta.models.loaded import LoadedModel
 from kilodelta.models.sources import ChatSource
 from tests.support import pico

@@ -15,7 +15,7 @@ import torch
 from kilodelta.compress.distill.learn.rows import MASK, Rows
 from kilodelta.errors import InputError
 from kilodelta.models import LoadedModel
-from kilodelta.models.chat_tokens import WAY_ON, encode
+from kilodelta.models.chats.tokens import WAY_ON, encode
 from kilodelta.models.inputs import length_limit, try_one
 from kilodelta.models.sources import ChatSource
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kilodelta.errors import InputError
-from kilodelta.models.chats import ASSISTANT, Chat
+from kilodelta.models.chats.records import ASSISTANT, Chat
 
 WAY_ON = "count every token with --loss-on all"
 
