@@ -250,7 +250,7 @@ def _info(row: Mapping[str, Any], where: str, known: Any) -> TensorInfo:
     return TensorInfo(
         name=untrusted.text(row["name"], f"{where}.name"),
         dtype=untrusted.choice(row["dtype"], f"{where}.dtype", known),
-        shape=untrusted.listed(row["shape"], f"{where}.shape", untrusted.whole),
+        shape=untrusted.shape(row["shape"], f"{where}.shape"),
     )
 
 

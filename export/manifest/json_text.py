@@ -181,9 +181,7 @@ def _profile(value: Any, where: str, inputs: tuple[Port, ...]) -> Profile:
 
 def _points(value: Any, where: str, port: Port) -> tuple[Shape, Shape, Shape]:
     table = untrusted.table(value, where, POINTS)
-    low, usual, high = (
-        untrusted.listed(table[point], f"{where}.{point}", untrusted.whole) for point in POINTS
-    )
+    low, usual, high = (untrusted.shape(table[point], f"{where}.{point}") for point in POINTS)
     if problem := misfit((low, usual, high), port):
         raise FieldError(f"{where}: {problem}")
     return low, usual, high

@@ -264,7 +264,7 @@ def _dtype(value: Any, where: str) -> str:
 
 
 def _shape(value: Any, where: str) -> tuple[int, ...]:
-    return untrusted.listed(value, where, untrusted.whole)
+    return untrusted.shape(value, where)
 
 
 def _file(value: Any, where: str) -> FileFact:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from math import isfinite
+from math import isfinite, prod
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -110,6 +110,24 @@ def whole(value: Any, where: str, low: int = 0, high: int = (1 << 63) - 1) -> in
     if type(value) is not int or not low <= value <= high:
         raise FieldError(f"{where} is {short(value)}, not a whole number from {low} to {high}")
     return value
+
+
+def shape(value: Any, where: str) -> tuple[int, ...]:
+    """Check a tensor's shape: fewer than 2^63 elements, in any order of the factors.
+
+    Two sizes of 2^62 are none, although their product with a third of 0 would be.
+
+    Raises:
+        FieldError: it is none.
+
+    Example:
+        >>> shape([2, 3], "shape")
+        (2, 3)
+    """
+    sizes = listed(value, where, whole)
+    if prod(size for size in sizes if size) >= 1 << 63:
+        raise FieldError(f"{where} has more elements than can be counted")
+    return sizes
 
 
 def number(value: Any, where: str) -> float:

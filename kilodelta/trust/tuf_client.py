@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from kilodelta.errors import InputError, OutputError, SignatureError, require
+from kilodelta.files import staging
 from kilodelta.trust.envelope import SUFFIX
 from kilodelta.trust.policy import Clock
 from kilodelta.trust.statement import MAX_VERSION
@@ -105,6 +106,9 @@ def _locked(place: Path) -> Iterator[None]:
         for folder in (place, place / "metadata", place / "targets"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with filelock.FileLock(place / ".lock", timeout=0):
+            # What python-tuf writes metadata to before it names them stays after a kill.
+            for path in (place / "metadata").glob("tmp*"):
+                path.unlink()
             yield
     except filelock.Timeout:
         raise OutputError(f"another pull is at work in {place}", fix="try again") from None
@@ -150,6 +154,11 @@ def _explained(url: str) -> Iterator[None]:
                 raise SignatureError(f"{url} {what}: {error}", fix=fix) from None
         raise SignatureError(
             f"{url} offers damaged metadata: {error}", fix="try again, or publish again"
+        ) from None
+    except OSError as error:  # of python-tuf's own writing: a full disk
+        raise OutputError(
+            f"what {url} offers cannot be written: {error.strerror or error}",
+            fix="make room, and pull again",
         ) from None
     except (e.DownloadError, HTTPError) as error:
         told = str(error) or "no answer"
@@ -214,10 +223,8 @@ def _fetch(updater: Any, name: str) -> bool:
         raise SignatureError(f"the mirror lacks {name}", fix="publish again")
     if updater.find_cached_target(info) is not None:
         return False
-    # python-tuf writes into the file that is there, whoever has it open; a new one is ours alone.
-    place = Path(updater.target_dir) / name
-    with contextlib.suppress(FileNotFoundError):
-        place.unlink()
-    download: Callable[[Any], str] = updater.download_target
-    download(info)
+    # python-tuf writes into the file that is there, whoever has it open, and part of one if the
+    # disk is full.
+    with staging.new_file(Path(updater.target_dir) / name) as stage:
+        updater.download_target(info, str(stage))
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -255,3 +256,26 @@ def test_a_release_reaches_a_device_by_the_mirror(team: Team, mirror: tuple[Path
     (team.device / "mirror").symlink_to(team.place)
     with pytest.raises(DeviceError, match="is a link"):
         pull(team.device, url)
+
+
+def test_a_release_never_stands_unsigned(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever happens between the file and its signature, neither is seen without the other."""
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kilodelta.device.make.signing.write_signature", killed)
+        with pytest.raises(KeyboardInterrupt):
+            team.release(7, 0)
+    assert not [path.name for path in team.place.iterdir() if path.name.startswith("task-7")]
+    real, seen = os.replace, []
+
+    def replace(source: Any, target: Any, **given: Any) -> None:
+        if str(target).endswith((".kd", ".sig")) and ".tmp" not in str(target):
+            seen.append(Path(target).name)
+        real(source, target, **given)
+
+    monkeypatch.setattr(os, "replace", replace)
+    team.release(7, 0)
+    assert seen[-2:] == ["task-7.kd.sig", "task-7.kd"]

@@ -68,3 +68,11 @@ def test_keys() -> None:
         untrusted.table({"a": 1, "c": 2}, "it", {"a"}, {"b"})
     with pytest.raises(FieldError, match="it lacks 'a'"):
         untrusted.table({"b": 1}, "it", {"a"}, {"b"})
+
+
+@pytest.mark.parametrize("sizes", [[2**62, 2], [2**62, 2**62, 0], [2**40] * 500])
+def test_a_shape_has_a_number_of_elements_that_can_be_printed(sizes: list[int]) -> None:
+    """Python refuses to print a number of more than 4300 digits."""
+    with pytest.raises(FieldError, match="field has more elements than can be counted"):
+        untrusted.shape(sizes, "field")
+    assert untrusted.shape([2**62, 0], "field") == (2**62, 0)

@@ -114,7 +114,7 @@ def npz_changed(data: bytes, random: Random) -> bytes:
         members = [(info.filename, archive.read(info)) for info in archive.infolist()]
     place = random.randrange(len(members))
     name, content = members[place]
-    step = random.randrange(6)
+    step = random.choice((0, 0, 0, 0, 1, 2, 1, 2, 1, 2, 3, 3, 3, 4, 4, 5))  # 5 takes a second
     if step == 0:
         members[place] = (name, bytes_changed(content, random))
     elif step in (1, 2):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import shutil
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
@@ -224,3 +226,26 @@ def test_a_server_that_is_gone(tmp_path: Path, key: Any) -> None:
         first_root(tmp_path / "repo" / "metadata" / "timestamp.json")
     with pytest.raises(KiloDeltaError):
         pull(tmp_path / "client2", "http://127.0.0.1:9", root=b"{}")
+
+
+def test_a_full_disk_while_pulling_is_said_and_leaves_nothing(
+    tmp_path: Path, key: Any, served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tuf.ngclient import Updater
+
+    publish([release(tmp_path, key, 7)], served[0], key=key.private)
+
+    def half(_: Any, info: Any, place: str) -> str:
+        Path(place).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Updater, "download_target", half)
+        with pytest.raises(OutputError, match="cannot be written: No space left"):
+            client(tmp_path, served)
+    assert list((tmp_path / "client" / "targets").iterdir()) == []
+    (tmp_path / "client" / "metadata" / "tmpabc").write_bytes(b"what a killed pull left")
+    got = client(tmp_path, served)
+    assert got is not None
+    assert got.fetched
+    assert not (tmp_path / "client" / "metadata" / "tmpabc").exists()

@@ -228,6 +228,6 @@ def _row(value: Any, where: str) -> tuple[TensorInfo, str]:
     info = TensorInfo(
         name=untrusted.text(value[0], f"{where} name"),
         dtype=untrusted.choice(value[1], f"{where} dtype", dtypes.DTYPES),
-        shape=untrusted.listed(value[2], f"{where} shape", untrusted.whole),
+        shape=untrusted.shape(value[2], f"{where} shape"),
     )
     return info, untrusted.digest(value[3], f"{where} digest")

@@ -168,14 +168,12 @@ def release(
             progress=progress,
         )
     fresh = replace(delta, manifest=replace(delta.manifest, made=made), probes=dict(probes))
-    nbytes = fresh.save(place)
-    signatures: tuple[Path, ...] = ()
-    if signing is not None:
-        try:
-            signatures = sign_release(place, fresh, version, Path(base), signing)
-        except BaseException:
-            place.unlink(missing_ok=True)  # unsigned, it is not what was asked for
-            raise
+    signatures = () if signing is None else signing.paths(place)
+    # The file takes its name last: one that was to be signed never stands there unsigned.
+    with staging.new_files(*signatures, place) as stage:
+        nbytes = fresh.save(stage / place.name)
+        if signing is not None:
+            sign_release(stage / place.name, fresh, version, Path(base), signing)
     return Released(
         path=place, nbytes=nbytes, version=version, dtypes=dtypes, signatures=signatures
     )

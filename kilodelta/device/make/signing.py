@@ -14,9 +14,9 @@ from kilodelta.errors import InputError
 from kilodelta.export.manifest.artefacts import file_fact
 from kilodelta.files import plain, staging
 from kilodelta.format.delta import Delta
-from kilodelta.trust.envelope import sign, write_signature
+from kilodelta.trust.envelope import sign, signature_path, write_signature
 from kilodelta.trust.model_bundle import bundle_path, model_bundle
-from kilodelta.trust.statement import Statement, stated, time_of
+from kilodelta.trust.statement import stated, time_of
 
 TOKENIZER = "tokenizer.json"
 
@@ -43,6 +43,11 @@ class Signing:
     not_after: str = ""
     model_signing: str | os.PathLike[str] | None = None
     password: bytes | None = None
+
+    def paths(self, place: Path) -> tuple[Path, ...]:
+        """Return the signature files of the release at `place`."""
+        own = (signature_path(place),)
+        return own if self.model_signing is None else (*own, bundle_path(place))
 
 
 def signing_from(
@@ -96,10 +101,8 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def sign_release(
-    place: Path, delta: Delta, version: int, base: Path, signing: Signing
-) -> tuple[Path, ...]:
-    """Sign a release that was written, and return the signature files.
+def sign_release(place: Path, delta: Delta, version: int, base: Path, signing: Signing) -> None:
+    """Sign a release that was written, in files beside it (`Signing.paths`).
 
     Args:
         place: the `.kd` file.
@@ -126,18 +129,11 @@ def sign_release(
             "tool": f"kilodelta {__version__}",
         }
     )
-    made = [write_signature(place, sign(statement, signing.keys, password=signing.password))]
+    write_signature(place, sign(statement, signing.keys, password=signing.password))
     if signing.model_signing is not None:
-        made.append(_model_bundle(place, statement, signing))
-    return tuple(made)
-
-
-def _model_bundle(place: Path, statement: Statement, signing: Signing) -> Path:
-    assert signing.model_signing is not None
-    path = bundle_path(place)
-    data = model_bundle(statement, place.name, signing.model_signing, password=signing.password)
-    staging.write(path, data)
-    return path
+        name, key = place.name, signing.model_signing
+        data = model_bundle(statement, name, key, password=signing.password)
+        staging.write(bundle_path(place), data)
 
 
 def _tokenizer(base: Path) -> str:
