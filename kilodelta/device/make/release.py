@@ -17,6 +17,7 @@ from kilodelta.device.golden import golden
 from kilodelta.device.make.signing import sign_release, signing_from
 from kilodelta.device.update.admit import HIGHEST
 from kilodelta.errors import InputError, OutputError, require
+from kilodelta.files import staging
 from kilodelta.files.baseline import require_base
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import RawTensor
