@@ -159,7 +159,9 @@ def test_a_page_runs_as_it_is_written(
     if not found:
         pytest.skip("no block on this page runs")
     folder = desk.copy(made, tmp_path / "desk")
-    monkeypatch.setitem(Options.__init__.__kwdefaults__, "steps", STEPS)
+    defaults = Options.__init__.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "steps", STEPS)
     monkeypatch.chdir(folder / "many" if name == "fleet.md" else folder)
     for gone in ABSENT.get(name, ()):
         Path(gone).unlink()

@@ -14,13 +14,13 @@ import pytest
 from kilodelta.device.modes.patch import promised_digest
 from kilodelta.errors import CheckpointError, ExportError, FileError, ProofError
 from kilodelta.export.merge.checkpoint import merge
-from kilodelta.export.patching import engine_map
 from kilodelta.export.patching.engine_map import make_engine_map
 from kilodelta.export.patching.make_map import write_rest
 from kilodelta.export.patching.map import PatchMap, read_map, write_map
 from kilodelta.export.patching.rewrite import patch
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import FLOATS
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Patterns
 from tests.doubles.engine_compiler import SHAPES, Compiler, engine, values
@@ -95,9 +95,7 @@ def test_what_has_no_place_is_refused_by_name(
     places = mapped(base, tmp_path)
     changed = values()[name] + 1
     delta = making.delta(base, Lora(rank=1), patterns=MATRICES)
-    with_extra = dataclasses.replace(
-        delta, extras={name: engine_map.RawTensor.of(changed)}, probes={}
-    )
+    with_extra = dataclasses.replace(delta, extras={name: RawTensor.of(changed)}, probes={})
     with pytest.raises(ExportError, match=rf"has no place in the engine\n  {name}: .*{why}") as e:
         patch(tmp_path / "model.engine", with_extra, tmp_path / "t.engine", places=places)
     assert "--mode refit" in e.value.fix
@@ -120,7 +118,7 @@ def test_vectors_that_were_folded_into_others_are_refused(base: Path, tmp_path: 
     """The bias has a place, and a product of it has another: matrices can be patched still."""
 
     def spoil(data: bytes, held: Mapping[str, Any], count: int) -> bytes:
-        return data + (held["bias"] * 2.5).astype(np.float32).tobytes()
+        return data + bytes((held["bias"] * 2.5).astype(np.float32).tobytes())
 
     places = mapped(base, tmp_path, spoil=spoil)
     assert set(places.places) == PLACED - {"bias", "widened"}

@@ -188,7 +188,7 @@ def bundle(
     from kilodelta.device.make.bundling import BundleJob
 
     staging.require_free(Path(out))
-    begin_work(out, base=source, mode=f"{settings.mode}, {settings.dtype}")
+    begin_work(Path(out), base=source, mode=f"{settings.mode}, {settings.dtype}")
     log.info("bundle %s: %s mode, %s", source, settings.mode, settings.dtype)
     with staging.new_folder(Path(out)) as stage:
         made = BundleJob(source, settings, progress).run(stage)

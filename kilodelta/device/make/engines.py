@@ -21,15 +21,15 @@ from kilodelta.device.modes import patch, runtime
 from kilodelta.errors import BaseMismatchError, ExportError, InputError
 from kilodelta.export.architecture import open_headed
 from kilodelta.export.manifest.artefacts import file_fact
-from kilodelta.export.manifest.facts import Profile
+from kilodelta.export.manifest.facts import Profile, Shape
 from kilodelta.export.merge.checkpoint import merge
-from kilodelta.export.onnx.template import Template, export_template
+from kilodelta.export.onnx.make import export_template
+from kilodelta.export.onnx.template import Template
 from kilodelta.export.patching import rewrite
 from kilodelta.export.patching.engine_build import engine_builder
 from kilodelta.export.patching.engine_map import EngineBuilds, make_engine_map
 from kilodelta.export.patching.map import PatchMap, read_map
 from kilodelta.export.tensorrt.flavour import RTX, choose
-from kilodelta.export.tensorrt.profile import profile_for
 from kilodelta.files import canonical, staging, untrusted
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import named
@@ -90,13 +90,14 @@ def _recipe(value: Any) -> Recipe:
     )
 
 
-def _points(value: Any, where: str) -> tuple[tuple[int, ...], ...]:
+def _points(value: Any, where: str) -> tuple[Shape, Shape, Shape]:
     shapes = untrusted.listed(
         value, where, lambda item, place: untrusted.listed(item, place, untrusted.whole)
     )
     if len(shapes) != 3:
         raise FieldError(f"{where} is not a smallest, a usual and a largest shape")
-    return shapes
+    smallest, usual, largest = shapes
+    return smallest, usual, largest
 
 
 def map_engine(job: BundleJob, template: Template, base: Path) -> PatchMap:
@@ -113,7 +114,7 @@ def map_engine(job: BundleJob, template: Template, base: Path) -> PatchMap:
     settings = job.settings
     recipe = Recipe(
         capabilities=settings.capabilities,
-        profile=profile_for(job.loaded, template.inputs, settings.sizes),
+        profile=template.profile(),
         tensorrt=job.trt.__version__,
     )
     recipe.write(base)
