@@ -118,6 +118,30 @@ def test_a_circle_is_found() -> None:
     assert shape.circles(graph) == [["a", "b", "c"]]
 
 
+def test_functions_of_four_parameters_list_them() -> None:
+    everything = [
+        function
+        for path in shape.product_files()
+        for function in shape.functions(shape.module_name(path), ast.parse(path.read_text()))
+    ]
+    assert shape.silent_about_arguments(everything) == []
+
+
+def test_a_silent_function_would_be_named() -> None:
+    """The test above can fail; a method may inherit its list, and a command needs none."""
+    source = (
+        "def silent(a, b, c, d): 'Add.'\n"
+        'class Base:\n    def add(self, a, b, c, d):\n        "Add.\\n\\nArgs:\\n  a: b"\n'
+        "class Own(Base):\n    def add(self, a, b, c, d): ...\n"
+        "class Other:\n    def add(self, a, b, c, d): ...\n"
+        "@click.command()\ndef merge(a, b, c, d): 'Merge.'\n"
+        "def _own(a, b, c, d): ...\n"
+        "def few(a, b, c):\n    def inner(a, b, c, d): ...\n"
+    )
+    named = shape.silent_about_arguments(list(shape.functions("room", ast.parse(source))))
+    assert sorted(named) == ["room: Other.add", "room: silent"]
+
+
 def test_no_folder_holds_more_than_eighteen_files() -> None:
     folders = Counter(path.parent for path in shape.product_files())
     assert {str(f): n for f, n in folders.items() if n > 18} == {}

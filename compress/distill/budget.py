@@ -143,8 +143,10 @@ def _largest(
 
 
 def _last(holds: Callable[[int], bool], values: range) -> int | None:
-    """Binary search: the largest value for which a predicate that turns from true to false holds;
-    None if it never does."""
+    """Find by bisection the last value for which a predicate holds, or None.
+
+    The predicate may turn from true to false once.
+    """
     low, high = values.start - 1, values.stop - 1
     while low < high:
         middle = (low + high + 1) // 2
@@ -153,8 +155,7 @@ def _last(holds: Callable[[int], bool], values: range) -> int | None:
 
 
 def _first(holds: Callable[[int], bool], values: range) -> int | None:
-    """The smallest value from which a predicate that turns from false to true holds; None if it
-    never does."""
+    """Find by bisection the smallest value from which a predicate holds; None if it never does."""
     before = _last(lambda value: not holds(value), values)
     first = values.start if before is None else before + 1
     return first if first < values.stop else None

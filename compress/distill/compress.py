@@ -288,7 +288,7 @@ def _learn(
 
 
 def _teacher_facts(job: Job) -> dict[str, str]:
-    """What the teacher's outputs depend on, beside the inputs and the outputs themselves."""
+    """List what the teacher's outputs depend on, beside the inputs and the outputs themselves."""
     return {
         "base model": digest(job.pair.base, cached=True).root,
         "tuned model": digest(job.pair.tuned, cached=True).root,
@@ -298,7 +298,7 @@ def _teacher_facts(job: Job) -> dict[str, str]:
 
 
 def _computed_in(job: Job) -> str:
-    """The type of the weights that the models compute with."""
+    """Return the type of the weights that the models compute with."""
     assert job.pair.student is not None  # the caller has inputs
     floats = (p.dtype for p in job.pair.student.module.parameters() if p.is_floating_point())
     return str(next(floats, "")).removeprefix("torch.")
@@ -307,7 +307,7 @@ def _computed_in(job: Job) -> str:
 def _facts(
     job: Job, data: Data, schedule: Schedule, labels: tuple[str, ...] | None
 ) -> dict[str, str]:
-    """What makes two runs the same, in words, for a run that is to be resumed."""
+    """List in words what makes two runs the same, for a run that is to be resumed."""
     held_out = json.dumps([list(data.held_out), list(data.learned)])
     outputs = [[o.name, o.kind, o.weight, o.axis] for o in data.survey.matched]
     return {

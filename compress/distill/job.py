@@ -165,7 +165,7 @@ def prepare(base: Path, tuned: Path, out: Path, options: Options, *, learns: boo
 
 
 def _without_places(structure: Structure) -> Structure:
-    """A fit to the weights needs no place in a module."""
+    """Return the structure without places in a module, which a fit to the weights does not need."""
     return replace(structure, placed=None)
 
 
@@ -213,7 +213,7 @@ def _patterns(pair: Pair, parts: Split) -> Patterns:
 def _configuration(
     pair: Pair, parts: Split, options: Options
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What changed in the configuration; a tied matrix that is torn apart is no longer tied."""
+    """Return what changed in the configuration; a tied matrix that is torn apart is untied."""
     if options.model is not None:
         return {}, ()
     config, oversized = difference(pair.base, pair.tuned)
@@ -231,7 +231,7 @@ def _choose(
     config: Mapping[str, Any],
     options: Options,
 ) -> budgets.Choice:
-    """The method given by hand, or the one that the budget buys."""
+    """Choose the method given by hand, or the one that the budget buys."""
     bits = budgets.BITS if options.bits is None else options.bits
     overhead = partial(_overhead, base, targets, patterns, parts, config, options, bits)
     given = options.method
@@ -254,7 +254,7 @@ def _overhead(
     bits: int,
     method: Method,
 ) -> int:
-    """Bytes of a file beside its coefficients: extras, and a header written with none of both."""
+    """Count the bytes beside the coefficients: extras, and a header written with none of both."""
     manifest = Manifest(
         base=Base(
             name=options.name or base.path.name,
@@ -282,7 +282,7 @@ def _overhead(
 
 
 def _groups(method: Method, targets: Sequence[Target]) -> list[Group]:
-    """All groups of coefficients that a file holds."""
+    """List all groups of coefficients that a file holds."""
     return [*method.shared(), *(group for target in targets for group in method.groups(target))]
 
 

@@ -100,7 +100,7 @@ def _open(source: str, weights: Checkpoint, placement: Placement) -> LoadedModel
 
 
 def _are_laid_out_alike(base: Checkpoint, tuned: Checkpoint) -> bool:
-    """Whether opening either model makes the same module, and gives every tensor the same place.
+    """Return whether opening either model makes the same module with the same places.
 
     Opening depends on the tensors' names, shapes, and kinds of numbers; float types are all loaded
     as one.
@@ -212,7 +212,7 @@ def _left_out(
 def _repeats(
     base: Checkpoint, tuned: Checkpoint, student: LoadedModel, names: Mapping[str, str]
 ) -> dict[str, str]:
-    """Names that only the tuned files have, and that the base's model ties to another's."""
+    """Map names that only the tuned files have to those that the base's model ties them to."""
     state = student.module.state_dict()
     by_place = {_place(state[names[name]]): name for name in base.names if name in names}
     found = {}
@@ -224,7 +224,7 @@ def _repeats(
 
 
 def _place(values: torch.Tensor) -> tuple[Any, ...] | None:
-    """Where a tensor's data lie; None for an empty one."""
+    """Return where a tensor's data lie; None for an empty one."""
     return (values.data_ptr(), tuple(values.shape), values.stride()) if values.numel() else None
 
 

@@ -49,7 +49,7 @@ def check_place(
 
 
 def _is_of(out: Path, path: Path) -> bool:
-    """Whether a file is an input itself, or one of an input's folder, under any name.
+    """Return whether a file is an input itself, or one of an input's folder, under any name.
 
     An earlier result that was written into a model's folder is none of the model's files.
     """

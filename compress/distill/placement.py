@@ -70,7 +70,7 @@ def stored_type(base: Checkpoint) -> torch.dtype:
 
 
 def _is_fast(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a device multiplies matrices of a type in hardware."""
+    """Return whether a device multiplies matrices of a type in hardware."""
     if dtype == torch.float32:
         return True
     if device.type == "cuda":

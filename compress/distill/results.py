@@ -82,7 +82,7 @@ def finish(
 def _measured(
     data: Data, done: Distilled, before: Measures, after: Measures
 ) -> dict[str, str | int | float | bool]:
-    """What the manifest says about the agreement, each figure by the name of what it is."""
+    """Write what the manifest says about the agreement, each figure by the name of what it is."""
     counts = data.objective.counts
     divergence = "kl" if counts in ("top-1", "yes-no") else "distance"
     return {

@@ -46,8 +46,14 @@ class Tally:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self, *, changed: int, weights: int, steps: float, still: int) -> None:
-        """Count one target: codes that changed, of how many, the update's size in steps, weights
-        whose step is zero."""
+        """Count one target.
+
+        Args:
+            changed: codes that changed.
+            weights: of how many.
+            steps: the update's size in steps of the grid.
+            still: weights whose step is zero.
+        """
         with self._lock:
             self.changed += changed
             self.weights += weights

@@ -73,7 +73,7 @@ class Variation:
     """Sentences."""
 
     def axes(self) -> dict[str, dict[int, str]]:
-        """The names of the axes that vary, by input and index."""
+        """Return the names of the axes that vary, by input and index."""
         named: dict[str, dict[int, str]] = {name: {} for name in self.batch}
         for group in self.groups:
             for name, index in group.places:
@@ -81,16 +81,16 @@ class Variation:
         return named
 
     def group(self, name: str) -> Group:
-        """The group of an axis's name."""
+        """Return the group of an axis's name."""
         return next(group for group in self.groups if group.name == name)
 
     def retraced(self, name: str, size: int) -> Variation:
-        """The same, with one axis traced at another size."""
+        """Return the same with one axis traced at another size."""
         groups = (replace(g, traced=size) if g.name == name else g for g in self.groups)
         return replace(self, groups=tuple(groups))
 
     def fix(self, name: str, size: int, reason: str) -> Variation:
-        """The same, with one axis fixed at a size."""
+        """Return the same with one axis fixed at a size."""
         return Variation(
             batch=self.resized({name: size}),
             groups=tuple(group for group in self.groups if group.name != name),
@@ -98,7 +98,7 @@ class Variation:
         )
 
     def resized(self, sizes: Mapping[str, int]) -> Batch:
-        """The batch with some of its axes, by name, at other sizes."""
+        """Return the batch with some of its axes, by name, at other sizes."""
         moved = {p: sizes[g.name] for g in self.groups if g.name in sizes for p in g.places}
         return resize(self.batch, moved)
 
@@ -156,7 +156,7 @@ class _Search:
         return Variation(batch=self.shown, groups=self._traceable(), fixed=tuple(self.fixed))
 
     def takes(self, sizes: Mapping[Place, int]) -> bool:
-        """Whether the model computes with these axes at these sizes, the others as shown."""
+        """Return whether the model computes with these axes at these sizes, the others as shown."""
         try:
             with torch.no_grad(), quiet():
                 self.loaded.view()(**resize(self.batch, sizes))
@@ -169,7 +169,7 @@ class _Search:
         return True
 
     def _rows(self) -> None:
-        """The batch axis; everything else is then asked of few rows."""
+        """Settle the batch axis; everything else is then asked of few rows."""
         places = tuple((name, 0) for name, tensor in self.batch.items() if tensor.ndim)
         given = max((len(self.batch[name]) for name, _ in places), default=1)
         at = {n: dict.fromkeys(places, n) for n in (1, 2, _TRACED_ROWS, given)}
@@ -206,7 +206,7 @@ class _Search:
                     yield name, axis
 
     def _tied(self, place: Place, free: Sequence[Place]) -> tuple[tuple[Place, ...], int] | None:
-        """The axes that vary with `place`, and another size that the model takes; or None."""
+        """Find the axes that vary with `place`, and another size that the model takes; or None."""
         size = self._size(place)
         others = [p for p in free if p != place and self._size(p) == size and p[0] != place[0]]
         kin = tuple(p for p in others if _family(p[0]) == _family(place[0]) is not None)
@@ -224,7 +224,7 @@ class _Search:
         return int(self.batch[place[0]].shape[place[1]])
 
     def _alternatives(self, place: Place) -> tuple[int, ...]:
-        """Other sizes to try: one more; then such as suit patches and chunks."""
+        """List other sizes to try: one more; then such as suit patches and chunks."""
         size = self._size(place)
         label = _image_axis(self.batch[place[0]], place[1])
         by_hand = self.by_hand.get(label) if label is not None else None
@@ -257,7 +257,7 @@ class _Search:
         return self.takes(dict.fromkeys(places, size))
 
     def _tokens(self, places: Sequence[Place], given: int, other: int) -> Sizes:
-        """From one token to the longest text, at most `LONGEST`, that the model takes."""
+        """Find the sizes from one token to the longest text, at most `LONGEST`, that it takes."""
         low = next((n for n in (1, 2) if self._at(places, n)), min(given, other))
         top = min(self.loaded.max_length or LONGEST, LONGEST)
         known = max(given, other)
@@ -270,7 +270,7 @@ class _Search:
         return low, min(64, top), top
 
     def _near(self, places: Sequence[Place], given: int) -> Sizes:
-        """The size shown, and half and twice of it where the model takes them."""
+        """Return the size shown, and half and twice of it where the model takes them."""
         low = given // 2 if given > 1 and self._at(places, given // 2) else given
         return low, given, 2 * given if self._at(places, 2 * given) else given
 
@@ -331,7 +331,7 @@ class _Search:
                 )
 
     def _traceable(self) -> tuple[Group, ...]:
-        """The groups at sizes to trace with that the model takes together."""
+        """Return the groups at sizes to trace with that the model takes together."""
         groups = tuple(self._distinct())
         if self.takes({place: g.traced for g in groups for place in g.places}):
             return groups
@@ -340,7 +340,7 @@ class _Search:
         )
 
     def _distinct(self) -> Iterator[Group]:
-        """The groups, no two traced at one size where the model takes another."""
+        """Yield the groups, no two traced at one size where the model takes another."""
         used: set[int] = set()
         for group in self.groups:
             if group.traced in used and group.name != BATCH:
@@ -353,7 +353,7 @@ class _Search:
 
 
 def _family(name: str) -> str | None:
-    """The text that an input describes token by token, by the names that tokenizers give."""
+    """Name the text that an input describes token by token, by the names of tokenizers."""
     stem = name.removeprefix("decoder_")
     if stem in ("input_ids", "attention_mask", "token_type_ids", "position_ids"):
         return "decoder" if stem != name else "text"
@@ -361,7 +361,7 @@ def _family(name: str) -> str | None:
 
 
 def _image_labels(tensor: Tensor) -> tuple[str, ...]:
-    """The axes of images (batch, channels, height, width) and videos with one more, by name."""
+    """Name the axes of images (batch, channels, height, width) and of videos with one more."""
     if not tensor.is_floating_point() or tensor.ndim not in (4, 5):
         return ()
     if tensor.ndim == 4:
@@ -371,6 +371,6 @@ def _image_labels(tensor: Tensor) -> tuple[str, ...]:
 
 
 def _image_axis(tensor: Tensor, axis: int) -> str | None:
-    """The name of an image's axis, empty for its channels; None for an axis of no image."""
+    """Name an image's axis, empty for its channels; None for an axis of no image."""
     labels = _image_labels(tensor)
     return labels[axis] if labels else None

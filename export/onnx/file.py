@@ -109,7 +109,7 @@ def scan(data: Data, main: str) -> Scan:
 
 
 def _messages(data: Data, begin: int, end: int) -> Iterator[Field]:
-    """The fields that hold bytes: texts and messages."""
+    """Yield the fields that hold bytes: texts and messages."""
     return (part for part in fields(data, begin, end) if part.wire == BYTES)
 
 

@@ -125,7 +125,7 @@ class _Maker:
         )
 
     def _without_axes(self, variation: Variation, error: ExportError) -> Variation:
-        """What torch may be able to trace: the same with one size of everything but the batch.
+        """Fix all but the batch, which leaves what torch may be able to trace.
 
         Raises:
             ExportError: `error` itself, where nothing is left to fix or what varies was asked for.
@@ -177,7 +177,7 @@ class _Maker:
 def _by_checkpoint_name(
     loaded: LoadedModel, twin: nn.Module, claimed: Mapping[str, list[Any]]
 ) -> dict[str, list[Any]]:
-    """The claimed values by checkpoint name, in name order."""
+    """Return the claimed values by checkpoint name, in name order."""
     firsts = first_names(twin.state_dict())
     owner = {firsts[place]: name for name, place in loaded.names.items()}
     orphans = sorted(set(claimed) - set(owner))

@@ -23,7 +23,7 @@ _FIX = "export with the versions in constraints.txt, or report the model's archi
 
 
 def make_twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a module in another precision, its weights unique random values.
+    """Copy a module into another precision, its weights unique random values.
 
     Attention is written out ("eager"): fused attention exports into guards against rows without
     any token, which keep TensorRT from recognising it. Tensors outside the state dict (rotary
@@ -94,7 +94,7 @@ def require_kept(model: Any, weights: Mapping[str, list[Any]], used: Iterable[st
 
 
 def _first_names(module: nn.Module, names: Iterable[str]) -> set[str]:
-    """State names, tied ones by the name that comes first."""
+    """Return state names, tied ones by the name that comes first."""
     firsts = first_names(module.state_dict())
     return {firsts[name] for name in names if name in firsts}
 

@@ -34,7 +34,7 @@ class Field(NamedTuple):
 
 
 def fields(data: Data, begin: int, end: int) -> Iterator[Field]:
-    """The fields of the message in [begin, end), in their order.
+    """Yield the fields of the message in [begin, end), in their order.
 
     Raises:
         WireError: a field is cut, or of an unknown kind.
@@ -65,7 +65,7 @@ def _field(data: Data, number: int, wire: int, position: int, end: int) -> Field
 
 
 def varint(data: Data, position: int, end: int) -> tuple[int, int]:
-    """An unsigned number of up to 64 bits, and where the bytes behind it begin."""
+    """Read an unsigned number of up to 64 bits; return it, and where the bytes behind it begin."""
     value = 0
     for index in range(min(_VARINT_LIMIT, end - position)):
         byte = data[position + index]
@@ -76,7 +76,7 @@ def varint(data: Data, position: int, end: int) -> tuple[int, int]:
 
 
 def varints(data: Data, field: Field) -> Iterator[int]:
-    """The numbers of a repeated field, packed or not."""
+    """Read the numbers of a repeated field, packed or not."""
     if field.wire == VARINT:
         yield field.value
         return
@@ -87,7 +87,7 @@ def varints(data: Data, field: Field) -> Iterator[int]:
 
 
 def text(data: Data, field: Field) -> str:
-    """A string.
+    """Read a string.
 
     Raises:
         WireError: it is not UTF-8.

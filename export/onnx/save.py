@@ -46,7 +46,7 @@ def save(
 
 
 def weight_bytes(model: Any) -> int:
-    """The bytes of all initializers."""
+    """Return the bytes of all initializers."""
     return sum(value.const_value.nbytes for value in model.graph.initializers.values())
 
 

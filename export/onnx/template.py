@@ -106,7 +106,7 @@ def _check_fit(template: Template, source: Checkpoint) -> None:
 
 
 def _rounded(source: Checkpoint, name: str, dtype: torch.dtype) -> Any:
-    """One weight as an `onnx_ir` tensor, to nearest even where it has to be rounded.
+    """Make one weight an `onnx_ir` tensor, to nearest even where it has to be rounded.
 
     Raises:
         ExportError: a finite value does not fit into the dtype.

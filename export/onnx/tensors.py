@@ -87,7 +87,7 @@ class _Message:
 def read_tensor(
     data: Data, message: Field, main: str, *, top: bool = False, name: str = ""
 ) -> tuple[str, Stored | PackedWeight | None]:
-    """A tensor's name, and its place; None where its bytes do not lie in one piece.
+    """Read a tensor's name and its place; None where its bytes do not lie in one piece.
 
     Args:
         main: the name of the file that `data` are from.
@@ -162,7 +162,7 @@ def _is_count(value: str) -> bool:
 
 
 def is_inside(location: str) -> bool:
-    """Whether a path stays in the folder that it starts from, on every system."""
+    """Return whether a path stays in the folder that it starts from, on every system."""
     place = PurePosixPath(location)
     strange = set(location) & set("\\:") or not location.isprintable()
     return bool(place.parts) and not (place.is_absolute() or ".." in place.parts or strange)

@@ -97,14 +97,14 @@ def _export(
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause's message: the outer ones describe the exporter's own steps."""
+    """Return the innermost cause's message: the outer ones describe the exporter's own steps."""
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error).strip() or type(error).__name__
 
 
 def _single(program: torch.export.ExportedProgram) -> set[str]:
-    """The symbols of sizes that torch has found to have one possible value."""
+    """Return the symbols of sizes that torch has found to have one possible value."""
     return {
         str(symbol)
         for symbol, values in program.range_constraints.items()
@@ -147,7 +147,7 @@ def _named(size: Any, names: Mapping[str, str]) -> Any:
 
 
 def _live(program: torch.export.ExportedProgram) -> set[str]:
-    """The parameters and buffers that the outputs of an exported program depend on."""
+    """Return the parameters and buffers that the outputs of an exported program depend on."""
     signature = program.graph_signature
     held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     seen: set[torch.fx.Node] = set()

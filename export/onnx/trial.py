@@ -72,7 +72,7 @@ class Trial:
         return alone or dict.fromkeys(others, "only some combinations of sizes compute")
 
     def _sizes(self) -> Iterator[Mapping[str, int]]:
-        """Everything small, for two rows; and everything large, for few rows."""
+        """Return everything small, for two rows; and everything large, for few rows."""
         groups = self._variation.groups
         low = {g.name: g.sizes[0] for g in groups}
         yield {**low, BATCH: max(2, low[BATCH])} if BATCH in low else low
@@ -86,7 +86,7 @@ class Trial:
                     break
 
     def _problem(self, sizes: Mapping[str, int]) -> str:
-        """What is wrong with the graph at these sizes; empty where nothing is."""
+        """Explain what is wrong with the graph at these sizes; empty where nothing is."""
         batch = self._variation.resized(sizes)
         with torch.no_grad(), quiet():
             expected = self._loaded.view()(**batch)
@@ -162,7 +162,7 @@ def can_try(dtype: str) -> bool:
 def _without_values(
     model: Any, weights: Mapping[str, tuple[int, ...]], dtype: torch.dtype
 ) -> bytes:
-    """The model as protobuf bytes that refer to weights which the session is given."""
+    """Return the model as protobuf bytes that refer to weights which the session is given."""
     import onnx_ir as ir
 
     bare = model.clone()

@@ -328,7 +328,7 @@ def _unlike_any_other(tensor: RawTensor, seed: int) -> RawTensor:
 
 
 def _perturbed(tensor: RawTensor, seed: int) -> RawTensor:
-    """A fine-tune's values: the base's with noise in every bit of the mantissa."""
+    """Make a fine-tune's values: the base's with noise in every bit of the mantissa."""
     random = np.random.default_rng([1128, seed])
     values = FLOATS[tensor.dtype].widen(tensor.data).astype(np.float32)
     noise = random.normal(scale=max(1e-3, 0.05 * float(np.std(values))), size=values.shape)

@@ -78,7 +78,7 @@ def find_places(
 def _in_orientation(
     held: bytes, blank: FilePlace, values: Bytes, shape: tuple[int, ...]
 ) -> list[FilePlace] | None:
-    """The places of a tensor as it is or transposed; None where they cover a part of it only."""
+    """Find the places of a tensor, upright or transposed; None where they cover a part only."""
     data = transposed(values, shape) if blank.transposed else values
     whole = data.tobytes()
     contiguous = [replace(blank, begin=begin) for begin in _occurrences(held, whole)]
@@ -103,7 +103,7 @@ def _in_orientation(
 
 
 def _blocks(held: bytes, matrix: Bytes, size: int) -> Iterator[tuple[int, int, int]]:
-    """Where the first columns of a matrix lie: offset, stride, and how many columns.
+    """Find where the first columns of a matrix lie: offset, stride, and how many columns.
 
     Args:
         held: the file's bytes.
@@ -125,7 +125,7 @@ def _blocks(held: bytes, matrix: Bytes, size: int) -> Iterator[tuple[int, int, i
 
 
 def _width(held: bytes, matrix: Bytes, begin: int, stride: int) -> int:
-    """How many bytes of every row stand at an offset, row by row at a stride."""
+    """Return how many bytes of every row lie at an offset, row by row at a stride."""
     rows, length = matrix.shape
     length = min(length, stride)
     if begin + (rows - 1) * stride + length > len(held):

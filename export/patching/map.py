@@ -329,7 +329,7 @@ def _check_places(
 
 
 def _is_regular(place: FilePlace) -> bool:
-    """Whether a stride goes with rows that do not overlap, and columns only with a stride."""
+    """Return whether a stride goes with rows that do not overlap, and columns with a stride."""
     if not place.stride:
         return place.first == 0
     return len(place.shape) == 2 and prod(place.shape) > 0 and place.stride >= place.row

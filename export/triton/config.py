@@ -45,14 +45,14 @@ def config(name: str, artefact: Artefact) -> str:
 
 
 def _largest_batch(artefact: Artefact) -> int:
-    """The batch up to which the server joins requests; 0 where it must not."""
+    """Return the batch up to which the server joins requests; 0 where it must not."""
     if not all(map(_is_by_row, (*artefact.inputs, *artefact.outputs))):
         return 0
     return min((shapes[2][0] for shapes in artefact.profile.values()), default=0)
 
 
 def _is_by_row(port: Port) -> bool:
-    """Whether each row of a tensor is one request's; scores between rows, as CLIP's, are not."""
+    """Return whether each row is one request's; scores between rows, as CLIP's, are not."""
     rest = (size for size in port.shape[1:] if isinstance(size, str))
     return port.shape[:1] == (BATCH,) and not any(re.search(rf"\b{BATCH}\b", s) for s in rest)
 

@@ -206,6 +206,13 @@ def described(
 ) -> QuantisedModel:
     """Make the model of the weights that a reader recognised among a source's tensors.
 
+    Args:
+        path: of the model.
+        method: how it was quantised, for people.
+        config: its configuration.
+        stored: the quantised weights.
+        source: all tensors.
+
     Raises:
         CheckpointError: there are none, or two of one name.
     """

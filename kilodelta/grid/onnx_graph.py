@@ -177,7 +177,7 @@ def _dequantised(
 
 
 def _is_transposed(value: str, readers: dict[str, list[tuple[Any, int]]]) -> bool:
-    """Whether a constant is (in, out): it is the second input of a MatMul, or of a plain Gemm."""
+    """Return whether a constant is (in, out): the second input of a MatMul or a plain Gemm."""
     for node, index in readers.get(value, ()):
         if node.op_type == "MatMul" and index == 1:
             return True

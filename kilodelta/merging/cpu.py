@@ -116,7 +116,14 @@ def _after(
 
 
 def bands(left: Left, rows: int, step: int, inner: int) -> Iterator[tuple[range, Any]]:
-    """Yield steps of rows with their left factors, which are drawn for many steps at once."""
+    """Yield steps of rows with their left factors, which are drawn for many steps at once.
+
+    Args:
+        left: draws a range of rows.
+        rows: of the stored matrix.
+        step: rows of a step.
+        inner: K, entries of a row of the left factor.
+    """
     # A multiple of the step, so that no step needs the rows of two bands.
     tall = max(step, BAND // inner // step * step)
     for top in range(0, rows, tall):

@@ -45,7 +45,7 @@ def example(loaded: LoadedModel, *, rows: int = 3, tokens: int = 7) -> Batch:
 
 
 def _text_inputs(loaded: LoadedModel) -> tuple[str, ...]:
-    """What the tokenizer makes and the module takes."""
+    """Return what the tokenizer makes and the module takes."""
     stated = getattr(loaded.tokenizer, "model_input_names", ("input_ids", "attention_mask"))
     return tuple(name for name in loaded.accepts if name in stated)
 
@@ -57,7 +57,7 @@ def _tokens(name: str, shape: tuple[int, int], words: int, chance: torch.Generat
 
 
 def _vocabulary(module: Any) -> int:
-    """How many tokens the module knows; 1, for token 0 alone, where it does not say."""
+    """Return how many tokens the module knows; 1, for token 0 alone, where it does not say."""
     try:
         return int(module.get_input_embeddings().num_embeddings)
     except (AttributeError, NotImplementedError):
@@ -95,7 +95,7 @@ def skipped(table: nn.Embedding) -> int:
 
 
 def _stated(config: Any) -> int | None:
-    """The number of positions that a configuration states, its text model's where it has one."""
+    """Return the positions that a configuration states, its text model's where it has one."""
     if config is None:
         return None
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -180,7 +180,7 @@ def _without_cache(config: Any) -> None:
 
 
 def _class(transformers: Any, config: Any, *, headless: bool) -> Any:
-    """The class that config.json names, or the bare encoder below a sentence embedding."""
+    """Find the class that config.json names, or the bare encoder below a sentence embedding."""
     names = getattr(config, "architectures", None) or []
     if headless or not names:
         bare = transformers.MODEL_MAPPING.get(type(config), None)
@@ -199,7 +199,7 @@ def _class(transformers: Any, config: Any, *, headless: bool) -> Any:
 def _load(
     kind: Any, config: Any, checkpoint: Checkpoint, dtype: torch.dtype
 ) -> tuple[nn.Module, dict[str, str]]:
-    """The module, its weights still the twin's, and checkpoint name to state name."""
+    """Load the module, its weights still the twin's; map checkpoint name to state name."""
     twin = unique(_specs(checkpoint, dtype))
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -251,7 +251,7 @@ def _refuse_combined(
 
 
 def _name(entry: Any) -> str:
-    """The name in an entry of the loading report: a name, or a tuple that begins with it."""
+    """Return the name in an entry of the loading report: a name, or a tuple that begins with it."""
     return str(entry[0] if isinstance(entry, (tuple, list)) else entry)
 
 
@@ -287,7 +287,7 @@ def _tokenizer(transformers: Any, folder: Path) -> Any:
 
 
 def _max_length(folder: Path, module: nn.Module, tokenizer: Any) -> int | None:
-    """The smallest limit that folder, tokenizer and position table state, in tokens."""
+    """Return the smallest limit that folder, tokenizer and position table state, in tokens."""
     stated = (
         read_max_length(folder),
         getattr(tokenizer, "model_max_length", None),

@@ -291,7 +291,7 @@ def _check_names(named: Mapping[str, Any], loaded: LoadedModel, origin: str) -> 
 
 
 def _array(name: str, value: Any, origin: str) -> Any:
-    """A tensor or numpy array of floats, integers or booleans, in its own dtype."""
+    """Take a tensor or numpy array of floats, integers or booleans, in its own dtype."""
     if isinstance(value, Tensor):
         if value.is_complex():
             raise _no_array(name, value.dtype, origin)
@@ -333,7 +333,7 @@ def _check_kind(
 
 
 def _wanted(name: str, dtype: str, shape: tuple[int, ...], loaded: LoadedModel) -> str | None:
-    """What the input should be where it is not that; None where it is right or not known."""
+    """Say what the input should be where it is not that; None where it is right or not known."""
     is_float = "float" in dtype
     if loaded.kind == "text" and name in TOKENS:
         return None if len(shape) == 2 and not is_float else "integers of shape (batch, tokens)"
@@ -363,7 +363,7 @@ def _check_values(name: str, tensor: Tensor, loaded: LoadedModel, origin: str) -
 
 
 def _vocabulary(loaded: LoadedModel) -> int | None:
-    """How many rows the model's table of words has; None where it does not say."""
+    """Return how many rows the model's table of words has; None where it does not say."""
     try:
         table = loaded.module.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):

@@ -108,7 +108,7 @@ def read_max_length(folder: Path) -> int | None:
 
 
 def _modules(place: Path) -> tuple[tuple[str, str], ...]:
-    """The kind and the folder of every module."""
+    """Return the kind and the folder of every module."""
 
     def item(value: Any, where: str) -> tuple[str, str]:
         module = untrusted.mapping(value, where)
@@ -123,7 +123,7 @@ def _modules(place: Path) -> tuple[tuple[str, str], ...]:
 
 
 def _mode(settings: Mapping[str, Any]) -> str:
-    """The pooling mode, of today's configuration or of the older one with a flag per mode."""
+    """Return the pooling mode, of today's configuration or of the older one with flags."""
     stated = settings.get("pooling_mode")
     if stated is None:
         stated = [mode for key, mode in _LEGACY.items() if settings.get(key)] or "nothing"

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No Python warnings, no torch export logs, and no transformers logs or progress bars."""
+    """Silence Python warnings, torch export logs, and transformers logs and progress bars."""
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")

@@ -21,19 +21,19 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 
 
 def content(array: npt.NDArray[Any]) -> str:
-    """A tensor's fingerprint: its shape and bytes."""
+    """Fingerprint a tensor: its shape and bytes."""
     state = hashlib.sha256(repr(array.shape).encode())
     state.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return state.hexdigest()
 
 
 def content_of(tensor: Tensor) -> str:
-    """The fingerprint of a torch tensor of any dtype; bfloat16 by its bits."""
+    """Fingerprint a torch tensor of any dtype; bfloat16 by its bits."""
     return content(bits(tensor))
 
 
 def bits(tensor: Tensor) -> npt.NDArray[Any]:
-    """A tensor's bytes as unsigned integers of its item size, in its shape."""
+    """Return a tensor's bytes as unsigned integers of its item size, in its shape."""
     kinds = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
     flat = tensor.detach().cpu().contiguous()
     found: npt.NDArray[Any] = flat.view(kinds[tensor.element_size()]).numpy()
@@ -41,7 +41,7 @@ def bits(tensor: Tensor) -> npt.NDArray[Any]:
 
 
 def transposed(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A matrix's transpose; anything else as it is."""
+    """Transpose a matrix; return anything else unchanged."""
     return array.T if array.ndim == 2 else array
 
 

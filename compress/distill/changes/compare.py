@@ -158,7 +158,7 @@ _INTEGERS = frozenset({"BOOL", "U8", "I8", "I16", "I32", "I64"})
 
 
 def _equal(left: Checkpoint, first: str, right: Checkpoint, second: str) -> bool:
-    """Whether two tensors hold the same values, up to rounding from one float type to the other."""
+    """Return whether two tensors hold the same values, up to rounding between float types."""
     ours, theirs = left.info(first), right.info(second)
     if ours.shape != theirs.shape:
         return False

@@ -57,7 +57,7 @@ def _travels(key: str) -> bool:
 
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with every key of its class, as plain JSON; as it is where that fails."""
+    """Return a configuration with every key of its class, as plain JSON; unchanged on failure."""
     try:
         import transformers
 

@@ -84,7 +84,7 @@ def by_names(base: Checkpoint) -> Structure:
 
 
 def _kinds(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Every parameter's state name with its kind: `linear`, `conv1d` or `other`."""
+    """Yield every parameter's state name with its kind: `linear`, `conv1d` or `other`."""
     for path, owner in module.named_modules(remove_duplicate=False):
         for attribute, parameter in owner._parameters.items():
             if parameter is not None:
@@ -105,7 +105,7 @@ def _kind(owner: nn.Module, attribute: str, shape: tuple[int, ...]) -> str:
 
 
 def _is_router(owner: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Whether a module is a mixture's router: a bare (experts, width) matrix, used by hand."""
+    """Return whether a module is a mixture's router: a bare (experts, width) matrix."""
     kind = type(owner).__name__
     return len(shape) == 2 and _is_matrix(shape) and kind.endswith(("Router", "Gate"))
 

@@ -168,7 +168,7 @@ def check_count(count: int, spec: str, held_out: int | None, batch: int) -> int:
 
 
 def _halves(rows: Rows, plan: Plan) -> tuple[list[int], list[int]]:
-    """The rows to learn from and those to measure on, no row in both by its content."""
+    """Choose rows to learn from and rows to measure on, no content in both."""
     generator = torch.Generator().manual_seed(plan.seed)
     order = torch.randperm(len(rows), generator=generator).tolist()
     count = check_count(len(rows), "the inputs", plan.held_out, plan.batch)
@@ -214,7 +214,7 @@ def objective_for(
 
 
 def _labels(student: LoadedModel, seen: Survey, plan: Plan) -> Tensor | None:
-    """The base model's embeddings of the labels, (n, width)."""
+    """Compute the base model's embeddings of the labels, (n, width)."""
     if plan.labels is None:
         return None
     if all(output.kind != "embedding" for output in seen.matched):

@@ -172,7 +172,7 @@ class Run:
             keep()
 
     def _batches(self) -> Iterator[list[int]]:
-        """The batches from the current step on: the order of the whole run, its begin skipped."""
+        """Yield the batches from the current step on, in the order of the whole run."""
         generator = torch.Generator().manual_seed(self.schedule.seed)
         learned = self.data.rows.subset(self.data.learned)
         order = learned.shuffled(self.schedule.batch, generator)
@@ -277,7 +277,7 @@ class Run:
         self.best.offer(overall.divergence, measures, self._coefficients())
 
     def _coefficients(self) -> dict[str, Tensor]:
-        """The attachment's tensors and the extras', which train along."""
+        """Return the attachment's tensors and the extras', which train along."""
         return dict(self.loaded.module.state_dict())
 
     def _tell(self, loss: float) -> None:

@@ -103,7 +103,7 @@ class Output:
 
 
 def _shape(mask: Tensor, place: int, dims: int) -> list[int]:
-    """The mask's shape beside an output: its tokens at `place`, 1 elsewhere."""
+    """Return the mask's shape beside an output: its tokens at `place`, 1 elsewhere."""
     return [len(mask), *(mask.shape[1] if axis == place else 1 for axis in range(1, dims))]
 
 
@@ -193,15 +193,15 @@ _Lengths: TypeAlias = tuple[tuple[int, Outputs], tuple[int, Outputs]]
 
 
 def _two_rows(loaded: LoadedModel, rows: Rows) -> Outputs | None:
-    """The outputs of a row twice in one batch; None where the model takes one row at a time."""
+    """Run a row twice in one batch; None where the model takes one row at a time."""
     try:
         return run(loaded, rows.batch([0, 0]))
-    except Exception:  # whatever a module raises that was written, or traced, for one row
+    except Exception:  # a module that was written, or traced, for one row may raise anything
         return None
 
 
 def _two_lengths(loaded: LoadedModel, rows: Rows) -> _Lengths | None:
-    """The outputs of two rows of different lengths; None where no two can be had."""
+    """Run two rows of different lengths; None where no two can be had."""
     if not rows.pad:
         return None
     order = sorted(range(len(rows)), key=rows.length)
@@ -219,7 +219,7 @@ def _two_lengths(loaded: LoadedModel, rows: Rows) -> _Lengths | None:
 
 
 def _weights(alone: Outputs, wanted: Wanted) -> dict[str, float]:
-    """The outputs that are asked for, with how much each counts."""
+    """Return the outputs that are asked for, with how much each counts."""
     for pattern in (*wanted.weights, *wanted.classes):
         if not any(fnmatchcase(name, pattern) for name in alone):
             raise InputError(
@@ -232,7 +232,7 @@ def _weights(alone: Outputs, wanted: Wanted) -> dict[str, float]:
 
 
 def _given(name: str, table: Mapping[str, T]) -> T | None:
-    """What is said about an output, by its own name before globs."""
+    """Look up what is said about an output, by its own name before globs."""
     if name in table:
         return table[name]
     return next((value for glob, value in table.items() if fnmatchcase(name, glob)), None)
@@ -273,7 +273,7 @@ def _check_chosen(reasons: Mapping[str, str], wanted: Wanted, loaded: LoadedMode
 def _along(
     name: str, values: Tensor, lengths: _Lengths | None, rows: Rows
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes whose size changes with the number of tokens, and those that are just as long."""
+    """Find the axes whose size changes with the number of tokens, and those that are as long."""
     if lengths is None:
         tokens = _as_long(values, rows.length(0)) if rows.pad else ()
         return tokens, tokens
@@ -284,14 +284,14 @@ def _along(
 
 
 def _as_long(values: Tensor, length: int) -> tuple[int, ...]:
-    """Where every row has the one length that the model takes: the first axis of that size."""
+    """Where every row has the one length that the model takes, find the first axis of that size."""
     return tuple(a for a in range(1, values.dim()) if values.shape[a] == length)[:1]
 
 
 def _kind(
     name: str, values: Tensor, follows: Sequence[int], wanted: Wanted, loaded: LoadedModel
 ) -> tuple[Kind, int | None]:
-    """How an output is compared, and along which axis."""
+    """Decide how an output is compared, and along which axis."""
     config = getattr(loaded.module, "config", None)
     several = getattr(config, "problem_type", None) == "multi_label_classification"
     asked = _given(name, wanted.classes)
@@ -327,7 +327,7 @@ def _axis(name: str, asked: int, values: Tensor) -> int:
 
 
 def _middle(values: Tensor, free: Sequence[int]) -> int | None:
-    """The axis of channels of an image's features, else the last."""
+    """Return the axis of channels of an image's features, else the last."""
     if not free:
         return None
     return 1 if values.dim() >= 4 and 1 in free else free[-1]

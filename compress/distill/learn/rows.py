@@ -175,7 +175,7 @@ def _check_alike(batches: Sequence[Batch]) -> None:
 
 
 def _along_tokens(batches: Sequence[Batch]) -> tuple[str, ...]:
-    """The inputs whose second axis is the mask's in every batch: ids, but boxes per token too."""
+    """Find the inputs whose second axis is the mask's in every batch: ids, but also boxes."""
     if any(batch[MASK].dim() != 2 if MASK in batch else True for batch in batches):
         return ()  # no mask, or one that says more than which tokens count
     return tuple(
@@ -207,7 +207,7 @@ def _split(batch: Batch, along: Sequence[str]) -> list[Batch]:
 
 
 def _kept(mask: Tensor) -> int:
-    """How many positions there are up to the last that counts."""
+    """Count the positions up to the last that counts."""
     places = mask.nonzero()
     if not len(places):
         raise InputError(

@@ -116,7 +116,14 @@ def ask(
 
 
 def compute(loaded: LoadedModel, rows: Rows, survey: Survey, progress: Progress) -> Teacher:
-    """Compute the outputs of a few rows in memory, shortened as the survey says."""
+    """Compute the outputs of a few rows in memory, shortened as the survey says.
+
+    Args:
+        loaded: the tuned model.
+        rows: what it is asked.
+        survey: which outputs are matched, and how they are kept.
+        progress: called as the teacher works.
+    """
     store = MemoryStore(len(rows))
     _fill(store, loaded, rows, survey, progress)
     return Teacher(store, survey)
@@ -140,7 +147,7 @@ def estimate(loaded: LoadedModel, rows: Rows, survey: Survey) -> Need:
 
 
 def _is_long(output: Output, values: Tensor) -> bool:
-    """Whether an output is a distribution over so many classes that few of them say nearly all."""
+    """Return whether few of an output's many classes say nearly all of its distribution."""
     last = output.kind == "classes" and output.axis == values.dim() - 1
     return last and 4 * TOP_K <= output.size < LARGEST
 
@@ -216,7 +223,7 @@ def _rows(
 
 
 def _cut(output: Output, values: Tensor, length: int, rows: Rows) -> Tensor:
-    """One row's output (...) without the positions that its batch's padding added."""
+    """Cut from one row's output (...) the positions that its batch's padding added."""
     for axis in output.token_axes if rows.pad else ():
         values = values.narrow(axis - 1, 0, length)
     return values.clone()

@@ -200,7 +200,7 @@ def _require_patched(device: DeviceFolder, delta: Delta) -> None:
 
 
 def _again(device: DeviceFolder, template: Template, weights: Checkpoint) -> Any:
-    """A builder of this folder's engine, by the same TensorRT."""
+    """Make a builder of this folder's engine, by the same TensorRT."""
     recipe = read_recipe(device.base)
     trt = choose(device.bundle.runtime, recipe.capabilities, (device.bundle.dtype,))
     if trt.__version__ != recipe.tensorrt:

@@ -82,6 +82,12 @@ def part(parts: Parts, role: str, name: str, dtypes: tuple[str, ...]) -> RawTens
 def sized(tensor: RawTensor, role: str, name: str, shapes: tuple[tuple[int, ...], ...]) -> None:
     """Check a stored tensor's shape.
 
+    Args:
+        tensor: as it is stored.
+        role: what it holds, for the error.
+        name: of the weight that it is a part of.
+        shapes: those that it may have.
+
     Raises:
         CheckpointError: it is none of `shapes`.
     """
