@@ -170,6 +170,19 @@ class FleetError(KiloDeltaError):
     exit_code = 17
 
 
+def is_failure(error: BaseException) -> bool:
+    """Tell a failure, of a library's own code as well, from a request to end such as Ctrl-C.
+
+    A panic in Rust code (tokenizers, safetensors) comes as pyo3's `PanicException`, which is no
+    `Exception`.
+
+    Example:
+        >>> is_failure(KeyError("x")), is_failure(KeyboardInterrupt())
+        (True, False)
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def require(package: str, *, extra: str, why: str) -> ModuleType:
     """Import an optional package where it is used.
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kilodelta.errors import CheckpointError, InputError, KiloDeltaError, require
+from kilodelta.errors import CheckpointError, InputError, KiloDeltaError, is_failure, require
 from kilodelta.files import plain
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tying import memory_of
@@ -113,7 +113,9 @@ def _explained(what: str, fix: str) -> Iterator[None]:
         yield
     except (KiloDeltaError, MemoryError):
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         raise InputError(f"{what}: {_first_line(error)}", fix=fix) from error
 
 
@@ -293,7 +295,7 @@ def _max_length(folder: Path, module: nn.Module, tokenizer: Any) -> int | None:
         getattr(tokenizer, "model_max_length", None),
         longest_text(module),
     )
-    limits = [limit for limit in stated if limit and limit < _REASONABLE_LENGTH]
+    limits = [n for n in stated if type(n) is int and 0 < n < _REASONABLE_LENGTH]
     return min(limits, default=None)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kilodelta.errors import InputError, KiloDeltaError
+from kilodelta.errors import InputError, KiloDeltaError, is_failure
 from kilodelta.files.npz import ArrayHeader, read_npz
 from kilodelta.models.chats.records import Chat
 from kilodelta.models.chats.tokens import encode
@@ -91,7 +91,9 @@ def tokenize(loaded: LoadedModel, texts: Sequence[str], *, max_length: int | Non
             max_length=limit,
             return_tensors="pt",
         )
-    except (ValueError, TypeError) as error:  # no pad token, or characters that it cannot take
+    except BaseException as error:  # no pad token, odd characters, or a tokenizer.json that lies
+        if not is_failure(error):
+            raise
         raise InputError(
             f"the tokenizer of {loaded.source} cannot make a batch: {_first_line(error)}",
             fix="give token ids in a .npz file, or a tokenizer with a pad token",

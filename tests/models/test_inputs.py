@@ -256,3 +256,28 @@ def test_a_configuration_of_any_bytes_says_nothing(tmp_path: Path) -> None:
     place.unlink()
     os.mkfifo(place)
     assert read_config(base) == {}
+
+
+def test_a_tokenizer_that_panics_or_lies_gives_a_sentence(tmp_path: Path) -> None:
+    """A panic in Rust code comes as an exception that is no `Exception`; a limit may be a text."""
+    from kilodelta.models import open_model
+    from tests.support import pico
+
+    class PanicException(BaseException):
+        pass
+
+    def raising(error: BaseException) -> LoadedModel:
+        def tokenizer(*_: Any, **__: Any) -> None:
+            raise error
+
+        return LoadedModel(**{**vars(loaded), "tokenizer": tokenizer})
+
+    folder = pico.bert(tmp_path / "model")
+    place = folder / "tokenizer_config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"model_max_length": "many"}))
+    loaded = open_model(folder)
+    assert loaded.max_length == pico.POSITIONS
+    with pytest.raises(InputError, match="cannot make a batch: no entry"):
+        tokenize(raising(PanicException("no entry")), ["rain"])
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(raising(KeyboardInterrupt()), ["rain"])
