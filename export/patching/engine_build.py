@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kilodelta.export.manifest.facts import Profile
 from kilodelta.export.onnx.save import save
 from kilodelta.export.onnx.template import Template, fill_template
 from kilodelta.export.patching.engine_map import Build
@@ -23,7 +22,6 @@ def engine_builder(
     weights: Checkpoint,
     *,
     capabilities: Sequence[str],
-    profile: Profile,
 ) -> Build:
     """Return what builds the engine of a template with some of its weights replaced.
 
@@ -32,7 +30,6 @@ def engine_builder(
         template: the architecture.
         weights: holds all weights of the template.
         capabilities: GPUs that the engines are for.
-        profile: for each input its smallest, usual and largest shape.
 
     Returns:
         A function of (replaced tensors by name, a new path); it raises `ExportError` where TensorRT
@@ -51,6 +48,6 @@ def engine_builder(
 
             write_stream(held, infos, (one.data for one in data()))
             save(fill_template(template, held), onnx)
-            build(trt, onnx, out, capabilities=capabilities, profile=profile)
+            build(trt, onnx, out, capabilities=capabilities, profile=template.profile())
 
     return built

@@ -40,7 +40,7 @@ class Running:
         self._data = np.frombuffer(path.read_bytes(), np.uint8)
 
     def run(self, batch: Any) -> dict[str, Any]:
-        return {"y": np.array([[self._data.astype(np.float64).sum() % 1e6]], np.float32)}
+        return {"y": np.array([[self._data.sum(dtype=np.int64) % 10**6]], np.float32)}
 
 
 @pytest.mark.slow
@@ -98,13 +98,13 @@ def test_a_folder_without_a_patched_engine_is_refused(bench: Bench, tmp_path: Pa
     ("change", "words"),
     [
         ({"capabilities": "sm86"}, "capabilities"),
-        ({"profile": {"x": [[1], [2]]}}, r"profile\.x is not a smallest"),
+        ({"sizes": {"batch": [1, 2]}}, r"sizes\.batch is not a smallest"),
         ({"tensorrt": 1}, "tensorrt"),
         ({"more": 1}, "more"),
     ],
 )
 def test_a_recipe_is_read_with_distrust(tmp_path: Path, change: Any, words: str) -> None:
-    recipe = Recipe(capabilities=("sm86",), profile={"x": ((1,), (2,), (3,))}, tensorrt="1.7")
+    recipe = Recipe(capabilities=("sm86",), sizes={"batch": (1, 2, 3)}, tensorrt="1.7")
     recipe.write(tmp_path)
     assert read_recipe(tmp_path) == recipe
     table = json.loads((tmp_path / "recipe.json").read_text()) | change

@@ -7,7 +7,7 @@ release builds the fine-tune's engine in the same way and states its digest.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,13 @@ from kilodelta.device.modes import patch, runtime
 from kilodelta.errors import BaseMismatchError, ExportError, InputError
 from kilodelta.export.architecture import open_headed
 from kilodelta.export.manifest.artefacts import file_fact
-from kilodelta.export.manifest.facts import Profile, Shape
+from kilodelta.export.manifest.facts import Sizes
 from kilodelta.export.merge.checkpoint import merge
 from kilodelta.export.onnx.make import export_template
 from kilodelta.export.onnx.template import Template
 from kilodelta.export.patching import rewrite
 from kilodelta.export.patching.engine_build import engine_builder
-from kilodelta.export.patching.engine_map import EngineBuilds, make_engine_map
+from kilodelta.export.patching.engine_map import Build, EngineBuilds, make_engine_map
 from kilodelta.export.patching.map import PatchMap, read_map
 from kilodelta.export.tensorrt.flavour import RTX, choose
 from kilodelta.files import canonical, staging, untrusted
@@ -35,6 +35,7 @@ from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import named
 from kilodelta.files.untrusted import FieldError
 from kilodelta.format.delta import Delta
+from kilodelta.models import LoadedModel
 from kilodelta.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -49,12 +50,12 @@ class Recipe:
 
     Attributes:
         capabilities: GPUs, such as "sm89".
-        profile: for each input its smallest, usual and largest shape.
+        sizes: smallest, usual and largest size of every axis that varies, by name.
         tensorrt: the version that built it.
     """
 
     capabilities: tuple[str, ...]
-    profile: Profile
+    sizes: Mapping[str, Sizes]
     tensorrt: str
 
     def write(self, base: Path) -> None:
@@ -65,7 +66,7 @@ class Recipe:
         """
         table = {
             "capabilities": list(self.capabilities),
-            "profile": {name: [list(s) for s in points] for name, points in self.profile.items()},
+            "sizes": {axis: list(three) for axis, three in self.sizes.items()},
             "tensorrt": self.tensorrt,
         }
         staging.write(base / patch.RECIPE, canonical.dumps(table).encode())
@@ -81,23 +82,20 @@ def read_recipe(base: Path) -> Recipe:
 
 
 def _recipe(value: Any) -> Recipe:
-    table = untrusted.table(value, "recipe", {"capabilities", "profile", "tensorrt"})
-    profile = untrusted.mapping(table["profile"], "profile")
+    table = untrusted.table(value, "recipe", {"capabilities", "sizes", "tensorrt"})
+    sizes = untrusted.mapping(table["sizes"], "sizes")
     return Recipe(
         capabilities=untrusted.texts(table["capabilities"], "capabilities"),
-        profile={name: _points(points, f"profile.{name:.80}") for name, points in profile.items()},
+        sizes={axis: _sizes(three, f"sizes.{axis:.80}") for axis, three in sizes.items()},
         tensorrt=untrusted.text(table["tensorrt"], "tensorrt"),
     )
 
 
-def _points(value: Any, where: str) -> tuple[Shape, Shape, Shape]:
-    shapes = untrusted.listed(
-        value, where, lambda item, place: untrusted.listed(item, place, untrusted.whole)
-    )
-    if len(shapes) != 3:
-        raise FieldError(f"{where} is not a smallest, a usual and a largest shape")
-    smallest, usual, largest = shapes
-    return smallest, usual, largest
+def _sizes(value: Any, where: str) -> Sizes:
+    three = untrusted.listed(value, where, untrusted.whole)
+    if len(three) != 3:
+        raise FieldError(f"{where} is not a smallest, a usual and a largest size")
+    return three[0], three[1], three[2]
 
 
 def map_engine(job: BundleJob, template: Template, base: Path) -> PatchMap:
@@ -114,7 +112,7 @@ def map_engine(job: BundleJob, template: Template, base: Path) -> PatchMap:
     settings = job.settings
     recipe = Recipe(
         capabilities=settings.capabilities,
-        profile=template.profile(),
+        sizes=dict(template.sizes),
         tensorrt=job.trt.__version__,
     )
     recipe.write(base)
@@ -130,10 +128,8 @@ def map_engine(job: BundleJob, template: Template, base: Path) -> PatchMap:
     )
 
 
-def _builder(trt: Any, template: Template, weights: Checkpoint, recipe: Recipe) -> Any:
-    return engine_builder(
-        trt, template, weights, capabilities=recipe.capabilities, profile=recipe.profile
-    )
+def _builder(trt: Any, template: Template, weights: Checkpoint, recipe: Recipe) -> Build:
+    return engine_builder(trt, template, weights, capabilities=recipe.capabilities)
 
 
 def built_digests(
@@ -199,7 +195,7 @@ def _require_patched(device: DeviceFolder, delta: Delta) -> None:
         )
 
 
-def _again(device: DeviceFolder, template: Template, weights: Checkpoint) -> Any:
+def _again(device: DeviceFolder, template: Template, weights: Checkpoint) -> Build:
     """Make a builder of this folder's engine, by the same TensorRT."""
     recipe = read_recipe(device.base)
     trt = choose(device.bundle.runtime, recipe.capabilities, (device.bundle.dtype,))
@@ -212,7 +208,8 @@ def _again(device: DeviceFolder, template: Template, weights: Checkpoint) -> Any
     return _builder(trt, template, weights, recipe)
 
 
-def _template(device: DeviceFolder, loaded: Any) -> Template:
+def _template(device: DeviceFolder, loaded: LoadedModel) -> Template:
     inputs = golden.read(device.base / golden.FILE).inputs
     batch = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    return export_template(loaded, batch, dtype=device.bundle.dtype)
+    sizes = read_recipe(device.base).sizes
+    return export_template(loaded, batch, dtype=device.bundle.dtype, sizes=sizes)

@@ -1,0 +1,301 @@
+"""Patching a TensorRT-RTX engine beside building it again; and how often engines can be patched.
+
+    nice python benchmarks/rtx_patch.py [--dtype fp16] [--json FILE]
+    nice python benchmarks/rtx_patch.py --survey [--only NAME,NAME] [--json FILE]
+
+The first form takes all-MiniLM-L6-v2 and a fine-tune of its 36 matrices. Printed, ratios first:
+
+- a build of the fine-tune's engine over patching it, in one run (wanted: 50);
+- memory that patching takes, over the engine's bytes (wanted: at most 1.2);
+- bytes that differ between the patched engine and the built one (wanted: 0).
+
+The survey maps small models of many architectures in two precisions, each in a process of its own:
+how many of their weight matrices and vectors have a place, and in how many bytes a patched
+fine-tune differs from its build. No GPU is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from machine import describe, peak_memory
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+CAPABILITIES = ("sm86",)
+DTYPES = ("float32", "float16")
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+DISTIL = {"vocab_size": 96, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48}
+GPT = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+VISION = {**SMALL, "image_size": 16, "patch_size": 8}
+MODELS: dict[str, dict[str, Any]] = {
+    "bert": SMALL,
+    "roberta": SMALL,
+    "electra": {**SMALL, "embedding_size": 32},
+    "albert": {**SMALL, "embedding_size": 16},
+    "mpnet": SMALL,
+    "distilbert": DISTIL,
+    "ernie": SMALL,
+    "convbert": {**SMALL, "embedding_size": 32},
+    "gpt2": GPT,
+    "gpt_neox": SMALL,
+    "opt": {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "llama": {**SMALL, "num_key_value_heads": 1},
+    "mistral": {**SMALL, "num_key_value_heads": 1},
+    "qwen2": {**SMALL, "num_key_value_heads": 1},
+    "phi": SMALL,
+    "stablelm": SMALL,
+    "vit": VISION,
+    "deit": VISION,
+    "dinov2": {**VISION, "mlp_ratio": 2},
+    "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_channels": 3},
+    "convnext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
+}
+"""Architectures by their `model_type`, and sizes."""
+
+
+def make_model(kind: str, folder: Path) -> Path:
+    """Write a small model of an architecture, whose weights are all random."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    torch.manual_seed(0)
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **MODELS[kind]))
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape) * 0.1 + 0.5 * (tensor.dim() == 1))
+    model.eval().save_pretrained(folder)
+    return folder
+
+
+def example(kind: str) -> Any:
+    import torch
+
+    return (
+        None
+        if "vocab_size" in MODELS[kind] and "image_size" not in MODELS[kind]
+        else {
+            "pixel_values": torch.randn(2, 3, 16 if "image_size" in MODELS[kind] else 32, 32)[
+                :, :, :, : 16 if "image_size" in MODELS[kind] else 32
+            ]
+        }
+    )
+
+
+def tune(base: Path, names: list[str]) -> Any:
+    """A fine-tune that changes these tensors."""
+    from kilodelta.format.methods import Lora
+    from kilodelta.format.targets import Patterns
+    from tests.support import making
+
+    return making.delta(base, Lora(rank=2), patterns=Patterns(include=tuple(names)))
+
+
+class Engine:
+    """A base's engine with its map, and what builds further ones."""
+
+    def __init__(self, base: Path, folder: Path, dtype: str, batch: Any) -> None:
+        from kilodelta.export.onnx.make import export_template
+        from kilodelta.export.patching.engine_build import engine_builder
+        from kilodelta.export.patching.engine_map import make_engine_map
+        from kilodelta.export.patching.make_map import write_rest
+        from kilodelta.export.tensorrt.flavour import RTX, choose
+        from kilodelta.files.checkpoint import Checkpoint
+        from kilodelta.files.dtypes import named
+        from kilodelta.models import open_model
+
+        loaded = open_model(str(base))
+        self.base, self.folder, self.path = base, folder, folder / "model.engine"
+        self.template = export_template(loaded, batch, dtype=dtype)
+        trt = choose(RTX, CAPABILITIES, (dtype,))
+        checkpoint = Checkpoint.open(base)
+        self.build = engine_builder(trt, self.template, checkpoint, capabilities=CAPABILITIES)
+        self.builds = 0
+        self.places = make_engine_map(
+            self.path,
+            checkpoint,
+            self.build,
+            dtype=named(dtype).name,
+            weights=self.template.weights,
+            unused=self.template.unused,
+            progress=self._count,
+        )
+        self.rest = write_rest(self.places, base, folder / "rest.safetensors")
+
+    def _count(self, event: Any) -> None:
+        self.builds = event.done
+
+    def placed(self, *, matrices: bool) -> list[str]:
+        """Names of weights that have a place, of one kind."""
+        tensors = self.places.tensors
+        return [n for n in self.places.places if (len(tensors[n].shape) > 1) == matrices]
+
+    def patch(self, delta: Any, out: Path) -> None:
+        from kilodelta.export.patching.rewrite import patch
+
+        patch(self.path, delta, out, places=self.places, base=self.rest)
+
+    def merged(self, delta: Any) -> dict[str, Any]:
+        """The changed tensors of a fine-tune."""
+        from kilodelta.export.merge.checkpoint import merge
+        from kilodelta.files.checkpoint import Checkpoint
+
+        is_folder = self.base.is_dir()
+        out = self.folder / ("merged" if is_folder else "merged.safetensors")
+        merge(self.base, delta, out)
+        checkpoint = Checkpoint.open(out)
+        return {name: checkpoint.raw(name) for name in self.template.weights}
+
+    def differing(self, delta: Any, patched: bytes) -> tuple[int, float]:
+        """Bytes in which the fine-tune's engine differs from a build, and a build's seconds."""
+        import numpy as np
+
+        from kilodelta.export.patching.engine_map import TRIES
+
+        tensors, fewest, seconds = self.merged(delta), len(patched), []
+        for number in range(TRIES):
+            out = self.folder / f"built{number}.engine"
+            began = time.perf_counter()
+            self.build(tensors, out)
+            seconds.append(time.perf_counter() - began)
+            data = out.read_bytes()
+            if len(data) == len(patched):
+                pair = (np.frombuffer(data, np.uint8), np.frombuffer(patched, np.uint8))
+                fewest = min(fewest, int((pair[0] != pair[1]).sum()))
+            if fewest == 0:
+                break
+        return fewest, min(seconds)
+
+
+def survey_one(kind: str, dtype: str) -> dict[str, Any]:
+    """Map one small model and patch a fine-tune of all matrices that have a place."""
+    from kilodelta.errors import KiloDeltaError
+
+    row: dict[str, Any] = {"model": kind, "dtype": dtype}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        base = make_model(kind, folder / "base")
+        began = time.perf_counter()
+        try:
+            engine = Engine(base, folder, dtype, example(kind))
+        except KiloDeltaError as error:
+            return {**row, "refused": error.what.splitlines()[0]}
+        weights = engine.template.weights
+        vectors, matrices = engine.placed(matrices=False), engine.placed(matrices=True)
+        row |= {
+            "matrices": sum(len(shape) > 1 for shape in weights.values()),
+            "matrices_placed": len(matrices),
+            "vectors": sum(len(shape) < 2 for shape in weights.values()),
+            "vectors_placed": len(vectors),
+            "builds": engine.builds,
+            "seconds": round(time.perf_counter() - began, 1),
+        }
+        delta = tune(base, [n for n in matrices if len(weights[n]) == 2])
+        out = folder / "patched.engine"
+        engine.patch(delta, out)
+        row["engine_bytes"] = out.stat().st_size
+        row["bytes_that_differ"] = engine.differing(delta, out.read_bytes())[0]
+    return row
+
+
+def survey(kinds: list[str]) -> list[dict[str, Any]]:
+    """Each model and precision in a process of its own, which may fail alone."""
+    rows = []
+    for kind in kinds:
+        for dtype in DTYPES:
+            done = subprocess.run(
+                [sys.executable, __file__, "--one", kind, "--dtype", dtype],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=900,
+            )
+            lines = done.stdout.strip().splitlines()
+            failed = (done.stderr.strip().splitlines() or ["no word"])[-1][:200]
+            row = (
+                json.loads(lines[-1])
+                if done.returncode == 0 and lines
+                else {"model": kind, "dtype": dtype, "failed": failed}
+            )
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+    return rows
+
+
+def beside_a_build(base: Path, dtype: str) -> dict[str, Any]:
+    """Patch and build one fine-tune of all matrices of the encoder."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        engine = Engine(base, folder, dtype, None)
+        names = [n for n in engine.placed(matrices=True) if "encoder.layer" in n]
+        delta = tune(base, names)
+        engine.patch(delta, folder / "warm.engine")  # kernels are loaded
+        seconds = []
+        for number in range(3):
+            began = time.perf_counter()
+            engine.patch(delta, folder / f"{number}.engine")
+            seconds.append(time.perf_counter() - began)
+        with peak_memory() as peak:
+            before = peak()
+            engine.patch(delta, folder / "memory.engine")
+            memory = peak() - before
+        data = (folder / "0.engine").read_bytes()
+        differ, build = engine.differing(delta, data)
+    return {
+        "build_over_patch": build / min(seconds),
+        "memory_over_engine": memory / len(data),
+        "bytes_that_differ": differ,
+        "engine_bytes": len(data),
+        "matrices": len(names),
+        "patch_seconds": min(seconds),
+        "build_seconds": build,
+        "builds_for_the_map": engine.builds,
+        "dtype": dtype,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", default="float16", choices=DTYPES)
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--survey", action="store_true")
+    parser.add_argument("--only", default=",".join(MODELS))
+    parser.add_argument("--one", choices=MODELS)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    if given.one:
+        print(json.dumps(survey_one(given.one, given.dtype)))
+        return
+    if given.survey:
+        found: Any = {"rows": survey(given.only.split(","))}
+    else:
+        from fidelity_task import base_folder
+
+        found = beside_a_build(given.base or base_folder(), given.dtype)
+        print(
+            f"a build over patching {found['build_over_patch']:.0f}x (wanted 50)\n"
+            f"memory over the engine's bytes {found['memory_over_engine']:.2f} (at most 1.2)\n"
+            f"{found['bytes_that_differ']} of {found['engine_bytes']} bytes differ"
+        )
+    if given.json:
+        text = json.dumps({"machine": describe(), **found}, indent=2)
+        given.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
