@@ -32,6 +32,7 @@ from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.models import locate, read_inputs
+from kilodelta.models.hub import locate_delta
 from kilodelta.progress import Progress, silent
 from kilodelta.rehearsal import begin_work
 from kilodelta.report import write_report
@@ -187,6 +188,7 @@ def _export(
     base: Path, delta: Path, out: Path, options: Options, trt: Any, progress: Progress
 ) -> Exported:
     checkpoint = Checkpoint.open(locate(base))
+    delta = locate_delta(delta)
     tuned = load(delta, base=checkpoint, max_work=options.max_work)
     require_out(out, force=options.force)
     files = ", ".join((*map(short, options.dtypes), *options.capabilities))

@@ -10,7 +10,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-_SAVE = "save the model with save_pretrained(..., safe_serialization=True) and give that folder"
+_SAVE = (
+    "where you trust the file, load the model with transformers and save it with "
+    "model.save_pretrained(FOLDER), which writes .safetensors; give that folder"
+)
 _PICKLE = "a PyTorch pickle, which may run code when it is read"
 _HEAD = 512
 

@@ -17,6 +17,7 @@ from kilodelta.export.manifest.facts import ExportManifest
 from kilodelta.files import staging
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.file import load
+from kilodelta.models.hub import locate_delta
 from kilodelta.progress import Progress, silent
 from kilodelta.report import write_report
 from kilodelta.report.pages import require_page
@@ -155,8 +156,8 @@ def verify(
     )
     merged, out = _sorted_out(places)
     _check(options, out)
-    source = _located(base) if options.inputs else Path(base)
-    checkpoint = Checkpoint.open(source)
+    delta = locate_delta(delta)
+    checkpoint = Checkpoint.open(_located(base))
     loaded = load(delta, max_work=max_work)
     proof = prove(checkpoint, loaded, merged, threads=threads, progress=progress)
     export = None if out is None else check_export(out, Path(delta), proof, progress=progress)

@@ -29,6 +29,7 @@ from kilodelta.files import staging
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
+from kilodelta.models.hub import locate_delta
 from kilodelta.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ def export_adapter(
     place, chosen = Path(out), options or AdapterOptions()
     require("onnxruntime", extra="cpu", why="write adapter files")
     require_good_kernels()
-    tune, name = load(delta), Path(delta).stem + SUFFIX
+    delta = locate_delta(delta)
+    tune, name = load(delta), delta.stem + SUFFIX
     is_new = not (place / NAME).exists()
     if is_new:
         if chosen.dtype not in ("float32", "float16"):

@@ -26,6 +26,7 @@ from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import PRECISIONS
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
+from kilodelta.models.hub import locate, locate_delta
 from kilodelta.models.layer_names import read_config
 from kilodelta.progress import Meter, Progress, silent
 
@@ -96,8 +97,8 @@ def export_gguf(
     place = Path(out)
     if place.exists() and not force:
         raise OutputError(f"{place} exists already", fix="give a new name, or --force")
-    checkpoint = Checkpoint.open(base)
-    given = delta if isinstance(delta, Delta) else load(delta)
+    checkpoint = Checkpoint.open(locate(base) if isinstance(base, str) else base)
+    given = delta if isinstance(delta, Delta) else load(locate_delta(delta))
     naming = Naming(read_config(checkpoint))
     names = _names(given.bind(checkpoint), naming)
     require_base(checkpoint, given.manifest.base, threads=threads, progress=progress)

@@ -36,6 +36,7 @@ from kilodelta.grid.gguf_file import GgufSource
 from kilodelta.grid.model import QuantisedModel
 from kilodelta.merging.devices import Merge, merger
 from kilodelta.merging.quantised import open_base, refuse_quantised, require_grid_base
+from kilodelta.models.hub import locate, locate_delta
 from kilodelta.progress import Progress, silent
 from kilodelta.rehearsal import begin_work
 
@@ -125,7 +126,7 @@ def merge(
     require_good_kernels()
     merge_target, at_once = merger(device)
     place = Path(out)
-    opened = delta if isinstance(delta, Delta) else load(delta, max_work=max_work)
+    opened = delta if isinstance(delta, Delta) else load(locate_delta(delta), max_work=max_work)
     if opened.manifest.grid is not None:
         model = open_base(base, opened.manifest)
         if isinstance(model.source, GgufSource):
@@ -138,7 +139,7 @@ def merge(
             )
     else:
         model = None
-    checkpoint = Checkpoint.open(base)
+    checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else locate(os.fspath(base)))
     single = place.suffix == ".safetensors"
     _require_place(checkpoint, place, single)
     given = None if config is None else _read_config(Path(config), single)

@@ -32,6 +32,7 @@ from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import PRECISIONS
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
+from kilodelta.models.hub import locate, locate_delta
 from kilodelta.models.layer_names import read_config
 from kilodelta.progress import Meter, Progress, silent
 
@@ -118,8 +119,8 @@ def export_peft(
     """
     chosen = options or PeftOptions()
     _check(chosen)
-    checkpoint = Checkpoint.open(base)
-    opened = delta if isinstance(delta, Delta) else load(delta)
+    checkpoint = Checkpoint.open(locate(base) if isinstance(base, str) else base)
+    opened = delta if isinstance(delta, Delta) else load(locate_delta(delta))
     require_base(checkpoint, opened.manifest.base, threads=threads, progress=progress)
     bound = opened.bind(checkpoint)
     plan = make_plan(bound, checkpoint, _naming(chosen, checkpoint))

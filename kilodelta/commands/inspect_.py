@@ -27,8 +27,9 @@ _COMPATIBILITY = "a compatibility form: floats, its result by the ordered sum of
 def inspect(file: str, as_json: bool) -> None:
     """Say what a .kd FILE is, what it needs, and where its bytes go."""
     from kilodelta.format.inspect import inspect
+    from kilodelta.models import locate_delta
 
-    found = inspect(file)
+    found = inspect(locate_delta(file))
     if as_json:
         terminal.print_json(found.to_json())
         return
@@ -98,8 +99,9 @@ def digest(
     """
     from kilodelta.files.model_digest import digest
     from kilodelta.grid.open import is_quantised, open_quantised
+    from kilodelta.models import locate
 
-    logical = None
+    logical, model = None, str(locate(model))
     if is_quantised(model):
         opened = open_quantised(model)
         found = opened.stored_identity(threads=threads, progress=progress)

@@ -229,7 +229,7 @@ def _open_folder(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder} is {kind.what}", fix=kind.fix)
     raise CheckpointError(
         f"{folder} holds no .safetensors file",
-        fix="save the model with save_pretrained(..., safe_serialization=True)",
+        fix="give the folder that model.save_pretrained(FOLDER) writes, with model.safetensors",
     )
 
 

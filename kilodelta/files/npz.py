@@ -32,6 +32,7 @@ KINDS = "biuf"
 """Kinds of numpy dtypes that models take: booleans, integers and floats."""
 FREE, TIMES = 64 << 20, 4
 """What `read_modest` unpacks: `FREE` bytes and `TIMES` the file's own size."""
+TEXTS = frozenset({".txt", ".jsonl", ".json", ".csv", ".tsv"})
 _FIX = "write it with numpy.savez(path, name=array)"
 _SUFFIX = ".npy"
 
@@ -139,6 +140,11 @@ def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]]) 
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     """Open the archive; every error of its reader becomes a sentence."""
     try:
+        if path.suffix in TEXTS and path.is_file():
+            raise InputError(
+                f"{path} holds texts; arrays are wanted",
+                fix="tokenize the texts, and write the arrays by numpy.savez(path, input_ids=...)",
+            )
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for without end
             raise InputError(f"{path} is not a regular file", fix="give an .npz file")
         _refuse_bare_array(path)

@@ -19,6 +19,7 @@ from kilodelta.format import manifest as manifests
 from kilodelta.format.manifest import Manifest
 from kilodelta.format.packing import groups_size
 from kilodelta.format.targets import Target
+from kilodelta.kinds import kind_of_folder
 
 HEADER_LIMIT = 1 << 20
 MANIFEST, DIGEST = "kilodelta", "kilodelta.digest"
@@ -88,6 +89,9 @@ def read(path: Path) -> tuple[Manifest, dict[str, RawTensor]]:
     Raises:
         FileError: the file breaks a rule, or a bit of it has changed.
     """
+    kind = kind_of_folder(path) if path.is_dir() else None
+    if kind is not None:
+        raise FileError(f"{path} is {kind.what}", fix=kind.fix)
     source = SourceFile(path, error=FileError)
     layout = read_layout(source, limit=HEADER_LIMIT)
     if MANIFEST not in layout.metadata:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kilodelta.models.heads import View as View
     from kilodelta.models.heads import counted as counted
     from kilodelta.models.hub import locate as locate
+    from kilodelta.models.hub import locate_delta as locate_delta
     from kilodelta.models.inputs import Batch as Batch
     from kilodelta.models.inputs import read_inputs as read_inputs
     from kilodelta.models.inputs import tokenize as tokenize
@@ -37,6 +38,7 @@ _WHERE = {
     "example": "kilodelta.models.example_inputs",
     "fill": "kilodelta.models.weights",
     "locate": "kilodelta.models.hub",
+    "locate_delta": "kilodelta.models.hub",
     "open_model": "kilodelta.models.load",
     "open_source": "kilodelta.models.sources",
     "outputs": "kilodelta.models.loaded",
@@ -55,6 +57,7 @@ __all__ = [
     "example",
     "fill",
     "locate",
+    "locate_delta",
     "open_model",
     "open_source",
     "outputs",

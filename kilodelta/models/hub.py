@@ -1,11 +1,13 @@
-"""Find a model's files: a path, or `hf:org/name` for a repository of the Hugging Face hub.
+"""Find a model or a `.kd` file: a path, or `hf:org/name` for a repository of the Hugging Face hub.
 
 Only the prefix sends a name to the network. A mistyped path therefore never becomes a download.
 """
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from kilodelta.errors import CheckpointError, InputError, require
@@ -14,6 +16,7 @@ from kilodelta.models.quiet import quiet
 PREFIX = "hf:"
 _REPOSITORY = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 # Weights as safetensors, configuration and tokenizer: no pickles, and no Python to run.
+_FIX_DELTA = "write hf:org/name, or hf:org/name/FILE.kd where it holds several"
 _FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -46,12 +49,50 @@ def locate(source: str | Path) -> Path:
     return fetch(text) if is_hub_name(text) else Path(source)
 
 
+def locate_delta(source: str | os.PathLike[str]) -> Path:
+    """Return where a `.kd` file lies: the path itself, or what a hub name was fetched to.
+
+    Args:
+        source: a path, `hf:org/name` for a repository with one `.kd` file, or
+            `hf:org/name/FILE.kd`.
+
+    Raises:
+        InputError: `hf:` names no file, or the repository holds none or several.
+        CheckpointError: the repository cannot be fetched.
+        MissingPackageError: huggingface_hub is needed.
+
+    Example:
+        >>> str(locate_delta("task.kd"))
+        'task.kd'
+    """
+    text = os.fspath(source)
+    if not is_hub_name(text):
+        return Path(text)
+    owner, _, rest = text.removeprefix(PREFIX).partition("/")
+    name, _, file = rest.partition("/")
+    if file and not all(re.fullmatch(r"\w[\w.-]{0,95}", part) for part in file.split("/")):
+        raise InputError(f"{source!r:.120} names no file of a repository", fix=_FIX_DELTA)
+    folder = _snapshot(f"{PREFIX}{owner}/{name}", (file or "*.kd",))
+    files = [folder / file] if file else sorted(folder.rglob("*.kd"))
+    if len(files) != 1 or not files[0].is_file():
+        listed = ", ".join(str(path.relative_to(folder)) for path in files[:5] if path.is_file())
+        raise InputError(
+            f"{source} holds {f'several .kd files: {listed}' if listed else 'no such .kd file'}",
+            fix=_FIX_DELTA,
+        )
+    return files[0]
+
+
 def fetch(source: str) -> Path:
     """Download `hf:org/name`, or find it in the cache, and return the snapshot's folder.
 
     Raises:
         InputError, CheckpointError, MissingPackageError: as `locate`.
     """
+    return _snapshot(source, _FILES)
+
+
+def _snapshot(source: str, files: Sequence[str]) -> Path:
     name = source.removeprefix(PREFIX)
     if _REPOSITORY.fullmatch(name) is None:
         raise InputError(
@@ -61,7 +102,7 @@ def fetch(source: str) -> Path:
     hub = require("huggingface_hub", extra="hf", why="open models from the hub")
     try:
         with quiet():
-            return Path(hub.snapshot_download(name, allow_patterns=list(_FILES)))
+            return Path(hub.snapshot_download(name, allow_patterns=list(files)))
     except (OSError, ValueError) as error:  # all of the hub's own errors are among these
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error))
         raise CheckpointError(

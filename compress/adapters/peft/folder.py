@@ -152,7 +152,7 @@ def _weights(path: Path) -> Path:
     if not place.exists() and (path / PICKLE).exists():
         raise CheckpointError(
             f"{path} holds its tensors in {PICKLE}, a pickle: reading it could run anything",
-            fix="load it with PEFT where you trust it, and save_pretrained(..., "
-            "safe_serialization=True)",
+            fix="where you trust it, load it with PEFT and save it with "
+            "model.save_pretrained(FOLDER), which writes .safetensors",
         )
     return place

@@ -23,6 +23,7 @@ from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
+from kilodelta.models.hub import locate_delta
 from kilodelta.progress import Progress, silent
 from kilodelta.rehearsal import begin_work
 from kilodelta.trust.statement import MAX_VERSION
@@ -140,7 +141,7 @@ def release(
         raise InputError(f"a probe of {rows} rows probes nothing", fix="give --rows 1 or more")
     if os.path.lexists(place):
         raise OutputError(f"{place} exists already", fix="give a new name, or remove this file")
-    delta = load(file)
+    delta = load(locate_delta(file))
     begin_work(place, version=version, probe=inputs or "none", signed=signing is not None)
     log.info("release %s as version %d", file, version)
     probes: Mapping[str, RawTensor] = {}
