@@ -24,6 +24,7 @@ from kilodelta.export.merge.in_grid import (
     threads_for,
     with_codes,
 )
+from kilodelta.export.merge.onnx_file import require_grid_only, staged, write_onnx
 from kilodelta.export.merge.plan import FilePlan, merged_index, plan_files
 from kilodelta.export.merge.sidecars import copy_sidecars
 from kilodelta.export.merge.streaming import MergeStream
@@ -32,8 +33,8 @@ from kilodelta.files.baseline import require_base
 from kilodelta.files.checkpoint import INDEX, Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
-from kilodelta.grid.gguf_file import GgufSource
 from kilodelta.grid.model import QuantisedModel
+from kilodelta.grid.onnx_graph import OnnxSource
 from kilodelta.merging.devices import Merge, merger
 from kilodelta.merging.quantised import open_base, refuse_quantised, require_grid_base
 from kilodelta.models.hub import locate, locate_delta
@@ -93,8 +94,8 @@ def merge(
     Args:
         base: the model the delta was made for.
         delta: a `.kd` file or a `Delta`.
-        out: a new path; `.safetensors` for one file (`.gguf` of a GGUF base), else a folder with
-            the base's sharding, configuration and tokenizer.
+        out: a new path; `.safetensors` for one file (`.gguf` or `.onnx` of such a base), else a
+            folder with the base's sharding, configuration and tokenizer.
         config: the tuned model's folder, or its `config.json`; by default the base's with what the
             delta says of it.
         threads: cores to use; all by default.
@@ -129,14 +130,9 @@ def merge(
     opened = delta if isinstance(delta, Delta) else load(locate_delta(delta), max_work=max_work)
     if opened.manifest.grid is not None:
         model = open_base(base, opened.manifest)
-        if isinstance(model.source, GgufSource):
-            _require_no(config, place)
-            return _merge_gguf(model, opened, place, min_changed, threads, progress)
         if not isinstance(model.source, Checkpoint):
-            raise InputError(
-                f"{model.path} is an ONNX graph, which has no merge in the grid",
-                fix="merge into the checkpoint or the GGUF file, and export that",
-            )
+            _require_like(model.path, config, place)
+            return _merge_one_file(model, opened, place, min_changed, threads, progress)
     else:
         model = None
     checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else locate(os.fspath(base)))
@@ -199,7 +195,7 @@ def _begin(place: Path, delta: Delta, base: str, device: str) -> None:
     begin_work(place, base=base, targets=what, device=device)
 
 
-def _merge_gguf(
+def _merge_one_file(
     model: QuantisedModel,
     opened: Delta,
     place: Path,
@@ -207,20 +203,27 @@ def _merge_gguf(
     threads: int | None,
     progress: Progress,
 ) -> Merged:
-    """Merge into a copy of a GGUF file."""
+    """Merge into a copy of a GGUF file or an ONNX graph."""
     stored = require_grid_base(model, opened.manifest, threads=threads, progress=progress)
     bound = opened.bind(model)
+    if isinstance(model.source, OnnxSource):
+        require_grid_only(bound, model)
     _begin(place, bound, stored.root, "cpu")
-    with staging.new_file(place, replace=False) as stage:
-        nbytes, tally = write_gguf(model, stored, bound, stage, progress)
-        tally.require(min_changed)
+    if isinstance(model.source, OnnxSource):
+        with staged(place, model.source) as stage:
+            tally = write_onnx(model, stored, bound, stage, progress)
+            tally.require(min_changed)
+    else:
+        with staging.new_file(place, replace=False) as stage:
+            tally = write_gguf(model, stored, bound, stage, progress)
+            tally.require(min_changed)
     done = Merged(
         path=place,
         result=bound.manifest.result,
         targets=len(bound.targets),
         extras=0,
         copied=len(stored.tensors) - len(bound.targets),
-        nbytes=nbytes,
+        nbytes=place.stat().st_size,
         config="",
         left_out={},
         new=(),
@@ -232,14 +235,14 @@ def _counted(done: Merged, tally: Tally) -> Merged:
     return replace(done, codes=tally.weights, codes_changed=tally.changed, still=tally.still)
 
 
-def _require_no(config: object, place: Path) -> None:
-    """A GGUF file carries its configuration, and its merge is one as well."""
+def _require_like(base: Path, config: object, place: Path) -> None:
+    """Check the output of a base that is one file with its configuration in it."""
     if config is not None:
-        raise InputError("a GGUF file takes no config.json", fix="leave --config out")
-    if place.suffix != ".gguf":
+        raise InputError(f"{base} takes no config.json", fix="leave --config out")
+    if place.suffix != base.suffix:
         raise InputError(
-            f"the base is a GGUF file, {place} is to be something else",
-            fix="give an output that ends in .gguf",
+            f"the base is {base.name}, and {place} is to be something else",
+            fix=f"give an output that ends in {base.suffix}",
         )
     if place.exists():
         raise OutputError(f"{place} exists already", fix="give a new name, or remove this file")

@@ -21,7 +21,7 @@ _PIECE = 1 << 26
 
 def write_gguf(
     model: QuantisedModel, stored: Identity, delta: Delta, stage: Path, progress: Progress
-) -> tuple[int, Tally]:
+) -> Tally:
     """Write the merged file, one weight after the other.
 
     Args:
@@ -30,9 +30,6 @@ def write_gguf(
         delta: bound to it.
         stage: the new file.
         progress: receives how far the work is, in bytes.
-
-    Returns:
-        the file's bytes, and what changed.
 
     Raises:
         InputError: the delta stores tensors whole, for which a GGUF file has no place.
@@ -67,7 +64,7 @@ def write_gguf(
             f"{model.path} changed while it was read",
             fix="wait until nothing writes to it, and start again",
         )
-    return source.file.size, tally
+    return tally
 
 
 def _copy(source: int, target: int, size: int, meter: Meter) -> None:

@@ -35,7 +35,11 @@ class OnnxSource:
     def __init__(self, path: Path) -> None:
         self._onnx: Any = require("onnx", extra="onnx", why=f"read {path}")
         try:
-            self.model = self._onnx.load(path)
+            self.model = self._onnx.load(path, load_external_data=False)
+            tensors = self.model.graph.initializer
+            self.external = any(tensor.external_data for tensor in tensors)
+            if self.external:
+                self._onnx.load_external_data_for_model(self.model, str(path.parent))
         except Exception as problem:  # protobuf and onnx raise classes of their own
             raise CheckpointError(
                 f"{path} is no ONNX model that can be read: {problem}",
@@ -71,6 +75,13 @@ class OnnxSource:
         array = self._onnx.numpy_helper.to_array(tensor)
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         return RawTensor(dtype=row.name, shape=tuple(tensor.dims), data=flat)
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Give an initializer of the graph in memory other raw bytes."""
+        tensor = self.tensors[name]
+        for field in ("int32_data", "float_data", "int64_data"):
+            tensor.ClearField(field)
+        tensor.raw_data = data
 
     def _packed(self, tensor: Any) -> bytes:
         """Return the packed bytes, of which int32_data holds one per number."""

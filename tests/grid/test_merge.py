@@ -233,6 +233,60 @@ def test_a_gguf_file_is_merged_in_place(tmp_path: Path) -> None:
         kilodelta.merge(path, delta, tmp_path / "out.gguf")
 
 
+@pytest.mark.parametrize("external", [False, True])
+def test_a_graph_is_merged_and_runs(tmp_path: Path, external: bool) -> None:
+    """One file for the checkpoint and for its MatMulNBits graph; ONNX Runtime runs the codes."""
+    ort, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
+    c, d = Numbers(16, 64, 32, zeros=True), Numbers(24, 64, 32, zeros=True, seed=5)
+    tensors = {
+        **grids.pack_quantized("c", c, zeros=True),
+        **grids.pack_quantized("d", d, zeros=True),
+    }
+    place = grids.folder(tmp_path / "base", ASYMMETRIC, {**tensors, **NORM})
+    delta = made(place)
+    (tmp_path / "graph").mkdir()
+    graph = tmp_path / "graph" / "m.onnx"
+    grids.matmul_graph(graph, {"c.weight": c, "d.weight": d}, zeros=True)
+    if external:
+        loaded = onnx.load(graph)
+        graph.unlink()
+        onnx.save(loaded, graph, save_as_external_data=True, location="w.bin", size_threshold=0)
+    kilodelta.merge(place, delta, tmp_path / "out")
+    done = kilodelta.merge(graph, delta, tmp_path / "merged.onnx")
+    assert (tmp_path / "merged.onnx.data").exists() is external
+    checkpoint, merged = (open_quantised(tmp_path / n) for n in ("out", "merged.onnx"))
+    assert checkpoint.identity().root == merged.identity().root
+    assert done.codes_changed > 500
+    prove(graph, delta, tmp_path / "merged.onnx")
+    session = ort.InferenceSession(tmp_path / "merged.onnx", providers=["CPUExecutionProvider"])
+    first, second = session.run(None, {"x": np.eye(64, dtype=np.float32)})
+    for found, name in ((first, "c.weight"), (second, "d.weight")):
+        values = checkpoint.matrix(name).values()
+        assert np.array_equal(found.T + 0.0, values.astype(np.float32))
+    x = np.random.default_rng(1).normal(size=(5, 64)).astype(np.float32)
+    weight = checkpoint.matrix("c.weight").values()
+    wanted = x.astype(np.float64) @ weight.T
+    # One rounding per weight and at most 64 + 1 per sum: |error| <= 66 * 2^-24 * sum |x w|.
+    limit = 66 * 2.0**-24 * (np.abs(x.astype(np.float64)) @ np.abs(weight).T)
+    assert (np.abs(session.run(None, {"x": x})[0] - wanted) <= limit).all()
+
+
+def test_a_graph_takes_codes_only(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    c = Numbers(16, 64, 32)
+    place = grids.folder(tmp_path / "base", grids.CT, {**grids.pack_quantized("c", c), **NORM})
+    from kilodelta.files.tensor import RawTensor
+
+    delta = made(place, extras={"head.weight": RawTensor.of(np.ones(3, np.float32))})
+    graph = grids.matmul_graph(tmp_path / "m.onnx", {"c.weight": c})
+    with pytest.raises(InputError, match=r"changes head\.weight, which .* does not hold as codes"):
+        kilodelta.merge(graph, delta, tmp_path / "out.onnx")
+    other = grids.matmul_graph(tmp_path / "n.onnx", {"c.weight": Numbers(16, 64, 32, seed=4)})
+    with pytest.raises(BaseMismatchError, match="scales or zero points are others"):
+        kilodelta.merge(other, made(place), tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
+
+
 def test_an_update_below_the_grid_fails_loudly(base: Path, tmp_path: Path) -> None:
     made(base, size=0.001).save(tmp_path / "small.kd")
     with pytest.raises(QualityError) as caught:
