@@ -22,6 +22,10 @@ MANTISSA = 1 << 32
 FAR = 1 << 30
 """Half units at which a quotient counts as far away: any grid is clamped long before."""
 
+_LONG = 2.0**20
+_SURE = 0.5 - 2.0**-20
+"""Distance from the nearest integer up to which a float64 sum rounds as the exact one does."""
+
 _MARGIN = 2.0**-20
 """More than the float64 quotient's error below 2^30: two roundings, 2^-22."""
 
@@ -81,25 +85,40 @@ def round_integers(numbers, factor, codes, zeros, steps, low, high, out):  # typ
     changed, size = 0, 0.0
     rows, columns = codes.shape
     for i in range(rows):
-        for j in range(columns):
-            g, code = groups[j], np.int64(codes[i, j])
-            out[i, j] = codes[i, j]
-            if signs[i, g] == 0:
+        start = 0
+        while start < columns:  # a run of columns in one group: the inner loops are vectors
+            g, stop = groups[start], start + 1
+            while stop < columns and groups[stop] == g:
+                stop += 1
+            sign = signs[i, g]
+            if sign == 0:
+                out[i, start:stop] = codes[i, start:stop]
+                start = stop
                 continue
-            number = np.int64(np.float64(numbers[i, j]) * factor) * signs[i, g]
-            if number == 0:
-                continue
-            size += abs(np.float64(number) * inverses[i, g])
-            found = floor_of(number, shifts[i, g], mantissas[i, g], inverses[i, g])
-            x = np.int64(2) * (code - zeros[i, g]) + (found >> 1)
-            nearest = x >> 1
-            if x & 1:  # at a midpoint, or above it
-                nearest += np.int64(1) if found & 1 else nearest & 1
-            code_ = min(max(nearest + zeros[i, g], low), high)
-            if code_ != code:
-                changed += 1
-                out[i, j] = code_
-    return changed, 0.5 * size
+            zero, ratio = np.float64(zeros[i, g]), 0.5 * inverses[i, g] * np.float64(sign)
+            doubts = 0
+            for j in range(start, stop):
+                # |move| < 2^20 is off by less than 2^-31; a larger one is clamped in any case
+                move = np.float64(numbers[i, j]) * factor * ratio
+                move = min(max(move, -_LONG), _LONG)
+                exact = np.float64(codes[i, j]) - zero + move
+                near = np.rint(exact)
+                doubts += abs(exact - near) > _SURE
+                out[i, j] = np.int8(np.int32(min(max(near + zero, low), high)))
+            for j in range(start, stop if doubts else start):
+                number = np.int64(np.float64(numbers[i, j]) * factor) * sign
+                found = floor_of(number, shifts[i, g], mantissas[i, g], inverses[i, g])
+                x = np.int64(2) * (np.int64(codes[i, j]) - zeros[i, g]) + (found >> 1)
+                nearest = x >> 1
+                if x & 1:  # at a midpoint, or above it
+                    nearest += np.int64(1) if found & 1 else nearest & 1
+                out[i, j] = min(max(nearest + zeros[i, g], np.int64(low)), np.int64(high))
+            for j in range(start, stop):
+                changed += out[i, j] != codes[i, j]
+            for j in range(start, stop):  # in this order, so that every machine has one sum
+                size += abs(np.float64(numbers[i, j]) * factor * ratio)
+            start = stop
+    return changed, size
 
 
 @kernel

@@ -32,7 +32,7 @@ def rounded(
         found = nearest.round_floats(numbers, factor, codes, table, middles, parts, sign, out)
     else:
         wide = zeros.astype(np.int64)
-        low, high = np.int64(kind.low), np.int64(kind.high)
+        low, high = np.float64(kind.low), np.float64(kind.high)
         found = nearest.round_integers(numbers, factor, codes, wide, parts, low, high, out)
     return out, found[0]
 
