@@ -70,6 +70,7 @@ class Attachment(nn.Module):
         self.register_buffer("rounding", to_numbers(None, self.factors.settled))
         self._handles: list[RemovableHandle] = []
         self._cache = _Cache()
+        # Where the layers are, or every forward pass would copy the coefficients there.
         self.to(places[0].parameter.device)
 
     def forward(self, given: Tensor) -> Tensor:
@@ -187,6 +188,7 @@ class _Cache:
         return self._prepared
 
     def _watch(self, attachment: Attachment, prepared: tuple[Tensor, ...]) -> None:
+        # An optimiser changes parameters in place, which raises their version.
         self._watched = [(p, p._version) for p in attachment.parameters()]
         for tensor in prepared:
             if tensor.requires_grad:

@@ -222,7 +222,7 @@ class Surgery:
         if y.is_graph_output():
             total.name, y.name = y.name, total.name
         y.replace_all_uses_with(total, replace_graph_outputs=True)
-        node.replace_input_with(0, y)
+        node.replace_input_with(0, y)  # it was among the uses that now read the sum
         self._graph.insert_after(site.node, node)
 
     def _node(self, site: GraphSite, kind: str, inputs: list[Any], **attributes: Any) -> Any:

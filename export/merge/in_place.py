@@ -101,6 +101,7 @@ def _prove(delta: Delta, tensors: Mapping[str, Tensor]) -> None:
     digests = []
     for name, tensor in tensors.items():
         target = delta.target(name)
+        # The digest is over the whole tensor; one at a time is gathered, so memory grows by one.
         whole = _gathered(tensor, _merged(delta, target, tensor))
         raw = whole.cpu().contiguous().view(-1).view(torch.uint8).numpy()
         digests.append(identity.tensor_digest(target.name, target.dtype, target.shape, raw.data))
@@ -115,6 +116,7 @@ def _prove(delta: Delta, tensors: Mapping[str, Tensor]) -> None:
 def _merged(delta: Delta, target: Target, tensor: Tensor) -> Tensor:
     """Compute the merged tensor, or this rank's part of it."""
     local = _local(tensor)
+    # A rank may hold no rows of a tensor that is shorter than the mesh.
     if not local.numel():
         return local
     rows, columns = _box(tensor, target)
@@ -183,6 +185,7 @@ def _gathered(like: Any, part: Tensor) -> Tensor:
 
 def _extra(delta: Delta, name: str) -> Tensor:
     extra = delta.extras[name]
+    # A copy: the extra's bytes may be mapped read-only, of which torch warns.
     data = torch.from_numpy(extra.data.copy())
     dtype = TORCH.get(extra.dtype)
     if dtype is None:

@@ -260,13 +260,13 @@ class _Search:
         """Find the sizes from one token to the longest text, at most `LONGEST`, that it takes."""
         low = next((n for n in (1, 2) if self._at(places, n)), min(given, other))
         top = min(self.loaded.max_length or LONGEST, LONGEST)
-        known = max(given, other)
-        if known < top and not self._at(places, top):
-            while top - known > 1:  # known is taken, top is not
-                middle = (known + top) // 2
-                known, top = (middle, top) if self._at(places, middle) else (known, middle)
-            top = known
-        top = max(top, known if known <= top else given)
+        taken = max(given, other)
+        if taken < top and not self._at(places, top):
+            while top - taken > 1:  # known is taken, top is not
+                middle = (taken + top) // 2
+                taken, top = (middle, top) if self._at(places, middle) else (taken, middle)
+            top = taken
+        top = max(top, taken if taken <= top else given)
         return low, min(64, top), top
 
     def _near(self, places: Sequence[Place], given: int) -> Sizes:

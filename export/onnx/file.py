@@ -48,19 +48,19 @@ def read_onnx(path: Path) -> OnnxFile:
     """
     data = map_file(path)
     try:
-        found = scan(data, path.name)
+        seen = scan(data, path.name)
     except WireError as problem:
         raise CheckpointError(f"{path} is not an ONNX file: {problem}", fix=_FIX) from None
-    for tensor in found.tensors:
+    for tensor in seen.tensors:
         _check_place(path, tensor)
-    for packed in found.packed:
+    for packed in seen.packed:
         _check_place(path, packed)
     return OnnxFile(
         path=path,
-        tensors=tuple(found.tensors),
-        packed=tuple(found.packed),
-        sealed=tuple(found.sealed),
-        used=frozenset(found.used),
+        tensors=tuple(seen.tensors),
+        packed=tuple(seen.packed),
+        sealed=tuple(seen.sealed),
+        used=frozenset(seen.used),
     )
 
 
@@ -92,20 +92,20 @@ def scan(data: Data, main: str) -> Scan:
     Raises:
         WireError: the bytes are not a model.
     """
-    found, waiting, graphs = Scan(), [], 0
+    seen, waiting, graphs = Scan(), [], 0
     for part in _messages(data, 0, len(data)):
         if part.number == _GRAPH:
-            waiting += _graph(data, part, main, found, top=True)
+            waiting += _graph(data, part, main, seen, top=True)
             graphs += 1
         elif part.number == _FUNCTIONS:
             for node in _messages(data, part.begin, part.end):
                 if node.number == _FUNCTION_NODE:
-                    waiting += _node(data, node, main, found)
+                    waiting += _node(data, node, main, seen)
     if not graphs:
         raise WireError("it holds no graph")
     while waiting:
-        waiting += _graph(data, waiting.pop(), main, found, top=False)
-    return found
+        waiting += _graph(data, waiting.pop(), main, seen, top=False)
+    return seen
 
 
 def _messages(data: Data, begin: int, end: int) -> Iterator[Field]:
@@ -113,31 +113,31 @@ def _messages(data: Data, begin: int, end: int) -> Iterator[Field]:
     return (part for part in fields(data, begin, end) if part.wire == BYTES)
 
 
-def _graph(data: Data, graph: Field, main: str, found: Scan, *, top: bool) -> list[Field]:
+def _graph(data: Data, graph: Field, main: str, seen: Scan, *, top: bool) -> list[Field]:
     """Take note of a graph's tensors and of what its nodes use; its subgraphs."""
     inner: list[Field] = []
     for part in _messages(data, graph.begin, graph.end):
         if part.number == _INITIALIZER:
-            found.add(*read_tensor(data, part, main, top=top))
+            seen.add(*read_tensor(data, part, main, top=top))
         elif part.number == _NODE:
-            inner += _node(data, part, main, found)
+            inner += _node(data, part, main, seen)
     return inner
 
 
-def _node(data: Data, node: Field, main: str, found: Scan) -> list[Field]:
+def _node(data: Data, node: Field, main: str, seen: Scan) -> list[Field]:
     """Take note of a node's inputs and constants; its subgraphs."""
     output, inner = "", []
     attributes: list[Field] = []
     for part in _messages(data, node.begin, node.end):
         if part.number == _INPUT:
-            found.used.add(text(data, part))
+            seen.used.add(text(data, part))
         elif part.number == _OUTPUT:
             output = output or text(data, part)
         elif part.number == _ATTRIBUTE:
             attributes += _messages(data, part.begin, part.end)
     for part in attributes:
         if part.number in (_TENSOR, _TENSORS):
-            found.add(*read_tensor(data, part, main, name=output))
+            seen.add(*read_tensor(data, part, main, name=output))
         elif part.number in (_SUBGRAPH, _SUBGRAPHS):
             inner.append(part)
     return inner

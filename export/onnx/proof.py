@@ -69,16 +69,16 @@ def claim(trace: Trace, module: nn.Module) -> dict[str, list[Any]]:
     """
     state = distinct(module)
     by_content = {twin.content_of(tensor): name for name, tensor in state.items()}
-    found: dict[str, list[Any]] = {}
+    values_of: dict[str, list[Any]] = {}
     for value in trace.model.graph.initializers.values():
         name = by_content.get(twin.content(value.const_value.numpy()))
         if name is not None:
-            found.setdefault(name, []).append(value)
-    _require_all(_first_names(module, trace.used) - found.keys(), trace, state)
-    for values in found.values():
+            values_of.setdefault(name, []).append(value)
+    _require_all(_first_names(module, trace.used) - values_of.keys(), trace, state)
+    for values in values_of.values():
         for value in values:
             value.const_value = None
-    return found
+    return values_of
 
 
 def require_kept(model: Any, weights: Mapping[str, list[Any]], used: Iterable[str]) -> None:
@@ -87,8 +87,8 @@ def require_kept(model: Any, weights: Mapping[str, list[Any]], used: Iterable[st
     Raises:
         ExportError: naming those that do not.
     """
-    there = {id(value) for value in model.graph.initializers.values() if value.uses()}
-    lost = [n for n in used if n in weights and not any(id(v) in there for v in weights[n])]
+    feeding = {id(value) for value in model.graph.initializers.values() if value.uses()}
+    lost = [n for n in used if n in weights and not any(id(v) in feeding for v in weights[n])]
     if lost:
         raise ExportError(f"simplifying the graph lost {', '.join(lost)}", fix=_FIX)
 

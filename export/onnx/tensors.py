@@ -96,51 +96,51 @@ def read_tensor(
     Raises:
         WireError: the message is damaged, or its external data lie outside the model's folder.
     """
-    found = _Message()
+    proto = _Message()
     for part in fields(data, message.begin, message.end):
-        found.add(data, part)
-    name = name or found.name
-    if found.kind in _PACKED and _SEGMENT not in found.pieces:
-        return name, _packed(data, found, name, main)
-    if found.kind not in dtypes.BY_ONNX_NUMBER or _SEGMENT in found.pieces:
+        proto.add(data, part)
+    name = name or proto.name
+    if proto.kind in _PACKED and _SEGMENT not in proto.pieces:
+        return name, _packed(data, proto, name, main)
+    if proto.kind not in dtypes.BY_ONNX_NUMBER or _SEGMENT in proto.pieces:
         return name, None
-    dtype, shape = dtypes.BY_ONNX_NUMBER[found.kind].name, _shape(found.shape, name)
+    dtype, shape = dtypes.BY_ONNX_NUMBER[proto.kind].name, _shape(proto.shape, name)
     size = dtypes.nbytes(dtype, shape)
-    place = _external(data, found, size) if found.external else _inside(found, dtype, size, main)
+    place = _external(data, proto, size) if proto.external else _inside(proto, dtype, size, main)
     if place is None:
         return name, None
     file, begin = place
     return name, Stored(name=name, dtype=dtype, shape=shape, file=file, begin=begin, top=top)
 
 
-def _packed(data: Data, found: _Message, name: str, main: str) -> PackedWeight | None:
+def _packed(data: Data, proto: _Message, name: str, main: str) -> PackedWeight | None:
     weight = PackedWeight(
-        name=name, signed=_PACKED[found.kind], shape=_shape(found.shape, name), file=main, begin=0
+        name=name, signed=_PACKED[proto.kind], shape=_shape(proto.shape, name), file=main, begin=0
     )
-    if found.external:
-        place: tuple[str, int] | None = _external(data, found, weight.nbytes)
+    if proto.external:
+        place: tuple[str, int] | None = _external(data, proto, weight.nbytes)
     else:
-        place = _inside(found, "", weight.nbytes, main)
+        place = _inside(proto, "", weight.nbytes, main)
     return None if place is None else replace(weight, file=place[0], begin=place[1])
 
 
-def _shape(found: list[int], name: str) -> tuple[int, ...]:
-    if len(found) > 32 or any(extent >= 1 << 63 for extent in found):
+def _shape(dims: list[int], name: str) -> tuple[int, ...]:
+    if len(dims) > 32 or any(extent >= 1 << 63 for extent in dims):
         raise WireError(f"tensor {name!r:.80} has an impossible shape")
-    return tuple(found)
+    return tuple(dims)
 
 
-def _inside(found: _Message, dtype: str, size: int, main: str) -> tuple[str, int] | None:
-    raw = found.pieces.get(_RAW_DATA, []) or found.pieces.get(_TYPED.get(dtype, 0), [])
+def _inside(proto: _Message, dtype: str, size: int, main: str) -> tuple[str, int] | None:
+    raw = proto.pieces.get(_RAW_DATA, []) or proto.pieces.get(_TYPED.get(dtype, 0), [])
     if len(raw) != 1 or raw[0].end - raw[0].begin != size:
         return None
     return main, raw[0].begin
 
 
 def _external(data: Data, message: _Message, size: int) -> tuple[str, int]:
-    found = dict(_entry(data, entry) for entry in message.pieces.get(_EXTERNAL_DATA, []))
-    location, offset = found.get("location", ""), found.get("offset", "0")
-    length = found.get("length", str(size))
+    entries = dict(_entry(data, entry) for entry in message.pieces.get(_EXTERNAL_DATA, []))
+    location, offset = entries.get("location", ""), entries.get("offset", "0")
+    length = entries.get("length", str(size))
     if not (_is_count(offset) and _is_count(length)):
         raise WireError(f"external data at {location!r:.80} have no offset or length")
     if int(length) != size:

@@ -128,6 +128,7 @@ def _name_axes(
         for index, name in axes[value.name].items():
             size = value.shape[index]
             symbol = "" if isinstance(size, int) else str(size.value)
+            # An expression, or a symbol that torch has pinned to one value: the axis cannot vary.
             if not symbol.isidentifier() or symbol in single:
                 frozen.add(name)
             else:

@@ -91,10 +91,10 @@ class Trial:
         with torch.no_grad(), quiet():
             expected = self._loaded.view()(**batch)
         try:
-            found = self._session.run(self._outputs, self._feeds(batch))
+            results = self._session.run(self._outputs, self._feeds(batch))
         except Exception as error:  # ONNX Runtime's own classes share no other base
             return f"ONNX Runtime stops: {_first_line(error)}"
-        for name, array in zip(self._outputs, found, strict=True):
+        for name, array in zip(self._outputs, results, strict=True):
             if problem := self._difference(name, array, expected[name]):
                 return problem
         return ""
@@ -105,9 +105,9 @@ class Trial:
             for name, t in batch.items()
         }
 
-    def _difference(self, name: str, found: Any, expected: Tensor) -> str:
-        if found.shape != tuple(expected.shape):
-            return f"{name} has shape {found.shape}, the module's {tuple(expected.shape)}"
+    def _difference(self, name: str, actual: Any, expected: Tensor) -> str:
+        if actual.shape != tuple(expected.shape):
+            return f"{name} has shape {actual.shape}, the module's {tuple(expected.shape)}"
         # Rounding decides an argmax between equals, and half precision may overflow: not here.
         if self._dtype != torch.float32 or not expected.is_floating_point():
             return ""
@@ -115,7 +115,7 @@ class Trial:
         if not np.isfinite(wanted).all():
             return ""
         norm = np.linalg.norm(wanted)
-        error = np.linalg.norm(found.astype(np.float64) - wanted) / (norm or 1.0)
+        error = np.linalg.norm(actual.astype(np.float64) - wanted) / (norm or 1.0)
         return "" if error <= _OFF else f"{name} is off by {error:.2g}, relative"
 
     def _open(self, model: Any, weights: Mapping[str, tuple[int, ...]]) -> Any:

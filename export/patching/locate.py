@@ -51,7 +51,7 @@ def find_places(
         >>> one.begin, one.shape, one.stride, one.transposed
         (8, (4, 3), 20, True)
     """
-    found: list[FilePlace] = []
+    places: list[FilePlace] = []
     for kind in DTYPES:
         if not castable(tensor.dtype, kind):
             continue
@@ -71,8 +71,8 @@ def find_places(
             own = _in_orientation(held, blank, values, tensor.shape)
             if own is None:
                 return None
-            found += own
-    return tuple(found)
+            places += own
+    return tuple(places)
 
 
 def _in_orientation(
@@ -132,19 +132,19 @@ def _width(held: bytes, matrix: Bytes, begin: int, stride: int) -> int:
         return 0
     span = (rows - 1) * stride + length
     data = np.frombuffer(held, np.uint8, span, begin)
-    there = np.lib.stride_tricks.as_strided(data, (rows, length), (stride, 1))
-    equal = (there == matrix[:, :length]).all(axis=0)
+    strided = np.lib.stride_tricks.as_strided(data, (rows, length), (stride, 1))
+    equal = (strided == matrix[:, :length]).all(axis=0)
     return length if equal.all() else int(equal.argmin())
 
 
 def _occurrences(held: bytes, run: bytes) -> list[int]:
     """Offsets of a run of bytes."""
-    found: list[int] = []
+    begins: list[int] = []
     begin = held.find(run)
-    while begin >= 0 and len(found) < CANDIDATES:
-        found.append(begin)
+    while begin >= 0 and len(begins) < CANDIDATES:
+        begins.append(begin)
         begin = held.find(run, begin + 1)
-    return found
+    return begins
 
 
 def holds(held: bytes, place: FilePlace, values: Bytes) -> bool:

@@ -29,22 +29,22 @@ class PatchPlan:
     """A bound delta, the file it changes, and the checkpoint for what the file does not hold."""
 
     model: Path
-    found: PatchMap
+    patch_map: PatchMap
     delta: Delta
     rest: Checkpoint | None
 
     def path(self, file: str) -> Path:
         """Return the path of one of the map's files; the model itself may have been renamed."""
-        return self.model if file == self.found.files[0].file else self.model.parent / file
+        return self.model if file == self.patch_map.files[0].file else self.model.parent / file
 
     def places(self, name: str) -> tuple[FilePlace, ...]:
         """Return where the file holds a tensor; nothing where no output depends on it."""
-        return self.found.places.get(name, ())
+        return self.patch_map.places.get(name, ())
 
     def size(self, name: str) -> int:
         """Return the bytes of a changed tensor, in the base's dtype or as the delta stores it."""
         extra = self.delta.extras.get(name)
-        return self.found.tensors[name].nbytes if extra is None else extra.nbytes
+        return self.patch_map.tensors[name].nbytes if extra is None else extra.nbytes
 
     def tuned(self, name: str) -> RawTensor:
         """Compute a changed tensor from the base's bytes.
@@ -66,13 +66,13 @@ class PatchPlan:
             yield place, columns(place, turned, tensor.shape)
 
     def _base(self, name: str) -> Bytes:
-        place = self.found.exact(name)
+        place = self.patch_map.exact(name)
         if place is None:
             assert self.rest is not None  # `make_plan` has seen to it
             return self.rest.data(name)
         data = read_place(self.path(place.file), place)
         plain = transposed(data, place.shape) if place.transposed else data
-        return cast(plain, place.dtype, self.found.tensors[name].dtype)
+        return cast(plain, place.dtype, self.patch_map.tensors[name].dtype)
 
 
 def make_plan(
@@ -98,7 +98,7 @@ def make_plan(
         )
     bound = delta if delta.layout is not None else delta.bind_to(patch_map.tensors.values())
     rest = None if base is None else Checkpoint.open(base)
-    plan = PatchPlan(model=model, found=patch_map, delta=bound, rest=rest)
+    plan = PatchPlan(model=model, patch_map=patch_map, delta=bound, rest=rest)
     names = changed_names(bound)
     _refuse(plan, [f"{n}: {why}" for n in names if (why := _no_place(plan, n))], "has no place")
     _refuse(
@@ -118,18 +118,18 @@ WAY_OUT = "take a device folder in refit or adapter mode for it: kilodelta bundl
 
 def _refuse(plan: PatchPlan, reasons: list[str], what: str, fix: str = "") -> None:
     if reasons:
-        is_engine = plan.found.kind == "engine"
+        is_engine = plan.patch_map.kind == "engine"
         listed = "\n  ".join(reasons[:SHOWN])
         more = f"\n  and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
         raise ExportError(
-            f"what the delta changes {what} in the {plan.found.kind}\n  {listed}{more}",
+            f"what the delta changes {what} in the {plan.patch_map.kind}\n  {listed}{more}",
             fix=fix or (WAY_OUT if is_engine else "export the base with `kilodelta export`"),
         )
 
 
 def _no_place(plan: PatchPlan, name: str) -> str:
     """Explain why a changed tensor cannot be written; empty if it can, or need not be."""
-    patch_map = plan.found
+    patch_map = plan.patch_map
     if name in patch_map.heads and name in plan.delta.targets:
         return "the file was exported with a new head in its place"
     if patch_map.info(name) is None:
@@ -140,8 +140,8 @@ def _no_place(plan: PatchPlan, name: str) -> str:
 
 
 def _misfit(plan: PatchPlan, name: str) -> str:
-    extra, info = plan.delta.extras[name], plan.found.info(name)
-    if info is None or name in plan.found.unused:
+    extra, info = plan.delta.extras[name], plan.patch_map.info(name)
+    if info is None or name in plan.patch_map.unused:
         return ""
     if extra.shape != info.shape:
         return f"its shape is {extra.shape}, the file's {info.shape}"
@@ -152,10 +152,10 @@ def _misfit(plan: PatchPlan, name: str) -> str:
 
 
 def _require_heads(plan: PatchPlan) -> None:
-    missing = [name for name in plan.found.heads if name not in plan.delta.extras]
+    missing = [name for name in plan.patch_map.heads if name not in plan.delta.extras]
     if missing:
         raise ExportError(
             f"{plan.model.name} computes with a head that every file brings, and this one brings "
             f"no {', '.join(missing[:SHOWN])}",
-            fix=f"give the {plan.found.kind} of the base itself, exported without --config",
+            fix=f"give the {plan.patch_map.kind} of the base itself, exported without --config",
         )

@@ -103,10 +103,10 @@ def patch(
 
 
 def _require_promised(plan: PatchPlan, descriptor: int, promised: str) -> None:
-    found = _digest(descriptor)
-    if found != promised:
+    digest = _digest(descriptor)
+    if digest != promised:
         raise ProofError(
-            f"the patched {plan.found.kind} is {found}, a build of it is {promised}",
+            f"the patched {plan.patch_map.kind} is {digest}, a build of it is {promised}",
             fix="fetch the map and the file again; else take refit or adapter mode",
         )
 
@@ -126,7 +126,7 @@ def _copies(plan: PatchPlan, out: Path) -> Iterator[tuple[Mapping[str, int], tup
 
     The model's own name appears last, so that it never stands without its data.
     """
-    main, *others = (file.file for file in plan.found.files)
+    main, *others = (file.file for file in plan.patch_map.files)
     paths = {main: out, **{name: out.parent / name for name in others}}
     _require_free(plan, paths.values(), alone=not others)
     with ExitStack() as stack:

@@ -45,7 +45,7 @@ def run(
         ExportError: a value does not fit into the file's dtype.
         ProofError: the tuned weights are not the ones that the delta promises.
     """
-    jobs: list[FileFact | str] = [*plan.found.files, *changed_names(plan.delta)]
+    jobs: list[FileFact | str] = [*plan.patch_map.files, *changed_names(plan.delta)]
     meter = Meter("patch", sum(_weight(plan, job) for job in jobs), "B", progress)
     digests: dict[str, str] = {}
 

@@ -94,7 +94,7 @@ def patched_weights(
 def _require_reachable(plan: PatchPlan) -> None:
     for name in changed_names(plan.delta):
         for place in plan.places(name):
-            if place.file != plan.found.files[0].file and (place.stride or not place.top):
+            if place.file != plan.patch_map.files[0].file and (place.stride or not place.top):
                 raise ExportError(
                     f"{name} lies in external data, but not among the main graph's initializers",
                     fix="patch into a file",

@@ -82,6 +82,7 @@ def scales(left: Matrix, right: Matrix, c: Any, e: Any) -> tuple[Matrix, Matrix]
     """
     used = (left > 0) & (right > 0)
     tops = c * np.where(used, left, 1), np.where(used, right, 1)
+    # Half the logarithm of the ratio: both tops come within a factor of two of each other.
     shift = np.rint((e + np.log2(tops[1]) - np.log2(tops[0])) / 2).astype(np.int64)
     return np.where(used, np.ldexp(c, shift), 0.0), np.where(used, np.ldexp(1.0, e - shift), 0.0)
 
@@ -121,6 +122,7 @@ def svd_pair(delta: Delta, name: str, rank: int, dtype: str) -> FactorPair:
     B_bits, B_found = _rounded(B, dtype, name)
     A_bits, A_found = _rounded(A, dtype, name)
     norm = float(np.linalg.norm(update))
+    # In place: the update is as large as the weight, and this runs in several threads.
     update -= B_found @ A_found
     return FactorPair(B=B_bits, A=A_bits, error=float(np.linalg.norm(update)), norm=norm)
 

@@ -96,6 +96,7 @@ def _keyed(plan: AdapterPlan, name: str, pair: FactorPair, dtype: str) -> dict[s
         f"base_model.model.{plan.paths[name]}",
     )
     A, B = pair.A, pair.B
+    # Factors are (out, r) and (r, in) of the update; PEFT wants those of what its layer computes.
     if (kind in (ModuleKind.CONV1D, ModuleKind.EMBEDDING)) != target.transposed:
         A, B = B.T, A.T
     if kind is ModuleKind.CONV:

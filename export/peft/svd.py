@@ -38,10 +38,12 @@ def truncated(matrix: Matrix, rank: int) -> tuple[Matrix, Matrix]:
 
 
 def _krylov(matrix: Matrix, rank: int) -> tuple[Matrix, Matrix, Matrix]:
+    # A fixed seed: the same delta gives the same adapter.
     start = np.random.default_rng(0).standard_normal((matrix.shape[1], rank + SPARE))
     block, blocks = _orthonormal(matrix @ start), []
     for _ in range(STEPS):
         blocks.append(block)
+        # Orthonormal at each step, or all columns would turn into the first singular vector.
         block = _orthonormal(matrix @ (matrix.T @ block))
     space = _orthonormal(np.concatenate([*blocks, block], axis=1))
     u, s, vt = np.linalg.svd(space.T @ matrix, full_matrices=False)

@@ -42,6 +42,7 @@ def do(task: Mapping[str, Any], out: Path) -> dict[str, Any]:
     answer: dict[str, Any] = {"id": task["id"], "name": task["name"], "status": "done"}
     try:
         earlier = read_record(place)
+        # The id is a digest of all that the task depends on: an equal one means an equal result.
         if earlier is not None and earlier.get("id") == task["id"] and _whole(place, earlier):
             return {**answer, "result": earlier.get("result"), "seconds": 0.0, "again": False}
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -161,6 +161,7 @@ def _model_row(name: str, first: Checkpoint, second: Checkpoint) -> tuple[Tensor
     a, b = first.info(name), second.info(name)
     if a.shape != b.shape:
         return TensorRow(name=name, change=OTHER_SHAPE, kinds=kinds), 0.0
+    # By bytes, so that NaN equals itself and tensors that are no floats can be compared.
     if a.dtype == b.dtype and np.array_equal(first.data(name), second.data(name)):
         return TensorRow(name=name, change=SAME), 0.0
     if a.dtype not in FLOATS or b.dtype not in FLOATS:

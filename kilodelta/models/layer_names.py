@@ -44,7 +44,7 @@ def read_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     if not checkpoint.path.is_dir():
         return {}
     try:
-        found = canonical.loads_foreign(plain.read_model_file(checkpoint.folder / "config.json"))
+        config = canonical.loads_foreign(plain.read_model_file(checkpoint.folder / "config.json"))
     except (OSError, canonical.NotCanonicalError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return config if isinstance(config, dict) else {}

@@ -54,13 +54,13 @@ def refuse(checkpoint: Checkpoint) -> None:
     Raises:
         InputError: naming the tensor or file that shows it.
     """
-    found = evidence(checkpoint)
-    if found is not None:
-        raise refusal(str(checkpoint.path), found)
+    sign = evidence(checkpoint)
+    if sign is not None:
+        raise refusal(str(checkpoint.path), sign)
 
 
-def refusal(source: str, found: str) -> InputError:
+def refusal(source: str, sign: str) -> InputError:
     """Return the error for a quantised model, known by `found`."""
     return InputError(
-        f"{source} holds a quantised model: {found}", fix="give the model before quantisation"
+        f"{source} holds a quantised model: {sign}", fix="give the model before quantisation"
     )

@@ -36,8 +36,8 @@ def bits(tensor: Tensor) -> npt.NDArray[Any]:
     """Return a tensor's bytes as unsigned integers of its item size, in its shape."""
     kinds = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
     flat = tensor.detach().cpu().contiguous()
-    found: npt.NDArray[Any] = flat.view(kinds[tensor.element_size()]).numpy()
-    return found
+    unsigned: npt.NDArray[Any] = flat.view(kinds[tensor.element_size()]).numpy()
+    return unsigned
 
 
 def transposed(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -53,11 +53,11 @@ def unique(specs: Mapping[str, Spec]) -> dict[str, Tensor]:
     """
     generator = torch.Generator().manual_seed(0)
     seen: set[str] = set()
-    found = {}
+    values = {}
     for name, (shape, dtype) in sorted(specs.items(), key=lambda item: _size(item[1])):
-        found[name] = _fresh(shape, dtype, generator, seen)
-        seen.update(_prints(found[name]))
-    return found
+        values[name] = _fresh(shape, dtype, generator, seen)
+        seen.update(_prints(values[name]))
+    return values
 
 
 def _size(spec: Spec) -> int:
@@ -95,12 +95,12 @@ def match(twin: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, 
     places: dict[str, list[str]] = {}
     for place, tensor in state.items():
         places.setdefault(content_of(tensor), []).append(place)
-    found = {}
+    matched = {}
     for name, tensor in twin.items():
-        there = places.get(content_of(tensor), [])
-        if there:
-            found[name] = name if name in there else there[0]
-    return found
+        candidates = places.get(content_of(tensor), [])
+        if candidates:
+            matched[name] = name if name in candidates else candidates[0]
+    return matched
 
 
 def unfilled(module: nn.Module, names: Mapping[str, str]) -> tuple[str, ...]:

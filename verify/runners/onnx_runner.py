@@ -129,6 +129,7 @@ class OnnxRunner:
                 source, self._options(ort), providers=PROVIDERS[self._device]
             )
         except Exception as error:
+            # By its name: ONNX Runtime's exceptions are defined in a private module.
             if type(error).__name__ == "NotImplemented":  # no kernel for this operator and dtype
                 raise UnavailableError(
                     f"ONNX Runtime on {self._device}: {one_line(error)}",
@@ -198,6 +199,7 @@ def _array(value: Any) -> NDArray[Any]:
     if value.data_type() != _BFLOAT16:
         array: NDArray[Any] = value.numpy()
         return array
+    # numpy() refuses bfloat16, so the words are copied from the value's memory.
     words = np.empty(value.shape(), dtype=np.uint16)
     ctypes.memmove(words.ctypes.data, value.data_ptr(), words.nbytes)
     return FLOATS["BF16"].widen(words)

@@ -132,6 +132,7 @@ class _Call:
         self._choose_profile(self._feeds)
         for name, array in self._feeds.items():
             self._bind(name, array)
+        # Output shapes follow once all inputs are bound; it returns the names that lack one.
         _must(not self._context.infer_shapes(), "these input shapes")
         self._reserved = {name: self._reserve(name) for name in self._names("OUTPUT")}
 
@@ -167,12 +168,14 @@ class _Call:
     def _choose_profile(self, feeds: Arrays) -> None:
         shapes = {name: array.shape for name, array in feeds.items()}
         index = covering(profiles(self._engine, tuple(shapes)), shapes)
+        # Before any shape is set: it decides which shapes the context takes.
         chosen = self._context.set_optimization_profile_async(index, self.stream.address)
         _must(chosen, f"profile {index}")
 
     def _bind(self, name: str, array: NDArray[Any]) -> None:
         """Give an input its shape and address; the engine reads shape inputs from the host."""
         host = self._on_host(name)
+        # A host address stays valid: `_feeds` keeps the arrays as long as this call lives.
         address = int(array.ctypes.data) if host else self.stream.upload(array)
         _must(self._context.set_input_shape(name, array.shape), f"{name} of shape {array.shape}")
         _must(self._context.set_tensor_address(name, address), f"the memory of {name}")
