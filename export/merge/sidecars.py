@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import TypeAlias
 
 from kilodelta.errors import CheckpointError
+from kilodelta.files import system
 
 LIMIT = 1 << 30
 """Bytes of one file; tokenizers take tens of megabytes."""
@@ -37,7 +39,11 @@ HOLDS_WEIGHTS = "the base's weights in another form"
 LEADS_OUT = "a link, a pipe or a device"
 TOO_LARGE = f"larger than {LIMIT >> 30} GiB"
 
-_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_FOLDER = getattr(os, "O_DIRECTORY", 0)
+_FLAGS = os.O_RDONLY | system.BINARY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_FLAGS |= getattr(os, "O_CLOEXEC", 0)
+_Place: TypeAlias = "int | str"
+"""An open folder's descriptor; its path where the system opens no folders (Windows)."""
 
 
 def copy_sidecars(folder: Path, stage: Path, own: frozenset[str]) -> dict[str, str]:
@@ -57,7 +63,7 @@ def copy_sidecars(folder: Path, stage: Path, own: frozenset[str]) -> dict[str, s
         CheckpointError: a file cannot be read.
     """
     walk = _Walk(root=folder.absolute(), blobs=_blobs_of(folder), own=own)
-    with _opened(os.fspath(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) as descriptor:
+    with _opened_folder(os.fspath(folder)) as descriptor:
         walk.modules.update(_modules(walk, descriptor))
         walk.copy(descriptor, stage, PurePosixPath())
     return dict(sorted(walk.left_out.items()))
@@ -75,7 +81,7 @@ class _Walk:
 
     left_out: dict[str, str] = field(default_factory=dict)
 
-    def copy(self, descriptor: int, target: Path, place: PurePosixPath) -> None:
+    def copy(self, descriptor: _Place, target: Path, place: PurePosixPath) -> None:
         """Copy the entries of an open folder, which lies at `place`."""
         with os.scandir(descriptor) as entries:
             for entry in sorted(entries, key=lambda item: item.name):
@@ -85,10 +91,10 @@ class _Walk:
                 self._copy_entry(descriptor, entry, target / entry.name, place / entry.name)
 
     def _copy_entry(
-        self, descriptor: int, entry: os.DirEntry[str], target: Path, place: PurePosixPath
+        self, descriptor: _Place, entry: os.DirEntry[str], target: Path, place: PurePosixPath
     ) -> None:
         if entry.is_dir(follow_symlinks=False):
-            with _opened(entry.name, _FLAGS | os.O_DIRECTORY, descriptor) as inner:
+            with _opened_folder(entry.name, descriptor) as inner:
                 if self._is_other_form(inner, place):
                     self.left_out[f"{place}/"] = HOLDS_WEIGHTS
                     return
@@ -99,7 +105,7 @@ class _Walk:
         elif why := self._copy_file(descriptor, entry, target, place):
             self.left_out[str(place)] = why
 
-    def _is_other_form(self, descriptor: int, place: PurePosixPath) -> bool:
+    def _is_other_form(self, descriptor: _Place, place: PurePosixPath) -> bool:
         if str(place) in self.modules:
             return False
         if place.name.lower() in OTHER_FORMS or holds_weights(place.name):
@@ -108,13 +114,13 @@ class _Walk:
             return any(holds_weights(entry.name) for entry in entries)
 
     def _copy_file(
-        self, descriptor: int, entry: os.DirEntry[str], target: Path, place: PurePosixPath
+        self, descriptor: _Place, entry: os.DirEntry[str], target: Path, place: PurePosixPath
     ) -> str:
         """Copy a regular file; returns why it was left out, or nothing."""
         name = self.inside(descriptor, entry.name, place)
         if name is None:
             return LEADS_OUT
-        with _opened(name, _FLAGS, descriptor) as source:
+        with _opened(name, descriptor) as source:
             status = os.fstat(source)
             if not stat.S_ISREG(status.st_mode):
                 return LEADS_OUT
@@ -130,17 +136,18 @@ class _Walk:
                         )
         return ""
 
-    def inside(self, descriptor: int, name: str, place: PurePosixPath) -> str | None:
+    def inside(self, descriptor: _Place, name: str, place: PurePosixPath) -> str | None:
         """Return the name to open an entry by: its own, or that of the blob that it is a link to.
 
         None for links to anywhere else, and for what is neither file nor link.
         """
-        mode = os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode
+        named, within = _named(name, descriptor)
+        mode = os.stat(named, dir_fd=within, follow_symlinks=False).st_mode
         if stat.S_ISREG(mode):
             return name
         if self.blobs is None or not stat.S_ISLNK(mode):
             return None
-        link = os.readlink(name, dir_fd=descriptor)
+        link = os.readlink(named, dir_fd=within)
         blob = Path(os.path.normpath(self.root / place.parent / link))
         return str(blob) if blob.parent == self.blobs and _is_regular(blob) else None
 
@@ -179,27 +186,48 @@ def _blobs_of(folder: Path) -> Path | None:
     return None if blobs.is_symlink() else blobs
 
 
-def _modules(walk: _Walk, descriptor: int) -> frozenset[str]:
+def _modules(walk: _Walk, descriptor: _Place) -> frozenset[str]:
     """List the folders that sentence-transformers' `modules.json` names, if it makes sense."""
     name = "modules.json"
     try:
         name = walk.inside(descriptor, name, PurePosixPath(name)) or ""
-        with _opened(name, _FLAGS, descriptor) as source:
+        with _opened(name, descriptor) as source:
             modules = json.loads(os.read(source, MODULES_LIMIT))
         return frozenset(str(PurePosixPath(m["path"])) for m in modules if m["path"])
     except (OSError, CheckpointError, RecursionError, ValueError, TypeError, KeyError):
         return frozenset()
 
 
+def _named(name: str, folder: _Place | None) -> tuple[str, int | None]:
+    """Return how system calls name an entry of a folder: `dir_fd` and a name, or a whole path."""
+    if isinstance(folder, str):
+        return os.path.join(folder, name), None
+    return name, folder
+
+
 @contextmanager
-def _opened(name: str, flags: int, folder: int | None = None) -> Iterator[int]:
+def _opened_folder(name: str, folder: _Place | None = None) -> Iterator[_Place]:
+    """Open a folder as `_opened` does; where the system cannot, yield its path."""
+    if system.HAS_FOLDER_DESCRIPTORS:
+        with _opened(name, folder, _FOLDER, follow=folder is None) as descriptor:
+            yield descriptor
+    else:
+        yield _named(name, folder)[0]
+
+
+@contextmanager
+def _opened(
+    name: str, folder: _Place | None = None, flags: int = 0, *, follow: bool = False
+) -> Iterator[int]:
     """Open a file or folder, yield its descriptor, and close it at the end.
 
     Raises:
         CheckpointError: it cannot be opened, or cannot be read in the block.
     """
     try:
-        descriptor = os.open(name, flags, dir_fd=folder)
+        named, within = _named(name, folder)
+        links = getattr(os, "O_NOFOLLOW", 0) if follow else 0
+        descriptor = os.open(named, (_FLAGS | flags) & ~links, dir_fd=within)
     except OSError as problem:
         if problem.errno == errno.ELOOP:
             reason = "it became a link while it was read"

@@ -20,7 +20,7 @@ from kilodelta.export.patching.map import FilePlace, PatchMap
 from kilodelta.export.patching.plan import Bytes, PatchPlan, make_plan
 from kilodelta.export.patching.run import CHUNK, run
 from kilodelta.export.patching.strided import write_place
-from kilodelta.files import staging
+from kilodelta.files import staging, system
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.copying import copy_range
 from kilodelta.format.delta import Delta
@@ -114,7 +114,7 @@ def _require_promised(plan: PatchPlan, descriptor: int, promised: str) -> None:
 def _digest(descriptor: int) -> str:
     """`sha256:<hex>` of an open file."""
     state, done = hashlib.sha256(), 0
-    while part := os.pread(descriptor, CHUNK, done):
+    while part := system.read_at(descriptor, CHUNK, done):
         state.update(part)
         done += len(part)
     return f"sha256:{state.hexdigest()}"

@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kilodelta.errors import CheckpointError
+from kilodelta.files import system
 
 
 def pwrite(descriptor: int, data: memoryview, position: int) -> None:
     """Write all of `data` at a position."""
     while data:
-        written = os.pwrite(descriptor, data, position)
+        written = system.write_at(descriptor, data, position)
         data, position = data[written:], position + written
 
 
@@ -39,7 +40,7 @@ def copy_range(source: int, target: int, count: int, read: int, write: int) -> i
             copied = 0
         if copied:
             return copied
-    data = os.pread(source, count, read)
+    data = system.read_at(source, count, read)
     pwrite(target, memoryview(data), write)
     return len(data)
 

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from kilodelta.errors import OutputError
-from kilodelta.files import canonical, plain, staging
+from kilodelta.files import canonical, plain, staging, system
 from kilodelta.files.checkpoint import Shard
 
 SETTLED_NS = 2_000_000_000
@@ -70,7 +70,7 @@ def _file(path: Path) -> Path:
 def _is_private(place: Path) -> bool:
     """Return whether only this user can have put files there."""
     status = os.stat(place, follow_symlinks=False)
-    own = status.st_uid == os.geteuid() and not status.st_mode & 0o022
+    own = system.is_own(status) and not status.st_mode & 0o022
     return own and stat.S_ISDIR(status.st_mode)
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kilodelta.errors import KiloDeltaError
+from kilodelta.files import system
 
-_FLAGS = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+_FLAGS = system.BINARY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 JSON_LIMIT = 16 << 20

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from kilodelta.errors import CheckpointError, KiloDeltaError
-from kilodelta.files import plain
+from kilodelta.files import plain, system
 from kilodelta.files.tensor import Bytes
 
 CHUNK = 1 << 20
@@ -92,7 +92,7 @@ class SourceFile:
         view, position = memoryview(part.data), begin
         while view:
             try:
-                count = os.preadv(self._descriptor, [view], position)
+                count = system.read_into(self._descriptor, view, position)
             except OSError as problem:
                 raise self._error(
                     f"{self.path} cannot be read: {problem.strerror or problem}", fix=_FIX

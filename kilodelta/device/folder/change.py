@@ -21,6 +21,7 @@ from kilodelta.device.folder.journal import SETTLED, Entry, last_state
 from kilodelta.device.folder.state import State, read_state, write_state
 from kilodelta.errors import DeviceError, KiloDeltaError, LockedError, OutputError
 from kilodelta.files import plain, staging
+from kilodelta.files.system import try_lock
 
 _OLD_STAGE = re.compile(r"\.(current|journal|baseline\.npz)\.[0-9]+\.tmp\Z")
 """Stages of version 0.1, which a killed command left behind."""
@@ -169,8 +170,6 @@ def locked(folder: DeviceFolder) -> Iterator[None]:
         LockedError: another process holds it.
         OutputError: the folder cannot be written.
     """
-    import fcntl
-
     path = folder.lock
     try:
         descriptor = plain.open_file(path, os.O_RDONLY | os.O_CREAT)
@@ -180,10 +179,14 @@ def locked(folder: DeviceFolder) -> Iterator[None]:
             fix="check the folder's permissions, and that `lock` is a file",
         ) from None
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _held(path) from None
+        held = try_lock(descriptor)
+        if held is None:
+            raise OutputError(
+                f"{path} cannot be locked: this system or file system has no locks",
+                fix="put the device folder on a local file system",
+            )
+        if not held:
+            raise _held(path)
         _sign(path)
         yield
     finally:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from kilodelta.files import system
 from kilodelta.files.staging.stage import explained, present, staged
 
 
@@ -148,11 +149,7 @@ def write(path: Path, *parts: bytes | memoryview) -> None:
 
 def sync(path: Path) -> None:
     """Push a file's or folder's content to the disk."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    system.sync(path)
 
 
 def _name_anew(new: Path, path: Path) -> None:

@@ -23,11 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kilodelta.errors import OutputError
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is locked there, so nothing is swept either
-    fcntl = None  # type: ignore[assignment]
+from kilodelta.files.system import is_own, try_lock
 
 _STAGE = re.compile(r"\.kilodelta\.[0-9a-f]{16}\.tmp\Z")
 _LOCK = "lock"
@@ -114,7 +110,7 @@ def _make(folder: Path) -> Stage:
         try:
             lock = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o600)
             # Between mkdir and flock a sweep may have taken the lock, or removed the folder.
-            if _try_lock(lock) is not False and _is_open_file(lock, root / _LOCK):
+            if try_lock(lock) is not False and _is_open_file(lock, root / _LOCK):
                 (root / _CONTENT).mkdir(mode=0o700)
                 return Stage(root=root, lock=lock)
         except FileNotFoundError:
@@ -128,19 +124,6 @@ def _make(folder: Path) -> Stage:
             os.close(lock)
 
 
-def _try_lock(descriptor: int) -> bool | None:
-    """Lock a file for this process; None where the file system cannot."""
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
 def _is_open_file(descriptor: int, path: Path) -> bool:
     """Return whether a path still names the file that is open."""
     try:
@@ -152,10 +135,8 @@ def _is_open_file(descriptor: int, path: Path) -> bool:
 
 def _remove_if_dead(root: Path) -> bool:
     """Remove a stage whose process is dead; return whether it was."""
-    if fcntl is None:
-        return False
     status = os.stat(root, follow_symlinks=False)
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+    if not stat.S_ISDIR(status.st_mode) or not is_own(status):
         return False
     try:
         lock = os.open(root / _LOCK, os.O_RDWR | _NO_LINK)
@@ -168,7 +149,7 @@ def _remove_if_dead(root: Path) -> bool:
         return False
     try:
         # A lock that is free proves the process dead; the file may have been removed meanwhile.
-        if _try_lock(lock) is not True or not _is_open_file(lock, root / _LOCK):
+        if try_lock(lock) is not True or not _is_open_file(lock, root / _LOCK):
             return False
         _remove(root)
         return True
