@@ -284,7 +284,7 @@ def _patch_in_child(fleet: Fleet, out: Path) -> tuple[float, int, int]:
 
 def _patch(device: Path, file: Path, out: Path) -> None:
     from kilodelta.device.modes.patch import MAP, REST
-    from kilodelta.export.patching.map import read_map
+    from kilodelta.export.patching.map_file import read_map
     from kilodelta.export.patching.rewrite import patch
 
     base = device / "base"

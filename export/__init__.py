@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from kilodelta.export.patching.make_map import make_map as make_map
     from kilodelta.export.patching.make_map import write_rest as write_rest
     from kilodelta.export.patching.map import PatchMap as PatchMap
-    from kilodelta.export.patching.map import read_map as read_map
-    from kilodelta.export.patching.map import write_map as write_map
+    from kilodelta.export.patching.map_file import read_map as read_map
+    from kilodelta.export.patching.map_file import write_map as write_map
     from kilodelta.export.patching.rewrite import patch as patch
     from kilodelta.export.patching.session import open_patched as open_patched
     from kilodelta.export.peft.adapter import PeftOptions as PeftOptions
@@ -84,11 +84,11 @@ _WHERE = {
     "patch": "kilodelta.export.patching.rewrite",
     "put_slot": "kilodelta.export.adapter.factors",
     "read_layout": "kilodelta.export.adapter.layout",
-    "read_map": "kilodelta.export.patching.map",
+    "read_map": "kilodelta.export.patching.map_file",
     "save": "kilodelta.export.onnx.save",
     "with_adapter": "kilodelta.export.adapter.graph",
     "write_adapter": "kilodelta.export.adapter.file",
-    "write_map": "kilodelta.export.patching.map",
+    "write_map": "kilodelta.export.patching.map_file",
     "write_rest": "kilodelta.export.patching.make_map",
 }
 

@@ -65,7 +65,7 @@ def onnx_base(p: Params, out: Path) -> dict[str, Any]:
     from kilodelta.export.onnx.template import fill_template
     from kilodelta.export.options import SHORT
     from kilodelta.export.patching.make_map import make_map, write_rest
-    from kilodelta.export.patching.map import write_map
+    from kilodelta.export.patching.map_file import write_map
     from kilodelta.models import open_model, read_inputs
 
     loaded = open_model(p["model"] or p["base"], weights=p["base"] if p["model"] else None)
@@ -82,7 +82,7 @@ def onnx_base(p: Params, out: Path) -> dict[str, Any]:
 
 def onnx(p: Params, out: Path) -> dict[str, Any]:
     """Patch a fine-tune into the base's ONNX file: the bytes of an export of the merged model."""
-    from kilodelta.export.patching.map import read_map
+    from kilodelta.export.patching.map_file import read_map
     from kilodelta.export.patching.rewrite import patch
 
     shared = Path(p["template"])

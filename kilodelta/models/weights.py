@@ -1,4 +1,4 @@
-"""Loading a checkpoint's tensors into a module, by checkpoint name."""
+"""Load a checkpoint's tensors into a module, by checkpoint name."""
 
 from __future__ import annotations
 
@@ -10,20 +10,12 @@ from torch import Tensor, nn
 
 from kilodelta.errors import CheckpointError
 from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.dtypes import DTYPES
 from kilodelta.files.tensor import RawTensor
 
-TORCH = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+_COMPUTED = ("BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64")
+
+TORCH: dict[str, torch.dtype] = {name: getattr(torch, DTYPES[name].long) for name in _COMPUTED}
 """safetensors name to torch dtype, of the types that models compute with."""
 
 

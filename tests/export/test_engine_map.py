@@ -16,7 +16,8 @@ from kilodelta.errors import CheckpointError, ExportError, FileError, ProofError
 from kilodelta.export.merge.checkpoint import merge
 from kilodelta.export.patching.engine_map import make_engine_map
 from kilodelta.export.patching.make_map import write_rest
-from kilodelta.export.patching.map import PatchMap, read_map, write_map
+from kilodelta.export.patching.map import PatchMap
+from kilodelta.export.patching.map_file import read_map, write_map
 from kilodelta.export.patching.rewrite import patch
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import FLOATS

@@ -27,7 +27,8 @@ from kilodelta.errors import (
 )
 from kilodelta.export.merge.checkpoint import merge
 from kilodelta.export.patching.make_map import make_map, write_rest
-from kilodelta.export.patching.map import PatchMap, read_map, write_map
+from kilodelta.export.patching.map import PatchMap
+from kilodelta.export.patching.map_file import read_map, write_map
 from kilodelta.export.patching.rewrite import patch
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.floats import cast

@@ -23,12 +23,13 @@ COMMIT = "a" * 40
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The hub's cache, laid out as its own client does, which is told not to ask the network."""
     place = tmp_path / "hub"
-    for name, files in {
+    models: dict[str, dict[str, str | None]] = {
         "one": {"task.kd": "nola-8.kd", "README.md": None},
         "two": {"small.kd": "nola-8.kd", "files/large.kd": "nola-16.kd"},
         "none": {"README.md": None},
         "base": {"model.safetensors": "base.safetensors"},
-    }.items():
+    }
+    for name, files in models.items():
         repository = place / f"models--org--{name}"
         snapshot = repository / "snapshots" / COMMIT
         snapshot.mkdir(parents=True)

@@ -19,7 +19,7 @@ from kilodelta.export.onnx.make import export_template
 from kilodelta.export.onnx.save import save
 from kilodelta.export.onnx.template import Template, fill_template
 from kilodelta.export.patching.make_map import make_map, write_rest
-from kilodelta.export.patching.map import write_map
+from kilodelta.export.patching.map_file import write_map
 from kilodelta.export.tensorrt import build
 from kilodelta.export.tensorrt.flavour import choose
 from kilodelta.files.checkpoint import Checkpoint

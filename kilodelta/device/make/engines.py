@@ -28,7 +28,8 @@ from kilodelta.export.onnx.template import Template
 from kilodelta.export.patching import rewrite
 from kilodelta.export.patching.engine_build import engine_builder
 from kilodelta.export.patching.engine_map import Build, EngineBuilds, make_engine_map
-from kilodelta.export.patching.map import PatchMap, read_map
+from kilodelta.export.patching.map import PatchMap
+from kilodelta.export.patching.map_file import read_map
 from kilodelta.export.tensorrt.flavour import RTX, choose
 from kilodelta.files import canonical, staging, untrusted
 from kilodelta.files.checkpoint import Checkpoint

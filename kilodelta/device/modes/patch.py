@@ -15,7 +15,7 @@ from kilodelta.device.modes import runtime
 from kilodelta.device.modes.interface import Session, no_slots
 from kilodelta.errors import ExportError
 from kilodelta.export.manifest.facts import FileFact
-from kilodelta.export.patching.map import read_map
+from kilodelta.export.patching.map_file import read_map
 from kilodelta.export.patching.rewrite import patch
 from kilodelta.export.patching.session import open_patched
 from kilodelta.files import staging

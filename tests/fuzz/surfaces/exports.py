@@ -20,7 +20,7 @@ from kilodelta.export.manifest.facts import (
     Port,
 )
 from kilodelta.export.onnx.file import read_onnx
-from kilodelta.export.patching.map import read_map
+from kilodelta.export.patching.map_file import read_map
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.file import load
 from tests.fuzz.containers import protobuf_changed, safetensors_changed
@@ -97,7 +97,7 @@ def _described(folder: Path) -> ExportManifest:
 
 def _map(example: Path, trusted: Path) -> Read:
     from kilodelta.export.patching.make_map import make_map
-    from kilodelta.export.patching.map import write_map
+    from kilodelta.export.patching.map_file import write_map
     from tests.support import onnx_files
 
     base = making.write(trusted / "base.safetensors", making.model())
