@@ -34,7 +34,7 @@ from kilodelta.compress.distill.place import check_place
 from kilodelta.compress.distill.placement import on_threads
 from kilodelta.compress.distill.report import Report
 from kilodelta.compress.distill.results import check_quality, finish
-from kilodelta.compress.distill.student import attach_student, build_delta
+from kilodelta.compress.distill.student import attach_student, build_delta, late_logits
 from kilodelta.compress.distill.teacher.ask import Shelf
 from kilodelta.compress.distill.teacher.swap import as_tuned
 from kilodelta.compress.training import train
@@ -232,6 +232,7 @@ def _distil(
         data = gather(
             source, student, as_tuned(pair, job.changes), plan_of(job, labels), progress, shelf
         )
+        data = ending.enter_context(late_logits(job, student, data))
         return _learn(job, student, data, labels, resume, progress)
 
 

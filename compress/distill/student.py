@@ -1,14 +1,24 @@
-"""Attach a delta to the student, and make a file's delta of what it was trained to."""
+"""Attach a delta to the student, and make a file's delta of what it was trained to.
+
+A decoder puts out hidden states for as long as it learns, where its logits can be computed late.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
 from kilodelta.compress.distill import svd
 from kilodelta.compress.distill.job import Job, as_dtype
+from kilodelta.compress.distill.learn.data import Data
+from kilodelta.compress.distill.learn.late_head import LateTopClasses, find_head, late
 from kilodelta.compress.training import train
 from kilodelta.compress.training.conversion import quantised
 from kilodelta.format.delta import Delta
 from kilodelta.format.methods import Lora
 from kilodelta.merging.build import Recipe, build
+from kilodelta.models import LoadedModel
 from kilodelta.models.weights import fill
 from kilodelta.progress import Progress
 
@@ -66,3 +76,26 @@ def build_delta(job: Job, progress: Progress) -> Delta:
         config=job.config,
     )
     return build(job.pair.base, recipe, own, shared, progress=progress)
+
+
+@contextmanager
+def late_logits(job: Job, student: LoadedModel, data: Data) -> Iterator[Data]:
+    """Let a decoder's logits be computed in the loss in this block, where that gives the same.
+
+    Args:
+        job: what is trained; a head that is, is left alone.
+        student: nothing is attached to it yet.
+        data: what it learns from.
+
+    Yields:
+        The data, compared by hidden states where the block's student puts these out.
+    """
+    names = [target.name for target in job.targets] + [c.name for c in job.split.extras]
+    trained = [job.pair.names[name] for name in names if name in job.pair.names]
+    head = find_head(student, data.rows, data.survey, trained)
+    if head is None:
+        yield data
+        return
+    with late(head):
+        objective = replace(data.objective, comparisons=[LateTopClasses(head)])
+        yield replace(data, objective=objective)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kilodelta.compress.distill.learn.comparisons import Comparison
 from kilodelta.compress.distill.learn.comparisons import Measures as Measures
+from kilodelta.compress.distill.learn.late_head import LateTopClasses
 from kilodelta.compress.distill.learn.outputs import Output
 from kilodelta.errors import InputError
 
@@ -51,7 +52,8 @@ class Objective:
             InputError: an output's shapes differ.
         """
         parts = [
-            output.weight * comparison.loss(*self._pair(output, student, teacher, mask), generator)
+            output.weight
+            * comparison.loss(*self._pair(output, comparison, student, teacher, mask), generator)
             for output, comparison in zip(self.outputs, self.comparisons, strict=True)
         ]
         return torch.stack(parts).sum()
@@ -61,7 +63,7 @@ class Objective:
     ) -> list[Tensor]:
         """Return what `measures` needs of a batch, per output; see `loss` for the arguments."""
         return [
-            comparison.sums(*self._pair(output, student, teacher, mask))
+            comparison.sums(*self._pair(output, comparison, student, teacher, mask))
             for output, comparison in zip(self.outputs, self.comparisons, strict=True)
         ]
 
@@ -80,12 +82,14 @@ class Objective:
     def _pair(
         self,
         output: Output,
+        comparison: Comparison,
         student: Mapping[str, Tensor],
         teacher: Mapping[str, Tensor],
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ours, theirs = student[output.name], teacher[output.name]
-        _check_classes(output, ours)
+        if not isinstance(comparison, LateTopClasses):  # there, `ours` are hidden states
+            _check_classes(output, ours)
         if ours.shape[:-1] != theirs.shape[:-1] if output.kept else ours.shape != theirs.shape:
             raise InputError(
                 f"output {output.name} is {tuple(ours.shape)} of the base with the update and"

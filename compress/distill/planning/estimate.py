@@ -21,7 +21,7 @@ from kilodelta.compress.distill.learn.measure import measure
 from kilodelta.compress.distill.learn.outputs import survey
 from kilodelta.compress.distill.learn.schedule import Schedule
 from kilodelta.compress.distill.planning.memory import available, counting_kept, resident
-from kilodelta.compress.distill.student import attach_student
+from kilodelta.compress.distill.student import attach_student, late_logits
 from kilodelta.compress.distill.teacher.ask import compute, estimate
 from kilodelta.compress.distill.teacher.swap import as_tuned
 from kilodelta.compress.training import train
@@ -132,11 +132,14 @@ def estimate_job(
         held_out=[places[i] for i in usual],
         repeated=0,
     )
-    attach_student(job)
-    try:
-        held, kept, step, look = _probe(student, data, schedule, usual, longest, places, progress)
-    finally:
-        train.detach(student.module)
+    with late_logits(job, student, data) as data:
+        attach_student(job)
+        try:
+            held, kept, step, look = _probe(
+                student, data, schedule, usual, longest, places, progress
+            )
+        finally:
+            train.detach(student.module)
     looks = EVALUATIONS + 2
     held_out = plan.held_out or min(512, max(1, len(rows) // 10))
     total = teacher_seconds + schedule.steps * step + looks * look * held_out / len(usual)

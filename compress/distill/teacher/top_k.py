@@ -25,6 +25,8 @@ divergence, and the gradient's cosine to the whole one's is 0.99999 (`tests/comp
 """
 LARGEST = 1 << 24
 """Indices from which float32 does not hold every integer."""
+IMPOSSIBLE = -1e4
+"""Stands for the logarithm of 0: its exponential is 0, and differences of it stay finite."""
 LEAST = -80.0
 """Logarithm of the smallest mass of a rest: e^-80 is still a normal float32."""
 
@@ -51,6 +53,7 @@ def shorten(logits: Tensor, k: int) -> Tensor:
     # `topk` may order equal values as it likes; agreement compares with `argmax`.
     order = (indices != first).int().argsort(dim=-1, stable=True)
     top, indices = top.gather(-1, order), indices.gather(-1, order)
+    top = top.clamp(min=IMPOSSIBLE)
     others = logs.scatter(-1, indices, -torch.inf)
     rest = others.logsumexp(-1, keepdim=True).clamp(min=LEAST)
     return torch.cat([top, indices.float(), rest], dim=-1)
@@ -76,7 +79,7 @@ def kl_shortened(student: Tensor, packed: Tensor) -> Tensor:
     """
     theirs, indices, rest = unpack(packed)
     whole = student.logsumexp(-1, keepdim=True)
-    ours = student.gather(-1, indices) - whole
+    ours = (student.gather(-1, indices) - whole).clamp(min=10 * IMPOSSIBLE)
     # log(1 - mass of the k): from the mass itself, which is exact to float32 beside 1.
     left = (1 - ours.exp().sum(-1)).clamp(min=torch.finfo(student.dtype).eps).log()
     parts = (theirs.exp() * (theirs - ours)).sum(-1)
