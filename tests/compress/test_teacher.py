@@ -341,4 +341,6 @@ def test_facts_name_what_outputs_depend_on(
     facts: Mapping[str, str] = json.loads(
         (only_folder(tmp_path / "cache") / stores.INDEX).read_text()
     )["facts"]
-    assert facts.keys() == {"base model", "tuned model", "module", "inputs", "outputs"}
+    assert facts.keys() == {
+        "base model", "tuned model", "computed in", "module", "inputs", "outputs"
+    }  # fmt: skip

@@ -66,7 +66,7 @@ class LateTopClasses(TopClasses):
         places = weights.reshape(-1).nonzero()[:, 0]
         hidden = student.reshape(-1, student.shape[-1])
         targets, mass = teacher.reshape(-1, teacher.shape[-1]), weights.reshape(-1)
-        for part in places.split(max(1, CELLS // self.head.out_features)):
+        for part in torch.split(places, max(1, CELLS // self.head.out_features)):
             yield hidden[part], targets[part], mass[part]
 
 
@@ -96,7 +96,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grown: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grown: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grown, None, None, None
 

@@ -216,7 +216,7 @@ def _compute(
 def _shorten(logits: Tensor, k: int) -> Tensor:
     """Shorten some positions at a time: `shorten` takes several times the memory of its input."""
     flat = logits.reshape(-1, logits.shape[-1])
-    parts = [shorten(part, k) for part in flat.split(max(1, CHUNK // flat.shape[-1]))]
+    parts = [shorten(part, k) for part in torch.split(flat, max(1, CHUNK // flat.shape[-1]))]
     return torch.cat(parts).view(*logits.shape[:-1], -1)
 
 
