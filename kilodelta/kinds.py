@@ -19,50 +19,59 @@ _HEAD = 512
 
 
 @dataclass(frozen=True)
-class Kind:
+class FileKind:
     """What a file is, to follow "it is", and what to do instead."""
 
     what: str
     fix: str
 
 
-_GGUF = Kind(
+_GGUF = FileKind(
     "a GGUF file of llama.cpp, whose weights are quantised",
     "give the checkpoint that it was converted from; kilodelta export-gguf writes adapters for it",
 )
-_ONNX = Kind(
+_ONNX = FileKind(
     "an ONNX file, a graph without the checkpoint's names",
     "give the checkpoint that it was exported from; kilodelta verify proves an export's folder",
 )
-_MAGIC: tuple[tuple[bytes, Kind], ...] = (
+_MAGIC: tuple[tuple[bytes, FileKind], ...] = (
     (b"GGUF", _GGUF),
-    (b"\x93NUMPY", Kind("a .npy file of one array", "inputs are .npz files, given as --inputs")),
-    (b"\x89HDF", Kind("a Keras or HDF5 file", _SAVE)),
-    (b"\x1f\x8b", Kind("a gzip archive", "unpack it first")),
-    (b"%PDF", Kind("a PDF file", "give a .safetensors file or a model folder")),
-    *((bytes([0x80, version]), Kind(_PICKLE, _SAVE)) for version in (2, 3, 4, 5)),
+    (
+        b"\x93NUMPY",
+        FileKind("a .npy file of one array", "inputs are .npz files, given as --inputs"),
+    ),
+    (b"\x89HDF", FileKind("a Keras or HDF5 file", _SAVE)),
+    (b"\x1f\x8b", FileKind("a gzip archive", "unpack it first")),
+    (b"%PDF", FileKind("a PDF file", "give a .safetensors file or a model folder")),
+    *((bytes([0x80, version]), FileKind(_PICKLE, _SAVE)) for version in (2, 3, 4, 5)),
 )
-_ZIP = Kind("a ZIP archive, as PyTorch and numpy write them", _SAVE)
+_ZIP = FileKind("a ZIP archive, as PyTorch and numpy write them", _SAVE)
 _SUFFIXES = {
     ".gguf": _GGUF,
     ".onnx": _ONNX,
-    ".onnx_adapter": Kind("an adapter file of ONNX Runtime", "give the .kd file it was made from"),
-    ".npz": Kind("an .npz file of arrays", "inputs are given as --inputs"),
-    ".tflite": Kind("a TensorFlow Lite file", "give the model that it was converted from"),
-    ".engine": Kind("a TensorRT engine", "kilodelta verify proves an export's folder"),
-    ".plan": Kind("a TensorRT engine", "kilodelta verify proves an export's folder"),
-    ".h5": Kind("a Keras or HDF5 file", _SAVE),
-    **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".pkl"), Kind(_PICKLE, _SAVE)),
+    ".onnx_adapter": FileKind(
+        "an adapter file of ONNX Runtime", "give the .kd file it was made from"
+    ),
+    ".npz": FileKind("an .npz file of arrays", "inputs are given as --inputs"),
+    ".tflite": FileKind("a TensorFlow Lite file", "give the model that it was converted from"),
+    ".engine": FileKind("a TensorRT engine", "kilodelta verify proves an export's folder"),
+    ".plan": FileKind("a TensorRT engine", "kilodelta verify proves an export's folder"),
+    ".h5": FileKind("a Keras or HDF5 file", _SAVE),
+    **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".pkl"), FileKind(_PICKLE, _SAVE)),
 }
 _TEXTS = {
-    ".json": Kind("a JSON file", "give the folder that it lies in, or a .safetensors or .kd file"),
-    ".toml": Kind("a TOML file", "kilodelta fleet reads those"),
+    ".json": FileKind(
+        "a JSON file", "give the folder that it lies in, or a .safetensors or .kd file"
+    ),
+    ".toml": FileKind("a TOML file", "kilodelta fleet reads those"),
 }
-_TEXT = Kind("a text file", "texts are given as --inputs, to compress, export, verify or release")
+_TEXT = FileKind(
+    "a text file", "texts are given as --inputs, to compress, export, verify or release"
+)
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+\Z")
 
 
-def kind_of_file(path: Path, head: bytes) -> Kind | None:
+def kind_of_file(path: Path, head: bytes) -> FileKind | None:
     r"""Recognise a file that is no safetensors file by its first bytes, then by its name.
 
     Args:
@@ -91,25 +100,25 @@ def _is_text(head: bytes) -> bool:
     return bool(head) and not controls and len(text.encode()) >= len(head) - 3
 
 
-def kind_of_folder(folder: Path) -> Kind | None:
+def kind_of_folder(folder: Path) -> FileKind | None:
     """Recognise a folder that holds no model in safetensors files.
 
     Raises:
         OSError: it cannot be read.
     """
     if (folder / "adapter_config.json").is_file():
-        return Kind(
+        return FileKind(
             "the folder of a PEFT adapter, not of a model",
             f"kilodelta import {folder} --base BASE -o task.kd",
         )
     if (folder / "bundle.json").is_file():
-        return Kind("a device folder", f"kilodelta status {folder}")
+        return FileKind("a device folder", f"kilodelta status {folder}")
     if (folder / "manifest.json").is_file():
-        return Kind("the folder of an export", f"kilodelta verify BASE FILE {folder}")
+        return FileKind("the folder of an export", f"kilodelta verify BASE FILE {folder}")
     for name in sorted(entry.name for entry in folder.iterdir()):
         kind = _SUFFIXES.get(Path(name).suffix.lower())
         if kind is not None:
-            return Kind(f"a folder with {name}, {kind.what}", kind.fix)
+            return FileKind(f"a folder with {name}, {kind.what}", kind.fix)
     return None
 
 

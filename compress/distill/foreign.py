@@ -6,9 +6,9 @@ from pathlib import Path
 
 from kilodelta.errors import CheckpointError
 from kilodelta.files.checkpoint import INDEX
-from kilodelta.kinds import Kind, kind_of_file, kind_of_folder
+from kilodelta.kinds import FileKind, kind_of_file, kind_of_folder
 
-_DELTA = Kind("a kilodelta file", "merge it first: kilodelta merge BASE FILE -o FOLDER")
+_DELTA = FileKind("a kilodelta file", "merge it first: kilodelta merge BASE FILE -o FOLDER")
 
 
 def refuse_foreign(path: Path, role: str) -> None:
@@ -29,7 +29,7 @@ def refuse_foreign(path: Path, role: str) -> None:
         raise CheckpointError(f"{role} {path} is {kind.what}", fix=fix)
 
 
-def _kind(path: Path) -> Kind | None:
+def _kind(path: Path) -> FileKind | None:
     """Recognise a file or folder that holds no model; None where it may hold one."""
     if path.is_file():
         with path.open("rb") as file:

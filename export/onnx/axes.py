@@ -45,7 +45,7 @@ _MOST_TIES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class AxisGroup:
     """Axes that vary together under one name.
 
     Attributes:
@@ -68,7 +68,7 @@ class Variation:
     """What may vary in a batch, and what is fixed although one might expect otherwise."""
 
     batch: Batch
-    groups: tuple[Group, ...]
+    groups: tuple[AxisGroup, ...]
     fixed: tuple[str, ...] = ()
     """Sentences."""
 
@@ -80,7 +80,7 @@ class Variation:
                 named[name][index] = group.name
         return named
 
-    def group(self, name: str) -> Group:
+    def group(self, name: str) -> AxisGroup:
         """Return the group of an axis's name."""
         return next(group for group in self.groups if group.name == name)
 
@@ -134,7 +134,7 @@ class _Search:
     loaded: LoadedModel
     shown: Batch
     by_hand: Mapping[str, Sizes]
-    groups: list[Group] = field(default_factory=list)
+    groups: list[AxisGroup] = field(default_factory=list)
     fixed: list[str] = field(default_factory=list)
     problem: str = ""
     """Why the model refused the last time."""
@@ -177,7 +177,7 @@ class _Search:
             low = 1 if self.takes(at[1]) else 2
             sizes = self._asked(BATCH, places, (low, 8, 32))
             self.groups.append(
-                Group(name=BATCH, places=places, given=given, traced=_TRACED_ROWS, sizes=sizes)
+                AxisGroup(name=BATCH, places=places, given=given, traced=_TRACED_ROWS, sizes=sizes)
             )
             self.batch = resize(self.shown, at[low])
             return
@@ -238,7 +238,9 @@ class _Search:
         sizes = self._asked(name, places, sizes)
         wanted = [n for n in _TRACED_TOKENS if n <= sizes[2]] if is_tokens else [other]
         traced = next((n for n in wanted if self._at(places, n)), given)
-        self.groups.append(Group(name=name, places=places, given=given, traced=traced, sizes=sizes))
+        self.groups.append(
+            AxisGroup(name=name, places=places, given=given, traced=traced, sizes=sizes)
+        )
 
     def _name(self, places: Sequence[Place]) -> str:
         first, axis = places[0]
@@ -330,7 +332,7 @@ class _Search:
                     "it vary"
                 )
 
-    def _traceable(self) -> tuple[Group, ...]:
+    def _traceable(self) -> tuple[AxisGroup, ...]:
         """Return the groups at sizes to trace with that the model takes together."""
         groups = tuple(self._distinct())
         if self.takes({place: g.traced for g in groups for place in g.places}):
@@ -339,7 +341,7 @@ class _Search:
             group if group.name == BATCH else replace(group, traced=group.given) for group in groups
         )
 
-    def _distinct(self) -> Iterator[Group]:
+    def _distinct(self) -> Iterator[AxisGroup]:
         """Yield the groups, no two traced at one size where the model takes another."""
         used: set[int] = set()
         for group in self.groups:

@@ -12,12 +12,12 @@ from torch import nn
 
 from kilodelta.errors import ExportError, InputError
 from kilodelta.export.manifest.facts import BATCH, DTYPES, Sizes
-from kilodelta.export.onnx.axes import Group, Variation, vary
+from kilodelta.export.onnx.axes import AxisGroup, Variation, vary
 from kilodelta.export.onnx.clean import clean, rename
 from kilodelta.export.onnx.proof import claim, make_twin, require_kept
 from kilodelta.export.onnx.template import Template, port
 from kilodelta.export.onnx.trace import trace
-from kilodelta.export.onnx.trial import Trial, can_try
+from kilodelta.export.onnx.trial import GraphTrial, can_try
 from kilodelta.files.checkpoint import in_name_order
 from kilodelta.files.tying import first_names
 from kilodelta.models import Batch, LoadedModel, View, example
@@ -141,9 +141,9 @@ class _Maker:
         if not can_try(self.dtype):
             return {}
         dtype = getattr(torch, self.dtype)
-        return Trial(graph.model, self.loaded, graph.weights, variation, dtype).guilty()
+        return GraphTrial(graph.model, self.loaded, graph.weights, variation, dtype).guilty()
 
-    def _fixed(self, variation: Variation, group: Group, reason: str) -> Variation:
+    def _fixed(self, variation: Variation, group: AxisGroup, reason: str) -> Variation:
         """Fix an axis at the size that the inputs have, or that was asked for."""
         asked = self.by_hand.get(group.name)
         if asked is not None and len(set(asked)) > 1:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kilodelta.errors import ExportError
 from kilodelta.export.manifest.facts import BATCH
-from kilodelta.export.onnx.axes import Group, Variation
+from kilodelta.export.onnx.axes import AxisGroup, Variation
 from kilodelta.models import Batch, LoadedModel
 from kilodelta.models.quiet import quiet
 
@@ -27,7 +27,7 @@ _OFF = 1e-2
 a frozen size does far above; `kilodelta verify` judges with derived limits."""
 
 
-class Trial:
+class GraphTrial:
     """A graph without weights' values, ready to run with those of a module in memory.
 
     Args:
@@ -176,7 +176,7 @@ def _without_values(
     return data
 
 
-def _other_sizes(group: Group) -> tuple[int, ...]:
+def _other_sizes(group: AxisGroup) -> tuple[int, ...]:
     low, _, high = group.sizes
     wanted = (max(low, 2), low) if group.name == BATCH else (low, high)
     return tuple(dict.fromkeys(n for n in wanted if n != group.traced))

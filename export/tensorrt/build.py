@@ -16,7 +16,7 @@ from kilodelta.export.tensorrt import cuda
 from kilodelta.export.tensorrt.flavour import RTX
 from kilodelta.export.tensorrt.log import clean_stdout, logger
 from kilodelta.export.tensorrt.network import Network
-from kilodelta.export.tensorrt.watch import Watch, attended, monitor
+from kilodelta.export.tensorrt.watch import BuildWatch, attended, monitor
 from kilodelta.files import staging
 from kilodelta.progress import Progress, silent
 
@@ -81,7 +81,7 @@ def _config(network: Network, capabilities: Sequence[str], profile: Profile, *, 
 
 
 def _run(network: Network, config: Any, progress: Progress) -> Any:
-    watch = Watch(progress)
+    watch = BuildWatch(progress)
     config.progress_monitor = monitor(network.trt, watch)
     build = network.builder.build_serialized_network
     with clean_stdout():

@@ -17,7 +17,7 @@ T = TypeVar("T")
 _POLL_SECONDS = 0.05  # a signal that arrives on another thread does not wake a waiting one
 
 
-class Watch:
+class BuildWatch:
     """Counts the phases of a build, and says when it has to stop."""
 
     def __init__(self, progress: Progress) -> None:
@@ -45,7 +45,7 @@ class Watch:
         return not self._stopped.is_set()
 
 
-def monitor(trt: Any, watch: Watch) -> Any:
+def monitor(trt: Any, watch: BuildWatch) -> Any:
     """Return an `IProgressMonitor` that reports to a watch."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
@@ -64,7 +64,7 @@ def monitor(trt: Any, watch: Watch) -> Any:
     return Monitor()
 
 
-def attended(work: Callable[[], T], watch: Watch) -> T:
+def attended(work: Callable[[], T], watch: BuildWatch) -> T:
     """Run `work` on another thread and return its result; an interrupt stops it and passes on.
 
     The end is an event, since a `Thread.join` that an interrupt breaks takes the thread for ended

@@ -13,7 +13,7 @@ from kilodelta.commands.shared import Command, as_json, with_progress
 
 if TYPE_CHECKING:
     from kilodelta.fleet.graph import Plan
-    from kilodelta.fleet.local import Run
+    from kilodelta.fleet.local import FleetRun
 
 SHOWN = 60
 out_option = click.option(
@@ -135,7 +135,7 @@ def run(
     return lambda: _show_run(done, as_json)
 
 
-def _show_run(done: Run, as_json: bool) -> None:
+def _show_run(done: FleetRun, as_json: bool) -> None:
     from kilodelta.errors import FleetError
 
     report = done.to_json()

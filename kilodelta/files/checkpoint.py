@@ -10,7 +10,7 @@ from typing import Any
 
 from kilodelta.errors import CheckpointError
 from kilodelta.files import canonical, plain
-from kilodelta.files.safetensors import Entry, Layout, read_layout
+from kilodelta.files.safetensors import Entry, HeaderLayout, read_layout
 from kilodelta.files.source import SourceFile, TensorBytes
 from kilodelta.files.tensor import Bytes, RawTensor, TensorInfo
 from kilodelta.kinds import kind_of_folder, looks_like_hub_id
@@ -29,7 +29,7 @@ class Shard:
     """One open file of a model."""
 
     file: SourceFile
-    layout: Layout
+    layout: HeaderLayout
 
     @classmethod
     def open(cls, path: Path, *, follow: bool) -> Shard:

@@ -34,7 +34,7 @@ class Entry(TensorInfo):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class HeaderLayout:
     """A file's header: tensors in the order of their offsets, and where the data start."""
 
     entries: tuple[Entry, ...]
@@ -43,7 +43,7 @@ class Layout:
     data_start: int
 
 
-def read_layout(file: SourceFile, *, limit: int = HEADER_LIMIT) -> Layout:
+def read_layout(file: SourceFile, *, limit: int = HEADER_LIMIT) -> HeaderLayout:
     """Parse and check a file's header.
 
     Every tensor must be named once, and the tensors must cover the data without gap or overlap.
@@ -87,7 +87,7 @@ class _HeaderError(ValueError):
     """What is wrong with a header."""
 
 
-def _layout(header: bytes, size: int) -> Layout:
+def _layout(header: bytes, size: int) -> HeaderLayout:
     """Parse the header of a file of `size` bytes."""
     try:
         table = canonical.loads(header)
@@ -102,7 +102,7 @@ def _layout(header: bytes, size: int) -> Layout:
         key=lambda entry: (entry.begin, entry.end),
     )
     _check_cover(entries, start, size)
-    return Layout(entries=tuple(entries), metadata=metadata, header=header, data_start=start)
+    return HeaderLayout(entries=tuple(entries), metadata=metadata, header=header, data_start=start)
 
 
 def _metadata(value: Any) -> dict[str, str]:

@@ -19,7 +19,7 @@ from kilodelta.errors import InputError
 from kilodelta.files import canonical
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.model_digest import digest
-from kilodelta.fleet.schema import NEEDS_INPUTS, Base, FineTune, Fleet, Target
+from kilodelta.fleet.schema import NEEDS_INPUTS, FineTune, Fleet, FleetBase, FleetTarget
 from kilodelta.progress import Event, Progress, silent
 
 RECORD = "task.json"
@@ -62,7 +62,7 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
-class State:
+class TaskState:
     """Whether a task's result is there: `new`, `done`, or `again` and why."""
 
     status: str
@@ -75,7 +75,7 @@ class Plan:
 
     out: Path
     tasks: tuple[Task, ...]
-    states: Mapping[str, State]
+    states: Mapping[str, TaskState]
 
     def open_tasks(self) -> tuple[Task, ...]:
         """Return the tasks whose result is not there."""
@@ -174,7 +174,7 @@ class _Maker:
             self._digests[path] = file_digest(path)
         return self._digests[path]
 
-    def _delta(self, tune: FineTune, base: Base) -> tuple[dict[str, Any], Task | None]:
+    def _delta(self, tune: FineTune, base: FleetBase) -> tuple[dict[str, Any], Task | None]:
         """Return what later tasks know of the `.kd` file, and the task that makes it, if any."""
         root = self._model(base.path)
         if tune.delta is not None:
@@ -205,8 +205,8 @@ class _Maker:
     def _target(
         self,
         tune: FineTune,
-        base: Base,
-        target: Target,
+        base: FleetBase,
+        target: FleetTarget,
         source: Mapping[str, Any],
         before: Task | None,
     ) -> Iterator[Task]:
@@ -244,7 +244,7 @@ class _Maker:
         name = f"{tune.name}/{target.name}"
         yield self._task(target.kind, name, place, key, params, tune, base, needs, target.resources)
 
-    def _onnx_base(self, base: Base, dtype: str) -> Task:
+    def _onnx_base(self, base: FleetBase, dtype: str) -> Task:
         """Export the base's ONNX file and the map of its weights, once for all fine-tunes."""
         key = {
             "kind": "onnx-base",
@@ -270,7 +270,7 @@ class _Maker:
         key: dict[str, Any],
         params: dict[str, Any],
         tune: FineTune | None,
-        base: Base,
+        base: FleetBase,
         needs: list[str] | None = None,
         resources: Mapping[str, float] | None = None,
     ) -> Task:
@@ -325,24 +325,24 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return value if good and isinstance(value.get("key"), dict) else None
 
 
-def state_of(task: Task, out: Path) -> State:
+def state_of(task: Task, out: Path) -> TaskState:
     """See whether a task's result is there, whole, and of this very task."""
     folder = out / task.place
     record = read_record(folder)
     if record is None:
         return (
-            State(status=NEW)
+            TaskState(status=NEW)
             if not folder.exists()
-            else State(status=AGAIN, why="its task.json is missing or damaged")
+            else TaskState(status=AGAIN, why="its task.json is missing or damaged")
         )
     if record.get("id") != task.id:
         changed = [k for k in task.key if record["key"].get(k) != task.key[k]]
-        return State(status=AGAIN, why=f"changed: {', '.join(changed) or 'its definition'}")
+        return TaskState(status=AGAIN, why=f"changed: {', '.join(changed) or 'its definition'}")
     for name, nbytes in record["files"].items():
         try:
             size = (folder / name).stat().st_size
         except (OSError, ValueError):
-            return State(status=AGAIN, why=f"{name} is missing")
+            return TaskState(status=AGAIN, why=f"{name} is missing")
         if size != nbytes:
-            return State(status=AGAIN, why=f"{name} has {size} bytes, not {nbytes}")
-    return State(status=DONE)
+            return TaskState(status=AGAIN, why=f"{name} has {size} bytes, not {nbytes}")
+    return TaskState(status=DONE)

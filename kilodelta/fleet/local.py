@@ -32,7 +32,7 @@ RETRIES = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class FleetRun:
     """What became of every open task of a plan, as the children answered.
 
     Attributes:
@@ -112,7 +112,7 @@ def run(
     jobs: int | None = None,
     shard: tuple[int, int] | None = None,
     progress: Progress = silent,
-) -> Run:
+) -> FleetRun:
     """Do what is open of a plan. Failures stop what depends on them and nothing else.
 
     Args:
@@ -135,7 +135,7 @@ def run(
     with _server(todo, workers) as context:
         answers, skipped = _run_all(todo, done, plan.out, workers, context, progress)
     ordered = {t.id: answers[t.id] for t in todo if t.id in answers}
-    made = Run(out=plan.out, answers=ordered, skipped=skipped, done_before=before)
+    made = FleetRun(out=plan.out, answers=ordered, skipped=skipped, done_before=before)
     name = ANSWERS if shard is None else f"run-{shard[0]}-of-{shard[1]}.json"
     text = json.dumps(made.to_json(), indent=1, ensure_ascii=False)
     staging.write(plan.out / name, text.encode("utf-8") + b"\n")

@@ -21,7 +21,7 @@ from kilodelta.errors import InputError, require
 from kilodelta.files import canonical, staging
 from kilodelta.fleet.child import thread_environment
 from kilodelta.fleet.graph import Plan, Task, memory_of
-from kilodelta.fleet.local import ANSWERS, Run
+from kilodelta.fleet.local import ANSWERS, FleetRun
 from kilodelta.progress import Event, Progress, silent
 
 RETRIES = 3
@@ -34,7 +34,7 @@ def run_on_ray(
     address: str | None = None,
     cpus: int = 1,
     progress: Progress = silent,
-) -> Run:
+) -> FleetRun:
     """Do what is open of a plan on a Ray cluster.
 
     Args:
@@ -88,7 +88,7 @@ def require_resources(tasks: Sequence[Task], there: Mapping[str, float], cpus: i
                 )
 
 
-def _collect(ray: Any, plan: Plan, todo: list[Task], cpus: int, progress: Progress) -> Run:
+def _collect(ray: Any, plan: Plan, todo: list[Task], cpus: int, progress: Progress) -> FleetRun:
     remote = ray.remote(max_retries=RETRIES)(_started)
     done = {t.id for t in plan.tasks} - {t.id for t in todo}
     waiting, running = list(todo), dict[Any, Task]()
@@ -122,7 +122,7 @@ def _collect(ray: Any, plan: Plan, todo: list[Task], cpus: int, progress: Progre
             progress(Event(stage="fleet", done=count, total=len(todo), unit="tasks"))
     ordered = {t.id: answers[t.id] for t in todo if t.id in answers}
     before = len(plan.tasks) - len(todo)
-    made = Run(out=plan.out, answers=ordered, skipped=skipped, done_before=before)
+    made = FleetRun(out=plan.out, answers=ordered, skipped=skipped, done_before=before)
     text = json.dumps(made.to_json(), indent=1, ensure_ascii=False)
     staging.write(plan.out / ANSWERS, text.encode("utf-8") + b"\n")
     return made

@@ -72,7 +72,7 @@ NEEDS_INPUTS = {"release"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Base:
+class FleetBase:
     """A base model: its name here, where it is, and how it is opened."""
 
     name: str
@@ -95,7 +95,7 @@ class FineTune:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class FleetTarget:
     """What is made of every fine-tune, with the options of its kind."""
 
     name: str
@@ -109,9 +109,9 @@ class Fleet:
     """A whole fleet file, its globs resolved."""
 
     path: Path
-    bases: Mapping[str, Base]
+    bases: Mapping[str, FleetBase]
     fine_tunes: tuple[FineTune, ...]
-    targets: tuple[Target, ...]
+    targets: tuple[FleetTarget, ...]
 
 
 def read_fleet(path: str | Path) -> Fleet:
@@ -216,14 +216,14 @@ def _options(table: Mapping[str, Any], where: str, kinds: Mapping[str, Any]) -> 
     return {key: _typed(table, where, key, kinds[key], None) for key in table}
 
 
-def _base(root: Path, name: str, table: dict[str, Any]) -> Base:
+def _base(root: Path, name: str, table: dict[str, Any]) -> FleetBase:
     where = f"base.{name}"
     _known(table, where, {"path", "inputs", "model"})
     path = root / _typed(table, where, "path", str, "")
     if "path" not in table or not path.exists():
         raise FieldError(f"{where}.path: {path} is missing")
     inputs = _typed(table, where, "inputs", str, None)
-    return Base(
+    return FleetBase(
         name=name,
         path=path,
         inputs=None if inputs is None else _present(root / inputs, f"{where}.inputs"),
@@ -237,7 +237,7 @@ def _present(path: Path, where: str) -> Path:
     return path
 
 
-def _target(name: str, table: dict[str, Any]) -> Target:
+def _target(name: str, table: dict[str, Any]) -> FleetTarget:
     where = f"target.{name}"
     kind = _typed(table, where, "kind", str, None)
     if kind not in KINDS:
@@ -252,10 +252,10 @@ def _target(name: str, table: dict[str, Any]) -> Target:
         raise FieldError(f"{where}.for is missing: for example ['sm86', 'sm89']")
     if kind == "release" and not checked.get("version", 0) > 0:
         raise FieldError(f"{where}.version is missing: a whole number from 1 on")
-    return Target(name=name, kind=kind, options=checked, resources=resources)
+    return FleetTarget(name=name, kind=kind, options=checked, resources=resources)
 
 
-def _group(root: Path, where: str, table: Any, bases: Mapping[str, Base]) -> list[FineTune]:
+def _group(root: Path, where: str, table: Any, bases: Mapping[str, FleetBase]) -> list[FineTune]:
     if not isinstance(table, dict):
         raise FieldError(f"{where} is not a table")
     _known(table, where, {"base", "tuned", "deltas", "inputs", "labels", "compress"})

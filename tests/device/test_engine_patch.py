@@ -17,7 +17,7 @@ import numpy as np
 
 from kilodelta.device import bundle, release
 from kilodelta.device.folder import DeviceFolder
-from kilodelta.device.make.engines import Recipe, read_recipe
+from kilodelta.device.make.engines import EngineRecipe, read_recipe
 from kilodelta.device.modes import patch as patch_mode
 from kilodelta.device.modes import runtime
 from kilodelta.device.serving import Device
@@ -104,7 +104,7 @@ def test_a_folder_without_a_patched_engine_is_refused(bench: Bench, tmp_path: Pa
     ],
 )
 def test_a_recipe_is_read_with_distrust(tmp_path: Path, change: Any, words: str) -> None:
-    recipe = Recipe(capabilities=("sm86",), sizes={"batch": (1, 2, 3)}, tensorrt="1.7")
+    recipe = EngineRecipe(capabilities=("sm86",), sizes={"batch": (1, 2, 3)}, tensorrt="1.7")
     recipe.write(tmp_path)
     assert read_recipe(tmp_path) == recipe
     table = json.loads((tmp_path / "recipe.json").read_text()) | change

@@ -28,7 +28,7 @@ from kilodelta.export.tensorrt import cuda
 from kilodelta.export.tensorrt.flavour import buildable, choose
 from kilodelta.export.tensorrt.log import clean_stdout, logger
 from kilodelta.export.tensorrt.network import Network
-from kilodelta.export.tensorrt.watch import Watch
+from kilodelta.export.tensorrt.watch import BuildWatch
 
 SIZE = 16
 PROFILE: Profile = {"x": ((1, SIZE), (4, SIZE), (8, SIZE))}
@@ -253,13 +253,13 @@ def test_ctrl_c_ends_a_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     path = mlp(tmp_path / "m.onnx", layers=20)
     pressed: list[Any] = []
     stopped = threading.Event()
-    stop = Watch.stop
+    stop = BuildWatch.stop
 
-    def stop_and_tell(watch: Watch) -> None:
+    def stop_and_tell(watch: BuildWatch) -> None:
         stop(watch)
         stopped.set()
 
-    monkeypatch.setattr(Watch, "stop", stop_and_tell)
+    monkeypatch.setattr(BuildWatch, "stop", stop_and_tell)
 
     def press(event: Any) -> None:
         if not pressed:

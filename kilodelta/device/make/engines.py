@@ -46,7 +46,7 @@ _LIMIT = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class EngineRecipe:
     """What an engine was built for.
 
     Attributes:
@@ -73,7 +73,7 @@ class Recipe:
         staging.write(base / patch.RECIPE, canonical.dumps(table).encode())
 
 
-def read_recipe(base: Path) -> Recipe:
+def read_recipe(base: Path) -> EngineRecipe:
     """Read the recipe in a folder's `base/`.
 
     Raises:
@@ -82,10 +82,10 @@ def read_recipe(base: Path) -> Recipe:
     return read_json(base / patch.RECIPE, _LIMIT, _recipe)
 
 
-def _recipe(value: Any) -> Recipe:
+def _recipe(value: Any) -> EngineRecipe:
     table = untrusted.table(value, "recipe", {"capabilities", "sizes", "tensorrt"})
     sizes = untrusted.mapping(table["sizes"], "sizes")
-    return Recipe(
+    return EngineRecipe(
         capabilities=untrusted.texts(table["capabilities"], "capabilities"),
         sizes={axis: _sizes(three, f"sizes.{axis:.80}") for axis, three in sizes.items()},
         tensorrt=untrusted.text(table["tensorrt"], "tensorrt"),
@@ -111,7 +111,7 @@ def map_engine(job: BundleJob, template: Template, base: Path) -> PatchMap:
             fix="give --flavour tensorrt_rtx, or take --mode refit",
         )
     settings = job.settings
-    recipe = Recipe(
+    recipe = EngineRecipe(
         capabilities=settings.capabilities,
         sizes=dict(template.sizes),
         tensorrt=job.trt.__version__,
@@ -129,7 +129,7 @@ def map_engine(job: BundleJob, template: Template, base: Path) -> PatchMap:
     )
 
 
-def _builder(trt: Any, template: Template, weights: Checkpoint, recipe: Recipe) -> Build:
+def _builder(trt: Any, template: Template, weights: Checkpoint, recipe: EngineRecipe) -> Build:
     return engine_builder(trt, template, weights, capabilities=recipe.capabilities)
 
 
