@@ -30,6 +30,7 @@ from kilodelta.commands import (
     inspect_,
     merge_export,
     plan,
+    rebase,
     trust,
     verify,
 )
@@ -38,7 +39,7 @@ from kilodelta.errors import KiloDeltaError
 
 SECTIONS = {
     "Start": (demo.demo,),
-    "Make a .kd file": (compress.compress, plan.plan, import_.import_adapter),
+    "Make a .kd file": (compress.compress, plan.plan, import_.import_adapter, rebase.rebase),
     "Use it": (
         merge_export.merge,
         merge_export.export,

@@ -59,14 +59,14 @@ def nearest_codes(kind: Kind, quotients: Floats) -> npt.NDArray[Any]:
         [0, 0, 12, 7]
     """
     if not kind.is_float:
-        return np.clip(np.rint(quotients), kind.low, kind.high).astype(np.int8)
+        return np.asarray(np.clip(np.rint(quotients), kind.low, kind.high).astype(np.int8))
     _, middles = table_of(kind)
     halves = np.ldexp(np.abs(quotients), 1 - kind.unit)
     low = np.searchsorted(middles, halves, side="left")
     tie = middles[np.minimum(low, middles.size - 1)] == halves
     codes = (low + (tie & (low % 2 == 1))).astype(np.uint8)
     sign = np.uint8(1 << (kind.bits - 1))
-    return np.where((quotients < 0) & (codes > 0), codes | sign, codes)
+    return np.asarray(np.where((quotients < 0) & (codes > 0), codes | sign, codes))
 
 
 def with_steps(like: Matrix, values: Floats) -> Matrix:
@@ -156,7 +156,7 @@ def _fp8() -> Precision:
     def make(values: Floats) -> Matrix:
         top = np.abs(values).max(initial=0.0, keepdims=True)
         steps = (top / 448).astype(np.float32).astype(np.float64)
-        return _matrix(E4M3, values, steps, values.shape)  # type: ignore[arg-type]
+        return _matrix(E4M3, values, steps, values.shape)
 
     def store(matrix: Matrix) -> Tensors:
         codes = matrix.codes.reshape(-1)

@@ -7,24 +7,19 @@ and the base's bytes are untouched (docs/format.md, section 10).
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
 from kilodelta import parallel
 from kilodelta.exact import products
-from kilodelta.exact.selftest import require_good_kernels
 from kilodelta.files.identity import fingerprints, root, tensor_hash
 from kilodelta.format.delta import Delta
-from kilodelta.format.file import load
 from kilodelta.format.manifest import Base
 from kilodelta.format.manifest import parse as parse_manifest
 from kilodelta.format.targets import Target
 from kilodelta.grid.identity import matrix_digest
 from kilodelta.grid.model import QuantisedModel
-from kilodelta.grid.open import open_quantised
 from kilodelta.merging import cpu
 from kilodelta.merging.in_grid import BAND, regridded
 from kilodelta.merging.quantised import grid_of
@@ -190,36 +185,3 @@ def with_results(
     )
     parse_manifest(manifest.text())  # nothing is made that a reader would refuse
     return replace(bound, manifest=manifest), in_grid
-
-
-def rebase(
-    delta: str | os.PathLike[str] | Delta,
-    base: str | os.PathLike[str] | QuantisedModel,
-    *,
-    name: str | None = None,
-    threads: int | None = None,
-    progress: Progress = silent,
-) -> Delta:
-    """Make of a delta for a float model the one for its quantised copy: the same coefficients.
-
-    Nothing is trained: how well the result does is measured by whoever asks. Weights are found by
-    name, so the copy has to keep the names of the float model.
-
-    Args:
-        delta: a `.kd` file or a `Delta`, of an exact method.
-        base: the quantised model.
-        name: what the base is called, for people; the float model's by default.
-        threads: cores to use; all by default.
-        progress: receives how far the work is.
-
-    Raises:
-        BaseMismatchError: the targets are not those of the quantised model.
-        InputError: the delta is of a compatibility form.
-        CheckpointError: the model cannot be read.
-    """
-    require_good_kernels()
-    opened = delta if isinstance(delta, Delta) else load(Path(delta))
-    named = replace(opened.manifest.base, name=opened.manifest.base.name if name is None else name)
-    draft = replace(opened, manifest=replace(opened.manifest, base=named))
-    made, _ = with_results(draft, open_quantised(base), threads=threads, progress=progress)
-    return made

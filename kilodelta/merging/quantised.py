@@ -56,8 +56,7 @@ def refuse_quantised(base: str | os.PathLike[str] | Checkpoint, manifest: Manife
         raise BaseMismatchError(
             f"{place} is a quantised model, and the file was made for a float one"
             f" ({manifest.base.name or 'unnamed'})",
-            fix="give the model before quantisation, or make a file for this one:"
-            " kilodelta.merging.grid_results.rebase",
+            fix="give the model before quantisation, or make a file for this one: kilodelta rebase",
         )
 
 

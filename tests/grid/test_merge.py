@@ -34,7 +34,7 @@ from kilodelta.format.targets import Patterns
 from kilodelta.grid import Matrix, open_quantised
 from kilodelta.grid.reference import new_code
 from kilodelta.merging.build import Recipe, build, quantise_target
-from kilodelta.merging.grid_results import rebase
+from kilodelta.merging.rebase import rebased
 from kilodelta.verify.digests.proof import prove
 from tests.support import grids
 from tests.support.grids import Numbers
@@ -375,7 +375,7 @@ def test_a_float_base_and_a_quantised_one_are_told_apart(
         kilodelta.merge(base, delta, tmp_path / "out")
     assert "rebase" in e.value.fix
     assert not (tmp_path / "out").exists()
-    on_grid = rebase(delta, base)
+    on_grid, _ = rebased(delta, open_quantised(base))
     assert on_grid.manifest.base.name == "float"
     assert np.array_equal(on_grid.blob, delta.blob)
     kilodelta.merge(base, on_grid, tmp_path / "out")
@@ -509,3 +509,40 @@ def test_a_result_beside_belongs_to_a_quantised_base(base: Path) -> None:
     del table["grid"]
     with pytest.raises(FileError, match="unknown key 'beside'"):
         manifests.parse(canonical.dumps(table))
+
+
+def test_the_rebase_command(base: Path, file: Path, tmp_path: Path) -> None:
+    """Of a file for one quantised base the one for another, and what it says of its size."""
+    n, m = Numbers(16, 64, 16, seed=8), Numbers(24, 32, 16, seed=9)
+    tensors = {**grids.pack_quantized("a", n), **grids.pack_quantized("b", m), **NORM}
+    other = grids.folder(tmp_path / "other", grids.ct_config(group_size=16), tensors)
+    out = tmp_path / "other.kd"
+    command = ["rebase", str(other), str(file), "-o", str(out)]
+    shown = CliRunner().invoke(main, command)
+    assert shown.exit_code == 0, shown.output
+    assert "int4 1x16" in shown.output
+    assert "% of 1792 codes change" in shown.output
+    found = kilodelta.load(out)
+    assert np.array_equal(found.blob, kilodelta.load(file).blob)
+    kilodelta.merge(other, out, tmp_path / "merged")
+    prove(other, out, tmp_path / "merged")
+    again = CliRunner().invoke(main, [*command, "--name", "new"])
+    assert again.exit_code == OutputError.exit_code
+    table = json.loads(CliRunner().invoke(main, [*command, "--force", "--json"]).stdout)
+    assert (table["codes"], table["kinds"]) == (1792, ["int4 1x16"])
+    small = tmp_path / "small.kd"
+    made(base, size=0.001).save(small)
+    shown = CliRunner().invoke(main, ["rebase", str(other), str(small), "-o", str(out), "--force"])
+    assert "almost no code changes" in " ".join(shown.output.split())
+    new = str(tmp_path / "x")
+    floats = grids.folder(tmp_path / "f", None, {"a.weight": np.ones((16, 64), np.float32)})
+    refused = CliRunner().invoke(
+        main, ["rebase", str(floats), str(file), "-o", str(tmp_path / "x")]
+    )
+    assert "holds no quantised model" in refused.output
+    alien = grids.folder(tmp_path / "alien", grids.CT, grids.pack_quantized("z", n))
+    config = grids.ct_config(group_size=16)
+    (alien / "config.json").write_text(json.dumps({"quantization_config": config}))
+    refused = CliRunner().invoke(main, ["rebase", str(alien), str(file), "-o", new])
+    assert refused.exit_code == BaseMismatchError.exit_code
+    assert not (tmp_path / "x").exists()

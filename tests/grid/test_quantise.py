@@ -25,7 +25,7 @@ from kilodelta.grid.quantise import (
 )
 from kilodelta.grid.reference import new_code
 from kilodelta.merging.build import Recipe, build, quantise_target
-from kilodelta.merging.grid_results import rebase
+from kilodelta.merging.rebase import rebased
 from tests.support import grids
 
 RNG = np.random.default_rng(5)
@@ -151,7 +151,7 @@ def test_a_float_file_goes_into_the_grid(tmp_path: Path, precision: str) -> None
     patterns = Patterns(include=("a.weight", "b.weight"))
     delta = build(base, Recipe(method=lora, patterns=patterns, name="tiny"), values)
     quantise_folder(base, tmp_path / "q", precision, chosen)
-    on_grid = rebase(delta, tmp_path / "q")
+    on_grid, _ = rebased(delta, open_quantised(tmp_path / "q"))
     kilodelta.merge(tmp_path / "q", on_grid, tmp_path / "merged")
     old = open_quantised(tmp_path / "q").matrix("a.weight")
     new = open_quantised(tmp_path / "merged").matrix("a.weight")

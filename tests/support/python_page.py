@@ -22,6 +22,7 @@ FUNCTIONS = {
     "compress": "kilodelta.compress.compress",
     "plan": "kilodelta.compress.plan",
     "import": "kilodelta.compress.import_adapter",
+    "rebase": "kilodelta.merging.rebase.rebase",
     "merge": "kilodelta.merge",
     "export": "kilodelta.export.export",
     "export-peft": "kilodelta.export.export_peft",

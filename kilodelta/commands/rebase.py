@@ -1,0 +1,64 @@
+"""`kilodelta rebase`: the same fine-tune for a quantised copy of its base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from kilodelta import terminal
+from kilodelta.commands.shared import Command, as_json, threads, with_progress
+
+FEW = 0.01
+"""The share of changed codes below which `merge` refuses."""
+
+
+@click.command(
+    cls=Command,
+    short_help="Make a .kd file fit a quantised copy of its base.",
+    examples=[
+        "kilodelta rebase base-w4a16/ task.kd -o task-w4a16.kd",
+        "kilodelta rebase base.gguf task.kd -o task-gguf.kd",
+    ],
+)
+@click.argument("base", type=click.Path())
+@click.argument("file", type=click.Path())
+@click.option("-o", "--out", required=True, type=click.Path(), help="The .kd file to write.")
+@click.option("--name", help="What the base is called; the old name by default.")
+@click.option("--force", is_flag=True, help="Replace OUT.")
+@threads
+@as_json
+@with_progress
+def rebase(
+    base: str, file: str, out: str, as_json: bool, progress: Any, **given: Any
+) -> Callable[[], None]:
+    """Write a .kd FILE anew for a quantised BASE: a folder, a .gguf or an .onnx file.
+
+    The coefficients stay; base and results are stated anew. Weights are found by name. Nothing is
+    trained or measured but the share of codes that its merge in the grid changes.
+    """
+    from kilodelta.merging.rebase import rebase
+
+    done = rebase(base, file, out, progress=progress, **given)
+    if as_json:
+        return lambda: terminal.print_json(done.to_json())
+    return lambda: _show(done)
+
+
+def _show(done: Any) -> None:
+    share = done.codes_changed / done.codes if done.codes else 1.0
+    terminal.print_facts(
+        [
+            ("file", f"{done.path}, {terminal.size(done.nbytes)}"),
+            ("base", ", ".join(done.kinds)),
+            ("", f"logical root {done.logical_root}"),
+            ("in the grid", f"{100 * share:.3g} % of {done.codes} codes change"),
+            ("update", f"{done.steps:.3g} steps of the grid on average"),
+        ]
+    )
+    if share < FEW:
+        terminal.print_warning(
+            "almost no code changes, so a merge in the grid gives back the base: apply the file"
+            " beside it"
+        )
