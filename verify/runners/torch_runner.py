@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kilodelta.errors import InputError, KiloDeltaError, ProofError
+from kilodelta.models import experts
 from kilodelta.verify.runners.runner import Arrays, Batch, UnavailableError, one_line
 from kilodelta.verify.runners.torch_modes import InOrder, Widen
 
@@ -109,12 +110,10 @@ class TorchRunner:
 
     def _converted(self) -> torch.nn.Module:
         converted = copy.deepcopy(self._source).to(self._device, self._dtype).eval()
-        for part in converted.modules():
-            # Mixture-of-experts models of transformers 5 default to grouped_mm, which has no
-            # float64 kernel; batched_mm computes the same with ordinary products.
-            choose = getattr(part, "set_experts_implementation", None)
-            if choose is not None and self.precision == "float64":
-                choose("batched_mm")
+        if self.precision == "float64":
+            # The experts' default, grouped_mm, has no float64 kernel. The loop over experts has
+            # one, and does not gather a matrix for each token, as batched_mm does.
+            experts.use(converted, experts.EXACT)
         return converted
 
     def _pass(self, batch: Batch) -> Arrays:
