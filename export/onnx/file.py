@@ -12,7 +12,7 @@ from pathlib import Path
 from kilodelta.errors import CheckpointError
 from kilodelta.export.onnx.protobuf import BYTES, Data, Field, WireError, fields, text
 from kilodelta.export.onnx.tensors import PackedWeight, Stored, read_tensor
-from kilodelta.files.source import map_file
+from kilodelta.files.source import FileBytes, SourceFile
 
 _GRAPH, _FUNCTIONS = 7, 25  # ModelProto
 _NODE, _INITIALIZER = 1, 5  # GraphProto
@@ -44,9 +44,9 @@ def read_onnx(path: Path) -> OnnxFile:
 
     Raises:
         CheckpointError: it is damaged or no ONNX file, or external data are missing, too short or
-            outside its folder.
+            outside its folder; or it is cut meanwhile.
     """
-    data = map_file(path)
+    data = FileBytes(SourceFile(path))
     try:
         seen = scan(data, path.name)
     except WireError as problem:

@@ -6,11 +6,12 @@ not their offsets in the file; patching needs the offsets, and a device has no `
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
-Data: TypeAlias = "mmap.mmap | bytes"
+from kilodelta.files.source import FileBytes
+
+Data: TypeAlias = FileBytes | bytes
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 """Wire types; 3 and 4, groups, are extinct."""

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from kilodelta.export.onnx.tensors import PackedWeight, Stored
 from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.copying import pread
 from kilodelta.files.dtypes import FLOATS, TARGETS
 from kilodelta.files.tensor import TensorInfo
 
@@ -132,7 +133,7 @@ def _grids(folder: Path, tensor: Stored | PackedWeight) -> Iterator[_Grid]:
     """Yield the matrices of numbers that a weight's bytes may stand for."""
     if len(tensor.shape) < 2 or not prod(tensor.shape):
         return
-    data = np.memmap(folder / tensor.file, np.uint8, "r", tensor.begin, (tensor.nbytes,))
+    data = pread(folder / tensor.file, tensor.begin, tensor.nbytes)  # a map dies with its file
     rows, columns = tensor.shape[0], prod(tensor.shape[1:])
     if isinstance(tensor, PackedWeight):
         yield _codes(data, rows, columns, 4, signed=tensor.signed)

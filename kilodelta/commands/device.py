@@ -90,7 +90,7 @@ HISTORY = 10
     "--profile",
     multiple=True,
     metavar="AXIS=MIN,OPT,MAX",
-    help="An engine's sizes of an axis, such as batch=1,8,32; repeat.",
+    help="Sizes of an axis, such as batch=1,8,32 or height=224,224,448; repeat.",
 )
 @click.option("--model", help="package.module:function that builds the module.")
 @click.option("--name", default="", help="The base's name, for messages; its folder's by default.")

@@ -6,11 +6,11 @@ that is replaced stays the one that was opened.
 
 from __future__ import annotations
 
-import mmap
 import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from kilodelta.files.tensor import Bytes
 
 CHUNK = 1 << 20
 """Bytes read at a time, hashed and written while they are in the second cache."""
+
+_BLOCK = 1 << 14  # of a parser's bytes: headers lie close together, weights are skipped
 
 Key = tuple[int, int, int, int, int]
 
@@ -106,23 +108,46 @@ class SourceFile:
             view, position = view[count:], position + count
 
 
-def map_file(path: Path, error: type[KiloDeltaError] = CheckpointError) -> mmap.mmap:
-    """Map a regular file that is not empty read-only.
+class FileBytes:
+    """A file's bytes for a parser that reads short pieces here and there, as `bytes` would be.
 
-    Only for files that nothing else changes: if the file is cut, reading its pages kills the
-    process.
+    Blocks are read when they are asked for, so a file that is cut meanwhile is an error; pages of a
+    memory map would kill the process.
+
+    Args:
+        file: the file; its size when it was opened counts.
 
     Raises:
-        KiloDeltaError: of class `error`: it cannot be opened, is empty or no regular file.
+        KiloDeltaError: of the file's class: it is empty. Reading raises what
+            `SourceFile.read_into` does.
+
+    Example:
+        >>> data = FileBytes(SourceFile(Path("tests/golden/0.1.0/base.safetensors")))
+        >>> len(data), data[8:10], data[8]
+        (1464, b'{"', 123)
     """
-    with plain.explained(path, error):
-        descriptor = plain.open_file(path, follow=True)
-    try:
-        if not os.fstat(descriptor).st_size:
-            raise error(f"{path} is empty", fix="fetch it again")
-        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-    finally:
-        os.close(descriptor)
+
+    def __init__(self, file: SourceFile) -> None:
+        if not file.size:
+            raise file.fault("it is empty", fix="fetch it again")
+        self._file, self._begin, self._block = file, 0, b""
+
+    def __len__(self) -> int:
+        return self._file.size
+
+    @overload
+    def __getitem__(self, place: int) -> int: ...
+    @overload
+    def __getitem__(self, place: slice) -> bytes: ...
+    def __getitem__(self, place: int | slice) -> int | bytes:
+        if isinstance(place, slice):
+            start, stop, _ = place.indices(len(self))
+            return self._file.read(start, max(0, stop - start)).tobytes()
+        index = place - self._begin
+        if not 0 <= index < len(self._block):
+            self._begin, index = place, 0
+            self._block = self[place : place + _BLOCK]
+        return self._block[index]
 
 
 class TensorBytes:

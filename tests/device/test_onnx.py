@@ -357,6 +357,49 @@ def test_a_release_goes_over_no_link(root: Path, tmp_path: Path) -> None:
         release(root / "base", root / "a.kd", tmp_path / "new.kd", version=1, rows=0)
 
 
+PIXELS = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 4, 3)
+
+    def forward(self, pixels):
+        return {"logits": self.conv(pixels).mean((2, 3))}
+"""
+
+
+def test_a_profile_lets_images_of_an_onnx_folder_vary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heights and widths are fixed unless they are named, with an engine or without."""
+    import onnx
+    import torch
+    from safetensors.torch import save_file
+
+    (tmp_path / "pixel_net.py").write_text(PIXELS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    torch.manual_seed(0)
+    from pixel_net import Net  # type: ignore[import-not-found]
+
+    save_file(Net().state_dict(), tmp_path / "base.safetensors")
+    np.savez(tmp_path / "probe.npz", pixels=torch.randn(4, 1, 8, 8).numpy())
+    profiles = {"fixed": (), "free": ("height=6,8,12", "width=6,8,12")}
+    for name, profile in profiles.items():
+        bundle(
+            tmp_path / "base.safetensors",
+            tmp_path / name,
+            mode="patch",
+            model="pixel_net:Net",
+            probe=str(tmp_path / "probe.npz"),
+            profile=profile,
+        )
+        [pixels] = onnx.load(tmp_path / name / "base" / "model.onnx").graph.input
+        shape = [size.dim_param or size.dim_value for size in pixels.type.tensor_type.shape.dim]
+        assert shape == ["batch", 1, *(("height", "width") if profile else (8, 8))]
+
+
 REFUSED = [
     (["--mode", "refit"], "refit mode needs an engine"),
     (
@@ -366,7 +409,6 @@ REFUSED = [
     (["--mode", "patch", "--slots", "2"], "computes a batch with one fine-tune"),
     (["--mode", "patch", "--targets", "*"], "lets fine-tunes change every tensor"),
     (["--mode", "adapter", "--engine", "sm89", "--provider", "cuda"], "an engine runs in TensorRT"),
-    (["--mode", "adapter", "--profile", "batch=1,2,3"], "--profile is an engine's"),
     (
         ["--mode", "adapter", "--engine", "sm89", "--profile", "batch=3,2,1"],
         "no profile of an axis",

@@ -214,3 +214,25 @@ def test_turning_a_matrix_is_transposing_it() -> None:
         data = values.reshape(-1).view(np.uint8)
         assert transposed(data, (3, 4)).tobytes() == np.ascontiguousarray(values.T).tobytes()
         assert transposed(data, (3, 2, 2)) is data
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages of a memory map beyond the end would kill the process by SIGBUS."""
+    path = onnx_files.write(tmp_path / "m.onnx", everything())
+
+    def cut(data: Any, main: str) -> Any:
+        with path.open("rb+") as file:
+            file.truncate(64)
+        return scan(data, main)
+
+    monkeypatch.setattr("kilodelta.export.onnx.file.scan", cut)
+    with pytest.raises(CheckpointError, match=r"ends at byte 64 of .* it was cut"):
+        read_onnx(path)
+
+
+def test_an_empty_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").touch()
+    with pytest.raises(CheckpointError, match=r"m\.onnx: it is empty"):
+        read_onnx(tmp_path / "m.onnx")

@@ -42,7 +42,7 @@ class Settings:
         include, exclude: globs of the tensors that fine-tunes may change.
         whole: globs of the tensors that fine-tunes may bring whole, in adapter mode.
         config: where the fine-tunes' architecture is stated, or None for the base's own.
-        sizes: of an engine's axes, by name.
+        sizes: of axes, by name.
         model: `package.module:function` that builds the module, or None.
         name: the base's name, for messages.
         probe: where golden inputs come from, or None to make them up.
@@ -127,7 +127,8 @@ def bundle(
         config: where the fine-tunes have a head that the base lacks: the folder of one of them, its
             `config.json`, or its `.kd` file. In adapter mode with ONNX Runtime, without slots, one
             device folder takes heads of any number of labels.
-        profile: an engine's sizes of an axis, such as `["batch=1,8,32"]`.
+        profile: sizes of an axis, such as `["batch=1,8,32"]`, for which an engine is built. In an
+            ONNX file images vary in `height` and `width` only where these are named.
         model: `package.module:function` that builds the module.
         name: the base's name, for messages; its folder's by default.
         probe: golden inputs: `.npz`, `.jsonl`, `.txt` or `package.module:function`. Without any
@@ -260,9 +261,4 @@ def _check_together(settings: Settings) -> None:
         raise InputError(
             "an engine runs in TensorRT; --provider is ONNX Runtime's",
             fix="leave --provider out, or --engine",
-        )
-    if settings.sizes and not settings.capabilities:
-        raise InputError(
-            "an ONNX file takes any sizes; --profile is an engine's",
-            fix="give --engine as well, or leave --profile out",
         )
