@@ -77,7 +77,13 @@ def with_adapter(
     stored, defaults = _stored(template, source, heads, whole)
     free = free_heads(model, heads) if any_labels and not slots else frozenset[str]()
     taken = {one.info.name for one in stored}
-    chosen = _choose(model, source, include, exclude, taken)
+    candidates = _matching(model, source, include, exclude, taken)
+    chosen = [(i, uses) for i, uses in candidates if include or is_layer(uses, by_row=slots > 0)]
+    if not any(uses for _, uses in chosen):
+        raise InputError(
+            f"no weight that the outputs depend on matches {', '.join(include) or 'a layer'}",
+            fix="`kilodelta inspect FILE` shows what a file changes; expose those",
+        )
     layout = AdapterLayout(
         base_name=name,
         base_root=digest(source).root,
@@ -112,24 +118,17 @@ def _check_options(rank: int, slots: int) -> None:
         )
 
 
-def _choose(
+def _matching(
     model: Any, source: Checkpoint, include: Sequence[str], exclude: Sequence[str], taken: set[str]
 ) -> list[tuple[TensorInfo, tuple[GraphSite, ...]]]:
-    """Choose the weights to expose, in name order, each with its uses."""
+    """Find the weights that globs allow to expose, in name order, each with its uses."""
     infos = {name: source.info(name) for name in source.names if name not in taken}
     patterns = Patterns(include=tuple(include) or ("*",), exclude=tuple(exclude))
     weights = model.graph.initializers
-    found = [
+    return [
         (infos[target.name], sites(weights[target.name]) if target.name in weights else ())
         for target in select(infos.values(), patterns)
     ]
-    chosen = [(info, uses) for info, uses in found if include or is_layer(uses)]
-    if not any(uses for _, uses in chosen):
-        raise InputError(
-            f"no weight that the outputs depend on matches {', '.join(include) or 'a layer'}",
-            fix="`kilodelta inspect FILE` shows what a file changes; expose those",
-        )
-    return chosen
 
 
 def _stored(

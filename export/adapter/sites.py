@@ -52,9 +52,21 @@ def use_of(uses: Sequence[GraphSite]) -> Use:
     return "turned" if all(site.turned for site in uses) else "straight"
 
 
-def is_layer(uses: Sequence[GraphSite]) -> bool:
-    """Return whether a weight is one of a linear layer or a convolution, and nothing else."""
-    return all(site.kind in ("linear", "conv") for site in uses)
+def is_layer(uses: Sequence[GraphSite], *, by_row: bool = False) -> bool:
+    """Return whether a weight is one of a linear layer or a convolution, and nothing else.
+
+    Args:
+        uses: of the weight.
+        by_row: leave out grouped and transposed convolutions, to whose weight the update is added
+            as a whole: that one weight computes all rows of a batch.
+    """
+    return all(
+        site.kind in ("linear", "conv") or (not by_row and _is_convolution(site)) for site in uses
+    )
+
+
+def _is_convolution(site: GraphSite) -> bool:
+    return site.node.op_type in ("Conv", "ConvTranspose") and site.index == 1
 
 
 def _all_linear(uses: Iterable[GraphSite]) -> bool:

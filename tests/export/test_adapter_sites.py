@@ -17,6 +17,7 @@ import onnx_ir as ir
 import onnxruntime
 from onnx import TensorProto, helper
 
+from kilodelta.errors import InputError
 from kilodelta.export.adapter.graph import with_adapter
 from kilodelta.export.onnx.save import save
 from kilodelta.export.onnx.template import Template, fill_template
@@ -116,3 +117,33 @@ def test_a_kernel_that_is_also_used_otherwise(tmp_path: Path) -> None:
     expected = np.einsum("oc,ncij->noij", kernel, x) + kernel.sum()
     feeds = {"x": x, tensor.names[0]: A, tensor.names[1]: B}
     assert np.allclose(computed(wide, base, feeds, tmp_path), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("operator", "channels", "shape"),
+    [("Conv", 4, (4, 1, 2, 2)), ("Conv", 4, (6, 2, 2, 2)), ("ConvTranspose", 4, (4, 3, 2, 2))],
+    ids=["depthwise", "grouped", "transposed"],
+)
+def test_convolutions_of_every_kind_are_exposed_by_default(
+    operator: str, channels: int, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """They are what `compress` changes by default, so a default folder must take it."""
+    kernel = RNG.normal(size=shape).astype(np.float32)
+    group = 1 if operator == "ConvTranspose" else channels // shape[1]
+    nodes = [helper.make_node(operator, ["x", "K"], ["y"], group=group)]
+    size = [1, channels, 5, 5]
+    base = checkpoint(tmp_path, "K", kernel)
+    made = template(nodes, {"x": size}, {"K": kernel})
+    wide, layout = with_adapter(made, base, rank=2)
+    assert [one.info.name for one in layout.exposed] == ["K"]
+    x = RNG.normal(size=size).astype(np.float32)
+    [exposed] = layout.exposed
+    A, B = (RNG.normal(size=s).astype(np.float32) for s in exposed.shapes(2))
+    update = (A @ B).reshape(shape)
+    changed = template(nodes, {"x": size}, {"K": kernel + update})
+    expected = computed(changed, checkpoint(tmp_path, "K", kernel + update), {"x": x}, tmp_path)
+    base = checkpoint(tmp_path, "K", kernel)
+    wide_result = computed(wide, base, {"x": x, exposed.names[0]: A, exposed.names[1]: B}, tmp_path)
+    np.testing.assert_allclose(wide_result, expected, atol=1e-4)
+    with pytest.raises(InputError, match="matches a layer"):  # one weight for all rows
+        with_adapter(made, base, rank=2, slots=2)
