@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kilodelta.compress.distill import foreign, svd
+from kilodelta.compress.distill.baselines import with_baselines
 from kilodelta.compress.distill.job import Job, prepare
 from kilodelta.compress.distill.learn import state as states
 from kilodelta.compress.distill.learn.chat_rows import check_answers
@@ -127,7 +128,7 @@ def compress(
         made = (
             _fit(job, progress)
             if source is None
-            else _distil(job, source, labels, resume, progress)
+            else _distil(job, source, labels, resume, progress, beside=report is not None)
         )
     if report is not None:
         write_report(report, "compress", made.to_json())
@@ -219,6 +220,8 @@ def _distil(
     labels: tuple[str, ...] | None,
     resume: bool,
     progress: Progress,
+    *,
+    beside: bool,
 ) -> Report:
     pair, options = job.pair, job.options
     assert pair.student is not None  # `prepare` opens both where there are inputs
@@ -233,7 +236,10 @@ def _distil(
             source, student, as_tuned(pair, job.changes), plan_of(job, labels), progress, shelf
         )
         data = ending.enter_context(late_logits(job, student, data))
-        return _learn(job, student, data, labels, resume, progress)
+        report = _learn(job, student, data, labels, resume, progress)
+        if beside and not report.interrupted:
+            report = with_baselines(report, job, student, data, progress)
+        return report
 
 
 def plan_of(job: Job, labels: tuple[str, ...] | None) -> Plan:

@@ -39,6 +39,15 @@ class Matched:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Size:
+    """One way to write the change: its bytes, and the agreement on the held-out inputs."""
+
+    name: str
+    nbytes: int
+    agreement: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """The result of `compress`; measures are on held-out inputs, None without inputs.
 
@@ -69,6 +78,7 @@ class Report:
         interrupted: whether training was stopped early.
         result: the root of the merged targets.
         warnings: what a user should hear of, a sentence each.
+        sizes: for a report's picture, what this many bytes keep by this file and by other ways.
     """
 
     path: Path
@@ -96,6 +106,7 @@ class Report:
     interrupted: bool
     result: str
     warnings: tuple[str, ...]
+    sizes: tuple[Size, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

@@ -92,7 +92,7 @@ def publish(files: tuple[str, ...], repository: str, key: str, days: int, as_jso
 
 @click.command(
     cls=Command,
-    short_help="Change the keys that a device pins, signed by one it pins now.",
+    short_help="Change the keys that a device pins; a pinned one signs it.",
     examples=[
         "kilodelta trust device/ --add new.pub --by team.key",
         "kilodelta trust device/ --remove old.pub --by team.key -o change.json",

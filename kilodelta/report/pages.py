@@ -104,7 +104,7 @@ def compress_page(result: Json) -> Page:
     """Lay out the result of `kilodelta compress`."""
     sections = [
         _kept(result),
-        _curve(result.get("sizes")),
+        _curve(result.get("sizes"), result.get("before")),
         _training(result.get("curve")),
         _layers(result.get("layers")),
         _compress_facts(result),
@@ -317,8 +317,11 @@ def _training(curve: Sequence[Json] | None) -> Section | None:
     return Section(title="Training", body=figure(svg, text))
 
 
-def _curve(sizes: Sequence[Json] | None) -> Section | None:
-    """Size against fidelity; `sizes` holds `name`, `nbytes`, `agreement` of each file."""
+def _curve(sizes: Sequence[Json] | None, base: Json | None = None) -> Section | None:
+    """Size against fidelity; `sizes` holds `name`, `nbytes`, `agreement` of each file.
+
+    `base` is what the base alone reaches.
+    """
     if not sizes:
         return None
     names = list(dict.fromkeys(str(s["name"]) for s in sizes))
@@ -339,6 +342,7 @@ def _curve(sizes: Sequence[Json] | None) -> Section | None:
         alt=f"Size against agreement for {', '.join(names)}; the largest file, "
         f"{byte_label(largest['nbytes'])}, reaches {largest['agreement']:.3f}",
         logarithmic=True,
+        levels={"the base alone": float(base["agreement"])} if base else {},
     )
     columns = [
         Column(title="way"),
