@@ -43,6 +43,7 @@ class Options:
         inputs: a batch to trace with.
         outputs: names or globs of the outputs to export.
         max_work: the most operations that the file may ask for; by default what suits the base.
+        kv_cache: export a causal language model with its cache, for ONNX Runtime GenAI.
         force: replace an earlier export.
     """
 
@@ -59,6 +60,7 @@ class Options:
     inputs: str | None = None
     outputs: tuple[str, ...] = ()
     max_work: float | None = None
+    kv_cache: bool = False
     force: bool = False
 
 

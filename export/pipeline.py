@@ -18,6 +18,7 @@ from typing import Any
 
 from kilodelta import __version__
 from kilodelta.errors import InputError, require
+from kilodelta.export.decoder.genai import CONFIG
 from kilodelta.export.manifest import artefacts
 from kilodelta.export.manifest.artefacts import file_fact
 from kilodelta.export.manifest.facts import Artefact, DeltaFacts, ExportManifest
@@ -95,6 +96,7 @@ def export(
     config: str | None = None,
     inputs: str | None = None,
     outputs: Sequence[str] = (),
+    kv_cache: bool = False,
     triton: str | os.PathLike[str] | None = None,
     max_work: float | None = None,
     force: bool = False,
@@ -122,6 +124,8 @@ def export(
         inputs: a batch to trace with, as `kilodelta.models.read_inputs` takes it, where the model
             does not say what its inputs look like.
         outputs: names or globs of the outputs to export; by default all that the model declares.
+        kv_cache: export a causal language model as one graph for prompts and single steps, its
+            cache as inputs and outputs, with the files that ONNX Runtime GenAI reads beside it.
         triton: a Triton model repository that gets the artefacts as its next version as well.
         max_work: the most operations that the file may ask for; by default what suits the base's
             size.
@@ -155,8 +159,11 @@ def export(
         inputs=inputs,
         outputs=tuple(outputs),
         max_work=max_work,
+        kv_cache=kv_cache,
         force=force,
     )
+    if kv_cache:
+        _check_cached(options, triton)
     if report is not None:
         require_page(Path(report))
     require("onnxscript", extra="onnx", why="export ONNX models")
@@ -170,6 +177,26 @@ def export(
     if triton is None:
         return done
     return replace(done, triton=write_repository(done.path, triton))
+
+
+def _check_cached(options: Options, triton: object) -> None:
+    """Refuse what a graph with a cache cannot be combined with, before any work."""
+    for name, value in (("--inputs", options.inputs), ("--outputs", options.outputs)):
+        if value:
+            raise InputError(
+                f"--kv-cache and {name} were both given, and a graph with a cache has inputs and "
+                "outputs of its own",
+                fix=f"leave one of them out; {name} is for models without a cache",
+            )
+    if triton is not None:
+        raise InputError(
+            "Triton keeps no cache between requests", fix="leave --kv-cache or --triton out"
+        )
+    if len(options.dtypes) > 1:
+        raise InputError(
+            f"{len(options.dtypes)} precisions were asked for; one {CONFIG} describes one graph",
+            fix="export each precision into a folder of its own",
+        )
 
 
 def _trt(options: Options) -> Any:

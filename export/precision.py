@@ -6,10 +6,12 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from kilodelta.export.decoder.genai import write_genai
+from kilodelta.export.decoder.template import cached_template
 from kilodelta.export.manifest.artefacts import file_fact
 from kilodelta.export.manifest.facts import Artefact, EngineFacts
 from kilodelta.export.onnx.make import export_template
@@ -66,6 +68,9 @@ class Maker:
         name = f"model.{short(dtype)}.onnx"
         if self.options.onnx:
             onnx = self._write(template, weights, self.stage / name)
+            if self.options.kv_cache:
+                beside = write_genai(self.stage / name, template, loaded, weights)
+                onnx = replace(onnx, files=(*onnx.files, *map(file_fact, beside)))
             engines = [self._build(template, self.stage / name, onnx)] if self.trt else []
             return [onnx, *engines]
         with staging.scratch(weights) as folder:  # beside the weights there is room for a model
@@ -76,7 +81,11 @@ class Maker:
         stage = f"trace {short(dtype)}"
         self.progress(Event(stage=stage, done=0, total=1, unit="models"))
         with self.timed(stage):
-            template = export_template(loaded, batch, dtype=dtype, sizes=self.options.sizes)
+            sizes = self.options.sizes
+            if self.options.kv_cache:
+                template = cached_template(loaded, dtype=dtype, sizes=sizes)
+            else:
+                template = export_template(loaded, batch, dtype=dtype, sizes=sizes)
         self.progress(Event(stage=stage, done=1, total=1, unit="models"))
         return template
 

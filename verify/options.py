@@ -24,6 +24,7 @@ class VerifyOptions:
         field: the key of the text in a `.jsonl` record.
         model: `package.module:function` that builds the module.
         config: a folder with the tuned model's `config.json`.
+        generate: let decoders write so many tokens after each prompt; None compares outputs.
         digests_only: run nothing.
         max_work: the most operations that the file may ask for; None: what suits the base's size.
         report: a file for the JSON.
@@ -39,6 +40,7 @@ class VerifyOptions:
     field: str = "text"
     model: str | None = None
     config: str | None = None
+    generate: int | None = None
     digests_only: bool = False
     max_work: float | None = None
     report: str | None = None

@@ -90,6 +90,7 @@ def verify(
     field: str = "text",
     model: str | None = None,
     config: _Path | None = None,
+    generate: int | None = None,
     digests_only: bool = False,
     max_work: float | None = None,
     report: _Path | None = None,
@@ -117,6 +118,8 @@ def verify(
         field: the key of the text in a `.jsonl` record.
         model: `package.module:function` that builds the module.
         config: a folder with the tuned model's `config.json`, if the base's does not fit.
+        generate: read `inputs` as prompts, let decoders exported with a cache write so many tokens
+            after each, and compare the texts and their logits with the merged model's.
         digests_only: check an export folder by its digests and run nothing.
         max_work: the most operations that the file may ask for; by default what suits the base's
             size.
@@ -150,6 +153,7 @@ def verify(
         field=field,
         model=model,
         config=_text(config),
+        generate=generate,
         digests_only=digests_only,
         max_work=max_work,
         report=_text(report),
@@ -163,16 +167,30 @@ def verify(
     export = None if out is None else check_export(out, Path(delta), proof, progress=progress)
     outputs = None
     if options.inputs is not None:
-        from kilodelta.verify.parity.bench import compare_outputs
-
         subject = Subject(
             base=checkpoint, delta=Path(delta), merged=merged, folder=out, export=export
         )
-        outputs = compare_outputs(subject, options, progress)
+        outputs = _compare(subject, options, progress)
     verification = Verification(proof=proof, export=export, report=outputs)
     if options.report is not None:
         verification.save(Path(options.report))
     return verification
+
+
+def _compare(subject: Subject, options: VerifyOptions, progress: Progress) -> Report:
+    """Compare outputs, or what decoders write."""
+    from kilodelta.verify.generation.compare import compare_generation, has_cache
+    from kilodelta.verify.parity.bench import compare_outputs
+
+    if options.generate is not None:
+        return compare_generation(subject, options, progress)
+    decoders = [] if subject.export is None else list(filter(has_cache, subject.export.artefacts))
+    if decoders:
+        raise InputError(
+            f"{decoders[0].file} has a cache, so it is compared by what it writes",
+            fix="give --generate with a number of tokens, such as --generate 64",
+        )
+    return compare_outputs(subject, options, progress)
 
 
 def _text(path: _Path | None) -> str | None:
@@ -205,7 +223,7 @@ def _check(options: VerifyOptions, out: Path | None) -> None:
     if options.inputs is not None:
         _check_comparison(options)
         return
-    if options.require or options.against or options.labels:
+    if options.require or options.against or options.labels or options.generate:
         raise InputError(
             "outputs are compared on inputs, and there are none", fix="give --inputs texts.jsonl"
         )
@@ -226,6 +244,8 @@ def _check_comparison(options: VerifyOptions) -> None:
         raise InputError(
             "--inputs asks for outputs, --digests-only for none", fix="give one of both"
         )
+    if options.generate is not None:
+        _check_generation(options)
     if options.labels is None:
         return
     if options.against is None:
@@ -234,6 +254,20 @@ def _check_comparison(options: VerifyOptions) -> None:
             fix="give --against with the tuned model, or leave --labels away",
         )
     read_texts(options.labels)
+
+
+def _check_generation(options: VerifyOptions) -> None:
+    if options.generate is not None and options.generate < 1:
+        raise InputError(f"{options.generate} tokens are no text", fix="give --generate 1 or more")
+    if options.against or options.labels:
+        raise InputError(
+            "--generate compares with the merged model alone",
+            fix="leave --against and --labels out",
+        )
+    if not str(options.inputs).endswith((".jsonl", ".txt")):
+        raise InputError(
+            f"{options.inputs} is no file of prompts", fix="give a .jsonl or .txt file"
+        )
 
 
 def _located(base: _Path) -> Path:

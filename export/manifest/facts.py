@@ -13,6 +13,7 @@ DTYPES = tuple(PRECISIONS)
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
 POINTS = ("min", "opt", "max")
 BATCH, SEQUENCE = "batch", "sequence"
+PAST_SEQUENCE = "past_sequence"
 """Names of axes that vary: rows, and tokens of the main input."""
 
 Sizes: TypeAlias = tuple[int, int, int]
@@ -119,8 +120,9 @@ def misfit(points: tuple[Shape, Shape, Shape], port: Port) -> str:
     if any(len(point) != len(port.shape) for point in points):
         return f"its shapes have not the {len(port.shape)} axes of {port.name}"
     for extent, low, usual, high in zip(port.shape, *points, strict=True):
-        if not 1 <= low <= usual <= high:
-            return f"{low}, {usual}, {high} do not rise from 1 on"
+        least = 0 if extent == PAST_SEQUENCE else 1  # a prompt comes with an empty cache
+        if not least <= low <= usual <= high:
+            return f"{low}, {usual}, {high} do not rise from {least} on"
         if isinstance(extent, int) and (low, high) != (extent, extent):
             return f"an axis of {port.name} is {extent} and cannot be {low} to {high}"
     return ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,13 +12,9 @@ from torch import nn
 from kilodelta.errors import ExportError, InputError
 from kilodelta.export.manifest.facts import BATCH, DTYPES, Sizes
 from kilodelta.export.onnx.axes import AxisGroup, Variation, vary
-from kilodelta.export.onnx.clean import clean, rename
-from kilodelta.export.onnx.proof import claim, make_twin, require_kept
+from kilodelta.export.onnx.named import NamedGraph, named_graph
 from kilodelta.export.onnx.template import Template, port
-from kilodelta.export.onnx.trace import trace
 from kilodelta.export.onnx.trial import GraphTrial, can_try
-from kilodelta.files.checkpoint import in_name_order
-from kilodelta.files.tying import first_names
 from kilodelta.models import Batch, LoadedModel, View, example
 
 
@@ -63,15 +58,6 @@ def export_template(
 
 
 @dataclass(frozen=True)
-class _Graph:
-    """A graph with named weights, their shapes, and by axis why it is frozen there."""
-
-    model: Any
-    weights: Mapping[str, tuple[int, ...]]
-    frozen: Mapping[str, str]
-
-
-@dataclass(frozen=True)
 class _Maker:
     """Traces, tries, and fixes axes that do not vary in the graph, until what is declared holds.
 
@@ -103,26 +89,13 @@ class _Maker:
                     variation = variation.retraced(name, larger)
                     retraced.add(name)
 
-    def _graph(self, variation: Variation) -> _Graph:
-        dtype = getattr(torch, self.dtype)
-        twin = make_twin(self.loaded.module, dtype)
+    def _graph(self, variation: Variation) -> NamedGraph:
         shown = variation.resized({group.name: group.traced for group in variation.groups})
-        raw = trace(
-            View(twin, self.loaded.pooling, self.loaded.chosen),
-            {n: t.to(dtype) if t.is_floating_point() else t for n, t in shown.items()},
-            variation.axes(),
-        )
-        claimed = claim(raw, twin)
-        clean(raw.model)
-        require_kept(raw.model, claimed, claimed.keys() & raw.used)
-        named = _by_checkpoint_name(self.loaded, twin, claimed)
-        rename(raw.model, named)
-        held = raw.model.graph.initializers
-        return _Graph(
-            model=raw.model,
-            weights={n: tuple(held[n].shape.numpy()) for n in named if n in held},
-            frozen=dict.fromkeys(raw.frozen, "the model's code fixes it while torch traces it"),
-        )
+
+        def view(twin: nn.Module) -> View:
+            return View(twin, self.loaded.pooling, self.loaded.chosen)
+
+        return named_graph(self.loaded, view, shown, variation.axes(), self.dtype)
 
     def _without_axes(self, variation: Variation, error: ExportError) -> Variation:
         """Fix all but the batch, which leaves what torch may be able to trace.
@@ -137,7 +110,7 @@ class _Maker:
             variation = self._fixed(variation, group, error.what)
         return variation
 
-    def _tried(self, graph: _Graph, variation: Variation) -> Mapping[str, str]:
+    def _tried(self, graph: NamedGraph, variation: Variation) -> Mapping[str, str]:
         if not can_try(self.dtype):
             return {}
         dtype = getattr(torch, self.dtype)
@@ -155,7 +128,7 @@ class _Maker:
         size = group.given if asked is None and not self.is_made_up else group.sizes[1]
         return variation.fix(group.name, size, reason)
 
-    def _template(self, graph: _Graph, variation: Variation) -> Template:
+    def _template(self, graph: NamedGraph, variation: Variation) -> Template:
         loaded = self.loaded
         untried = (
             f"{self.dtype} was not run at other sizes: onnxruntime is not installed, or its CPU "
@@ -172,19 +145,3 @@ class _Maker:
             sizes=MappingProxyType({group.name: group.sizes for group in variation.groups}),
             notes=variation.fixed if can_try(self.dtype) else (*variation.fixed, untried),
         )
-
-
-def _by_checkpoint_name(
-    loaded: LoadedModel, twin: nn.Module, claimed: Mapping[str, list[Any]]
-) -> dict[str, list[Any]]:
-    """Return the claimed values by checkpoint name, in name order."""
-    firsts = first_names(twin.state_dict())
-    owner = {firsts[place]: name for name, place in loaded.names.items()}
-    orphans = sorted(set(claimed) - set(owner))
-    if orphans:
-        raise ExportError(
-            f"no checkpoint holds {', '.join(orphans)}, which the outputs depend on",
-            fix="give the merged model, or a delta that carries them as extras",
-        )
-    named = {owner[name]: values for name, values in claimed.items()}
-    return {name: named[name] for name in in_name_order(named)}

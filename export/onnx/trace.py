@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kilodelta.errors import ExportError, require
-from kilodelta.models import Batch, View
+from kilodelta.models import Batch
 from kilodelta.models.quiet import quiet
 
 
@@ -33,7 +33,7 @@ class Trace:
 class Positional(nn.Module):
     """A view with positional inputs and a tuple of outputs, as exporters want it."""
 
-    def __init__(self, view: View, inputs: tuple[str, ...]) -> None:
+    def __init__(self, view: nn.Module, inputs: tuple[str, ...]) -> None:
         super().__init__()
         self.view, self.inputs = view, inputs
 
@@ -45,11 +45,12 @@ class Positional(nn.Module):
         return tuple(tensor.clone() for tensor in named.values())
 
 
-def trace(view: View, batch: Batch, axes: Mapping[str, Mapping[int, str]]) -> Trace:
+def trace(view: nn.Module, batch: Batch, axes: Mapping[str, Mapping[int, str]]) -> Trace:
     """Trace a view of a module.
 
     Args:
-        view: in eval mode, in the precision to export.
+        view: takes and returns named tensors, and holds the module as `module`; in eval mode, in
+            the precision to export.
         batch: inputs that the view takes, at the sizes to trace with.
         axes: for each input the names of the axes that vary, by index.
 

@@ -48,7 +48,7 @@ class GraphTrial:
     ) -> None:
         self._loaded, self._variation, self._dtype = loaded, variation, dtype
         self._outputs = [value.name for value in model.graph.outputs]
-        self._session = self._open(model, weights)
+        self._session = open_graph(model, loaded, weights, dtype)
 
     def guilty(self) -> dict[str, str]:
         """Find the axes, by name, that the graph does not compute at other sizes; say why.
@@ -118,37 +118,55 @@ class GraphTrial:
         error = np.linalg.norm(actual.astype(np.float64) - wanted) / (norm or 1.0)
         return "" if error <= _OFF else f"{name} is off by {error:.2g}, relative"
 
-    def _open(self, model: Any, weights: Mapping[str, tuple[int, ...]]) -> Any:
-        import onnxruntime
 
-        settings = onnxruntime.SessionOptions()
-        settings.log_severity_level = 4  # what fails is raised as well
-        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        held = dict(self._values(onnxruntime, weights))
-        if held:
-            settings.add_external_initializers(list(held), list(held.values()))
-        try:
-            return onnxruntime.InferenceSession(
-                _without_values(model, weights, self._dtype),
-                settings,
-                providers=["CPUExecutionProvider"],
-            )
-        except Exception as error:
-            raise ExportError(
-                f"ONNX Runtime does not load the exported graph: {_first_line(error)}",
-                fix="rewrite the layer that it names, or export with the versions in "
-                "constraints.txt",
-            ) from error
+def open_graph(
+    model: Any, loaded: LoadedModel, weights: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> Any:
+    """Open a graph without weights' values in ONNX Runtime, with those of a module in memory.
 
-    def _values(
-        self, onnxruntime: Any, weights: Mapping[str, tuple[int, ...]]
-    ) -> Iterator[tuple[str, Any]]:
-        state = self._loaded.module.state_dict()
-        for name in weights:
-            tensor = state[self._loaded.names[name]]
-            if tensor.is_floating_point():
-                tensor = tensor.to(self._dtype)
-            yield name, onnxruntime.OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy())
+    Args:
+        model: an `onnx_ir.Model` whose weights bear checkpoint names.
+        loaded: the module, whose weights are used.
+        weights: the checkpoint names of the graph's weights, and their shapes.
+        dtype: of the graph's weights and floats.
+
+    Returns:
+        an `onnxruntime.InferenceSession`.
+
+    Raises:
+        ExportError: ONNX Runtime does not load the graph.
+    """
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4  # what fails is raised as well
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    held = dict(_values(onnxruntime, loaded, weights, dtype))
+    if held:
+        settings.add_external_initializers(list(held), list(held.values()))
+    try:
+        return onnxruntime.InferenceSession(
+            _without_values(model, weights, dtype), settings, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:
+        raise ExportError(
+            f"ONNX Runtime does not load the exported graph: {_first_line(error)}",
+            fix="rewrite the layer that it names, or export with the versions in constraints.txt",
+        ) from error
+
+
+def _values(
+    onnxruntime: Any,
+    loaded: LoadedModel,
+    weights: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+) -> Iterator[tuple[str, Any]]:
+    state = loaded.module.state_dict()
+    for name in weights:
+        tensor = state[loaded.names[name]]
+        if tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        yield name, onnxruntime.OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy())
 
 
 def can_try(dtype: str) -> bool:

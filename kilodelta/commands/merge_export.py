@@ -124,6 +124,7 @@ class _Export(Command):
     examples=[
         "kilodelta export base/ task.kd -o out/ --dtype fp16",
         "kilodelta export base/ task.kd -o out/ --onnx --tensorrt sm86,sm89 --profile batch=1,8,32",
+        "kilodelta export smollm2/ task.kd -o out/ --onnx --kv-cache",
     ],
 )
 @click.argument("base", type=click.Path())
@@ -153,6 +154,11 @@ class _Export(Command):
 @click.option("--config", type=click.Path(), help="Folder with the tuned model's config.json.")
 @click.option("--inputs", help="A batch to trace with: .npz, .jsonl, .txt or module:function.")
 @outputs
+@click.option(
+    "--kv-cache",
+    is_flag=True,
+    help="A decoder with its cache as inputs and outputs, and ONNX Runtime GenAI's files.",
+)
 @click.option(
     "--triton",
     metavar="REPOSITORY",

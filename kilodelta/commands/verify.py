@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     examples=[
         "kilodelta verify base/ task.kd merged/",
         "kilodelta verify base/ task.kd merged/ out/ --inputs texts.jsonl --against tuned/",
+        "kilodelta verify smollm2/ task.kd out/ --inputs chat.jsonl --generate 64",
     ],
 )
 @click.argument("base", type=click.Path())
@@ -45,6 +46,12 @@ if TYPE_CHECKING:
 @click.option("--labels", help="Labels, one a line, that two models' embeddings agree about.")
 @click.option("--model", help="package.module:function that builds the module.")
 @click.option("--config", type=click.Path(), help="Folder with the tuned model's config.json.")
+@click.option(
+    "--generate",
+    type=click.IntRange(1),
+    metavar="TOKENS",
+    help="Let decoders with a cache write after each prompt, and compare the texts.",
+)
 @click.option("--digests-only", is_flag=True, help="Check an export by its digests, run nothing.")
 @max_work
 @threads

@@ -16,6 +16,8 @@ from kilodelta.models.chats.records import Chat
 from kilodelta.models.chats.tokens import encode
 from kilodelta.models.loaded import Batch as Batch
 from kilodelta.models.loaded import LoadedModel, outputs
+from kilodelta.models.media.batches import media_batches
+from kilodelta.models.media.records import RecordSource
 from kilodelta.models.quiet import quiet
 from kilodelta.models.sources import CalledSource, ChatSource, Source, TextSource, open_source
 from kilodelta.models.sources import check_spec as check_spec
@@ -41,10 +43,11 @@ def read_inputs(
 
     Args:
         spec: a `.jsonl` or `.txt` file of texts, one per line, or a `.jsonl` file of conversations
-            (`kilodelta.models.chats.records`); a `.npz` file with one array per
-            input; `package.module:function`, which returns batches (mappings from names to
-            tensors or arrays, or bare ones for the model's main input); or what
-            `kilodelta.models.sources.open_source` made of one of these.
+            (`kilodelta.models.chats.records`); a `.npz` file with one array per input; a folder of
+            images or sounds, or a `.jsonl` file of their paths or of pairs
+            (`kilodelta.models.media.records`); `package.module:function`, which returns batches
+            (mappings from names to tensors or arrays, or bare ones for the model's main input); or
+            what `kilodelta.models.sources.open_source` made of one of these.
         loaded: the model that is to take them.
         limit: read at most so many rows; a source that is open has its own limit.
         batch_size: rows in a batch; a function's batches stay as they are.
@@ -128,6 +131,9 @@ def _batches(
         for start in range(0, len(source.chats), batch_size):
             chats = source.chats[start : start + batch_size]
             yield _padded(_encoded(chats, loaded, max_length), loaded)
+    elif isinstance(source, RecordSource):
+        for batch in media_batches(source, loaded, batch_size):
+            yield check(batch, loaded, source.spec)
     elif isinstance(source, CalledSource):
         yield from _limited(_called(source, loaded), source.limit)
     else:

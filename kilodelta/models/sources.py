@@ -15,9 +15,16 @@ from kilodelta.errors import InputError
 from kilodelta.files.npz import ArrayHeader, names_and_shapes, read_headers
 from kilodelta.models.chats.records import Chat, is_chat, read_chats
 from kilodelta.models.entry import find_entry, is_entry
+from kilodelta.models.media.records import (
+    RecordSource,
+    is_media,
+    lists_media,
+    read_media,
+    read_records,
+)
 from kilodelta.models.texts import read_texts
 
-KINDS = ".jsonl, .txt, .npz or package.module:function"
+KINDS = ".jsonl, .txt, .npz, a folder of images or sounds, or package.module:function"
 TEXTS, ARRAYS = (".jsonl", ".txt"), ".npz"
 
 
@@ -76,7 +83,7 @@ class CalledSource:
         return None
 
 
-Source: TypeAlias = TextSource | ChatSource | ArraySource | CalledSource
+Source: TypeAlias = TextSource | ChatSource | ArraySource | CalledSource | RecordSource
 
 
 def check_spec(spec: str | Path) -> None:
@@ -86,7 +93,9 @@ def check_spec(spec: str | Path) -> None:
         InputError: they are not.
     """
     path = Path(spec)
-    if path.suffix in (*TEXTS, ARRAYS):
+    if path.is_dir():
+        return
+    if path.suffix in (*TEXTS, ARRAYS) or is_media(path):
         if not path.is_file():
             raise InputError(f"{spec} is no file", fix="check the path")
     elif not is_entry(str(spec)):
@@ -97,7 +106,8 @@ def open_source(spec: str | Path, *, field: str = "text", limit: int | None = No
     """Read texts, the headers of arrays, or import a function; refuse what cannot be inputs.
 
     Args:
-        spec: a `.jsonl`, `.txt` or `.npz` file, or `package.module:function`.
+        spec: a `.jsonl`, `.txt` or `.npz` file, a folder of images or sounds, one of either, or
+            `package.module:function`.
         field: the key of the text in a `.jsonl` record.
         limit: use at most so many rows; None uses all.
 
@@ -107,6 +117,10 @@ def open_source(spec: str | Path, *, field: str = "text", limit: int | None = No
     check_spec(spec)
     text = str(spec)
     suffix = Path(spec).suffix
+    if is_media(Path(spec)):
+        return read_media(Path(spec), limit)
+    if suffix == ".jsonl" and lists_media(Path(spec)):
+        return read_records(Path(spec), field=field, limit=limit)
     if suffix == ".jsonl" and is_chat(Path(spec), field):
         return ChatSource(spec=text, chats=tuple(read_chats(Path(spec), limit=limit)))
     if suffix in TEXTS:

@@ -46,7 +46,14 @@ def _texts(path: Path, field: str) -> Iterator[str]:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a file one by one, so that a large one never lies in memory whole."""
+    """Yield the lines of a file one by one, so that a large one never lies in memory whole.
+
+    Args:
+        path: a UTF-8 file; a byte order mark is dropped.
+
+    Raises:
+        InputError: it is missing, no regular file, or not UTF-8.
+    """
     passed = 0
     try:
         with io.BufferedReader(plain.open_reader(path, follow=True)) as file:  # type: ignore[type-var]

@@ -270,7 +270,7 @@ def test_a_masked_language_model_with_a_tied_decoder(tmp_path: Path) -> None:
     from transformers import BertConfig, BertForMaskedLM
 
     config = BertConfig(**pico._bert_options())
-    base = pico._save(lambda: BertForMaskedLM(config), tmp_path / "base", 0, tokens=True)
+    base = pico.save(lambda: BertForMaskedLM(config), tmp_path / "base", 0, tokens=True)
     assert "cls.predictions.decoder.weight" not in Checkpoint.open(base)
     tuned = pico.tuned(base, tmp_path / "tuned", size=0.1)
     np.savez(tmp_path / "ids.npz", input_ids=np.random.default_rng(0).integers(4, 40, (40, 6)))
@@ -311,7 +311,7 @@ def test_an_architecture_that_cannot_be_opened_is_fitted_by_names(
         vocab_size=48, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2,
         decoder_start_token_id=0,
     )  # fmt: skip
-    base = pico._save(lambda: T5ForConditionalGeneration(config), tmp_path / "base", 0)
+    base = pico.save(lambda: T5ForConditionalGeneration(config), tmp_path / "base", 0)
     tuned = rewritten(copied(base, tmp_path / "tuned"), lambda t: trained(t, "SelfAttention.q"))
     places = (base / "model.safetensors", tuned / "model.safetensors") if bare else (base, tuned)
     report = compress(*places, tmp_path / "a.kd", options=Options(method=Lora(rank=2), bits=16))

@@ -34,6 +34,8 @@ NOT_RUN = {
     ("README.md", "pytest"): "this suite",
     ("README.md", "kilodelta demo"): "minutes, on a real model: tests/demo",
     ("add_a_method.md", ""): "tests/format/test_add_a_method.py executes this page",
+    ("decoders.md", "kilodelta "): "a real decoder: tests/export/test_decoder.py does it, tiny",
+    ("decoders.md", "import onnxruntime_genai"): "the same test, by the same package",
     ("demo.md", ""): "minutes, on a real model: tests/demo holds every command of it",
     ("export.md", "error: "): "messages; tests/export/test_tensorrt.py holds them",
     ("fleet.md", "kilodelta fleet run"): "minutes of training and engines: tests/fleet runs fleets",

@@ -40,7 +40,7 @@ def bert(folder: Path, *, seed: int = 0, width: int = WIDTH, layers: int = 2) ->
 
     sizes = {"hidden_size": width, "num_hidden_layers": layers}
     config = BertConfig(**{**_bert_options(), **sizes})
-    return _save(lambda: BertModel(config), folder, seed, tokens=True)
+    return save(lambda: BertModel(config), folder, seed, tokens=True)
 
 
 def bert_classifier(folder: Path, *, seed: int = 0, labels: int = LABELS) -> Path:
@@ -48,7 +48,7 @@ def bert_classifier(folder: Path, *, seed: int = 0, labels: int = LABELS) -> Pat
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(**_bert_options(), num_labels=labels)
-    return _save(lambda: BertForSequenceClassification(config), folder, seed, tokens=True)
+    return save(lambda: BertForSequenceClassification(config), folder, seed, tokens=True)
 
 
 def gpt2(folder: Path, *, seed: int = 0) -> Path:
@@ -64,7 +64,7 @@ def gpt2(folder: Path, *, seed: int = 0) -> Path:
         bos_token_id=2,
         eos_token_id=3,
     )
-    return _save(lambda: GPT2LMHeadModel(config), folder, seed, tokens=True)
+    return save(lambda: GPT2LMHeadModel(config), folder, seed, tokens=True)
 
 
 def llama(folder: Path, *, seed: int = 0, tied: bool = True) -> Path:
@@ -83,7 +83,70 @@ def llama(folder: Path, *, seed: int = 0, tied: bool = True) -> Path:
         bos_token_id=2,
         eos_token_id=3,
     )
-    return _save(lambda: LlamaForCausalLM(config), folder, seed, tokens=True)
+    return save(lambda: LlamaForCausalLM(config), folder, seed, tokens=True)
+
+
+def qwen2(folder: Path, *, seed: int = 0) -> Path:
+    """A decoder like Llama with biases on query, key and value, and a wider head."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return save(lambda: Qwen2ForCausalLM(Qwen2Config(**_decoder())), folder, seed, tokens=True)
+
+
+def mistral(folder: Path, *, seed: int = 0) -> Path:
+    """A decoder whose tokens look back 6 positions at most (a sliding window)."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(**_decoder(), sliding_window=6)
+    return save(lambda: MistralForCausalLM(config), folder, seed, tokens=True)
+
+
+def gemma3(folder: Path, *, seed: int = 0) -> Path:
+    """A decoder with layers of both kinds: one with a sliding window, one without."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        **_decoder(),
+        head_dim=8,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    return save(lambda: Gemma3ForCausalLM(config), folder, seed, tokens=True)
+
+
+def opt(folder: Path, *, seed: int = 0) -> Path:
+    """A decoder with learned positions that begin at an offset."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        ffn_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=POSITIONS,
+        word_embed_proj_dim=WIDTH,
+        bos_token_id=2,
+        eos_token_id=3,
+        pad_token_id=0,
+    )
+    return save(lambda: OPTForCausalLM(config), folder, seed, tokens=True)
+
+
+def bloom(folder: Path, *, seed: int = 0) -> Path:
+    """A decoder without positions: its attention falls off with the distance (ALiBi)."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=2,
+        eos_token_id=3,
+        pad_token_id=0,
+    )
+    return save(lambda: BloomForCausalLM(config), folder, seed, tokens=True)
 
 
 def vit(folder: Path, *, seed: int = 0) -> Path:
@@ -99,7 +162,7 @@ def vit(folder: Path, *, seed: int = 0) -> Path:
         patch_size=8,
         num_labels=LABELS,
     )
-    return _save(lambda: ViTForImageClassification(config), folder, seed)
+    return save(lambda: ViTForImageClassification(config), folder, seed)
 
 
 def resnet(folder: Path, *, seed: int = 0) -> Path:
@@ -113,7 +176,7 @@ def resnet(folder: Path, *, seed: int = 0) -> Path:
         layer_type="basic",
         num_labels=LABELS,
     )
-    return _save(lambda: ResNetForImageClassification(config), folder, seed)
+    return save(lambda: ResNetForImageClassification(config), folder, seed)
 
 
 MODELS: Mapping[str, Callable[..., Path]] = {
@@ -178,6 +241,21 @@ def pixels(count: int = 3, *, seed: int = 0) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(count, 3, IMAGE, IMAGE, generator=generator)}
 
 
+def _decoder() -> dict[str, Any]:
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": POSITIONS,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+        "pad_token_id": 0,
+    }
+
+
 def _bert_options() -> dict[str, Any]:
     return {
         "vocab_size": VOCABULARY,
@@ -189,7 +267,7 @@ def _bert_options() -> dict[str, Any]:
     }
 
 
-def _save(make: Callable[[], Any], folder: Path, seed: int, *, tokens: bool = False) -> Path:
+def save(make: Callable[[], Any], folder: Path, seed: int = 0, *, tokens: bool = False) -> Path:
     from transformers.utils import logging
 
     with torch.random.fork_rng(devices=[]):

@@ -15,6 +15,7 @@ RUNNERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "ort": ("onnxruntime-cpu", "onnxruntime-cuda"),
         "ort-cpu": ("onnxruntime-cpu",),
         "ort-cuda": ("onnxruntime-cuda",),
+        "genai": ("onnxruntime-genai",),
         "tensorrt": ("tensorrt", "tensorrt-rtx"),
         "tensorrt-rtx": ("tensorrt-rtx",),
     }

@@ -1,0 +1,308 @@
+"""Images, sounds and pairs as inputs: what processors make of them, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kilodelta.compress import Options, compress
+from kilodelta.errors import InputError
+from kilodelta.format.methods import Nola
+from kilodelta.models import open_model, read_inputs
+from kilodelta.models.media.sounds import resample
+from tests.support import pico
+
+Image = pytest.importorskip("PIL.Image")
+soundfile = pytest.importorskip("soundfile")
+
+RATE = 16000
+
+
+def vit(folder: Path) -> Path:
+    """A vision transformer with the processor that it was made for."""
+    from transformers import ViTImageProcessor
+
+    pico.vit(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def whisper(folder: Path) -> Path:
+    """A Whisper that hears one second, with its feature extractor and a tokenizer."""
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    config = WhisperConfig(
+        vocab_size=pico.VOCABULARY,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        num_mel_bins=8,
+        max_source_positions=50,
+        max_target_positions=20,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+        decoder_start_token_id=2,
+        begin_suppress_tokens=None,
+        suppress_tokens=None,
+    )
+    pico.save(lambda: WhisperForConditionalGeneration(config), folder, tokens=True)
+    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder)
+    return folder
+
+
+def t5(folder: Path) -> Path:
+    """An encoder-decoder with a tokenizer."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=pico.VOCABULARY,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=1,
+        num_heads=2,
+        pad_token_id=0,
+        eos_token_id=3,
+        decoder_start_token_id=0,
+    )
+    return pico.save(lambda: T5ForConditionalGeneration(config), folder, tokens=True)
+
+
+def picture(
+    path: Path, mode: str = "RGB", *, seed: int = 0, size: tuple[int, int] = (20, 12)
+) -> Path:
+    chance = np.random.default_rng(seed)
+    pixels = chance.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).convert(mode).save(path)
+    return path
+
+
+def tone(path: Path, *, seconds: float = 0.5, rate: int = RATE, hertz: float = 440) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    times = np.arange(int(seconds * rate)) / rate
+    soundfile.write(path, 0.5 * np.sin(2 * np.pi * hertz * times), rate)
+    return path
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return open_model(vit(tmp_path_factory.mktemp("vit") / "base"))
+
+
+@pytest.fixture(scope="module")
+def hearing(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return open_model(whisper(tmp_path_factory.mktemp("whisper") / "base"))
+
+
+def test_a_folder_of_images(seeing: Any, tmp_path: Path) -> None:
+    from transformers import AutoImageProcessor
+
+    first = picture(tmp_path / "a.png")
+    second = picture(tmp_path / "b" / "c.JPG", seed=1, size=(9, 30))
+    picture(tmp_path / ".hidden.png", seed=2)
+    (tmp_path / "notes.txt").write_text("no image")
+    (batch,) = read_inputs(tmp_path, seeing)
+    processor = AutoImageProcessor.from_pretrained(seeing.source)
+    images = [Image.open(place).convert("RGB") for place in (first, second)]
+    expected = processor(images=images, return_tensors="pt")["pixel_values"]
+    assert torch.equal(batch["pixel_values"], expected)
+    assert len(read_inputs(tmp_path, seeing, limit=1)[0]["pixel_values"]) == 1
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "RGB"])
+def test_modes_with_eight_bits_are_converted(mode: str, seeing: Any, tmp_path: Path) -> None:
+    (batch,) = read_inputs(picture(tmp_path / "a.png", mode), seeing)
+    assert batch["pixel_values"].shape == (1, 3, 16, 16)
+
+
+def test_cmyk_is_converted(seeing: Any, tmp_path: Path) -> None:
+    (batch,) = read_inputs(picture(tmp_path / "a.jpg", "CMYK"), seeing)
+    assert batch["pixel_values"].shape == (1, 3, 16, 16)
+
+
+def test_an_image_is_turned_upright(seeing: Any, tmp_path: Path) -> None:
+    upright = picture(tmp_path / "a.png", size=(20, 10))
+    image = Image.open(upright)
+    tag = Image.Exif()
+    tag[0x0112] = 6  # the camera was turned: show it by 270 degrees
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "b.png", exif=tag)
+    (batch,) = read_inputs(tmp_path, seeing)
+    assert torch.equal(batch["pixel_values"][0], batch["pixel_values"][1])
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_deep_images_are_refused(mode: str, seeing: Any, tmp_path: Path) -> None:
+    kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    Image.fromarray(np.zeros((8, 8), kind)).save(tmp_path / "a.tiff")
+    with pytest.raises(InputError, match="whose values have no fixed range"):
+        read_inputs(tmp_path, seeing)
+
+
+def test_what_is_no_image_is_named(seeing: Any, tmp_path: Path) -> None:
+    whole = picture(tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"cut\.png is no image that Pillow reads"):
+        read_inputs(tmp_path / "cut.png", seeing)
+    (tmp_path / "text.jpg").write_text("no image")
+    with pytest.raises(InputError, match=r"text\.jpg is no image that Pillow reads"):
+        read_inputs(tmp_path / "text.jpg", seeing)
+
+
+def test_folders_that_cannot_be_inputs(seeing: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no images and no sounds"):
+        read_inputs(tmp_path, seeing)
+    place = picture(tmp_path / "a.png")
+    tone(tmp_path / "b.wav")
+    with pytest.raises(InputError, match=r"images \(a\.png\) and sounds \(b\.wav\)"):
+        read_inputs(tmp_path, seeing)
+    (tmp_path / "b.wav").unlink()
+    (tmp_path / "c.png").symlink_to(place)
+    with pytest.raises(InputError, match=r"c\.png is a link"):
+        read_inputs(tmp_path, seeing)
+
+
+def test_images_that_a_file_lists(seeing: Any, tmp_path: Path) -> None:
+    picture(tmp_path / "photos" / "a.png")
+    lines = tmp_path / "list.jsonl"
+    lines.write_text('{"image": "photos/a.png"}\n{"image": "photos/a.png"}\n')
+    (batch,) = read_inputs(lines, seeing)
+    assert batch["pixel_values"].shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"image": "none.png"}', "none.png does not exist"),
+        ('{"image": 3}', "image is no path"),
+        ('{"image": "a.png", "audio": "b.wav"}', "names an image and a sound"),
+        ('{"image": "a.png", "target": "rain"}', "has no decoder to write one"),
+        ('{"image": "a.png", "text": ""}', "text is no text"),
+        ('{"target": "rain"}', "has no image, audio or text"),
+    ],
+)
+def test_records_that_cannot_be_inputs(line: str, reason: str, seeing: Any, tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    tone(tmp_path / "b.wav")
+    lines = tmp_path / "list.jsonl"
+    lines.write_text(line + "\n")
+    with pytest.raises(InputError, match=reason):
+        read_inputs(lines, seeing)
+
+
+def test_records_that_differ(seeing: Any, tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    lines = tmp_path / "list.jsonl"
+    lines.write_text('{"image": "a.png"}\n{"image": "a.png", "text": "rain"}\n')
+    with pytest.raises(InputError, match=r"list\.jsonl:2 holds image and text"):
+        read_inputs(lines, seeing)
+
+
+def test_a_model_without_a_processor(tmp_path: Path) -> None:
+    picture(tmp_path / "photos" / "a.png")
+    with pytest.raises(InputError, match="has no processor for images"):
+        read_inputs(tmp_path / "photos", open_model(pico.vit(tmp_path / "vit")))
+
+
+def test_a_processor_for_something_else(seeing: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no processor for sounds|takes no sounds"):
+        read_inputs(tone(tmp_path / "a.wav"), seeing)
+
+
+def test_a_sound_at_another_rate(hearing: Any, tmp_path: Path) -> None:
+    from transformers import WhisperFeatureExtractor
+
+    slow = tone(tmp_path / "slow.wav", rate=8000)
+    (batch,) = read_inputs(slow, hearing)
+    samples = 0.5 * np.sin(2 * np.pi * 440 * np.arange(RATE // 2) / RATE)
+    expected = WhisperFeatureExtractor(feature_size=8, chunk_length=1)(
+        samples, sampling_rate=RATE, return_tensors="pt"
+    )["input_features"]
+    assert batch["input_features"].shape == (1, 8, 100)
+    # 16 bits, and the ends of the tone, are what is left of a difference.
+    assert (batch["input_features"] - expected).abs().mean() < 0.05
+    # No target: the model wrote one, from its start token on.
+    assert batch["decoder_input_ids"][0, 0] == 2
+
+
+def test_resampling_is_the_usual_one() -> None:
+    signal = pytest.importorskip("scipy.signal")
+    samples = np.random.default_rng(0).standard_normal(441).astype(np.float32)
+    for own, wanted in ((44100, 16000), (8000, 16000), (16000, 16000), (16000, 8000)):
+        for part in (samples, samples[:-1]):
+            found = resample(part, own, wanted)
+            expected = signal.resample(part.astype(np.float64), len(found))
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_channels_are_averaged(hearing: Any, tmp_path: Path) -> None:
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (4000, 2)).astype(np.float32)
+    soundfile.write(tmp_path / "two.wav", samples, RATE, subtype="FLOAT")
+    soundfile.write(tmp_path / "one.wav", samples.mean(axis=1), RATE, subtype="FLOAT")
+    one, two = (read_inputs(tmp_path / f"{n}.wav", hearing)[0] for n in ("one", "two"))
+    assert torch.allclose(one["input_features"], two["input_features"], atol=1e-5)
+
+
+def test_sounds_that_cannot_be_heard(hearing: Any, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), RATE)
+    with pytest.raises(InputError, match=r"empty\.wav holds no sound"):
+        read_inputs(tmp_path / "empty.wav", hearing)
+    soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan), RATE, subtype="FLOAT")
+    with pytest.raises(InputError, match="holds NaN or infinity"):
+        read_inputs(tmp_path / "nan.wav", hearing)
+    tone(tmp_path / "long.wav", seconds=1.5)
+    with pytest.raises(InputError, match=r"is 1\.5 s long, and the model hears 1 s"):
+        read_inputs(tmp_path / "long.wav", hearing)
+    (tmp_path / "text.wav").write_text("no sound")
+    with pytest.raises(InputError, match=r"text\.wav is no sound that can be read"):
+        read_inputs(tmp_path / "text.wav", hearing)
+
+
+def test_pairs_are_taught_with_the_target_given(tmp_path: Path) -> None:
+    loaded = open_model(t5(tmp_path / "base"))
+    lines = tmp_path / "pairs.jsonl"
+    lines.write_text(
+        '{"text": "rain", "target": "seven birds watch"}\n{"text": "a river", "target": "rain"}\n'
+    )
+    first, second = read_inputs(lines, loaded)  # of several lengths: nothing is padded
+    ids = loaded.tokenizer("seven birds watch")["input_ids"]
+    assert first["decoder_input_ids"].tolist() == [[0, *ids[:-1]]]
+    assert first["input_ids"].tolist() == [loaded.tokenizer("rain")["input_ids"]]
+    assert second["decoder_input_ids"].shape[1] < first["decoder_input_ids"].shape[1]
+
+
+def test_a_target_beyond_the_positions(hearing: Any, tmp_path: Path) -> None:
+    tone(tmp_path / "a.wav")
+    lines = tmp_path / "list.jsonl"
+    lines.write_text('{"audio": "a.wav", "target": "' + "rain " * 30 + '"}\n')
+    with pytest.raises(InputError, match=r"a target of 3\d tokens, and .* takes 20"):
+        read_inputs(lines, hearing)
+
+
+def test_compress_on_a_folder_of_photos(tmp_path: Path) -> None:
+    base = vit(tmp_path / "base")
+    tuned = pico.tuned(base, tmp_path / "tuned", size=0.1)
+    for n in range(12):
+        picture(tmp_path / "photos" / f"{n:02}.png", seed=n)
+    options = Options(method=Nola(rank=2, bases=8), steps=3)
+    report = compress(base, tuned, tmp_path / "a.kd", inputs=tmp_path / "photos", options=options)
+    assert report.targets
+
+
+def test_compress_on_a_folder_of_calls(tmp_path: Path) -> None:
+    base = whisper(tmp_path / "base")
+    tuned = pico.tuned(base, tmp_path / "tuned", size=0.1)
+    for n in range(12):
+        tone(tmp_path / "calls" / f"{n:02}.wav", hertz=200 + 50 * n)
+    options = Options(method=Nola(rank=2, bases=8), steps=3)
+    report = compress(base, tuned, tmp_path / "a.kd", inputs=tmp_path / "calls", options=options)
+    assert report.targets

@@ -1,0 +1,200 @@
+"""Let runtimes write greedily: ONNX Runtime step by step, and ONNX Runtime GenAI by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kilodelta.errors import KiloDeltaError, MissingPackageError, ProofError
+from kilodelta.export.decoder.genai import CONFIG
+from kilodelta.models.generation.cache import PAST, POSITIONS, PRESENT
+from kilodelta.verify.runners.runner import UnavailableError, one_line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """A text that a runtime has written.
+
+    Attributes:
+        fed: the tokens that were computed: the prompt, and what was written but for the last.
+        start: how many of them are the prompt.
+        chosen: the tokens that were written; an end token, if one was, included.
+        logits: `(fed, vocabulary)`, the scores after every token.
+    """
+
+    fed: tuple[int, ...]
+    start: int
+    chosen: tuple[int, ...]
+    logits: NDArray[Any]
+
+
+class Writer(Protocol):
+    """One way to continue prompts with a cache."""
+
+    @property
+    def name(self) -> str:
+        """The runtime, such as `onnxruntime-cpu`."""
+
+    def available(self) -> KiloDeltaError | None:
+        """Return None if `write` will work here, else what is missing.
+
+        Raises:
+            ProofError: the artefact itself is broken.
+        """
+
+    def write(self, ids: Sequence[int], most: int, end: Sequence[int]) -> Written:
+        """Continue a prompt, always by the most likely token, until an end token or `most`.
+
+        Raises:
+            ProofError: the runtime stops.
+        """
+
+
+class OnnxWriter:
+    """ONNX Runtime on a CPU, fed token by token.
+
+    Args:
+        path: a graph with a cache.
+    """
+
+    name = "onnxruntime-cpu"
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._session: Any = None
+
+    def available(self) -> KiloDeltaError | None:
+        """Open a session; return None, or why there is none; see `Writer`."""
+        try:
+            import onnxruntime
+        except ImportError:
+            return MissingPackageError(
+                "onnxruntime is needed to run ONNX models",
+                fix="in a clone of kilodelta: pip install '.[cpu]'",
+            )
+        settings = onnxruntime.SessionOptions()
+        settings.log_severity_level = 4  # what fails is raised as well
+        try:
+            self._session = onnxruntime.InferenceSession(
+                self._path, settings, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's own classes share no other base
+            if "NOT_IMPLEMENTED" in str(error):  # no kernel of this precision, as for bfloat16
+                return UnavailableError(
+                    f"ONNX Runtime cannot run it on a CPU: {one_line(error)}",
+                    fix="run it on a GPU, or export --dtype fp32",
+                )
+            raise ProofError(
+                f"{self._path.name} is not a valid model: {one_line(error)}",
+                fix="export again, or fetch the file again",
+            ) from error
+        return None
+
+    def write(self, ids: Sequence[int], most: int, end: Sequence[int]) -> Written:
+        """Continue a prompt; see `Writer`."""
+        ports = self._session.get_inputs()
+        cache = {p.name: _empty(p) for p in ports if p.name.startswith(f"{PAST}.")}
+        fed, new = [], list(ids)
+        chosen: list[int] = []
+        rows = []
+        while True:
+            fed += new
+            try:
+                logits, cache = self._step(new, len(fed), cache)
+            except Exception as error:
+                raise ProofError(
+                    f"ONNX Runtime stops at token {len(fed)}: {one_line(error)}",
+                    fix="export again",
+                ) from error
+            rows.append(logits[0])
+            chosen.append(int(logits[0, -1].argmax()))
+            if chosen[-1] in end or len(chosen) == most:
+                break
+            new = [chosen[-1]]
+        return Written(
+            fed=tuple(fed), start=len(ids), chosen=tuple(chosen), logits=np.concatenate(rows)
+        )
+
+    def _step(
+        self, new: Sequence[int], total: int, cache: dict[str, Any]
+    ) -> tuple[NDArray[Any], dict[str, Any]]:
+        given = {
+            "input_ids": np.array([new], np.int64),
+            "attention_mask": np.ones((1, total), np.int64),
+            POSITIONS: np.arange(total - len(new), total, dtype=np.int64)[None],
+        }
+        taken = {port.name for port in self._session.get_inputs()}
+        names = [port.name for port in self._session.get_outputs()]
+        batch = {name: array for name, array in given.items() if name in taken}
+        made = dict(zip(names, self._session.run(names, {**batch, **cache}), strict=True))
+        logits = made.pop("logits")
+        return logits, {name.replace(PRESENT, PAST, 1): array for name, array in made.items()}
+
+
+def _empty(port: Any) -> NDArray[Any]:
+    """A cache without positions, `(1, heads, 0, size)`."""
+    kind = np.float16 if "float16" in port.type else np.float32
+    return np.zeros((1, port.shape[1], 0, port.shape[3]), kind)
+
+
+class GenaiWriter:
+    """ONNX Runtime GenAI, which makes masks, positions and steps by itself.
+
+    Args:
+        folder: holds `genai_config.json`.
+    """
+
+    name = "onnxruntime-genai"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._model: Any = None
+        self._package: Any = None
+
+    def available(self) -> KiloDeltaError | None:
+        """Open the model; return None, or why it cannot be; see `Writer`."""
+        try:
+            import onnxruntime_genai
+        except ImportError:
+            return MissingPackageError(
+                f"onnxruntime-genai is needed to run {CONFIG}",
+                fix="in a clone of kilodelta: pip install '.[genai]'",
+            )
+        self._package = onnxruntime_genai
+        self._model = self._started(lambda: onnxruntime_genai.Model(str(self._folder)), "load")
+        return None
+
+    def write(self, ids: Sequence[int], most: int, end: Sequence[int]) -> Written:
+        """Continue a prompt; see `Writer`."""
+        text: Written = self._started(lambda: self._write(ids, most, end), "run")
+        return text
+
+    def _started(self, work: Callable[[], Any], verb: str) -> Any:
+        try:
+            return work()
+        except Exception as error:  # all of its errors are RuntimeErrors, or pybind's
+            raise ProofError(
+                f"ONNX Runtime GenAI does not {verb} {self._folder.name}: {one_line(error)}",
+                fix="export again with --kv-cache",
+            ) from error
+
+    def _write(self, ids: Sequence[int], most: int, end: Sequence[int]) -> Written:
+        settings = self._package.GeneratorParams(self._model)
+        settings.set_search_options(do_sample=False, max_length=len(ids) + most)
+        generator = self._package.Generator(self._model, settings)
+        generator.append_tokens(np.array(ids, np.int32))
+        rows = [np.array(generator.get_output("logits"))[0]]
+        chosen: list[int] = []
+        while True:
+            generator.generate_next_token()
+            chosen.append(int(generator.get_next_tokens()[0]))
+            if chosen[-1] in end or len(chosen) == most or generator.is_done():
+                break
+            rows.append(np.array(generator.get_logits())[0, -1:])  # computes the step
+        fed = (*ids, *chosen[:-1])
+        return Written(fed=fed, start=len(ids), chosen=tuple(chosen), logits=np.concatenate(rows))
