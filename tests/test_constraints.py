@@ -5,61 +5,29 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("packaging")
 pytest.importorskip("tomllib")
-import tomllib
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from tests.support.device_install import (
+    EXTRAS,
+    LOCK,
+    LOCK_CPU,
+    PROCESSORS,
+    PYTHONS,
+    SBOM,
+    device_wants,
+    holds,
+    pins,
+    resolve,
+)
 from tests.support.processes import ROOT
-
-PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
-PROCESSORS = ("x86_64", "aarch64")
-GLIBC = ("2_28", "2_27", "2_17")
-"""JetPack 6 and 7 have newer ones; wheels are tagged by the oldest that they need."""
-EXTRAS = ("cpu", "trust", "mirror", "fleet")
-"""What a device may install besides the core."""
-
-
-def environment(python: str, processor: str = "x86_64") -> dict[str, str]:
-    """The markers' environment of a machine."""
-    return {
-        "python_version": python,
-        "python_full_version": f"{python}.12",
-        "platform_machine": processor,
-        "sys_platform": "linux",
-        "os_name": "posix",
-        "platform_system": "Linux",
-        "implementation_name": "cpython",
-        "platform_python_implementation": "CPython",
-        "extra": "",
-    }
-
-
-def holds(wanted: Requirement, python: str, processor: str = "x86_64") -> bool:
-    return wanted.marker is None or wanted.marker.evaluate(environment(python, processor))
-
-
-def pins() -> list[Requirement]:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    return [Requirement(line) for line in lines if line and not line.startswith("#")]
-
-
-def device_wants() -> Iterator[Requirement]:
-    """The core's dependencies and those of a device's extras."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    for text in (*project["dependencies"], *(text for name in EXTRAS for text in extras[name])):
-        if not text.startswith("kilodelta["):
-            yield Requirement(text)
 
 
 @pytest.mark.parametrize("python", PYTHONS)
@@ -105,32 +73,91 @@ def test_the_pins_are_what_a_device_asks_for() -> None:
 @pytest.mark.parametrize("processor", PROCESSORS)
 @pytest.mark.parametrize("python", PYTHONS)
 def test_a_devices_install_resolves(python: str, processor: str, tmp_path: Path) -> None:
-    """By pip itself, from wheels alone; skipped where no index is in reach.
+    """By pip itself, from wheels alone; skipped where no index is in reach."""
+    done = resolve(python, processor, tmp_path, list(device_wants()))
+    if done.returncode and "No matching distribution found for numpy" in done.stderr:
+        pytest.skip("no package index is in reach")
+    assert done.returncode == 0, done.stderr
+    names = {
+        item["metadata"]["name"].lower()
+        for item in json.loads((tmp_path / "report.json").read_text())["install"]
+    }
+    assert {"numpy", "numba", "click", "rich", "onnxruntime", "filelock", "tuf"} <= names
 
-    pip evaluates markers for the Python that it runs on, so they are evaluated here before.
-    """
-    chosen = tmp_path / "constraints.txt"
-    lines = [f"{p.name}{p.specifier}" for p in pins() if holds(p, python, processor)]
-    chosen.write_text("\n".join(lines))
-    wanted = [f"{w.name}{w.specifier}" for w in device_wants() if holds(w, python, processor)]
-    report = tmp_path / "report.json"
-    platforms = [f"manylinux_{version}_{processor}" for version in GLIBC]
-    platforms.append(f"manylinux2014_{processor}")
+
+def locked() -> dict[str, tuple[Requirement, list[str]]]:
+    """The requirements of both locks with their hashes, by the whole line."""
+    found: dict[str, tuple[Requirement, list[str]]] = {}
+    for name in (LOCK, LOCK_CPU):
+        text = (ROOT / name).read_text().replace("\\\n", " ")
+        for line in text.splitlines():
+            if line.startswith("#"):
+                continue
+            words, *hashes = line.split("--hash=sha256:")
+            found[words] = (Requirement(words.strip()), [h.strip() for h in hashes])
+    return found
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_lock_holds_what_the_pins_say(python: str) -> None:
+    """One version of each package, that of constraints.txt, and everything a device asks for."""
+    by_name: dict[str, str] = {}
+    for wanted, hashes in locked().values():
+        assert hashes
+        assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in hashes), wanted
+        if holds(wanted, python):
+            name = canonicalize_name(wanted.name)
+            assert name not in by_name, f"{name} twice on {python}"
+            by_name[name] = str(wanted.specifier)
+    pinned = {canonicalize_name(p.name): str(p.specifier) for p in pins() if holds(p, python)}
+    assert {n: v for n, v in by_name.items() if pinned.get(n, v) != v} == {}
+    extras = tuple(name for name in EXTRAS if name != "fleet")
+    asked = {canonicalize_name(w.name) for w in device_wants(extras) if holds(w, python)}
+    assert asked <= by_name.keys()
+
+
+def test_the_bill_of_materials_is_of_the_lock() -> None:
+    """Every version that is locked, each with its licence, in the form that others read."""
+    bill = json.loads((ROOT / SBOM).read_text())
+    components = {(c["name"], f"=={c['version']}") for c in bill["components"]}
+    wanted = {(canonicalize_name(w.name), str(w.specifier)) for w, _ in locked().values()}
+    assert components == wanted
+    refs = {c["bom-ref"] for c in bill["components"]}
+    for entry in bill["dependencies"]:
+        assert set(entry["dependsOn"]) <= refs
+    validation = pytest.importorskip("cyclonedx.validation.json")
+    schema = pytest.importorskip("cyclonedx.schema")
+    validator = validation.JsonStrictValidator(schema.SchemaVersion.V1_6)
+    assert validator.validate_str((ROOT / SBOM).read_text()) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("python", ["3.10", "3.14"])
+def test_the_lock_is_what_the_index_serves(python: str, processor: str, tmp_path: Path) -> None:
+    """By pip with hashes required; skipped where no index is in reach."""
+    import subprocess
+    import sys
+
+    lines = [
+        f"{w.name}{w.specifier} " + " ".join(f"--hash=sha256:{h}" for h in hashes)
+        for w, hashes in locked().values()
+        if holds(w, python, processor)
+    ]
+    (tmp_path / "lock.txt").write_text("\n".join(lines))
+    platforms = [f"manylinux_{version}_{processor}" for version in ("2_28", "2_27", "2_17")]
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed"),
-            *("--quiet", "--no-input", "--disable-pip-version-check", "--only-binary=:all:"),
-            *("--implementation", "cp", "--python-version", python),
+            *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"),
+            *("--only-binary=:all:", "--implementation", "cp", "--python-version", python),
             *(word for name in platforms for word in ("--platform", name)),
-            *("--target", str(tmp_path / "target"), "--report", str(report)),
-            *("-c", str(chosen), *wanted),
+            *("--platform", f"manylinux2014_{processor}"),
+            *("-d", str(tmp_path / "wheels"), "-r", str(tmp_path / "lock.txt")),
         ],
         capture_output=True,
         text=True,
         check=False,
     )
-    if done.returncode and "No matching distribution found for numpy" in done.stderr:
+    if done.returncode and "No matching distribution found" in done.stderr:
         pytest.skip("no package index is in reach")
     assert done.returncode == 0, done.stderr
-    names = {item["metadata"]["name"].lower() for item in json.loads(report.read_text())["install"]}
-    assert {"numpy", "numba", "click", "rich", "onnxruntime", "filelock", "tuf"} <= names
