@@ -106,10 +106,10 @@ def test_the_lock_holds_what_the_pins_say(python: str) -> None:
         assert hashes
         assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in hashes), wanted
         if holds(wanted, python):
-            name = canonicalize_name(wanted.name)
+            name = str(canonicalize_name(wanted.name))
             assert name not in by_name, f"{name} twice on {python}"
             by_name[name] = str(wanted.specifier)
-    pinned = {canonicalize_name(p.name): str(p.specifier) for p in pins() if holds(p, python)}
+    pinned = {str(canonicalize_name(p.name)): str(p.specifier) for p in pins() if holds(p, python)}
     assert {n: v for n, v in by_name.items() if pinned.get(n, v) != v} == {}
     extras = tuple(name for name in EXTRAS if name != "fleet")
     asked = {canonicalize_name(w.name) for w in device_wants(extras) if holds(w, python)}

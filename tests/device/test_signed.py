@@ -199,6 +199,13 @@ def test_a_change_travels_as_a_file_and_is_good_once(team: Team) -> None:
     assert trust(other, signed=file).pins.threshold == 2
     with pytest.raises(SignatureError):
         trust(other, signed=file)
+    third, again = team.place / "third", team.place / "again.json"
+    Team.pin(team)
+    shutil.copytree(team.device, third)
+    trust(third, add=[two.public], by=[one.private], out=again)
+    trust(third, signed=again)
+    with pytest.raises(SignatureError, match="made for other pins"):  # its signature still counts
+        trust(third, signed=again)
     damaged = json.loads(file.read_text())
     damaged["payload"] = "e30="
     file.write_text(json.dumps(damaged))

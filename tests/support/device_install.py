@@ -111,9 +111,10 @@ def resolved(extras: Sequence[str]) -> Versions:
                     raise SystemExit(done.stderr)
                 report = json.loads((Path(name) / "report.json").read_text())
             for item in report["install"]:
-                key = (canonicalize_name(item["metadata"]["name"]), item["metadata"]["version"])
-                pythons[key].add(python)
-                digests[key].add(item["download_info"]["archive_info"]["hashes"]["sha256"])
+                package = str(canonicalize_name(item["metadata"]["name"]))
+                chosen = (package, str(item["metadata"]["version"]))
+                pythons[chosen].add(python)
+                digests[chosen].add(item["download_info"]["archive_info"]["hashes"]["sha256"])
     found: dict[str, dict[str, tuple[frozenset[str], frozenset[str]]]] = defaultdict(dict)
     for name, version in sorted(pythons):
         key = (name, version)
@@ -199,9 +200,11 @@ def _licence(name: str) -> dict[str, Any]:
         metadata = importlib.metadata.metadata(name)
     except importlib.metadata.PackageNotFoundError:
         return {}
-    if expression := metadata.get("License-Expression"):
-        return {"licenses": [{"expression": expression}]}
-    named = [c.rpartition(" :: ")[2] for c in metadata.get_all("Classifier", []) if "License" in c]
+    if "License-Expression" in metadata:
+        return {"licenses": [{"expression": metadata["License-Expression"]}]}
+    named = [
+        c.rpartition(" :: ")[2] for c in metadata.get_all("Classifier") or [] if "License" in c
+    ]
     return {"licenses": [{"license": {"name": n}} for n in named]} if named else {}
 
 
