@@ -94,7 +94,7 @@ def kind_of_file(path: Path, head: bytes) -> FileKind | None:
 
 
 def _is_text(head: bytes) -> bool:
-    """Whether bytes are UTF-8 text, the last character perhaps cut, without control characters."""
+    """Return whether bytes are UTF-8 text, perhaps cut in its last character, without controls."""
     text = head.decode("utf-8", "ignore")
     controls = sum(not (c.isprintable() or c.isspace()) for c in text)
     return bool(head) and not controls and len(text.encode()) >= len(head) - 3

@@ -22,7 +22,7 @@ Progress = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:
-    """The default: tell nobody."""
+    """Report to nobody: the default."""
 
 
 class StoppedError(Exception):

@@ -1,4 +1,4 @@
-"""Trace a torch module into a raw ONNX graph, every weight an initializer of its own."""
+"""Trace a torch module into a raw ONNX graph, every weight a separate initializer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Positional(nn.Module):
         self.view, self.inputs = view, inputs
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Compute the outputs, each a tensor of its own."""
+        """Compute the outputs, each a separate tensor."""
         named = self.view(**dict(zip(self.inputs, tensors, strict=True)))
         # One tensor under two names, or an input or weight that is passed on, would otherwise be
         # one value of the graph, whose last name alone stays.
@@ -142,7 +142,7 @@ def _name_axes(
 
 
 def _named(size: Any, names: Mapping[str, str]) -> Any:
-    """A size with its symbols named: an int stays, `(s21 - 1)//2` becomes `(time - 1)//2`."""
+    """Name the symbols in a size: an int stays, `(s21 - 1)//2` becomes `(time - 1)//2`."""
     if isinstance(size, int) or size.value is None:
         return size
     return re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), str(size.value))

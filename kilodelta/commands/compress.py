@@ -137,7 +137,7 @@ def show(report: Report, *, as_json: bool) -> None:
 
 
 def _verdict(report: Report) -> str:
-    """The result in one sentence: good, to look at twice, or not good, and what to do next."""
+    """Say the result in one sentence: good, to look at twice, or not good, and what to do next."""
     from kilodelta.report.verdict import WORDS, verdict_of
 
     judged = verdict_of(report.to_json())
@@ -145,7 +145,7 @@ def _verdict(report: Report) -> str:
 
 
 def _measures(report: Report) -> list[tuple[str, object]]:
-    """What agreement and divergence are, over all outputs and for each of several."""
+    """Say what agreement and divergence are, over all outputs and for each of several."""
     if report.after is None or report.before is None:
         return []
     before, after = report.before, report.after

@@ -69,7 +69,7 @@ def _grid_lines(grid: Mapping[str, Any] | None) -> list[str]:
 
 
 def _short(value: object, width: int = 100) -> str:
-    """A value of a configuration as JSON, cut to one line."""
+    """Write a value of a configuration as JSON, cut to one line."""
     found = json.dumps(value, ensure_ascii=True)
     return found if len(found) <= width else f"{found[: width - 3]}..."
 

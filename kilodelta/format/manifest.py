@@ -49,7 +49,7 @@ class Base:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What a quantised base is, whatever its layout (docs/format.md, section 10)."""
+    """What a quantised base is, in any layout (docs/format.md, section 10)."""
 
     logical: str
     """Root over the quantised weights' logical digests."""

@@ -1,4 +1,4 @@
-"""Read models whose weights are stored as codes and scales: exactly, whatever their layout.
+"""Read models whose weights are stored as codes and scales: exactly, in any known layout.
 
 A quantised weight is a `Matrix` of small codes, steps and zero points; `layouts` holds one entry
 per layout that says how stored tensors become one and how new codes are written back. The logical

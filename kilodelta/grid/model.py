@@ -54,7 +54,7 @@ class Stored:
 
 @dataclass(frozen=True, kw_only=True)
 class LogicalIdentity:
-    """What a quantised model is, whatever its layout.
+    """What a quantised model is, in any layout.
 
     Attributes:
         root: over the quantised weights' logical digests, in name order.

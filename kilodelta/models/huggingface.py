@@ -108,7 +108,7 @@ def _is_transformers(module: nn.Module) -> bool:
 
 @contextmanager
 def _explained(what: str, fix: str) -> Iterator[None]:
-    """Turn whatever transformers raises about a stranger's files into a sentence."""
+    """Turn any error that transformers raises about a stranger's files into a sentence."""
     try:
         yield
     except (KiloDeltaError, MemoryError):
@@ -120,7 +120,7 @@ def _explained(what: str, fix: str) -> Iterator[None]:
 
 
 def _require_plain(folder: Path) -> None:
-    """Refuse links, pipes and devices by name before transformers opens whatever it looks for.
+    """Refuse links, pipes and devices by name before transformers opens what it looks for.
 
     Links of the hub's cache to its own files are followed.
     """

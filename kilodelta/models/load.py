@@ -35,7 +35,7 @@ def open_model(
             `package.module:function`, which returns an `nn.Module` when called without arguments.
         weights: a checkpoint to take the weights from instead, such as a merge result. It may
             lack tensors that the architecture has (a new head): `LoadedModel.missing` names them.
-        dtype: of the float weights in memory, whatever the files hold.
+        dtype: of the float weights in memory, not of the files.
 
     Raises:
         InputError: `source` is nothing of the kind, or an architecture that is not supported.

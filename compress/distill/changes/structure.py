@@ -93,7 +93,7 @@ def _kinds(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _kind(owner: nn.Module, attribute: str, shape: tuple[int, ...]) -> str:
-    if isinstance(owner, nn.MultiheadAttention):  # its projections are parameters of its own
+    if isinstance(owner, nn.MultiheadAttention):  # it holds its projections as bare parameters
         return "linear" if attribute.endswith("proj_weight") else "other"
     if attribute != "weight" or len(shape) < 2:
         return "other"

@@ -284,7 +284,7 @@ def _along(
 
 
 def _as_long(values: Tensor, length: int) -> tuple[int, ...]:
-    """Where every row has the one length that the model takes, find the first axis of that size."""
+    """Find the first axis as long as every row, where the model takes one length only."""
     return tuple(a for a in range(1, values.dim()) if values.shape[a] == length)[:1]
 
 

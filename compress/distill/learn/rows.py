@@ -112,7 +112,7 @@ class Rows:
             yield from (pool[i : i + size] for i in range(0, len(pool) - size + 1, size))
 
     def digest(self) -> str:
-        """Return the SHA-256 of all rows, hexadecimal: what was read, whatever it came from."""
+        """Return the SHA-256 of all rows, hexadecimal: what was read, from any source."""
         state = hashlib.sha256()
         for index in range(len(self)):
             state.update(self.row_digest(index))

@@ -80,7 +80,7 @@ def load(path: Path, facts: Facts) -> dict[str, Any]:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn whatever reading or using a damaged state raises into a sentence."""
+    """Turn any error of reading or using a damaged state into a sentence."""
     try:
         yield
     except Exception as error:  # torch, pickle and zipfile raise some ten unrelated classes

@@ -180,7 +180,7 @@ def _fill(
             store.add(_rows(_compute(loaded, rows, survey, chosen), chosen, rows, survey))
             done += len(chosen)
             progress(Event(stage="teacher", done=done, total=len(rows), unit="inputs"))
-    finally:  # whatever ends the work, what is done need not be done again
+    finally:  # even after an error, what is done need not be done again
         store.close()
 
 

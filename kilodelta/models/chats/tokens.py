@@ -51,7 +51,7 @@ def encode(
 
 
 def _completion(tokenizer: Any, chat: Chat) -> tuple[list[int], list[int]]:
-    """A prompt with its completion, which ends as the model is to end it."""
+    """Join a prompt and its completion, which ends as the model is to end it."""
     before = list(tokenizer(chat.prompt)["input_ids"])
     whole = list(tokenizer(chat.prompt + chat.completion)["input_ids"])
     end = tokenizer.eos_token_id
