@@ -5,7 +5,8 @@ function lengths, the share of comment lines, the share of public functions with
 parameters whose docstring has `Args:`, file and class names that occur more than once, and import
 circles. ROOT is the repository by default; another checkout can be given for comparison.
 
-Public is what a caller can reach: no functions inside of functions. A method without a docstring
+Public is what a caller can reach: no functions inside of functions, and no methods of a class whose
+name begins with an underscore. A method without a docstring
 has that of the class which it overrides, as `inspect.getdoc` gives it. Commands of the command line
 are left out, because their docstring is what `--help` prints, and their options explain themselves.
 """
@@ -157,15 +158,16 @@ def _function(
     given = node.args
     names = [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
     bases = [] if owner is None else [ast.unparse(base) for base in owner.bases]
+    own = "" if owner is None else owner.name
     return Function(
         place=place,
-        owner="" if owner is None else owner.name,
+        owner=own,
         bases=tuple(base.partition("[")[0].rpartition(".")[2] for base in bases),
         name=node.name,
         lines=(node.end_lineno or node.lineno) - node.lineno + 1,
         parameters=len([n for n in names if n not in ("self", "cls")]),
         doc=ast.get_docstring(node) or "",
-        public=not node.name.startswith("_") and not nested,
+        public=not nested and not any(name.startswith("_") for name in (node.name, own)),
         command=any("command" in ast.unparse(one) for one in node.decorator_list),
     )
 
