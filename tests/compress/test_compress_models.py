@@ -132,4 +132,4 @@ def test_a_new_head_travels_whole_whatever_the_encoder_is_called(
 
 def test_a_hub_id_that_cannot_be_fetched_says_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be fetched"):
-        compress("nobody/nothing", "nobody/nothing", tmp_path / "task.kd")
+        compress("hf:nobody/nothing", "hf:nobody/nothing", tmp_path / "task.kd")
