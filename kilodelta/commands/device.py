@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kilodelta.device import Applied, Bundle, Released, Served, State, Status
 
 HISTORY = 10
+STDOUT = "-"
 """Journal entries shown."""
 
 
@@ -325,16 +326,33 @@ def rollback(folder: str, as_json: bool) -> None:
 @click.command(
     cls=Command,
     short_help="Say what a device folder serves and what was done to it.",
-    examples=["kilodelta status device/", "kilodelta status device/ --check --json"],
+    examples=[
+        "kilodelta status device/",
+        "kilodelta status device/ --check --json",
+        "kilodelta status device/ --prometheus /var/lib/node_exporter/textfile/kilodelta.prom",
+    ],
 )
 @click.argument("folder", type=click.Path())
 @click.option("--check", is_flag=True, help="Read every byte, and compare the digests.")
+@click.option(
+    "--prometheus",
+    type=click.Path(),
+    is_flag=False,
+    flag_value="-",
+    metavar="[FILE]",
+    help="Metrics in Prometheus' text format, into a file for node_exporter, or printed.",
+)
 @as_json
-def status(folder: str, check: bool, as_json: bool) -> None:
+def status(folder: str, check: bool, prometheus: str | None, as_json: bool) -> None:
     """Say what a device FOLDER is, what it serves, and what was done to it."""
     from kilodelta.device import status
 
-    done = status(folder, check=check)
+    done = status(folder, check=check, prometheus=None if prometheus == STDOUT else prometheus)
+    if prometheus == STDOUT:
+        from kilodelta.device.folder.metrics import metrics
+
+        click.echo(metrics(done), nl=False)
+        return
     if as_json:
         terminal.print_json(done.to_json())
         return

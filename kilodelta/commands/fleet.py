@@ -20,6 +20,17 @@ out_option = click.option(
     "-o", "--out", default="fleet", type=click.Path(), help="The folder of results."
 )
 
+PAGE = "fleet.html"
+IN_OUT = ""
+html_option = click.option(
+    "--html",
+    type=click.Path(),
+    is_flag=False,
+    flag_value=IN_OUT,
+    metavar="[FILE]",
+    help="Write a page of all fine-tunes by target; without a name, fleet.html beside the results.",
+)
+
 
 @click.group(short_help="Make many fine-tunes for many targets, from one TOML file.")
 def fleet() -> None:
@@ -124,6 +135,9 @@ def run(
     if dry_run:
         shown = made.to_json()
         return lambda: terminal.print_json(shown) if as_json else _show_plan(made)
+    from kilodelta.fleet.status import remember
+
+    remember(Path(out), file)
     if engine == "ray":
         from kilodelta.fleet.on_ray import run_on_ray
 
@@ -160,27 +174,58 @@ def _show_run(done: FleetRun, as_json: bool) -> None:
     cls=Command,
     short_help="Say what is done, failed and why; --html writes a page.",
     examples=[
-        "kilodelta fleet status fleet.toml -o out/",
+        "kilodelta fleet status out/",
         "kilodelta fleet status fleet.toml -o out/ --html fleet.html",
     ],
 )
 @click.argument("file", type=click.Path())
 @out_option
-@click.option("--html", type=click.Path(), help="Write a page of all fine-tunes by target.")
+@html_option
 @as_json
 @with_progress
 def status(
     file: str, out: str, html: str | None, as_json: bool, progress: Any
 ) -> Callable[[], None]:
-    """Say what of a fleet FILE is done, with fidelity, bytes and time, and what failed and why."""
-    from kilodelta.fleet.status import status_of
+    """Say what of a fleet is done, with fidelity, bytes and time, and what failed and why.
 
-    found = status_of(_planned(file, out, progress))
-    if html is not None:
+    FILE is the fleet's file, or the folder that a run has written into.
+    """
+    return _status(file, out, html, as_json, progress)
+
+
+@fleet.command(
+    cls=Command,
+    short_help="Write the page of all fine-tunes by target, the worst first.",
+    examples=["kilodelta fleet report out/ --html", "kilodelta fleet report out/ --html page.html"],
+)
+@click.argument("file", type=click.Path())
+@out_option
+@html_option
+@as_json
+@with_progress
+def report(
+    file: str, out: str, html: str | None, as_json: bool, progress: Any
+) -> Callable[[], None]:
+    """Show what `fleet status` shows, and write it as a page: OUT/fleet.html by default.
+
+    FILE is the fleet's file, or the folder that a run has written into.
+    """
+    return _status(file, out, IN_OUT if html is None else html, as_json, progress)
+
+
+def _status(
+    file: str, out: str, html: str | None, as_json: bool, progress: Any
+) -> Callable[[], None]:
+    from kilodelta.fleet.status import located, status_of
+
+    source, results = located(file, out)
+    found = status_of(_planned(str(source), str(results), progress))
+    page = str(results / PAGE) if html == IN_OUT else html
+    if page is not None:
         from kilodelta.report import write_report
 
-        write_report(Path(html), "fleet", found)
-    return lambda: _show_status(found, as_json, html)
+        write_report(Path(page), "fleet", found)
+    return lambda: _show_status(found, as_json, page)
 
 
 def _show_status(found: dict[str, Any], as_json: bool, html: str | None) -> None:

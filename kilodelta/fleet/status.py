@@ -7,11 +7,52 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kilodelta.errors import InputError
+from kilodelta.files import canonical, plain, staging, untrusted
 from kilodelta.fleet.graph import AGAIN, DONE, Plan, Task, read_record
 
+PLANNED = "fleet.json"
+"""In the folder of results: which file it was made from."""
+MAX_PLANNED = 1 << 16
 FAILED, SKIPPED, OPEN = "failed", "not begun", "open"
 _ORDER = (FAILED, SKIPPED, OPEN, DONE)
 MAX_ANSWERS = 64 << 20
+
+
+def remember(out: Path, file: str | Path) -> None:
+    """Note in a folder of results which fleet file it is made from.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    text = canonical.dumps({"file": str(Path(file).resolve())})
+    staging.write(out / PLANNED, text.encode("utf-8", "surrogateescape"))
+
+
+def located(given: str | Path, out: str | Path) -> tuple[Path, Path]:
+    """Return fleet file and folder of results, where either of them was given.
+
+    Args:
+        given: a fleet file, or the folder that a run has written into.
+        out: the folder of results, where `given` is a file.
+
+    Raises:
+        InputError: a folder that no run has written into.
+    """
+    place = Path(given)
+    if not place.is_dir():
+        return place, Path(out)
+    try:
+        value = canonical.loads(plain.read(place / PLANNED, MAX_PLANNED))
+        return Path(
+            untrusted.text(untrusted.table(value, PLANNED, {"file"})["file"], "file")
+        ), place
+    except (OSError, ValueError) as problem:
+        raise InputError(
+            f"{place} does not say which fleet it is of: {problem}",
+            fix="give the fleet's file, and the folder by -o",
+        ) from None
 
 
 def status_of(plan: Plan) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -157,6 +158,26 @@ def test_inputs_that_do_not_tell_are_refused(root: Path, tmp_path: Path) -> None
     with pytest.raises(InputError, match="give the same outputs"):
         release(root / "base", file, tmp_path / "out.kd", version=1, inputs=str(root / "texts.txt"))
     assert not (tmp_path / "out.kd").exists()
+
+
+def test_a_device_holds_what_its_requests_need(root: Path) -> None:
+    """Unlike ONNX Runtime's RunOptions: nothing that a caller lets go ends a fine-tune, and
+    fine-tunes neither add up nor stay behind."""
+    device = Device(root / "adapter")
+
+    def session_of(name: str) -> Any:
+        return Device(root / "adapter").session(root / name)  # its Device is gone from here on
+
+    first, second = session_of("a.kd"), session_of("b.kd")
+    gc.collect()
+    wanted = {n: device.run(BATCH, n)["sentence_embedding"] for n in ("base",)}
+    wanted |= {n: device.run(BATCH, root / n)["sentence_embedding"] for n in ("a.kd", "b.kd")}
+    for _ in range(5):
+        assert np.array_equal(first.run(BATCH)["sentence_embedding"], wanted["a.kd"])
+        assert np.array_equal(second.run(BATCH)["sentence_embedding"], wanted["b.kd"])
+        assert np.array_equal(device.run(BATCH, "base")["sentence_embedding"], wanted["base"])
+    assert not np.array_equal(wanted["a.kd"], wanted["b.kd"])
+    assert not np.array_equal(wanted["a.kd"], wanted["base"])
 
 
 @pytest.fixture(scope="module")

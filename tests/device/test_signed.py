@@ -286,3 +286,73 @@ def test_a_release_never_stands_unsigned(team: Team, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "replace", replace)
     team.release(7, 0)
     assert seen[-2:] == ["task-7.kd.sig", "task-7.kd"]
+
+
+UNITS = Path(__file__).parents[2] / "examples" / "systemd"
+
+
+def run_unit(name: str, place: dict[str, str]) -> list[Any]:
+    """Run the commands of a systemd unit, with the paths of its EnvironmentFile replaced."""
+    from click.testing import CliRunner
+
+    from kilodelta.cli import main
+
+    stated = {line.partition("=")[0] for line in (UNITS / "kilodelta.env").read_text().split("\n")}
+    assert place.keys() <= stated
+    results = []
+    for line in (UNITS / name).read_text().splitlines():
+        key, _, command = line.partition("=")
+        if key in ("ExecStart", "ExecStopPost"):
+            program, *arguments = command.split()
+            assert program == "/opt/kilodelta/bin/kilodelta"
+            given = [place.get(a[2:-1], a) if a.startswith("${") else a for a in arguments]
+            results.append(CliRunner().invoke(main, given))
+    return results
+
+
+def test_the_units_of_systemd_pull_apply_and_tell(team: Team, mirror: tuple[Path, str]) -> None:
+    pytest.importorskip("tuf")
+    repo, url = mirror
+    publish([team.release(7, 0)], repo, key=team.keys[0].private)
+    (team.device / "root.json").write_bytes(first_root(repo / "metadata" / "1.root.json"))
+    metrics = team.place / "kilodelta.prom"
+    place = {"DEVICE": str(team.device), "MIRROR": url, "METRICS": str(metrics)}
+    pulled, told = run_unit("kilodelta-update.service", place)
+    assert (pulled.exit_code, told.exit_code) == (0, 0), pulled.output + told.output
+    assert "kilodelta_serving_version 7\n" in metrics.read_text()
+    assert 'kilodelta_last_event_timestamp_seconds{event="committed"} ' in metrics.read_text()
+    late = team.release(9, 0, not_before="2020-01-01", not_after="2021-01-01")
+    publish([late], repo, key=team.keys[0].private)
+    refused, told = run_unit("kilodelta-update.service", place)
+    assert refused.exit_code != 0
+    assert told.exit_code == 0
+    assert "kilodelta_serving_version 7\n" in metrics.read_text()
+    assert 'kilodelta_journal_entries{event="failed"} 1\n' in metrics.read_text()
+    [checked] = run_unit("kilodelta-health.service", place)
+    assert checked.exit_code == 0, checked.output
+    assert "kilodelta_checked 1\n" in metrics.read_text()
+    before = metrics.read_text()
+    served = next((team.device / "deltas").iterdir())
+    (served / "facts.json").write_text("[]")
+    (served / "delta.kd").write_bytes(b"damaged")
+    (served / "facts.json").unlink()
+    [damaged] = run_unit("kilodelta-health.service", place)
+    assert damaged.exit_code == 13, damaged.output
+    assert metrics.read_text() == before  # an alert on the file's age tells
+
+
+def test_metrics_are_printed_and_escaped(team: Team) -> None:
+    from click.testing import CliRunner
+
+    from kilodelta.cli import main
+    from kilodelta.device.folder import metrics
+
+    done = CliRunner().invoke(main, ["status", str(team.device), "--prometheus"])
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    assert "kilodelta_serving_version 0" in lines
+    assert 'kilodelta_serving_info{delta=""} 1' in lines
+    samples = [line.partition("{")[0].split()[0] for line in lines if not line.startswith("#")]
+    typed = {line.split()[2] for line in lines if line.startswith("# TYPE")}
+    assert set(samples) == typed
+    assert metrics._sample("x", {"a": 'q"\\\n'}, 1.5) == 'kilodelta_x{a="q\\"\\\\\\n"} 1.5'

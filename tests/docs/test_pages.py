@@ -39,6 +39,11 @@ NOT_RUN = {
     ("demo.md", ""): "minutes, on a real model: tests/demo holds every command of it",
     ("export.md", "error: "): "messages; tests/export/test_tensorrt.py holds them",
     ("fleet.md", "kilodelta fleet run"): "minutes of training and engines: tests/fleet runs fleets",
+    ("fleet.md", "kilodelta fleet status out/"): "of a run: tests/fleet",
+    ("fleet.md", "kilodelta fleet report out/"): "of a run: tests/fleet",
+    ("patch.md", "kilodelta bundle  base/ -o device/ --mode patch --engine"): (
+        "builds engines for minutes: tests/device/test_engine_patch.py"
+    ),
     ("format.md", ""): "a manifest with holes, no command: tests/format",
     ("gpu.md", "pip install"): _INSTALLS,
     ("gpu.md", "kilodelta merge base/ task.kd -o merged/ --device cuda"): _NO_GPU,

@@ -170,6 +170,54 @@ def test_onnx_runtimes_own_adapter_file_gives_the_same_outputs(tmp_path: Path) -
     assert not (tmp_path / "no.onnx_adapter").exists()
 
 
+DROPPED = """
+import sys
+import numpy as np
+import onnxruntime as ort
+
+def options_of(path):
+    adapter, options = ort.LoraAdapter(), ort.RunOptions()
+    adapter.Load(path)
+    options.add_active_adapter(adapter)
+    return options  # without the adapter, which is gone from here on
+
+model, adapter, feeds, out = sys.argv[1:]
+options = options_of(adapter)
+found = ort.InferenceSession(model).run(None, dict(np.load(feeds)), options)
+np.savez(out, *found)
+"""
+
+
+def test_what_the_serving_page_says_of_onnx_runtimes_adapters(tmp_path: Path) -> None:
+    """Options alone do not serve a fine-tune, and two active adapters do not add up."""
+    of = base("bert_classifier")
+    path, layout = graph(of, tmp_path, optional=True)
+    tunes = [fine_tune(of, patterns=LAYERS, seed=seed) for seed in (1, 2)]
+    alone, held, both = [], [], ort.RunOptions()
+    for number, tune in enumerate(tunes):
+        write_adapter(tune, layout, tmp_path / f"{number}.onnx_adapter")
+        adapter, options = ort.LoraAdapter(), ort.RunOptions()
+        adapter.Load(str(tmp_path / f"{number}.onnx_adapter"))
+        options.add_active_adapter(adapter)
+        both.add_active_adapter(adapter)
+        held.append(adapter)
+        alone.append(run(path, of.feeds, options=options))
+    assert not np.array_equal(alone[0], alone[1])
+    try:
+        together = run(path, of.feeds, options=both)
+    except Exception:  # a refusal would be the better answer
+        together = alone[0]
+    assert any(np.array_equal(together, one) for one in alone)  # one of them, not their sum
+    np.savez(tmp_path / "feeds.npz", **of.feeds)
+    given = [str(path), str(tmp_path / "0.onnx_adapter"), str(tmp_path / "feeds.npz")]
+    out = tmp_path / "out.npz"
+    done = subprocess.run(
+        [sys.executable, "-c", DROPPED, *given, str(out)], capture_output=True, check=False
+    )
+    if done.returncode == 0:  # what is read after it was freed may as well end the process
+        assert not np.array_equal(np.load(out)["arr_0"], alone[0])
+
+
 def test_the_command_writes_one_graph_and_an_adapter_for_each_file(tmp_path: Path) -> None:
     from click.testing import CliRunner
 

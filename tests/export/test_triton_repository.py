@@ -203,6 +203,17 @@ def exported(folder: Path, *made: Artefact) -> Path:
     return folder
 
 
+def test_a_served_model_has_no_input_that_a_client_may_leave_out(tmp_path: Path) -> None:
+    """Each version is a merged model: there is no adapter to keep alive, to add or to freeze."""
+    made = exported(tmp_path / "out", artefact())
+    write_repository(made, tmp_path / "models", name="task")
+    write_repository(made, tmp_path / "models", name="task")
+    found = parsed((tmp_path / "models" / "task" / "config.pbtxt").read_text())
+    assert [i.name for i in found.input] == [port.name for port in artefact().inputs]
+    assert not any(field.name == "optional" for i in found.input for field, _ in i.ListFields())
+    assert {p.name for p in (tmp_path / "models" / "task").iterdir()} == {"config.pbtxt", "1", "2"}
+
+
 def named(*names: str) -> dict[str, Any]:
     facts = [FileFact(file=name, sha256="sha256:" + "0" * 64, nbytes=0) for name in names]
     return {"files": tuple(facts)}

@@ -21,8 +21,9 @@ import kilodelta
 from kilodelta.errors import InputError
 from kilodelta.export.pipeline import export
 from kilodelta.fleet import child, local, make_plan, read_fleet, run
-from kilodelta.fleet.graph import AGAIN, DONE, NEW, RECORD
+from kilodelta.fleet.graph import AGAIN, DONE, NEW, RECORD, Task
 from kilodelta.fleet.local import choose_jobs, shard_of
+from kilodelta.fleet.on_ray import _started, require_resources
 from kilodelta.fleet.status import status_of
 from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Patterns
@@ -245,6 +246,70 @@ def test_a_tuned_model_is_compressed_and_an_option_makes_it_again(tmp_path: Path
     assert told == {"one/delta": "changed: options", "one/m": "changed: delta"}
 
 
+def test_a_base_that_differs_from_the_plans_is_those_tasks_failure(tmp_path: Path) -> None:
+    """Exchanged after the plan was made: nothing is made of the other base."""
+    base = pico.bert_classifier(tmp_path / "base")
+    (tmp_path / "ready").mkdir()
+    making.delta(base, Lora(rank=1), patterns=LAYERS).save(tmp_path / "ready" / "t.kd")
+    (tmp_path / "fleet.toml").write_text(FLEET)
+    plan = plan_of(tmp_path, tmp_path / "out")
+    pico.bert_classifier(tmp_path / "other", seed=9)
+    (tmp_path / "other" / "model.safetensors").replace(base / "model.safetensors")
+    for task in plan.tasks:
+        if task.kind in ("onnx-base", "merge"):
+            answer = child.do(task.to_json(), tmp_path / "out")
+            assert (answer["status"], answer["exit_code"]) == ("failed", 5)
+            assert "the plan was made with sha256:" in answer["error"]
+    assert not any((tmp_path / "out").rglob("*.onnx"))
+
+
+def test_a_target_that_the_cluster_cannot_build_is_said_before_anything_starts() -> None:
+    task = Task(id="0", kind="merge", name="t/orin", place="x", key={}, params={}, nbytes=1 << 20)
+    orin = dataclasses.replace(task, resources={"sm87": 1})
+    there = {"CPU": 2.0, "memory": float(8 << 30)}
+    require_resources([task], there)
+    with pytest.raises(InputError, match=r"t/orin needs 1 of 'sm87', the cluster has 0"):
+        require_resources([task, orin], there)
+    with pytest.raises(InputError, match=r"needs 3 of 'CPU', the cluster has 2"):
+        require_resources([task], there, cpus=3)
+    with pytest.raises(InputError, match=r"of 'memory', the cluster has"):
+        require_resources([dataclasses.replace(task, nbytes=1 << 40)], there)
+
+
+def test_a_worker_of_another_version_fails_its_task_alone(tmp_path: Path) -> None:
+    given = {"task": {"id": "0", "name": "t/m"}, "out": str(tmp_path)}
+    answer = _started(given, 1, "0.0.1")
+    assert (answer["status"], answer["exit_code"]) == ("failed", 9)
+    assert (
+        answer["error"] == f"this machine has kilodelta {kilodelta.__version__}, the driver 0.0.1"
+    )
+
+
+def test_a_fleet_is_reported_by_its_folder(world: Path, finished: Path, tmp_path: Path) -> None:
+    """`fleet report out/ --html` and `fleet status` say the same, by folder or by file."""
+    import shutil
+
+    from click.testing import CliRunner
+
+    from kilodelta.cli import main
+    from kilodelta.fleet.status import remember
+
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    lost = CliRunner().invoke(main, ["fleet", "report", str(out), "--html"])
+    assert lost.exit_code == 9, lost.output
+    assert "does not say which fleet it is of" in lost.output
+    remember(out, world / "fleet.toml")
+    done = CliRunner().invoke(main, ["fleet", "report", str(out), "--html"])
+    assert done.exit_code == 0, done.output
+    page = (out / "fleet.html").read_text()
+    assert all(f"t{number}" in page for number in range(COUNT))
+    told = CliRunner().invoke(main, ["fleet", "status", str(out), "--json"])
+    given = ["fleet", "status", str(world / "fleet.toml"), "-o", str(out), "--json"]
+    assert told.stdout == CliRunner().invoke(main, given).stdout
+    assert json.loads(told.stdout)["counts"]["done"] == 3 * COUNT + 1
+
+
 def test_a_fault_of_ours_is_one_tasks_answer(tmp_path: Path) -> None:
     task = {"id": "0", "name": "x", "place": "x", "kind": "merge", "key": {}, "params": {}}
     answer = child.do(task, tmp_path)
@@ -260,7 +325,7 @@ def test_ray_with_a_killed_worker_gives_the_same_bytes(
 ) -> None:
     """Two workers; the child of one task is killed from outside while it works."""
     ray = pytest.importorskip("ray")
-    from kilodelta.fleet.on_ray import require_resources, run_on_ray
+    from kilodelta.fleet.on_ray import run_on_ray
 
     plan = plan_of(world, tmp_path / "out")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)

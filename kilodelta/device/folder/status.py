@@ -13,7 +13,9 @@ from kilodelta.device.folder.bundle import Bundle
 from kilodelta.device.folder.device_folder import DeviceFolder
 from kilodelta.device.folder.fine_tune import check_files, check_fine_tune
 from kilodelta.device.folder.journal import SETTLED, Entry
+from kilodelta.device.folder.metrics import metrics
 from kilodelta.device.folder.state import State
+from kilodelta.files import staging
 from kilodelta.trust.policy import Pins
 
 
@@ -61,17 +63,24 @@ class Status:
         }
 
 
-def status(folder: str | os.PathLike[str], *, check: bool = False) -> Status:
+def status(
+    folder: str | os.PathLike[str],
+    *,
+    check: bool = False,
+    prometheus: str | os.PathLike[str] | None = None,
+) -> Status:
     """Look at a device folder; needs no lock and changes nothing.
 
     Args:
         folder: the device folder.
         check: read every byte of the base and of what is served, and compare the digests.
+        prometheus: a file for the same as metrics, such as node_exporter's textfile collector
+            reads; it is replaced by one rename.
 
     Raises:
         DeviceError: no device folder, or a damaged one.
         ProofError: a file is not what it was (`check`).
-        OutputError: the journal cannot be read.
+        OutputError: the journal cannot be read, or the metrics not be written.
 
     Example:
         >>> status("device/").state.highest  # doctest: +SKIP
@@ -84,7 +93,7 @@ def status(folder: str | os.PathLike[str], *, check: bool = False) -> Status:
         for name in sorted(state.names()):
             check_fine_tune(device.fine_tune(name))
     history = tuple(device.journal.entries())
-    return Status(
+    seen = Status(
         folder=device.root,
         bundle=device.bundle,
         pins=device.pins,
@@ -98,6 +107,9 @@ def status(folder: str | os.PathLike[str], *, check: bool = False) -> Status:
         unfinished=bool(history) and history[-1]["event"] not in SETTLED,
         checked=check,
     )
+    if prometheus is not None:
+        staging.write(Path(prometheus), metrics(seen).encode())
+    return seen
 
 
 def _size(folder: Path) -> int:
