@@ -175,7 +175,7 @@ class Bench:
             shutil.rmtree(folder, ignore_errors=True)
         quantise_folder(base_folder(), quantised, precision, is_matrix)
         on_grid, _ = rebased(kilodelta.load(file), open_quantised(quantised))
-        done = kilodelta.merge(quantised, on_grid, merged)
+        done = kilodelta.merge(quantised, on_grid, merged, min_changed=0)
         model = open_quantised(quantised)
         values = exact(model)
         full = {n: with_steps(model.matrix(n), tuned[n]) for n in values}
