@@ -109,12 +109,20 @@ def unties(base: Checkpoint, delta: Delta, config: Mapping[str, Any]) -> bool:
     shapes |= {name: extra.shape for name, extra in delta.extras.items()}
     sized = [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] == rows]
     tables = [name for name in sized if layer_names.is_embedding(name)]
-    heads = [name for name in sized if not layer_names.is_embedding(name)]
+    heads = [n for n in sized if not layer_names.is_embedding(n) and not _is_in_a_layer(n)]
     return any(
         shapes[head] == shapes[table] and _differ(base, delta, head, table)
         for head in heads
         for table in tables
     )
+
+
+def _is_in_a_layer(name: str) -> bool:
+    """Return whether a tensor belongs to a numbered layer, whose widths may be the vocabulary's.
+
+    The number before the last part is that of a head among several (`lm_heads.0.weight`).
+    """
+    return any(part.isdecimal() for part in name.split(".")[:-2])
 
 
 def _differ(base: Checkpoint, delta: Delta, one: str, other: str) -> bool:
