@@ -36,6 +36,7 @@ NOT_RUN = {
     ("add_a_method.md", ""): "tests/format/test_add_a_method.py executes this page",
     ("decoders.md", "kilodelta "): "a real decoder: tests/export/test_decoder.py does it, tiny",
     ("decoders.md", "import onnxruntime_genai"): "the same test, by the same package",
+    ("compress.md", "kilodelta plan BASE TUNED"): "minutes; tests/compress/test_plan.py",
     ("demo.md", ""): "minutes, on a real model: tests/demo holds every command of it",
     ("export.md", "error: "): "messages; tests/export/test_tensorrt.py holds them",
     ("fleet.md", "kilodelta fleet run"): "minutes of training and engines: tests/fleet runs fleets",
@@ -57,6 +58,7 @@ NOT_RUN = {
         "runs in official NOLA's own code, which is not here: tests/compress/test_import_nola.py"
     ),
     ("import.md", "kilodelta import model.5000.pt"): "tests/compress/test_import_nola.py",
+    ("quantised.md", ""): "needs quantised bases in many layouts: tests/grid makes and merges them",
     ("refit.md", ""): "needs a GPU and TensorRT: tests/export/test_refit.py, on a double",
     ("security.md", "kilodelta pull"): "a server of somebody's: tests/trust/test_mirror.py pulls",
     ("serving.md", "tritonserver"): "Triton Inference Server is not here",
