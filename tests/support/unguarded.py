@@ -151,7 +151,7 @@ GUARDS: Mapping[str, tuple[Guard, ...]] = {
         ("kilodelta.files.untrusted:text", _as(_same)),
         ("kilodelta.files.untrusted:whole", _as(_same)),
     ),
-    "tests/faults/test_faults.py::test_no_fault_leaves_a_mixture[merge]": (
+    "tests/export/test_merge_killed.py::test_what_a_killed_merge_leaves_goes_with_the_next": (
         ("kilodelta.files.staging.stage:sweep", _as(lambda folder: [])),
         ("kilodelta.files.staging.stage:_remove_if_dead", _as(_false)),
     ),
