@@ -11,7 +11,7 @@ from kilodelta.errors import InputError
 from kilodelta.files import canonical, plain, staging, untrusted
 from kilodelta.fleet.graph import AGAIN, DONE, Plan, Task, read_record
 
-PLANNED = "fleet.json"
+PLANNED = "made-from.json"
 """In the folder of results: which file it was made from."""
 MAX_PLANNED = 1 << 16
 FAILED, SKIPPED, OPEN = "failed", "not begun", "open"

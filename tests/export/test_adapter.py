@@ -208,7 +208,7 @@ def test_what_the_serving_page_says_of_onnx_runtimes_adapters(tmp_path: Path) ->
     except Exception:  # a refusal would be the better answer
         together = alone[0]
     assert any(np.array_equal(together, one) for one in alone)  # one of them, not their sum
-    np.savez(tmp_path / "feeds.npz", **of.feeds)
+    np.savez(tmp_path / "feeds.npz", **of.feeds)  # type: ignore[arg-type]
     given = [str(path), str(tmp_path / "0.onnx_adapter"), str(tmp_path / "feeds.npz")]
     out = tmp_path / "out.npz"
     done = subprocess.run(
