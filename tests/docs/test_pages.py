@@ -60,6 +60,8 @@ NOT_RUN = {
     ("import.md", "kilodelta import model.5000.pt"): "tests/compress/test_import_nola.py",
     ("quantised.md", ""): "needs quantised bases in many layouts: tests/grid makes and merges them",
     ("refit.md", ""): "needs a GPU and TensorRT: tests/export/test_refit.py, on a double",
+    ("security.md", "python -m tests.fuzz"): "the fuzzer itself: tests/fuzz",
+    ("security.md", "pip install"): _INSTALLS,
     ("security.md", "kilodelta pull"): "a server of somebody's: tests/trust/test_mirror.py pulls",
     ("serving.md", "tritonserver"): "Triton Inference Server is not here",
     ("serving.md", "python3 -m venv"): _INSTALLS,
