@@ -144,7 +144,13 @@ def merge(
     if not single:
         staging.require_free(place)
     _begin(place, bound, stream.identity.root, device)
-    log.info("merge %s into %s on %s", opened, checkpoint.path, device)
+    log.info(
+        "merge %d tensors, by %s, into %s on %s",
+        len(bound.targets),
+        opened.form.name,
+        checkpoint.path,
+        device,
+    )
     with staging.new_file(place, replace=False) if single else staging.new_folder(place) as stage:
         plans = plan_files(checkpoint, bound, stage, single=single)
         if isinstance(stream, GridStream):

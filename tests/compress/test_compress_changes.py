@@ -317,7 +317,8 @@ def test_an_architecture_that_cannot_be_opened_is_fitted_by_names(
     report = compress(*places, tmp_path / "a.kd", options=Options(method=Lora(rank=2), bits=16))
     assert report.targets == 4
     assert report.weight_error < 0.01
-    assert any("no module was built" in text for text in report.warnings)
+    # a folder's encoder-decoder opens; a bare file has no architecture
+    assert any("no module was built" in text for text in report.warnings) is bare
     out = tmp_path / ("merged.safetensors" if bare else "merged")
     kilodelta.merge(places[0], tmp_path / "a.kd", out)
     name = "encoder.block.0.layer.0.SelfAttention.q.weight"

@@ -286,7 +286,7 @@ def test_an_axis_that_was_asked_for_and_cannot_vary_is_refused() -> None:
 
 
 def test_a_graph_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kilodelta.export.onnx import make
+    from kilodelta.export.onnx import named
     from kilodelta.export.onnx.clean import clean
 
     def wrong(model: Any) -> None:
@@ -296,7 +296,7 @@ def test_a_graph_that_computes_something_else_is_refused(monkeypatch: pytest.Mon
             if node.op_type == "Sub":
                 node.op_type = "Add"
 
-    monkeypatch.setattr(make, "clean", wrong)
+    monkeypatch.setattr(named, "clean", wrong)
     x = torch.randn(2, 6, 4)
     with pytest.raises(ExportError, match=r"does not compute Siamese: score is off by \d"):
         template_of(Siamese(), {"left": x, "right": x})

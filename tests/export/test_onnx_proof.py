@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kilodelta.errors import ExportError
-from kilodelta.export.onnx import make
+from kilodelta.export.onnx import make, named
 from kilodelta.export.onnx.clean import clean
 from kilodelta.export.onnx.proof import require_kept
 from kilodelta.export.onnx.trace import trace
@@ -53,7 +53,7 @@ def test_a_weight_that_simplifying_replaces_is_named(monkeypatch: pytest.MonkeyP
         model.graph.register_initializer(constant)
         weight.replace_all_uses_with(constant)
 
-    monkeypatch.setattr(make, "clean", folding)
+    monkeypatch.setattr(named, "clean", folding)
     with pytest.raises(ExportError, match=r"simplifying the graph lost lin\.weight"):
         export()
 
@@ -77,7 +77,7 @@ def test_a_weight_that_torch_changes_is_named(
                 value.const_value = ir.tensor(values, name=value.name)
         return found
 
-    monkeypatch.setattr(make, "trace", changing)
+    monkeypatch.setattr(named, "trace", changing)
     with pytest.raises(ExportError, match=rf"does not hold lin\.weight \({what}\)"):
         export()
 
