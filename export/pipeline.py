@@ -37,7 +37,7 @@ from kilodelta.models.hub import locate_delta
 from kilodelta.progress import Progress, silent
 from kilodelta.rehearsal import begin_work
 from kilodelta.report import write_report
-from kilodelta.report.pages import require_page
+from kilodelta.report.write import require_page
 
 log = logging.getLogger(__name__)
 

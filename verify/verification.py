@@ -20,7 +20,7 @@ from kilodelta.format.file import load
 from kilodelta.models.hub import locate_delta
 from kilodelta.progress import Progress, silent
 from kilodelta.report import write_report
-from kilodelta.report.pages import require_page
+from kilodelta.report.write import require_page
 from kilodelta.verify.digests.exported import check_export, is_export
 from kilodelta.verify.digests.proof import Proof, prove
 from kilodelta.verify.options import Subject, VerifyOptions

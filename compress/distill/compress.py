@@ -49,7 +49,7 @@ from kilodelta.models.sources import ChatSource, Source
 from kilodelta.progress import Progress, silent
 from kilodelta.rehearsal import begin_work
 from kilodelta.report import write_report
-from kilodelta.report.pages import require_page
+from kilodelta.report.write import require_page
 
 log = logging.getLogger(__name__)
 

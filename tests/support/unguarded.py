@@ -167,7 +167,6 @@ GUARDS: Mapping[str, tuple[Guard, ...]] = {
     ),
     "tests/report/test_report.py::test_texts_of_a_result_stay_texts": (
         ("kilodelta.report.html:escape", _as(_same)),
-        ("kilodelta.report.pages:escape", _as(_same)),
         ("kilodelta.report.plots:escape", _as(_same)),
     ),
 }
