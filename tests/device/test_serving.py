@@ -209,8 +209,8 @@ class TestRun:
     @pytest.mark.parametrize(
         ("name", "data", "said"),
         [
-            ("texts.txt", b"how do I\n", "is not an .npz file of plain arrays"),
-            ("texts.jsonl", b'{"text": "how"}\n', "is not an .npz file of plain arrays"),
+            ("texts.txt", b"how do I\n", "holds texts; arrays are wanted"),
+            ("texts.jsonl", b'{"text": "how"}\n', "holds texts; arrays are wanted"),
             ("in.npz", b"", "is not an .npz file of plain arrays"),
             ("in.npz", b"\x80\x04]\x94.", "is not an .npz file of plain arrays"),
         ],

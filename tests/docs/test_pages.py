@@ -32,6 +32,10 @@ NOT_RUN = {
     ("README.md", "base + tuned ──"): "a picture",
     ("README.md", "pip install"): _INSTALLS,
     ("README.md", "pytest"): "this suite",
+    (
+        "README.md",
+        "kilodelta digest base-w4a16/",
+    ): "a quantised base: tests/grid",
     ("README.md", "kilodelta demo"): "minutes, on a real model: tests/demo",
     ("add_a_method.md", ""): "tests/format/test_add_a_method.py executes this page",
     ("decoders.md", "kilodelta "): "a real decoder: tests/export/test_decoder.py does it, tiny",
