@@ -1,9 +1,10 @@
 """Make hundreds of fine-tunes for many targets, from one TOML file, and go on where a run stopped.
 
 `schema.py` reads the file, `graph.py` makes tasks whose names are digests of everything that they
-depend on, `work.py` does one task with the library's own functions, `child.py` gives each task a
-separate process, and `local.py`, `shard` in it, and `on_ray.py` run them. There is no scheduler
-here beyond a pool of threads: resuming is running again, because what is whole is not redone.
+depend on, and `record.py` sees which results are whole. `work.py` does one task with the library's
+own functions, `child.py` gives each task a separate process, and `local.py`, `shard` in it, and
+`on_ray.py` run them. There is no scheduler here beyond a pool of threads: resuming is running
+again, because what is whole is not redone.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from kilodelta.errors import BaseMismatchError, KiloDeltaError
 from kilodelta.files import canonical, staging
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.model_digest import digest
-from kilodelta.fleet.graph import RECORD, read_record
+from kilodelta.fleet.record import RECORD, read_record
 from kilodelta.fleet.work import WORK
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")

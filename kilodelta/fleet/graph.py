@@ -1,4 +1,4 @@
-"""From a fleet to tasks: what is made of what, where it lies, and what is done already.
+"""Make tasks from a fleet: what is made of what, where it lies, and what is done already.
 
 A task's id is a SHA-256 over everything that decides its result: its kind, the roots and digests of
 what it reads, its options, the ids of the tasks before it and this tool's version. It stands in
@@ -8,9 +8,8 @@ what it reads, its options, the ids of the tasks before it and this tool's versi
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,54 +18,10 @@ from kilodelta.errors import InputError
 from kilodelta.files import canonical
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.model_digest import digest
+from kilodelta.fleet.record import AGAIN, DONE, NEW, TaskState, state_of
 from kilodelta.fleet.schema import NEEDS_INPUTS, FineTune, Fleet, FleetBase, FleetTarget
+from kilodelta.fleet.task import Task, memory_of
 from kilodelta.progress import Event, Progress, silent
-
-RECORD = "task.json"
-MAX_RECORD = 1 << 20
-NEW, DONE, AGAIN = "new", "done", "again"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """One piece of work.
-
-    Attributes:
-        id: digest of `key`.
-        kind: which function of `work.py` does it.
-        name: for people, such as `intents/onnx16`.
-        place: the folder of its result, relative to the fleet's output.
-        key: everything that decides the result, as plain JSON.
-        params: arguments of the function, paths as texts; `{out}/` stands before those of other
-            tasks' results.
-        needs: ids of the tasks before it.
-        fine_tune: whose it is; empty for work that fine-tunes share.
-        resources: what a cluster's machine must have.
-        nbytes: of the models that it holds, for estimates of memory and time.
-    """
-
-    id: str
-    kind: str
-    name: str
-    place: str
-    key: Mapping[str, Any]
-    params: Mapping[str, Any]
-    needs: tuple[str, ...] = ()
-    fine_tune: str = ""
-    resources: Mapping[str, float] = field(default_factory=dict)
-    nbytes: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {**vars(self), "needs": list(self.needs)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskState:
-    """Whether a task's result is there: `new`, `done`, or `again` and why."""
-
-    status: str
-    why: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,28 +52,6 @@ class Plan:
         ]
         counts = {s: sum(r["status"] == s for r in rows) for s in (NEW, AGAIN, DONE)}
         return {"out": str(self.out), "counts": counts, "tasks": rows}
-
-
-MEMORY = {
-    "compress": 8.0,
-    "onnx-base": 6.0,
-    "tensorrt": 8.0,
-    "onnx": 1.0,
-    "merge": 0.5,
-    "peft": 1.0,
-    "gguf": 1.0,
-    "adapter": 6.0,
-    "release": 6.0,
-}
-"""Memory by kind, in multiples of the model's bytes, above what the libraries themselves take."""
-LIBRARIES = {"compress", "onnx-base", "tensorrt", "adapter", "release"}
-"""Kinds that load torch."""
-
-
-def memory_of(task: Task) -> int:
-    """Return the bytes of memory that a task is expected to need."""
-    own = 700 << 20 if task.kind in LIBRARIES else 200 << 20
-    return own + int(MEMORY[task.kind] * task.nbytes)
 
 
 def make_plan(fleet: Fleet, out: str | Path, *, progress: Progress = silent) -> Plan:
@@ -312,37 +245,3 @@ def file_digest(path: Path) -> str:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}", fix="check the path") from None
     return f"sha256:{total.hexdigest()}"
-
-
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """Return a result's `task.json`, or None where there is none that can be used."""
-    try:
-        with (folder / RECORD).open("rb") as file:
-            value = json.loads(file.read(MAX_RECORD))
-    except (OSError, ValueError, RecursionError):
-        return None
-    good = isinstance(value, dict) and isinstance(value.get("files"), dict)
-    return value if good and isinstance(value.get("key"), dict) else None
-
-
-def state_of(task: Task, out: Path) -> TaskState:
-    """See whether a task's result is there, whole, and of this very task."""
-    folder = out / task.place
-    record = read_record(folder)
-    if record is None:
-        return (
-            TaskState(status=NEW)
-            if not folder.exists()
-            else TaskState(status=AGAIN, why="its task.json is missing or damaged")
-        )
-    if record.get("id") != task.id:
-        changed = [k for k in task.key if record["key"].get(k) != task.key[k]]
-        return TaskState(status=AGAIN, why=f"changed: {', '.join(changed) or 'its definition'}")
-    for name, nbytes in record["files"].items():
-        try:
-            size = (folder / name).stat().st_size
-        except (OSError, ValueError):
-            return TaskState(status=AGAIN, why=f"{name} is missing")
-        if size != nbytes:
-            return TaskState(status=AGAIN, why=f"{name} has {size} bytes, not {nbytes}")
-    return TaskState(status=DONE)

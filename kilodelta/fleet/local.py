@@ -22,7 +22,8 @@ from typing import Any
 from kilodelta.errors import InputError
 from kilodelta.files import staging
 from kilodelta.fleet import child
-from kilodelta.fleet.graph import Plan, Task, memory_of
+from kilodelta.fleet.graph import Plan
+from kilodelta.fleet.task import Task, memory_of
 from kilodelta.fleet.work import preload
 from kilodelta.progress import Event, Progress, silent
 

@@ -20,8 +20,9 @@ from kilodelta import __version__
 from kilodelta.errors import InputError, require
 from kilodelta.files import canonical, staging
 from kilodelta.fleet.child import thread_environment
-from kilodelta.fleet.graph import Plan, Task, memory_of
+from kilodelta.fleet.graph import Plan
 from kilodelta.fleet.local import ANSWERS, FleetRun
+from kilodelta.fleet.task import Task, memory_of
 from kilodelta.progress import Event, Progress, silent
 
 RETRIES = 3

@@ -9,7 +9,9 @@ from typing import Any
 
 from kilodelta.errors import InputError
 from kilodelta.files import canonical, plain, staging, untrusted
-from kilodelta.fleet.graph import AGAIN, DONE, Plan, Task, read_record
+from kilodelta.fleet.graph import Plan
+from kilodelta.fleet.record import AGAIN, DONE, read_record
+from kilodelta.fleet.task import Task
 
 PLANNED = "made-from.json"
 """In the folder of results: which file it was made from."""

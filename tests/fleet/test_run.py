@@ -21,10 +21,11 @@ import kilodelta
 from kilodelta.errors import InputError
 from kilodelta.export.pipeline import export
 from kilodelta.fleet import child, local, make_plan, read_fleet, run
-from kilodelta.fleet.graph import AGAIN, DONE, NEW, RECORD, Task
 from kilodelta.fleet.local import choose_jobs, shard_of
 from kilodelta.fleet.on_ray import _started, require_resources
+from kilodelta.fleet.record import AGAIN, DONE, NEW, RECORD
 from kilodelta.fleet.status import status_of
+from kilodelta.fleet.task import Task
 from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Patterns
 from tests.support import making, pico
