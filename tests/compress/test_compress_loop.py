@@ -18,9 +18,10 @@ from kilodelta.compress.distill.learn.data import Data
 from kilodelta.compress.distill.learn.loop import distill
 from kilodelta.compress.distill.learn.measure import measure
 from kilodelta.compress.distill.learn.objective import Measures, Objective
-from kilodelta.compress.distill.learn.outputs import Wanted, survey
+from kilodelta.compress.distill.learn.outputs import Wanted
 from kilodelta.compress.distill.learn.rows import Rows
 from kilodelta.compress.distill.learn.schedule import Distilled, Schedule
+from kilodelta.compress.distill.learn.survey import survey
 from kilodelta.compress.distill.teacher.ask import ask
 from kilodelta.compress.training import train
 from kilodelta.errors import InputError

@@ -15,8 +15,9 @@ import kilodelta
 from kilodelta.compress import Options, compress
 from kilodelta.compress.distill.learn.comparisons import Values, comparison_for, kl
 from kilodelta.compress.distill.learn.objective import Objective
-from kilodelta.compress.distill.learn.outputs import Output, Survey, Wanted, survey
+from kilodelta.compress.distill.learn.outputs import Output, Wanted
 from kilodelta.compress.distill.learn.rows import Rows, to_rows
+from kilodelta.compress.distill.learn.survey import Survey, survey
 from kilodelta.compress.distill.report import Report
 from kilodelta.compress.distill.teacher.ask import ask
 from kilodelta.errors import InputError

@@ -17,8 +17,9 @@ from kilodelta.compress.distill import student as students
 from kilodelta.compress.distill.learn import late_head
 from kilodelta.compress.distill.learn.comparisons import TopClasses
 from kilodelta.compress.distill.learn.late_head import LateTopClasses, find_head, late
-from kilodelta.compress.distill.learn.outputs import Output, Survey
+from kilodelta.compress.distill.learn.outputs import Output
 from kilodelta.compress.distill.learn.rows import Rows
+from kilodelta.compress.distill.learn.survey import Survey
 from kilodelta.compress.distill.teacher import ask as asking
 from kilodelta.compress.distill.teacher.top_k import shorten
 from kilodelta.models import open_model

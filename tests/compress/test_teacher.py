@@ -20,8 +20,9 @@ from kilodelta.compress.distill import pair as pairs
 from kilodelta.compress.distill.job import prepare
 from kilodelta.compress.distill.learn.comparisons import comparison_for, kl
 from kilodelta.compress.distill.learn.objective import Objective
-from kilodelta.compress.distill.learn.outputs import Output, Survey, Wanted, survey
+from kilodelta.compress.distill.learn.outputs import Output, Wanted
 from kilodelta.compress.distill.learn.rows import Rows
+from kilodelta.compress.distill.learn.survey import Survey, survey
 from kilodelta.compress.distill.teacher import ask as asking
 from kilodelta.compress.distill.teacher import store as stores
 from kilodelta.compress.distill.teacher.ask import Need, Shelf, ask, estimate

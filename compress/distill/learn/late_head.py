@@ -22,8 +22,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import linear
 
 from kilodelta.compress.distill.learn.comparisons import TopClasses
-from kilodelta.compress.distill.learn.outputs import Survey, run
+from kilodelta.compress.distill.learn.outputs import run
 from kilodelta.compress.distill.learn.rows import Rows
+from kilodelta.compress.distill.learn.survey import Survey
 from kilodelta.compress.distill.teacher.top_k import kl_shortened
 from kilodelta.models import LoadedModel
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kilodelta.compress.distill.learn.outputs import Output, Survey, run
+from kilodelta.compress.distill.learn.outputs import Output, run
 from kilodelta.compress.distill.learn.rows import Rows
+from kilodelta.compress.distill.learn.survey import Survey
 from kilodelta.compress.distill.teacher.store import (
     DiskStore,
     Facts,
