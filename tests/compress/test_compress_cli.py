@@ -267,23 +267,23 @@ def test_a_run_is_known_by_all_that_makes_it(here: Path) -> None:
 
 @pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupted_command_exits_130(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kilodelta.compress.distill.learn import loop
+    from kilodelta.compress.distill.learn import steps
 
-    step = loop.Run.take
+    step = steps.Run.take
 
     def stopping(run: Any, chosen: Any) -> float:
         if run.step == 4:
             signal.raise_signal(signal.SIGINT)
         return step(run, chosen)
 
-    monkeypatch.setattr(loop.Run, "take", stopping)
+    monkeypatch.setattr(steps.Run, "take", stopping)
     result = typed(*LEARN, "--json")
     assert result.exit_code == 130
     assert json.loads(result.stdout)["interrupted"] is True
     assert "interrupted after 5 steps" in result.stderr
     shown = CliRunner().invoke(main, ["inspect", "task.kd"])
     assert "interrupted True" in shown.stdout
-    monkeypatch.setattr(loop.Run, "take", step)
+    monkeypatch.setattr(steps.Run, "take", step)
     done = typed(*LEARN, "--resume")
     assert done.exit_code == 0, done.stderr
     assert "mode" in done.stdout

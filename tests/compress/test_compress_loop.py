@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kilodelta.compress.distill.learn import loop, state, watch
+from kilodelta.compress.distill.learn import state, steps, watch
 from kilodelta.compress.distill.learn.comparisons import comparison_for
 from kilodelta.compress.distill.learn.data import Data
 from kilodelta.compress.distill.learn.loop import distill
@@ -105,7 +105,7 @@ def test_the_best_rounded_state_is_kept_extras_included(monkeypatch: pytest.Monk
         states.append(coefficients(model))
         return (Measures(agreement=0.1 * len(states), divergence=next(script)),)
 
-    monkeypatch.setattr(loop, "measure", scripted)
+    monkeypatch.setattr(steps, "measure", scripted)
     done = distill(student, data, SCHEDULE, silent)
     assert [look.divergence for look in done.curve] == [0.5, 0.2, 0.9, 0.4]
     assert [look.step for look in done.curve] == [13, 14, 15, 16]
@@ -118,7 +118,7 @@ def test_the_best_rounded_state_is_kept_extras_included(monkeypatch: pytest.Monk
 def test_of_equal_states_the_later_one_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     student, data = task()
     measures = (Measures(agreement=0.5, divergence=0.5),)
-    monkeypatch.setattr(loop, "measure", lambda *given: measures)
+    monkeypatch.setattr(steps, "measure", lambda *given: measures)
     last: list[dict[str, Tensor]] = []
     distill(student, data, SCHEDULE, lambda event: last.append(coefficients(student)))
     assert equal(coefficients(student), last[-1])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import kilodelta
 from kilodelta.compress import Options, Report, compress
-from kilodelta.compress.distill.learn import loop
+from kilodelta.compress.distill.learn import steps
 from kilodelta.compress.distill.learn.comparisons import (
     Comparison,
     Head,
@@ -170,7 +170,7 @@ def test_a_step_that_memory_does_not_hold_is_halved(
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return run(loaded, batch, **rest)
 
-    monkeypatch.setattr(loop, "run", small)
+    monkeypatch.setattr(steps, "run", small)
     pieces = make(models, texts, tmp_path / "b.kd", steps=4)
     assert pieces.after is not None
     assert whole.after is not None
@@ -181,7 +181,7 @@ def test_a_step_that_memory_does_not_hold_is_halved(
     def tiny(loaded: Any, batch: dict[str, Tensor], **rest: Any) -> Any:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(loop, "run", tiny)
+    monkeypatch.setattr(steps, "run", tiny)
     with pytest.raises(InputError, match="memory ran out on a single input"):
         make(models, texts, tmp_path / "c.kd", steps=4)
 

@@ -1,9 +1,12 @@
-"""How long and how fast a distillation trains, and what it reached."""
+"""Say how long and how fast a distillation trains, and hold what it reached."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from kilodelta.compress.distill.learn.objective import Measures
 
@@ -56,6 +59,24 @@ class Look:
     step: int
     agreement: float
     divergence: float
+
+
+@dataclass
+class BestState:
+    """The best rounded coefficients so far, by their divergence on the held-out rows."""
+
+    divergence: float = math.inf
+    measures: tuple[Measures, ...] = ()
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    def offer(
+        self, divergence: float, measures: tuple[Measures, ...], state: Mapping[str, Tensor]
+    ) -> None:
+        """Take a state if it is at least as good; of equals the later one has trained longer."""
+        divergence = math.inf if math.isnan(divergence) else divergence
+        if not self.state or divergence <= self.divergence:
+            self.divergence, self.measures = divergence, measures
+            self.state = {name: values.detach().clone() for name, values in state.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

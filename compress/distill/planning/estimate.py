@@ -16,9 +16,9 @@ import torch
 
 from kilodelta.compress.distill.job import Job
 from kilodelta.compress.distill.learn.data import Data, Plan, objective_for, read_rows
-from kilodelta.compress.distill.learn.loop import EVALUATIONS, Run
 from kilodelta.compress.distill.learn.measure import measure
 from kilodelta.compress.distill.learn.schedule import Schedule
+from kilodelta.compress.distill.learn.steps import EVALUATIONS, Run
 from kilodelta.compress.distill.learn.survey import survey
 from kilodelta.compress.distill.planning.memory import available, counting_kept, resident
 from kilodelta.compress.distill.student import attach_student, late_logits

@@ -1,0 +1,240 @@
+"""Take the steps of one distillation, and keep the best of its rounded states.
+
+A step that memory does not hold is computed in smaller pieces, and a training that goes astray
+begins again at a lower rate.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kilodelta.compress.distill.learn.data import Data
+from kilodelta.compress.distill.learn.measure import measure
+from kilodelta.compress.distill.learn.objective import Measures
+from kilodelta.compress.distill.learn.outputs import run
+from kilodelta.compress.distill.learn.pieces import backward, is_out_of_memory
+from kilodelta.compress.distill.learn.schedule import BestState, Distilled, Look, Schedule
+from kilodelta.compress.distill.learn.watch import Watch
+from kilodelta.compress.training import train
+from kilodelta.errors import InputError
+from kilodelta.models import LoadedModel
+from kilodelta.progress import Event, Progress
+
+EVALUATIONS = 4
+"""Times that the held-out inputs are looked at while the rounded coefficients train."""
+KEPT_EVERY_S = 30.0
+"""Seconds between two writes of the state from which an interrupted run resumes."""
+CLIP = 1.0
+"""The largest norm of a step's gradient."""
+
+
+class Run:
+    """One run's moving parts."""
+
+    def __init__(
+        self, loaded: LoadedModel, data: Data, schedule: Schedule, progress: Progress
+    ) -> None:
+        self.loaded, self.data, self.schedule, self.progress = loaded, data, schedule, progress
+        self.trained = [p for p in loaded.module.parameters() if p.requires_grad]
+        # Extras have the base's type. In bfloat16 a step of the usual rate would round to nothing,
+        # so the optimiser works on float32 copies. Coefficients are float32 and their own copies.
+        self.masters = [
+            p if p.dtype == torch.float32 else nn.Parameter(p.detach().float().clone())
+            for p in self.trained
+        ]
+        self.optimiser = torch.optim.AdamW(
+            self.masters, lr=schedule.rate, betas=(0.9, 0.98), weight_decay=0.0
+        )
+        self.watch = Watch()
+        self._start = {name: v.clone() for name, v in self._coefficients().items()}
+        self.piece = schedule.batch
+        """Rows computed at a time; fewer than a batch has where memory ran out."""
+        self.step = 0
+        self.spent = 0.0
+        self.best = BestState()
+        self.curve: list[Look] = []
+
+    def train(self, stopped: threading.Event, keep: Callable[[], object]) -> None:
+        """Take all steps that are left, or those until the run is stopped."""
+        order = self._batches()
+        began, written = time.monotonic() - self.spent, time.monotonic()
+        while self.step < self.schedule.steps and not stopped.is_set():
+            loss = self.take(next(order))
+            self.step += 1
+            self.spent = time.monotonic() - began
+            self._look()
+            self._tell(loss)
+            if time.monotonic() - written > KEPT_EVERY_S:
+                keep()
+                written = time.monotonic()
+        if self.step < self.schedule.steps:
+            keep()
+
+    def _batches(self) -> Iterator[list[int]]:
+        """Yield the batches from the current step on, in the order of the whole run."""
+        generator = torch.Generator().manual_seed(self.schedule.seed)
+        learned = self.data.rows.subset(self.data.learned)
+        order = learned.shuffled(self.schedule.batch, generator)
+        for _ in range(self.step):
+            next(order)
+        for chosen in order:
+            yield [self.data.learned[i] for i in chosen]
+
+    def take(self, chosen: Sequence[int]) -> float:
+        """Take one step on some rows, without counting it; return its loss."""
+        if self.step == self.schedule.rounds_from:
+            train.quantise(self.loaded.module, self.schedule.bits)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.schedule.rate * self.watch.share * self.schedule.factor(self.step)
+        loss = self._gradient(chosen)
+        if self.watch.is_astray(loss.item()):
+            self._begin_again(loss.item())
+            return loss.item()
+        for parameter, master in zip(self.trained, self.masters, strict=True):
+            if master is not parameter and parameter.grad is not None:
+                master.grad = parameter.grad.float()
+        nn.utils.clip_grad_norm_(self.masters, CLIP)
+        self.optimiser.step()
+        with torch.no_grad():
+            for parameter, master in zip(self.trained, self.masters, strict=True):
+                if master is not parameter:
+                    parameter.copy_(master)
+        return loss.item()
+
+    def _begin_again(self, loss: float) -> None:
+        """Go back to where the training began, at a lower rate; the steps go on being counted.
+
+        Raises:
+            InputError: it went astray at every rate.
+        """
+        # Without an update the loss is the base's: no lower rate makes that one finite.
+        hopeless = self.watch.seen == 0 and not math.isfinite(loss)
+        if hopeless or not self.watch.begin_again():
+            raise InputError(
+                f"the loss is {loss} after {self.step} steps",
+                fix="give a lower --lr, and check that the tuned model's outputs are finite",
+            )
+        rounding = self._coefficients()
+        kept = {n: v for n, v in rounding.items() if n.endswith("rounding")}
+        self.loaded.module.load_state_dict({**self._start, **kept})
+        with torch.no_grad():
+            for parameter, master in zip(self.trained, self.masters, strict=True):
+                if master is not parameter:
+                    master.copy_(parameter)
+        self.optimiser.state.clear()
+
+    def _gradient(self, chosen: Sequence[int]) -> Tensor:
+        """Compute the gradient of some rows; return their loss.
+
+        Where memory runs out, the rows are computed in pieces of half as many, now and from then
+        on, until a single row does not fit.
+        """
+        batch, wanted = self.data.rows.batch(chosen), self.data.teacher(chosen)
+        mask = self.data.rows.mask(chosen)
+
+        def compute(rows: slice) -> dict[str, Tensor]:
+            part = {name: values[rows] for name, values in batch.items()}
+            return run(self.loaded, part, one_row=self.data.survey.one_row)
+
+        def loss_of(outputs: Mapping[str, Tensor]) -> Tensor:
+            # One generator per step: what a resumed run draws does not depend on where it began.
+            seed = (self.schedule.seed * 1_000_003 + self.step) % 2**63
+            draws = torch.Generator().manual_seed(seed)
+            return self.data.objective.loss(outputs, wanted, mask, draws)
+
+        while True:
+            self.loaded.module.zero_grad()
+            try:
+                return backward(compute, loss_of, len(chosen), self.piece)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halve(min(self.piece, len(chosen)))
+
+    def _halve(self, piece: int) -> None:
+        """Compute half as many rows at a time from now on."""
+        if piece == 1:
+            raise InputError(
+                "memory ran out on a single input",
+                fix="give a smaller --max-length, --dtype bf16, or a device with more memory",
+            )
+        self.piece = piece // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _look(self) -> None:
+        """Measure on the held-out rows now and then, from the first rounded step on."""
+        rounded = self.step - self.schedule.rounds_from
+        every = max(1, (self.schedule.steps - self.schedule.rounds_from) // EVALUATIONS)
+        if rounded > 0 and (rounded % every == 0 or self.step == self.schedule.steps):
+            self._offer()
+
+    def _offer(self) -> None:
+        measures = measure(self.loaded, self.data, self.data.held_out)
+        overall = self.data.objective.overall(measures)
+        self.curve.append(Look(step=self.step, **asdict(overall)))
+        self.best.offer(overall.divergence, measures, self._coefficients())
+
+    def _coefficients(self) -> dict[str, Tensor]:
+        """Return the attachment's tensors and the extras', which train along."""
+        return dict(self.loaded.module.state_dict())
+
+    def _tell(self, loss: float) -> None:
+        detail: dict[str, float | str] = {"loss": loss}
+        if self.curve:
+            detail["agreement"] = self.curve[-1].agreement
+        total = self.schedule.steps
+        event = Event(stage="distil", done=self.step, total=total, unit="steps", detail=detail)
+        self.progress(event)
+
+    def finish(self) -> Distilled:
+        """Leave the best rounded state attached."""
+        if not self.best.state:  # interrupted before the first rounded step
+            train.quantise(self.loaded.module, self.schedule.bits)
+            self._offer()
+        self.loaded.module.load_state_dict(self.best.state)
+        return Distilled(
+            measures=self.best.measures,
+            curve=tuple(self.curve),
+            steps=self.step,
+            seconds=self.spent,
+            interrupted=self.step < self.schedule.steps,
+            piece=self.piece if self.piece < self.schedule.batch else 0,
+            again=self.watch.again,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that a later run needs to go on, as tensors and numbers."""
+        pairs = [[one.agreement, one.divergence] for one in self.best.measures]
+        return {
+            "step": self.step,
+            "spent": self.spent,
+            "state": self._coefficients(),
+            "optimiser": self.optimiser.state_dict(),
+            "watch": self.watch.state(),
+            "masters": [m.detach() for m in self.masters],
+            "best": self.best.state,
+            "measures": {"divergence": self.best.divergence, "each": pairs},
+            "curve": [asdict(look) for look in self.curve],
+        }
+
+    def restore(self, found: Mapping[str, Any]) -> None:
+        """Take up a run where `state` left it."""
+        self.loaded.module.load_state_dict(found["state"])
+        self.optimiser.load_state_dict(found["optimiser"])
+        with torch.no_grad():
+            for master, values in zip(self.masters, found["masters"], strict=True):
+                master.copy_(values)
+        self.watch = Watch.of(found["watch"])
+        self.step, self.spent = found["step"], found["spent"]
+        each = tuple(Measures(agreement=a, divergence=d) for a, d in found["measures"]["each"])
+        self.best = BestState(found["measures"]["divergence"], each, found["best"])
+        self.curve = [Look(**look) for look in found["curve"]]
