@@ -1,27 +1,22 @@
 """Compress a fine-tuned model into a file of kilobytes over its base, and say what was kept.
 
-`compress` is a line through the rooms beside it: `options` and `place` refuse what cannot work,
+`compress` is a line through the rooms beside it: `request` and `options` refuse what cannot work,
 `job` settles what changed and what carries it, `learn` distils, and here the delta is built,
 merged in memory, measured and written.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from kilodelta.compress.distill import foreign, svd
+from kilodelta.compress.distill import svd
 from kilodelta.compress.distill.baselines import with_baselines
+from kilodelta.compress.distill.facts import run_facts, teacher_facts
 from kilodelta.compress.distill.job import Job, prepare
 from kilodelta.compress.distill.learn import state as states
-from kilodelta.compress.distill.learn.chat_rows import check_answers
-from kilodelta.compress.distill.learn.data import Data, Plan, check_count, gather
+from kilodelta.compress.distill.learn.data import Data, Plan, gather
 from kilodelta.compress.distill.learn.loop import distill
 from kilodelta.compress.distill.learn.measure import measure
 from kilodelta.compress.distill.learn.outputs import Wanted
@@ -31,21 +26,18 @@ from kilodelta.compress.distill.merged import fill_merged
 from kilodelta.compress.distill.options import Options as Options
 from kilodelta.compress.distill.options import check
 from kilodelta.compress.distill.options import options_from as options_from
-from kilodelta.compress.distill.place import check_place
 from kilodelta.compress.distill.placement import on_threads
 from kilodelta.compress.distill.report import Report
+from kilodelta.compress.distill.request import as_given, check_outputs, find_models, open_inputs
 from kilodelta.compress.distill.results import check_quality, finish
 from kilodelta.compress.distill.student import attach_student, build_delta, late_logits
 from kilodelta.compress.distill.teacher.ask import Shelf
 from kilodelta.compress.distill.teacher.swap import as_tuned
 from kilodelta.compress.training import train
-from kilodelta.errors import InputError, OutputError
 from kilodelta.files import staging
-from kilodelta.files.model_digest import digest
 from kilodelta.merging.build import Recipe, build
-from kilodelta.models import LoadedModel, locate, open_source, read_texts
-from kilodelta.models.layer_names import read_config
-from kilodelta.models.sources import ChatSource, Source
+from kilodelta.models import LoadedModel
+from kilodelta.models.sources import Source
 from kilodelta.progress import Progress, silent
 from kilodelta.rehearsal import begin_work
 from kilodelta.report import write_report
@@ -117,7 +109,7 @@ def compress(
     options = as_given(options)
     check(options, learns=inputs is not None)
     models = find_models(base, tuned)
-    _check_outputs(Path(out), models, force=force, resume=resume, learns=inputs is not None)
+    check_outputs(Path(out), models, force=force, resume=resume, learns=inputs is not None)
     source, labels = open_inputs(inputs, options)
     learns = source is not None
     with on_threads(options.threads):
@@ -136,25 +128,6 @@ def compress(
     return made
 
 
-def as_given(options: Options) -> Options:
-    """Return options with tuples of globs: one glob may stand where several may."""
-    fields = {"targets": options.targets, "exclude": options.exclude}
-    globs: dict[str, Any] = {k: (v,) if isinstance(v, str) else tuple(v) for k, v in fields.items()}
-    return replace(options, **globs)
-
-
-def find_models(base: str | Path, tuned: str | Path) -> dict[str, Path]:
-    """Find both models' files, by what each is called.
-
-    Raises:
-        CheckpointError: what was given is of a kind that cannot be compressed.
-    """
-    models = {"the base": locate(base), "the tuned model": locate(tuned)}
-    foreign.refuse_foreign(models["the base"], "BASE")
-    foreign.refuse_foreign(models["the tuned model"], "TUNED")
-    return models
-
-
 def _announce(job: Job, *, learns: bool) -> None:
     """Log what is trained; in a dry run, end here."""
     how = f"{job.method.name}, {job.bits} bits, {job.coefficients} coefficients"
@@ -163,38 +136,6 @@ def _announce(job: Job, *, learns: bool) -> None:
     targets = f"{len(job.targets)} tensors"
     begin_work(job.out, method=how, targets=targets, extras=extras, steps=steps)
     log.info("compress to %s: %s, %s, %d steps", job.out, how, targets, steps)
-
-
-def _check_outputs(
-    out: Path, models: Mapping[str, Path], *, force: bool, resume: bool, learns: bool
-) -> None:
-    check_place(out, models, force=force, resume=resume)
-    kept = states.place_of(out)
-    if resume and not learns:
-        raise InputError("only a run with inputs can be resumed", fix="give its --inputs")
-    if kept.exists() and not resume and not force:
-        raise OutputError(
-            f"{kept} holds an interrupted run",
-            fix="go on with it by --resume, or begin anew by --force",
-        )
-
-
-def open_inputs(
-    inputs: str | Path | None, options: Options
-) -> tuple[Source | None, tuple[str, ...] | None]:
-    """Read and judge the inputs and the labels, before any model is opened.
-
-    Raises:
-        InputError: they cannot be read, or are too few.
-    """
-    if inputs is None:
-        return None, None
-    source = open_source(inputs, field=options.field, limit=options.limit)
-    if isinstance(source, ChatSource) and options.loss_on == "assistant":
-        check_answers(source)
-    if source.rows is not None:
-        check_count(source.rows, source.spec, options.held_out, options.batch)
-    return source, tuple(read_texts(options.labels)) if options.labels is not None else None
 
 
 def _fit(job: Job, progress: Progress) -> Report:
@@ -229,7 +170,7 @@ def _distil(
     with ExitStack() as ending:
         shelf = Shelf(
             cache=None if options.teacher_cache is None else Path(options.teacher_cache),
-            facts=lambda: _teacher_facts(job),
+            facts=lambda: teacher_facts(job),
             scratch=lambda: ending.enter_context(staging.scratch(job.out)),
         )
         data = gather(
@@ -282,7 +223,7 @@ def _learn(
     before = measure(student, data, data.held_out)
     attach_student(job)
     schedule = schedule_of(job)
-    facts = _facts(job, data, schedule, labels)
+    facts = run_facts(job, data, schedule, labels)
     done = distill(student, data, schedule, progress, kept=kept, facts=facts, resume=resume)
     delta = build_delta(job, progress)
     train.detach(student.module)
@@ -292,46 +233,3 @@ def _learn(
     if not done.interrupted:
         kept.unlink(missing_ok=True)
     return report
-
-
-def _teacher_facts(job: Job) -> dict[str, str]:
-    """List what the teacher's outputs depend on, beside the inputs and the outputs themselves."""
-    return {
-        "base model": digest(job.pair.base, cached=True).root,
-        "tuned model": digest(job.pair.tuned, cached=True).root,
-        "computed in": _computed_in(job),
-        "module": job.options.model or json.dumps(read_config(job.pair.tuned), sort_keys=True),
-    }
-
-
-def _computed_in(job: Job) -> str:
-    """Return the type of the weights that the models compute with."""
-    assert job.pair.student is not None  # the caller has inputs
-    floats = (p.dtype for p in job.pair.student.module.parameters() if p.is_floating_point())
-    return str(next(floats, "")).removeprefix("torch.")
-
-
-def _facts(
-    job: Job, data: Data, schedule: Schedule, labels: tuple[str, ...] | None
-) -> dict[str, str]:
-    """List in words what makes two runs the same, for a run that is to be resumed."""
-    held_out = json.dumps([list(data.held_out), list(data.learned)])
-    outputs = [[o.name, o.kind, o.weight, o.axis] for o in data.survey.matched]
-    return {
-        "base model": digest(job.pair.base).root,
-        "tuned model": digest(job.pair.tuned).root,
-        "inputs (--inputs, --limit, --max-length, --field)": data.rows.digest(),
-        "held-out inputs (--held-out, --seed)": _short_digest(held_out),
-        "--labels": _short_digest("\n".join(labels or ())),
-        "--model": job.options.model or "",
-        "--dtype": _computed_in(job),
-        "method": json.dumps(job.method.to_manifest(), sort_keys=True),
-        "targets": json.dumps(asdict(job.patterns), sort_keys=True),
-        "--extras": json.dumps([change.name for change in job.split.extras]),
-        "outputs": json.dumps(outputs),
-        **{f"--{key}": str(value) for key, value in asdict(schedule).items()},
-    }
-
-
-def _short_digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -7,18 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kilodelta.compress.distill.compress import (
-    as_given,
-    find_models,
-    open_inputs,
-    plan_of,
-    schedule_of,
-)
+from kilodelta.compress.distill.compress import plan_of, schedule_of
 from kilodelta.compress.distill.job import prepare
 from kilodelta.compress.distill.options import Options, check
 from kilodelta.compress.distill.placement import on_threads
 from kilodelta.compress.distill.planning.curve import Curve, check_folder, draw_curve, parse_budgets
 from kilodelta.compress.distill.planning.estimate import Estimate, estimate_job
+from kilodelta.compress.distill.request import as_given, find_models, open_inputs
 from kilodelta.errors import InputError, require
 from kilodelta.progress import Progress, silent
 

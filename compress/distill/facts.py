@@ -1,0 +1,67 @@
+"""List what makes two runs, or two sets of a teacher's outputs, the same: in words, with digests.
+
+The state of an interrupted run holds the first list (`learn/state.py`), a kept set of a teacher's
+outputs the second (`teacher/store.py`); whoever reads them again compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+
+from kilodelta.compress.distill.job import Job
+from kilodelta.compress.distill.learn.data import Data
+from kilodelta.compress.distill.learn.schedule import Schedule
+from kilodelta.files.model_digest import digest
+from kilodelta.models.layer_names import read_config
+
+
+def teacher_facts(job: Job) -> dict[str, str]:
+    """List what the teacher's outputs depend on, beside the inputs and the outputs themselves."""
+    return {
+        "base model": digest(job.pair.base, cached=True).root,
+        "tuned model": digest(job.pair.tuned, cached=True).root,
+        "computed in": _computed_in(job),
+        "module": job.options.model or json.dumps(read_config(job.pair.tuned), sort_keys=True),
+    }
+
+
+def _computed_in(job: Job) -> str:
+    """Return the type of the weights that the models compute with."""
+    assert job.pair.student is not None  # the caller has inputs
+    floats = (p.dtype for p in job.pair.student.module.parameters() if p.is_floating_point())
+    return str(next(floats, "")).removeprefix("torch.")
+
+
+def run_facts(
+    job: Job, data: Data, schedule: Schedule, labels: tuple[str, ...] | None
+) -> dict[str, str]:
+    """List in words what makes two runs the same, for a run that is to be resumed.
+
+    Args:
+        job: what was settled before the first step.
+        data: what is learnt from.
+        schedule: how long and how fast.
+        labels: texts of the labels that embeddings are compared by.
+    """
+    held_out = json.dumps([list(data.held_out), list(data.learned)])
+    outputs = [[o.name, o.kind, o.weight, o.axis] for o in data.survey.matched]
+    return {
+        "base model": digest(job.pair.base).root,
+        "tuned model": digest(job.pair.tuned).root,
+        "inputs (--inputs, --limit, --max-length, --field)": data.rows.digest(),
+        "held-out inputs (--held-out, --seed)": _short_digest(held_out),
+        "--labels": _short_digest("\n".join(labels or ())),
+        "--model": job.options.model or "",
+        "--dtype": _computed_in(job),
+        "method": json.dumps(job.method.to_manifest(), sort_keys=True),
+        "targets": json.dumps(asdict(job.patterns), sort_keys=True),
+        "--extras": json.dumps([change.name for change in job.split.extras]),
+        "outputs": json.dumps(outputs),
+        **{f"--{key}": str(value) for key, value in asdict(schedule).items()},
+    }
+
+
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

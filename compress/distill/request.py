@@ -1,0 +1,82 @@
+"""Check what a compression is given, before any model is opened: models, inputs, place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kilodelta.compress.distill.foreign import refuse_foreign
+from kilodelta.compress.distill.learn import state as states
+from kilodelta.compress.distill.learn.chat_rows import check_answers
+from kilodelta.compress.distill.learn.data import check_count
+from kilodelta.compress.distill.options import Options
+from kilodelta.compress.distill.place import check_place
+from kilodelta.errors import InputError, OutputError
+from kilodelta.models import locate, open_source, read_texts
+from kilodelta.models.sources import ChatSource, Source
+
+
+def as_given(options: Options) -> Options:
+    """Return options with tuples of globs: one glob may stand where several may."""
+    fields = {"targets": options.targets, "exclude": options.exclude}
+    globs: dict[str, Any] = {k: (v,) if isinstance(v, str) else tuple(v) for k, v in fields.items()}
+    return replace(options, **globs)
+
+
+def find_models(base: str | Path, tuned: str | Path) -> dict[str, Path]:
+    """Find both models' files, by what each is called.
+
+    Raises:
+        CheckpointError: what was given is of a kind that cannot be compressed.
+    """
+    models = {"the base": locate(base), "the tuned model": locate(tuned)}
+    refuse_foreign(models["the base"], "BASE")
+    refuse_foreign(models["the tuned model"], "TUNED")
+    return models
+
+
+def check_outputs(
+    out: Path, models: Mapping[str, Path], *, force: bool, resume: bool, learns: bool
+) -> None:
+    """Check that the result may be written, and that a run towards it is gone on with or forgotten.
+
+    Args:
+        out: the file to write.
+        models: by what each is called, the models that are read.
+        force: whether `out` and an interrupted run towards it may be replaced.
+        resume: whether the interrupted run goes on.
+        learns: whether there are inputs to learn from.
+
+    Raises:
+        InputError: a run without inputs is to be resumed.
+        OutputError: `out` cannot be written, exists, or has an interrupted run.
+    """
+    check_place(out, models, force=force, resume=resume)
+    kept = states.place_of(out)
+    if resume and not learns:
+        raise InputError("only a run with inputs can be resumed", fix="give its --inputs")
+    if kept.exists() and not resume and not force:
+        raise OutputError(
+            f"{kept} holds an interrupted run",
+            fix="go on with it by --resume, or begin anew by --force",
+        )
+
+
+def open_inputs(
+    inputs: str | Path | None, options: Options
+) -> tuple[Source | None, tuple[str, ...] | None]:
+    """Read and judge the inputs and the labels, before any model is opened.
+
+    Raises:
+        InputError: they cannot be read, or are too few.
+    """
+    if inputs is None:
+        return None, None
+    source = open_source(inputs, field=options.field, limit=options.limit)
+    if isinstance(source, ChatSource) and options.loss_on == "assistant":
+        check_answers(source)
+    if source.rows is not None:
+        check_count(source.rows, source.spec, options.held_out, options.batch)
+    return source, tuple(read_texts(options.labels)) if options.labels is not None else None
