@@ -18,8 +18,9 @@ from kilodelta.errors import InputError
 from kilodelta.files import canonical
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.model_digest import digest
+from kilodelta.fleet.definition import FineTune, Fleet, FleetBase, FleetTarget
 from kilodelta.fleet.record import AGAIN, DONE, NEW, TaskState, state_of
-from kilodelta.fleet.schema import NEEDS_INPUTS, FineTune, Fleet, FleetBase, FleetTarget
+from kilodelta.fleet.schema import NEEDS_INPUTS
 from kilodelta.fleet.task import Task, memory_of
 from kilodelta.progress import Event, Progress, silent
 
