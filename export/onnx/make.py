@@ -27,7 +27,7 @@ def export_template(
 ) -> Template:
     """Export a model's architecture; its weights' values play no part.
 
-    Axes vary where the model and the exported graph take other sizes (`axes.py`, `trial.py`);
+    Axes vary where the model and the exported graph take other sizes (`axes/`, `trial.py`);
     `Template.notes` says what is fixed.
 
     Args:
