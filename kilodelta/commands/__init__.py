@@ -1,1 +1,1 @@
-"""The commands, one file a family; `kilodelta.cli` gathers them. No logic lives here."""
+"""Define the commands, one file a family; `kilodelta.cli` gathers them. No logic lives here."""

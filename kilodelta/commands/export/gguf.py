@@ -1,4 +1,4 @@
-"""`kilodelta export-gguf`: a delta as a LoRA adapter that llama.cpp loads."""
+"""Export a delta as a LoRA adapter that llama.cpp loads."""
 
 from __future__ import annotations
 

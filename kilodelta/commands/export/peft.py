@@ -1,4 +1,4 @@
-"""`kilodelta export-peft`: a delta as the folder of a PEFT LoRA adapter."""
+"""Export a delta as the folder of a PEFT LoRA adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Using a delta: merged with its base, or exported."""
+"""Merge a delta with its base, or export the merged model as ONNX or a TensorRT engine."""
 
 from __future__ import annotations
 

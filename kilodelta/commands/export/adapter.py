@@ -1,4 +1,4 @@
-"""`kilodelta export-adapter`: ONNX Runtime's own adapter files beside one graph of the base."""
+"""Export a delta as ONNX Runtime's own adapter files beside one graph of the base."""
 
 from __future__ import annotations
 
