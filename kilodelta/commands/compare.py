@@ -1,4 +1,4 @@
-"""`kilodelta diff` and `kilodelta card`: what differs, and what a file is, for people."""
+"""Compare two .kd files, and describe one on a model card."""
 
 from __future__ import annotations
 

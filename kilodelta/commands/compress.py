@@ -1,4 +1,4 @@
-"""Making a delta out of a fine-tuned model."""
+"""Make a delta out of a fine-tuned model."""
 
 from __future__ import annotations
 

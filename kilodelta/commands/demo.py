@@ -1,4 +1,4 @@
-"""`kilodelta demo`: everything once, on a real model."""
+"""Show everything once, on a real model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`kilodelta fleet`: many fine-tunes, many targets."""
+"""Run many fine-tunes for many targets."""
 
 from __future__ import annotations
 

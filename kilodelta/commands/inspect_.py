@@ -1,4 +1,4 @@
-"""Looking: what a file, a model or this machine is."""
+"""Show what a file, a model or this machine is."""
 
 from __future__ import annotations
 

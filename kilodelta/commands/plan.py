@@ -1,4 +1,4 @@
-"""Saying what a compression takes, and the curve of size against fidelity."""
+"""Say what a compression takes, and draw its curve of size against fidelity."""
 
 from __future__ import annotations
 

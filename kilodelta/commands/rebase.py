@@ -1,4 +1,4 @@
-"""`kilodelta rebase`: the same fine-tune for a quantised copy of its base."""
+"""Make the same fine-tune for a quantised copy of its base."""
 
 from __future__ import annotations
 

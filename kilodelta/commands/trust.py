@@ -1,4 +1,4 @@
-"""`kilodelta keygen` and `kilodelta publish`: a team's keys, and the mirror of its releases."""
+"""Make a team's keys, publish its releases on a mirror, and let devices trust and pull them."""
 
 from __future__ import annotations
 

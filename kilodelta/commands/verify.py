@@ -1,4 +1,4 @@
-"""The command `verify`, and how verifications are printed."""
+"""Verify what was made of a delta, and print the results."""
 
 from __future__ import annotations
 
