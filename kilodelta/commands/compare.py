@@ -1,4 +1,4 @@
-"""Compare two .kd files, and describe one on a model card."""
+"""Compare two models or .kd files, and describe a .kd file on a model card."""
 
 from __future__ import annotations
 
