@@ -19,7 +19,6 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("transformers")
 from kilodelta.errors import ExportError, ProofError
-from kilodelta.export.options import Options
 from kilodelta.export.tensorrt import build, cuda
 from kilodelta.verify.gpu import latency as gpu_latency
 from kilodelta.verify.gpu import parity
@@ -116,9 +115,7 @@ def test_a_refit_that_does_nothing_fails_on_the_saved_plan(
     trt: engines.TensorRT, models: Models, tmp_path: Path
 ) -> None:
     trt.forgets = True
-    options = Options(
-        onnx=False, capabilities=("sm86",), flavour="tensorrt", dtypes=("float32",), refittable=True
-    )
+    options = {"tensorrt": ("sm86",), "flavour": "tensorrt", "dtype": "fp32", "refittable": True}
     maker = parity._maker("tensorrt", ("float32",))
     found = statuses(bench(models, tmp_path)._refitted(maker, options))
     assert [what for what, status in found.items() if status == FAILED] == [
