@@ -91,6 +91,16 @@ def read_sizes(texts: Sequence[str]) -> dict[str, Sizes]:
     return found
 
 
+def listed(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Return names as a tuple; a text alone is one name, not its letters.
+
+    Example:
+        >>> listed("sm86"), listed(["sm86", "sm89"])
+        (('sm86',), ('sm86', 'sm89'))
+    """
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
 def read_dtypes(names: Sequence[str]) -> tuple[str, ...]:
     """Read precisions as the command line writes them, each once.
 

@@ -24,7 +24,7 @@ from kilodelta.export.manifest.artefacts import file_fact
 from kilodelta.export.manifest.facts import Artefact, DeltaFacts, ExportManifest
 from kilodelta.export.merge.tensor import changed_names
 from kilodelta.export.merged_model import merged_weights, open_merged
-from kilodelta.export.options import Options, read_dtypes, read_sizes, short
+from kilodelta.export.options import Options, listed, read_dtypes, read_sizes, short
 from kilodelta.export.out_folder import out_folder, require_out
 from kilodelta.export.precision import Maker
 from kilodelta.export.tensorrt.flavour import AUTO, choose
@@ -85,17 +85,17 @@ def export(
     out: str | os.PathLike[str],
     *,
     onnx: bool = False,
-    tensorrt: Sequence[str] = (),
-    dtype: Sequence[str] = ("fp32",),
+    tensorrt: str | Sequence[str] = (),
+    dtype: str | Sequence[str] = ("fp32",),
     external_data: bool = False,
     flavour: str = AUTO,
-    profile: Sequence[str] = (),
+    profile: str | Sequence[str] = (),
     tf32: bool = False,
     refittable: bool = False,
     model: str | None = None,
     config: str | None = None,
     inputs: str | None = None,
-    outputs: Sequence[str] = (),
+    outputs: str | Sequence[str] = (),
     kv_cache: bool = False,
     triton: str | os.PathLike[str] | None = None,
     max_work: float | None = None,
@@ -147,17 +147,17 @@ def export(
     """
     options = Options(
         onnx=onnx or not tensorrt,
-        capabilities=tuple(tensorrt),
-        dtypes=read_dtypes(dtype),
+        capabilities=listed(tensorrt),
+        dtypes=read_dtypes(listed(dtype)),
         external=external_data,
         flavour=flavour,
-        sizes=read_sizes(profile),
+        sizes=read_sizes(listed(profile)),
         tf32=tf32,
         refittable=refittable,
         model=model,
         config=config,
         inputs=inputs,
-        outputs=tuple(outputs),
+        outputs=listed(outputs),
         max_work=max_work,
         kv_cache=kv_cache,
         force=force,
