@@ -221,6 +221,8 @@ def _fetch(updater: Any, name: str) -> bool:
     info = updater.get_targetinfo(name)
     if info is None:
         raise SignatureError(f"the mirror lacks {name}", fix="publish again")
+    # A pull that was killed after its target had its name has no successor that stages here.
+    staging.sweep(Path(updater.target_dir))
     if updater.find_cached_target(info) is not None:
         return False
     # python-tuf writes into the file that is there, whoever has it open, and part of one if the

@@ -6,6 +6,8 @@ import errno
 import hashlib
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -249,3 +251,23 @@ def test_a_full_disk_while_pulling_is_said_and_leaves_nothing(
     assert got is not None
     assert got.fetched
     assert not (tmp_path / "client" / "metadata" / "tmpabc").exists()
+
+
+def test_what_a_pull_left_that_was_killed_at_its_end_goes_with_the_next(
+    tmp_path: Path, key: Any, served: tuple[Path, str]
+) -> None:
+    publish([release(tmp_path, key, 7)], served[0], key=key.private)
+    assert client(tmp_path, served) is not None
+    targets = tmp_path / "client" / "targets"
+    whole = sorted(targets.iterdir())
+    killed = (
+        "import os, sys\nfrom kilodelta.files import staging\n"
+        "with staging.new_file(__import__('pathlib').Path(sys.argv[1]) / 'late') as stage:\n"
+        "    stage.write_bytes(b'x')\n    os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", killed, str(targets)], check=False)
+    assert len(list(targets.iterdir())) == len(whole) + 1
+    got = client(tmp_path, served)
+    assert got is not None
+    assert not got.fetched
+    assert sorted(targets.iterdir()) == whole
