@@ -353,9 +353,11 @@ def _kill_one_worker(killed: threading.Event) -> None:
             try:
                 line = (folder / "cmdline").read_bytes()
                 parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                above = Path("/proc", str(parent), "cmdline").read_bytes()
             except (OSError, ValueError, IndexError):
                 continue
-            if b"kilodelta.fleet.child" in line:
+            # the driver has children of ours as well: this process
+            if b"kilodelta.fleet.child" in line and above.startswith(b"ray::"):
                 os.kill(parent, signal.SIGKILL)
                 killed.set()
                 return
