@@ -39,6 +39,8 @@ def test_texts_prompts_and_chats(model: Any, tmp_path: Path) -> None:
         '{"messages": [{"role": "user", "content": "rain"},'
         ' {"role": "assistant", "content": "came down"}]}',
         '{"messages": [{"role": "user", "content": "rain"}]}',
+        '{"prompt": [{"role": "user", "content": "rain"}],'
+        ' "completion": [{"role": "assistant", "content": "came down"}]}',
     )
     prompts = read_prompts(place, model)
     tokens = [model.tokenizer.convert_ids_to_tokens(list(prompt.ids)) for prompt in prompts]
@@ -46,7 +48,7 @@ def test_texts_prompts_and_chats(model: Any, tmp_path: Path) -> None:
     assert [t for t in tokens[1] if not t.startswith("[")] == ["seven", "birds"]
     # The answer is what the model is to write; the template alone writes special tokens.
     assert tokens[2] == ["[CLS]", "rain", "[SEP]", "[CLS]"]
-    assert tokens[3] == tokens[2]
+    assert tokens[4] == tokens[3] == tokens[2]
     assert prompts[1].place.endswith("chat.jsonl:3")
 
 
@@ -62,10 +64,15 @@ def test_lines_of_text(model: Any, tmp_path: Path) -> None:
         ("[1]", "is a list, not an object"),
         ("{", "is not JSON"),
         ('{"question": "rain"}', "no text in a field 'text', 'prompt' or 'messages'"),
-        ('{"messages": []}', "no list of turns"),
-        ('{"messages": "rain"}', "no list of turns"),
-        ('{"messages": [{"role": "user"}]}', "no list of turns"),
-        ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "no list of turns"),
+        ('{"messages": []}', "messages is no list of messages"),
+        ('{"messages": "rain"}', "messages is no list of messages"),
+        ('{"prompt": []}', "prompt is no list of messages"),
+        ('{"messages": [{"content": "rain"}]}', "message 1 has no role"),
+        ('{"messages": [{"role": "user"}]}', "content of message 1 is NoneType, not text"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
+            "content of message 1 is list, not text",
+        ),
         ('{"messages": [{"role": "assistant", "content": "rain"}]}', "begins with the assistant"),
         ('{"text": "' + "rain " * 40 + '"}', "is a prompt of 4. tokens"),
     ],

@@ -98,11 +98,11 @@ def _chat(line: str, place: str) -> Chat:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{place} is not JSON: {error}", fix="write one object per line") from None
     if isinstance(record, dict) and "messages" in record:
-        return Chat(place=place, messages=_messages(record["messages"], "messages", place))
+        return Chat(place=place, messages=read_messages(record["messages"], "messages", place))
     if isinstance(record, dict) and {"prompt", "completion"} <= record.keys():
         prompt, completion = record["prompt"], record["completion"]
         if isinstance(prompt, list) and isinstance(completion, list):
-            both = (_messages(part, name, place) for name, part in
+            both = (read_messages(part, name, place) for name, part in
                     (("prompt", prompt), ("completion", completion)))  # fmt: skip
             return Chat(place=place, messages=tuple(one for part in both for one in part))
         return Chat(
@@ -114,7 +114,17 @@ def _chat(line: str, place: str) -> Chat:
     raise InputError(f"{place} holds {what}, and the records before are chats", fix=_FORMATS)
 
 
-def _messages(value: Any, name: str, place: str) -> tuple[Message, ...]:
+def read_messages(value: Any, name: str, place: str) -> tuple[Message, ...]:
+    """Read a list of turns out of a record.
+
+    Args:
+        value: what stands under `name` in the record.
+        name: its key, for errors.
+        place: file and line, for errors.
+
+    Raises:
+        InputError: it is no list of objects with a role and a text as content.
+    """
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise InputError(f"{place}: {name} is no list of messages", fix=_FORMATS)
     turns = []

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kilodelta.errors import InputError
-from kilodelta.models.chats.records import ASSISTANT, Chat
+from kilodelta.models.chats.records import ASSISTANT, Chat, Message
 
 WAY_ON = "count every token with --loss-on all"
 
@@ -68,26 +68,27 @@ def _completion(tokenizer: Any, chat: Chat) -> tuple[list[int], list[int]]:
 def _conversation(
     tokenizer: Any, chat: Chat, source: str, *, marked: bool
 ) -> tuple[list[int], list[int]]:
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise InputError(
-            f"{chat.place} is a conversation, and the tokenizer of {source} has no chat template",
-            fix="give prompt and completion as texts, or a folder with a chat template",
-        )
-    turns = [{"role": one.role, "content": one.content} for one in chat.messages]
-    ids = _render(tokenizer, turns, chat, prompt=False)
+    def ids_of(count: int, *, prompt: bool) -> list[int]:
+        turns = chat.messages[:count]
+        return render(tokenizer, turns, place=chat.place, source=source, prompt=prompt)
+
+    ids = ids_of(len(chat.messages), prompt=False)
     if not marked:
         return ids, [0] * len(ids)
     if re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)):
         marked_ids = tokenizer.apply_chat_template(
-            turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            _turns(chat.messages),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
         )
         return list(marked_ids["input_ids"]), list(marked_ids["assistant_masks"])
     mask = [0] * len(ids)
-    for place, turn in enumerate(turns):
-        if turn["role"] != ASSISTANT:
+    for place, turn in enumerate(chat.messages):
+        if turn.role != ASSISTANT:
             continue
-        begin = _render(tokenizer, turns[:place], chat, prompt=True) if place else []
-        end = _render(tokenizer, turns[: place + 1], chat, prompt=False)
+        begin = ids_of(place, prompt=True) if place else []
+        end = ids_of(place + 1, prompt=False)
         if ids[: len(begin)] != begin or ids[: len(end)] != end:
             raise InputError(
                 f"{chat.place}: the chat template of {source} does not tell which tokens are the"
@@ -98,17 +99,38 @@ def _conversation(
     return ids, mask
 
 
-def _render(
-    tokenizer: Any, turns: Sequence[dict[str, str]], chat: Chat, *, prompt: bool
+def render(
+    tokenizer: Any, messages: Sequence[Message], *, place: str, source: str, prompt: bool
 ) -> list[int]:
+    """Tokenise turns as the tokenizer's chat template frames them.
+
+    Args:
+        tokenizer: of transformers.
+        messages: the turns.
+        place: file and line, for errors.
+        source: what the model is called, for errors.
+        prompt: whether the frame of an answer follows.
+
+    Raises:
+        InputError: there is no chat template, or it refuses the turns.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise InputError(
+            f"{place} is a conversation, and the tokenizer of {source} has no chat template",
+            fix="give texts, as text or as prompt and completion, or a folder with a chat template",
+        )
     try:
-        found = tokenizer.apply_chat_template(
-            list(turns), tokenize=True, add_generation_prompt=prompt, return_dict=False
+        ids = tokenizer.apply_chat_template(
+            _turns(messages), tokenize=True, add_generation_prompt=prompt, return_dict=False
         )
     except Exception as error:  # a template is a program, and raises what it likes
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
-            f"{chat.place}: the chat template refuses the conversation: {first}",
+            f"{place}: the chat template refuses the conversation: {first}",
             fix="give turns in the order and with the roles that the template takes",
         ) from None
-    return list(found)
+    return list(ids)
+
+
+def _turns(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": one.role, "content": one.content} for one in messages]

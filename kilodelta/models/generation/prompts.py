@@ -3,7 +3,7 @@
 ==============================================  ===============================================
  a line of a `.txt` file                         the prompt itself
  `{"text": "..."}` (or the field named)          the prompt itself
- `{"prompt": "...", "completion": "..."}`        the prompt
+ `{"prompt": "...", "completion": "..."}`        the prompt, a text or a list of turns
  `{"messages": [{"role": ..., "content": ...}]}` all turns before the last one of the assistant,
                                                  in the tokenizer's chat template
 ==============================================  ===============================================
@@ -12,12 +12,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kilodelta.errors import InputError
+from kilodelta.models.chats.records import ASSISTANT, Message, read_messages
+from kilodelta.models.chats.tokens import render
 from kilodelta.models.loaded import LoadedModel
 from kilodelta.models.texts import read_lines
 
@@ -94,8 +96,9 @@ def _records(path: Path) -> Iterator[tuple[str, str | dict[str, Any]]]:
 def _ids(
     record: str | dict[str, Any], field: str, loaded: LoadedModel, place: str
 ) -> tuple[int, ...]:
-    if isinstance(record, dict) and "messages" in record:
-        ids = _chat_ids(_turns(record["messages"], place), loaded, place)
+    asked = _turns(record, field, place) if isinstance(record, dict) else ()
+    if asked:
+        ids = tuple(render(loaded.tokenizer, asked, place=place, source=loaded.source, prompt=True))
     else:
         ids = _text_ids(_text(record, field, place), loaded, place)
     if not ids:
@@ -132,47 +135,18 @@ def _text_ids(text: str, loaded: LoadedModel, place: str) -> tuple[int, ...]:
         ) from None
 
 
-def _turns(messages: Any, place: str) -> list[dict[str, str]]:
-    """The turns to answer: those before the last turn of the assistant, where there is one."""
-    is_list = isinstance(messages, list) and messages
-    if not is_list or not all(_is_turn(turn) for turn in messages):
-        raise InputError(
-            f"{place}: messages is no list of turns with a role and a text as content",
-            fix='write turns like {"role": "user", "content": "..."}',
-        )
-    turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
-    answers = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
-    asked = turns[: answers[-1]] if answers else turns
+def _turns(record: Mapping[str, Any], field: str, place: str) -> tuple[Message, ...]:
+    """Return the turns to answer: those before the assistant's last one; none of a plain text."""
+    if "messages" not in record:
+        prompt = record.get("prompt")
+        is_chat = field not in record and isinstance(prompt, list)
+        return read_messages(prompt, "prompt", place) if is_chat else ()
+    messages = read_messages(record["messages"], "messages", place)
+    answers = [n for n, one in enumerate(messages) if one.role == ASSISTANT]
+    asked = messages[: answers[-1]] if answers else messages
     if not asked:
         raise InputError(
             f"{place}: the chat begins with the assistant, so there is nothing to answer",
             fix="put a turn of the user first",
         )
     return asked
-
-
-def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, dict) and all(
-        isinstance(turn.get(key), str) for key in ("role", "content")
-    )
-
-
-def _chat_ids(
-    turns: Sequence[Mapping[str, str]], loaded: LoadedModel, place: str
-) -> tuple[int, ...]:
-    if not getattr(loaded.tokenizer, "chat_template", None):
-        raise InputError(
-            f"{place} is a chat, and the tokenizer of {loaded.source} has no chat template",
-            fix='give plain prompts, {"text": "..."}, or a tokenizer with a chat template',
-        )
-    try:
-        text = loaded.tokenizer.apply_chat_template(
-            list(turns), tokenize=False, add_generation_prompt=True
-        )
-    except Exception as error:  # a template is a program of the folder's, which may raise anything
-        raise InputError(
-            f"{place}: the chat template of {loaded.source} refuses it: {error}",
-            fix="order the turns as the model was trained on: user and assistant in turn",
-        ) from None
-    # The template writes the special tokens itself.
-    return tuple(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
