@@ -183,6 +183,12 @@ def is_failure(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
+def one_line(error: BaseException) -> str:
+    """Return an exception as one line of a report: its first non-empty line, or its type."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
+
+
 def require(package: str, *, extra: str, why: str) -> ModuleType:
     """Import an optional package where it is used.
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kilodelta.errors import ExportError
+from kilodelta.errors import ExportError, one_line
 from kilodelta.models import LoadedModel
 from kilodelta.models.generation.cache import PAST, PRESENT, CacheLayer, empty_cache, feeds
 from kilodelta.models.quiet import quiet
@@ -68,8 +68,7 @@ def _try_text(
     try:
         logits = run_in_pieces(session, loaded, layers, ids, mask, pieces)
     except Exception as error:  # ONNX Runtime's own classes share no other base
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise _wrong(loaded, f"at {where} ONNX Runtime stops: {first}") from error
+        raise _wrong(loaded, f"at {where} ONNX Runtime stops: {one_line(error)}") from error
     if dtype != "float32":
         return
     with torch.no_grad(), quiet():

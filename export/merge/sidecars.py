@@ -19,6 +19,7 @@ from typing import TypeAlias
 
 from kilodelta.errors import CheckpointError
 from kilodelta.files import system
+from kilodelta.files.plain import is_file
 
 LIMIT = 1 << 30
 """Bytes of one file; tokenizers take tens of megabytes."""
@@ -149,14 +150,7 @@ class _Walk:
             return None
         link = os.readlink(named, dir_fd=within)
         blob = Path(os.path.normpath(self.root / place.parent / link))
-        return str(blob) if blob.parent == self.blobs and _is_regular(blob) else None
-
-
-def _is_regular(path: Path) -> bool:
-    try:
-        return stat.S_ISREG(path.lstat().st_mode)
-    except OSError:
-        return False
+        return str(blob) if blob.parent == self.blobs and is_file(blob) else None
 
 
 def holds_weights(name: str) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kilodelta.errors import ExportError
+from kilodelta.errors import ExportError, one_line
 from kilodelta.export.manifest.facts import BATCH
 from kilodelta.export.onnx.axes import AxisGroup, Variation
 from kilodelta.models import Batch, LoadedModel
@@ -93,7 +93,7 @@ class GraphTrial:
         try:
             results = self._session.run(self._outputs, self._feeds(batch))
         except Exception as error:  # ONNX Runtime's own classes share no other base
-            return f"ONNX Runtime stops: {_first_line(error)}"
+            return f"ONNX Runtime stops: {one_line(error)}"
         for name, array in zip(self._outputs, results, strict=True):
             if problem := self._difference(name, array, expected[name]):
                 return problem
@@ -150,7 +150,7 @@ def open_graph(
         )
     except Exception as error:
         raise ExportError(
-            f"ONNX Runtime does not load the exported graph: {_first_line(error)}",
+            f"ONNX Runtime does not load the exported graph: {one_line(error)}",
             fix="rewrite the layer that it names, or export with the versions in constraints.txt",
         ) from error
 
@@ -198,7 +198,3 @@ def _other_sizes(group: AxisGroup) -> tuple[int, ...]:
     low, _, high = group.sizes
     wanted = (max(low, 2), low) if group.name == BATCH else (low, high)
     return tuple(dict.fromkeys(n for n in wanted if n != group.traced))
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kilodelta import memory
 from kilodelta.errors import InputError
 from kilodelta.files import staging
 from kilodelta.fleet import child
@@ -29,6 +30,8 @@ from kilodelta.progress import Event, Progress, silent
 
 ANSWERS = "run.json"
 RETRIES = 1
+_GUESS = 4 << 30
+"""Bytes of memory to share out where the system does not say; less than most machines have."""
 """How often a task whose process was killed is tried again; an error is never tried again."""
 
 
@@ -95,16 +98,7 @@ def choose_jobs(tasks: Sequence[Task], jobs: int | None) -> int:
         return jobs
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     largest = max((memory_of(t) for t in tasks), default=1)
-    return max(1, min(cores or 1, int(0.8 * _available() / largest), len(tasks)))
-
-
-def _available() -> int:
-    """Return the free bytes of memory, or a cautious guess where the system does not say."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    return 4 << 30
+    return max(1, min(cores or 1, int(0.8 * memory.available(_GUESS) / largest), len(tasks)))
 
 
 def run(

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from kilodelta.errors import CheckpointError, InputError, require
+from kilodelta.errors import CheckpointError, InputError, one_line, require
 from kilodelta.models.quiet import quiet
 
 PREFIX = "hf:"
@@ -104,8 +104,7 @@ def _snapshot(source: str, files: Sequence[str]) -> Path:
         with quiet():
             return Path(hub.snapshot_download(name, allow_patterns=list(files)))
     except (OSError, ValueError) as error:  # all of the hub's own errors are among these
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error))
         raise CheckpointError(
-            f"{source} cannot be fetched: {reason}",
+            f"{source} cannot be fetched: {one_line(error)}",
             fix="check the name, the network and the login, or give a local folder",
         ) from None

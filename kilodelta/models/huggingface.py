@@ -20,7 +20,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from kilodelta.errors import CheckpointError, InputError, KiloDeltaError, is_failure, require
+from kilodelta.errors import (
+    CheckpointError,
+    InputError,
+    KiloDeltaError,
+    is_failure,
+    one_line,
+    require,
+)
 from kilodelta.files import plain
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tying import memory_of
@@ -116,7 +123,7 @@ def _explained(what: str, fix: str) -> Iterator[None]:
     except BaseException as error:
         if not is_failure(error):
             raise
-        raise InputError(f"{what}: {_first_line(error)}", fix=fix) from error
+        raise InputError(f"{what}: {one_line(error)}", fix=fix) from error
 
 
 def _require_plain(folder: Path) -> None:
@@ -302,7 +309,3 @@ def _max_length(folder: Path, module: nn.Module, tokenizer: Any) -> int | None:
 def _some(names: tuple[str, ...] | list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kilodelta.errors import InputError, KiloDeltaError, is_failure
+from kilodelta.errors import InputError, KiloDeltaError, is_failure, one_line
 from kilodelta.files.npz import ArrayHeader, read_npz
 from kilodelta.models.chats.records import Chat
 from kilodelta.models.chats.tokens import encode
@@ -98,7 +98,7 @@ def tokenize(loaded: LoadedModel, texts: Sequence[str], *, max_length: int | Non
         if not is_failure(error):
             raise
         raise InputError(
-            f"the tokenizer of {loaded.source} cannot make a batch: {_first_line(error)}",
+            f"the tokenizer of {loaded.source} cannot make a batch: {one_line(error)}",
             fix="give token ids in a .npz file, or a tokenizer with a pad token",
         ) from None
     return {name: encoded[name] for name in loaded.accepts if name in encoded}
@@ -205,7 +205,7 @@ def _call(source: CalledSource, step: Any) -> Any:
     except Exception as error:
         place, _, name = source.spec.partition(":")
         raise InputError(
-            f"{source.spec} fails with {type(error).__name__}: {_first_line(error)}",
+            f"{source.spec} fails with {type(error).__name__}: {one_line(error)}",
             fix=f'see where by python -c "import {place}; list({place}.{name}())"',
         ) from error
 
@@ -268,7 +268,7 @@ def try_one(batch: Batch, loaded: LoadedModel, origin: str) -> None:
             for name, t in first.items()
         )
         raise InputError(
-            f"{origin}: {loaded.source} cannot compute with {given}: {_first_line(problem)}",
+            f"{origin}: {loaded.source} cannot compute with {given}: {one_line(problem)}",
             fix="give what the model was trained on: floats as float32 (pixels scaled and"
             " normalised), token ids as integers, within the sizes that it takes",
         )
@@ -378,7 +378,3 @@ def _vocabulary(loaded: LoadedModel) -> int | None:
         return None
     count = getattr(table, "num_embeddings", None)
     return count if isinstance(count, int) else None
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

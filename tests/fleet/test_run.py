@@ -18,6 +18,7 @@ pytest.importorskip("tomllib")
 pytest.importorskip("onnxscript")
 pytest.importorskip("transformers")
 import kilodelta
+from kilodelta import memory
 from kilodelta.errors import InputError
 from kilodelta.export.pipeline import export
 from kilodelta.fleet import child, local, make_plan, read_fleet, run
@@ -25,7 +26,7 @@ from kilodelta.fleet.local import choose_jobs, shard_of
 from kilodelta.fleet.on_ray import _started, require_resources
 from kilodelta.fleet.record import AGAIN, DONE, NEW, RECORD
 from kilodelta.fleet.status import status_of
-from kilodelta.fleet.task import Task
+from kilodelta.fleet.task import Task, memory_of
 from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Patterns
 from tests.support import making, pico
@@ -225,6 +226,17 @@ def test_jobs_follow_cores_and_memory(world: Path, tmp_path: Path) -> None:
     assert 1 <= choose_jobs(tasks, None) <= (os.cpu_count() or 1)
     with pytest.raises(InputError, match="0 jobs"):
         choose_jobs(tasks, 0)
+
+
+def test_a_container_with_little_memory_gets_fewer_jobs(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine's free memory is not the container's, where the kernel would end the work."""
+    tasks = plan_of(world, tmp_path / "out").tasks
+    (tmp_path / "max").write_text(f"{max(map(memory_of, tasks)) * 3 // 2}\n")
+    (tmp_path / "now").write_text("0\n")
+    monkeypatch.setattr(memory, "_GROUPS", ((tmp_path / "max", tmp_path / "now"),))
+    assert choose_jobs(tasks, None) == 1
 
 
 def test_a_tuned_model_is_compressed_and_an_option_makes_it_again(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kilodelta import memory
 from kilodelta.errors import InputError
 from kilodelta.export.manifest.facts import Profile
 from kilodelta.progress import Event
-from kilodelta.verify.parity import memory, plan
+from kilodelta.verify.parity import plan
 from kilodelta.verify.parity.plan import BYTES
 from kilodelta.verify.parity.traits import Trial, longest
 

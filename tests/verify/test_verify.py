@@ -18,6 +18,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("transformers")
 
 import kilodelta
+from kilodelta import memory
 from kilodelta.cli import main
 from kilodelta.errors import FileError, InputError, OutputError, ProofError
 from kilodelta.export.manifest import artefacts
@@ -27,7 +28,7 @@ from kilodelta.files.tensor import RawTensor
 from kilodelta.format.methods import Nola
 from kilodelta.format.targets import Patterns
 from kilodelta.models.weights import tensor
-from kilodelta.verify.parity import bench, memory, plan
+from kilodelta.verify.parity import bench, plan
 from tests.support import pico
 from tests.support.making import delta
 

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kilodelta.errors import KiloDeltaError, MissingPackageError, ProofError
+from kilodelta.errors import KiloDeltaError, MissingPackageError, ProofError, one_line
 from kilodelta.export.decoder.genai import CONFIG
 from kilodelta.models.generation.cache import PAST, POSITIONS, PRESENT
-from kilodelta.verify.runners.runner import UnavailableError, one_line
+from kilodelta.verify.runners.runner import UnavailableError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,13 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from kilodelta.errors import KiloDeltaError
+from kilodelta.errors import KiloDeltaError, one_line
 from kilodelta.export.tensorrt.cuda import CudaError
 from kilodelta.verify.gpu.measure import captured, wait
 from kilodelta.verify.gpu.part import MEASURED, PartRow, guarded
 from kilodelta.verify.parity.cases import Case
 from kilodelta.verify.runners.request import Latency, Request, latency
-from kilodelta.verify.runners.runner import Batch, one_line
+from kilodelta.verify.runners.runner import Batch
 from kilodelta.verify.runners.torch_runner import as_precision
 
 Ask: TypeAlias = Callable[[Batch], AbstractContextManager[Request]]

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from kilodelta.errors import KiloDeltaError, MissingPackageError
+from kilodelta.errors import KiloDeltaError, MissingPackageError, one_line
 from kilodelta.verify.parity.result import FAILED, NOT_RUN, PASSED, Json
-from kilodelta.verify.runners.runner import UnavailableError, one_line
+from kilodelta.verify.runners.runner import UnavailableError
 
 T = TypeVar("T")
 

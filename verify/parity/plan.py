@@ -13,10 +13,10 @@ from math import prod
 
 import torch
 
+from kilodelta import memory
 from kilodelta.errors import InputError
 from kilodelta.export.manifest.facts import Profile, Shape
 from kilodelta.progress import Event, Progress, silent
-from kilodelta.verify.parity import memory
 from kilodelta.verify.parity.fitting import Shapes
 from kilodelta.verify.parity.traits import Cost, Trial, longest
 from kilodelta.verify.runners.runner import Batch

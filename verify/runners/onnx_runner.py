@@ -17,11 +17,12 @@ from kilodelta.errors import (
     KiloDeltaError,
     MissingPackageError,
     ProofError,
+    one_line,
     require,
 )
 from kilodelta.files.dtypes import DTYPES, FLOATS, DType
 from kilodelta.verify.runners.request import Request
-from kilodelta.verify.runners.runner import Arrays, Batch, UnavailableError, feed, one_line
+from kilodelta.verify.runners.runner import Arrays, Batch, UnavailableError, feed
 
 # TF32 rounds the factors of float32 products to 11 bits; parity in float32 needs them whole.
 PROVIDERS: dict[str, list[Any]] = {

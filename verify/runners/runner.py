@@ -113,9 +113,3 @@ def converted(name: str, values: Any, dtype: Any) -> NDArray[Any]:
             fix=f"give an array of {wanted}, such as the tokenizer's ids as they are",
         )
     return result
-
-
-def one_line(error: BaseException) -> str:
-    """Return an exception as one line of a report: its first non-empty line, or its type."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kilodelta.errors import InputError, KiloDeltaError, ProofError
+from kilodelta.errors import InputError, KiloDeltaError, ProofError, one_line
 from kilodelta.models import experts
-from kilodelta.verify.runners.runner import Arrays, Batch, UnavailableError, one_line
+from kilodelta.verify.runners.runner import Arrays, Batch, UnavailableError
 from kilodelta.verify.runners.torch_modes import InOrder, Widen
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from kilodelta.compress.adapters.peft.config import read_config
 from kilodelta.compress.adapters.peft.folder import PICKLE, WEIGHTS
-from kilodelta.errors import CheckpointError, InputError, KiloDeltaError, require
+from kilodelta.errors import CheckpointError, InputError, KiloDeltaError, one_line, require
 from kilodelta.files.checkpoint import Checkpoint, in_name_order
 from kilodelta.files.dtypes import DTYPES
 from kilodelta.files.tensor import RawTensor
@@ -119,7 +119,7 @@ def _unpickled(path: Path) -> tuple[dict[str, RawTensor], str | None]:
         loaded = torch.load(path, map_location=here, weights_only=True)
     except Exception as problem:  # torch has no class for what may be wrong with a pickle
         raise CheckpointError(
-            f"{path} cannot be read as weights: {_first_line(problem)}",
+            f"{path} cannot be read as weights: {one_line(problem)[:200]}",
             fix="give the checkpoint as the official code saved it, or as .safetensors",
         ) from None
     state = loaded.get("model_state_dict", loaded) if isinstance(loaded, dict) else loaded
@@ -145,14 +145,9 @@ def _raw(path: Path, key: str, value: Any) -> RawTensor:
         return RawTensor.of(value)
     except (KiloDeltaError, RuntimeError, NotImplementedError) as problem:
         raise CheckpointError(
-            f"{path}: tensor {key:.200} holds no plain numbers: {_first_line(problem)}",
+            f"{path}: tensor {key:.200} holds no plain numbers: {one_line(problem)[:200]}",
             fix="give the checkpoint as the official code saved it",
         ) from None
-
-
-def _first_line(problem: Exception) -> str:
-    text = problem.what if isinstance(problem, KiloDeltaError) else str(problem)
-    return next(iter(text.splitlines()), type(problem).__name__)[:200]
 
 
 def _layers(path: Path, tensors: Mapping[str, RawTensor]) -> tuple[Layers, dict[str, RawTensor]]:

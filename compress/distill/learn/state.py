@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kilodelta.errors import InputError
+from kilodelta.errors import InputError, one_line
 from kilodelta.files import staging
 
 VERSION = 3
@@ -84,7 +84,6 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # torch, pickle and zipfile raise some ten unrelated classes
-        first = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise InputError(
-            f"{path} is damaged: {first}", fix="start without --resume, and with --force"
+            f"{path} is damaged: {one_line(error)}", fix="start without --resume, and with --force"
         ) from None

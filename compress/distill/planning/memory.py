@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from kilodelta import memory
 
 
 @dataclass
@@ -65,15 +66,8 @@ def available(device: torch.device | None = None) -> int | None:
     """Return the bytes that can still be taken, or None where the system does not say.
 
     Args:
-        device: a GPU; the machine's memory by default.
+        device: a GPU; by default the memory of the machine or its container.
     """
     if device is not None and device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    if sys.platform != "linux":
-        return None
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    found = {line.split(":")[0]: line.split()[1] for line in lines if line.endswith(" kB")}
-    return int(found["MemAvailable"]) * 1024 if "MemAvailable" in found else None
+    return memory.stated()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kilodelta.errors import InputError, KiloDeltaError
+from kilodelta.errors import InputError, KiloDeltaError, one_line
 from kilodelta.export.manifest.facts import BATCH, Sizes
 from kilodelta.export.onnx.axes.labels import image_axis
 from kilodelta.export.onnx.axes.variation import AxisGroup, Place, resize
@@ -50,8 +50,7 @@ class SizeProbe:
         except KiloDeltaError:
             raise
         except Exception as error:  # a module's own code may raise anything
-            lines = (line.strip() for line in str(error).splitlines())
-            self.problem = next((line for line in lines if line), type(error).__name__)
+            self.problem = one_line(error)
             return False
         return True
 

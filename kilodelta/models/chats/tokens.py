@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from kilodelta.errors import InputError
+from kilodelta.errors import InputError, one_line
 from kilodelta.models.chats.records import ASSISTANT, Chat, Message
 
 WAY_ON = "count every token with --loss-on all"
@@ -124,9 +124,8 @@ def render(
             _turns(messages), tokenize=True, add_generation_prompt=prompt, return_dict=False
         )
     except Exception as error:  # a template is a program, and raises what it likes
-        first = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
-            f"{place}: the chat template refuses the conversation: {first}",
+            f"{place}: the chat template refuses the conversation: {one_line(error)}",
             fix="give turns in the order and with the roles that the template takes",
         ) from None
     return list(ids)

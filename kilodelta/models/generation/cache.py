@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kilodelta.errors import ExportError
+from kilodelta.errors import ExportError, one_line
 from kilodelta.models.loaded import Batch, LoadedModel
 from kilodelta.models.quiet import quiet
 
@@ -109,7 +109,7 @@ def cache_layers(loaded: LoadedModel) -> tuple[CacheLayer, ...]:
                 use_cache=True,
             )
     except Exception as error:  # a module's own code may raise anything
-        raise _no_decoder(loaded, f"does not run with a cache ({_first_line(error)})") from error
+        raise _no_decoder(loaded, f"does not run with a cache ({one_line(error)})") from error
     if getattr(result, "logits", None) is None or result.logits.ndim != 3:
         raise _no_decoder(loaded, "puts out no logits for every token")
     layers = getattr(getattr(result, "past_key_values", None), "layers", ())
@@ -183,7 +183,3 @@ def _no_decoder(loaded: LoadedModel, why: str) -> ExportError:
         f"{why}",
         fix="export it without --kv-cache",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kilodelta.errors import InputError, require
+from kilodelta.errors import InputError, one_line, require
 from kilodelta.models.loaded import Batch, LoadedModel
 from kilodelta.models.media.images import read_image
 from kilodelta.models.media.records import Record, RecordSource
@@ -222,9 +222,8 @@ def _processor(name: str, kind: str, loaded: LoadedModel) -> Any:
         with quiet():
             return getattr(transformers, name).from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # strangers' files: anything may be wrong with them
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
-            f"{loaded.source} has no processor for {kind}: {first:.200}", fix=fix
+            f"{loaded.source} has no processor for {kind}: {one_line(error):.200}", fix=fix
         ) from None
 
 
@@ -234,9 +233,8 @@ def _processed(record: Record, work: Callable[[], Mapping[str, Any]]) -> Batch:
         with quiet():
             made = work()
     except Exception as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
-            f"{record.place}: the model's processor cannot take it: {first:.200}",
+            f"{record.place}: the model's processor cannot take it: {one_line(error):.200}",
             fix="give what the model was trained on, or remove it",
         ) from None
     return {

@@ -1,4 +1,4 @@
-"""How much memory this process may still take, in bytes."""
+"""Ask how much memory this process may still take: of the machine, or of its container."""
 
 from __future__ import annotations
 
@@ -19,14 +19,24 @@ _GROUPS = (
 """Limit and use of the container, by cgroup version 2 and 1."""
 
 
-def available() -> int:
+def available(otherwise: int = UNKNOWN) -> int:
     """Return the bytes that the machine has free, or that the container may still take.
+
+    Args:
+        otherwise: what to return where the system says neither.
 
     Example:
         >>> available() > 0
         True
     """
-    return max(1, min([*_free(), *_left()], default=UNKNOWN))
+    left = stated()
+    return otherwise if left is None else left
+
+
+def stated() -> int | None:
+    """Return what `available` does, or None where the system does not say."""
+    amounts = [*_free(), *_left()]
+    return max(1, min(amounts)) if amounts else None
 
 
 def _free() -> Iterable[int]:
