@@ -70,6 +70,9 @@ def _show(found: Difference, every: bool) -> None:
             for row in shown
         ]
         terminal.print_table("Tensors that differ", columns, rows, right=(2, 3, 4))
+    if not found.rows and not found.same:  # two .kd files, and what they say differs
+        terminal.print_line("updates were not compared; give --base for that")
+        return
     left = len(found.rows) - len(shown)
     more = f", {left} more with --all" if left else ""
     terminal.print_line(f"{len(found.rows)} differ, {found.same} are equal{more}")

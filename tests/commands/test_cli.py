@@ -45,6 +45,17 @@ def test_inspect(place: Path) -> None:
     assert sum(parts) == found["nbytes"]["file"]
 
 
+def test_diff_of_files_says_whether_updates_were_compared() -> None:
+    files = GOLDEN / "nola-8.kd", GOLDEN / "nola-16.kd"
+    alone = run("diff", *files)
+    assert alone.exit_code == 0
+    assert "updates were not compared; give --base for that" in alone.stdout
+    assert "0 are equal" not in alone.stdout
+    beside = run("diff", *files, "--base", GOLDEN / "base.safetensors")
+    assert "differ, " in beside.stdout
+    assert "not compared" not in beside.stdout
+
+
 def test_digest(place: Path) -> None:
     root = kilodelta.digest(place / "base").root
     assert run("digest", place / "base", "-q").stdout.split()[0] == root
