@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
+import tracemalloc
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +31,8 @@ SECONDS = 5.0
 WAITS = 60.0
 FREE, TIMES = 64 << 20, 4
 """Memory that one input may take: `FREE` bytes, and `TIMES` its size."""
+SLACK = 4 << 20
+"""What the kernel's mark of the peak may lie above resident memory after it was set back."""
 PLACES = 0.03
 """The share of inputs in which a file is replaced by a link, a pipe, a folder or nothing."""
 
@@ -213,7 +215,7 @@ class _Outcome:
 
 def _outcome(read: Read, work: Path, *, seconds: float | None = None) -> _Outcome:
     kind, text = None, ""
-    before, began = _reset_peak(), time.process_time()
+    peak, began = _Peak(), time.process_time()
     try:
         with _limited(seconds or SECONDS):
             read(work)
@@ -226,7 +228,7 @@ def _outcome(read: Read, work: Path, *, seconds: float | None = None) -> _Outcom
         raise
     except BaseException as error:  # every other kind is a fault, SystemExit as well
         kind, text = f"{type(error).__name__} {_where(error)}", traceback.format_exc(limit=-8)
-    took, memory = time.process_time() - began, max(0, _peak() - before)
+    took, memory = time.process_time() - began, peak.growth()
     return _Outcome(kind=kind, text=text, seconds=took, memory=memory)
 
 
@@ -250,22 +252,53 @@ def _unprintable(error: KiloDeltaError) -> str:
     return ""
 
 
-def _reset_peak() -> int:
-    """Set the kernel's mark of the peak to what is resident now, and return that."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return _peak()
+class _Peak:
+    """Measures the most memory that is taken from now on.
+
+    The kernel's mark of the peak is exact, and can be set back on most systems. Where it cannot, an
+    earlier peak of the process would hide every later one; Python's own allocations, which hold
+    numpy's arrays, are traced there instead.
+    """
+
+    def __init__(self) -> None:
+        self._resets = _reset_peak()
+        self._traces_before = tracemalloc.is_tracing()
+        if not self._resets:
+            tracemalloc.start()
+            tracemalloc.reset_peak()
+        self._before = self._now()
+
+    def growth(self) -> int:
+        """Return the bytes that the peak lies above the start. Call it once."""
+        grown = max(0, self._now() - self._before)
+        if not self._resets and not self._traces_before:
+            tracemalloc.stop()
+        return grown
+
+    def _now(self) -> int:
+        return _memory(b"VmHWM:") if self._resets else tracemalloc.get_traced_memory()[1]
 
 
-def _peak() -> int:
+def _reset_peak() -> bool:
+    """Set the kernel's mark of the peak to what is resident now; return whether it moved there."""
     try:
-        with open("/proc/self/status", "rb") as file:
-            for line in file:
-                if line.startswith(b"VmHWM:"):
-                    return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        Path("/proc/self/clear_refs").write_text("5")
+        return _memory(b"VmHWM:") - _memory(b"VmRSS:") < SLACK
+    except (OSError, ValueError):
+        return False
+
+
+def _memory(name: bytes) -> int:
+    """Return a line of `/proc/self/status` in bytes.
+
+    Raises:
+        OSError, ValueError: no such file, or no such line.
+    """
+    with open("/proc/self/status", "rb") as file:
+        for line in file:
+            if line.startswith(name):
+                return int(line.split()[1]) << 10
+    raise ValueError(name)
 
 
 @contextlib.contextmanager

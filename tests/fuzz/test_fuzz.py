@@ -83,6 +83,14 @@ def test_each_kind_of_fault_is_seen(
     assert getattr(result, field) == 2
 
 
+def test_memory_is_seen_where_the_kernels_mark_cannot_be_set_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tests.fuzz.harness._reset_peak", lambda: False)
+    assert run(raising(lambda: bytearray(b"x") * (100 << 20)), 2).over_memory == 2
+    assert run(raising(lambda: _raise(InputError("no", fix="none"))), 2).is_clean
+
+
 def test_a_control_character_in_a_message_is_a_fault() -> None:
     class LoudError(InputError):
         def __str__(self) -> str:
