@@ -22,6 +22,12 @@ from kilodelta.compress.training import train
 from kilodelta.format.methods import Lora, Method, Nola
 from tests.support.training import EVERY, LAYERS, batch, classifier, rows
 
+COMPILED = [
+    pytest.param(method, id=method.name, marks=[] if number < 2 else pytest.mark.slow)
+    for number, method in enumerate(EVERY)
+]
+"""Compiling takes ten seconds each: all but two are for `--slow`."""
+
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -79,7 +85,7 @@ def test_activation_checkpointing_changes_no_gradient(method: Method, tmp_path: 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks, we do not
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated")
-@pytest.mark.parametrize("method", EVERY, ids=lambda m: m.name)
+@pytest.mark.parametrize("method", COMPILED)
 def test_a_compiled_model_computes_and_learns_the_same(method: Method, tmp_path: Path) -> None:
     """Traced whole, before it ever ran; the backend runs the traced graph as it is, so the results
     are equal to float32 rounding."""

@@ -46,7 +46,14 @@ def run(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make",
+    # A sentence encoder is a BERT with a pooling: plain BERT itself is for `--slow`.
+    [
+        pytest.param(make, id=make.__name__, marks=pytest.mark.slow if make is pico.bert else ())
+        for make in MODELS
+    ],
+)
 def test_a_template_filled_with_another_fine_tune_computes_that_one(
     make: Callable[[Path], Path], tmp_path: Path
 ) -> None:
