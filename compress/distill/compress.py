@@ -37,7 +37,7 @@ from kilodelta.compress.training import train
 from kilodelta.files import staging
 from kilodelta.merging.build import Recipe, build
 from kilodelta.models import LoadedModel
-from kilodelta.models.sources import Source
+from kilodelta.models.inputs.sources import Source
 from kilodelta.progress import Progress, silent
 from kilodelta.rehearsal import begin_work
 from kilodelta.report import write_report

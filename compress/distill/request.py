@@ -15,7 +15,7 @@ from kilodelta.compress.distill.options import Options
 from kilodelta.compress.distill.place import check_place
 from kilodelta.errors import InputError, OutputError
 from kilodelta.models import locate, open_source, read_texts
-from kilodelta.models.sources import ChatSource, Source
+from kilodelta.models.inputs.sources import ChatSource, Source
 
 
 def as_given(options: Options) -> Options:

@@ -11,40 +11,40 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kilodelta.models.example_inputs import example as example
     from kilodelta.models.heads import Pooling as Pooling
     from kilodelta.models.heads import View as View
     from kilodelta.models.heads import counted as counted
     from kilodelta.models.hub import locate as locate
     from kilodelta.models.hub import locate_delta as locate_delta
-    from kilodelta.models.inputs import Batch as Batch
-    from kilodelta.models.inputs import read_inputs as read_inputs
-    from kilodelta.models.inputs import tokenize as tokenize
+    from kilodelta.models.inputs.examples import example as example
+    from kilodelta.models.inputs.read import Batch as Batch
+    from kilodelta.models.inputs.read import read_inputs as read_inputs
+    from kilodelta.models.inputs.read import tokenize as tokenize
+    from kilodelta.models.inputs.sources import check_spec as check_spec
+    from kilodelta.models.inputs.sources import open_source as open_source
+    from kilodelta.models.inputs.texts import read_texts as read_texts
     from kilodelta.models.load import open_model as open_model
     from kilodelta.models.loaded import LoadedModel as LoadedModel
     from kilodelta.models.loaded import outputs as outputs
-    from kilodelta.models.sources import check_spec as check_spec
-    from kilodelta.models.sources import open_source as open_source
-    from kilodelta.models.texts import read_texts as read_texts
     from kilodelta.models.weights import fill as fill
 
 _WHERE = {
-    "Batch": "kilodelta.models.inputs",
+    "Batch": "kilodelta.models.inputs.read",
     "LoadedModel": "kilodelta.models.loaded",
     "Pooling": "kilodelta.models.heads",
     "View": "kilodelta.models.heads",
-    "check_spec": "kilodelta.models.sources",
+    "check_spec": "kilodelta.models.inputs.sources",
     "counted": "kilodelta.models.heads",
-    "example": "kilodelta.models.example_inputs",
+    "example": "kilodelta.models.inputs.examples",
     "fill": "kilodelta.models.weights",
     "locate": "kilodelta.models.hub",
     "locate_delta": "kilodelta.models.hub",
     "open_model": "kilodelta.models.load",
-    "open_source": "kilodelta.models.sources",
+    "open_source": "kilodelta.models.inputs.sources",
     "outputs": "kilodelta.models.loaded",
-    "read_inputs": "kilodelta.models.inputs",
-    "read_texts": "kilodelta.models.texts",
-    "tokenize": "kilodelta.models.inputs",
+    "read_inputs": "kilodelta.models.inputs.read",
+    "read_texts": "kilodelta.models.inputs.texts",
+    "tokenize": "kilodelta.models.inputs.read",
 }
 
 __all__ = [

@@ -32,7 +32,7 @@ from kilodelta.files import plain
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tying import memory_of
 from kilodelta.models import quantised
-from kilodelta.models.example_inputs import longest_text
+from kilodelta.models.inputs.examples import longest_text
 from kilodelta.models.loaded import Kind, LoadedModel
 from kilodelta.models.pooling import read_max_length, read_pooling
 from kilodelta.models.quiet import quiet

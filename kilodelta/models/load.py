@@ -13,8 +13,8 @@ from kilodelta.files.checkpoint import Checkpoint, hub_snapshot
 from kilodelta.files.tying import file_order, untied
 from kilodelta.models import huggingface
 from kilodelta.models.entry import call_entry, is_entry
-from kilodelta.models.example_inputs import longest_text
 from kilodelta.models.hub import is_hub_name, locate
+from kilodelta.models.inputs.examples import longest_text
 from kilodelta.models.loaded import LoadedModel
 from kilodelta.models.twin import unfilled
 from kilodelta.models.weights import fill

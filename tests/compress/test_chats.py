@@ -21,8 +21,8 @@ from kilodelta.errors import InputError
 from kilodelta.models import open_model, open_source, read_inputs
 from kilodelta.models.chats.records import Chat, Message, read_chats
 from kilodelta.models.chats.tokens import encode
+from kilodelta.models.inputs.sources import ChatSource
 from kilodelta.models.loaded import LoadedModel
-from kilodelta.models.sources import ChatSource
 from tests.support import pico
 
 TEMPLATE = (

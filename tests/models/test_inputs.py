@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from kilodelta.errors import InputError
 from kilodelta.models.entry import call_entry, find_entry, is_entry
-from kilodelta.models.inputs import read_inputs, tokenize
+from kilodelta.models.inputs.read import read_inputs, tokenize
+from kilodelta.models.inputs.sources import ArraySource, CalledSource, TextSource, open_source
+from kilodelta.models.inputs.texts import read_texts
 from kilodelta.models.loaded import LoadedModel
-from kilodelta.models.sources import ArraySource, CalledSource, TextSource, open_source
-from kilodelta.models.texts import read_texts
 
 
 class Pixels(nn.Module):

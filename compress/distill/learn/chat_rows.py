@@ -16,8 +16,9 @@ from kilodelta.compress.distill.learn.rows import MASK, Rows
 from kilodelta.errors import InputError
 from kilodelta.models import LoadedModel
 from kilodelta.models.chats.tokens import WAY_ON, encode
-from kilodelta.models.inputs import length_limit, try_one
-from kilodelta.models.sources import ChatSource
+from kilodelta.models.inputs.check import try_one
+from kilodelta.models.inputs.read import length_limit
+from kilodelta.models.inputs.sources import ChatSource
 
 
 @dataclass(frozen=True, kw_only=True)

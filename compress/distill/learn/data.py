@@ -19,7 +19,7 @@ from kilodelta.compress.distill.teacher.ask import Shelf, Teacher, ask
 from kilodelta.errors import InputError
 from kilodelta.models import LoadedModel, read_inputs, tokenize
 from kilodelta.models.heads import EMBEDDING
-from kilodelta.models.sources import ChatSource, Source
+from kilodelta.models.inputs.sources import ChatSource, Source
 from kilodelta.progress import Progress
 
 FEWEST = 8

@@ -26,7 +26,7 @@ from kilodelta.compress.distill.teacher.ask import compute, estimate
 from kilodelta.compress.distill.teacher.swap import as_tuned
 from kilodelta.compress.training import train
 from kilodelta.models import LoadedModel
-from kilodelta.models.sources import Source
+from kilodelta.models.inputs.sources import Source
 from kilodelta.progress import Event, Progress
 
 PROBES = 2

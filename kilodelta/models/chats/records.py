@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kilodelta.errors import InputError
-from kilodelta.models.texts import check_encodable, read_lines
+from kilodelta.models.inputs.texts import check_encodable, read_lines
 
 ASSISTANT = "assistant"
 _FORMATS = 'write {"messages": [{"role": "user", "content": "..."}, ...]} or {"prompt": "...", "completion": "..."}'  # noqa: E501

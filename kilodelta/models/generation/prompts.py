@@ -20,8 +20,8 @@ from typing import Any
 from kilodelta.errors import InputError
 from kilodelta.models.chats.records import ASSISTANT, Message, read_messages
 from kilodelta.models.chats.tokens import render
+from kilodelta.models.inputs.texts import read_lines
 from kilodelta.models.loaded import LoadedModel
-from kilodelta.models.texts import read_lines
 
 
 @dataclass(frozen=True, kw_only=True)

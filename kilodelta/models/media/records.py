@@ -22,7 +22,7 @@ from typing import Any
 
 from kilodelta.errors import InputError
 from kilodelta.files import plain
-from kilodelta.models.texts import read_lines
+from kilodelta.models.inputs.texts import read_lines
 
 IMAGES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 SOUNDS = frozenset({".flac", ".ogg", ".wav"})

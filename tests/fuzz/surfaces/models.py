@@ -74,7 +74,7 @@ def _index(example: Path, trusted: Path) -> Read:
 def _folder(example: Path, trusted: Path) -> Read:
     """A Hugging Face folder as its commands open it: configuration, tokenizer, pooling."""
     from kilodelta.models import open_model
-    from kilodelta.models.inputs import tokenize
+    from kilodelta.models.inputs.read import tokenize
     from tests.support import pico
 
     pico.sentence_bert(example / "model")

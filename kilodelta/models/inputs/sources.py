@@ -15,6 +15,7 @@ from kilodelta.errors import InputError
 from kilodelta.files.npz import ArrayHeader, names_and_shapes, read_headers
 from kilodelta.models.chats.records import Chat, is_chat, read_chats
 from kilodelta.models.entry import find_entry, is_entry
+from kilodelta.models.inputs.texts import read_texts
 from kilodelta.models.media.records import (
     RecordSource,
     is_media,
@@ -22,7 +23,6 @@ from kilodelta.models.media.records import (
     read_media,
     read_records,
 )
-from kilodelta.models.texts import read_texts
 
 KINDS = ".jsonl, .txt, .npz, a folder of images or sounds, or package.module:function"
 TEXTS, ARRAYS = (".jsonl", ".txt"), ".npz"

@@ -1,0 +1,195 @@
+"""Check batches against the model that is to take them, and refuse by name what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kilodelta.errors import InputError, KiloDeltaError, one_line
+from kilodelta.files.npz import ArrayHeader
+from kilodelta.models.loaded import Batch, LoadedModel, outputs
+from kilodelta.models.quiet import quiet
+
+TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+"""Inputs of text models: integers of shape (batch, tokens)."""
+IMAGES = "pixel_values"
+_PLAIN = {"f": np.float32, "i": np.int64, "u": np.int64}
+"""By the kind of numpy's dtype: what a model computes with."""
+
+
+def check(named: Mapping[str, Any], loaded: LoadedModel, origin: str) -> Batch:
+    """Check a batch's names, types and shapes against a model, and convert it.
+
+    Args:
+        named: tensors or arrays by input name.
+        loaded: the model that is to take them.
+        origin: where they come from, for the error.
+
+    Returns:
+        The batch: floats as float32, integers as int64, booleans as they are.
+
+    Raises:
+        InputError: naming the input, what it is and what it should be.
+    """
+    _check_names(named, loaded, origin)
+    values = {name: _array(name, value, origin) for name, value in named.items()}
+    for name, value in values.items():
+        _check_kind(name, _kind(value), tuple(value.shape), loaded, origin)
+    batch = {name: _tensor(value) for name, value in values.items()}
+    counts = {name: len(tensor) for name, tensor in batch.items()}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise InputError(f"{origin}: rows differ: {listed}", fix="give as many of each")
+    for name, tensor in batch.items():
+        _check_values(name, tensor, loaded, origin)
+    return batch
+
+
+def check_headers(headers: Mapping[str, ArrayHeader], loaded: LoadedModel, origin: str) -> None:
+    """Check the arrays of an `.npz` file against a model before they are read.
+
+    Raises:
+        InputError: naming the array, what it is and what it should be.
+    """
+    _check_names(headers, loaded, origin)
+    for name, header in headers.items():
+        _check_kind(name, header.dtype.name, header.shape, loaded, origin)
+
+
+def try_one(batch: Batch, loaded: LoadedModel, origin: str) -> None:
+    """Compute with the first row of a batch, so that inputs are blamed before long work begins.
+
+    A model may need more than one row; then the whole batch is tried.
+
+    Raises:
+        InputError: naming the inputs with types and shapes, and the model's own complaint.
+    """
+    first = {name: tensor[:1] for name, tensor in batch.items()}
+    with torch.no_grad(), quiet():
+        problem = _failure(first, loaded)
+        if (
+            problem is not None
+            and len(next(iter(batch.values()))) > 1
+            and _failure(batch, loaded) is None
+        ):
+            return
+    if problem is not None:
+        given = ", ".join(
+            f"{name} {str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}"
+            for name, t in first.items()
+        )
+        raise InputError(
+            f"{origin}: {loaded.source} cannot compute with {given}: {one_line(problem)}",
+            fix="give what the model was trained on: floats as float32 (pixels scaled and"
+            " normalised), token ids as integers, within the sizes that it takes",
+        )
+
+
+def _failure(batch: Batch, loaded: LoadedModel) -> Exception | None:
+    try:
+        outputs(loaded, batch)
+    except KiloDeltaError:
+        raise
+    except Exception as error:  # a module's own code may raise anything
+        return error
+    return None
+
+
+def _check_names(named: Mapping[str, Any], loaded: LoadedModel, origin: str) -> None:
+    if not named:
+        raise InputError(f"{origin} holds no arrays", fix=f"give {', '.join(loaded.required)}")
+    absent = [name for name in loaded.required if name not in named]
+    unknown = [name for name in named if name not in loaded.accepts]
+    if absent or unknown:
+        wrong = [f"lacks {name}" for name in absent] + [f"holds {name}" for name in unknown]
+        raise InputError(
+            f"{origin} {' and '.join(wrong)}",
+            fix=f"the model takes {', '.join(loaded.accepts)} "
+            f"and needs {', '.join(loaded.required)}",
+        )
+
+
+def _array(name: str, value: Any, origin: str) -> Any:
+    """Take a tensor or numpy array of floats, integers or booleans, in its own dtype."""
+    if isinstance(value, Tensor):
+        if value.is_complex():
+            raise _no_array(name, value.dtype, origin)
+        return value.detach()
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiub":
+        raise _no_array(name, array.dtype, origin)
+    return array
+
+
+def _no_array(name: str, dtype: Any, origin: str) -> InputError:
+    return InputError(
+        f"{origin}: {name} is an array of {dtype}", fix="give floats, integers or booleans"
+    )
+
+
+def _kind(value: Any) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def _tensor(value: Any) -> Tensor:
+    """Floats as float32, integers as int64, booleans as they are."""
+    if not isinstance(value, Tensor):
+        return torch.from_numpy(np.array(value, dtype=_PLAIN.get(value.dtype.kind, value.dtype)))
+    if value.is_floating_point():
+        return value.float()
+    return value if value.dtype == torch.bool else value.long()
+
+
+def _check_kind(
+    name: str, dtype: str, shape: tuple[int, ...], loaded: LoadedModel, origin: str
+) -> None:
+    """Check one input's dtype and shape, of which a model's kind says what they should be."""
+    wanted = _wanted(name, dtype, shape, loaded)
+    if not shape or shape[0] == 0:
+        wanted = wanted or "(batch, ...) with at least one row"
+    if wanted is not None:
+        raise InputError(f"{origin}: {name} has shape {shape} of {dtype}", fix=f"give {wanted}")
+
+
+def _wanted(name: str, dtype: str, shape: tuple[int, ...], loaded: LoadedModel) -> str | None:
+    """Say what the input should be where it is not that; None where it is right or not known."""
+    is_float = "float" in dtype
+    if loaded.kind == "text" and name in TOKENS:
+        return None if len(shape) == 2 and not is_float else "integers of shape (batch, tokens)"
+    if loaded.kind == "image" and name == IMAGES:
+        channels = getattr(getattr(loaded.module, "config", None), "num_channels", 3)
+        if len(shape) == 4 and is_float and shape[1] == channels:
+            return None
+        wanted = f"floats of shape (batch, {channels}, height, width)"
+        raw = ", scaled and normalised as the model's image processor does"
+        return wanted if is_float else wanted + raw
+    return None
+
+
+def _check_values(name: str, tensor: Tensor, loaded: LoadedModel, origin: str) -> None:
+    if tensor.is_floating_point() and bool(tensor.isnan().any()):
+        row = int(tensor.reshape(len(tensor), -1).isnan().any(1).nonzero()[0])
+        raise InputError(f"{origin}: {name} holds NaN in row {row}", fix="remove or repair the row")
+    size = _vocabulary(loaded) if loaded.kind == "text" and name == "input_ids" else None
+    if size is not None and tensor.numel():
+        low, high = int(tensor.min()), int(tensor.max())
+        if low < 0 or high >= size:
+            raise InputError(
+                f"{origin}: {name} holds {low if low < 0 else high},"
+                f" which is no token of {loaded.source}",
+                fix=f"give ids from 0 to {size - 1}: those of this model's own tokenizer",
+            )
+
+
+def _vocabulary(loaded: LoadedModel) -> int | None:
+    """Return how many rows the model's table of words has; None where it does not say."""
+    try:
+        table = loaded.module.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    count = getattr(table, "num_embeddings", None)
+    return count if isinstance(count, int) else None
