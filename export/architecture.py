@@ -21,7 +21,7 @@ from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.format.model_config import apply_config
-from kilodelta.models import LoadedModel, open_model
+from kilodelta.models import LoadedModel, locate_delta, open_model
 
 FIX = (
     "give --config, the tuned model's folder or a .kd file made of it, "
@@ -49,7 +49,7 @@ def architecture(
         return
     changes: Mapping[str, object] = {} if delta is None else delta.manifest.config
     if config is not None and Path(config).suffix == ".kd":
-        changes, config = load(config).manifest.config, None
+        changes, config = load(locate_delta(config)).manifest.config, None
     if config is None and not (folder / NAME).is_file():
         raise InputError(f"{folder} holds no config.json", fix=FIX)
     if config is None and not changes:

@@ -65,6 +65,11 @@ def dry_run() -> Iterator[Rehearsal]:
         _current.reset(token)
 
 
+def is_dry_run() -> bool:
+    """Return whether a rehearsal is under way, for checks that else are made under a lock."""
+    return _current.get() is not None
+
+
 def begin_work(*writes: str | Path, **facts: object) -> None:
     """Mark the end of a function's checks: inside `dry_run`, the function ends here.
 

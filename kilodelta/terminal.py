@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 CELL = 1000
 """Characters of one value in a table; JSON has them all."""
+SILENCE = 0.5
+"""Seconds after which a terminal shows that a command is at work, also before its first stage."""
 
 
 def print_json(value: Any) -> None:
@@ -157,10 +160,11 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
     if quiet:
         yield lambda event: None
     elif sys.stderr.isatty():
-        with _bars() as bars:
-            # Models and packages load before the first stage: something moves meanwhile.
-            waiting = bars.add_task("working", total=None, amount="", detail="")
-            yield _drawn(bars, waiting)
+        drawn = _Drawn(_bars())
+        try:
+            yield drawn
+        finally:
+            drawn.close()
     else:
         lines = _Lines()
         yield lines
@@ -182,29 +186,68 @@ def _bars() -> Bars:
     )
 
 
-def _drawn(bars: Bars, waiting: Any) -> Callable[[Event], None]:
-    tasks: dict[str, Any] = {}
-    shown: dict[str, float] = {}
-    began: dict[str, float] = {}
+class _Drawn:
+    """Bars on a terminal: one for each stage, and a spinner while no stage is at work.
 
-    def show(event: Event) -> None:
+    Models and packages load before the first stage and between stages, and some commands have
+    none. The first spinner appears after `SILENCE`, so that quick answers do not flicker.
+    """
+
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
+        self._tasks: dict[str, Any] = {}
+        self._shown: dict[str, float] = {}
+        self._began: dict[str, float] = {}
+        self._lock = threading.Lock()
+        self._state = "new"
+        self._spinner: Any = None
+        self._spin(True)
+        self._timer = threading.Timer(SILENCE, self._start)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def __call__(self, event: Event) -> None:
         now = time.monotonic()
-        if event.done < event.total and now - shown.get(event.stage, 0.0) < 0.1:
+        stage = event.stage
+        if event.done < event.total and now - self._shown.get(stage, 0.0) < 0.1:
             return
-        shown[event.stage] = now
-        spent = now - began.setdefault(event.stage, now)
-        if event.stage not in tasks:
-            bars.update(waiting, visible=False)
-            tasks[event.stage] = bars.add_task(printable(event.stage, 40), amount="", detail="")
-        bars.update(
-            tasks[event.stage],
+        self._shown[stage] = now
+        spent = now - self._began.setdefault(stage, now)
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(printable(stage, 40), amount="", detail="")
+            self._start()
+        self._bars.update(
+            self._tasks[stage],
             completed=event.done,
             total=event.total or None,
             amount=_amount(event),
             detail=f"{_rate(event, spent)}  {_detail(event)}",
         )
+        self._spin(0 < event.total <= event.done)
 
-    return show
+    def close(self) -> None:
+        """Leave the stages on the terminal, or nothing where there were none."""
+        self._timer.cancel()
+        self._spin(False)
+        with self._lock:
+            if self._state == "drawing":
+                self._bars.live.transient = not self._tasks
+                self._bars.stop()
+            self._state = "closed"
+
+    def _spin(self, wanted: bool) -> None:
+        """Show a spinner below all stages, or take it away."""
+        if wanted and self._spinner is None:
+            self._spinner = self._bars.add_task("working", total=None, amount="", detail="")
+        elif not wanted and self._spinner is not None:
+            self._bars.remove_task(self._spinner)
+            self._spinner = None
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._state == "new":
+                self._state = "drawing"
+                self._bars.start()
 
 
 def _rate(event: Event, seconds: float) -> str:

@@ -26,11 +26,13 @@ from kilodelta.export.adapter.fit import fit
 from kilodelta.export.adapter.layout import NAME, AdapterLayout, read_layout
 from kilodelta.export.options import short
 from kilodelta.files import staging
+from kilodelta.files.baseline import require_base
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
-from kilodelta.models.hub import locate_delta
+from kilodelta.models.hub import locate, locate_delta
 from kilodelta.progress import Progress, silent
+from kilodelta.rehearsal import begin_work, is_dry_run
 
 if TYPE_CHECKING:
     from kilodelta.export.architecture import HeadedBase
@@ -112,6 +114,10 @@ def export_adapter(
             raise InputError(
                 f"adapter files do not come in {chosen.dtype}", fix="--dtype fp32 or --dtype fp16"
             )
+        staging.require_free(place)
+        if is_dry_run():
+            require_base(Checkpoint.open(locate(os.fspath(base))), tune.manifest.base)
+        begin_work(place, graph="new", adapter=name, rank=chosen.rank, dtype=chosen.dtype)
         with staging.new_folder(place) as stage:
             layout = _write_graph(base, tune, stage, chosen, progress)
             nbytes = write_adapter(tune, layout, stage / name, progress=progress)
@@ -122,6 +128,7 @@ def export_adapter(
             raise OutputError(
                 f"{place / name} exists already", fix="remove it, or rename the .kd file"
             )
+        begin_work(place / name, graph="as it is", rank=layout.rank, dtype=layout.dtype)
         nbytes = write_adapter(tune, layout, place / name, progress=progress)
     return AdapterFolder(
         path=place,
@@ -156,8 +163,7 @@ def _write_graph(
     from kilodelta.export.onnx.make import export_template
     from kilodelta.export.onnx.save import save
     from kilodelta.export.onnx.template import fill_template
-    from kilodelta.files.baseline import require_base
-    from kilodelta.models import locate, read_inputs
+    from kilodelta.models import read_inputs
 
     checkpoint = Checkpoint.open(locate(os.fspath(base)))
     require_base(checkpoint, delta.manifest.base, progress=progress)

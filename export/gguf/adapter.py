@@ -29,6 +29,7 @@ from kilodelta.format.file import load
 from kilodelta.models.hub import locate, locate_delta
 from kilodelta.models.layer_names import read_config
 from kilodelta.progress import Meter, Progress, silent
+from kilodelta.rehearsal import begin_work
 
 DTYPES = ("float32", "float16")
 MAX_SVD = 4096
@@ -105,6 +106,7 @@ def export_gguf(
     bound = given.bind(checkpoint)
     if svd is None:
         require_low_rank(bound)
+    begin_work(place, targets=f"{len(bound.targets)} tensors", rank=svd or "exact")
     pairs = _pairs(bound, PRECISIONS[dtype].name, svd, threads, progress)
     rank = max(1, *(pair.rank for pair in pairs.values()))
     with staging.new_file(place) as stage:

@@ -27,6 +27,7 @@ from kilodelta.export.peft.folder import (
 )
 from kilodelta.export.peft.loaded_names import naming_as_loaded
 from kilodelta.export.peft.modules import ModuleNaming
+from kilodelta.files import staging
 from kilodelta.files.baseline import require_base
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import PRECISIONS
@@ -35,6 +36,7 @@ from kilodelta.format.file import load
 from kilodelta.models.hub import locate, locate_delta
 from kilodelta.models.layer_names import read_config
 from kilodelta.progress import Meter, Progress, silent
+from kilodelta.rehearsal import begin_work
 
 MAX_SVD = 4096
 
@@ -126,6 +128,8 @@ def export_peft(
     plan = make_plan(bound, checkpoint, _naming(chosen, checkpoint))
     if chosen.svd is None:
         require_low_rank(bound)
+    staging.require_free(Path(out))
+    begin_work(Path(out), targets=f"{len(bound.targets)} tensors", rank=chosen.svd or "exact")
     pairs = _pairs(bound, chosen, threads, progress)
     tensors, ranks = adapter_tensors(
         plan, pairs, PRECISIONS[chosen.dtype].name, own_ranks=chosen.own_ranks

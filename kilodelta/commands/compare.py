@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import Command, as_json, with_progress
+from kilodelta.commands.shared import Command, as_json, with_progress, with_spinner
 
 if TYPE_CHECKING:
     from kilodelta.merging.diff import Difference
@@ -41,7 +41,10 @@ def diff(
     not.
     """
     from kilodelta.merging.diff import diff
+    from kilodelta.models import locate, locate_either
 
+    first, second = str(locate_either(first)), str(locate_either(second))
+    base = None if base is None else str(locate(base))
     found = diff(first, second, base=base, progress=progress)
     if as_json:
         return lambda: terminal.print_json(found.to_json())
@@ -89,7 +92,8 @@ def _show(found: Difference, every: bool) -> None:
 @click.option("--licence", default="", help="The base's licence, such as apache-2.0.")
 @click.option("--title", default="", help="The heading; the file's name by default.")
 @click.option("--force", is_flag=True, help="Replace OUT.")
-def card(file: str, out: str | None, force: bool, **given: str) -> None:
+@with_spinner
+def card(file: str, out: str | None, force: bool, **given: str) -> Callable[[], None]:
     """Write a model card for a .kd FILE: what it is, how good, and how to apply it.
 
     The front matter is what the Hugging Face hub reads.
@@ -97,14 +101,14 @@ def card(file: str, out: str | None, force: bool, **given: str) -> None:
     from kilodelta.errors import OutputError
     from kilodelta.files import staging
     from kilodelta.format.inspect import inspect
+    from kilodelta.models import locate_delta
     from kilodelta.report.card import card
 
-    text = card(inspect(file).to_json(), **given)
+    text = card(inspect(locate_delta(file)).to_json(), **given)
     if out is None:
-        terminal.print_line(text)
-        return
+        return lambda: terminal.print_line(text)
     place = Path(out)
     if place.exists() and not force:
         raise OutputError(f"{place} exists already", fix="give a new name, or --force")
     staging.write(place, text.encode("utf-8"))
-    terminal.print_facts([("card", str(place))])
+    return lambda: terminal.print_facts([("card", str(place))])

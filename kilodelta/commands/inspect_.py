@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import Command, as_json, threads, with_progress
+from kilodelta.commands.shared import Command, as_json, threads, with_progress, with_spinner
 
 if TYPE_CHECKING:
     from kilodelta.grid import LogicalIdentity
@@ -24,17 +24,17 @@ _COMPATIBILITY = "a compatibility form: floats, its result by the ordered sum of
 )
 @click.argument("file", type=click.Path())
 @as_json
-def inspect(file: str, as_json: bool) -> None:
+@with_spinner
+def inspect(file: str, as_json: bool) -> Callable[[], None]:
     """Say what a .kd FILE is, what it needs, and where its bytes go."""
     from kilodelta.format.inspect import inspect
     from kilodelta.models import locate_delta
 
     found = inspect(locate_delta(file))
     if as_json:
-        terminal.print_json(found.to_json())
-        return
+        return lambda: terminal.print_json(found.to_json())
     options = ", ".join(f"{k} {v}" for k, v in found.method.items() if k != "name")
-    terminal.print_facts(
+    return lambda: terminal.print_facts(
         [
             ("file", f"{found.path}, {terminal.size(found.nbytes['file'])}"),
             ("base", f"{found.base['name'] or 'unnamed'}, {found.base['tensors']} tensors"),
@@ -154,13 +154,18 @@ def _logical_json(logical: LogicalIdentity, tensors: bool) -> dict[str, Any]:
     examples=["kilodelta doctor"],
 )
 @as_json
-def doctor(as_json: bool) -> None:
+@with_spinner
+def doctor(as_json: bool) -> Callable[[], None]:
     """Say what this machine can do, and the command that installs what is missing."""
     from kilodelta.verify import doctor as examine
 
     found = examine()
-    if as_json:
-        terminal.print_json(found.to_json())
-        return
-    for table in found.tables():
-        terminal.print_table(table.title, table.columns, table.rows, right=table.right)
+
+    def show() -> None:
+        if as_json:
+            terminal.print_json(found.to_json())
+            return
+        for table in found.tables():
+            terminal.print_table(table.title, table.columns, table.rows, right=table.right)
+
+    return show

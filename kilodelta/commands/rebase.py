@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import Command, as_json, threads, with_progress
+from kilodelta.commands.shared import Command, as_json, threads, with_dry_run, with_progress
 
 FEW = 0.01
 """The share of changed codes below which `merge` refuses."""
@@ -30,6 +30,7 @@ FEW = 0.01
 @threads
 @as_json
 @with_progress
+@with_dry_run
 def rebase(
     base: str, file: str, out: str, as_json: bool, progress: Any, **given: Any
 ) -> Callable[[], None]:
@@ -39,8 +40,9 @@ def rebase(
     trained or measured but the share of codes that its merge in the grid changes.
     """
     from kilodelta.merging.rebase import rebase
+    from kilodelta.models import locate, locate_delta
 
-    done = rebase(base, file, out, progress=progress, **given)
+    done = rebase(locate(base), locate_delta(file), out, progress=progress, **given)
     if as_json:
         return lambda: terminal.print_json(done.to_json())
     return lambda: _show(done)

@@ -119,6 +119,16 @@ def with_dry_run(function: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
+def with_spinner(function: F) -> F:
+    """Let a terminal show that a command without stages is at work, as `with_progress` does."""
+
+    @functools.wraps(function)
+    def without(*args: Any, progress: Any, **options: Any) -> Any:
+        return function(*args, **options)
+
+    return with_progress(without)  # type: ignore[return-value]
+
+
 def with_progress(function: F) -> F:
     """Hand a command `progress`, which draws unless --quiet or --json is given.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import Command, as_json
+from kilodelta.commands.shared import Command, as_json, with_dry_run, with_spinner
 
 PASSWORD = "KILODELTA_KEY_PASSWORD"
 """The environment variable that holds the password of encrypted keys: never an option, because
@@ -27,7 +28,9 @@ def key_password() -> bytes | None:
 )
 @click.argument("name", type=click.Path())
 @as_json
-def keygen(name: str, as_json: bool) -> None:
+@with_spinner
+@with_dry_run
+def keygen(name: str, as_json: bool) -> Callable[[], None]:
     """Make NAME.key and NAME.pub (Ed25519, for devices) and NAME.p256.key and NAME.p256.pub (for
     model_signing).
 
@@ -38,9 +41,8 @@ def keygen(name: str, as_json: bool) -> None:
 
     made = keygen(name, password=key_password())
     if as_json:
-        terminal.print_json(made.to_json())
-        return
-    terminal.print_facts(
+        return lambda: terminal.print_json(made.to_json())
+    return lambda: terminal.print_facts(
         [
             ("private", f"{made.private}, {made.p256_private}"),
             ("public", f"{made.public}, {made.p256_public}"),
@@ -67,7 +69,11 @@ def keygen(name: str, as_json: bool) -> None:
     "--days", default=30, type=click.IntRange(1, 365), help="Until the timestamp expires."
 )
 @as_json
-def publish(files: tuple[str, ...], repository: str, key: str, days: int, as_json: bool) -> None:
+@with_spinner
+@with_dry_run
+def publish(
+    files: tuple[str, ...], repository: str, key: str, days: int, as_json: bool
+) -> Callable[[], None]:
     """Add signed releases (FILE.kd with FILE.kd.sig beside it) to a mirror's repository.
 
     Without FILES the timestamp is renewed: do that at least once within --days. Any web server can
@@ -78,9 +84,8 @@ def publish(files: tuple[str, ...], repository: str, key: str, days: int, as_jso
 
     made = publish(files, repository, key=key, password=key_password(), days=days)
     if as_json:
-        terminal.print_json(made.to_json())
-        return
-    terminal.print_facts(
+        return lambda: terminal.print_json(made.to_json())
+    return lambda: terminal.print_facts(
         [
             ("repository", f"{made.repository}, version {made.version}"),
             ("targets", str(len(made.targets))),
@@ -113,7 +118,9 @@ def publish(files: tuple[str, ...], repository: str, key: str, days: int, as_jso
 @click.option("--signed", type=click.Path(), help="Apply a change that -o wrote.")
 @click.option("-o", "--out", type=click.Path(), help="Write the signed change here instead.")
 @as_json
-def trust(folder: str, as_json: bool, **given: Any) -> None:
+@with_spinner
+@with_dry_run
+def trust(folder: str, as_json: bool, **given: Any) -> Callable[[], None]:
     """Change the keys that a device FOLDER pins, signed by enough of those that it pins now.
 
     Private keys stay off devices: make the change on a copy of the folder with -o, and apply the
@@ -123,10 +130,9 @@ def trust(folder: str, as_json: bool, **given: Any) -> None:
 
     done = trust(folder, password=key_password(), **given)
     if as_json:
-        terminal.print_json(done.to_json())
-        return
+        return lambda: terminal.print_json(done.to_json())
     pins = done.pins
-    terminal.print_facts(
+    return lambda: terminal.print_facts(
         [
             ("keys", f"{pins.threshold} of {len(pins.keys)} must sign"),
             *(("", key.keyid) for key in pins.keys),
@@ -149,7 +155,10 @@ def trust(folder: str, as_json: bool, **given: Any) -> None:
 @click.option("--root", type=click.Path(), help="The mirror's 1.root.json, if none is pinned.")
 @click.option("--apply", "and_apply", is_flag=True, help="Apply what was fetched.")
 @as_json
-def pull(folder: str, url: str, root: str | None, and_apply: bool, as_json: bool) -> None:
+@with_spinner
+def pull(
+    folder: str, url: str, root: str | None, and_apply: bool, as_json: bool
+) -> Callable[[], None]:
     """Fetch the newest release for a device FOLDER from the mirror at URL.
 
     The mirror's metadata are checked by the TUF reference client: other bytes, older releases,
@@ -172,6 +181,5 @@ def pull(folder: str, url: str, root: str | None, and_apply: bool, as_json: bool
             done["applied"] = applied.to_json()
             shown.append(("serving", f"version {applied.state.serving.version}"))
     if as_json:
-        terminal.print_json(done)
-    else:
-        terminal.print_facts(shown)
+        return lambda: terminal.print_json(done)
+    return lambda: terminal.print_facts(shown)

@@ -19,6 +19,7 @@ from kilodelta.device.update import admit
 from kilodelta.errors import InputError, KiloDeltaError
 from kilodelta.files import npz
 from kilodelta.files.source import file_key
+from kilodelta.models.hub import locate_delta
 from kilodelta.verify.runners.runner import Arrays
 
 BASE = "base"
@@ -216,6 +217,7 @@ def run(
         (8, 3)
     """
     batch = inputs if isinstance(inputs, Mapping) else npz.read_modest(inputs)
+    delta = [one if str(one) == BASE else locate_delta(one) for one in delta]
     device = Device(folder)
     rows = delta if len(delta) > 1 else None
     outputs = device.run(batch, None if rows or not delta else delta[0], deltas=rows)

@@ -143,6 +143,31 @@ def _update_digest(delta: Delta, target: Target, meter: Meter) -> str:
     return "sha256:" + state.hexdigest()
 
 
+def bound_to(
+    draft: Delta, model: QuantisedModel, *, threads: int | None = None, progress: Progress = silent
+) -> Delta:
+    """State a quantised base in a delta's manifest and bind it; the results are left as they are.
+
+    Args:
+        draft: an exact delta.
+        model: the quantised base.
+        threads: cores to use; all by default.
+        progress: receives how far the work is.
+
+    Raises:
+        BaseMismatchError, InputError, CheckpointError: as `with_results`.
+    """
+    stored = model.stored_identity(threads=threads, progress=progress)
+    grid = grid_of(model.identity(threads=threads, progress=progress))
+    base = Base(
+        name=draft.manifest.base.name,
+        root=stored.root,
+        tensors=len(stored.tensors),
+        fingerprints=fingerprints(stored) if len(stored.tensors) <= FINGERPRINTED else b"",
+    )
+    return replace(draft, manifest=replace(draft.manifest, base=base, grid=grid)).bind(model)
+
+
 def with_results(
     draft: Delta, model: QuantisedModel, *, threads: int | None = None, progress: Progress = silent
 ) -> tuple[Delta, GridResult]:
@@ -163,15 +188,7 @@ def with_results(
         InputError: the delta is of a compatibility form.
         CheckpointError: the model cannot be read.
     """
-    stored = model.stored_identity(threads=threads, progress=progress)
-    grid = grid_of(model.identity(threads=threads, progress=progress))
-    base = Base(
-        name=draft.manifest.base.name,
-        root=stored.root,
-        tensors=len(stored.tensors),
-        fingerprints=fingerprints(stored) if len(stored.tensors) <= FINGERPRINTED else b"",
-    )
-    bound = replace(draft, manifest=replace(draft.manifest, base=base, grid=grid)).bind(model)
+    bound = bound_to(draft, model, threads=threads, progress=progress)
     in_grid = grid_result(bound, model, threads=threads, progress=progress)
     manifest = replace(
         bound.manifest,

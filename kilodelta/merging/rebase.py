@@ -13,9 +13,9 @@ from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.grid.model import QuantisedModel
 from kilodelta.grid.open import open_quantised
-from kilodelta.merging.grid_results import GridResult, with_results
+from kilodelta.merging.grid_results import GridResult, bound_to, with_results
 from kilodelta.progress import Progress, silent
-from kilodelta.rehearsal import begin_work
+from kilodelta.rehearsal import begin_work, is_dry_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,9 @@ def rebase(
     if place.exists() and not force:
         raise OutputError(f"{place} exists already", fix="give a new name, or --force")
     delta, model = load(file), open_quantised(base)
-    begin_work(place, base=model.path, weights=len(model.stored))
+    if is_dry_run():
+        bound_to(delta, model, threads=threads, progress=progress)
+        begin_work(place, base=model.path, weights=len(model.stored))
     made, found = rebased(delta, model, name=name, threads=threads, progress=progress)
     nbytes, grid = made.save(place), made.manifest.grid
     assert grid is not None  # `rebased` states it

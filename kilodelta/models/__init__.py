@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kilodelta.models.heads import counted as counted
     from kilodelta.models.hub import locate as locate
     from kilodelta.models.hub import locate_delta as locate_delta
+    from kilodelta.models.hub import locate_either as locate_either
     from kilodelta.models.inputs.examples import example as example
     from kilodelta.models.inputs.read import Batch as Batch
     from kilodelta.models.inputs.read import read_inputs as read_inputs
@@ -39,6 +40,7 @@ _WHERE = {
     "fill": "kilodelta.models.weights",
     "locate": "kilodelta.models.hub",
     "locate_delta": "kilodelta.models.hub",
+    "locate_either": "kilodelta.models.hub",
     "open_model": "kilodelta.models.load",
     "open_source": "kilodelta.models.inputs.sources",
     "outputs": "kilodelta.models.loaded",
@@ -58,6 +60,7 @@ __all__ = [
     "fill",
     "locate",
     "locate_delta",
+    "locate_either",
     "open_model",
     "open_source",
     "outputs",

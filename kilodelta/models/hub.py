@@ -72,7 +72,8 @@ def locate_delta(source: str | os.PathLike[str]) -> Path:
     name, _, file = rest.partition("/")
     if file and not all(re.fullmatch(r"\w[\w.-]{0,95}", part) for part in file.split("/")):
         raise InputError(f"{source!r:.120} names no file of a repository", fix=_FIX_DELTA)
-    folder = _snapshot(f"{PREFIX}{owner}/{name}", (file or "*.kd",))
+    wanted = file or "*.kd"
+    folder = _snapshot(f"{PREFIX}{owner}/{name}", (wanted, f"{wanted}.sig"))  # a release's proof
     files = [folder / file] if file else sorted(folder.rglob("*.kd"))
     if len(files) != 1 or not files[0].is_file():
         listed = ", ".join(str(path.relative_to(folder)) for path in files[:5] if path.is_file())
@@ -81,6 +82,23 @@ def locate_delta(source: str | os.PathLike[str]) -> Path:
             fix=_FIX_DELTA,
         )
     return files[0]
+
+
+def locate_either(source: str | os.PathLike[str]) -> Path:
+    """Return where a model or a `.kd` file lies, for what compares two of either.
+
+    Args:
+        source: a path, `hf:org/name/FILE.kd`, or `hf:org/name`: the model of the repository, or
+            where it has no weights its one `.kd` file.
+
+    Raises:
+        InputError, CheckpointError, MissingPackageError: as `locate` and `locate_delta`.
+    """
+    text = os.fspath(source)
+    if not is_hub_name(text) or text.endswith(".kd"):
+        return locate_delta(text)
+    folder = fetch(text)
+    return folder if any(folder.glob("*.safetensors")) else locate_delta(text)
 
 
 def fetch(source: str) -> Path:

@@ -18,6 +18,7 @@ from typing import Any
 
 from kilodelta.errors import InputError, OutputError, require
 from kilodelta.files import plain, staging
+from kilodelta.rehearsal import begin_work
 
 ED25519_SPKI = bytes.fromhex("302a300506032b6570032100")
 """The DER bytes before the 32 bytes of an Ed25519 public key (RFC 8410, section 4)."""
@@ -94,6 +95,7 @@ def keygen(name: str | os.PathLike[str], *, password: bytes | None = None) -> Ke
             raise OutputError(
                 f"{path} exists already: a key is never overwritten", fix="give another name"
             )
+    begin_work(*files.values(), encrypted="no" if password is None else "yes")
     signing = ed25519.Ed25519PrivateKey.generate()
     nist = ec.generate_private_key(ec.SECP256R1())
     _write_private(files[".key"], signing, password)

@@ -23,6 +23,7 @@ from typing import Any
 
 from kilodelta.errors import InputError, OutputError, SignatureError, require
 from kilodelta.files import plain, staging
+from kilodelta.rehearsal import begin_work
 from kilodelta.trust.envelope import read_signature, signature_path, verify
 from kilodelta.trust.keys import PublicKey, read_private
 from kilodelta.trust.statement import Statement
@@ -89,6 +90,9 @@ def publish(
     signer, public = _signer(key, password)
     place = Path(repository)
     releases = [_release(Path(file), public) for file in files]
+    if (place / "metadata" / "1.root.json").exists():
+        _require_own(place / "metadata", public)
+    begin_work(place, releases=len(releases), days=days)
     with _locked(place):
         metadata = place / "metadata"
         (place / "targets").mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -21,6 +23,7 @@ from kilodelta import cli, terminal
 from kilodelta.cli import SECTIONS, main
 from kilodelta.commands.shared import Command
 from kilodelta.errors import KiloDeltaError, printable
+from kilodelta.progress import Event
 
 COMMANDS = sorted(
     (f"{name} {inner}".strip(), command)
@@ -97,6 +100,45 @@ def test_examples_are_command_lines_that_parse(name: str, command: click.Command
         called, arguments = words[: len(name.split())], words[len(name.split()) :]
         assert (program, " ".join(called)) == ("kilodelta", name)
         command.make_context(name, arguments)  # a usage error raises
+
+
+@pytest.mark.parametrize(("name", "command"), COMMANDS)
+def test_every_command_shows_that_it_is_at_work(name: str, command: click.Command) -> None:
+    assert any("--quiet" in option.opts for option in command.params)
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stage", ["", "merge"])
+def test_a_terminal_moves_before_a_second_of_silence(
+    stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = _Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(terminal, "SILENCE", 0.05)
+    with terminal.progress(quiet=False) as progress:
+        for _ in range(100):
+            if "working" in screen.getvalue():
+                break
+            time.sleep(0.05)
+        assert "working" in screen.getvalue()
+        if stage:
+            progress(Event(stage=stage, done=1, total=1, unit="tensors"))
+    last = re.split(r"\x1b\[2K", screen.getvalue())[-1]
+    assert "working" not in last  # what is left when it is over
+    assert stage in last
+
+
+def test_a_quick_answer_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = _Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with terminal.progress(quiet=False):
+        pass
+    assert screen.getvalue() == ""
 
 
 def test_a_command_that_is_not_there_is_refused() -> None:

@@ -1,8 +1,7 @@
-"""`--verbose`, the library's loggers, shell completion, and what moves while nothing is said."""
+"""`--verbose`, the library's loggers, and shell completion."""
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import shutil
@@ -12,12 +11,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from rich.console import Console
 
 import kilodelta
 from kilodelta import terminal
 from kilodelta.cli import main
-from kilodelta.progress import Event
 from tests.support.processes import GOLDEN, ROOT, run
 
 BASE, FILE = str(GOLDEN / "base.safetensors"), str(GOLDEN / "nola-8.kd")
@@ -95,19 +92,3 @@ def test_the_line_of_each_shell_makes_a_script(shell: str) -> None:
         pytest.skip("click asks bash for its version, and there is none")
     assert "kilodelta" in result.output
     assert "complete" in result.output
-
-
-def test_something_moves_before_the_first_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A spinner stands on the terminal from the start until a stage reports."""
-    shown = io.StringIO()
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(
-        "rich.console.Console",
-        lambda **settings: Console(file=shown, force_terminal=True, width=80),
-    )
-    with terminal.progress(quiet=False) as progress:
-        assert "working" in shown.getvalue()
-        before = len(shown.getvalue())
-        progress(Event(stage="merge", done=5, total=10, unit="B"))
-    assert "merge" in shown.getvalue()[before:]
-    assert "working" not in shown.getvalue()[before:].rsplit("merge", 1)[-1]

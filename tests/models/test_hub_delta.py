@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -69,6 +70,39 @@ def test_commands_take_the_name(tmp_path: Path) -> None:
     ):
         result = CliRunner().invoke(main, line)
         assert result.exit_code == 0, result.output
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("diff hf:org/one hf:org/two/files/large.kd --base hf:org/base", "bits"),
+        ("diff hf:org/one hf:org/two/small.kd --base hf:org/base", "equal"),
+        ("diff hf:org/base hf:org/base", "equal"),
+        ("card hf:org/one", "library_name: kilodelta"),
+        ("apply {device} hf:org/one", "the device folder does not hold the base of this file"),
+        ("run {device} --inputs {inputs} --delta hf:org/one", "does not hold the base"),
+    ],
+)
+def test_a_name_is_taken_wherever_a_file_is(
+    line: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kilodelta.device import modes
+    from tests.doubles import numpy_device
+
+    monkeypatch.setitem(modes.OPENERS, "patch", numpy_device.StandIn)
+    numpy_device.folder(tmp_path / "device", numpy_device.base(tmp_path / "base.safetensors"))
+    np.savez(tmp_path / "x.npz", x=numpy_device.BATCH["x"])
+    line = line.format(device=tmp_path / "device", inputs=tmp_path / "x.npz")
+    result = CliRunner().invoke(main, line.split())
+    assert shown in result.output, result.output
+
+
+def test_a_signature_comes_with_its_file(cache: Path) -> None:
+    snapshot = cache / "models--org--one" / "snapshots" / COMMIT
+    (snapshot / "task.kd.sig").write_text("{}")
+    file = locate_delta("hf:org/one")
+    assert file.with_name("task.kd.sig").is_file()
 
 
 @pytest.mark.usefixtures("cache")

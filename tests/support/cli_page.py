@@ -44,7 +44,7 @@ def page() -> str:
 
 
 def _section(command: click.Command, context: click.Context) -> list[str]:
-    out = [f"## kilodelta {command.name}\n", f"{_text(command.help or '')}\n"]
+    out = [f"## {context.command_path}\n", f"{_text(command.help or '')}\n"]
     usage = " ".join(command.collect_usage_pieces(context))
     out.append(f"```text\n{context.command_path} {usage}\n```\n")
     if isinstance(command, click.Group):

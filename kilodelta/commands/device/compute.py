@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import Command, as_json
+from kilodelta.commands.shared import Command, as_json, with_spinner
 
 
 @click.command(
@@ -32,7 +33,10 @@ from kilodelta.commands.shared import Command, as_json
 )
 @click.option("-o", "--out", type=click.Path(), help="An .npz file for the outputs.")
 @as_json
-def run(folder: str, inputs: str, delta: tuple[str, ...], out: str | None, as_json: bool) -> None:
+@with_spinner
+def run(
+    folder: str, inputs: str, delta: tuple[str, ...], out: str | None, as_json: bool
+) -> Callable[[], None]:
     """Compute outputs with what a device FOLDER serves.
 
     Inputs are arrays, not texts: tokenize in the application.
@@ -41,11 +45,10 @@ def run(folder: str, inputs: str, delta: tuple[str, ...], out: str | None, as_js
 
     described = _summary(run(folder, inputs, delta=delta, out=out))
     if as_json:
-        terminal.print_json({"outputs": described, "out": out})
-        return
+        return lambda: terminal.print_json({"outputs": described, "out": out})
     columns = ("output", "dtype", "shape", "least", "mean", "largest")
     rows = [[_short(value) for value in row.values()] for row in described]
-    terminal.print_table(folder, columns, rows)
+    return lambda: terminal.print_table(folder, columns, rows)
 
 
 def _summary(outputs: Any) -> list[dict[str, Any]]:

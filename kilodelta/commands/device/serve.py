@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import Command, as_json, max_work, with_progress
+from kilodelta.commands.shared import (
+    Command,
+    as_json,
+    max_work,
+    with_dry_run,
+    with_progress,
+    with_spinner,
+)
 
 if TYPE_CHECKING:
     from kilodelta.device import Applied, Served, State, Status
@@ -36,6 +43,7 @@ STDOUT = "-"
 @max_work
 @as_json
 @with_progress
+@with_dry_run
 def apply(folder: str, file: str, as_json: bool, progress: Any, **given: Any) -> Callable[[], None]:
     """Serve a .kd FILE from a device FOLDER: prove, build, probe, commit; or change nothing.
 
@@ -81,7 +89,8 @@ def _warn(warnings: Sequence[str]) -> None:
 )
 @click.argument("folder", type=click.Path())
 @as_json
-def rollback(folder: str, as_json: bool) -> None:
+@with_spinner
+def rollback(folder: str, as_json: bool) -> Callable[[], None]:
     """Serve again what a device FOLDER served before.
 
     It still lies there, built and probed; its bytes are checked first. No network is needed.
@@ -90,10 +99,13 @@ def rollback(folder: str, as_json: bool) -> None:
 
     done = rollback(folder)
     if as_json:
-        terminal.print_json(done.to_json())
-        return
-    terminal.print_facts(_standing(done.state))
-    _warn(done.warnings)
+        return lambda: terminal.print_json(done.to_json())
+
+    def show() -> None:
+        terminal.print_facts(_standing(done.state))
+        _warn(done.warnings)
+
+    return show
 
 
 @click.command(
@@ -116,7 +128,8 @@ def rollback(folder: str, as_json: bool) -> None:
     help="Metrics in Prometheus' text format, into a file for node_exporter, or printed.",
 )
 @as_json
-def status(folder: str, check: bool, prometheus: str | None, as_json: bool) -> None:
+@with_spinner
+def status(folder: str, check: bool, prometheus: str | None, as_json: bool) -> Callable[[], None]:
     """Say what a device FOLDER is, what it serves, and what was done to it."""
     from kilodelta.device import status
 
@@ -124,12 +137,10 @@ def status(folder: str, check: bool, prometheus: str | None, as_json: bool) -> N
     if prometheus == STDOUT:
         from kilodelta.device.folder.metrics import metrics
 
-        click.echo(metrics(done), nl=False)
-        return
+        return lambda: click.echo(metrics(done), nl=False)
     if as_json:
-        terminal.print_json(done.to_json())
-        return
-    _show_status(done)
+        return lambda: terminal.print_json(done.to_json())
+    return lambda: _show_status(done)
 
 
 def _show_status(done: Status) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import Command, as_json, with_progress
+from kilodelta.commands.shared import Command, as_json, with_dry_run, with_progress
 
 if TYPE_CHECKING:
     from kilodelta.export.adapter.folder import AdapterFolder
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 @click.option("--inputs", help="A batch to trace with: .npz, .jsonl, .txt or module:function.")
 @as_json
 @with_progress
+@with_dry_run
 def export_adapter(
     base: str,
     file: str,

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import Command, as_json, threads, with_progress
+from kilodelta.commands.shared import Command, as_json, threads, with_dry_run, with_progress
 
 
 @click.command(
@@ -28,6 +28,7 @@ from kilodelta.commands.shared import Command, as_json, threads, with_progress
 @threads
 @as_json
 @with_progress
+@with_dry_run
 def export_gguf(
     base: str, file: str, out: str, dtype: str, as_json: bool, progress: Any, **given: Any
 ) -> Callable[[], None]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import Command, as_json, with_progress
+from kilodelta.commands.shared import Command, as_json, with_dry_run, with_progress
 
 if TYPE_CHECKING:
     from kilodelta.export.peft.adapter import PeftAdapter
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 @click.option("--as-loaded", is_flag=True, help="Name modules as transformers does once loaded.")
 @as_json
 @with_progress
+@with_dry_run
 def export_peft(
     base: str, file: str, out: str, dtype: str, as_json: bool, progress: Any, **given: Any
 ) -> Callable[[], None]:

@@ -24,7 +24,9 @@ from kilodelta.device.update import admit
 from kilodelta.export.manifest.artefacts import file_fact
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
+from kilodelta.models.hub import locate_delta
 from kilodelta.progress import Event, Progress, silent
+from kilodelta.rehearsal import begin_work, is_dry_run
 
 STEPS = ("proved", "built", "probed", "committed")
 
@@ -81,7 +83,7 @@ def apply(
 
     Args:
         folder: the device folder.
-        file: the `.kd` file.
+        file: the `.kd` file, or `hf:org/name[/FILE.kd]`.
         allow_downgrade: take a file whose version is lower than the highest this device has had.
         allow_jump: take one whose version is further above it than the bundle allows.
         max_work: the most operations that the file may ask for; by default the bundle's limit.
@@ -102,9 +104,14 @@ def apply(
         >>> apply("device/", "task-7.kd").state.serving.version  # doctest: +SKIP
         7
     """
-    with changing(DeviceFolder.open(folder)) as change:
+    device, place = DeviceFolder.open(folder), locate_delta(file)
+    limits = max_work, allow_downgrade, allow_jump
+    if is_dry_run():  # without the lock, which writes
+        candidate = _admitted(FolderChange(folder=device, before=device.state), place, *limits)
+        begin_work(device.root, **_rehearsed(device, candidate))
+    with changing(device) as change:
         tell = _teller(progress)
-        candidate = _admitted(change, Path(file), max_work, allow_downgrade, allow_jump)
+        candidate = _admitted(change, place, *limits)
         served, delta = candidate.served, candidate.delta
         change.note("proved", **served.to_json(), signed_by=list(candidate.signed.keys))
         tell("proved")
@@ -153,6 +160,15 @@ class _Candidate:
     delta: Delta
     served: Served
     signed: admit.Signed
+
+
+def _rehearsed(device: DeviceFolder, candidate: _Candidate) -> dict[str, object]:
+    """Say what would be served in place of what; building and probing are not rehearsed."""
+    return {
+        "version": f"{candidate.served.version}, in place of {device.state.serving.version}",
+        "mode": device.bundle.mode,
+        "signed by": ", ".join(candidate.signed.keys) or "nobody asked for: unsigned",
+    }
 
 
 def _admitted(

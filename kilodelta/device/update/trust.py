@@ -13,6 +13,7 @@ from kilodelta.device.folder.change import changing
 from kilodelta.device.folder.device_folder import DeviceFolder
 from kilodelta.errors import DeviceError, InputError
 from kilodelta.files import plain, staging
+from kilodelta.rehearsal import begin_work
 from kilodelta.trust.envelope import MAX_ENVELOPE
 from kilodelta.trust.keys import read_public
 from kilodelta.trust.policy import Pins, parse_pins
@@ -152,6 +153,9 @@ def trust(
     else:
         data = _made(pins, add, remove, threshold, reset_version, by, password)
     rotation = verified_rotation(data, pins)
+    begin_work(
+        Path(out or device.trust), keys=len(rotation.pins.keys), must_sign=rotation.pins.threshold
+    )
     if out is not None:
         staging.write(Path(out), data)
         return Trusted(pins=rotation.pins, highest=device.state.highest, written=Path(out))
