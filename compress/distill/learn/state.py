@@ -17,7 +17,7 @@ import torch
 from kilodelta.errors import InputError, one_line
 from kilodelta.files import staging
 
-VERSION = 3
+VERSION = 4
 _FIELDS = {
     "version", "facts", "step", "spent", "state", "optimiser", "masters", "best", "measures",
     "curve", "watch",

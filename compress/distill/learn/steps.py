@@ -50,8 +50,10 @@ class Run:
             p if p.dtype == torch.float32 else nn.Parameter(p.detach().float().clone())
             for p in self.trained
         ]
+        # One kernel for all parameters: a shared vector comes with a number for each target.
+        fused = all(master.device.type in ("cpu", "cuda") for master in self.masters)
         self.optimiser = torch.optim.AdamW(
-            self.masters, lr=schedule.rate, betas=(0.9, 0.98), weight_decay=0.0
+            self.masters, lr=schedule.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=fused
         )
         self.watch = Watch()
         self._start = {name: v.clone() for name, v in self._coefficients().items()}

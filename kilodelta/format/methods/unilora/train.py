@@ -47,16 +47,16 @@ class UniLoraFactors(TrainableFactors):
         self._S = PerDevice(self._draw_S)
         rank = self.method.rank
         sizes = [rank * side for target in targets for side in target.matrix]
-        self._starts = np.cumsum([0, *sizes]).tolist()
+        self._sizes = sizes
 
     def _draw_S(self) -> Tensor:  # noqa: N802
-        """Draw S^T, float32 (in, r)."""
+        """Draw S, float32 (r, in)."""
         width = max(target.matrix[1] for target in self.targets)
         drawn = self.stream.sign(ROLE_S, 0, range(self.method.rank), range(width))
-        return torch.from_numpy(drawn).float().t().contiguous()
+        return torch.from_numpy(drawn).float()
 
     def _draw_picks(self) -> Tensor:
-        """Draw where each entry of V (out, r) and U^T (in, r) of each target comes from.
+        """Draw where each entry of V^T (r, out) and U (r, in) of each target comes from.
 
         Returns:
             int32 indices into theta followed by -theta, the targets one after the other.
@@ -69,7 +69,7 @@ class UniLoraFactors(TrainableFactors):
         marks = np.arange(1, k + 1, dtype=np.int32)  # theta's own indices, made signed by `pick`
         V = self.stream.pick(ROLE_V, target.index, marks, range(out), ranks)
         U = self.stream.pick(ROLE_U, target.index, marks, ranks, range(in_))
-        both = V, np.ascontiguousarray(U.T)
+        both = np.ascontiguousarray(V.T), U
         V_at, U_at = (np.where(p > 0, p - 1, k - p - 1).astype(np.int32).reshape(-1) for p in both)
         return torch.from_numpy(V_at), torch.from_numpy(U_at)
 
@@ -90,20 +90,23 @@ class UniLoraFactors(TrainableFactors):
         return {"size": Start(values=torch.zeros(()), gain=size)}
 
     def prepare(self, values: CoefficientValues) -> tuple[Tensor, ...]:
+        """Gather all factors at once: one flat tensor, and a view of it per factor.
+
+        Split as a whole, because the gradient of a slice taken alone is a tensor as long as all
+        factors together, once per factor.
+        """
         theta = values.of_file("theta")
-        return (torch.cat((theta, -theta)).index_select(0, self._picks.on(theta.device)),)
+        gathered = torch.cat((theta, -theta)).index_select(0, self._picks.on(theta.device))
+        return gathered, *gathered.split(self._sizes)
 
     def update(
         self, prepared: tuple[Tensor, ...], values: CoefficientValues, index: int
     ) -> FactoredUpdate:
-        (gathered,) = prepared
         out, in_ = self.targets[index].matrix
-        begin, middle, end = self._starts[2 * index : 2 * index + 3]
-        V = gathered[begin:middle].view(out, -1)
-        right = gathered[middle:end].view(in_, -1)
+        V, U = prepared[1 + 2 * index].view(-1, out), prepared[2 + 2 * index].view(-1, in_)
         if self.method.anchor:
-            right = torch.add(right, self._S.on(right.device)[:in_], alpha=self._anchor(values))
-        return FactoredUpdate(left=V, right=right * values.of(index, "size"))
+            U = torch.add(U, self._S.on(U.device)[:, :in_], alpha=self._anchor(values))
+        return FactoredUpdate(left=V.t(), right=(U * values.of(index, "size")).t())
 
     def _anchor(self, values: CoefficientValues) -> float:
         """Return the anchor as a number of the size of theta's."""
