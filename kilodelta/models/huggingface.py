@@ -36,6 +36,7 @@ from kilodelta.models.inputs.examples import longest_text
 from kilodelta.models.loaded import Kind, LoadedModel
 from kilodelta.models.pooling import read_max_length, read_pooling
 from kilodelta.models.quiet import quiet
+from kilodelta.models.stacked import unstack
 from kilodelta.models.twin import match, unfilled, unique
 from kilodelta.models.weights import TORCH, fill
 
@@ -223,7 +224,12 @@ def _load(
         )
     module = module.eval()
     names = match(twin, module.state_dict())
-    _refuse_combined(module, names, report, checkpoint)
+    names |= unstack(module, _combined(module, names, report), twin, names)
+    if combined := _combined(module, names, report):
+        raise CheckpointError(
+            f"{checkpoint.path}: transformers makes {_some(combined)} out of several tensors",
+            fix=_FIX_ENTRY,
+        )
     return module, names
 
 
@@ -240,23 +246,16 @@ def _specs(
     return specs
 
 
-def _refuse_combined(
-    module: nn.Module, names: Mapping[str, str], report: Mapping[str, Any], checkpoint: Checkpoint
-) -> None:
-    """Refuse tensors that transformers loads, but not as they are in the files."""
+def _combined(module: nn.Module, names: Mapping[str, str], report: Mapping[str, Any]) -> list[str]:
+    """List state names of tensors that transformers loads, but not as they are in the files."""
     state = module.state_dict()
     reached = {memory_of(state[place]) for place in names.values()}
     absent = {_name(entry) for key in ("missing_keys", "mismatched_keys") for entry in report[key]}
-    changed = [
+    return [
         place
         for place, tensor in state.items()
         if place not in absent and tensor.numel() and memory_of(tensor) not in reached
     ]
-    if changed:
-        raise CheckpointError(
-            f"{checkpoint.path}: transformers makes {_some(changed)} out of several tensors",
-            fix=_FIX_ENTRY,
-        )
 
 
 def _name(entry: Any) -> str:

@@ -17,6 +17,7 @@ from kilodelta.compress.training.sites import is_conv1d
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.models import layer_names
 from kilodelta.models.loaded import LoadedModel
+from kilodelta.models.stacked import is_stacked
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids")
 
@@ -95,6 +96,8 @@ def _kinds(module: nn.Module) -> Iterator[tuple[str, str]]:
 def _kind(owner: nn.Module, attribute: str, shape: tuple[int, ...]) -> str:
     if isinstance(owner, nn.MultiheadAttention):  # it holds its projections as bare parameters
         return "linear" if attribute.endswith("proj_weight") else "other"
+    if is_stacked(owner):  # matrices of experts, as linear layers store them
+        return "linear"
     if attribute != "weight" or len(shape) < 2:
         return "other"
     if is_conv1d(owner):
