@@ -17,6 +17,7 @@ fine-tune differs from its build. No GPU is needed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -31,6 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 CAPABILITIES = ("sm86",)
 DTYPES = ("float32", "float16")
+ROW_SECONDS = 900
+"""Given to one model in one precision."""
+
 SMALL = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -207,34 +211,69 @@ def survey_one(kind: str, dtype: str) -> dict[str, Any]:
         }
         delta = tune(base, [n for n in matrices if len(weights[n]) == 2])
         out = folder / "patched.engine"
+        began = time.perf_counter()
         engine.patch(delta, out)
+        row["patch_seconds"] = round(time.perf_counter() - began, 4)
         row["engine_bytes"] = out.stat().st_size
-        row["bytes_that_differ"] = engine.differing(delta, out.read_bytes())[0]
+        row["bytes_that_differ"], seconds = engine.differing(delta, out.read_bytes())
+        row["build_seconds"] = round(seconds, 3)
+        others = [n for n, shape in weights.items() if len(shape) == 2 and n not in matrices]
+        row["refused_by_name"] = sum(is_refused(engine, base, name) for name in others)
     return row
 
 
-def survey(kinds: list[str]) -> list[dict[str, Any]]:
-    """Each model and precision in a process of its own, which may fail alone."""
-    rows = []
-    for kind in kinds:
-        for dtype in DTYPES:
-            done = subprocess.run(
-                [sys.executable, __file__, "--one", kind, "--dtype", dtype],
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=900,
-            )
-            lines = done.stdout.strip().splitlines()
-            failed = (done.stderr.strip().splitlines() or ["no word"])[-1][:200]
-            row = (
-                json.loads(lines[-1])
-                if done.returncode == 0 and lines
-                else {"model": kind, "dtype": dtype, "failed": failed}
-            )
-            print(json.dumps(row), flush=True)
-            rows.append(row)
+def is_refused(engine: Engine, base: Path, name: str) -> bool:
+    """Return whether a fine-tune of a matrix without a place is refused by its name."""
+    from kilodelta.errors import ExportError
+
+    try:
+        engine.patch(tune(base, [name]), engine.folder / "refused.engine")
+    except ExportError as error:
+        return name in error.what
+    return False
+
+
+def survey(kinds: list[str], results: Path | None) -> list[dict[str, Any]]:
+    """Map each model and precision in a process of its own, which may fail alone.
+
+    Args:
+        kinds: architectures.
+        results: a file that is written after each row; rows that it holds are not made again.
+    """
+    rows: list[dict[str, Any]] = []
+    if results is not None and results.exists():
+        rows = json.loads(results.read_text())["rows"]
+    done = {(row["model"], row["dtype"]) for row in rows}
+    for kind, dtype in itertools.product(kinds, DTYPES):
+        if (kind, dtype) in done:
+            continue
+        rows.append(in_a_process(kind, dtype))
+        print(json.dumps(rows[-1]), flush=True)
+        if results is not None:
+            write_results(results, {"rows": rows})
     return rows
+
+
+def in_a_process(kind: str, dtype: str) -> dict[str, Any]:
+    """Map one model in a process of its own; an end of it is a row that says so."""
+    arguments = [sys.executable, __file__, "--one", kind, "--dtype", dtype]
+    try:
+        done = subprocess.run(
+            arguments, capture_output=True, text=True, check=False, timeout=ROW_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return {"model": kind, "dtype": dtype, "failed": f"not done after {ROW_SECONDS} s"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode == 0 and lines:
+        row: dict[str, Any] = json.loads(lines[-1])
+        return row
+    failed = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200]
+    return {"model": kind, "dtype": dtype, "failed": failed}
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Write what was measured, and on which machine."""
+    path.write_text(json.dumps({"machine": describe(), **results}, indent=2) + "\n")
 
 
 def beside_a_build(base: Path, dtype: str) -> dict[str, Any]:
@@ -282,7 +321,8 @@ def main() -> None:
         print(json.dumps(survey_one(given.one, given.dtype)))
         return
     if given.survey:
-        found: Any = {"rows": survey(given.only.split(","))}
+        survey(given.only.split(","), given.json)
+        return
     else:
         from fidelity_task import base_folder
 
@@ -293,8 +333,7 @@ def main() -> None:
             f"{found['bytes_that_differ']} of {found['engine_bytes']} bytes differ"
         )
     if given.json:
-        text = json.dumps({"machine": describe(), **found}, indent=2)
-        given.json.write_text(text + "\n")
+        write_results(given.json, found)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ Whoever merges tensor by tensor proves all of them together afterwards (`require
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from kilodelta.files import dtypes, identity
 from kilodelta.files.floats import cast, overflows
 from kilodelta.files.tensor import Bytes, RawTensor
 from kilodelta.format.delta import Delta
+
+if TYPE_CHECKING:
+    from kilodelta.merging.cpu import ByteSource
 
 
 def changed_names(delta: Delta) -> tuple[str, ...]:
@@ -35,20 +39,36 @@ def merged_tensor(delta: Delta, name: str, base: Callable[[str], Bytes]) -> RawT
     """
     if name in delta.extras:
         return delta.extras[name]
-    from kilodelta.merging import cpu  # loads the kernels
-
     target, position = delta.target(name), 0
-    source, size = base(name), dtypes.nbytes(target.dtype, target.shape)
-    if source.size != size:
-        raise CheckpointError(
-            f"{name} has {source.size} bytes, but {target.dtype} {target.shape} takes {size}",
-            fix="give the exact base, or the part of it that was kept for this use",
-        )
-    data = np.empty(size, np.uint8)
-    for part in cpu.merged(delta, target, source):
+    data = np.empty(dtypes.nbytes(target.dtype, target.shape), np.uint8)
+    for part in merged_parts(delta, name, base(name)):
         data[position : position + part.size] = part
         position += part.size
     return RawTensor(dtype=target.dtype, shape=target.shape, data=data)
+
+
+def merged_parts(delta: Delta, name: str, base: ByteSource) -> Iterator[Bytes]:
+    """Merge a target piece by piece: whole rows, uint8 `(n,)`, each overwritten by the next.
+
+    Args:
+        delta: bound to its base.
+        name: one of its targets.
+        base: the base tensor's raw bytes, or a file that is read as it is sliced.
+
+    Raises:
+        CheckpointError: the base tensor has another size, or holds NaN or infinity.
+        ProofError: the update takes a finite weight out of its type's range.
+    """
+    from kilodelta.merging import cpu  # loads the kernels
+
+    target = delta.target(name)
+    size = dtypes.nbytes(target.dtype, target.shape)
+    if base.size != size:
+        raise CheckpointError(
+            f"{name} has {base.size} bytes, but {target.dtype} {target.shape} takes {size}",
+            fix="give the exact base, or the part of it that was kept for this use",
+        )
+    yield from cpu.merged(delta, target, base)
 
 
 def rounded(name: str, tensor: RawTensor, dtype: str) -> Bytes:
@@ -62,6 +82,12 @@ def rounded(name: str, tensor: RawTensor, dtype: str) -> Bytes:
     Raises:
         ExportError: a finite value does not fit.
     """
+    if (tensor.dtype, dtype) == ("F32", "F16"):
+        from kilodelta.exact.rounding import narrow_f16  # ten times as fast as numpy
+
+        halves = np.empty(tensor.data.size // 4, np.uint16)
+        if not narrow_f16(tensor.data.view(np.float32), halves):
+            return halves.view(np.uint8)
     values = cast(tensor.data, tensor.dtype, dtype)
     if overflows(tensor.data, tensor.dtype, values, dtype):
         raise ExportError(

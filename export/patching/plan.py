@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from kilodelta.errors import BaseMismatchError, ExportError
-from kilodelta.export.merge.tensor import changed_names, merged_tensor, rounded
+from kilodelta.export.merge.tensor import changed_names, merged_parts
 from kilodelta.export.patching.map import FilePlace, PatchMap
-from kilodelta.export.patching.strided import columns, read_place
+from kilodelta.export.patching.strided import read_place
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.floats import cast, castable, transposed
-from kilodelta.files.tensor import RawTensor
+from kilodelta.files.tensor import TensorInfo
 from kilodelta.format.delta import Delta
+
+if TYPE_CHECKING:
+    from kilodelta.merging.cpu import ByteSource
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -41,35 +45,33 @@ class PatchPlan:
         """Return where the file holds a tensor; nothing where no output depends on it."""
         return self.patch_map.places.get(name, ())
 
+    def tuned_info(self, name: str) -> TensorInfo:
+        """Describe a changed tensor as the fine-tune has it."""
+        extra = self.delta.extras.get(name)
+        return self.patch_map.tensors[name] if extra is None else extra.info(name)
+
     def size(self, name: str) -> int:
         """Return the bytes of a changed tensor, in the base's dtype or as the delta stores it."""
-        extra = self.delta.extras.get(name)
-        return self.patch_map.tensors[name].nbytes if extra is None else extra.nbytes
+        return self.tuned_info(name).nbytes
 
-    def tuned(self, name: str) -> RawTensor:
-        """Compute a changed tensor from the base's bytes.
+    def parts(self, name: str) -> Iterator[Bytes]:
+        """Compute a changed tensor's bytes from the base's, in order, whole rows at a time.
+
+        A part is overwritten by the next one.
 
         Raises:
             CheckpointError: the base tensor cannot be read, or holds NaN or infinity.
         """
-        return merged_tensor(self.delta, name, self._base)
+        if name in self.delta.extras:
+            yield self.delta.extras[name].data
+        else:
+            yield from merged_parts(self.delta, name, self._base(name))
 
-    def written(self, name: str, tensor: RawTensor) -> Iterator[tuple[FilePlace, Bytes]]:
-        """Yield a changed tensor's bytes as each of its places holds them.
-
-        Raises:
-            ExportError: a finite value does not fit into the file's dtype.
-        """
-        for place in self.places(name):
-            values = cast(rounded(name, tensor, place.rounding), place.rounding, place.dtype)
-            turned = transposed(values, tensor.shape) if place.transposed else values
-            yield place, columns(place, turned, tensor.shape)
-
-    def _base(self, name: str) -> Bytes:
+    def _base(self, name: str) -> ByteSource:
         place = self.patch_map.exact(name)
         if place is None:
             assert self.rest is not None  # `make_plan` has seen to it
-            return self.rest.data(name)
+            return self.rest.tensor(name)
         data = read_place(self.path(place.file), place)
         plain = transposed(data, place.shape) if place.transposed else data
         return cast(plain, place.dtype, self.patch_map.tensors[name].dtype)

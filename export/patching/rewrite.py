@@ -6,21 +6,21 @@ changed weights are written. The names appear once the result's digest has come 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kilodelta.errors import CheckpointError, InputError, OutputError, ProofError
+from kilodelta.errors import CheckpointError, InputError, OutputError
 from kilodelta.exact.selftest import require_good_kernels
 from kilodelta.export.merge.tensor import changed_names
 from kilodelta.export.patching.map import FilePlace, PatchMap
 from kilodelta.export.patching.plan import Bytes, PatchPlan, make_plan
-from kilodelta.export.patching.run import CHUNK, run
+from kilodelta.export.patching.promised import digest_of, require_promised, write_promised
+from kilodelta.export.patching.run import run
 from kilodelta.export.patching.strided import write_place
-from kilodelta.files import staging, system
+from kilodelta.files import staging
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.copying import copy_range
 from kilodelta.format.delta import Delta
@@ -82,14 +82,19 @@ def patch(
     require_good_kernels()
     opened = delta if isinstance(delta, Delta) else load(delta)
     plan = make_plan(Path(model), opened, places, base)
-    with _copies(plan, Path(out)) as (files, paths):
+    whole = promised is not None and len(places.files) == 1
+    with _copies(plan, Path(out), empty=whole) as (files, paths):
+        main = files[places.files[0].file]
+        if promised is not None and whole:
+            write_promised(plan, main, promised, threads=threads, progress=progress)
+        else:
 
-        def write(place: FilePlace, data: Bytes) -> None:
-            write_place(files[place.file], place, data)
+            def write(place: FilePlace, data: Bytes) -> None:
+                write_place(files[place.file], place, data)
 
-        run(plan, write, threads=threads, progress=progress)
-        if promised is not None:
-            _require_promised(plan, files[places.files[0].file], promised)
+            run(plan, write, threads=threads, progress=progress)
+            if promised is not None:
+                require_promised(plan, digest_of(main), promised)
     return Patched(
         files=paths,
         result=plan.delta.manifest.result,
@@ -102,27 +107,13 @@ def patch(
     )
 
 
-def _require_promised(plan: PatchPlan, descriptor: int, promised: str) -> None:
-    digest = _digest(descriptor)
-    if digest != promised:
-        raise ProofError(
-            f"the patched {plan.patch_map.kind} is {digest}, a build of it is {promised}",
-            fix="fetch the map and the file again; else take refit or adapter mode",
-        )
-
-
-def _digest(descriptor: int) -> str:
-    """`sha256:<hex>` of an open file."""
-    state, done = hashlib.sha256(), 0
-    while part := system.read_at(descriptor, CHUNK, done):
-        state.update(part)
-        done += len(part)
-    return f"sha256:{state.hexdigest()}"
-
-
 @contextmanager
-def _copies(plan: PatchPlan, out: Path) -> Iterator[tuple[Mapping[str, int], tuple[Path, ...]]]:
+def _copies(
+    plan: PatchPlan, out: Path, *, empty: bool
+) -> Iterator[tuple[Mapping[str, int], tuple[Path, ...]]]:
     """Yield descriptors of copies by file name, and the paths they get when the block ends well.
+
+    With `empty` the files are new ones, and the block fills them.
 
     The model's own name appears last, so that it never stands without its data.
     """
@@ -139,7 +130,8 @@ def _copies(plan: PatchPlan, out: Path) -> Iterator[tuple[Mapping[str, int], tup
             for name, stage in stages.items():
                 files[name] = os.open(stage, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
                 opened.callback(os.close, files[name])
-                _copy(plan.path(name), files[name])
+                if not empty:
+                    _copy(plan.path(name), files[name])
             yield files, tuple(paths.values())
 
 

@@ -14,9 +14,10 @@ from kilodelta.errors import CheckpointError
 from kilodelta.export.manifest.facts import FileFact
 from kilodelta.export.merge.tensor import changed_names, require_result
 from kilodelta.export.patching.map import FilePlace
+from kilodelta.export.patching.placing import Memory, PlacedBytes, fresh
 from kilodelta.export.patching.plan import Bytes, PatchPlan
 from kilodelta.files import plain
-from kilodelta.files.identity import raw_digest
+from kilodelta.files.identity import tensor_hash
 from kilodelta.progress import Meter, Progress
 
 CHUNK = 1 << 20
@@ -30,7 +31,7 @@ def run(
     threads: int | None,
     progress: Progress,
 ) -> None:
-    """Call `write` with the tuned bytes of every place, from several threads.
+    """Call `write` with the tuned bytes of every place, from several threads, and prove them.
 
     Nothing that was written may be used before this returns.
 
@@ -53,15 +54,47 @@ def run(
         if isinstance(job, FileFact):
             _check(plan.path(job.file), job, meter)
             return
-        tensor = plan.tuned(job)
-        if job in plan.delta.targets:
-            digests[job] = raw_digest(job, tensor)
-        for place, data in plan.written(job, tensor):
-            write(place, data)
+        info = plan.tuned_info(job)
+        state = tensor_hash(job, info.dtype, info.shape)
+
+        def look(part: Bytes) -> None:
+            state.update(part.data)
+
+        place_tensor(plan, job, write, look if job in plan.delta.targets else None)
+        digests[job] = f"sha256:{state.hexdigest()}"
         meter.add(plan.size(job))
 
     parallel.run(work, jobs, meter, weight=lambda job: _weight(plan, job), threads=threads)
     require_result(plan.delta, digests)
+
+
+def place_tensor(
+    plan: PatchPlan,
+    name: str,
+    write: Callable[[FilePlace, Bytes], None],
+    look: Callable[[Bytes], object] | None = None,
+    memory: Memory = fresh,
+) -> None:
+    """Compute a changed tensor and call `write` with its bytes for each place.
+
+    Args:
+        plan: what changes where.
+        name: the tensor's.
+        write: takes a place and its bytes, uint8 (n,).
+        look: called with the tensor's own bytes in order, piece by piece.
+        memory: gives the memory of what `write` takes.
+
+    Raises:
+        CheckpointError: the base tensor cannot be read.
+        ExportError: a value does not fit into the file's dtype.
+    """
+    placed = PlacedBytes(plan.tuned_info(name), plan.places(name), memory)
+    for part in plan.parts(name):
+        if look is not None:
+            look(part)
+        placed.add(part)
+    for place, data in placed.finished():
+        write(place, data)
 
 
 def _weight(plan: PatchPlan, job: FileFact | str) -> int:

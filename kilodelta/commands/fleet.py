@@ -20,6 +20,14 @@ out_option = click.option(
     "-o", "--out", default="fleet", type=click.Path(), help="The folder of results."
 )
 
+engine_option = click.option(
+    "--on", "engine", default="local", type=click.Choice(["local", "ray"]), help="Where to run."
+)
+address_option = click.option(
+    "--address", help="Of the Ray cluster; by default one is started here."
+)
+cpus_option = click.option("--cpus", default=1, type=click.IntRange(1), help="Of one task on Ray.")
+
 PAGE = "fleet.html"
 IN_OUT = ""
 html_option = click.option(
@@ -43,18 +51,64 @@ def fleet() -> None:
 @fleet.command(
     cls=Command,
     short_help="Show what is new, done, or to be made again, and why.",
-    examples=["kilodelta fleet plan fleet.toml -o out/"],
+    examples=[
+        "kilodelta fleet plan fleet.toml -o out/",
+        "kilodelta fleet plan fleet.toml -o out/ --on ray --address auto",
+    ],
 )
 @click.argument("file", type=click.Path())
 @out_option
+@engine_option
+@address_option
+@cpus_option
 @as_json
 @with_progress
-def plan(file: str, out: str, as_json: bool, progress: Any) -> Callable[[], None]:
-    """Show the tasks of a fleet FILE: new, done, or to be made again and why, and their memory."""
+def plan(
+    file: str, out: str, engine: str, address: str | None, cpus: int, as_json: bool, progress: Any
+) -> Callable[[], None]:
+    """Show the tasks of a fleet FILE: new, done, or to be made again and why, and their memory.
+
+    With --on ray it is seen whether some machine of the cluster has what each task needs; the exit
+    code is 9 where none has.
+    """
+    _require_engine(engine, address)
     made = _planned(file, out, progress)
-    if as_json:
-        return lambda: terminal.print_json(made.to_json())
-    return lambda: _show_plan(made)
+    return _shown_plan(made, engine, address, cpus, as_json)
+
+
+def _require_engine(engine: str, address: str | None) -> None:
+    if engine == "local" and address:
+        raise click.UsageError("--address is for --on ray")
+
+
+def _shown_plan(
+    made: Plan, engine: str, address: str | None, cpus: int, as_json: bool
+) -> Callable[[], None]:
+    """Return what shows a plan, and refuses one that a cluster cannot run."""
+    if engine == "local":
+        return lambda: terminal.print_json(made.to_json()) if as_json else _show_plan(made)
+    from kilodelta.errors import InputError
+    from kilodelta.fleet.cluster import connected, lacks, machines_of, require_resources
+
+    tasks = made.open_tasks()
+    with connected(address) as ray:
+        machines = machines_of(ray)
+    report = {
+        **made.to_json(),
+        "machines": len(machines),
+        "lacks": [vars(one) for one in lacks(tasks, machines, cpus)],
+    }
+
+    def show() -> None:
+        if as_json:
+            terminal.print_json(report)
+            if report["lacks"]:
+                click.get_current_context().exit(InputError.exit_code)
+        else:
+            _show_plan(made)
+            require_resources(tasks, machines, cpus)
+
+    return show
 
 
 def _planned(file: str, out: str, progress: Any) -> Plan:
@@ -103,11 +157,9 @@ def _shard(ctx: click.Context, option: click.Parameter, value: str | None) -> An
 @out_option
 @click.option("--jobs", type=click.IntRange(1), help="Tasks at once; by cores and memory.")
 @click.option("--shard", callback=_shard, metavar="K/N", help="Do the k-th of n parts.")
-@click.option(
-    "--on", "engine", default="local", type=click.Choice(["local", "ray"]), help="Where to run."
-)
-@click.option("--address", help="Of the Ray cluster; by default one is started here.")
-@click.option("--cpus", default=1, type=click.IntRange(1), help="Of one task on Ray.")
+@engine_option
+@address_option
+@cpus_option
 @click.option("--dry-run", is_flag=True, help="Show what would be done, as fleet plan does.")
 @as_json
 @with_progress
@@ -129,12 +181,10 @@ def run(
     """
     if engine == "ray" and (shard or jobs):
         raise click.UsageError("--shard and --jobs are for --on local")
-    if engine == "local" and address:
-        raise click.UsageError("--address is for --on ray")
+    _require_engine(engine, address)
     made = _planned(file, out, progress)
     if dry_run:
-        shown = made.to_json()
-        return lambda: terminal.print_json(shown) if as_json else _show_plan(made)
+        return _shown_plan(made, engine, address, cpus, as_json)
     from kilodelta.fleet.status import remember
 
     remember(Path(out), file)
@@ -165,6 +215,8 @@ def _show_run(done: FleetRun, as_json: bool) -> None:
             f"{len(report['failed'])} failed, {len(report['skipped'])} not begun; {done.out}"
         )
     if report["failed"]:
+        if as_json:  # the report is the one document
+            click.get_current_context().exit(FleetError.exit_code)
         raise FleetError(
             f"{len(report['failed'])} tasks failed", fix="mend what is named and run it again"
         )

@@ -99,6 +99,21 @@ def to_half(value):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def narrow_f16(values, out):  # type: ignore[no-untyped-def]
+    """Round float32 (n,) to float16 bits, uint16 (n,), to nearest even.
+
+    Returns:
+        whether some result is not finite; `out` is of no use then, for a NaN has become infinity.
+    """
+    bad = np.uint32(0)
+    for j in range(out.size):
+        bits = to_half(values[j])
+        out[j] = np.uint16(bits)
+        bad |= np.uint32(np.uint32(bits & np.uint32(0x7C00)) == np.uint32(0x7C00))
+    return bad
+
+
+@kernel
 def add_f16(weights, numbers, factor, scale, out):  # type: ignore[no-untyped-def]
     """Do what `add_f32` does, for float16 as uint16.
 

@@ -5,6 +5,7 @@ pread and pwrite.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,14 @@ import numpy.typing as npt
 
 from kilodelta.errors import CheckpointError
 from kilodelta.files import system
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_FICLONE = 0x40049409
+"""The number of Linux' request to share a file's blocks, from `linux/fs.h`."""
 
 
 def pwrite(descriptor: int, data: memoryview, position: int) -> None:
@@ -43,6 +52,24 @@ def copy_range(source: int, target: int, count: int, read: int, write: int) -> i
     data = system.read_at(source, count, read)
     pwrite(target, memoryview(data), write)
     return len(data)
+
+
+def clone(source: int, target: int) -> bool:
+    """Let a new file share all blocks of another, and return whether the file system can.
+
+    Btrfs, XFS and ZFS can (`FICLONE`); what is written to either file then is its own.
+
+    Args:
+        source: a descriptor to read from.
+        target: a descriptor of an empty file.
+    """
+    if fcntl is None or not sys.platform.startswith("linux"):
+        return False
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+    except OSError:
+        return False
+    return True
 
 
 def pread(path: Path, begin: int, nbytes: int) -> npt.NDArray[np.uint8]:

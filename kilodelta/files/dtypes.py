@@ -103,6 +103,18 @@ class FloatType(DType):
         # adding the bias to a NaN whose payload is all ones would wrap around to zero
         return np.where(np.isnan(floats), np.uint16(0x7FC0), rounded).astype("<u2", copy=False)
 
+    def infinities(self, data: Array) -> int:
+        """Count the infinite values in raw bytes, uint8 `(n,)`, by their bits.
+
+        Example:
+            >>> FLOATS["F16"].infinities(np.float16([1, np.inf, -np.inf, np.nan]).view(np.uint8))
+            2
+        """
+        bits = data.view(f"<u{self.bits // 8}")
+        magnitude = bits & bits.dtype.type((1 << (self.bits - 1)) - 1)
+        exponent = (1 << (self.bits - 1)) - (1 << self.fraction_bits)
+        return int(np.count_nonzero(magnitude == bits.dtype.type(exponent)))
+
     def rounded(self, values: Array) -> npt.NDArray[np.float32]:
         """Round float32 values to this type and return them as float32, in the same shape."""
         return self.widen(self.narrow(values))

@@ -31,7 +31,9 @@ def cast(data: Bytes, source: str, target: str) -> Bytes:
     """
     if source == target:
         return data
-    return FLOATS[target].narrow(FLOATS[source].widen(data)).view(np.uint8)
+    # float32 is what `narrow` takes, and `widen` would copy it
+    values = data.view(np.float32) if source == "F32" else FLOATS[source].widen(data)
+    return FLOATS[target].narrow(values).view(np.uint8)
 
 
 def overflows(before: Bytes, source: str, after: Bytes, target: str) -> bool:
@@ -45,8 +47,9 @@ def overflows(before: Bytes, source: str, after: Bytes, target: str) -> bool:
     """
     if lossless(source, target):
         return False
-    infinite = [np.isinf(FLOATS[source].widen(before)), np.isinf(FLOATS[target].widen(after))]
-    return bool(infinite[0].sum() != infinite[1].sum())
+    # An infinity stays one, so only a result that holds some is compared with its source.
+    infinite = FLOATS[target].infinities(after)
+    return infinite > 0 and infinite != FLOATS[source].infinities(before)
 
 
 def transposed(data: Bytes, shape: tuple[int, ...]) -> Bytes:

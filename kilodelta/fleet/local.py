@@ -1,8 +1,8 @@
 """Run a plan on this machine: a pool of threads, each waiting for one child process at a time.
 
-Children are forked from one server process that has loaded the libraries, so a task of milliseconds
-does not wait seconds for torch. A killed child costs its own task, unlike a process pool's worker,
-which takes all tasks of the pool with it.
+Children are forked from one server process that has loaded what most of them need, so a task of
+milliseconds does not wait seconds for libraries. A killed child costs its own task, unlike a
+process pool's worker, which takes all tasks of the pool with it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from kilodelta.errors import InputError
 from kilodelta.files import staging
 from kilodelta.fleet import child
 from kilodelta.fleet.graph import Plan
-from kilodelta.fleet.task import Task, memory_of
+from kilodelta.fleet.task import LIBRARIES, Task, memory_of
 from kilodelta.fleet.work import preload
 from kilodelta.progress import Event, Progress, silent
 
 ANSWERS = "run.json"
 RETRIES = 1
+"""How often a task whose process was killed is tried again; an error is never tried again."""
 _GUESS = 4 << 30
 """Bytes of memory to share out where the system does not say; less than most machines have."""
-"""How often a task whose process was killed is tried again; an error is never tried again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +127,8 @@ def run(
     plan.out.mkdir(parents=True, exist_ok=True)
     staging.sweep(plan.out)
     workers = choose_jobs(todo, jobs)
-    with _server(todo, workers) as context:
-        answers, skipped = _run_all(todo, done, plan.out, workers, context, progress)
+    with _starting(todo, workers) as starts:
+        answers, skipped = _run_all(todo, done, plan.out, workers, starts, progress)
     ordered = {t.id: answers[t.id] for t in todo if t.id in answers}
     made = FleetRun(out=plan.out, answers=ordered, skipped=skipped, done_before=before)
     name = ANSWERS if shard is None else f"run-{shard[0]}-of-{shard[1]}.json"
@@ -137,20 +137,54 @@ def run(
     return made
 
 
+@dataclass(frozen=True, kw_only=True)
+class Starts:
+    """How children are started: forked from a process that has loaded what they need, or anew.
+
+    Attributes:
+        forking, anew: contexts of `multiprocessing`.
+        alone: kinds of tasks that are started anew.
+    """
+
+    forking: Any
+    anew: Any
+    alone: frozenset[str]
+
+    def of(self, task: Task) -> Any:
+        """Return the context that starts a task."""
+        return self.anew if task.kind in self.alone else self.forking
+
+
+def kinds_alone(tasks: Sequence[Task], workers: int) -> frozenset[str]:
+    """Return the kinds whose libraries are not worth loading for all children.
+
+    A process that holds torch takes several times as long to fork. Where few tasks need it, such
+    as the one export that all fine-tunes share, they load it themselves while others work.
+
+    Args:
+        tasks: to run.
+        workers: tasks at once.
+    """
+    heavy = [task.kind for task in tasks if task.kind in LIBRARIES]
+    return frozenset(heavy) if len(heavy) <= workers < len(tasks) else frozenset()
+
+
 @contextlib.contextmanager
-def _server(tasks: Sequence[Task], workers: int) -> Iterator[Any]:
+def _starting(tasks: Sequence[Task], workers: int) -> Iterator[Starts]:
     """Start the process that children are forked from, with its threads fixed from the start."""
     cores = os.cpu_count() or 1
     threads = child.thread_environment(max(1, cores // workers))
     before = {name: os.environ.get(name) for name in threads}
     os.environ.update(threads)
     try:
-        context: Any = multiprocessing.get_context("forkserver")
-        kinds = {task.kind for task in tasks}
-        context.set_forkserver_preload(
-            ["kilodelta.fleet.child", "kilodelta.fleet.warm", *preload(kinds)]
+        forking: Any = multiprocessing.get_context("forkserver")
+        alone = kinds_alone(tasks, workers)
+        kinds = {task.kind for task in tasks} - alone
+        # the last one keeps what all have loaded where children share it
+        forking.set_forkserver_preload(
+            ["kilodelta.fleet.child", *preload(kinds), "kilodelta.fleet.warm"]
         )
-        yield context
+        yield Starts(forking=forking, anew=multiprocessing.get_context("spawn"), alone=alone)
     finally:
         for name, value in before.items():
             if value is None:
@@ -164,7 +198,7 @@ def _run_all(
     done: set[str],
     out: Path,
     workers: int,
-    context: Any,
+    starts: Starts,
     progress: Progress,
 ) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
     """Feed tasks to threads as soon as what they need is done."""
@@ -184,7 +218,7 @@ def _run_all(
                         skipped[task.name] = lost[task.id] = cause
                     elif len(running) < workers and done.issuperset(task.needs):
                         waiting.remove(task)
-                        future = pool.submit(_attended, task, out, context, stop)
+                        future = pool.submit(_attended, task, out, starts, stop)
                         running[future] = task
                 if not running:
                     continue
@@ -203,8 +237,9 @@ def _run_all(
     return answers, skipped
 
 
-def _attended(task: Task, out: Path, context: Any, stop: threading.Event) -> Mapping[str, Any]:
+def _attended(task: Task, out: Path, starts: Starts, stop: threading.Event) -> Mapping[str, Any]:
     """Run a task in a child and wait for its answer; a killed child is tried again."""
+    context = starts.of(task)
     for attempt in range(RETRIES + 1):
         receiving, sending = context.Pipe(duplex=False)
         process = context.Process(target=_child, args=(task.to_json(), str(out), sending))

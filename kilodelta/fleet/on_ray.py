@@ -17,16 +17,26 @@ from pathlib import Path
 from typing import Any
 
 from kilodelta import __version__
-from kilodelta.errors import InputError, require
 from kilodelta.files import canonical, staging
 from kilodelta.fleet.child import thread_environment
+from kilodelta.fleet.cluster import (
+    Lack,
+    connected,
+    lacks,
+    machines_of,
+    options_of,
+    require_resources,
+)
 from kilodelta.fleet.graph import Plan
 from kilodelta.fleet.local import ANSWERS, FleetRun
-from kilodelta.fleet.task import Task, memory_of
+from kilodelta.fleet.task import Task
 from kilodelta.progress import Event, Progress, silent
 
 RETRIES = 3
 """How often Ray runs a task again whose worker was lost."""
+
+PATIENCE = 30.0
+"""Seconds in which no task ends, after which it is seen whether the machines are still there."""
 
 
 def run_on_ray(
@@ -45,48 +55,15 @@ def run_on_ray(
         progress: called with the tasks done.
 
     Raises:
-        InputError: a task needs what no machine of the cluster has, or another version runs there.
+        InputError: a task needs what no machine of the cluster has, or no cluster answers.
         MissingPackageError: ray is not installed.
     """
-    require("ray", extra="ray", why="run on a Ray cluster")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
     plan.out.mkdir(parents=True, exist_ok=True)
     staging.sweep(plan.out)
-    ours = not ray.is_initialized()
-    if ours:
-        options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
-        ray.init(address=address, **({"logging_level": "error"} if address else options))
-    try:
+    with connected(address) as ray:
         todo = list(plan.open_tasks())
-        require_resources(todo, ray.cluster_resources(), cpus)
+        require_resources(todo, machines_of(ray), cpus)
         return _collect(ray, plan, todo, cpus, progress)
-    finally:
-        if ours:
-            ray.shutdown()
-
-
-def require_resources(tasks: Sequence[Task], there: Mapping[str, float], cpus: int = 1) -> None:
-    """Refuse tasks that would wait for ever, and without a word.
-
-    Args:
-        tasks: to run.
-        there: `ray.cluster_resources()`.
-        cpus: of one task.
-
-    Raises:
-        InputError: naming task and resource.
-    """
-    for task in tasks:
-        wanted = {"CPU": float(cpus), "memory": float(memory_of(task)), **task.resources}
-        for name, amount in wanted.items():
-            if amount > there.get(name, 0.0):
-                raise InputError(
-                    f"{task.name} needs {amount:g} of {name!r}, the cluster has "
-                    f"{there.get(name, 0.0):g}",
-                    fix="start a machine with it: ray start --resources='{\"NAME\": 1}'",
-                )
 
 
 def _collect(ray: Any, plan: Plan, todo: list[Task], cpus: int, progress: Progress) -> FleetRun:
@@ -96,6 +73,7 @@ def _collect(ray: Any, plan: Plan, todo: list[Task], cpus: int, progress: Progre
     answers: dict[str, Mapping[str, Any]] = {}
     skipped: dict[str, str] = {}
     lost: dict[str, str] = {}
+    watch = _Watch(ray, cpus)
     while waiting or running:
         for task in list(waiting):
             if any(need in lost for need in task.needs):
@@ -104,17 +82,18 @@ def _collect(ray: Any, plan: Plan, todo: list[Task], cpus: int, progress: Progre
                 skipped[task.name] = lost[task.id] = cause
             elif done.issuperset(task.needs):
                 waiting.remove(task)
-                options = {"num_cpus": cpus, "memory": memory_of(task), "name": task.name}
-                options["resources"] = dict(task.resources)
-                call = remote.options(**options)
+                call = remote.options(**options_of(task, cpus))
                 given = {"task": task.to_json(), "out": str(plan.out.resolve())}
                 running[call.remote(given, cpus, __version__)] = task
         if not running:
             continue
-        ended, _ = ray.wait(list(running), num_returns=1)
-        for reference in ended:
+        ended, _ = ray.wait(list(running), num_returns=1, timeout=PATIENCE)
+        stranded = {} if ended else watch.stranded(running)
+        for reference in (*ended, *stranded):
             task = running.pop(reference)
-            answers[task.id] = answer = _answer(ray, reference, task)
+            if reference in stranded:
+                ray.cancel(reference, force=True)
+            answers[task.id] = answer = stranded.get(reference) or _answer(ray, reference, task)
             if answer["status"] == "done":
                 done.add(task.id)
             else:
@@ -127,6 +106,36 @@ def _collect(ray: Any, plan: Plan, todo: list[Task], cpus: int, progress: Progre
     text = json.dumps(made.to_json(), indent=1, ensure_ascii=False)
     staging.write(plan.out / ANSWERS, text.encode("utf-8") + b"\n")
     return made
+
+
+class _Watch:
+    """Finds tasks that wait for a machine that has gone, for which Ray would wait for ever."""
+
+    def __init__(self, ray: Any, cpus: int) -> None:
+        self._ray, self._cpus = ray, cpus
+        self._suspected: set[Any] = set()
+
+    def stranded(self, running: Mapping[Any, Task]) -> dict[Any, dict[str, Any]]:
+        """Return answers for tasks that no machine can run, now and when it was called before."""
+        machines = machines_of(self._ray)
+        missing = {
+            r: found for r, t in running.items() if (found := lacks([t], machines, self._cpus))
+        }
+        again = {r: missing[r] for r in missing if r in self._suspected}
+        self._suspected = set(missing)
+        return {r: _gone(running[r], found) for r, found in again.items()}
+
+
+def _gone(task: Task, missing: Sequence[Lack]) -> dict[str, Any]:
+    return {
+        "id": task.id,
+        "name": task.name,
+        "status": "failed",
+        "error": f"a machine has left the cluster: {'; '.join(map(str, missing))}",
+        "fix": "start it again, then run the fleet again",
+        "exit_code": 1,
+        "seconds": 0.0,
+    }
 
 
 def _answer(ray: Any, reference: Any, task: Task) -> Mapping[str, Any]:

@@ -1,12 +1,14 @@
 """Load and prove the kernels once, in the process that children are forked from.
 
-Importing this module is its effect: a fork inherits compiled kernels and the result of their
-self-test, which each child would else pay for again. It starts no thread, so forking stays safe.
+Importing this module, after all others, is its effect: a fork inherits compiled kernels and the
+result of their self-test, which each child would else pay for again. It starts no thread, so
+forking stays safe.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 
 from kilodelta.errors import SelfTestError
 from kilodelta.exact.selftest import require_good_kernels
@@ -14,3 +16,6 @@ from kilodelta.exact.selftest import require_good_kernels
 # A child meets the same failure and reports it as its own task's; the server must live.
 with contextlib.suppress(SelfTestError):
     require_good_kernels()
+
+# A collection in a child would write to the pages of all that was loaded, and so copy them.
+gc.freeze()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ import pytest
 from kilodelta.device.modes.patch import promised_digest
 from kilodelta.errors import CheckpointError, ExportError, FileError, ProofError
 from kilodelta.export.merge.checkpoint import merge
+from kilodelta.export.patching import promised
 from kilodelta.export.patching.engine_map import make_engine_map
 from kilodelta.export.patching.make_map import write_rest
 from kilodelta.export.patching.map import PatchMap
 from kilodelta.export.patching.map_file import read_map, write_map
 from kilodelta.export.patching.rewrite import patch
+from kilodelta.export.patching.strided import put_place
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import FLOATS
 from kilodelta.files.tensor import RawTensor
@@ -61,10 +64,10 @@ def test_a_patched_engine_is_a_built_one(base: Path, tmp_path: Path, dtype: str)
     delta = making.delta(base, Lora(rank=2), patterns=MATRICES)
     rest = write_rest(places, base, tmp_path / "rest.safetensors")
     wanted = engine(tuned_values(base, delta, tmp_path), dtype)
-    promised = f"sha256:{hashlib.sha256(wanted).hexdigest()}"
+    stated = f"sha256:{hashlib.sha256(wanted).hexdigest()}"
     model = tmp_path / "model.engine"
     out = tmp_path / "tuned.engine"
-    patch(model, delta, out, places=places, base=rest, promised=promised)
+    patch(model, delta, out, places=places, base=rest, promised=stated)
     assert out.read_bytes() == wanted
     assert model.read_bytes() == engine(values(), dtype)
 
@@ -147,26 +150,117 @@ def test_a_broken_map_and_a_wrong_engine_are_refused(base: Path, tmp_path: Path)
     delta = making.delta(base, Lora(rank=2), patterns=MATRICES)
     model, out = tmp_path / "model.engine", tmp_path / "t.engine"
     wanted = engine(tuned_values(base, delta, tmp_path), "F32")
-    promised = f"sha256:{hashlib.sha256(wanted).hexdigest()}"
+    stated = f"sha256:{hashlib.sha256(wanted).hexdigest()}"
     [query] = places.places["joined.q"]
     moved = {**places.places, "joined.q": (dataclasses.replace(query, stride=44),)}
     rest = write_rest(places, base, tmp_path / "rest.safetensors")
     broken = dataclasses.replace(places, places=moved)
     with pytest.raises(ProofError):
-        patch(model, delta, out, places=broken, base=base, promised=promised)
+        patch(model, delta, out, places=broken, base=base, promised=stated)
     copied = {
         **places.places,
         "joined.k": (*places.places["joined.k"], dataclasses.replace(query, begin=0)),
     }
     broken = dataclasses.replace(places, places=copied)
     with pytest.raises(ProofError, match=r"the patched engine is sha256:.*, a build of it is sha"):
-        patch(model, delta, out, places=broken, base=rest, promised=promised)
+        patch(model, delta, out, places=broken, base=rest, promised=stated)
     assert not out.exists()
     data = bytearray(model.read_bytes())
     data[3] ^= 1
     model.write_bytes(data)
     with pytest.raises(CheckpointError, match="its map was made for"):
-        patch(model, delta, out, places=places, base=rest, promised=promised)
+        patch(model, delta, out, places=places, base=rest, promised=stated)
+    assert not out.exists()
+
+
+def built(base: Path, delta: Any, folder: Path, dtype: str) -> tuple[bytes, str]:
+    """A fine-tune's engine as it is built, and its digest."""
+    data = engine(tuned_values(base, delta, folder), dtype)
+    return data, f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+@pytest.mark.parametrize("shares_blocks", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_an_engine_whose_digest_was_stated_is_written_in_one_pass(
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    threads: int,
+    shares_blocks: bool,
+) -> None:
+    """Joined, transposed, split and copied matrices; on file systems that share blocks as well."""
+
+    def cloned(source: int, target: int) -> bool:
+        os.pwrite(target, os.pread(source, 1 << 20, 0), 0)
+        return True
+
+    if shares_blocks:
+        monkeypatch.setattr(promised, "clone", cloned)
+    places = mapped(base, tmp_path, dtype)
+    delta = making.delta(base, Lora(rank=2), patterns=MATRICES)
+    wanted, stated = built(base, delta, tmp_path, dtype)
+    out = tmp_path / "t.engine"
+    patch(
+        tmp_path / "model.engine",
+        delta,
+        out,
+        places=places,
+        base=base,
+        promised=stated,
+        threads=threads,
+    )
+    assert out.read_bytes() == wanted
+
+
+def test_no_byte_of_the_base_escapes_the_stated_digest(base: Path, tmp_path: Path) -> None:
+    """Each flipped byte of the base's engine is noticed, or it is one that is written anew."""
+    places = mapped(base, tmp_path)
+    delta = making.delta(base, Lora(rank=2), patterns=MATRICES)
+    wanted, stated = built(base, delta, tmp_path, "F16")
+    model, out = tmp_path / "model.engine", tmp_path / "t.engine"
+    good = model.read_bytes()
+    anew = np.zeros(len(good), np.uint8)
+    for name in delta.bind_to(places.tensors.values()).targets:
+        for place in places.places[name]:
+            put_place(anew, place, np.ones(place.nbytes, np.uint8))
+    for at in range(0, len(good), 131):
+        model.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        if anew[at]:
+            patch(model, delta, out, places=places, base=base, promised=stated, threads=1)
+            assert out.read_bytes() == wanted
+            out.unlink()
+            continue
+        with pytest.raises(CheckpointError, match="its map was made for"):
+            patch(model, delta, out, places=places, base=base, promised=stated, threads=1)
+        assert not out.exists()
+    assert 0 < anew.sum() < len(good)
+    model.write_bytes(good[:-9])
+    with pytest.raises(CheckpointError, match="ends before byte"):
+        patch(model, delta, out, places=places, base=base, promised=stated)
+    assert not out.exists()
+
+
+def test_a_value_beyond_the_engines_precision_ends_the_pass(base: Path, tmp_path: Path) -> None:
+    """The thread that hashes does not wait for what will not come."""
+    places = mapped(base, tmp_path)
+    delta = making.delta(base, Lora(rank=2), patterns=MATRICES)
+    large = {n: np.where(a == a.max(), np.float32(1e6), a) for n, a in values().items()}
+    rest = making.write(
+        tmp_path / "rest.safetensors",
+        {n: ("F32", a.shape, a.astype(np.float32).tobytes()) for n, a in large.items()},
+    )
+    out = tmp_path / "t.engine"
+    with pytest.raises(ExportError, match="holds values beyond F16"):
+        patch(
+            tmp_path / "model.engine",
+            delta,
+            out,
+            places=places,
+            base=rest,
+            promised="sha256:" + "0" * 64,
+        )
     assert not out.exists()
 
 

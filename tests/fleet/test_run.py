@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -9,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,10 @@ import kilodelta
 from kilodelta import memory
 from kilodelta.errors import InputError
 from kilodelta.export.pipeline import export
-from kilodelta.fleet import child, local, make_plan, read_fleet, run
+from kilodelta.fleet import child, cluster, local, make_plan, on_ray, read_fleet, run
+from kilodelta.fleet.cluster import lacks, machines_of, options_of, require_resources
 from kilodelta.fleet.local import choose_jobs, shard_of
-from kilodelta.fleet.on_ray import _started, require_resources
+from kilodelta.fleet.on_ray import _started
 from kilodelta.fleet.record import AGAIN, DONE, NEW, RECORD
 from kilodelta.fleet.status import status_of
 from kilodelta.fleet.task import Task, memory_of
@@ -164,6 +167,24 @@ def test_what_depends_on_a_failure_is_skipped(
     assert saved["skipped"] == done.skipped
 
 
+def test_a_failed_run_prints_one_json_document(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from click.testing import CliRunner
+
+    from kilodelta.cli import main
+
+    def failing(task: Any, out: Path, starts: Any, stop: Any) -> dict[str, Any]:
+        answer = {"id": task.id, "name": task.name, "seconds": 0.0, "exit_code": 11}
+        return {**answer, "status": "failed", "error": "x", "fix": "y"}
+
+    monkeypatch.setattr(local, "_attended", failing)
+    given = ["fleet", "run", str(world / "fleet.toml"), "-o", str(tmp_path / "out"), "--json"]
+    done = CliRunner().invoke(main, given)
+    assert done.exit_code == 17
+    assert len(json.loads(done.stdout)["failed"]) == 2 * COUNT + 1
+
+
 def test_a_killed_child_costs_its_own_task(
     world: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +239,16 @@ def test_the_status_puts_the_worst_first(world: Path, finished: Path, tmp_path: 
     assert found["rows"][0]["why"] == "no room; make room"
     assert found["counts"] == {"failed": 1, "not begun": 0, "open": 0, "done": 3 * COUNT}
     assert all(row["nbytes"] > 0 for row in found["rows"][1:])
+
+
+def test_libraries_that_few_tasks_need_are_not_loaded_for_all(world: Path, tmp_path: Path) -> None:
+    """The one export of the base loads torch itself; a compression for each fine-tune shares it."""
+    tasks = plan_of(world, tmp_path / "out").tasks
+    assert local.kinds_alone(tasks, 2) == {"onnx-base"}
+    many = [dataclasses.replace(t, kind="compress") if t.kind == "merge" else t for t in tasks]
+    assert local.kinds_alone(many, 2) == frozenset()
+    [export] = [t for t in tasks if t.kind == "onnx-base"]
+    assert local.kinds_alone([export], 2) == frozenset()
 
 
 def test_jobs_follow_cores_and_memory(world: Path, tmp_path: Path) -> None:
@@ -276,17 +307,105 @@ def test_a_base_that_differs_from_the_plans_is_those_tasks_failure(tmp_path: Pat
     assert not any((tmp_path / "out").rglob("*.onnx"))
 
 
+TASK = Task(id="0", kind="merge", name="t/m", place="x", key={}, params={}, nbytes=1 << 20)
+SMALL = {"CPU": 2.0, "memory": float(8 << 30)}
+ORIN = {"CPU": 1.0, "memory": float(4 << 30), "sm87": 1.0}
+
+
 def test_a_target_that_the_cluster_cannot_build_is_said_before_anything_starts() -> None:
-    task = Task(id="0", kind="merge", name="t/orin", place="x", key={}, params={}, nbytes=1 << 20)
-    orin = dataclasses.replace(task, resources={"sm87": 1})
-    there = {"CPU": 2.0, "memory": float(8 << 30)}
-    require_resources([task], there)
-    with pytest.raises(InputError, match=r"t/orin needs 1 of 'sm87', the cluster has 0"):
-        require_resources([task, orin], there)
-    with pytest.raises(InputError, match=r"needs 3 of 'CPU', the cluster has 2"):
-        require_resources([task], there, cpus=3)
-    with pytest.raises(InputError, match=r"of 'memory', the cluster has"):
-        require_resources([dataclasses.replace(task, nbytes=1 << 40)], there)
+    orin = dataclasses.replace(TASK, name="t/orin", resources={"sm87": 1})
+    require_resources([TASK], [SMALL])
+    require_resources([TASK, orin], [SMALL, ORIN])
+    with pytest.raises(InputError, match=r"t/orin needs 1 of 'sm87', and the nearest .* has 0"):
+        require_resources([TASK, orin], [SMALL])
+    with pytest.raises(InputError, match=r"needs 3 of 'CPU', and the nearest machine .* has 2"):
+        require_resources([TASK], [SMALL], cpus=3)
+    with pytest.raises(InputError, match=r"of 'memory', and the nearest"):
+        require_resources([dataclasses.replace(TASK, nbytes=1 << 40)], [SMALL])
+
+
+def test_what_only_two_machines_have_together_is_missing() -> None:
+    """Four processors in all, and one Orin: neither machine has two of them and the Orin."""
+    orin = [dataclasses.replace(TASK, name=f"t{i}/orin", resources={"sm87": 1}) for i in range(5)]
+    [one] = lacks(orin, [SMALL, ORIN], cpus=2)
+    assert (one.resource, one.needed, one.most, len(one.tasks)) == ("CPU", 2.0, 1.0, 5)
+    assert str(one).startswith("t0/orin, t1/orin, t2/orin and 2 more need 2 of 'CPU'")
+    assert lacks(orin, [{**SMALL, "sm87": 1.0}], cpus=2) == ()
+    assert [one.resource for one in lacks([TASK], [])] == ["CPU", "memory"]
+
+
+def test_rays_own_resources_are_its_own_options() -> None:
+    """Ray refuses `GPU` among custom resources, and takes fractions."""
+    task = dataclasses.replace(TASK, resources={"GPU": 0.5, "sm87": 1, "memory": 1e9})
+    assert options_of(task, cpus=2) == {
+        "num_cpus": 2.0,
+        "num_gpus": 0.5,
+        "memory": 10**9,
+        "name": "t/m",
+        "resources": {"sm87": 1.0},
+    }
+    assert options_of(dataclasses.replace(TASK, resources={"CPU": 4}))["num_cpus"] == 4.0
+
+
+class FakeRay:
+    """A double of a cluster that loses its machine while a task waits."""
+
+    def __init__(self, *machines: dict[str, float]) -> None:
+        self.machines = list(machines)
+
+    def nodes(self) -> list[dict[str, Any]]:
+        gone = {"Alive": False, "Resources": ORIN}
+        return [gone, *({"Alive": True, "Resources": one} for one in self.machines)]
+
+    def is_initialized(self) -> bool:
+        return True
+
+
+def test_a_task_whose_machine_has_left_fails_and_does_not_wait() -> None:
+    orin = dataclasses.replace(TASK, name="t/orin", resources={"sm87": 1})
+    ray = FakeRay(SMALL, ORIN)
+    watch = on_ray._Watch(ray, 1)
+    running = {"reference": orin, "other": TASK}
+    assert watch.stranded(running) == {}
+    ray.machines.remove(ORIN)
+    assert watch.stranded(running) == {}  # it may be starting again
+    [(reference, answer)] = watch.stranded(running).items()
+    assert (reference, answer["status"]) == ("reference", "failed")
+    assert "a machine has left the cluster: t/orin needs 1 of 'sm87'" in answer["error"]
+
+
+def test_a_plan_for_a_cluster_names_what_it_lacks(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from click.testing import CliRunner
+
+    from kilodelta.cli import main
+
+    @contextlib.contextmanager
+    def double(address: str | None) -> Iterator[Any]:
+        assert address == "auto"
+        yield FakeRay({"CPU": 64.0, "memory": float(1 << 40)})
+
+    monkeypatch.setattr(cluster, "connected", double)
+    monkeypatch.setattr(on_ray, "connected", double)
+    text = FLEET.replace('kind = "peft"', 'kind = "peft"\nresources = { sm87 = 1 }')
+    file = world / "orin.toml"
+    file.write_text(text)
+    words = "t0/lora, t1/lora, t2/lora need 1 of 'sm87', and the nearest machine"
+    given = [str(file), "-o", str(tmp_path / "out"), "--on", "ray", "--address", "auto"]
+    for command in (["plan", *given], ["run", *given], ["run", *given, "--dry-run"]):
+        done = CliRunner().invoke(main, ["fleet", *command])
+        assert done.exit_code == 9, done.output
+        assert words in " ".join(done.output.split())
+    assert not list(tmp_path.rglob("task.json"))
+    told = CliRunner().invoke(main, ["fleet", "plan", *given, "--json"])
+    report = json.loads(told.stdout)
+    assert told.exit_code == 9
+    assert (report["machines"], report["lacks"][0]["resource"]) == (1, "sm87")
+    file.write_text(FLEET)
+    assert CliRunner().invoke(main, ["fleet", "plan", *given]).exit_code == 0
+    local_only = ["fleet", "plan", str(file), "--address", "auto"]
+    assert CliRunner().invoke(main, local_only).exit_code == 2
 
 
 def test_a_worker_of_another_version_fails_its_task_alone(tmp_path: Path) -> None:
@@ -332,30 +451,56 @@ def test_a_fault_of_ours_is_one_tasks_answer(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+def made_at(out: Path) -> dict[str, tuple[int, int]]:
+    """Of every result that is there: which file its record is, and when it was written."""
+    records = {str(path.relative_to(out)): path.stat() for path in out.rglob(RECORD)}
+    return {name: (status.st_ino, status.st_mtime_ns) for name, status in records.items()}
+
+
 @pytest.mark.slow
 def test_ray_with_a_killed_worker_gives_the_same_bytes(
-    world: Path, finished: Path, tmp_path: Path
+    world: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two workers; the child of one task is killed from outside while it works."""
-    ray = pytest.importorskip("ray")
-    from kilodelta.fleet.on_ray import run_on_ray
+    """Two workers; one is killed from outside while its child works.
 
-    plan = plan_of(world, tmp_path / "out")
+    Ray tries it again by itself; where it may not, the task is lost, and a rerun makes that task
+    and those that need it, and nothing else.
+    """
+    ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        killed = threading.Event()
-        threading.Thread(target=_kill_one_worker, args=(killed,), daemon=True).start()
-        done = run_on_ray(plan)
-        assert killed.wait(60)
+        done = _run_and_kill(world, tmp_path / "retried")
         assert done.failed == (), done.failed
-        assert digests(tmp_path / "out") == digests(finished)
-        lacking = dataclasses.replace(plan.tasks[0], resources={"sm87": 1})
-        with pytest.raises(InputError, match="needs 1 of 'sm87', the cluster has 0"):
-            require_resources([lacking], ray.cluster_resources())
+        assert digests(tmp_path / "retried") == digests(finished)
+
+        monkeypatch.setattr(on_ray, "RETRIES", 0)
+        out = tmp_path / "lost"
+        done = _run_and_kill(world, out)
+        [lost] = done.failed
+        before = made_at(out)
+        assert len(before) == 3 * COUNT + 1 - 1 - len(done.skipped)
+        again = on_ray.run_on_ray(plan_of(world, out))
+        assert {a["name"] for a in again.answers.values()} == {lost["name"], *done.skipped}
+        assert all(a["again"] for a in again.answers.values())
+        assert again.done_before == len(before)
+        assert made_at(out).items() >= before.items()
+        assert digests(out) == digests(finished)
+
+        third = on_ray.run_on_ray(plan_of(world, out))
+        assert (third.answers, third.done_before) == ({}, 3 * COUNT + 1)
+        lacking = dataclasses.replace(plan_of(world, out).tasks[0], resources={"sm87": 1})
+        with pytest.raises(InputError, match="needs 1 of 'sm87', and the nearest"):
+            require_resources([lacking], machines_of(ray))
     finally:
         ray.shutdown()
-    again = plan_of(world, tmp_path / "out")
-    assert again.open_tasks() == ()
+
+
+def _run_and_kill(world: Path, out: Path) -> Any:
+    killed = threading.Event()
+    threading.Thread(target=_kill_one_worker, args=(killed,), daemon=True).start()
+    done = on_ray.run_on_ray(plan_of(world, out))
+    assert killed.wait(60)
+    return done
 
 
 def _kill_one_worker(killed: threading.Event) -> None:
