@@ -62,7 +62,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {**SMALL, "num_key_value_heads": 1},
     "qwen2": {**SMALL, "num_key_value_heads": 1},
     "phi": SMALL,
-    "stablelm": SMALL,
+    "stablelm": {**SMALL, "num_key_value_heads": 2},
     "vit": VISION,
     "deit": VISION,
     "dinov2": {**VISION, "mlp_ratio": 2},
@@ -209,7 +209,7 @@ def survey_one(kind: str, dtype: str) -> dict[str, Any]:
             "builds": engine.builds,
             "seconds": round(time.perf_counter() - began, 1),
         }
-        delta = tune(base, [n for n in matrices if len(weights[n]) == 2])
+        delta = tune(base, matrices)
         out = folder / "patched.engine"
         began = time.perf_counter()
         engine.patch(delta, out)
@@ -217,7 +217,7 @@ def survey_one(kind: str, dtype: str) -> dict[str, Any]:
         row["engine_bytes"] = out.stat().st_size
         row["bytes_that_differ"], seconds = engine.differing(delta, out.read_bytes())
         row["build_seconds"] = round(seconds, 3)
-        others = [n for n, shape in weights.items() if len(shape) == 2 and n not in matrices]
+        others = [n for n, shape in weights.items() if len(shape) > 1 and n not in matrices]
         row["refused_by_name"] = sum(is_refused(engine, base, name) for name in others)
     return row
 
