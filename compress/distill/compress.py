@@ -27,6 +27,7 @@ from kilodelta.compress.distill.options import Options as Options
 from kilodelta.compress.distill.options import check
 from kilodelta.compress.distill.options import options_from as options_from
 from kilodelta.compress.distill.placement import on_threads
+from kilodelta.compress.distill.planning.room import rows_that_fit
 from kilodelta.compress.distill.report import Report
 from kilodelta.compress.distill.request import as_given, check_outputs, find_models, open_inputs
 from kilodelta.compress.distill.results import check_quality, finish
@@ -34,6 +35,7 @@ from kilodelta.compress.distill.student import attach_student, build_delta, late
 from kilodelta.compress.distill.teacher.ask import Shelf
 from kilodelta.compress.distill.teacher.swap import as_tuned
 from kilodelta.compress.training import train
+from kilodelta.compress.training.activations import checkpointed
 from kilodelta.files import staging
 from kilodelta.merging.build import Recipe, build
 from kilodelta.models import LoadedModel
@@ -177,6 +179,8 @@ def _distil(
             source, student, as_tuned(pair, job.changes), plan_of(job, labels), progress, shelf
         )
         data = ending.enter_context(late_logits(job, student, data))
+        if options.gradient_checkpointing:
+            ending.enter_context(checkpointed(student.module))
         report = _learn(job, student, data, labels, resume, progress)
         if beside and not report.interrupted:
             report = with_baselines(report, job, student, data, progress)
@@ -224,7 +228,10 @@ def _learn(
     attach_student(job)
     schedule = schedule_of(job)
     facts = run_facts(job, data, schedule, labels)
-    done = distill(student, data, schedule, progress, kept=kept, facts=facts, resume=resume)
+    fitting = rows_that_fit(student, data, schedule.batch)
+    done = distill(
+        student, data, schedule, progress, kept=kept, facts=facts, resume=resume, piece=fitting
+    )
     delta = build_delta(job, progress)
     train.detach(student.module)
     fill_merged(student.module, delta, pair.base, pair.names)

@@ -55,6 +55,8 @@ class Options:
         dtype: of the frozen base: `fp32`, `bf16`, `fp16`, or `auto`, the type that the base is
             stored in where the device multiplies it in hardware, else float32.
         threads: cores to compute on; torch's choice by default.
+        gradient_checkpointing: keep the inputs of the model's blocks alone, and compute their
+            activations a second time for the gradient: less memory for a third more time.
         model: `package.module:function` that builds the module, where the folders are bare
             checkpoints.
     """
@@ -83,6 +85,7 @@ class Options:
     device: str = "auto"
     dtype: str = "auto"
     threads: int | None = None
+    gradient_checkpointing: bool = False
     model: str | None = None
 
 

@@ -18,7 +18,11 @@ from torch import nn
 
 from kilodelta.compress.distill.changes.compare import equal_tensors
 from kilodelta.compress.distill.changes.structure import Structure, by_names, from_module
-from kilodelta.compress.distill.placement import Placement, choose_placement
+from kilodelta.compress.distill.placement import (
+    Placement,
+    choose_placement,
+    require_weights_fit,
+)
 from kilodelta.errors import CheckpointError, InputError, KiloDeltaError
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import TARGETS
@@ -77,11 +81,13 @@ def open_pair(
 
     Raises:
         CheckpointError: files are missing or damaged.
-        InputError: the models cannot be opened, and have to compute.
+        InputError: the models cannot be opened, or do not fit into memory, and have to compute.
     """
     before, after = Checkpoint.open(base), Checkpoint.open(tuned)
     source = model or str(_architecture(base, tuned))
     placement = choose_placement(device, dtype, before)
+    if learns:
+        require_weights_fit(before, placement)
     try:
         student = _open(source, before, placement)
         alike = _are_laid_out_alike(before, after)
@@ -94,7 +100,7 @@ def open_pair(
 
 
 def _open(source: str, weights: Checkpoint, placement: Placement) -> LoadedModel:
-    loaded = open_model(source, weights=weights, dtype=placement.dtype)
+    loaded = open_model(source, weights=weights, dtype=placement.dtype, mapped=True)
     loaded.module.to(placement.device)
     return loaded
 

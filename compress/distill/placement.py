@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kilodelta.compress.distill.planning.memory import available
 from kilodelta.errors import InputError
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import TARGETS, nbytes
@@ -49,6 +50,12 @@ def choose_placement(device: str, dtype: str, base: Checkpoint) -> Placement:
     """
     chosen = _device(device)
     if dtype != "auto":
+        if dtype == "fp16" and chosen.type == "cpu":
+            raise InputError(
+                "training in float16 needs a GPU: a CPU multiplies it slowly, and gradients below"
+                " 6e-8 are lost in it",
+                fix="give --dtype bf16, fp32 or auto",
+            )
         if dtype == "bf16" and chosen.type == "cuda" and not torch.cuda.is_bf16_supported():
             raise InputError(
                 f"{torch.cuda.get_device_name(chosen)} does not compute in bfloat16",
@@ -67,6 +74,46 @@ def stored_type(base: Checkpoint) -> torch.dtype:
         if info.dtype in sizes:
             sizes[info.dtype] += nbytes(info.dtype, info.shape)
     return TORCH[max(sizes, key=lambda dtype: sizes[dtype])]
+
+
+def require_weights_fit(base: Checkpoint, placement: Placement) -> None:
+    """Check that the weights fit beside what else is in memory, before they are loaded.
+
+    On a CPU, weights that are computed with in the file's own type are mapped: the system takes
+    such memory back when it is short, so they are not counted.
+
+    Args:
+        base: the base's files.
+        placement: where it is to compute, and in which type.
+
+    Raises:
+        InputError: they do not; both numbers are said.
+    """
+    free = available(placement.device)
+    copied = _copied_bytes(base, placement)
+    if free is None or copied <= free:
+        return
+    stored = Placement(device=placement.device, dtype=stored_type(base)).name
+    can_map = placement.device.type == "cpu" and stored not in (placement.name, "fp16")
+    raise InputError(
+        f"the weights of {base.path} take {copied / 1e9:.3g} GB in {placement.name}, and"
+        f" {free / 1e9:.3g} GB are free",
+        fix=f"give --dtype {stored}, the type of the files, which are then mapped and not copied"
+        if can_map
+        else "give --device cpu, or a device with more memory",
+    )
+
+
+def _copied_bytes(base: Checkpoint, placement: Placement) -> int:
+    """Add up the bytes of the weights that memory of the process, or of a GPU, has to hold."""
+    total = 0
+    for info in map(base.info, base.names):
+        stored = TORCH.get(info.dtype)
+        if stored is None or not stored.is_floating_point:
+            continue
+        if placement.device.type != "cpu" or stored != placement.dtype:
+            total += info.nbytes // stored.itemsize * placement.dtype.itemsize
+    return total
 
 
 def _is_fast(dtype: torch.dtype, device: torch.device) -> bool:

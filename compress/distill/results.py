@@ -142,7 +142,7 @@ def _warnings(
         )
     if done is not None and done.piece:
         found.append(
-            f"memory ran out: steps were computed {done.piece} inputs at a time, with the same"
+            f"memory is short: steps were computed {done.piece} inputs at a time, with the same"
             " gradient and more time; a smaller --batch is faster"
         )
     if data is not None:

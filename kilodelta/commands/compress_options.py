@@ -75,6 +75,11 @@ OPTIONS = (
     ),
     threads,
     click.option(
+        "--gradient-checkpointing",
+        is_flag=True,
+        help="Less memory for a third more time: activations are computed twice.",
+    ),
+    click.option(
         "--seed",
         default=0,
         type=click.IntRange(0, 2**63 - 1),

@@ -1,11 +1,14 @@
-"""Read files by position that something else may cut or change meanwhile.
+"""Read files by position that something else may cut or change meanwhile; map weights by choice.
 
-Memory-mapped pages of a file that shrinks kill the process (SIGBUS); here it is an error. A file
-that is replaced stays the one that was opened.
+Memory-mapped pages of a file that shrinks kill the process (SIGBUS); for a `SourceFile` it is an
+error. A file that is replaced stays the one that was opened. A `FileMap` is for weights that a long
+computation reads again and again, where a copy would double the memory: whoever maps a file says so
+in the documentation.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import weakref
 from collections.abc import Iterator
@@ -25,6 +28,7 @@ _BLOCK = 1 << 14  # of a parser's bytes: headers lie close together, weights are
 
 Key = tuple[int, int, int, int, int]
 
+_DROP = getattr(mmap, "MADV_DONTNEED", None)
 _FIX = "let nothing write to it, check the disk, and start again"
 
 
@@ -61,6 +65,14 @@ class SourceFile:
     def key(self) -> Key:
         """What a change of the file alters: device, inode, size, and times in ns."""
         return _key(self._status)
+
+    def map(self) -> FileMap:
+        """Map the whole file; cutting it while the map is in use kills the process.
+
+        Raises:
+            OSError: the file cannot be mapped.
+        """
+        return FileMap(self._descriptor)
 
     def is_unchanged(self) -> bool:
         """Return whether the content still is as it was, as far as size and time tell.
@@ -106,6 +118,40 @@ class SourceFile:
                     fix=_FIX,
                 )
             view, position = view[count:], position + count
+
+
+class FileMap:
+    """A whole file as private pages, mapped for as long as views of it live.
+
+    Args:
+        descriptor: of a file open for reading that is not empty; it may be closed afterwards.
+
+    Raises:
+        OSError: the file cannot be mapped.
+
+    Example:
+        >>> with open("tests/golden/0.1.0/base.safetensors", "rb") as file:
+        ...     view = FileMap(file.fileno()).view(8, 2)
+        >>> bytes(view)
+        b'{"'
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+
+    def view(self, begin: int, nbytes: int) -> memoryview:
+        """Return bytes as writable memory; what is written stays in this process."""
+        return memoryview(self._map)[begin : begin + nbytes]
+
+    def release(self, begin: int, nbytes: int) -> None:
+        """Give the memory of bytes back; a later reader gets them from the file again.
+
+        What was written into them is lost. The pages at both ends stay, as others may share them.
+        """
+        first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (begin + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if _DROP is not None and length > 0:
+            self._map.madvise(_DROP, first, length)
 
 
 class FileBytes:

@@ -37,8 +37,8 @@ from kilodelta.models.loaded import Kind, LoadedModel
 from kilodelta.models.pooling import read_max_length, read_pooling
 from kilodelta.models.quiet import quiet
 from kilodelta.models.stacked import unstack
-from kilodelta.models.twin import match, unfilled, unique
-from kilodelta.models.weights import TORCH, fill
+from kilodelta.models.twin import match, unfilled, unique_views
+from kilodelta.models.weights import TORCH, MappedCheckpoint, place
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 _FIX_ENTRY = (
@@ -55,6 +55,7 @@ def open_folder(
     *,
     source: str | None = None,
     dtype: torch.dtype = torch.float32,
+    mapped: bool = False,
 ) -> LoadedModel:
     """Open a folder with `config.json`; see `kilodelta.models.open_model`.
 
@@ -63,6 +64,7 @@ def open_folder(
         weights: a checkpoint to take the weights from instead.
         source: what the user called the folder.
         dtype: of the float weights in memory.
+        mapped: let weights of that type be the files' own memory rather than copies.
     """
     transformers = require("transformers", extra="hf", why="open Hugging Face models")
     _require_plain(folder)
@@ -73,7 +75,8 @@ def open_folder(
     quantised.refuse(checkpoint)
     with _explained(f"{folder}: {kind.__name__} cannot be built from config.json", _FIX_ENTRY):
         module, names = _load(kind, config, checkpoint, dtype)
-    fill(module, checkpoint, names)
+    maps = MappedCheckpoint(checkpoint) if mapped else None
+    place(module, checkpoint, names, maps)
     missing = unfilled(module, names)
     if weights is None and missing:
         raise CheckpointError(
@@ -91,6 +94,7 @@ def open_folder(
         tokenizer=tokenizer,
         max_length=_max_length(folder, module, tokenizer),
         pooling=pooling,
+        mapped=maps,
     )
 
 
@@ -134,10 +138,10 @@ def _require_plain(folder: Path) -> None:
     """
     if not folder.is_dir():
         return
-    for place in sorted(folder.iterdir()):
-        is_read = place.suffix in _READ_BY_TRANSFORMERS and not place.is_dir()
-        if is_read and not plain.is_model_file(place):
-            raise CheckpointError(f"{place} {plain.kind(place)}", fix="put the file itself there")
+    for path in sorted(folder.iterdir()):
+        is_read = path.suffix in _READ_BY_TRANSFORMERS and not path.is_dir()
+        if is_read and not plain.is_model_file(path):
+            raise CheckpointError(f"{path} {plain.kind(path)}", fix="put the file itself there")
 
 
 def _config(transformers: Any, folder: Path) -> Any:
@@ -210,7 +214,7 @@ def _load(
     kind: Any, config: Any, checkpoint: Checkpoint, dtype: torch.dtype
 ) -> tuple[nn.Module, dict[str, str]]:
     """Load the module, its weights still the twin's; map checkpoint name to state name."""
-    twin = unique(_specs(checkpoint, dtype))
+    twin = unique_views(_specs(checkpoint, dtype))
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module, report = kind.from_pretrained(

@@ -25,6 +25,7 @@ def open_model(
     *,
     weights: Checkpoint | str | Path | None = None,
     dtype: torch.dtype = torch.float32,
+    mapped: bool = False,
 ) -> LoadedModel:
     """Open a model in eval mode (dropout off).
 
@@ -36,6 +37,9 @@ def open_model(
         weights: a checkpoint to take the weights from instead, such as a merge result. It may
             lack tensors that the architecture has (a new head): `LoadedModel.missing` names them.
         dtype: of the float weights in memory, not of the files.
+        mapped: let the weights of a folder that the files hold in `dtype` be the files' own memory,
+            read when they are used, rather than copies. A file that is cut meanwhile kills the
+            process.
 
     Raises:
         InputError: `source` is nothing of the kind, or an architecture that is not supported.
@@ -47,10 +51,12 @@ def open_model(
     """
     text = str(source)
     if is_hub_name(text):
-        return huggingface.open_folder(locate(text), weights, source=text, dtype=dtype)
+        return huggingface.open_folder(
+            locate(text), weights, source=text, dtype=dtype, mapped=mapped
+        )
     if Path(source).exists():
         folder = hub_snapshot(Path(source))
-        return huggingface.open_folder(folder, weights, source=text, dtype=dtype)
+        return huggingface.open_folder(folder, weights, source=text, dtype=dtype, mapped=mapped)
     if is_entry(text):
         return _open_function(text, weights, dtype)
     raise InputError(

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor, nn
 
 from kilodelta.models.heads import Pooling, View
+from kilodelta.models.weights import MappedCheckpoint
 
 Batch: TypeAlias = dict[str, Tensor]
 """Tensors by input name, all with the same first dimension: (batch, tokens) int64 for texts,
@@ -57,6 +58,9 @@ class LoadedModel:
 
     pooling: Pooling | None = None
     """How token states become a sentence embedding (sentence-transformers), or None."""
+
+    mapped: MappedCheckpoint | None = None
+    """The files whose memory the weights are, where they were mapped and not copied."""
 
     chosen: tuple[str, ...] = ()
     """Names or globs of the outputs that count; empty for all that the model declares."""

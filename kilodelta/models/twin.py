@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from kilodelta.files.tying import memory_of
 
 Spec = tuple[tuple[int, ...], torch.dtype]
+BLOCK = 1 << 20
+"""Elements fingerprinted at a time."""
 
 
 def content(array: npt.NDArray[Any]) -> str:
@@ -28,8 +30,20 @@ def content(array: npt.NDArray[Any]) -> str:
 
 
 def content_of(tensor: Tensor) -> str:
-    """Fingerprint a torch tensor of any dtype; bfloat16 by its bits."""
-    return content(bits(tensor))
+    """Fingerprint a torch tensor of any dtype as `content` does; bfloat16 by its bits.
+
+    Some rows are read at a time: the tensor may lie in less memory than its elements would take.
+    """
+    state = hashlib.sha256(repr(tuple(tensor.shape)).encode())
+    whole = tensor.detach()
+    parts = [whole] if whole.dim() == 0 or not whole.numel() else _some_rows(whole)
+    for part in parts:
+        state.update(bits(part).reshape(-1).view(np.uint8).data)
+    return state.hexdigest()
+
+
+def _some_rows(tensor: Tensor) -> Iterable[Tensor]:
+    return torch.split(tensor, max(1, BLOCK * len(tensor) // tensor.numel()))
 
 
 def bits(tensor: Tensor) -> npt.NDArray[Any]:
@@ -60,15 +74,59 @@ def unique(specs: Mapping[str, Spec]) -> dict[str, Tensor]:
     return values
 
 
+def unique_views(specs: Mapping[str, Spec]) -> dict[str, Tensor]:
+    """Make what `unique` does in little memory: each tensor is a view of a short random line.
+
+    Row i begins 2 i elements into the line and overlaps the row before, so n rows of m elements
+    lie in m + 2 n. No two rows are alike, and no matrix is its own transpose. The views can be
+    read and hashed as any tensor, and not be written into.
+
+    Example:
+        >>> view = unique_views({"w": ((1000, 1000), torch.float32)})["w"]
+        >>> view.shape, view.untyped_storage().nbytes()
+        (torch.Size([1000, 1000]), 11992)
+    """
+    lines = {name: ((_line(shape),), dtype) for name, (shape, dtype) in specs.items()}
+    generator = torch.Generator().manual_seed(0)
+    seen: set[str] = set()
+    values = {}
+    for name, spec in sorted(lines.items(), key=lambda item: _size(item[1])):
+        shape = specs[name][0]
+        values[name] = _fresh(*spec, generator, seen, shape)
+        seen.update(_prints(values[name]))
+    return values
+
+
+def _line(shape: tuple[int, ...]) -> int:
+    """Count the elements that the views of a shape need."""
+    size = _size((shape, torch.bool))
+    return size // shape[0] + 2 * (shape[0] - 1) if size and len(shape) > 1 else size
+
+
+def _as_view(line: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if len(shape) < 2 or not line.numel():
+        return line.reshape(shape)
+    strides = [1]
+    for extent in reversed(shape[2:]):
+        strides.insert(0, strides[0] * extent)
+    return line.as_strided(shape, (2, *strides))
+
+
 def _size(spec: Spec) -> int:
     return int(np.prod(spec[0], dtype=np.int64))
 
 
 def _fresh(
-    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, seen: set[str]
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    seen: set[str],
+    viewed: tuple[int, ...] | None = None,
 ) -> Tensor:
+    """Draw a tensor until it is like none before; `viewed` is the shape of a view of it."""
     for attempt in range(1000):
         tensor = _draw(shape, dtype, generator, attempt)
+        tensor = tensor if viewed is None else _as_view(tensor, viewed)
         if tensor.numel() == 0 or seen.isdisjoint(_prints(tensor)):
             break
     return tensor
@@ -85,8 +143,8 @@ def _draw(
 
 
 def _prints(tensor: Tensor) -> Iterable[str]:
-    array = bits(tensor)
-    return {content(array), content(transposed(array))}
+    turned = tensor.t() if tensor.dim() == 2 else tensor
+    return {content_of(tensor), content_of(turned)}
 
 
 def match(twin: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, str]:

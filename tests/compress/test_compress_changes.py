@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import kilodelta
@@ -113,6 +114,28 @@ def test_another_float_type_alone_is_no_change(
     assert (up.name, up.dtype, up.is_matrix) == ("a.weight", "F32", True)
     with pytest.raises(BaseMismatchError, match="holds the values of"):
         compare(saved(tmp_path / "x", near), saved(tmp_path / "y", wide))
+
+
+def test_a_tensor_is_compared_in_parts_as_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kilodelta.compress.distill.changes.compare.BLOCK", 4)
+    fine = torch.tensor([1.0, 1.0009765625, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])  # float16 has it
+    wide = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 2.0**100, 1.0, 1.0, 1.0])  # bfloat16 has it
+    tensors = {"fine": fine.half(), "both": (fine + 0).half(), "number": fine.half()}
+    others = {
+        "fine": fine.bfloat16(),  # equal by rounding: no change
+        "both": wide.bfloat16(),  # the first part by one rounding, the second by none
+        "number": fine.half() + torch.tensor([0.0] * 8 + [3.0]).half(),
+    }
+    save_file(tensors, tmp_path / "base.safetensors")
+    save_file(others, tmp_path / "tuned.safetensors")
+    base, tuned = (Checkpoint.open(tmp_path / f"{n}.safetensors") for n in ("base", "tuned"))
+    changes = {change.name: change for change in compare(base, tuned)}
+    assert sorted(changes) == ["both", "number"]
+    assert changes["number"].norm == 3.0
+    size = float(torch.linalg.vector_norm(fine.half().double()))
+    assert changes["number"].relative == pytest.approx(3 / size, rel=1e-14)
 
 
 def test_what_is_equal_and_what_is_new(tmp_path: Path) -> None:

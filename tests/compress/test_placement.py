@@ -76,7 +76,9 @@ def test_auto_is_the_base_s_type_where_it_is_fast(
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         assert choose_placement("cpu", "auto", bf16).dtype == wanted
     assert choose_placement("cpu", "auto", fp32).name == "fp32"
-    assert choose_placement("cpu", "fp16", fp32).name == "fp16"
+    with pytest.raises(InputError, match="training in float16 needs a GPU") as caught:
+        choose_placement("cpu", "fp16", fp32)
+    assert caught.value.fix == "give --dtype bf16, fp32 or auto"
     with pytest.raises(InputError, match="torch sees no CUDA GPU"):
         choose_placement("cuda:0", "auto", fp32)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

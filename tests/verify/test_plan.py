@@ -125,6 +125,22 @@ def test_the_estimate_comes_before_the_work() -> None:
     assert str(events[1].detail["time"]).startswith("about ")
 
 
+def test_a_machine_with_much_memory_is_not_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available", lambda: 1 << 40)
+    monkeypatch.setattr(plan, "MOST", 100 * WORDS * BYTES)
+    events: list[Event] = []
+    module = Decoder().eval()
+    found = plan.plan(module, ["logits"], batch(), USUAL, progress=events.append)
+    assert found.profile["input_ids"] == ((1, 1), (3, 32), (1, 100))
+    assert [note.split(",")[0] for note in found.notes] == ["compared at 1x100"]
+    # The outputs, and the weights in float64: two embeddings and the head.
+    needed = 100 * WORDS * BYTES + 8 * (WORDS * 8 + 512 * 8 + 9 * WORDS)
+    assert events[1].detail["memory"] == f"{needed / 1e9:.2g} GB"
+    monkeypatch.setattr(memory, "available", lambda: 2 * 50 * WORDS * BYTES)
+    found = plan.plan(module, ["logits"], batch(), USUAL)
+    assert found.profile["input_ids"][2] == (1, 50)
+
+
 def test_rows_are_computed_a_few_at_a_time_where_they_are_independent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

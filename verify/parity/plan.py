@@ -26,6 +26,9 @@ BYTES = 40
 own output and its copy in float32, and the result of plain torch."""
 SHARE = 0.5
 """Of the memory that is available: weights, activations and the runtime take the rest."""
+MOST = 2 << 30
+"""Bytes that outputs may take where more is available: about 1,000 positions of a vocabulary of
+50,000. More rows are the same computation on other words, and minutes of float64."""
 PASS_ELEMENTS, PASS_SECONDS = 1 << 24, 5.0
 """Of one pass of the reference: beyond these, rows are computed a few at a time."""
 WIDE = 2.5
@@ -67,22 +70,28 @@ def plan(
         outputs: the outputs that will be compared.
         batch: real inputs.
         profile: by input its smallest, usual and largest shape.
-        limit: bytes that the outputs may take; by default half of what is available.
+        limit: bytes that the outputs may take; by default half of what is available, `MOST` at
+            most.
         progress: called with the estimate.
 
     Raises:
         InputError: the model cannot compute the smallest shapes, or they do not fit.
     """
     if limit is None:
-        limit = int(memory.available() * SHARE)
+        limit = min(MOST, int(memory.available() * SHARE))
     progress(Event(stage="estimate", done=0, total=1, unit="plans"))
     chosen = _Planner(module, outputs, batch, profile, limit).plan()
     detail = {
-        "memory": _gigabytes(chosen.nbytes),
+        "memory": _gigabytes(chosen.nbytes + _float64_bytes(module)),
         "time": f"about {chosen.seconds:.0f} s of torch on one CPU",
     }
     progress(Event(stage="estimate", done=1, total=1, unit="plans", detail=detail))
     return chosen
+
+
+def _float64_bytes(module: torch.nn.Module) -> int:
+    """Return the bytes of the reference's own copy of the weights; one is held at a time."""
+    return 8 * sum(weight.numel() for weight in module.parameters())
 
 
 class _Planner:

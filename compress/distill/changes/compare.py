@@ -6,9 +6,9 @@ and perhaps in no value: what counts is whether the base's type could hold a dif
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, prod
+from math import hypot, inf, prod
 
 import numpy as np
 import torch
@@ -16,10 +16,12 @@ import torch
 from kilodelta.errors import BaseMismatchError
 from kilodelta.files import dtypes
 from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.models.weights import tensor
+from kilodelta.models.weights import dtype_of
 
 SAMPLE = 256
 """Bytes at either end of a tensor that are compared first."""
+BLOCK = 1 << 20
+"""Elements compared at a time."""
 _FLOATS = dtypes.TARGETS | {"F64"}
 
 
@@ -115,12 +117,12 @@ def equal_tensors(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, tup
         info = checkpoint.info(name)
         if info.dtype not in dtypes.TARGETS or len(info.shape) < 2 or not prod(info.shape):
             continue
-        data = checkpoint.data(name)
+        data = checkpoint.tensor(name)
         # Most matrices differ in their first bytes: a model is not read whole for each pair.
         sample = data[:SAMPLE].tobytes(), data[-SAMPLE:].tobytes()
         same_kind = groups.setdefault((info.dtype, info.shape, *sample), [])
         for group in same_kind:
-            if np.array_equal(checkpoint.data(group[0]), data):
+            if _same_bytes(checkpoint, group[0], checkpoint, name):
                 group.append(name)
                 break
         else:
@@ -136,8 +138,8 @@ def energy(changes: Sequence[Change]) -> float:
 
 
 def _varies(checkpoint: Checkpoint, name: str) -> bool:
-    values = tensor(checkpoint, name).reshape(-1)
-    return bool((values != values[0]).any())
+    (first, *_), *_ = (part[:1] for part in _parts(checkpoint, name))
+    return any(bool((part != first).any()) for part in _parts(checkpoint, name))
 
 
 def _change(base: Checkpoint, tuned: Checkpoint, name: str) -> Change | None:
@@ -162,16 +164,43 @@ def _equal(left: Checkpoint, first: str, right: Checkpoint, second: str) -> bool
     ours, theirs = left.info(first), right.info(second)
     if ours.shape != theirs.shape:
         return False
-    if ours.dtype == theirs.dtype and np.array_equal(left.data(first), right.data(second)):
+    if ours.dtype == theirs.dtype and _same_bytes(left, first, right, second):
         return True
     floats = {ours.dtype, theirs.dtype} <= _FLOATS
     integers = {ours.dtype, theirs.dtype} <= _INTEGERS
     if not floats and not integers:
         return False
-    a, b = tensor(left, first), tensor(right, second)
+    pairs = zip(_parts(left, first), _parts(right, second), strict=True)
     if integers:
-        return torch.equal(a.long(), b.long())
-    return _same_values(a.to(b.dtype), b) or _same_values(a, b.to(a.dtype))
+        return all(torch.equal(a.long(), b.long()) for a, b in pairs)
+    narrows = widens = True  # one of the two for the whole tensor, not for each part
+    for a, b in pairs:
+        narrows = narrows and _same_values(a.to(b.dtype), b)
+        widens = widens and _same_values(a, b.to(a.dtype))
+        if not (narrows or widens):
+            return False
+    return True
+
+
+def _same_bytes(left: Checkpoint, first: str, right: Checkpoint, second: str) -> bool:
+    ours, theirs = left.tensor(first), right.tensor(second)
+    if ours.size != theirs.size:
+        return False
+    pairs = zip(ours.chunks(), theirs.chunks(), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+def _parts(checkpoint: Checkpoint, name: str) -> Iterator[torch.Tensor]:
+    """Read a tensor's elements in order, `BLOCK` at a time, in its own dtype, `(n,)`.
+
+    Raises:
+        CheckpointError: it is of a type that models do not compute with.
+    """
+    info = checkpoint.info(name)
+    dtype = dtype_of(checkpoint, name)
+    for data in checkpoint.tensor(name).chunks(BLOCK * dtypes.DTYPES[info.dtype].bits // 8):
+        # The next chunk overwrites these bytes, while its values may still be in use.
+        yield torch.from_numpy(data.copy()).view(dtype)
 
 
 def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -180,7 +209,14 @@ def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _norms(base: Checkpoint, tuned: Checkpoint, name: str) -> tuple[float, float]:
-    before = tensor(base, name).double()
-    change = torch.nan_to_num(tensor(tuned, name).double() - before)
-    norm = float(torch.linalg.vector_norm(change))
-    return norm, norm / max(float(torch.linalg.vector_norm(torch.nan_to_num(before))), 1e-30)
+    """Return the norm of the change, and over the norm of the base's tensor, in float64."""
+    change, size = 0.0, 0.0
+    for old, new in zip(_parts(base, name), _parts(tuned, name), strict=True):
+        before = old.double()
+        change = hypot(change, _norm(new.double() - before))
+        size = hypot(size, _norm(before))
+    return change, change / max(size, 1e-30)
+
+
+def _norm(values: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(torch.nan_to_num(values)))

@@ -31,6 +31,7 @@ def distill(
     kept: Path | None = None,
     facts: states.Facts | None = None,
     resume: bool = False,
+    piece: int | None = None,
 ) -> Distilled:
     """Train the delta that is attached to `loaded.module`, and leave its best rounded state there.
 
@@ -46,12 +47,13 @@ def distill(
             and read on `resume`.
         facts: what must be equal for a run to be resumed.
         resume: go on where the state in `kept` ended.
+        piece: rows whose activations memory holds at once; all of a batch by default.
 
     Raises:
         InputError: the run to resume was another one, or the loss is not finite.
         OutputError: the state cannot be written.
     """
-    job = Run(loaded, data, schedule, progress)
+    job = Run(loaded, data, schedule, progress, piece)
     if resume and kept is not None:
         found = states.load(kept, facts or {})
         with states.explained(kept):

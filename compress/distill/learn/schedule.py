@@ -89,7 +89,7 @@ class Distilled:
         steps: how many steps were taken.
         seconds: time spent in them, over all runs that were resumed.
         interrupted: whether the run was stopped before its last step.
-        piece: rows that were computed at a time because memory ran out; 0 for a whole batch.
+        piece: rows that were computed at a time because memory is short; 0 for a whole batch.
         again: how often the training went astray and began again at a lower rate.
     """
 

@@ -40,7 +40,12 @@ class Run:
     """One run's moving parts."""
 
     def __init__(
-        self, loaded: LoadedModel, data: Data, schedule: Schedule, progress: Progress
+        self,
+        loaded: LoadedModel,
+        data: Data,
+        schedule: Schedule,
+        progress: Progress,
+        piece: int | None = None,
     ) -> None:
         self.loaded, self.data, self.schedule, self.progress = loaded, data, schedule, progress
         self.trained = [p for p in loaded.module.parameters() if p.requires_grad]
@@ -57,7 +62,7 @@ class Run:
         )
         self.watch = Watch()
         self._start = {name: v.clone() for name, v in self._coefficients().items()}
-        self.piece = schedule.batch
+        self.piece = piece or schedule.batch
         """Rows computed at a time; fewer than a batch has where memory ran out."""
         self.step = 0
         self.spent = 0.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from kilodelta.compress.distill.job import Job
 from kilodelta.compress.distill.learn.data import Data, Plan, objective_for, read_rows
 from kilodelta.compress.distill.learn.measure import measure
+from kilodelta.compress.distill.learn.outputs import run as outputs_of
 from kilodelta.compress.distill.learn.schedule import Schedule
 from kilodelta.compress.distill.learn.steps import EVALUATIONS, Run
 from kilodelta.compress.distill.learn.survey import survey
@@ -25,6 +27,7 @@ from kilodelta.compress.distill.student import attach_student, late_logits
 from kilodelta.compress.distill.teacher.ask import compute, estimate
 from kilodelta.compress.distill.teacher.swap import as_tuned
 from kilodelta.compress.training import train
+from kilodelta.compress.training.activations import checkpointed
 from kilodelta.models import LoadedModel
 from kilodelta.models.inputs.sources import Source
 from kilodelta.progress import Event, Progress
@@ -83,6 +86,7 @@ class Estimate:
         return [
             f"a step may take {self.peak_bytes / 1e9:.3g} GB at its peak, and"
             f" {self.available_bytes / 1e9:.3g} GB are free: give a smaller --batch or --max-length"
+            ", or --gradient-checkpointing"
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -132,7 +136,10 @@ def estimate_job(
         held_out=[places[i] for i in usual],
         repeated=0,
     )
-    with late_logits(job, student, data) as data:
+    with ExitStack() as stack:
+        data = stack.enter_context(late_logits(job, student, data))
+        if job.options.gradient_checkpointing:
+            stack.enter_context(checkpointed(student.module))
         attach_student(job)
         try:
             held, kept, step, look = _probe(
@@ -183,6 +190,8 @@ def _probe(
     """Return the memory before a step, what the longest batch keeps, and the seconds of a step and
     of a look at one batch."""
     run = Run(student, data, schedule, progress)
+    with torch.no_grad():  # mapped weights are in memory when they have been used
+        outputs_of(student, data.rows.batch([places[usual[0]]]))
     held = resident()
     with counting_kept(student.module) as kept:
         run.take([places[i] for i in longest])

@@ -76,7 +76,7 @@ def plan(
         progress: told about every stage.
 
     Raises:
-        InputError: inputs or options make no sense.
+        InputError: inputs or options make no sense, or memory does not hold a step of the curve.
         OutputError: the folder holds a curve, or cannot be written.
         KiloDeltaError: as `compress`.
 
@@ -108,6 +108,12 @@ def plan(
         announce(planned)
     if not sizes:
         return planned
+    if not estimate.fits:
+        raise InputError(
+            "; ".join(estimate.warnings()).partition(":")[0],
+            fix="give a smaller --batch or --max-length, or --gradient-checkpointing, and look at"
+            " the plan without --curve",
+        )
     del job, source  # the models are opened again for each budget
     drawn = draw_curve(
         base,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from kilodelta.compress.distill.changes.compare import Change
 from kilodelta.compress.distill.pair import Pair
 from kilodelta.models import LoadedModel
-from kilodelta.models.weights import fill
+from kilodelta.models.weights import MappedCheckpoint, fill, place
 
 
 @contextmanager
@@ -26,7 +26,10 @@ def as_tuned(pair: Pair, changes: Sequence[Change]) -> Iterator[LoadedModel]:
     student, teacher = pair.student, pair.teacher
     assert student is not None  # the caller has inputs, so both were opened
     assert teacher is not None
+    new = {change.name for change in changes if change.is_new}  # in the base's place already
     if teacher.module is not student.module:
+        if student.mapped is not None:  # nobody computes with the base meanwhile
+            student.mapped.release(name for name in pair.base.names if name not in new)
         yield teacher
         teacher.module.to("meta")
         return
@@ -39,8 +42,16 @@ def as_tuned(pair: Pair, changes: Sequence[Change]) -> Iterator[LoadedModel]:
         # values: the teacher computes with what its own files say.
         and (name in differing or pair.base.info(name).dtype != pair.tuned.info(name).dtype)
     }
+    if student.mapped is None:
+        try:
+            fill(student.module, pair.tuned, names)
+            yield teacher
+        finally:
+            fill(student.module, pair.base, names)
+        return
     try:
-        fill(student.module, pair.tuned, names)
+        place(student.module, pair.tuned, names, MappedCheckpoint(pair.tuned))
+        student.mapped.release(name for name in names if name not in new)
         yield teacher
-    finally:
-        fill(student.module, pair.base, names)
+    finally:  # the tuned file is unmapped as the last tensor over it goes
+        place(student.module, pair.base, names, student.mapped)

@@ -1,0 +1,172 @@
+"""What a compression holds in memory, and what it says before memory is short."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+from torch import Tensor, nn
+
+from kilodelta.compress import Options, Report, compress, plan
+from kilodelta.compress.distill import placement as placing
+from kilodelta.compress.distill.pair import open_pair
+from kilodelta.compress.distill.placement import Placement, require_weights_fit
+from kilodelta.compress.distill.planning import estimate as estimating
+from kilodelta.compress.distill.planning import room
+from kilodelta.compress.distill.planning.memory import counting_kept
+from kilodelta.compress.distill.teacher.swap import as_tuned
+from kilodelta.compress.training import train
+from kilodelta.compress.training.activations import blocks_of, checkpointed
+from kilodelta.errors import InputError
+from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.models import open_model
+from kilodelta.models.weights import tensor
+from tests.support import pico
+
+CPU = torch.device("cpu")
+IDS = torch.arange(4 * 20).view(4, 20) % pico.VOCABULARY
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> tuple[Path, Path]:
+    base = pico.llama(tmp_path / "base")
+    return base, pico.tuned(base, tmp_path / "tuned", size=0.3)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    words = pico.WORDS.split()
+    lines = [" ".join(words[(i * j) % len(words)] for j in range(1, 4 + i % 5)) for i in range(32)]
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def make(models: tuple[Path, Path], texts: Path, out: Path, **options: Any) -> Report:
+    chosen = Options(**{"steps": 4, "batch": 8, "held_out": 8, "budget": 3000, **options})
+    return compress(*models, out, inputs=texts, options=chosen)
+
+
+def gradients(module: nn.Module) -> tuple[dict[str, Tensor], int]:
+    """Gradients of a step by name, and the bytes that its forward pass kept."""
+    module.zero_grad()
+    with counting_kept(module) as kept:
+        loss = module(input_ids=IDS).logits.float().square().mean()
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+    return found, kept.nbytes
+
+
+@pytest.mark.parametrize("method", [train.Nola(rank=2, bases=8), train.Lora(rank=2)])
+def test_checkpointed_activations_have_the_same_gradient(
+    models: tuple[Path, Path], method: Any
+) -> None:
+    module = open_model(models[0]).module
+    train.attach(module, method, "*proj.weight", seed=1, extras="model.norm.weight")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    whole, bytes_whole = gradients(module)
+    with checkpointed(module):
+        again, bytes_again = gradients(module)
+    assert whole.keys() == again.keys()
+    for name, gradient in whole.items():
+        assert torch.equal(gradient, again[name]), name
+    assert bytes_again < 0.5 * bytes_whole
+    assert gradients(module)[1] == bytes_whole  # as before once the block has ended
+
+
+def test_blocks_are_found_and_what_has_none_is_refused(models: tuple[Path, Path]) -> None:
+    assert len(blocks_of(open_model(models[0]).module)) == 2
+    with (
+        pytest.raises(InputError, match="Linear has no list of blocks"),
+        checkpointed(nn.Linear(2, 3)),
+    ):
+        pass
+
+
+def test_a_compression_with_checkpoints_makes_the_same_file(
+    models: tuple[Path, Path], texts: Path, tmp_path: Path
+) -> None:
+    make(models, texts, tmp_path / "a.kd")
+    make(models, texts, tmp_path / "b.kd", gradient_checkpointing=True)
+    assert (tmp_path / "a.kd").read_bytes() == (tmp_path / "b.kd").read_bytes()
+
+
+def test_the_tuned_model_takes_the_base_s_place_without_a_copy(models: tuple[Path, Path]) -> None:
+    pair = open_pair(*models, model=None, learns=True, device="cpu", dtype="fp32")
+    assert pair.student is not None
+    from kilodelta.compress.distill.changes.compare import compare
+
+    changes = compare(pair.base, pair.tuned)
+    state = pair.student.module.state_dict
+    with as_tuned(pair, changes) as teacher:
+        for name, place in teacher.names.items():
+            assert torch.equal(state()[place], tensor(pair.tuned, name)), name
+    for name, place in pair.student.names.items():
+        assert torch.equal(state()[place], tensor(pair.base, name)), name
+        mapped = pair.student.mapped.tensor(name) if pair.student.mapped else None
+        assert mapped is not None
+        assert state()[place].data_ptr() == mapped.data_ptr(), name
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_loaded(
+    models: tuple[Path, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placing, "available", lambda device: 10)
+    base = Checkpoint.open(models[0])
+    require_weights_fit(base, Placement(device=CPU, dtype=torch.float32))  # mapped: no copy
+    with pytest.raises(InputError, match="GB in bf16, and 1e-08 GB are free") as caught:
+        make(models, texts, tmp_path / "a.kd", dtype="bf16")
+    assert "--dtype fp32, the type of the files" in caught.value.fix
+    with pytest.raises(InputError, match="GB in fp32") as caught:
+        require_weights_fit(base, Placement(device=torch.device("cuda"), dtype=torch.float32))
+    assert "--device cpu" in caught.value.fix
+
+
+def test_a_batch_that_memory_does_not_hold_is_computed_in_pieces_from_the_start(
+    models: tuple[Path, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs: list[int] = []
+    measured = room._needed
+
+    def needed(*args: Any) -> int:
+        needs.append(measured(*args))
+        return needs[-1]
+
+    monkeypatch.setattr(room, "_needed", needed)
+    whole = make(models, texts, tmp_path / "a.kd")
+    one, two = needs
+    assert two - one > 20_000
+    monkeypatch.setattr(room, "available", lambda device: one + 2 * (two - one) + 7)
+    pieces = make(models, texts, tmp_path / "b.kd")
+    assert any("memory is short: steps were computed 3 inputs" in w for w in pieces.warnings)
+    assert whole.after is not None
+    assert pieces.after is not None
+    assert pieces.after.divergence == pytest.approx(whole.after.divergence, rel=1e-3)
+    monkeypatch.setattr(room, "available", lambda device: one - 1)
+    with pytest.raises(InputError, match=r"a step on one input of \d+ tokens takes .* GB"):
+        make(models, texts, tmp_path / "c.kd")
+    assert not (tmp_path / "c.kd").exists()
+
+
+def test_a_curve_that_memory_does_not_hold_is_refused_after_its_estimate(
+    models: tuple[Path, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(estimating, "available", lambda device: 0)
+    monkeypatch.setattr(estimating, "resident", lambda: 1000)
+    said: list[Any] = []
+    with pytest.raises(InputError, match=r"a step may take .* GB at its peak, and .* are free"):
+        plan(
+            *models, inputs=texts, out=tmp_path / "out", curve="3KB,6KB",
+            options=Options(steps=4, batch=8), announce=said.append,
+        )  # fmt: skip
+    assert len(said) == 1
+    assert not (tmp_path / "out").exists()
