@@ -6,7 +6,7 @@
 # run with `--runtime nvidia --gpus all`:
 #   JetPack 6    --build-arg BASE=nvcr.io/nvidia/l4t-jetpack:r36.4.0    Ubuntu 22.04, Python 3.10
 #   JetPack 7.2  --build-arg BASE=ubuntu:24.04, and TensorRT 10.16 from NVIDIA's apt repository
-# Neither has been built on a Jetson by the authors.
+# These names are from NVIDIA's documentation. This file has not been built: see docs/deploy.md.
 ARG BASE=ubuntu:24.04
 FROM ${BASE}
 RUN apt-get update \

@@ -8,6 +8,7 @@ merged in memory, measured and written.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -119,10 +120,11 @@ def compress(
             models["the base"], models["the tuned model"], Path(out), options, learns=learns
         )
         _announce(job, learns=learns)
+        beside = baselines_of(options, drawn=report is not None)
         made = (
             _fit(job, progress)
             if source is None
-            else _distil(job, source, labels, resume, progress, beside=report is not None)
+            else _distil(job, source, labels, resume, progress, beside)
         )
     if report is not None:
         write_report(report, "compress", made.to_json())
@@ -163,8 +165,7 @@ def _distil(
     labels: tuple[str, ...] | None,
     resume: bool,
     progress: Progress,
-    *,
-    beside: bool,
+    baselines: Sequence[str],
 ) -> Report:
     pair, options = job.pair, job.options
     assert pair.student is not None  # `prepare` opens both where there are inputs
@@ -182,9 +183,18 @@ def _distil(
         if options.gradient_checkpointing:
             ending.enter_context(checkpointed(student.module))
         report = _learn(job, student, data, labels, resume, progress)
-        if beside and not report.interrupted:
-            report = with_baselines(report, job, student, data, progress)
+        if baselines and not report.interrupted:
+            report = with_baselines(
+                report, baselines, job, student, data, schedule_of(job), progress
+            )
         return report
+
+
+def baselines_of(options: Options, *, drawn: bool) -> tuple[str, ...]:
+    """Return what is measured beside a file; SVDs are where a picture is drawn."""
+    if options.baselines is not None:
+        return options.baselines
+    return ("svd",) if drawn else ()
 
 
 def plan_of(job: Job, labels: tuple[str, ...] | None) -> Plan:

@@ -18,6 +18,7 @@ from kilodelta.format.packing import BITS
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 LOSS_ON = ("assistant", "all")
+BASELINES = ("svd", "lora")
 NONE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -49,6 +50,9 @@ class Options:
         teacher_cache: a folder in which the tuned model's outputs are kept, for later runs on the
             same models and inputs with other budgets, methods or steps.
         min_agreement: raise `QualityError` where the result agrees less.
+        baselines: other ways to spend the file's bytes, measured beside it: `svd`, a truncated
+            SVD of the change, and `lora`, a LoRA that is trained alike and takes as long again.
+            By default `svd` where a report or a curve is drawn, else none.
         seed: of the bases, the batches and the choice of held-out inputs.
         name: what the base is called; its folder's name by default.
         device: `auto` (the first CUDA GPU, else the CPU), `cpu`, `cuda`, `cuda:N` or `mps`.
@@ -80,6 +84,7 @@ class Options:
     limit: int | None = None
     teacher_cache: str | None = None
     min_agreement: float | None = None
+    baselines: tuple[str, ...] | None = None
     seed: int = 0
     name: str = ""
     device: str = "auto"
@@ -115,6 +120,10 @@ def check(options: Options, *, learns: bool) -> None:
         raise InputError(f"{options.dtype!r} is no type", fix=f"give one of {', '.join(DTYPES)}")
     if options.loss_on not in LOSS_ON:
         raise InputError(f"loss on {options.loss_on!r}", fix=f"give one of {', '.join(LOSS_ON)}")
+    if wrong := [name for name in options.baselines or () if name not in BASELINES]:
+        raise InputError(
+            f"{wrong[0]!r} is no baseline", fix=f"give {' or '.join(BASELINES)}, both, or none"
+        )
     _check_bits(options)
     if not learns:
         _check_alone(options)
@@ -155,6 +164,7 @@ def _check_alone(options: Options) -> None:
     """Without inputs nothing is trained and nothing compared."""
     needs = {
         "agreement cannot be measured": options.min_agreement is not None,
+        "baselines cannot be measured": bool(options.baselines),
         "--labels cannot be compared with": options.labels is not None,
         "--outputs cannot be matched": bool(options.outputs),
         "--classes cannot be matched": bool(options.classes),
@@ -174,6 +184,7 @@ def options_from(
     lr: float | None = None,
     outputs: Sequence[str] = (),
     classes: Sequence[str] = (),
+    baselines: str | None = None,
     **others: Any,
 ) -> Options:
     """Make options from what a user types.
@@ -187,6 +198,7 @@ def options_from(
         lr: learning rate.
         outputs: `NAME` or `NAME=WEIGHT` each.
         classes: `NAME=AXIS` each.
+        baselines: names with commas between them, or `none`.
         others: further fields of `Options`, by name.
 
     Raises:
@@ -204,8 +216,13 @@ def options_from(
         rate=lr,
         outputs={name: number for name, number in (_pair(text, "1", float) for text in outputs)},
         classes={name: axis for name, axis in (_pair(text, "", int) for text in classes)},
+        baselines=None if baselines is None else _names(baselines),
         **others,
     )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return () if text == "none" else tuple(dict.fromkeys(text.split(",")))
 
 
 def _pair(text: str, otherwise: str, kind: Any) -> tuple[str, Any]:

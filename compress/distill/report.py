@@ -40,11 +40,19 @@ class Matched:
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """One way to write the change: its bytes, and the agreement on the held-out inputs."""
+    """One way to write the change.
+
+    Attributes:
+        name: of the way; sizes of one name are one line of a picture.
+        nbytes: bytes of the file.
+        agreement: with the tuned model, on the held-out inputs.
+        how: its rank, and of how many tensors, where that is worth a word.
+    """
 
     name: str
     nbytes: int
     agreement: float
+    how: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,6 +117,7 @@ def show(report: Report, *, as_json: bool) -> None:
         *(("extra", name) for name in report.extras),
         *_measures(report),
         ("verdict", _verdict(report)),
+        *_beside(report),
         ("weights", f"error {report.weight_error:.3f} of the whole change (1 is the base's)"),
         ("time", f"{report.seconds:.0f} s, {report.steps} steps"),
         *(("bytes", f"{count:>9}  {part}") for part, count in report.nbytes.items()),
@@ -168,6 +169,17 @@ def _measures(report: Report) -> list[tuple[str, object]]:
             )
         )
     return rows
+
+
+def _beside(report: Report) -> list[tuple[str, object]]:
+    """Say what other ways keep in about as many bytes, where that was measured."""
+    return [
+        (
+            "beside",
+            f"{size.name}, {size.how}: {terminal.size(size.nbytes)}, {size.agreement:.4f}",
+        )
+        for size in report.sizes[1:]
+    ]
 
 
 def modes(report: Report) -> dict[str, str]:

@@ -66,6 +66,11 @@ OPTIONS = (
         type=click.Path(file_okay=False),
         help="Keep the tuned model's outputs here, for other budgets and methods.",
     ),
+    click.option(
+        "--baselines",
+        help="Other ways to spend the bytes, measured beside the file: svd; lora, which trains as"
+        " long again; svd,lora; or none. By default svd for a report or a curve.",
+    ),
     click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps."),
     click.option(
         "--dtype",

@@ -150,6 +150,10 @@ def _show_curve(planned: Planned) -> None:
                 )
                 for point in curve.points
             ),
+            *(
+                (f"{size.nbytes:,}", f"{size.agreement:.4f}  {size.name}, {size.how}")
+                for size in curve.beside
+            ),
             ("picture", curve.folder / "curve.svg"),
         ]
     )

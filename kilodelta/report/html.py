@@ -40,15 +40,16 @@ p { margin: .4rem 0; } .faint, figcaption { color: var(--faint); font-size: .9re
 .status-passed { color: var(--green); } .status-failed { color: var(--red); font-weight: 600; }
 .wide { overflow-x: auto; -webkit-overflow-scrolling: touch; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+caption { text-align: left; padding-bottom: .2rem; }
 th { text-align: left; font-weight: 600; color: var(--faint); }
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; } td.number, th.number { text-align: right; padding-left: .8rem;
-  font-variant-numeric: tabular-nums; white-space: nowrap; }
+  font-variant-numeric: tabular-nums; white-space: nowrap; } th.number { white-space: normal; }
 th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid var(--c1); }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
 code, pre { font: .85rem/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-td code { overflow-wrap: anywhere; }
+td code { overflow-wrap: anywhere; } td:has(> code) { min-width: 9rem; }
 pre { background: var(--box); padding: .7rem .9rem; border-radius: .3rem; overflow-x: auto; }
 figure { margin: .8rem 0; } figure svg { width: 100%; height: auto; display: block; }
 figure.small { max-width: 38rem; } figure.map svg { min-width: 34rem; }

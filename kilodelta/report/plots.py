@@ -7,6 +7,7 @@ texts, so that they can be found and read aloud; each picture has a role and a l
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -239,7 +240,8 @@ def _square(x: int, y: int, colour: Any) -> Any:
 
 
 def _short(value: float) -> str:
-    return f"{value:.2f}"[1:] if 0 < value < 0.995 else f"{value:.2g}"
+    """Write a share in a cell's width: .05, -.05, 1.2."""
+    return f"{value:.2f}".replace("0.", ".", 1) if 0 < abs(value) < 0.995 else f"{value:.2g}"
 
 
 def byte_label(nbytes: float) -> str:
@@ -251,8 +253,30 @@ def byte_label(nbytes: float) -> str:
     raise AssertionError("unreachable")
 
 
+def apart(values: Sequence[float], least: float = 0.12) -> list[float]:
+    """Return positive values in order, without those whose labels would touch a neighbour's.
+
+    Args:
+        values: places on a logarithmic axis; the smallest is kept.
+        least: share of the axis between two that are kept.
+
+    Example:
+        >>> apart([12_000, 11_700, 22_000, 120_000])
+        [11700, 22000, 120000]
+    """
+    found = sorted(set(values))
+    if len(found) < 2:
+        return found
+    room = least * math.log(found[-1] / found[0])
+    kept = found[:1]
+    for value in found[1:]:
+        if math.log(value / kept[-1]) >= room:
+            kept.append(value)
+    return kept
+
+
 def _byte_ticks(axes: Any, values: Sequence[float]) -> None:
-    ticks = sorted({v for v in values if v > 0})
+    ticks = apart([v for v in values if v > 0])
     if 0 < len(ticks) <= 8:
         axes.set_xticks(ticks, [byte_label(v) for v in ticks], fontsize=9)
         axes.minorticks_off()

@@ -92,6 +92,13 @@ def _of_compress(report: Mapping[str, Any]) -> Verdict:
             advice="give --inputs, or compare with kilodelta verify --inputs --against",
         )
     share = kept_share(float(before["agreement"]), float(after["agreement"]))
+    if share is None and float(after["agreement"]) < 1:
+        return Verdict(
+            level=RED,
+            text="worse than the base model, which agrees with the tuned one on all held-out inputs"
+            f" (this file: {after['agreement']:.3f})",
+            advice="give inputs on which the fine-tune makes a difference; then " + advice,
+        )
     if share is None:
         return Verdict(
             level=AMBER,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kilodelta.compress import Options, compress
-from kilodelta.compress.distill.baselines import ranks
+from kilodelta.compress.distill.baselines import LORA, SVD, affordable, ranks
+from kilodelta.compress.distill.options import check, options_from
+from kilodelta.errors import InputError
+from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Target
+from kilodelta.report.pages.compress import compress_page
 from tests.support import pico
 
 
@@ -53,3 +59,68 @@ def test_ranks_stay_between_one_and_full() -> None:
     assert ranks([target], 200) == (4, 16, 40)
     assert ranks([target], 1) == (1,)
     assert ranks([target], 10**6) == (40,)
+
+
+def test_a_lora_of_the_same_bytes_is_trained_beside_the_file_where_it_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    base = pico.bert(tmp_path / "base")
+    tuned = pico.tuned(base, tmp_path / "tuned", size=0.05)
+    (tmp_path / "texts.txt").write_text("\n".join(pico.TEXTS * 8))
+    options = options_from(  # so few that rank 1 of all 13 tensors costs more
+        method="unilora", bases=200, steps=20, batch=8, baselines="svd,lora"
+    )
+    out = tmp_path / "task.kd"
+    report = compress(base, tuned, out, inputs=tmp_path / "texts.txt", options=options)
+    plain = replace(options, baselines=())
+    compress(base, tuned, tmp_path / "b.kd", inputs=tmp_path / "texts.txt", options=plain)
+    assert (tmp_path / "b.kd").read_bytes() == out.read_bytes()  # the file is not changed by it
+    (lora,) = (size for size in report.sizes if size.name == LORA)
+    own = report.sizes[0]
+    assert own.nbytes - 40 < lora.nbytes <= own.nbytes
+    assert re.fullmatch(r"rank 1 of [1-9] of 13 tensors", lora.how)
+    # Training is what it has over the truncated SVD of more bytes.
+    (svd, *_) = (size for size in report.sizes if size.name == SVD)
+    assert lora.agreement >= svd.agreement
+    page = compress_page(report.to_json()).html()
+    assert lora.how in page
+    assert "starts from the SVD" in page
+
+
+def test_a_lora_is_its_own_baseline(tmp_path: Path) -> None:
+    base = pico.bert(tmp_path / "base")
+    tuned = pico.tuned(base, tmp_path / "tuned")
+    (tmp_path / "texts.txt").write_text("\n".join(pico.TEXTS * 8))
+    options = Options(method=Lora(rank=1), steps=2, batch=8, baselines=("lora",))
+    out, inputs = tmp_path / "task.kd", tmp_path / "texts.txt"
+    assert len(compress(base, tuned, out, inputs=inputs, options=options).sizes) == 1
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "rank", "names"),
+    [(400, 4, "ab"), (197, 1, "ab"), (98, 1, "b"), (50, 1, "b"), (49, 1, "a"), (9, 0, "")],
+)
+def test_bytes_buy_a_rank_or_else_tensors(nbytes: int, rank: int, names: str) -> None:
+    """Rank 1 costs 25 bytes for each half of a: 20 + 40 rows; b has the larger change."""
+    shapes = (
+        {"a": (60, 40), "b": (60, 40)} if nbytes not in (50, 49) else {"a": (38, 60), "b": (60, 40)}
+    )
+    targets = [
+        Target(name=name, dtype="F32", shape=shape, transposed=False, index=index)
+        for index, (name, shape) in enumerate(shapes.items())
+    ]
+    bought = affordable(targets, {"a": 1.0, "b": 2.0}, nbytes, 4)
+    if not rank:
+        assert bought is None
+        return
+    assert bought is not None
+    assert (bought[0].rank, "".join(target.name for target in bought[1])) == (rank, names)
+
+
+def test_a_baseline_that_nobody_has_is_refused() -> None:
+    with pytest.raises(InputError, match="'dora' is no baseline"):
+        check(options_from(baselines="svd,dora"), learns=True)
+    with pytest.raises(InputError, match="without inputs"):
+        check(options_from(method="lora", baselines="svd"), learns=False)
+    assert options_from(baselines="none").baselines == ()
+    assert options_from(baselines="lora,svd").baselines == ("lora", "svd")

@@ -32,10 +32,6 @@ NOT_RUN = {
     ("README.md", "base + tuned ──"): "a picture",
     ("README.md", "pip install"): _INSTALLS,
     ("README.md", "pytest"): "this suite",
-    (
-        "README.md",
-        "kilodelta digest base-w4a16/",
-    ): "a quantised base: tests/grid",
     ("README.md", "kilodelta demo"): "minutes, on a real model: tests/demo",
     ("add_a_method.md", ""): "tests/format/test_add_a_method.py executes this page",
     ("decoders.md", "kilodelta "): "a real decoder: tests/export/test_decoder.py does it, tiny",
@@ -62,7 +58,8 @@ NOT_RUN = {
         "runs in official NOLA's own code, which is not here: tests/compress/test_import_nola.py"
     ),
     ("import.md", "kilodelta import model.5000.pt"): "tests/compress/test_import_nola.py",
-    ("quantised.md", ""): "needs quantised bases in many layouts: tests/grid makes and merges them",
+    ("quantised.md", "kilodelta merge  base.gguf"): "a GGUF model: tests/grid/test_merge.py",
+    ("quantised.md", "kilodelta merge  base.onnx"): "such a graph: tests/grid/test_merge.py",
     ("refit.md", ""): "needs a GPU and TensorRT: tests/export/test_refit.py, on a double",
     ("security.md", "python -m tests.fuzz"): "the fuzzer itself: tests/fuzz",
     ("security.md", "pip install"): _INSTALLS,

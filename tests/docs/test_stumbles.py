@@ -44,6 +44,11 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("inspect adapter", "the folder of a PEFT adapter", "kilodelta import adapter --base BASE"),
         ("inspect base.safetensors", "no .kd file", "kilodelta digest base.safetensors"),
         ("merge base.safetensors adapter -o x", "a PEFT adapter", "kilodelta import adapter"),
+        (
+            "compress base.safetensors adapter -o x.kd --inputs texts.txt",
+            "PEFT adapter",
+            "kilodelta import",
+        ),
         ("run device --inputs texts.txt", "holds texts; arrays are wanted", "numpy.savez"),
         ("export base.safetensors task.kd -o x --peft", "a command now", "kilodelta export-peft"),
         ("status texts.txt", "is not a device folder", "kilodelta bundle BASE"),
@@ -83,8 +88,74 @@ def test_words_that_stopped_readers_are_gone() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     for page in pages:
         text = " ".join(page.read_text().split())
-        for words in ("opponent", "There, by hand", "next to nothing else running"):
+        for words in (
+            "opponent",
+            "There, by hand",
+            "next to nothing else running",
+            "roved by a twin of unique random values",
+        ):
             assert words not in text, page.name
+
+
+def test_readme_says_in_which_folder_each_block_runs() -> None:
+    """One began with `cd kilodelta-demo`, and the next one needed the clone."""
+    text = (ROOT / "README.md").read_text()
+    assert "cd " not in text
+    before, _, _ = text.partition("kilodelta inspect tests/golden")
+    assert before.rstrip("`\n ").endswith("In the clone:")
+    before, _, _ = text.partition("kilodelta compress base tuned -o mine.kd")
+    assert before.rstrip("`\n ").endswith("The same by hand, in that folder:")
+
+
+def test_a_graph_of_too_low_a_rank_names_the_command_that_makes_another() -> None:
+    from types import SimpleNamespace
+    from typing import cast
+
+    from kilodelta.export.adapter.fit import too_high
+    from kilodelta.export.adapter.layout import AdapterLayout
+
+    error = too_high(20, cast(AdapterLayout, SimpleNamespace(rank=8)))
+    assert "kilodelta bundle --rank 20" in error.fix
+
+
+def test_labels_are_refused_before_parity_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A classifier makes no embeddings to compare with; the runs were done and thrown away."""
+    pytest.importorskip("torch")
+    from types import SimpleNamespace
+    from typing import Any, cast
+
+    from kilodelta.errors import InputError
+    from kilodelta.verify.options import VerifyOptions
+    from kilodelta.verify.parity import bench
+
+    pair = SimpleNamespace(base=SimpleNamespace(pooling=None))
+    monkeypatch.setattr(bench, "open_pair", lambda *_: pair)
+    monkeypatch.setattr(bench, "Bench", None)
+    options = VerifyOptions(inputs="texts.txt", labels="labels.txt", against="tuned")
+    with pytest.raises(InputError, match="labels are compared with sentence embeddings"):
+        bench.compare_outputs(cast(Any, None), options, lambda event: None)
+
+
+def test_a_result_worse_than_none_does_not_end_in_a_calm_table() -> None:
+    from kilodelta.report import verdict_of
+
+    for before, after in ((1.0, 0.0), (0.9, 0.2), (1.0, 0.99)):
+        judged = verdict_of({"before": {"agreement": before}, "after": {"agreement": after}})
+        assert judged.level == "red"
+        assert "worse than the base" in judged.text
+    nothing = verdict_of({"before": {"agreement": 1.0}, "after": {"agreement": 1.0}})
+    assert nothing.level == "amber"
+
+
+def test_devices_take_compatibility_forms_and_the_page_says_so() -> None:
+    text = " ".join((ROOT / "docs" / "import.md").read_text().split())
+    assert "Devices take a form as it is, in patch mode" in text
+
+
+def test_a_page_says_which_method_to_take() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text()
+    assert text.startswith("# Which method?\n\n**Leave it to `--budget`.**")
+    assert "docs/methods.md" in (ROOT / "README.md").read_text()
 
 
 def test_every_option_says_what_it_is() -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Patterns
+from kilodelta.grid.quantise import quantise_folder
 from tests.support import making, pico
 from tests.support.processes import ROOT
 
@@ -33,12 +34,18 @@ def lay(desk: Path) -> Path:
     pico.sentence_bert(desk / "base", width=WIDTH, layers=1)
     pico.tuned(desk / "base", desk / "tuned", size=0.05)
     _texts(desk)
+    quantise_folder(desk / "base", desk / "base-w4a16", "int4-g128", _is_attention)
     pico.llama(desk / "llama")
     _deltas(desk)
     _heads(desk)
     _adapter(desk)
     _fleet(desk)
     return desk
+
+
+def _is_attention(name: str) -> bool:
+    """Whether a name is of a matrix whose rows are a multiple of the blocks' 128 weights."""
+    return ".attention." in name and name.endswith(".weight") and "LayerNorm" not in name
 
 
 def copy(desk: Path, to: Path) -> Path:

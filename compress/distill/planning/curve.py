@@ -12,7 +12,7 @@ from kilodelta.compress.distill import budget as budgets
 from kilodelta.compress.distill.compress import compress
 from kilodelta.compress.distill.options import Options
 from kilodelta.compress.distill.planning.picture import picture
-from kilodelta.compress.distill.report import Report
+from kilodelta.compress.distill.report import Report, Size
 from kilodelta.errors import InputError, OutputError
 from kilodelta.files import staging
 from kilodelta.progress import Event, Progress
@@ -66,6 +66,7 @@ class Curve:
         tuned_bytes: bytes of the tuned model's tensors.
         points: one per budget that is done, the smallest first.
         interrupted: whether Ctrl-C ended it before the last budget.
+        beside: what other ways keep in about as many bytes (`Options.baselines`).
     """
 
     folder: Path
@@ -74,6 +75,7 @@ class Curve:
     tuned_bytes: int
     points: tuple[Point, ...]
     interrupted: bool
+    beside: tuple[Size, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; `sizes` holds the points."""
@@ -150,6 +152,7 @@ def draw_curve(
         folder=folder, kind="", base_agreement=0.0, tuned_bytes=0, points=(), interrupted=False
     )
     done = _points_of(folder) if resume else {}
+    curve = replace(curve, beside=_beside_of(folder) if done else ())
     for place, budget in enumerate(sorted(budgets_)):
         file = folder / f"{budget}.kd"
         found = done.get(budget)
@@ -199,6 +202,8 @@ def _with(curve: Curve, report: Report, budget: int) -> Curve:
         tuned_bytes=report.tuned_bytes,
         points=(*curve.points, *([] if report.interrupted else [point])),
         interrupted=report.interrupted,
+        # Neighbouring budgets may have an SVD of the same rank.
+        beside=tuple(dict.fromkeys((*curve.beside, *report.sizes[1:]))),
     )
 
 
@@ -217,6 +222,15 @@ def _write(curve: Curve) -> None:
     staging.write(curve.folder / TABLE, text.encode())
     if curve.points:
         staging.write(curve.folder / PICTURE, picture(curve.to_json()).encode())
+
+
+def _beside_of(folder: Path) -> tuple[Size, ...]:
+    """Read what an earlier run measured beside its points; nothing where it is of another form."""
+    try:
+        table = json.loads((folder / TABLE).read_text(encoding="utf-8"))
+        return tuple(Size(**size) for size in table["beside"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return ()
 
 
 def _points_of(folder: Path) -> dict[int, tuple[Point, dict[str, Any]]]:

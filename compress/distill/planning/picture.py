@@ -39,6 +39,16 @@ def picture(curve: Mapping[str, Any]) -> str:
         )
         for name in names
     ]
+    beside = curve.get("beside", ())
+    series += [
+        Series(
+            name=name,
+            x=[float(size["nbytes"]) for size in beside if size["name"] == name],
+            y=[float(size["agreement"]) for size in beside if size["name"] == name],
+            reference=True,
+        )
+        for name in dict.fromkeys(str(size["name"]) for size in beside)
+    ]
     largest = sizes[-1]
     svg = plots.lines(
         series,
@@ -48,6 +58,7 @@ def picture(curve: Mapping[str, Any]) -> str:
         f" {largest['agreement']:.3f}, the base alone {curve['base_agreement']:.3f}",
         logarithmic=True,
         levels={"base alone": float(curve["base_agreement"])},
+        ticks=[float(point["nbytes"]) for point in sizes],
     )
     for variable, colour in COLOURS.items():
         svg = svg.replace(f"var({variable})", colour)

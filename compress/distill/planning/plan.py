@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kilodelta.compress.distill.compress import plan_of, schedule_of
+from kilodelta.compress.distill.compress import baselines_of, plan_of, schedule_of
 from kilodelta.compress.distill.job import prepare
 from kilodelta.compress.distill.options import Options, check
 from kilodelta.compress.distill.placement import on_threads
@@ -89,7 +89,7 @@ def plan(
     if sizes:
         check_folder(Path(out), force=force, resume=resume)
         require("matplotlib", extra="report", why="draw the curve")
-        options = replace(options, budget=sizes[-1])
+        options = replace(options, budget=sizes[-1], baselines=baselines_of(options, drawn=True))
     check(options, learns=True)
     source, labels = open_inputs(inputs, options)
     assert source is not None  # inputs are given
@@ -99,6 +99,7 @@ def plan(
         job = prepare(models["the base"], models["the tuned model"], place, options, learns=True)
         estimate = estimate_job(job, source, plan_of(job, labels), schedule_of(job), progress)
     each = estimate.total_seconds - estimate.teacher_seconds
+    each *= 2 if sizes and "lora" in (options.baselines or ()) else 1
     planned = Planned(
         estimate=estimate,
         budgets=sizes,

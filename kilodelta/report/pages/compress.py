@@ -11,6 +11,13 @@ from kilodelta.report.pages.parts import Json, again, facts_table, legend, numbe
 from kilodelta.report.plots import Series, byte_label
 from kilodelta.report.verdict import verdict_of
 
+ALIKE = (
+    "The LoRA starts from the SVD of the change and is trained on the same inputs, steps, batch and"
+    " bits, at LoRA's own learning rate. Where the bytes do not buy rank 1 of every tensor, it"
+    " changes the tensors with the largest change for their bytes."
+)
+"""What is equal between a file and the LoRA beside it."""
+
 
 def compress_page(result: Json) -> Page:
     """Lay out the result of `kilodelta compress`."""
@@ -108,18 +115,22 @@ def _curve(sizes: Sequence[Json] | None, base: Json | None = None) -> Section | 
     )
     columns = [
         Column(title="way"),
+        Column(title="how"),
         Column(title="bytes", number=True),
         Column(title="agreement", number=True),
     ]
     rows = [
         (
             Cell(text=str(s["name"])),
+            Cell(text=str(s.get("how", ""))),
             Cell(text=f"{s['nbytes']:,}", value=s["nbytes"]),
             number_cell(s["agreement"], ".4f"),
         )
         for s in sizes
     ]
     body = figure(svg, "Bytes against what they keep.") + table(columns, rows, sortable=True)
+    if any(name.startswith("LoRA") for name in names):
+        body += paragraph(ALIKE, faint=True)
     return Section(title="Size against fidelity", body=body)
 
 
@@ -157,6 +168,10 @@ def _finite(layers: Sequence[Json], key: str) -> dict[str, float]:
     return {n: float(v) for n, v in values.items() if isinstance(v, (int, float))}
 
 
+def _tensors(count: int) -> str:
+    return "1 tensor" if count == 1 else f"{count} tensors"
+
+
 def _compress_facts(result: Json) -> Section:
     method = ", ".join(f"{k} {v}" if k != "name" else str(v) for k, v in result["method"].items())
     facts = [
@@ -165,7 +180,7 @@ def _compress_facts(result: Json) -> Section:
         ("stored whole", ", ".join(result["extras"]) or "none"),
         (
             "not carried",
-            f"{len(result['dropped'])} tensors, {100 * result['dropped_energy']:.2g} % of the"
+            f"{_tensors(len(result['dropped']))}, {100 * result['dropped_energy']:.2g} % of the"
             " squared change"
             if result["dropped"]
             else "nothing",

@@ -1,0 +1,105 @@
+"""Figures on the pages are those of committed results: what a benchmark printed, nothing else."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.support.processes import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+README, NUMBERS = ROOT / "README.md", ROOT / "docs" / "numbers.md"
+
+
+def result(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def row(page: Any, start: str) -> str:
+    """The one line of a table that begins so."""
+    (line,) = (line for line in page.read_text().splitlines() if line.startswith(f"| {start} |"))
+    return str(line)
+
+
+FIDELITY = result("fidelity-2026-11-26-xeon-1-thread")["sets"]
+TRAINING = result("training-2026-11-26-xeon-1-thread")["models"]
+DECODE = [result(f"decode-2026-11-26-xeon-{n}-thread{s}")["rows"] for n, s in ((1, ""), (2, "s"))]
+APPLY = [result(f"{name}-2026-11-26-xeon")["rows"] for name in ("apply", "apply-device")]
+NAMES = {
+    "base": "base",
+    "`--budget 4KB`": "4KB",
+    "`--budget 12KB`": "12KB",
+    "`--budget 25KB`": "25KB",
+    "LoRA r = 1, int4, distilled alike": "lora-r1-int4",
+    "`--budget 50KB`": "50KB",
+    "the full fine-tune": "teacher",
+}
+
+
+@pytest.mark.parametrize("page", [README, NUMBERS], ids=["README", "numbers"])
+@pytest.mark.parametrize("start", NAMES)
+def test_what_kilobytes_keep(page: Any, start: str) -> None:
+    if page == README and NAMES[start] in ("25KB", "lora-r1-int4"):
+        pytest.skip("README has the shorter table")
+    line = row(page, start)
+    for name in ("trec6", "banking77"):
+        points = [seed[NAMES[start]] for seed in FIDELITY[name].values()]
+        shown = [f"{point['accuracy']:.1f}" for point in points]
+        assert (shown[0] if start == "base" else " / ".join(shown)) in line
+        if "bytes" in points[0]:
+            assert f"{points[0]['bytes']:,}" in line
+    svd = [
+        seed.get(f"svd-int4-{k}x{NAMES[start]}")
+        for k in (1, 10)
+        for seed in FIDELITY[name].values()
+    ]
+    if page == NUMBERS and svd[0]:
+        one, other, ten, tens = (f"{point['accuracy']:.1f}" for point in svd)
+        assert f"{one} / {other}, {ten} / {tens}" in line
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        ("NOLA r = 8, k = 256, beside PEFT LoRA r = 8", "NOLA: PEFT LoRA r = 8"),
+        ("the same beside the official NOLA layer", "NOLA: official NOLA"),
+        ("RandLoRA r = 32 beside PEFT RandLora", "RandLoRA: PEFT RandLora"),
+        ("VeRA r = 256 beside PEFT VeRA", "VeRA: PEFT VeRA"),
+        ("LoRA r = 8 beside PEFT LoRA r = 8", "LoRA r = 8: PEFT LoRA r = 8"),
+    ],
+)
+def test_training_steps(start: str, what: str) -> None:
+    line = row(NUMBERS, start)
+    for model in TRAINING.values():
+        for measured in (one for one in model if one["what"] == what):
+            # Half a unit of the last digit shown, since 0.675 may be rounded either way.
+            shown = [f"{measured['ratio'] + e:.2f}x" for e in (-1e-3, 0, 1e-3)]
+            assert any(text in line for text in shown), (what, measured)
+
+
+def test_merging() -> None:
+    text = NUMBERS.read_text()
+    for rows in DECODE:
+        for number, form in ((0, ".0f"), (1, ".1f"), (2, ".1f"), (3, ".1f")):
+            assert f"**{rows[number]['ratio']:{form}}x**" in text
+        assert f"{rows[4]['ratio']:.2f}x" in text
+        copied = rows[5]
+        assert f"{1 / copied['ratio']:.1f}x its time ({copied['kilodelta']:.1f} s)" in text
+        assert f"{rows[7]['kilodelta']:.0f} MB" in text
+
+
+def test_on_a_device() -> None:
+    text = " ".join(NUMBERS.read_text().split())
+    (first, second) = ({one["what"]: one for one in rows} for rows in APPLY)
+    for mode in ("adapter", "patch"):
+        what = f"{mode}: apply with probe, against merging, exporting and opening anew"
+        assert f"{first[what]['measured']:.2f} and {second[what]['measured']:.2f} s in" in text
+        for one in (first, second):
+            assert f"{one[what]['ratio']:.1f}x" in text
+    what = "adapter: request at batch 4, 64 tokens, against the merged model's time"
+    times = [one[what]["measured"] / one[what]["against"] for one in (first, second)]
+    assert f"{times[0]:.2f}x and {times[1]:.2f}x the merged model's time" in text
+    what = "adapter: switch to a new .kd, 36 matrices, NOLA rank 8, k = 256"
+    assert f"{first[what]['measured']:.1f} and {second[what]['measured']:.1f} ms" in text
