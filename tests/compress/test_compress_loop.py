@@ -124,6 +124,21 @@ def test_of_equal_states_the_later_one_is_kept(monkeypatch: pytest.MonkeyPatch) 
     assert equal(coefficients(student), last[-1])
 
 
+def test_a_look_takes_a_sample_of_the_held_out_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Always the same one, or the states would not be comparable; the end measures all rows."""
+    looked_at: list[list[int]] = []
+
+    def recorded(model: LoadedModel, data: Data, chosen: Any) -> tuple[Measures, ...]:
+        looked_at.append(list(chosen))
+        return measure(model, data, chosen)
+
+    monkeypatch.setattr(steps, "measure", recorded)
+    monkeypatch.setattr(steps, "LOOKED_AT", 3)
+    student, data = task()
+    distill(student, data, SCHEDULE, silent)
+    assert looked_at == [[0, 1, 2]] * steps.EVALUATIONS
+
+
 def test_the_last_quarter_trains_rounded() -> None:
     student, data = task()
     bits: list[int | None] = []

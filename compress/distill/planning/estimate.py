@@ -20,7 +20,7 @@ from kilodelta.compress.distill.learn.data import Data, Plan, objective_for, rea
 from kilodelta.compress.distill.learn.measure import measure
 from kilodelta.compress.distill.learn.outputs import run as outputs_of
 from kilodelta.compress.distill.learn.schedule import Schedule
-from kilodelta.compress.distill.learn.steps import EVALUATIONS, Run
+from kilodelta.compress.distill.learn.steps import EVALUATIONS, LOOKED_AT, Run
 from kilodelta.compress.distill.learn.survey import survey
 from kilodelta.compress.distill.planning.memory import available, counting_kept, resident
 from kilodelta.compress.distill.student import attach_student, late_logits
@@ -147,9 +147,9 @@ def estimate_job(
             )
         finally:
             train.detach(student.module)
-    looks = EVALUATIONS + 2
     held_out = plan.held_out or min(512, max(1, len(rows) // 10))
-    total = teacher_seconds + schedule.steps * step + looks * look * held_out / len(usual)
+    looked_at = 2 * held_out + EVALUATIONS * min(held_out, LOOKED_AT)
+    total = teacher_seconds + schedule.steps * step + look * looked_at / len(usual)
     coefficients = job.coefficients
     teacher_memory = need.whole if need.is_small else 0
     device = next(student.module.parameters()).device

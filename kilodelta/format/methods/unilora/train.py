@@ -97,7 +97,7 @@ class UniLoraFactors(TrainableFactors):
         """
         theta = values.of_file("theta")
         gathered = torch.cat((theta, -theta)).index_select(0, self._picks.on(theta.device))
-        return gathered, *gathered.split(self._sizes)
+        return gathered, *torch.split(gathered, self._sizes)
 
     def update(
         self, prepared: tuple[Tensor, ...], values: CoefficientValues, index: int
