@@ -10,6 +10,7 @@ reordered has no place, and a fine-tune that changes it is refused by name.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -35,8 +36,15 @@ Build = Callable[[Mapping[str, RawTensor], Path], object]
 """Builds the base's engine with some of its tensors replaced, into a new file."""
 
 TRIES = 8
-"""Builds of the same weights. Measured with TensorRT-RTX 1.7: six in ten are the usual one, whose
-internal values have their usual numbers."""
+"""Builds of the same weights. Measured with TensorRT-RTX 1.7: five or six in ten are the usual one,
+whose internal values have their usual numbers."""
+
+AGREEING = 3
+"""Equal builds of the base that are waited for."""
+
+PROOFS = 16
+"""Builds of a fine-tune until one is the patched engine: at one in four, one map in a hundred is
+refused by chance; it can be made again."""
 
 STATED = "texts in the engine state its values, and would go on stating the base's"
 ELSEWHERE = "the engine also holds something that was computed from it"
@@ -131,17 +139,24 @@ class EngineBuilds:
         return data
 
     def reproducible(self) -> bytes:
-        """Return the first engine of the base that is built twice.
+        """Return the base's engine that builds give most often: the first one to come three times.
+
+        The first to come twice may be a rare one, which builds of a fine-tune then do not hit: of
+        14 builds of a small ALBERT in float32, TensorRT-RTX 1.7.1 gave 7, 4, 2 and 1 of four
+        engines, which differ in the order of the two outputs and in the numbers of internal values.
 
         Raises:
             ExportError: all builds differ.
         """
-        seen: set[bytes] = set()
+        seen: Counter[bytes] = Counter()
         for _ in range(TRIES):
             data = self.build({})
-            if data in seen:
+            seen[data] += 1
+            if seen[data] == AGREEING:
                 return data
-            seen.add(data)
+        [(data, count)] = seen.most_common(1)
+        if count > 1:
+            return data
         raise ExportError(
             f"{TRIES} builds of the base gave {TRIES} different engines, so none can be patched",
             fix=WAY_OUT,
@@ -215,13 +230,13 @@ class EngineBuilds:
             ExportError: none of several builds is.
         """
         last = ""
-        for _ in range(TRIES):
+        for _ in range(PROOFS):
             data = self.build(changed)
             if data == wanted:
                 return
             last = difference(data, wanted)
         raise ExportError(
-            f"the map is refuted: of {TRIES} builds of {what} none is the patched engine; {last}",
+            f"the map is refuted: of {PROOFS} builds of {what} none is the patched engine; {last}",
             fix=WAY_OUT,
         )
 
