@@ -66,7 +66,8 @@ def fleet() -> None:
 def plan(
     file: str, out: str, engine: str, address: str | None, cpus: int, as_json: bool, progress: Any
 ) -> Callable[[], None]:
-    """Show the tasks of a fleet FILE: new, done, or to be made again and why, and their memory.
+    """Show the tasks of a fleet FILE: new, done, or to be made again and why; their memory, the
+    size of their results and their time.
 
     With --on ray it is seen whether some machine of the cluster has what each task needs; the exit
     code is 9 where none has.
@@ -121,18 +122,33 @@ def _show_plan(made: Plan) -> None:
     report = made.to_json()
     open_rows = [row for row in report["tasks"] if row["status"] != "done"]
     rows = [
-        (row["name"], row["kind"], row["status"], row["why"], terminal.size(row["memory"]))
+        (
+            row["name"],
+            row["kind"],
+            row["status"],
+            row["why"],
+            terminal.size(row["memory"]),
+            terminal.size(row["bytes"]),
+            f"{row['seconds']:.0f}",
+        )
         for row in open_rows[:SHOWN]
     ]
     if rows:
-        columns = ("task", "kind", "status", "why", "memory")
-        terminal.print_table("To do", columns, rows, right=(4,))
+        columns = ("task", "kind", "status", "why", "memory", "result", "s")
+        terminal.print_table("To do", columns, rows, right=(4, 5, 6))
     left = len(open_rows) - len(rows)
     counts = report["counts"]
     more = f" ({left} more with --json)" if left else ""
     terminal.print_line(
         f"{counts['new']} new, {counts['again']} to be made again, {counts['done']} done{more}"
     )
+    if open_rows:
+        total = report["expected"]
+        by = "tasks that are done" if total["measured"] == len(open_rows) else "rules of thumb"
+        terminal.print_line(
+            f"about {terminal.size(total['bytes'])} of results and {total['seconds'] / 60:.0f} "
+            f"minutes of one process, by {by}"
+        )
 
 
 def _shard(ctx: click.Context, option: click.Parameter, value: str | None) -> Any:

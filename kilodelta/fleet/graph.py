@@ -19,9 +19,10 @@ from kilodelta.files import canonical
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.model_digest import digest
 from kilodelta.fleet.definition import FineTune, Fleet, FleetBase, FleetTarget
+from kilodelta.fleet.estimate import Estimate, estimates
 from kilodelta.fleet.record import AGAIN, DONE, NEW, TaskState, state_of
 from kilodelta.fleet.schema import NEEDS_INPUTS
-from kilodelta.fleet.task import Task, memory_of
+from kilodelta.fleet.task import DEVICE, Task, memory_of
 from kilodelta.progress import Event, Progress, silent
 
 
@@ -37,8 +38,15 @@ class Plan:
         """Return the tasks whose result is not there."""
         return tuple(t for t in self.tasks if self.states[t.id].status != DONE)
 
+    def estimates(self) -> dict[str, Estimate]:
+        """Estimate the open tasks' time and size, by their ids."""
+        todo = self.open_tasks()
+        done = [task for task in self.tasks if self.states[task.id].status == DONE]
+        return estimates(todo, done, self.out)
+
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+        """Return plain JSON values; seconds and bytes are estimates, of open tasks alone."""
+        expected = self.estimates()
         rows = [
             {
                 "id": t.id,
@@ -48,11 +56,18 @@ class Plan:
                 "why": self.states[t.id].why,
                 "resources": dict(t.resources),
                 "memory": memory_of(t),
+                "seconds": round(expected[t.id].seconds, 1) if t.id in expected else None,
+                "bytes": expected[t.id].nbytes if t.id in expected else None,
             }
             for t in self.tasks
         ]
         counts = {s: sum(r["status"] == s for r in rows) for s in (NEW, AGAIN, DONE)}
-        return {"out": str(self.out), "counts": counts, "tasks": rows}
+        totals = {
+            "seconds": round(sum(one.seconds for one in expected.values()), 1),
+            "bytes": sum(one.nbytes for one in expected.values()),
+            "measured": sum(one.measured for one in expected.values()),
+        }
+        return {"out": str(self.out), "counts": counts, "expected": totals, "tasks": rows}
 
 
 def make_plan(fleet: Fleet, out: str | Path, *, progress: Progress = silent) -> Plan:
@@ -174,6 +189,14 @@ class _Maker:
             needs.append(shared.id)
             key["template"] = shared.id
             params["template"] = f"{{out}}/{shared.place}"
+        if "bundle" in target.options:
+            shared = self._bundle(base, target)
+            if shared.id not in self._shared:
+                self._shared[shared.id] = shared
+                yield shared
+            needs.append(shared.id)
+            key["bundle"] = shared.id
+            params["device"] = f"{{out}}/{shared.place}/{DEVICE}"
         place = f"fine-tunes/{tune.name}/{target.name}"
         name = f"{tune.name}/{target.name}"
         yield self._task(target.kind, name, place, key, params, tune, base, needs, target.resources)
@@ -195,6 +218,28 @@ class _Maker:
         }
         name = f"{base.name}/onnx-{dtype}"
         return self._task("onnx-base", name, f"bases/{name}", key, params, None, base)
+
+    def _bundle(self, base: FleetBase, target: FleetTarget) -> Task:
+        """Make the device folder of one kind of device, once for all fine-tunes of a base."""
+        options = dict(target.options["bundle"])
+        key = {
+            "kind": "bundle",
+            "base": self._model(base.path),
+            "options": options,
+            "inputs": self._file(base.inputs),
+            "model": base.model,
+        }
+        params = {
+            "base": str(base.path.resolve()),
+            "options": options,
+            "inputs": None if base.inputs is None else str(base.inputs.resolve()),
+            "model": base.model or None,
+            "name": base.name,
+        }
+        name = f"{base.name}/device-{target.name}"
+        return self._task(
+            "bundle", name, f"bases/{name}", key, params, None, base, None, target.resources
+        )
 
     def _task(
         self,

@@ -71,10 +71,25 @@ KINDS: Mapping[str, Mapping[str, type]] = {
     "peft": {"dtype": str, "svd": int},
     "gguf": {"dtype": str, "svd": int},
     "adapter": {"dtype": str, "rank": int},
-    "release": {"version": int, "probe": bool},
+    "release": {"version": int, "probe": bool, "bundle": dict},
 }
 """Target kinds, and the options of each."""
+BUNDLE = {
+    "mode": str,
+    "engine": list,
+    "flavour": str,
+    "provider": str,
+    "dtype": str,
+    "rank": int,
+    "slots": int,
+    "targets": list,
+    "exclude": list,
+    "profile": list,
+    "outputs": list,
+}
+"""Options of `kilodelta bundle` for the device folder that a target's releases go to."""
 NEEDS_INPUTS = {"release"}
+MODES = ("adapter", "patch", "refit")
 
 
 def read_fleet(path: str | Path) -> Fleet:
@@ -171,6 +186,12 @@ def _target(name: str, table: dict[str, Any]) -> FleetTarget:
     checked = typed_fields(options, where, KINDS[kind])
     if kind == "tensorrt" and not checked.get("for"):
         raise FieldError(f"{where}.for is missing: for example ['sm86', 'sm89']")
+    if "bundle" in checked:
+        inner = typed_fields(checked["bundle"], f"{where}.bundle", BUNDLE)
+        if inner.get("mode") not in MODES:
+            raise FieldError(
+                f"{where}.bundle.mode is {inner.get('mode')!r:.40}, not one of {', '.join(MODES)}"
+            )
     if kind == "release" and not checked.get("version", 0) > 0:
         raise FieldError(f"{where}.version is missing: a whole number from 1 on")
     return FleetTarget(name=name, kind=kind, options=checked, resources=resources)

@@ -16,9 +16,12 @@ MEMORY = {
     "gguf": 1.0,
     "adapter": 6.0,
     "release": 6.0,
+    "bundle": 8.0,
 }
 """Memory by kind, in multiples of the model's bytes, above what the libraries themselves take."""
-LIBRARIES = {"compress", "onnx-base", "tensorrt", "adapter", "release"}
+DEVICE = "device"
+"""The device folder in the result of a bundle."""
+LIBRARIES = {"compress", "onnx-base", "tensorrt", "adapter", "release", "bundle"}
 """Kinds that load torch."""
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kilodelta.fleet.task import DEVICE
+
 Params = Mapping[str, Any]
 MODEL, MAP, REST = "model.onnx", "model.map.json", "rest.safetensors"
 PRELOAD: Mapping[str, tuple[str, ...]] = {
@@ -23,6 +25,7 @@ PRELOAD: Mapping[str, tuple[str, ...]] = {
     "gguf": ("kilodelta.export.gguf.adapter", "gguf"),
     "adapter": ("torch", "transformers", "onnxscript", "kilodelta.export.adapter.folder"),
     "release": ("torch", "transformers", "kilodelta.device.make.release"),
+    "bundle": ("torch", "transformers", "onnxscript", "kilodelta.device.make.build"),
 }
 
 
@@ -174,8 +177,25 @@ def release(p: Params, out: Path) -> dict[str, Any]:
         version=version,
         inputs=p["inputs"] if p["options"].get("probe", True) else None,
         model=p["model"],
+        outputs=p["options"].get("bundle", {}).get("outputs", ()),
+        engine=_patched_engines(p),
     )
     return {"version": made.version, "dtypes": list(made.dtypes)}
+
+
+def _patched_engines(p: Params) -> list[str]:
+    """Return the device folder whose engine is patched, if the release goes to such a one."""
+    wanted = p["options"].get("bundle", {})
+    return [p["device"]] if wanted.get("mode") == "patch" and wanted.get("engine") else []
+
+
+def bundle(p: Params, out: Path) -> dict[str, Any]:
+    """Make the device folder that all fine-tunes of a base are released for."""
+    from kilodelta.device.make.build import bundle
+
+    options = {"name": p["name"], "model": p["model"], "probe": p["inputs"], **p["options"]}
+    made = bundle(p["base"], out / DEVICE, **options)
+    return {"mode": made.mode, "runtime": made.runtime}
 
 
 WORK: Mapping[str, Callable[[Params, Path], dict[str, Any]]] = {
@@ -188,4 +208,5 @@ WORK: Mapping[str, Callable[[Params, Path], dict[str, Any]]] = {
     "gguf": gguf,
     "adapter": adapter,
     "release": release,
+    "bundle": bundle,
 }

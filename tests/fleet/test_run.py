@@ -241,6 +241,84 @@ def test_the_status_puts_the_worst_first(world: Path, finished: Path, tmp_path: 
     assert all(row["nbytes"] > 0 for row in found["rows"][1:])
 
 
+def test_a_plan_estimates_by_what_is_done(world: Path, finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    fresh = plan_of(world, tmp_path / "none").to_json()
+    assert all(row["seconds"] > 0 and row["bytes"] > 0 for row in fresh["tasks"])
+    assert fresh["expected"]["measured"] == 0
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "fine-tunes" / "t2" / "merged")
+    plan = plan_of(world, out)
+    [lost] = plan.open_tasks()
+    expected = plan.estimates()[lost.id]
+    like = json.loads((out / "fine-tunes" / "t1" / "merged" / RECORD).read_text())
+    assert expected.measured
+    assert expected.nbytes == sum(like["files"].values())
+    told = plan.to_json()
+    assert told["expected"] == {
+        "seconds": round(expected.seconds, 1),
+        "bytes": expected.nbytes,
+        "measured": 1,
+    }
+    assert {row["seconds"] for row in told["tasks"] if row["status"] == DONE} == {None}
+
+
+BUNDLED = """
+version = 1
+[base.mini]
+path = "base"
+[[fine-tunes]]
+deltas = ["ready/*.kd"]
+[target.cpu]
+kind = "release"
+version = 7
+probe = false
+bundle = { mode = "patch" }
+[target.later]
+kind = "release"
+version = 8
+probe = false
+bundle = { mode = "patch" }
+"""
+
+
+@pytest.fixture
+def bundled(world: Path) -> Path:
+    """A fleet of releases for one device folder."""
+    file = world / "bundled.toml"
+    file.write_text(BUNDLED)
+    return file
+
+
+def test_a_device_folder_is_planned_once_for_all_releases(bundled: Path, tmp_path: Path) -> None:
+    """Those of other versions as well; another kind of device has another one."""
+    plan = make_plan(read_fleet(bundled), tmp_path / "out")
+    [shared] = [t for t in plan.tasks if t.kind == "bundle"]
+    releases = [t for t in plan.tasks if t.kind == "release"]
+    assert len(releases) == 2 * COUNT
+    assert all(t.needs == (shared.id,) for t in releases)
+    assert shard_of(plan.tasks, (2, 2))[0] == shared
+    bundled.write_text(BUNDLED.replace('"patch" }', '"adapter" }', 1))
+    changed = make_plan(read_fleet(bundled), tmp_path / "out")
+    assert len([t for t in changed.tasks if t.kind == "bundle"]) == 2
+
+
+@pytest.mark.slow
+def test_a_device_takes_the_releases_of_a_fleet(bundled: Path, tmp_path: Path) -> None:
+    from kilodelta.device import apply
+
+    plan = make_plan(read_fleet(bundled), tmp_path / "out")
+    [shared] = [t for t in plan.tasks if t.kind == "bundle"]
+    done = run(plan, jobs=1)
+    assert done.failed == (), done.failed
+    device = tmp_path / "out" / shared.place / "device"
+    for name, version in (("cpu", 7), ("later", 8)):
+        released = tmp_path / "out" / "fine-tunes" / "t1" / name / f"t1-{version}.kd"
+        assert apply(device, released).result_proved
+
+
 def test_libraries_that_few_tasks_need_are_not_loaded_for_all(world: Path, tmp_path: Path) -> None:
     """The one export of the base loads torch itself; a compression for each fine-tune shares it."""
     tasks = plan_of(world, tmp_path / "out").tasks

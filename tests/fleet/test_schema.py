@@ -31,6 +31,10 @@ resources = { sm86 = 1 }
 """
 
 
+ONNX16 = 'kind = "onnx"\ndtype = "fp16"'
+ORIN = 'kind = "release"\nversion = 1\nbundle = { '
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for name in ("base", "tuned/b", "tuned/a", "inputs", "ready"):
@@ -84,6 +88,17 @@ def test_a_fleet_is_read(folder: Path) -> None:
         ('for = ["sm86"]', "", r"target\.rtx\.for is missing"),
         ("sm86 = 1", "sm86 = 0", r"target\.rtx\.resources\.sm86 is 0, no positive"),
         ("[target.rtx]", "[target.rtx", "is no TOML"),
+        (
+            'kind = "onnx"\ndtype = "fp16"',
+            f"{ORIN}mode = 'patched' }}",
+            "bundle.mode is 'patched', not",
+        ),
+        (
+            'kind = "onnx"\ndtype = "fp16"',
+            f"{ORIN}mode = 'patch', keep = 1 }}",
+            "bundle.keep is no field",
+        ),
+        ('kind = "onnx"\ndtype = "fp16"', f"{ORIN}engine = ['sm86'] }}", "bundle.mode is None"),
     ],
 )
 def test_faults_are_named(folder: Path, old: str, new: str, words: str) -> None:
