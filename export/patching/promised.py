@@ -194,6 +194,7 @@ class _Writer:
                         fix="the file is cut: fetch it again",
                     )
                 state.update(part[:count].data)
+                system.begin_sync(self._target, done, count)
                 done += count
 
         for stretch in self._stretches:

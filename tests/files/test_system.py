@@ -57,6 +57,21 @@ def test_a_folder_is_merged_without_any_of_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("windows")
+@pytest.mark.parametrize("platform", ["linux", "win32"])
+def test_beginning_to_write_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, platform: str
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    system._sync_file_range.cache_clear()
+    with (tmp_path / "file").open("w+b") as file:
+        file.write(b"bytes")
+        file.flush()
+        system.begin_sync(file.fileno(), 0, 5)
+        system.begin_sync(file.fileno(), 1 << 40, 5)  # an error is left to `sync`
+    system._sync_file_range.cache_clear()
+    assert (tmp_path / "file").read_bytes() == b"bytes"
+
+
 def test_reads_of_threads_do_not_meet(tmp_path: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
