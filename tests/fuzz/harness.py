@@ -96,6 +96,7 @@ def run(
     seed: int = 0,
     first: int = 0,
     show: Callable[[str], None] = lambda text: None,
+    each: Callable[[Result], None] = lambda result: None,
 ) -> Result:
     """Feed `count` damaged inputs to a surface.
 
@@ -105,6 +106,7 @@ def run(
         seed: of all randomness, with the surface's name and the input's number.
         first: the number of the first input.
         show: is given the first fault of each kind as text, with its traceback.
+        each: is given the result so far after every input.
     """
     result = Result(surface=surface.name)
     with tempfile.TemporaryDirectory(dir=_fast()) as place, _quiet(Path(place)):
@@ -127,6 +129,7 @@ def run(
             work.mkdir(exist_ok=True)
             size = _write_damaged(surface, files, work, random)
             _one(read, work, size, number, result, seen, show)
+            each(result)
     return result
 
 
