@@ -20,9 +20,12 @@ KIND = "kilodelta-release-1"
 MAX_VERSION = (1 << 53) - 1
 """Versions end where a double stops being exact, so that any tool reads them alike."""
 MAX_KINDS = 64
+MAX_GRIDS = 256
+LATER = ("logical", "quantisation", "beside")
+"""Fields that came after 0.2.0, which knows no quantised bases."""
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\Z")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
-_HEX = re.compile(r"sha256:[0-9a-f]{64}\Z")
+_GRIDS = re.compile(r"[a-z0-9]{1,16} [1-9][0-9]{0,9}x[1-9][0-9]{0,9}\Z")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +58,20 @@ class Statement:
 
     tool: str = ""
 
+    logical: str = ""
+    """Root of a quantised base that all layouts of its codes share; empty for any other base."""
+
+    quantisation: str = ""
+    """Kinds of codes and blocks of a quantised base, such as `int4 1x32`, parted by commas."""
+
+    beside: str = ""
+    """Root of the updates that the file promises beside a quantised base's codes."""
+
     def payload(self) -> bytes:
         """Return the bytes that are signed."""
         facts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        # Devices of 0.2.0 refuse keys that they do not know, so empty ones are left out.
+        facts = {key: value for key, value in facts.items() if value or key not in LATER}
         facts |= {"kind": KIND, "version": str(self.version), "kinds": list(self.kinds)}
         return canonical.dumps(facts).encode("utf-8")
 
@@ -74,7 +88,8 @@ def parse(data: bytes) -> Statement:
         raise untrusted.FieldError(f"the statement is not canonical JSON: {error}") from None
     if facts.get("kind") != KIND:
         raise untrusted.FieldError(f"the statement's kind is {facts.get('kind')!r:.80}, not {KIND}")
-    table = untrusted.table(facts, "statement", ("kind", *(f.name for f in fields(Statement))))
+    required = [f.name for f in fields(Statement) if f.name not in LATER]
+    table = untrusted.table(facts, "statement", ("kind", *required), LATER)
     statement = Statement(
         file=untrusted.digest(table["file"], "file"),
         base=untrusted.digest(table["base"], "base"),
@@ -86,6 +101,9 @@ def parse(data: bytes) -> Statement:
         not_after=_time(table["not_after"], "not_after"),
         tokenizer=_digest_or_none(table["tokenizer"], "tokenizer"),
         tool=untrusted.text(table["tool"], "tool"),
+        logical=_digest_or_none(table.get("logical", ""), "logical"),
+        quantisation=_grids(table.get("quantisation", ""), "quantisation"),
+        beside=_digest_or_none(table.get("beside", ""), "beside"),
     )
     if len(statement.kinds) > MAX_KINDS:
         raise untrusted.FieldError(f"kinds has more than {MAX_KINDS} entries")
@@ -148,6 +166,13 @@ def _name(value: Any, where: str) -> str:
     if not isinstance(value, str) or not _NAME.match(value):
         raise untrusted.FieldError(f"{where} is {value!r:.80}, not a name of at most 64 characters")
     return value
+
+
+def _grids(value: Any, where: str) -> str:
+    kinds = value.split(", ") if isinstance(value, str) and value else [] if value == "" else [""]
+    if len(kinds) > MAX_GRIDS or not all(_GRIDS.match(kind) for kind in kinds):
+        raise untrusted.FieldError(f"{where} is {value!r:.80}, no list of codes and blocks")
+    return str(value)
 
 
 def _time(value: Any, where: str) -> str:

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,13 @@ import pytest
 pytest.importorskip("cryptography")
 pytest.importorskip("securesystemslib")
 from kilodelta.device import apply, pull, release, status, trust
+from kilodelta.device.make.signing import Signing, sign_release
 from kilodelta.device.update.trust import pins_from, write_pins
 from kilodelta.errors import DeviceError, DowngradeError, InputError, SignatureError
-from kilodelta.trust import keygen, publish
+from kilodelta.format.file import load
+from kilodelta.format.manifest import Grid
+from kilodelta.trust import keygen, publish, read_public, verify
+from kilodelta.trust.envelope import read_signature
 from kilodelta.trust.tuf_repository import first_root
 from tests.doubles import numpy_device
 from tests.support.mirrors import mirror_of
@@ -171,6 +177,39 @@ def test_both_signatures_are_written(team: Team) -> None:
     config = verifying.Config()
     config.use_elliptic_key_verifier(public_key=team.keys[0].p256_public)
     config.verify(file, Path(f"{file}.sigstore.json"))
+
+
+def test_a_quantised_base_is_stated_by_its_logical_root(team: Team) -> None:
+    root = "sha256:" + "ab" * 32
+    grid = Grid(logical=root, grids=root, plain=root, config=root, weights=3, kinds=("int4 1x32",))
+    file = team.release(7)
+    delta = load(file)
+    delta = replace(delta, manifest=replace(delta.manifest, grid=grid, beside=root))
+    signing = Signing(keys=[team.keys[0].private], task="intents")
+    sign_release(file, delta, 7, team.base, signing)
+    data = read_signature(file)
+    assert data is not None
+    statement, _ = verify(data, [read_public(team.keys[0].public)], 1)
+    assert (statement.logical, statement.quantisation) == (root, "int4 1x32")
+    assert statement.beside == root
+
+
+def test_a_pedigree_names_the_base_as_the_ancestor(team: Team) -> None:
+    file = team.release(7, 0, pedigree=True)
+    text = Path(f"{file}.cdx.json").read_text()
+    bill = json.loads(text)
+    made, root = bill["metadata"]["component"], load(file).manifest.base.root
+    assert made["hashes"] == [{"alg": "SHA-256", "content": sha256(file.read_bytes()).hexdigest()}]
+    (base,) = made["pedigree"]["ancestors"]
+    assert {"name": "kilodelta:root", "value": root} in base["properties"]
+    assert {"name": "kilodelta:task", "value": "intents"} in made["properties"]
+    file.unlink()
+    assert Path(f"{team.release(7, 0, pedigree=True)}.cdx.json").read_text() == text
+    validation = pytest.importorskip("cyclonedx.validation.json")
+    schema = pytest.importorskip("cyclonedx.schema")
+    validator = validation.JsonStrictValidator(schema.SchemaVersion.V1_6)
+    assert validator.validate_str(text) is None
+    assert validator.validate_str(text.replace('"SHA-256"', '"SHA"')) is not None
 
 
 def test_keys_change_by_a_pinned_key_alone(team: Team) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -37,7 +38,7 @@ class Scene:
         judge: says whether the result is the old or the new one; raises on anything else.
         left: names that should not lie about once the command has been done again.
         again: makes way for doing it again, where it refuses to replace its result.
-        costly: takes seconds, so it gets one fault in forty.
+        costly: takes seconds, so it gets a tenth of the others' faults.
         needs: packages without which it cannot be run.
     """
 
@@ -135,7 +136,7 @@ def _merged(work: Path) -> str:
 
 
 def _remove(work: Path) -> None:
-    for path in (work / "out", work / "out.kd", work / "out.kd.sig"):
+    for path in (work / "out", *work.glob("out.kd*")):
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -178,6 +179,7 @@ def _release(work: Path) -> None:
         version=7,
         sign=[work / "team.key"],
         task="intents",
+        pedigree=True,
     )
 
 
@@ -186,6 +188,7 @@ def _released(work: Path) -> str:
         return OLD
     load(work / "out.kd", base=work / "base.safetensors")
     _verify(work / "out.kd", work / "team.pub")
+    json.loads((work / "out.kd.cdx.json").read_text())
     return NEW
 
 
@@ -323,6 +326,7 @@ def _pulled(work: Path) -> str:
     return NEW if 2 in whole else OLD
 
 
+RELEASE = ("out.kd", "out.kd.sig", "out.kd.cdx.json")
 KEYS = tuple(f"team{suffix}" for suffix in (".key", ".pub", ".p256.key", ".p256.pub"))
 _ONNX = ("torch", "transformers", "onnxscript", "onnxruntime")
 _TUF = ("tuf", "filelock", "cryptography", "securesystemslib")
@@ -358,7 +362,7 @@ SCENES: Mapping[str, Scene] = {
             ready=_to_release,
             act=_release,
             judge=_released,
-            left=_only("base.safetensors", "task.kd", "out.kd", "out.kd.sig", *KEYS),
+            left=_only("base.safetensors", "task.kd", *RELEASE, *KEYS),
             again=_remove,
             needs=("cryptography", "securesystemslib"),
         ),

@@ -99,6 +99,14 @@ def test_a_statement_has_one_spelling_and_numbers_as_text() -> None:
     assert parse(Statement(**{**FACTS, "version": MAX_VERSION}).payload()).version == MAX_VERSION
 
 
+def test_what_a_quantised_base_is_is_stated_and_left_out_elsewhere() -> None:
+    """Devices of 0.2.0 read the statements of every base that they know."""
+    assert b"logical" not in STATEMENT.payload()
+    more = {"logical": DIGEST, "beside": DIGEST, "quantisation": "e4m3 128x128, int4 1x32"}
+    statement = Statement(**FACTS, **more)
+    assert parse(statement.payload()) == statement
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -115,6 +123,12 @@ def test_a_statement_has_one_spelling_and_numbers_as_text() -> None:
         ({"not_after": "2027-02-30T00:00:00Z"}, "no day"),
         ({"not_after": 5}, "not_after"),
         ({"more": 1}, "unknown key"),
+        ({"logical": ""}, "one spelling"),
+        ({"logical": "root"}, "logical"),
+        ({"beside": 7}, "beside"),
+        ({"quantisation": "int4 1x0"}, "quantisation"),
+        ({"quantisation": ["int4 1x32"]}, "quantisation"),
+        ({"quantisation": ", ".join(["int4 1x32"] * 257)}, "quantisation"),
         ({"kind": "kilodelta-release-2"}, "kind"),
     ],
 )

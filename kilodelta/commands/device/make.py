@@ -203,6 +203,11 @@ def _show_bundle(out: str, done: Bundle) -> None:
     type=click.Path(),
     help="Private key (NAME.p256.key) for a second signature that model_signing verifies.",
 )
+@click.option(
+    "--pedigree",
+    is_flag=True,
+    help="Write OUT.cdx.json: a CycloneDX bill of materials that names the base as the ancestor.",
+)
 @as_json
 @with_progress
 @with_dry_run
@@ -238,5 +243,6 @@ def _show_release(done: Released) -> None:
             ("version", done.version),
             ("probe", probe),
             *(("signature", str(path)) for path in done.signatures),
+            *([("pedigree", str(done.pedigree))] if done.pedigree else []),
         ]
     )

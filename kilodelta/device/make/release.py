@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from kilodelta.device.golden import golden
+from kilodelta.device.make.pedigree import pedigree as bill_of
+from kilodelta.device.make.pedigree import pedigree_path
 from kilodelta.device.make.signing import sign_release, signing_from
 from kilodelta.device.update.admit import HIGHEST
 from kilodelta.errors import InputError, OutputError, require
@@ -42,6 +44,7 @@ class Released:
         dtypes: the precisions in which its probe tells the fine-tune from the base; none without
             a probe.
         signatures: the files that hold its signatures.
+        pedigree: the bill of materials that names its base, or None.
     """
 
     path: Path
@@ -49,6 +52,7 @@ class Released:
     version: int
     dtypes: tuple[str, ...]
     signatures: tuple[Path, ...] = ()
+    pedigree: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -57,6 +61,7 @@ class Released:
             "path": str(self.path),
             "dtypes": list(self.dtypes),
             "signatures": [str(path) for path in self.signatures],
+            "pedigree": None if self.pedigree is None else str(self.pedigree),
         }
 
 
@@ -79,6 +84,7 @@ def release(
     not_after: str = "",
     model_signing: str | os.PathLike[str] | None = None,
     password: bytes | None = None,
+    pedigree: bool = False,
     progress: Progress = silent,
 ) -> Released:
     """Write a `.kd` file with a version, a probe where inputs are given, and signatures by keys.
@@ -106,6 +112,8 @@ def release(
         model_signing: a P-256 private key, for a second signature (`.sigstore.json`) that the
             `model_signing` package verifies.
         password: of encrypted keys.
+        pedigree: write a CycloneDX bill of materials beside `out` (`.cdx.json`) that names the base
+            as the file's ancestor.
         progress: called while the base is read and merged.
 
     Raises:
@@ -171,13 +179,24 @@ def release(
         )
     fresh = replace(delta, manifest=replace(delta.manifest, made=made), probes=dict(probes))
     signatures = () if signing is None else signing.paths(place)
+    bill = pedigree_path(place) if pedigree else None
+    beside = (*signatures, bill) if bill else signatures
     # The file takes its name last: one that was to be signed never stands there unsigned.
-    with staging.new_files(*signatures, place) as stage:
-        nbytes = fresh.save(stage / place.name)
+    with staging.new_files(*beside, place) as stage:
+        fine_tune = stage / place.name
+        nbytes = fresh.save(fine_tune)
+        if bill:
+            data = bill_of(fine_tune, fresh.manifest, version, signing.task if signing else "")
+            staging.write(stage / bill.name, data)
         if signing is not None:
-            sign_release(stage / place.name, fresh, version, Path(base), signing)
+            sign_release(fine_tune, fresh, version, Path(base), signing)
     return Released(
-        path=place, nbytes=nbytes, version=version, dtypes=dtypes, signatures=signatures
+        path=place,
+        nbytes=nbytes,
+        version=version,
+        dtypes=dtypes,
+        signatures=signatures,
+        pedigree=bill,
     )
 
 

@@ -115,11 +115,12 @@ def sign_release(place: Path, delta: Delta, version: int, base: Path, signing: S
         InputError: a key is of another kind, or a name or version cannot be stated.
         OutputError: a signature cannot be written.
     """
+    manifest, grid = delta.manifest, delta.manifest.grid
     statement = stated(
         {
             "file": file_fact(place).sha256,
-            "base": delta.manifest.base.root,
-            "result": delta.manifest.result,
+            "base": manifest.base.root,
+            "result": manifest.result,
             "version": version,
             "task": signing.task,
             "kinds": tuple(signing.kinds),
@@ -127,6 +128,9 @@ def sign_release(place: Path, delta: Delta, version: int, base: Path, signing: S
             "not_after": signing.not_after,
             "tokenizer": _tokenizer(base),
             "tool": f"kilodelta {__version__}",
+            "logical": grid.logical if grid else "",
+            "quantisation": ", ".join(grid.kinds) if grid else "",
+            "beside": manifest.beside,
         }
     )
     write_signature(place, sign(statement, signing.keys, password=signing.password))
