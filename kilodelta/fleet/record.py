@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kilodelta.files import plain
 from kilodelta.fleet.task import Task
 
 RECORD = "task.json"
@@ -28,8 +29,7 @@ class TaskState:
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return a result's `task.json`, or None where there is none that can be used."""
     try:
-        with (folder / RECORD).open("rb") as file:
-            value = json.loads(file.read(MAX_RECORD))
+        value = json.loads(plain.read(folder / RECORD, MAX_RECORD))
     except (OSError, ValueError, RecursionError):
         return None
     good = isinstance(value, dict) and isinstance(value.get("files"), dict)

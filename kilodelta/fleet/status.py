@@ -114,7 +114,10 @@ def _agreement(folder: Path) -> float | None:
         value = record["result"]["after"]["agreement"] if record else None
     except (KeyError, TypeError):
         return None
-    return float(value) if isinstance(value, (int, float)) else None
+    try:
+        return float(value) if isinstance(value, (int, float)) else None
+    except OverflowError:  # a damaged record's whole number of hundreds of digits
+        return None
 
 
 def _answers(out: Path) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
@@ -123,11 +126,10 @@ def _answers(out: Path) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
     skipped: dict[str, str] = {}
     for path in sorted(out.glob("run*.json")):
         try:
-            with path.open("rb") as file:
-                found = json.loads(file.read(MAX_ANSWERS))
+            found = json.loads(plain.read(path, MAX_ANSWERS))
             failed |= {a["id"]: a for a in found["failed"] if {"error", "fix"} <= set(a)}
             skipped |= {str(n): str(c) for n, c in found["skipped"].items()}
         # A damaged note of a run costs its reasons, not the status.
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
     return failed, skipped

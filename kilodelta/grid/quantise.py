@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kilodelta.errors import CheckpointError, InputError
-from kilodelta.files import safetensors, staging
+from kilodelta.files import canonical, plain, safetensors, staging
 from kilodelta.files.checkpoint import SINGLE, Checkpoint
 from kilodelta.files.dtypes import FLOATS, TARGETS
 from kilodelta.files.tensor import RawTensor
@@ -32,7 +32,6 @@ from kilodelta.grid.model import QuantisedModel
 from kilodelta.grid.steps import table_of
 
 Tensors = dict[str, RawTensor]
-_LIMIT = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,9 +263,14 @@ def _values(checkpoint: Checkpoint, name: str, precision: str, group: int) -> Fl
 
 def _json(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    if not path.is_file() or path.stat().st_size > _LIMIT:
+    if not os.path.lexists(path):
         return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
+    with plain.explained(path, CheckpointError):
+        data = plain.read_model_file(path)
+    try:
+        found = canonical.loads_foreign(data)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}", fix="repair the base") from None
     return found if isinstance(found, dict) else {}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kilodelta.errors import InputError, OutputError, SignatureError, require
-from kilodelta.files import staging
+from kilodelta.files import plain, staging
 from kilodelta.trust.envelope import SUFFIX
 from kilodelta.trust.policy import Clock
 from kilodelta.trust.statement import MAX_VERSION
@@ -25,6 +26,11 @@ from kilodelta.trust.statement import MAX_VERSION
 WHY = "fetch releases"
 MAX_RELEASE = 1 << 30
 """Bytes of one release that are fetched at most; a `.kd` with a whole head stays far below."""
+MAX_METADATA = 5_000_000
+"""Bytes of one role's metadata: python-tuf fetches no more, and reads what it kept whole."""
+MAX_NAME = 200
+HISTORY = "root_history"
+_ROOT_LINK = re.compile(rf"{HISTORY}/[1-9][0-9]{{0,9}}\.root\.json\Z")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +109,7 @@ def _locked(place: Path) -> Iterator[None]:
     import filelock
 
     try:
+        _require_plain(place)
         for folder in (place, place / "metadata", place / "targets"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with filelock.FileLock(place / ".lock", timeout=0):
@@ -116,6 +123,41 @@ def _locked(place: Path) -> Iterator[None]:
         raise OutputError(
             f"{place} cannot be written: {error.strerror}", fix="give a folder that you can write"
         ) from None
+
+
+def _require_plain(place: Path) -> None:
+    """Refuse what python-tuf would follow, wait for, or read whole in a folder of a stranger.
+
+    It opens names as they are: a link leads it out of the folder, and a pipe makes it wait for
+    ever. The one link that it makes is `root.json`, into its own history.
+
+    Raises:
+        OutputError: a folder or file is of another kind, or metadata are too large.
+    """
+    metadata = place / "metadata"
+    for folder in (place, metadata, metadata / HISTORY, place / "targets"):
+        if os.path.lexists(folder) and not plain.is_folder(folder):
+            raise _foreign(folder, plain.kind(folder))
+    for folder in (metadata, metadata / HISTORY):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path == metadata / HISTORY or _is_root_link(path):
+                continue
+            if not plain.is_file(path):
+                raise _foreign(path, plain.kind(path))
+            if path.lstat().st_size > MAX_METADATA:
+                raise _foreign(path, f"has more than {MAX_METADATA} bytes")
+
+
+def _is_root_link(path: Path) -> bool:
+    return (
+        path.is_symlink()
+        and path.name == "root.json"
+        and _ROOT_LINK.match(os.readlink(path)) is not None
+    )
+
+
+def _foreign(path: Path, what: str) -> OutputError:
+    return OutputError(f"{path} {what}", fix="remove it: the next pull makes it anew")
 
 
 @contextlib.contextmanager
@@ -184,14 +226,18 @@ def _require_fresh(metadata: Path, clock: Clock) -> None:
 
 
 def _newest(targets: Path, task: str, kind: str) -> tuple[str, int] | None:
-    """Name and version of the best release; entries that are not ours are passed over."""
+    """Name and version of the best release; entries that are not ours are passed over.
+
+    A name becomes a file in the client's folder, so one that leads elsewhere is none of ours.
+    """
     from tuf.api.metadata import Metadata
 
     signed: Any = Metadata.from_bytes(targets.read_bytes()).signed
     found = [
         (version, name)
         for name, target in signed.targets.items()
-        if not name.endswith(SUFFIX)
+        if is_file_name(name)
+        and not name.endswith(SUFFIX)
         and name + SUFFIX in signed.targets
         and (version := _fitting(target.unrecognized_fields.get("custom"), task, kind)) is not None
         and target.length <= MAX_RELEASE
@@ -200,6 +246,17 @@ def _newest(targets: Path, task: str, kind: str) -> tuple[str, int] | None:
         return None
     version, name = max(found)
     return name, version
+
+
+def is_file_name(name: str) -> bool:
+    """Return whether a target's name is one plain file name, which a device can write.
+
+    Example:
+        >>> is_file_name("task-7.kd"), is_file_name("../task-7.kd")
+        (True, False)
+    """
+    whole = "/" not in name and "\\" not in name
+    return whole and name.isprintable() and not name.startswith(".") and len(name) <= MAX_NAME
 
 
 def _fitting(custom: Any, task: str, kind: str) -> int | None:
@@ -223,10 +280,13 @@ def _fetch(updater: Any, name: str) -> bool:
         raise SignatureError(f"the mirror lacks {name}", fix="publish again")
     # A pull that was killed after its target had its name has no successor that stages here.
     staging.sweep(Path(updater.target_dir))
-    if updater.find_cached_target(info) is not None:
+    path = Path(updater.target_dir) / name
+    if os.path.lexists(path) and not plain.is_file(path):
+        raise _foreign(path, plain.kind(path))
+    if updater.find_cached_target(info, str(path)) is not None:
         return False
     # python-tuf writes into the file that is there, whoever has it open, and part of one if the
     # disk is full.
-    with staging.new_file(Path(updater.target_dir) / name) as stage:
+    with staging.new_file(path) as stage:
         updater.download_target(info, str(stage))
     return True

@@ -27,6 +27,7 @@ from kilodelta.rehearsal import begin_work
 from kilodelta.trust.envelope import read_signature, signature_path, verify
 from kilodelta.trust.keys import PublicKey, read_private
 from kilodelta.trust.statement import Statement
+from kilodelta.trust.tuf_client import is_file_name
 
 ROLES = ("root", "timestamp", "snapshot", "targets")
 ROOT_DAYS = 365
@@ -120,6 +121,11 @@ def _signer(key: str | os.PathLike[str], password: bytes | None) -> tuple[Any, P
 
 def _release(file: Path, public: PublicKey) -> tuple[Path, Statement]:
     """Read a file's signature and hold it against the bytes at hand, before anything is written."""
+    if not is_file_name(file.name):
+        raise InputError(
+            f"{file.name!r:.200} is no name for a device to write",
+            fix="rename it: printable, at most 200 characters, no dot in front",
+        )
     data = read_signature(file)
     if data is None:
         raise SignatureError(

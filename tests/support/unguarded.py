@@ -132,6 +132,12 @@ GUARDS: Mapping[str, tuple[Guard, ...]] = {
         (f"{_TUF}:BaseFile._verify_hashes", _as(staticmethod(_nothing))),
         (f"{_TUF}:BaseFile._verify_length", _as(staticmethod(_nothing))),
     ),
+    _MIRROR + "test_a_clients_folder_of_a_stranger_leads_nowhere": (
+        ("kilodelta.trust.tuf_client:_require_plain", _as(_nothing)),
+    ),
+    _MIRROR + "test_the_name_of_a_target_leads_nowhere": (
+        ("kilodelta.trust.tuf_client:is_file_name", _as(_true)),
+    ),
     _WORK + "test_the_bundle_limits_the_work_before_it_is_begun": (
         ("kilodelta.format.cost:check", _as(_nothing)),
     ),

@@ -17,12 +17,14 @@ import pytest
 
 pytest.importorskip("tuf")
 pytest.importorskip("cryptography")
+from tuf.api.metadata import Metadata
+
 from kilodelta.errors import InputError, KiloDeltaError, OutputError, SignatureError
 from kilodelta.trust import keygen, sign
 from kilodelta.trust.envelope import write_signature
 from kilodelta.trust.statement import stated
 from kilodelta.trust.tuf_client import Pulled, pull
-from kilodelta.trust.tuf_repository import first_root, publish
+from kilodelta.trust.tuf_repository import _signer, first_root, publish
 from tests.support.mirrors import mirror_of
 
 
@@ -271,3 +273,78 @@ def test_what_a_pull_left_that_was_killed_at_its_end_goes_with_the_next(
     assert got is not None
     assert not got.fetched
     assert sorted(targets.iterdir()) == whole
+
+
+def _to_outside(path: Path, outside: Path) -> None:
+    shutil.rmtree(path)
+    path.symlink_to(outside)
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "put", "words"),
+    [
+        ("metadata", _to_outside, "metadata is a link"),
+        ("targets", _to_outside, "targets is a link"),
+        ("metadata/root_history", _to_outside, "root_history is a link"),
+        ("metadata/timestamp.json", lambda p, _: _pipe(p), r"timestamp\.json is a pipe"),
+        ("metadata/root.json", lambda p, o: _link(p, o / "tmpfile"), r"root\.json is a link"),
+        ("metadata/snapshot.json", lambda p, _: _huge(p), "more than 5000000 bytes"),
+        ("targets/intents-7.kd", lambda p, _: _pipe(p), r"intents-7\.kd is a pipe"),
+        ("targets/intents-7.kd", lambda p, o: _link(p, o / "tmpfile"), r"intents-7\.kd is a link"),
+    ],
+)
+def test_a_clients_folder_of_a_stranger_leads_nowhere(
+    tmp_path: Path, key: Any, served: tuple[Path, str], name: str, put: Any, words: str
+) -> None:
+    publish([release(tmp_path, key, 7)], served[0], key=key.private)
+    assert client(tmp_path, served) is not None
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "tmpfile").write_text("the user's own")
+    put(tmp_path / "client" / name, outside)
+    with pytest.raises(OutputError, match=words):
+        client(tmp_path, served)
+    assert [path.name for path in outside.iterdir()] == ["tmpfile"]
+    assert (outside / "tmpfile").read_text() == "the user's own"
+
+
+def _link(path: Path, target: Path) -> None:
+    path.unlink()
+    path.symlink_to(target)
+
+
+def _huge(path: Path) -> None:
+    os.truncate(path, 5_000_001)
+
+
+@pytest.mark.parametrize(
+    "name", ["../out.kd", "a/b.kd", "/tmp/a.kd", "..\\out.kd", ".out.kd", "a\nb.kd"]
+)
+def test_the_name_of_a_target_leads_nowhere(
+    tmp_path: Path, key: Any, served: tuple[Path, str], name: str
+) -> None:
+    """Whoever holds the mirror's key names the files that a device writes."""
+    publish([release(tmp_path, key, 7)], served[0], key=key.private)
+    file = served[0] / "metadata" / "1.targets.json"
+    metadata: Any = Metadata.from_bytes(file.read_bytes())
+    for old in ("intents-7.kd", "intents-7.kd.sig"):
+        target = metadata.signed.targets.pop(old)
+        target.path = old.replace("intents-7.kd", name)
+        metadata.signed.targets[target.path] = target
+    metadata.sign(_signer(key.private, None)[0])
+    file.write_bytes(metadata.to_bytes())
+    assert client(tmp_path, served) is None
+    assert list((tmp_path / "client" / "targets").iterdir()) == []
+
+
+def test_a_name_that_devices_pass_over_is_not_published(tmp_path: Path, key: Any) -> None:
+    file = release(tmp_path, key, 7)
+    odd = file.rename(tmp_path / ".odd.kd")
+    Path(f"{file}.sig").rename(f"{odd}.sig")
+    with pytest.raises(InputError, match="no name for a device"):
+        publish([odd], tmp_path / "repo", key=key.private)

@@ -102,7 +102,11 @@ def test_a_statement_has_one_spelling_and_numbers_as_text() -> None:
 def test_what_a_quantised_base_is_is_stated_and_left_out_elsewhere() -> None:
     """Devices of 0.2.0 read the statements of every base that they know."""
     assert b"logical" not in STATEMENT.payload()
-    more = {"logical": DIGEST, "beside": DIGEST, "quantisation": "e4m3 128x128, int4 1x32"}
+    more: dict[str, Any] = {
+        "logical": DIGEST,
+        "beside": DIGEST,
+        "quantisation": "e4m3 128x128, int4 1x32",
+    }
     statement = Statement(**FACTS, **more)
     assert parse(statement.payload()) == statement
 
