@@ -75,7 +75,7 @@ def test_the_pins_are_what_a_device_asks_for() -> None:
 def test_a_devices_install_resolves(python: str, processor: str, tmp_path: Path) -> None:
     """By pip itself, from wheels alone; skipped where no index is in reach."""
     done = resolve(python, processor, tmp_path, list(device_wants()))
-    if done.returncode and "No matching distribution found for numpy" in done.stderr:
+    if done.returncode and "connection broken" in done.stderr:
         pytest.skip("no package index is in reach")
     assert done.returncode == 0, done.stderr
     names = {
@@ -158,6 +158,6 @@ def test_the_lock_is_what_the_index_serves(python: str, processor: str, tmp_path
         text=True,
         check=False,
     )
-    if done.returncode and "No matching distribution found" in done.stderr:
+    if done.returncode and "connection broken" in done.stderr:
         pytest.skip("no package index is in reach")
     assert done.returncode == 0, done.stderr

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from kilodelta.errors import InputError
+from kilodelta.files import plain
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.source import CHUNK
 from kilodelta.files.tensor import Bytes
@@ -82,9 +83,7 @@ def write_config(
 def read_json(path: Path) -> dict[str, Any] | None:
     """Read a configuration; None where it is missing, too large or no JSON object."""
     try:
-        with path.open("rb") as file:
-            text = file.read(LIMIT + 1)
-        config = json.loads(text) if len(text) <= LIMIT else None
+        config = json.loads(plain.read_model_file(path, LIMIT))
     except (OSError, ValueError, RecursionError):
         return None
     return config if isinstance(config, dict) else None

@@ -1,4 +1,4 @@
-"""Find the quantised weights of a GGUF file, through the `gguf` package's reader.
+"""Find the quantised weights of a GGUF file, whose types are those that the `gguf` package names.
 
 Names are the file's own (`blk.0.attn_q.weight`); of Llama's queries and keys the rows are in the
 order in which llama.cpp wants them, and stay so.
@@ -6,13 +6,14 @@ order in which llama.cpp wants them, and stay so.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
 
 from kilodelta.errors import CheckpointError, require
 from kilodelta.files.checkpoint import in_name_order
 from kilodelta.files.source import SourceFile
 from kilodelta.files.tensor import RawTensor, TensorInfo
+from kilodelta.grid.gguf_header import GgufTensor, read_header
 from kilodelta.grid.layouts.gguf_blocks import TYPES, GgufBlocks
 from kilodelta.grid.model import QuantisedModel, Stored, described
 
@@ -28,40 +29,64 @@ class GgufSource:
     """The tensors of a GGUF file; blocks come as U8 (rows, bytes of a row).
 
     Raises:
-        CheckpointError: the file is damaged, or of types that the reader does not know.
+        CheckpointError: the file is damaged, or of types that the `gguf` package does not know.
         MissingPackageError: `gguf` is not installed.
     """
 
     def __init__(self, path: Path) -> None:
         gguf = require("gguf", extra="gguf", why=f"read {path}")
         self.file = SourceFile(path)
-        try:
-            tensors = gguf.GGUFReader(path).tensors
-            self._tensors: dict[str, Any] = {tensor.name: tensor for tensor in tensors}
-        except (ValueError, KeyError, IndexError, OSError, OverflowError, TypeError) as problem:
-            raise CheckpointError(
-                f"{path} is no GGUF file that the gguf package reads: {problem}",
-                fix="fetch it again; types that were repacked for one CPU are not portable",
-            ) from None
+        self._tensors = read_header(self.file)
+        self._types: dict[int, tuple[str, int, int]] = {
+            kind.value: (kind.name, *gguf.GGML_QUANT_SIZES[kind])
+            for kind in gguf.GGMLQuantizationType
+        }
+        for name, tensor in self._tensors.items():
+            self._check(name, tensor)
         self.names = in_name_order(self._tensors)
+
+    def _check(self, name: str, tensor: GgufTensor) -> None:
+        if tensor.type not in self._types:
+            raise CheckpointError(
+                f"{self.file.path}: {name!r:.200} is of GGUF's type {tensor.type}, which is not"
+                " known",
+                fix=FIX,
+            )
+        _, weights, _ = self._types[tensor.type]
+        if tensor.shape[-1] % weights:
+            raise CheckpointError(
+                f"{self.file.path}: {name!r:.200} has rows of {tensor.shape[-1]}, no multiple of"
+                f" {weights}",
+                fix=FIX,
+            )
+        end = tensor.begin + self._nbytes(tensor)
+        if end > self.file.size:
+            raise CheckpointError(
+                f"{self.file.path}: {name!r:.200} ends at byte {end} of {self.file.size}",
+                fix="fetch it again",
+            )
+
+    def _nbytes(self, tensor: GgufTensor) -> int:
+        _, weights, nbytes = self._types[tensor.type]
+        return math.prod(tensor.shape) // weights * nbytes
 
     def type_of(self, name: str) -> str:
         """Return GGUF's name of a tensor's type."""
-        return str(self._tensors[name].tensor_type.name)
+        return self._types[self._tensors[name].type][0]
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape in weights, the longest stride first."""
-        return tuple(int(n) for n in reversed(self._tensors[name].shape.tolist()))
+        return self._tensors[name].shape
 
     def offset(self, name: str) -> int:
         """Return the byte of the file at which a tensor's data begin."""
-        return int(self._tensors[name].data_offset)
+        return self._tensors[name].begin
 
     def info(self, name: str) -> TensorInfo:
         kind, shape = self.type_of(name), self.shape_of(name)
         if kind in _PLAIN:
             return TensorInfo(name=name, dtype=_PLAIN[kind], shape=shape)
-        nbytes = int(self._tensors[name].n_bytes)
+        nbytes = self._nbytes(self._tensors[name])
         rows = shape[0] if len(shape) > 1 else 1
         return TensorInfo(name=name, dtype="U8", shape=(rows, nbytes // max(rows, 1)))
 

@@ -6,13 +6,17 @@ A weight's name is its initializer's without what ONNX Runtime's quantisers appe
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kilodelta.errors import CheckpointError, require
+from kilodelta.errors import CheckpointError, KiloDeltaError, one_line, require
+from kilodelta.files import plain
 from kilodelta.files.checkpoint import in_name_order
 from kilodelta.files.dtypes import BY_ONNX_NUMBER
 from kilodelta.files.tensor import RawTensor, TensorInfo
@@ -34,17 +38,15 @@ class OnnxSource:
 
     def __init__(self, path: Path) -> None:
         self._onnx: Any = require("onnx", extra="onnx", why=f"read {path}")
-        try:
+        self.path = path
+        with plain.explained(path, CheckpointError):
+            os.close(plain.open_file(path, follow=True))
+        with _explained(path):
             self.model = self._onnx.load(path, load_external_data=False)
             tensors = self.model.graph.initializer
             self.external = any(tensor.external_data for tensor in tensors)
             if self.external:
                 self._onnx.load_external_data_for_model(self.model, str(path.parent))
-        except Exception as problem:  # protobuf and onnx raise classes of their own
-            raise CheckpointError(
-                f"{path} is no ONNX model that can be read: {problem}",
-                fix="fetch it again, with its external data beside it",
-            ) from None
         self.tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
         self.names = in_name_order(self.tensors)
 
@@ -61,6 +63,10 @@ class OnnxSource:
         return raw.info(name)
 
     def raw(self, name: str) -> RawTensor:
+        with _explained(self.path):
+            return self._raw(name)
+
+    def _raw(self, name: str) -> RawTensor:
         tensor = self.tensors[name]
         kind = self.type_of(name)
         if kind in ("FLOAT8E4M3FN", "FLOAT4E2M1", "INT4", "UINT4", "INT2", "UINT2"):
@@ -99,17 +105,38 @@ def open_onnx(path: Path) -> QuantisedModel:
         MissingPackageError: `onnx` is not installed.
     """
     source = OnnxSource(path)
+    with _explained(path):
+        stored = _stored(source)
+    return described(path, "onnx", {"quant_method": "onnx"}, stored, source)
+
+
+def _stored(source: OnnxSource) -> list[Stored]:
     graph = source.model.graph
-    stored: list[Stored] = []
+    stored: dict[str, Stored] = {}
+    readers = _readers(graph)
     for node in graph.node:
         weight = None
         if node.op_type == "MatMulNBits":
             weight = _matmul(node, source)
         elif node.op_type == "DequantizeLinear":
-            weight = _dequantised(node, source, _readers(graph))
-        if weight is not None and weight.name not in {other.name for other in stored}:
-            stored.append(weight)
-    return described(path, "onnx", {"quant_method": "onnx"}, stored, source)
+            weight = _dequantised(node, source, readers)
+        if weight is not None:
+            stored.setdefault(weight.name, weight)
+    return list(stored.values())
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn any error about a graph that breaks ONNX's rules into a sentence."""
+    try:
+        yield
+    except (KiloDeltaError, MemoryError):
+        raise
+    except Exception as problem:  # protobuf and onnx raise classes of their own
+        raise CheckpointError(
+            f"{path} is no ONNX model that can be read: {one_line(problem)}",
+            fix="fetch it again, with its external data beside it",
+        ) from None
 
 
 def _attributes(node: Any) -> dict[str, Any]:

@@ -6,12 +6,13 @@ What is laid out for one kernel (Marlin, swizzled scales, AWQ's GEMV) is refused
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
 from kilodelta.errors import CheckpointError
+from kilodelta.files.expressions import Expressions
 from kilodelta.files.tensor import TensorInfo
 from kilodelta.grid.layouts.compressed_tensors import Nvfp4Packed, PackQuantized
 from kilodelta.grid.layouts.fp8 import Fp8
@@ -24,6 +25,8 @@ Config = Mapping[str, Any]
 Roles = Mapping[str, TensorInfo]
 """The tensors of one module by the last part of their names."""
 
+_EXPRESSIONS: ContextVar[Expressions] = ContextVar("expressions")
+"""Of the model that is being recognised: all its modules share one budget of time."""
 _CONVERT = "convert it back with the tool that wrote it, or fetch the model in a portable layout"
 _AGAIN = "the checkpoint is incomplete or its configuration is of another one: fetch it again"
 
@@ -49,6 +52,7 @@ def weights(config: Config, source: Source) -> tuple[str, list[Stored]]:
             fix="give the model before quantisation, or quantised by one of them",
         )
     found = []
+    _EXPRESSIONS.set(Expressions("the quantisation configuration", error=CheckpointError))
     for module, roles in _modules(source).items():
         _refuse_prepacked(module, roles)
         weight = reader(module, roles, config, source)
@@ -169,10 +173,7 @@ def _names(target: Any, module: str) -> bool:
         return False
     if not target.startswith("re:"):
         return target == module
-    try:
-        return re.match(target[3:], module) is not None
-    except re.error:
-        return False
+    return _EXPRESSIONS.get().begins(target[3:], target, module)
 
 
 def _refuse_swizzled(scale: TensorInfo | None, plain: Shape) -> None:

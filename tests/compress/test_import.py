@@ -15,9 +15,9 @@ import kilodelta
 from kilodelta.cli import main
 from kilodelta.compress.adapters.conversion import convert_adapter
 from kilodelta.compress.adapters.peft.config import AdapterConfig
-from kilodelta.compress.adapters.peft.expressions import Expressions
 from kilodelta.compress.adapters.peft.targeting import is_targeted
 from kilodelta.errors import BaseMismatchError, CheckpointError, InputError
+from kilodelta.files.expressions import Expressions
 from tests.support import adapters, making, pico
 
 

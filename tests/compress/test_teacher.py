@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -202,7 +203,7 @@ def test_a_cache_of_another_model_is_never_taken(tmp_path: Path) -> None:
         DiskStore(folder, {**index["facts"], "model": "x"}, 10)
 
 
-@pytest.mark.parametrize("damage", ["cut", "bit", "gone", "index", "text"])
+@pytest.mark.parametrize("damage", ["cut", "bit", "gone", "index", "text", "deep", "pipe"])
 def test_a_damaged_cache_is_computed_anew(tmp_path: Path, damage: str) -> None:
     model, rows = words(), some_rows()
     seen = survey(model, rows, Wanted())
@@ -220,8 +221,11 @@ def test_a_damaged_cache_is_computed_anew(tmp_path: Path, damage: str) -> None:
         table = json.loads(index.read_text())
         table["parts"][0]["shapes"]["logits"][0] = [1, 1]
         index.write_text(json.dumps(table))
+    elif damage == "pipe":
+        index.unlink()
+        os.mkfifo(index)
     else:
-        index.write_text("[1, 2")
+        index.write_text("[1, 2" if damage == "text" else "[" * 100_000)
     done: list[int] = []
     teacher, _ = ask(model, rows, seen, lambda e: done.append(e.done), shelf(tmp_path))
     assert done == [10]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,18 @@ def test_codes_are_nearest_by_fractions(kind: Any) -> None:
     found = nearest_codes(kind, quotients)
     wanted = [new_code(kind, 0, 0, 1.0, Fraction(float(q))) for q in quotients]
     assert found.tolist() == wanted
+
+
+@pytest.mark.parametrize("text", ["{", "\ufeff{'a'}", "[" * 100_000, '{"a": ' + "9" * 9999 + "}"])
+def test_a_damaged_configuration_is_a_sentence(tmp_path: Path, text: str) -> None:
+    base = float_folder(tmp_path / "base")
+    (base / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json is not JSON"):
+        quantise_folder(base, tmp_path / "out", next(iter(PRECISIONS)), chosen)
+    (base / "config.json").unlink()
+    os.mkfifo(base / "config.json")
+    with pytest.raises(CheckpointError, match=r"config\.json is a pipe"):
+        quantise_folder(base, tmp_path / "out", next(iter(PRECISIONS)), chosen)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

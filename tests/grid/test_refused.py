@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +206,7 @@ def test_a_type_of_gguf_that_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"blk\.0\.ffn_up\.weight is Q5_0"):
         open_quantised(path)
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(CheckpointError, match="is no GGUF file that the gguf package reads"):
+    with pytest.raises(CheckpointError, match="its header ends"):
         open_quantised(path)
 
 
@@ -224,3 +226,119 @@ def test_a_float_model_is_not_taken_for_a_quantised_one(tmp_path: Path) -> None:
     assert not is_quantised(place)
     (place / "quantize_config.json").write_text(json.dumps(grids.GPTQ))
     assert is_quantised(place)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (r"re:(\w|\w\w|\w\w\w)+[0-9]$", "takes too long to match"),
+        ("re:(", "no regular expression"),
+        ("re:" + "(" * 3000 + ")" * 3000, "no regular expression"),
+    ],
+)
+def test_an_expression_of_a_stranger(tmp_path: Path, target: str, words: str) -> None:
+    pytest.importorskip("regex")
+    config = grids.ct_config()
+    config["config_groups"]["group_0"]["targets"] = [target]
+    name = "a" * 60
+    with pytest.raises(CheckpointError, match=words):
+        read(tmp_path / "m", config, grids.pack_quantized(name, N))
+
+
+def gguf_bytes(*, tensors: int = 0, pairs: int = 0, rest: bytes = b"", version: int = 3) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, pairs) + rest
+
+
+def gguf_text(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+def gguf_value(kind: int, inner: int, count: int) -> bytes:
+    return gguf_text(b"k") + struct.pack("<IIQ", kind, inner, count)
+
+
+def gguf_tensor(*sizes: int, kind: int = 2, begin: int = 0, name: bytes = b"a") -> bytes:
+    form = f"<I{len(sizes)}QIQ"
+    return gguf_text(name) + struct.pack(form, len(sizes), *sizes, kind, begin)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "states 4 bytes"),
+        (b"GGML" + bytes(64), "begins otherwise"),
+        (gguf_bytes(version=3 << 24), "little-endian"),
+        (gguf_bytes(tensors=1000), "its header ends"),
+        (gguf_bytes(pairs=1000), "its header ends"),
+        (gguf_bytes(pairs=1, rest=struct.pack("<Q", 1000)), "its header ends"),
+        # Arrays of more bytes, texts or arrays than follow.
+        *(
+            (
+                gguf_bytes(pairs=1, rest=gguf_text(b"k") + struct.pack("<IIQ", 9, kind, 1000)),
+                words,
+            )
+            for kind, words in (
+                (0, "its header ends"),
+                (8, "its header ends"),
+                (9, "array of type 9"),
+            )
+        ),
+        (gguf_bytes(pairs=1, rest=gguf_text(b"k") + struct.pack("<I", 13)), "value of type 13"),
+        (gguf_bytes(tensors=1, rest=gguf_text(b"\xff")), "not UTF-8"),
+        (gguf_bytes(tensors=2, rest=gguf_tensor(32, 1) * 2), "twice"),
+        (gguf_bytes(tensors=1, rest=gguf_tensor(*[1] * 5)), "5 dimensions"),
+        (gguf_bytes(tensors=1, rest=gguf_tensor(32, 1, kind=999)), "type 999"),
+        (gguf_bytes(tensors=1, rest=gguf_tensor(33, 1)), "rows of 33"),
+        (gguf_bytes(tensors=1, rest=gguf_tensor(1 << 20, 1 << 20)), "ends at byte"),
+        (gguf_bytes(tensors=1, rest=gguf_tensor(32, 1, begin=1 << 40)), "ends at byte"),
+    ],
+)
+def test_a_damaged_gguf_file_is_a_sentence(tmp_path: Path, data: bytes, words: str) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(CheckpointError, match=words):
+        open_quantised(tmp_path / "m.gguf")
+
+
+def _external_pipe(place: Path) -> None:
+    import onnx
+
+    grids.matmul_graph(place, {"a": N})
+    model = onnx.load(place)
+    onnx.save(model, place, save_as_external_data=True, location="a.data", size_threshold=0)
+    (place.parent / "a.data").unlink()
+    os.mkfifo(place.parent / "a.data")
+
+
+def _damaged(change: Any) -> Any:
+    def write(place: Path) -> None:
+        import onnx
+
+        model = onnx.load(grids.matmul_graph(place, {"a": N}))
+        change(model.graph)
+        onnx.save(model, place)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        os.mkfifo,
+        _external_pipe,
+        _damaged(lambda graph: graph.node[0].ClearField("input")),
+        _damaged(lambda graph: graph.node[0].ClearField("attribute")),
+        _damaged(lambda graph: graph.initializer[0].dims.append(-1)),
+        _damaged(lambda graph: graph.initializer[0].ClearField("data_type")),
+        _damaged(lambda graph: setattr(graph.initializer[1], "raw_data", b"123")),
+    ],
+)
+def test_a_graph_that_breaks_the_rules_is_a_sentence(tmp_path: Path, write: Any) -> None:
+    pytest.importorskip("onnx")
+    write(tmp_path / "m.onnx")
+    with pytest.raises(CheckpointError):
+        _read(tmp_path / "m.onnx")
+
+
+def _read(place: Path) -> None:
+    open_quantised(place).identity(threads=1)

@@ -9,9 +9,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from kilodelta.compress.adapters.peft.expressions import Expressions
 from kilodelta.errors import CheckpointError, InputError
 from kilodelta.files import canonical, plain
+from kilodelta.files.expressions import Expressions
 
 CONFIG = "adapter_config.json"
 LIMIT = 1 << 20

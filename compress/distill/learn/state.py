@@ -63,7 +63,7 @@ def load(path: Path, facts: Facts) -> dict[str, Any]:
     with explained(path):
         found: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     whole = isinstance(found, dict) and found.keys() >= _FIELDS
-    if not whole or found["version"] != VERSION:
+    if not whole or found["version"] != VERSION or not isinstance(found["facts"], dict):
         raise InputError(
             f"{path} is no state of a run that this kilodelta wrote",
             fix="start without --resume, and with --force",

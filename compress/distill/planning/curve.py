@@ -14,7 +14,7 @@ from kilodelta.compress.distill.options import Options
 from kilodelta.compress.distill.planning.picture import picture
 from kilodelta.compress.distill.report import Report, Size
 from kilodelta.errors import InputError, OutputError
-from kilodelta.files import staging
+from kilodelta.files import plain, staging
 from kilodelta.progress import Event, Progress
 
 TABLE, PICTURE = "curve.json", "curve.svg"
@@ -236,9 +236,9 @@ def _beside_of(folder: Path) -> tuple[Size, ...]:
 def _points_of(folder: Path) -> dict[int, tuple[Point, dict[str, Any]]]:
     """Read the points of an earlier run by budget, each with what the curve says of all."""
     try:
-        table = json.loads((folder / TABLE).read_text(encoding="utf-8"))
+        table = json.loads(plain.read(folder / TABLE, plain.JSON_LIMIT))
         general = {key: table[key] for key in ("kind", "base_agreement", "tuned_bytes")}
         points = [Point(**{**p, "warnings": tuple(p["warnings"])}) for p in table["sizes"]]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return {}
     return {point.budget: (point, general) for point in points}

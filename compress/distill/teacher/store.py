@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kilodelta.errors import InputError, OutputError
-from kilodelta.files import staging
+from kilodelta.files import plain, staging
 
 VERSION = 1
 INDEX = "teacher.json"
@@ -159,9 +159,9 @@ def _write_part(folder: Path, rows: Mapping[int, Row]) -> dict[str, Any]:
 def _read_index(folder: Path, facts: Facts) -> Iterable[Any]:
     """Return the parts that a folder lists, none where it is new or its index is damaged."""
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = json.loads(plain.read(folder / INDEX, plain.INDEX_LIMIT))
         version, other, parts = index["version"], dict(index["facts"]), list(index["parts"])
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return ()
     differing = [key for key in {**other, **facts} if other.get(key) != facts.get(key)]
     if differing or version != VERSION:
@@ -181,7 +181,7 @@ def _name(value: Any) -> str:
 
 def _sha256(path: Path) -> str:
     state = hashlib.sha256()
-    with path.open("rb") as file:
+    with plain.open_reader(path) as file:
         while piece := file.read(PART):
             state.update(piece)
     return state.hexdigest()
