@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 pytest.importorskip("cryptography")
 pytest.importorskip("securesystemslib")
+from kilodelta.cli import main
 from kilodelta.device import apply, pull, release, status, trust
 from kilodelta.device.make.signing import Signing, sign_release
 from kilodelta.device.update.trust import pins_from, write_pins
@@ -69,6 +71,20 @@ def test_what_a_pinned_key_signed_is_served(team: Team) -> None:
     assert seen.to_json()["trust"]["task"] == "intents"
     proved = [e for e in seen.history if e["event"] == "proved"]
     assert proved[-1]["signed_by"] == list(done.signed_by)
+
+
+def test_a_device_without_keys_says_that_it_takes_unsigned_files(team: Team) -> None:
+    (team.device / "trust.json").unlink()
+    file = team.release(7)
+    told = [
+        CliRunner().invoke(main, [*command, str(team.device), *more])
+        for command, more in ((["apply"], [str(file)]), (["status"], []))
+    ]
+    assert [one.exit_code for one in told] == [0, 0]
+    assert "unsigned" in told[0].stdout
+    assert "unsigned" in told[1].stdout
+    proved = [e for e in status(team.device).history if e["event"] == "proved"]
+    assert proved[-1]["signed_by"] == []
 
 
 @pytest.mark.parametrize(
