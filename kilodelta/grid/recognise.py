@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from kilodelta.errors import CheckpointError
-from kilodelta.files.expressions import Expressions
+from kilodelta.expressions import Expressions
 from kilodelta.files.tensor import TensorInfo
 from kilodelta.grid.layouts.compressed_tensors import Nvfp4Packed, PackQuantized
 from kilodelta.grid.layouts.fp8 import Fp8

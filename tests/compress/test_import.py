@@ -17,7 +17,7 @@ from kilodelta.compress.adapters.conversion import convert_adapter
 from kilodelta.compress.adapters.peft.config import AdapterConfig
 from kilodelta.compress.adapters.peft.targeting import is_targeted
 from kilodelta.errors import BaseMismatchError, CheckpointError, InputError
-from kilodelta.files.expressions import Expressions
+from kilodelta.expressions import Expressions
 from tests.support import adapters, making, pico
 
 

@@ -18,7 +18,7 @@ from kilodelta.compress.adapters import import_adapter
 from kilodelta.compress.adapters.peft.config import AdapterConfig
 from kilodelta.compress.adapters.peft.targeting import is_targeted
 from kilodelta.errors import BaseMismatchError, InputError, KiloDeltaError
-from kilodelta.files.expressions import MAX_TEXT, Expressions
+from kilodelta.expressions import MAX_TEXT, Expressions
 from tests.support import adapters, pico
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kilodelta.errors import CheckpointError, InputError
+from kilodelta.expressions import Expressions
 from kilodelta.files import canonical, plain
-from kilodelta.files.expressions import Expressions
 
 CONFIG = "adapter_config.json"
 LIMIT = 1 << 20
