@@ -43,7 +43,9 @@ class Options:
         inputs: a batch to trace with.
         outputs: names or globs of the outputs to export.
         max_work: the most operations that the file may ask for; by default what suits the base.
-        kv_cache: export a causal language model with its cache, for ONNX Runtime GenAI.
+        kv_cache: export a causal language model with its cache, for ONNX Runtime GenAI, or the
+            decoder of an encoder-decoder with its.
+        served: the artefacts go into a Triton repository as well.
         force: replace an earlier export.
     """
 
@@ -61,6 +63,7 @@ class Options:
     outputs: tuple[str, ...] = ()
     max_work: float | None = None
     kv_cache: bool = False
+    served: bool = False
     force: bool = False
 
 

@@ -122,10 +122,12 @@ def export(
         model: `package.module:function` that builds the module.
         config: a folder with the tuned model's config.json.
         inputs: a batch to trace with, as `kilodelta.models.read_inputs` takes it, where the model
-            does not say what its inputs look like.
+            does not say what its inputs look like. An encoder-decoder becomes one graph by them,
+            and an encoder and a decoder without.
         outputs: names or globs of the outputs to export; by default all that the model declares.
         kv_cache: export a causal language model as one graph for prompts and single steps, its
-            cache as inputs and outputs, with the files that ONNX Runtime GenAI reads beside it.
+            cache as inputs and outputs, with the files that ONNX Runtime GenAI reads beside it; of
+            an encoder-decoder, which is exported as two graphs, give the decoder such a cache.
         triton: a Triton model repository that gets the artefacts as its next version as well.
         max_work: the most operations that the file may ask for; by default what suits the base's
             size.
@@ -160,6 +162,7 @@ def export(
         outputs=listed(outputs),
         max_work=max_work,
         kv_cache=kv_cache,
+        served=triton is not None,
         force=force,
     )
     if kv_cache:
@@ -232,12 +235,11 @@ def _export(
         made = _make(checkpoint, tuned, maker, out)
         manifest = _manifest(tuned, delta, options, made)
         artefacts.write(manifest, stage)
-    dropped = () if options.onnx else options.dtypes
     return Exported(
         path=out,
         manifest=manifest,
         seconds=maker.seconds,
-        not_kept=tuple(f"model.{short(dtype)}.onnx" for dtype in dropped),
+        not_kept=tuple(maker.dropped),
         notes=tuple(dict.fromkeys(maker.notes)),
         triton=None,
     )

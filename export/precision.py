@@ -1,4 +1,4 @@
-"""Make one model in one precision: an ONNX file, and an engine."""
+"""Make one model in one precision: ONNX files, and engines."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from kilodelta.errors import InputError
 from kilodelta.export.decoder.genai import write_genai
 from kilodelta.export.decoder.template import cached_template
 from kilodelta.export.manifest.artefacts import file_fact
@@ -18,9 +19,11 @@ from kilodelta.export.onnx.make import export_template
 from kilodelta.export.onnx.save import save
 from kilodelta.export.onnx.template import Template, fill_template
 from kilodelta.export.options import Options, short
+from kilodelta.export.seq2seq.halves import half_templates
 from kilodelta.export.tensorrt import build
 from kilodelta.files import staging
 from kilodelta.models import Batch, LoadedModel
+from kilodelta.models.generation.seq2seq import is_seq2seq
 from kilodelta.progress import Event, Progress
 
 log = logging.getLogger(__name__)
@@ -38,6 +41,7 @@ class Maker:
         progress: called while work goes on.
         seconds: how long each part took, filled as work goes on.
         notes: sentences on what is fixed, filled as work goes on.
+        dropped: ONNX files that engines were built from alone, filled as work goes on.
     """
 
     options: Options
@@ -47,6 +51,7 @@ class Maker:
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
 
     def make(
         self, loaded: LoadedModel, batch: Batch | None, weights: Path, dtype: str
@@ -63,31 +68,60 @@ class Maker:
             ExportError: the model cannot be exported, or an engine not be built.
             InputError: a profile does not fit the model.
         """
-        template = self._trace(loaded, batch, dtype)
+        return [
+            artefact
+            for name, template in self._trace(loaded, batch, dtype).items()
+            for artefact in self._made(loaded, template, weights, f"{name}.{short(dtype)}.onnx")
+        ]
+
+    def _made(
+        self, loaded: LoadedModel, template: Template, weights: Path, name: str
+    ) -> list[Artefact]:
+        """Write one graph with its weights, and build its engine."""
         self.notes.extend(template.notes)
-        name = f"model.{short(dtype)}.onnx"
         if self.options.onnx:
             onnx = self._write(template, weights, self.stage / name)
-            if self.options.kv_cache:
+            if self.options.kv_cache and not is_seq2seq(loaded):
                 beside = write_genai(self.stage / name, template, loaded, weights)
                 onnx = replace(onnx, files=(*onnx.files, *map(file_fact, beside)))
             engines = [self._build(template, self.stage / name, onnx)] if self.trt else []
             return [onnx, *engines]
+        self.dropped.append(name)
         with staging.scratch(weights) as folder:  # beside the weights there is room for a model
             onnx = self._write(template, weights, folder / name)
             return [self._build(template, folder / name, onnx)]
 
-    def _trace(self, loaded: LoadedModel, batch: Batch | None, dtype: str) -> Template:
+    def _trace(self, loaded: LoadedModel, batch: Batch | None, dtype: str) -> dict[str, Template]:
+        """Make the graphs, by what the names of their files begin with."""
         stage = f"trace {short(dtype)}"
         self.progress(Event(stage=stage, done=0, total=1, unit="models"))
         with self.timed(stage):
-            sizes = self.options.sizes
-            if self.options.kv_cache:
-                template = cached_template(loaded, dtype=dtype, sizes=sizes)
-            else:
-                template = export_template(loaded, batch, dtype=dtype, sizes=sizes)
+            graphs = self._graphs(loaded, batch, dtype)
         self.progress(Event(stage=stage, done=1, total=1, unit="models"))
-        return template
+        return graphs
+
+    def _graphs(self, loaded: LoadedModel, batch: Batch | None, dtype: str) -> dict[str, Template]:
+        sizes, cached = self.options.sizes, self.options.kv_cache
+        if batch is None and is_seq2seq(loaded):
+            self._check_halves(loaded)
+            return half_templates(loaded, cached=cached, dtype=dtype, sizes=sizes)
+        if cached:
+            return {"model": cached_template(loaded, dtype=dtype, sizes=sizes)}
+        return {"model": export_template(loaded, batch, dtype=dtype, sizes=sizes)}
+
+    def _check_halves(self, loaded: LoadedModel) -> None:
+        """Refuse what an encoder and a decoder apart cannot be combined with."""
+        what = f"{type(loaded.module).__name__} is exported as an encoder and a decoder"
+        if self.options.outputs:
+            raise InputError(
+                f"{what}, whose outputs cannot be chosen",
+                fix="leave --outputs out, or give --inputs: the whole model is then one graph",
+            )
+        if self.options.served:
+            raise InputError(
+                f"{what}, and Triton would serve each alone",
+                fix="leave --triton out, or give --inputs: the whole model is then one graph",
+            )
 
     def _write(self, template: Template, weights: Path, path: Path) -> Artefact:
         external = self.options.external or None  # None: only where one file cannot hold them

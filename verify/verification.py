@@ -264,10 +264,6 @@ def _check_generation(options: VerifyOptions) -> None:
             "--generate compares with the merged model alone",
             fix="leave --against and --labels out",
         )
-    if not str(options.inputs).endswith((".jsonl", ".txt")):
-        raise InputError(
-            f"{options.inputs} is no file of prompts", fix="give a .jsonl or .txt file"
-        )
 
 
 def _located(base: _Path) -> Path:

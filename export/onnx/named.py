@@ -54,10 +54,10 @@ def named_graph(
         ExportError: torch cannot trace it, or a weight does not stay itself.
     """
     precision = getattr(torch, dtype)
-    twin = make_twin(loaded.module, precision)
+    twin = make_twin(loaded.module, precision, loaded.computed)
     batch = {n: t.to(precision) if t.is_floating_point() else t for n, t in shown.items()}
     raw = trace(view(twin), batch, axes)
-    claimed = claim(raw, twin)
+    claimed = claim(raw, twin, loaded.computed)
     clean(raw.model)
     require_kept(raw.model, claimed, claimed.keys() & raw.used)
     named = _by_checkpoint_name(loaded, twin, claimed)

@@ -8,7 +8,7 @@ any later pass: a weight either stays itself, or its absence shows.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,23 +18,30 @@ from kilodelta.errors import ExportError
 from kilodelta.export.onnx.trace import Trace
 from kilodelta.files.tying import first_names, untied
 from kilodelta.models import experts, twin
+from kilodelta.models.quiet import quiet
 
 _FIX = "export with the versions in constraints.txt, or report the model's architecture"
 
 
-def make_twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def make_twin(module: nn.Module, dtype: torch.dtype, computed: Collection[str] = ()) -> nn.Module:
     """Copy a module into another precision, its weights unique random values.
 
     Attention is written out ("eager"): fused attention exports into guards against rows without
     any token, which keep TensorRT from recognising it. Tensors outside the state dict (rotary
     frequencies) keep float32.
+
+    Args:
+        module: the module.
+        dtype: of the copy's floats.
+        computed: state names of constants that no checkpoint holds; their values stay.
     """
     copied = copy.deepcopy(module)
     if hasattr(copied, "set_attn_implementation"):
-        copied.set_attn_implementation("eager")  # type: ignore[operator]
+        with quiet():  # parts that cannot change it are written out anyway
+            copied.set_attn_implementation("eager")  # type: ignore[operator]
     experts.use(copied, experts.EXPORTED)
     cast(copied, dtype)
-    state = distinct(copied)
+    state = {n: t for n, t in distinct(copied).items() if n not in computed}
     values = twin.unique({name: (tuple(t.shape), t.dtype) for name, t in state.items()})
     for name, tensor in state.items():
         tensor.copy_(values[name])
@@ -54,12 +61,13 @@ def distinct(module: nn.Module) -> dict[str, Tensor]:
     return untied(module.state_dict())
 
 
-def claim(trace: Trace, module: nn.Module) -> dict[str, list[Any]]:
+def claim(trace: Trace, module: nn.Module, computed: Collection[str] = ()) -> dict[str, list[Any]]:
     """Find the weights among a raw graph's initializers, and take their values away.
 
     Args:
         trace: of a twin.
         module: that twin.
+        computed: state names of constants, which stay in the graph with their values.
 
     Returns:
         state name to `onnx_ir.Value`s, more than one where tied tensors were exported twice.
@@ -67,14 +75,15 @@ def claim(trace: Trace, module: nn.Module) -> dict[str, list[Any]]:
     Raises:
         ExportError: a weight that the outputs depend on is not there, or not in its layout.
     """
-    state = distinct(module)
+    state = {n: t for n, t in distinct(module).items() if n not in computed}
     by_content = {twin.content_of(tensor): name for name, tensor in state.items()}
     values_of: dict[str, list[Any]] = {}
     for value in trace.model.graph.initializers.values():
         name = by_content.get(twin.content(value.const_value.numpy()))
         if name is not None:
             values_of.setdefault(name, []).append(value)
-    _require_all(_first_names(module, trace.used) - values_of.keys(), trace, state)
+    lost = _first_names(module, trace.used) - values_of.keys() - set(computed)
+    _require_all(lost, trace, state)
     for values in values_of.values():
         for value in values:
             value.const_value = None

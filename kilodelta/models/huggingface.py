@@ -37,7 +37,7 @@ from kilodelta.models.loaded import Kind, LoadedModel
 from kilodelta.models.pooling import read_max_length, read_pooling
 from kilodelta.models.quiet import quiet
 from kilodelta.models.stacked import unstack
-from kilodelta.models.twin import match, unfilled, unique_views
+from kilodelta.models.twin import computed, match, unfilled, unique_views
 from kilodelta.models.weights import TORCH, MappedCheckpoint, place
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
@@ -77,7 +77,8 @@ def open_folder(
         module, names = _load(kind, config, checkpoint, dtype)
     maps = MappedCheckpoint(checkpoint) if mapped else None
     place(module, checkpoint, names, maps)
-    missing = unfilled(module, names)
+    own = computed(module, names)
+    missing = tuple(name for name in unfilled(module, names) if name not in own)
     if weights is None and missing:
         raise CheckpointError(
             f"{checkpoint.path} lacks {_some(missing)}, which {kind.__name__} needs",
@@ -90,6 +91,7 @@ def open_folder(
         kind=_kind(module),
         names=MappingProxyType(names),
         missing=missing,
+        computed=own,
         unused=tuple(name for name in checkpoint.names if name not in names),
         tokenizer=tokenizer,
         max_length=_max_length(folder, module, tokenizer),
@@ -255,6 +257,7 @@ def _combined(module: nn.Module, names: Mapping[str, str], report: Mapping[str, 
     state = module.state_dict()
     reached = {memory_of(state[place]) for place in names.values()}
     absent = {_name(entry) for key in ("missing_keys", "mismatched_keys") for entry in report[key]}
+    absent |= set(computed(module, names))
     return [
         place
         for place, tensor in state.items()

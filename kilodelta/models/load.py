@@ -16,7 +16,7 @@ from kilodelta.models.entry import call_entry, is_entry
 from kilodelta.models.hub import is_hub_name, locate
 from kilodelta.models.inputs.examples import longest_text
 from kilodelta.models.loaded import LoadedModel
-from kilodelta.models.twin import unfilled
+from kilodelta.models.twin import computed, unfilled
 from kilodelta.models.weights import fill
 
 
@@ -86,12 +86,14 @@ def _open_function(
 def _loaded(
     spec: str, module: nn.Module, names: dict[str, str], unused: tuple[str, ...] = ()
 ) -> LoadedModel:
+    own = computed(module, names)
     return LoadedModel(
         source=spec,
         module=module,
         kind="any",
         names=MappingProxyType(names),
-        missing=unfilled(module, names),
+        missing=tuple(place for place in unfilled(module, names) if place not in own),
+        computed=own,
         unused=unused,
         max_length=longest_text(module),
     )

@@ -47,6 +47,9 @@ class LoadedModel:
     missing: tuple[str, ...] = ()
     """State names that no checkpoint tensor filled (a new head): random values, from seed 0."""
 
+    computed: tuple[str, ...] = ()
+    """State names that no checkpoint holds since the class computes them (Marian's positions)."""
+
     unused: tuple[str, ...] = ()
     """Checkpoint names that the module has no place for."""
 

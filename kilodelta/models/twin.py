@@ -161,6 +161,15 @@ def match(twin: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, 
     return matched
 
 
+def computed(module: nn.Module, names: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the state names that no file holds since their class computes and never saves them.
+
+    Marian's sinusoidal positions are such; transformers lists them as `_keys_to_ignore_on_save`.
+    """
+    unsaved = getattr(module, "_keys_to_ignore_on_save", None) or ()
+    return tuple(place for place in unfilled(module, names) if place in unsaved)
+
+
 def unfilled(module: nn.Module, names: Mapping[str, str]) -> tuple[str, ...]:
     """State names of the floating tensors that none of `names` reaches, not even through a tie."""
     state = module.state_dict()

@@ -39,6 +39,8 @@ NOT_RUN = {
     ("add_a_method.md", ""): "tests/format/test_add_a_method.py executes this page",
     ("decoders.md", "kilodelta "): "a real decoder: tests/export/test_decoder.py does it, tiny",
     ("decoders.md", "import onnxruntime_genai"): "the same test, by the same package",
+    ("encoder-decoders.md", "kilodelta "): "a real Whisper: tests/export/test_seq2seq.py, tiny",
+    ("encoder-decoders.md", "import numpy"): "the same test, by HalvesWriter",
     ("compress.md", "kilodelta plan BASE TUNED"): "minutes; tests/compress/test_plan.py",
     ("demo.md", ""): "minutes, on a real model: tests/demo holds every command of it",
     ("export.md", "error: "): "messages; tests/export/test_tensorrt.py holds them",

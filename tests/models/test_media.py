@@ -15,6 +15,7 @@ from kilodelta.format.methods import Nola
 from kilodelta.models import open_model, read_inputs
 from kilodelta.models.media.sounds import resample
 from tests.support import pico
+from tests.support.seq2seq import t5, whisper
 
 Image = pytest.importorskip("PIL.Image")
 soundfile = pytest.importorskip("soundfile")
@@ -29,52 +30,6 @@ def vit(folder: Path) -> Path:
     pico.vit(folder)
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
     return folder
-
-
-def whisper(folder: Path) -> Path:
-    """A Whisper that hears one second, with its feature extractor and a tokenizer."""
-    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
-
-    config = WhisperConfig(
-        vocab_size=pico.VOCABULARY,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=24,
-        decoder_ffn_dim=24,
-        num_mel_bins=8,
-        max_source_positions=50,
-        max_target_positions=20,
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=3,
-        decoder_start_token_id=2,
-        begin_suppress_tokens=None,
-        suppress_tokens=None,
-    )
-    pico.save(lambda: WhisperForConditionalGeneration(config), folder, tokens=True)
-    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder)
-    return folder
-
-
-def t5(folder: Path) -> Path:
-    """An encoder-decoder with a tokenizer."""
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(
-        vocab_size=pico.VOCABULARY,
-        d_model=16,
-        d_kv=8,
-        d_ff=24,
-        num_layers=1,
-        num_heads=2,
-        pad_token_id=0,
-        eos_token_id=3,
-        decoder_start_token_id=0,
-    )
-    return pico.save(lambda: T5ForConditionalGeneration(config), folder, tokens=True)
 
 
 def picture(

@@ -21,13 +21,17 @@ from kilodelta.export.manifest.facts import Artefact
 from kilodelta.models import LoadedModel
 from kilodelta.models.generation.cache import PAST
 from kilodelta.models.generation.prompts import Prompt, read_prompts
+from kilodelta.models.generation.seq2seq import DECODER, is_seq2seq
+from kilodelta.models.generation.source_prompts import read_sources
 from kilodelta.models.generation.special_tokens import special_tokens
 from kilodelta.progress import Event, Progress
+from kilodelta.verify.generation.halves_writer import HalvesWriter
 from kilodelta.verify.generation.writers import GenaiWriter, OnnxWriter, Writer, Written
 from kilodelta.verify.options import Subject, VerifyOptions
 from kilodelta.verify.parity.bench import precision_of
 from kilodelta.verify.parity.cases import Case
 from kilodelta.verify.parity.gate import limit
+from kilodelta.verify.parity.halves import Halves, joined
 from kilodelta.verify.parity.judge import judge
 from kilodelta.verify.parity.metrics import compare
 from kilodelta.verify.parity.models import ModelPair, open_pair
@@ -59,22 +63,23 @@ def compare_generation(subject: Subject, options: VerifyOptions, progress: Progr
         InputError: the prompts cannot be read, or no artefact has a cache.
         ProofError: base and merged model give the same logits on these texts.
     """
-    exported = () if subject.export is None else subject.export.artefacts
-    decoders = [a for a in exported if has_cache(a) and a.engine is None]
-    if not decoders or subject.folder is None:
+    exported = () if subject.export is None else joined(subject.export.artefacts)
+    writing = [a for a in exported if can_write(a) and a.engine is None]
+    if not writing or subject.folder is None:
         raise InputError(
             "there is no decoder with a cache to write anything",
             fix="give an export made with --kv-cache, or leave --generate out",
         )
+    spec = str(options.inputs)
+    if not any(isinstance(a, Halves) for a in writing) and not spec.endswith((".jsonl", ".txt")):
+        raise InputError(f"{spec} is no file of prompts", fix="give a .jsonl or .txt file")
     pair = open_pair(subject, options, progress)
-    prompts = read_prompts(
-        str(options.inputs), pair.merged, field=options.field, limit=options.limit or PROMPTS
-    )
     end = special_tokens(pair.merged, subject.base.folder).end
+    prompts = _prompts(pair.merged, options, end)
     bench = _Bench(pair, prompts, options.generate or 1, end, options, progress)
     results = [
         bench.judge(writer, artefact)
-        for artefact in decoders
+        for artefact in writing
         for writer in _writers(subject.folder, artefact)
     ]
     return Report(
@@ -85,8 +90,22 @@ def compare_generation(subject: Subject, options: VerifyOptions, progress: Progr
     )
 
 
-def _writers(folder: Path, artefact: Artefact) -> list[Writer]:
-    writers: list[Writer] = [OnnxWriter(folder / artefact.file)]
+def can_write(artefact: Artefact) -> bool:
+    """Return whether an artefact writes texts: with a cache, or as an encoder and a decoder."""
+    return isinstance(artefact, Halves) or has_cache(artefact)
+
+
+def _prompts(merged: LoadedModel, options: VerifyOptions, end: Sequence[int]) -> list[Prompt]:
+    spec, limit = str(options.inputs), options.limit or PROMPTS
+    if is_seq2seq(merged):
+        return read_sources(spec, merged, end=end, field=options.field, limit=limit)
+    return read_prompts(spec, merged, field=options.field, limit=limit)
+
+
+def _writers(folder: Path, artefact: Artefact) -> list[Writer | HalvesWriter]:
+    if isinstance(artefact, Halves):
+        return [HalvesWriter(folder / artefact.encoder.file, folder / artefact.decoder.file)]
+    writers: list[Writer | HalvesWriter] = [OnnxWriter(folder / artefact.file)]
     if any(file.file == CONFIG for file in artefact.files):
         writers.append(GenaiWriter(folder))
     return writers
@@ -108,7 +127,7 @@ class _Bench:
         self._options, self._progress = options, progress
         self._references: dict[tuple[tuple[int, ...], ...], Reference] = {}
 
-    def judge(self, writer: Writer, artefact: Artefact) -> Result:
+    def judge(self, writer: Writer | HalvesWriter, artefact: Artefact) -> Result:
         """Let one runtime write all texts, and judge them."""
         precision = precision_of(artefact)
         failed = Result(artefact=artefact.file, runner=writer.name, precision=precision)
@@ -128,7 +147,7 @@ class _Bench:
         )
         return replace(result, checks=(*result.checks, *self._texts(written, reference, result)))
 
-    def _write(self, writer: Writer, prompt: Prompt) -> Written:
+    def _write(self, writer: Writer | HalvesWriter, prompt: Prompt) -> Written:
         self._progress(
             Event(
                 stage="write",
@@ -139,7 +158,10 @@ class _Bench:
             )
         )
         room = _room(self._pair.merged, len(prompt.ids))
-        return writer.write(prompt.ids, min(self._most, room), self._end)
+        most = min(self._most, room)
+        if isinstance(writer, HalvesWriter):
+            return writer.write(prompt.ids, most, self._end, prompt.source)
+        return writer.write(prompt.ids, most, self._end)
 
     def _reference(self, written: Sequence[Written]) -> Reference:
         key = tuple(text.fed for text in written)
@@ -149,7 +171,10 @@ class _Bench:
                 self._pair.base.view(),
                 outputs=("logits",),
                 scores=("logits",),
-                cases=[_case(n, text) for n, text in enumerate(written, 1)],
+                cases=[
+                    _case(n, text, prompt)
+                    for n, (text, prompt) in enumerate(zip(written, self._prompts, strict=True), 1)
+                ],
                 device=self._options.device,
                 progress=self._progress,
             )
@@ -201,8 +226,12 @@ def _room(merged: LoadedModel, prompt: int) -> int:
     return 1 << 20 if merged.max_length is None else max(1, merged.max_length - prompt)
 
 
-def _case(number: int, text: Written) -> Case:
+def _case(number: int, text: Written, prompt: Prompt) -> Case:
+    """A finished text as the whole model takes it."""
     ids = np.array([text.fed], np.int64)
+    if prompt.source:
+        read = {name: tensor.numpy() for name, tensor in prompt.source.items()}
+        return Case(name=f"text {number}", batch={**read, DECODER: ids})
     return Case(
         name=f"text {number}", batch={"input_ids": ids, "attention_mask": np.ones_like(ids)}
     )

@@ -55,6 +55,73 @@ class Writer(Protocol):
         """
 
 
+def open_session(path: Path) -> Any:
+    """Open an `onnxruntime.InferenceSession` on the CPU, or return the error that says why not.
+
+    Raises:
+        ProofError: the file is no valid model.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        return MissingPackageError(
+            "onnxruntime is needed to run ONNX models",
+            fix="in a clone of kilodelta: pip install '.[cpu]'",
+        )
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4  # what fails is raised as well
+    try:
+        return onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's own classes share no other base
+        if "NOT_IMPLEMENTED" in str(error):  # no kernel of this precision, as for bfloat16
+            return UnavailableError(
+                f"ONNX Runtime cannot run it on a CPU: {one_line(error)}",
+                fix="run it on a GPU, or export --dtype fp32",
+            )
+        raise ProofError(
+            f"{path.name} is not a valid model: {one_line(error)}",
+            fix="export again, or fetch the file again",
+        ) from error
+
+
+def write_greedily(
+    step: Callable[[Sequence[int], int], NDArray[Any]],
+    ids: Sequence[int],
+    most: int,
+    end: Sequence[int],
+) -> Written:
+    """Continue a prompt by the most likely token, until an end token or `most`.
+
+    Args:
+        step: takes new tokens and how many there are with those before, and returns the scores
+            after each of the new ones, `(new, vocabulary)`.
+        ids: the prompt.
+        most: how many tokens to write at most.
+        end: tokens that end a text.
+
+    Raises:
+        ProofError: a step fails.
+    """
+    fed: list[int] = []
+    chosen: list[int] = []
+    new, rows = list(ids), []
+    while True:
+        fed += new
+        try:
+            rows.append(step(new, len(fed)))
+        except Exception as error:  # ONNX Runtime's own classes share no other base
+            raise ProofError(
+                f"ONNX Runtime stops at token {len(fed)}: {one_line(error)}", fix="export again"
+            ) from error
+        chosen.append(int(rows[-1][-1].argmax()))
+        if chosen[-1] in end or len(chosen) == most:
+            break
+        new = [chosen[-1]]
+    return Written(
+        fed=tuple(fed), start=len(ids), chosen=tuple(chosen), logits=np.concatenate(rows)
+    )
+
+
 class OnnxWriter:
     """ONNX Runtime on a CPU, fed token by token.
 
@@ -70,55 +137,24 @@ class OnnxWriter:
 
     def available(self) -> KiloDeltaError | None:
         """Open a session; return None, or why there is none; see `Writer`."""
-        try:
-            import onnxruntime
-        except ImportError:
-            return MissingPackageError(
-                "onnxruntime is needed to run ONNX models",
-                fix="in a clone of kilodelta: pip install '.[cpu]'",
-            )
-        settings = onnxruntime.SessionOptions()
-        settings.log_severity_level = 4  # what fails is raised as well
-        try:
-            self._session = onnxruntime.InferenceSession(
-                self._path, settings, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime's own classes share no other base
-            if "NOT_IMPLEMENTED" in str(error):  # no kernel of this precision, as for bfloat16
-                return UnavailableError(
-                    f"ONNX Runtime cannot run it on a CPU: {one_line(error)}",
-                    fix="run it on a GPU, or export --dtype fp32",
-                )
-            raise ProofError(
-                f"{self._path.name} is not a valid model: {one_line(error)}",
-                fix="export again, or fetch the file again",
-            ) from error
+        opened = open_session(self._path)
+        if isinstance(opened, KiloDeltaError):
+            return opened
+        self._session = opened
         return None
 
     def write(self, ids: Sequence[int], most: int, end: Sequence[int]) -> Written:
         """Continue a prompt; see `Writer`."""
         ports = self._session.get_inputs()
-        cache = {p.name: _empty(p) for p in ports if p.name.startswith(f"{PAST}.")}
-        fed, new = [], list(ids)
-        chosen: list[int] = []
-        rows = []
-        while True:
-            fed += new
-            try:
-                logits, cache = self._step(new, len(fed), cache)
-            except Exception as error:
-                raise ProofError(
-                    f"ONNX Runtime stops at token {len(fed)}: {one_line(error)}",
-                    fix="export again",
-                ) from error
-            rows.append(logits[0])
-            chosen.append(int(logits[0, -1].argmax()))
-            if chosen[-1] in end or len(chosen) == most:
-                break
-            new = [chosen[-1]]
-        return Written(
-            fed=tuple(fed), start=len(ids), chosen=tuple(chosen), logits=np.concatenate(rows)
-        )
+        cache = {p.name: empty_cache_of(p) for p in ports if p.name.startswith(f"{PAST}.")}
+
+        def step(new: Sequence[int], total: int) -> NDArray[Any]:
+            nonlocal cache
+            logits, cache = self._step(new, total, cache)
+            scores: NDArray[Any] = logits[0]
+            return scores
+
+        return write_greedily(step, ids, most, end)
 
     def _step(
         self, new: Sequence[int], total: int, cache: dict[str, Any]
@@ -136,8 +172,8 @@ class OnnxWriter:
         return logits, {name.replace(PRESENT, PAST, 1): array for name, array in made.items()}
 
 
-def _empty(port: Any) -> NDArray[Any]:
-    """A cache without positions, `(1, heads, 0, size)`."""
+def empty_cache_of(port: Any) -> NDArray[Any]:
+    """Make a cache without positions for an input of a graph, `(1, heads, 0, size)`."""
     kind = np.float16 if "float16" in port.type else np.float32
     return np.zeros((1, port.shape[1], 0, port.shape[3]), kind)
 

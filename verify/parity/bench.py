@@ -17,6 +17,7 @@ from kilodelta.verify.options import Subject, VerifyOptions
 from kilodelta.verify.parity.agreement import agreement
 from kilodelta.verify.parity.bisect import first_departure
 from kilodelta.verify.parity.cases import Case, cases
+from kilodelta.verify.parity.halves import Halves, HalvesRunner, joined
 from kilodelta.verify.parity.judge import judge
 from kilodelta.verify.parity.models import (
     LABELS,
@@ -61,7 +62,7 @@ def compare_outputs(subject: Subject, options: VerifyOptions, progress: Progress
     pair = open_pair(subject, options, progress)
     labels = None if options.labels is None else embed_labels(pair, options)
     tuned = None if options.against is None else open_tuned(options).view()
-    exported = () if subject.export is None else subject.export.artefacts
+    exported = () if subject.export is None else joined(subject.export.artefacts)
     batches = _batches(pair, options, _most_rows(exported))
     for artefact in exported:
         _require_inputs(artefact, batches[0])
@@ -196,7 +197,7 @@ class Bench:
         path, precision = folder / artefact.file, precision_of(artefact)
         return [
             self._judge(runner, reference, artefact.file, precision, path)
-            for runner in runners_of(path, artefact)
+            for runner in runners_of(folder, artefact)
         ]
 
     def _judge(
@@ -218,7 +219,7 @@ class Bench:
 
     def _departure(self, path: Path, case: Case, precision: str) -> Departure | None:
         """Locate the first layer that is off, for the report only."""
-        if path.suffix != ".onnx":
+        if path.suffix != ".onnx" or not path.is_file():  # an engine, or two files
             return None
         try:
             return first_departure(
@@ -255,8 +256,14 @@ class Bench:
         return self._references[key]
 
 
-def runners_of(path: Path, artefact: Artefact) -> list[Runner]:
-    """Return everything that could run an artefact, whether it works here or not."""
+def runners_of(folder: Path, artefact: Artefact) -> list[Runner]:
+    """Return everything that could run an artefact of a folder, whether it works here or not."""
+    if isinstance(artefact, Halves):
+        pairs = zip(
+            runners_of(folder, artefact.encoder), runners_of(folder, artefact.decoder), strict=True
+        )
+        return [HalvesRunner(encoder, decoder) for encoder, decoder in pairs]
+    path = folder / artefact.file
     if artefact.engine is None:
         return [OnnxRunner(path, device=device) for device in DEVICES]
     engine = artefact.engine

@@ -157,7 +157,8 @@ class _Export(Command):
 @click.option(
     "--kv-cache",
     is_flag=True,
-    help="A decoder with its cache as inputs and outputs, and ONNX Runtime GenAI's files.",
+    help="A decoder's cache as inputs and outputs; of a language model, with ONNX Runtime GenAI's "
+    "files.",
 )
 @click.option(
     "--triton",
@@ -207,10 +208,13 @@ def _show_export(done: Exported) -> None:
     ]
     columns = ("file", "precision", "size", "made in", "for")
     terminal.print_table(str(done.path), columns, rows, right=(2, 3))
-    first = done.manifest.artefacts[0]
+    graphs = {artefact.inputs: artefact for artefact in reversed(done.manifest.artefacts)}
     facts = [
-        ("inputs", _ports(first.inputs)),
-        ("outputs", _ports(first.outputs)),
+        (f"{kind}{f' of {one.file}' if len(graphs) > 1 else ''}", _ports(ports))
+        for one in reversed(graphs.values())
+        for kind, ports in (("inputs", one.inputs), ("outputs", one.outputs))
+    ]
+    facts += [
         ("result proved", done.manifest.result_root),
         *(("note", note) for note in done.notes),
     ]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from kilodelta.errors import InputError
 from kilodelta.models.chats.records import ASSISTANT, Message, read_messages
 from kilodelta.models.chats.tokens import render
 from kilodelta.models.inputs.texts import read_lines
-from kilodelta.models.loaded import LoadedModel
+from kilodelta.models.loaded import Batch, LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +31,12 @@ class Prompt:
     Attributes:
         place: where it was read, such as `chat.jsonl:3`.
         ids: its tokens, at least one.
+        source: what an encoder reads, one row; empty of a decoder alone.
     """
 
     place: str
     ids: tuple[int, ...]
+    source: Batch = field(default_factory=dict)
 
 
 def read_prompts(

@@ -32,9 +32,9 @@ def example(loaded: LoadedModel, *, rows: int = 3, tokens: int = 7) -> Batch:
     """
     chance = torch.Generator().manual_seed(0)
     if loaded.kind == "text":
-        shape, words = (rows, tokens), _vocabulary(loaded.module)
+        shape, words = (rows, tokens), vocabulary(loaded.module)
         return {name: _tokens(name, shape, words, chance) for name in _text_inputs(loaded)}
-    size = _image_size(getattr(loaded.module, "config", None))
+    size = example_image(getattr(loaded.module, "config", None))
     if loaded.kind == "image" and size is not None:
         return {"pixel_values": torch.randn(rows, *size, generator=chance)}
     raise InputError(
@@ -56,7 +56,7 @@ def _tokens(name: str, shape: tuple[int, int], words: int, chance: torch.Generat
     return torch.full(shape, int(name == "attention_mask"))
 
 
-def _vocabulary(module: Any) -> int:
+def vocabulary(module: Any) -> int:
     """Return how many tokens the module knows; 1, for token 0 alone, where it does not say."""
     try:
         return int(module.get_input_embeddings().num_embeddings)
@@ -64,8 +64,8 @@ def _vocabulary(module: Any) -> int:
         return 1
 
 
-def _image_size(config: Any) -> tuple[int, int, int] | None:
-    """(channels, height, width) from a configuration; None where it does not say."""
+def example_image(config: Any) -> tuple[int, int, int] | None:
+    """Return (channels, height, width) from a configuration; None where it does not say."""
     size = getattr(config, "image_size", _USUAL_IMAGE)
     sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     channels = getattr(config, "num_channels", None)

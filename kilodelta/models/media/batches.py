@@ -41,7 +41,7 @@ def media_batches(source: RecordSource, loaded: LoadedModel, batch_size: int) ->
             is longer than the model takes.
         MissingPackageError: Pillow or soundfile is needed.
     """
-    make = _maker(source.records[0], loaded)
+    make = _maker(source.records[0], loaded, targets=True)
     waiting: list[Batch] = []
     for record in source.records:
         row = {name: tensor for name, tensor in make(record).items() if name in loaded.accepts}
@@ -53,6 +53,22 @@ def media_batches(source: RecordSource, loaded: LoadedModel, batch_size: int) ->
         yield _joined(waiting)
 
 
+def source_rows(source: RecordSource, loaded: LoadedModel) -> Iterator[tuple[str, Batch]]:
+    """Yield what an encoder reads of each record, one row at a time, after the record's place.
+
+    Args:
+        source: images, sounds or pairs; targets are not looked at.
+        loaded: the model that is to take them.
+
+    Raises:
+        InputError, MissingPackageError: as `media_batches`.
+    """
+    make = _maker(source.records[0], loaded, targets=False)
+    for record in source.records:
+        row = make(record)
+        yield record.place, {name: row[name] for name in row if name in loaded.accepts}
+
+
 def _shapes(row: Batch) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in row.items()}
 
@@ -61,7 +77,7 @@ def _joined(rows: list[Batch]) -> Batch:
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
-def _maker(first: Record, loaded: LoadedModel) -> Callable[[Record], Batch]:
+def _maker(first: Record, loaded: LoadedModel, *, targets: bool) -> Callable[[Record], Batch]:
     """Choose how a record becomes a row, by what the first one holds; all hold the same."""
     is_decoding = DECODER in loaded.accepts
     if first.target is not None and not is_decoding:
@@ -78,7 +94,7 @@ def _maker(first: Record, loaded: LoadedModel) -> Callable[[Record], Batch]:
         read = _sounds(loaded)
     else:
         read = _texts(loaded)
-    if not is_decoding:
+    if not is_decoding or not targets:
         return read
 
     def with_target(record: Record) -> Batch:
@@ -171,13 +187,18 @@ def _tokens(text: str, record: Record, loaded: LoadedModel, *, target: bool = Fa
 def _target(record: Record, loaded: LoadedModel) -> Tensor:
     """The target's tokens, one place to the right."""
     ids = _tokens(record.target or "", record, loaded, target=True)
-    start = torch.full((1, 1), _start(loaded))
+    start = torch.full((1, 1), start_token(loaded))
     if ids[0, 0] == start:  # Whisper's tokenizer begins with it by itself
         return ids[:, :-1] if ids.shape[1] > 1 else ids
     return torch.cat([start, ids[:, :-1]], dim=1)
 
 
-def _start(loaded: LoadedModel) -> int:
+def start_token(loaded: LoadedModel) -> int:
+    """Return the token with which a decoder's text begins.
+
+    Raises:
+        InputError: the model does not say.
+    """
     module = loaded.module
     owners = (getattr(module, "generation_config", None), getattr(module, "config", None))
     values = (getattr(owner, "decoder_start_token_id", None) for owner in owners)
@@ -192,7 +213,7 @@ def _start(loaded: LoadedModel) -> int:
 
 def _written(row: Batch, loaded: LoadedModel) -> Tensor:
     """What the model itself writes, without the last token, which nothing follows."""
-    start = torch.full((1, 1), _start(loaded))
+    start = torch.full((1, 1), start_token(loaded))
     room = (loaded.max_length or _WRITTEN + 1) - 1
     with torch.no_grad(), quiet():
         ids: Tensor = loaded.module.generate(  # type: ignore[operator]
