@@ -2,9 +2,9 @@
 
     python benchmarks/quantised.py [--data DIR] [--work DIR] [--json FILE] [--sets ..] [--seeds ..]
 
-For each set and seed a teacher is fine-tuned in full, and `compress` makes a 12 KB file of it on
-texts without labels, against the float base. For each precision (our own quantiser, 36 matrices)
-the table holds the test accuracy of
+For each set and seed a teacher is fine-tuned in full, and `compress --for fp32,<the precisions>`
+makes one 12 KB file of it on texts without labels, against the float base and through the grids'
+rounding. For each precision (our own quantiser, 36 matrices) the table holds the test accuracy of
 
 - the base on the grid;
 - the file beside it (exact update, untouched codes) and merged in its grid, and the float merge;
@@ -70,15 +70,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of the distillation; fewer to try the script")
     options = parser.parse_args()
     report: dict[str, Any] = {"machine": describe(), "threads": torch.get_num_threads(), "sets": {}}
-    for name in options.sets:
-        report["sets"][name] = {}
-        for seed in options.seeds:
+    for seed in options.seeds:  # all sets once first, so that an early end leaves whole columns
+        for name in options.sets:
             bench = Bench(read_task(options.data / f"{name}.jsonl.gz"), options.work, seed)
-            report["sets"][name][str(seed)] = bench.run(options.precisions, options.steps)
+            cells = bench.run(options.precisions, options.steps)
+            report["sets"].setdefault(name, {})[str(seed)] = cells
+            if options.json:
+                options.json.parent.mkdir(parents=True, exist_ok=True)
+                options.json.write_text(json.dumps(report, indent=1) + "\n")
     _print(report)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def is_matrix(name: str) -> bool:
@@ -115,12 +115,14 @@ class Bench:
                 max_length=48,
                 seed=self.seed,
                 budget=12_000,
+                precisions=("fp32", *precisions),
             )
             if steps is not None:
                 options = replace(options, steps=steps)
             compress(
                 base_folder(), teacher, file, inputs=self.place / "inputs.txt", options=options
             )
+        seconds = round(time.monotonic() - began, 1)
         self.model, self.tokenizer = open_encoder(base_folder())
         self.head = embed_all(self.model, self.tokenizer, self.task.names)
         base, tuned = self.floats(base_folder()), self.floats(teacher)
@@ -129,7 +131,8 @@ class Bench:
         merged = {n: np.float32(base[n]) + np.float32(updates.get(n, 0)) for n in base}
         cells: dict[str, Any] = {
             "bytes": file.stat().st_size,
-            "seconds": time.monotonic() - began,
+            "seconds": seconds,
+            "made": dict(delta.manifest.made),
             "float": {
                 "base": self.accuracy({}),
                 "12KB": self.accuracy(merged),

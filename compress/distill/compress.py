@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from kilodelta.compress.distill import svd
@@ -20,6 +21,7 @@ from kilodelta.compress.distill.learn import state as states
 from kilodelta.compress.distill.learn.data import Data, Plan, gather
 from kilodelta.compress.distill.learn.loop import distill
 from kilodelta.compress.distill.learn.measure import measure
+from kilodelta.compress.distill.learn.objective import Measures
 from kilodelta.compress.distill.learn.outputs import Wanted
 from kilodelta.compress.distill.learn.schedule import Schedule
 from kilodelta.compress.distill.learn.watch import rate_for
@@ -29,6 +31,11 @@ from kilodelta.compress.distill.options import check
 from kilodelta.compress.distill.options import options_from as options_from
 from kilodelta.compress.distill.placement import on_threads
 from kilodelta.compress.distill.planning.room import rows_that_fit
+from kilodelta.compress.distill.precisions.fidelity import measure_each
+from kilodelta.compress.distill.precisions.grids import Grids
+from kilodelta.compress.distill.precisions.opened import float_copy, kinds_of
+from kilodelta.compress.distill.precisions.ways import train_for
+from kilodelta.compress.distill.precisions.wishes import IN_GRID, settled
 from kilodelta.compress.distill.report import Report
 from kilodelta.compress.distill.request import as_given, check_outputs, find_models, open_inputs
 from kilodelta.compress.distill.results import check_quality, finish
@@ -38,6 +45,7 @@ from kilodelta.compress.distill.teacher.swap import as_tuned
 from kilodelta.compress.training import train
 from kilodelta.compress.training.activations import checkpointed
 from kilodelta.files import staging
+from kilodelta.grid.model import QuantisedModel
 from kilodelta.merging.build import Recipe, build
 from kilodelta.models import LoadedModel
 from kilodelta.models.inputs.sources import Source
@@ -66,7 +74,8 @@ def compress(
     """Distil a fine-tuned model into a `.kd` file over its base.
 
     Args:
-        base: the model that the fine-tune began from: a folder, a file, or `hf:org/name`.
+        base: the model that the fine-tune began from: a folder, a file, or `hf:org/name`. Of a
+            quantised folder the delta is trained against the exact values of its codes.
         tuned: the fine-tuned model, likewise; a head that the base lacks travels whole.
         out: the `.kd` file to write.
         inputs: unlabelled inputs (`kilodelta.models.read_inputs`); without them only a LoRA by
@@ -87,7 +96,8 @@ def compress(
         BaseMismatchError: the two models do not belong together.
         CheckpointError: a model's files are missing, damaged or of another kind.
         InputError: inputs or options make no sense.
-        QualityError: the agreement stayed below `options.min_agreement`; the file is written.
+        QualityError: the agreement, in any precision asked for, stayed below
+            `options.min_agreement`; the file is written.
 
     Example:
         >>> compress("base/", "tuned/", "task.kd", inputs="texts.jsonl",
@@ -115,21 +125,35 @@ def compress(
     check_outputs(Path(out), models, force=force, resume=resume, learns=inputs is not None)
     source, labels = open_inputs(inputs, options)
     learns = source is not None
-    with on_threads(options.threads):
+    with on_threads(options.threads), float_copy(models["the base"], Path(out)) as (floats, stored):
+        options = _for_base(options, stored, models["the base"], learns=learns)
         job = prepare(
-            models["the base"], models["the tuned model"], Path(out), options, learns=learns
+            floats, models["the tuned model"], Path(out), options, learns=learns, quantised=stored
         )
+        grids = Grids(job)
+        grids.check()
         _announce(job, learns=learns)
         beside = baselines_of(options, drawn=report is not None)
         made = (
             _fit(job, progress)
             if source is None
-            else _distil(job, source, labels, resume, progress, beside)
+            else _distil(job, grids, source, labels, resume, progress, beside)
         )
     if report is not None:
         write_report(report, "compress", made.to_json())
     check_quality(made, options)
     return made
+
+
+def _for_base(
+    options: Options, stored: QuantisedModel | None, base: Path, *, learns: bool
+) -> Options:
+    """Settle what a base decides of the options: its name, and what `--for` may name."""
+    kinds = None if stored is None else kinds_of(stored)
+    precisions = settled(options.precisions, kinds, base) if learns else ()
+    # A copy of a quantised base's values lies in a folder of another name.
+    name = options.name if stored is None else options.name or base.name
+    return replace(options, precisions=precisions, name=name)
 
 
 def _announce(job: Job, *, learns: bool) -> None:
@@ -155,12 +179,13 @@ def _fit(job: Job, progress: Progress) -> Report:
         extras={change.name: job.stored(change.name) for change in job.split.extras},
         config=job.config,
     )
-    delta = build(job.pair.base, recipe, own, progress=progress)
+    delta = build(job.built_on, recipe, own, progress=progress)
     return finish(job, delta, None, None, None, None)
 
 
 def _distil(
     job: Job,
+    grids: Grids,
     source: Source,
     labels: tuple[str, ...] | None,
     resume: bool,
@@ -182,7 +207,7 @@ def _distil(
         data = ending.enter_context(late_logits(job, student, data))
         if options.gradient_checkpointing:
             ending.enter_context(checkpointed(student.module))
-        report = _learn(job, student, data, labels, resume, progress)
+        report = _learn(job, grids, student, data, labels, resume, progress)
         if baselines and not report.interrupted:
             report = with_baselines(
                 report, baselines, job, student, data, schedule_of(job), progress
@@ -226,6 +251,7 @@ def schedule_of(job: Job) -> Schedule:
 
 def _learn(
     job: Job,
+    grids: Grids,
     student: LoadedModel,
     data: Data,
     labels: tuple[str, ...] | None,
@@ -236,6 +262,7 @@ def _learn(
     pair, kept = job.pair, states.place_of(job.out)
     before = measure(student, data, data.held_out)
     attach_student(job)
+    train_for(job, grids)
     schedule = schedule_of(job)
     facts = run_facts(job, data, schedule, labels)
     fitting = rows_that_fit(student, data, schedule.batch)
@@ -244,9 +271,14 @@ def _learn(
     )
     delta = build_delta(job, progress)
     train.detach(student.module)
-    fill_merged(student.module, delta, pair.base, pair.names)
-    after = measure(student, data, data.held_out)
-    report = finish(job, delta, done, data, before, after)
+    after: tuple[Measures, ...] | None = None
+    if job.quantised is None:
+        fill_merged(student.module, delta, pair.base, pair.names)
+        after = measure(student, data, data.held_out)
+    fidelity = measure_each(job, grids, delta, student, data)
+    # Of a quantised base, what `merge` writes counts: the result in the grid, if it is asked for.
+    after = after or next((f for f in fidelity if f.name == IN_GRID), fidelity[0]).outputs
+    report = finish(job, delta, done, data, before, after, fidelity)
     if not done.interrupted:
         kept.unlink(missing_ok=True)
     return report

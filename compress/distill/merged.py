@@ -6,7 +6,7 @@ merged weight, so what counts is measured on the merged weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
@@ -21,7 +21,11 @@ from kilodelta.models.weights import values
 
 @torch.no_grad()
 def fill_merged(
-    module: nn.Module, delta: Delta, base: Checkpoint, names: Mapping[str, str]
+    module: nn.Module,
+    delta: Delta,
+    base: Checkpoint,
+    names: Mapping[str, str],
+    chosen: Collection[str] | None = None,
 ) -> None:
     """Put a delta's merged weights and extras into a module that holds the base.
 
@@ -30,10 +34,11 @@ def fill_merged(
         delta: bound to the base.
         base: the base's files.
         names: checkpoint name to state name.
+        chosen: the targets to merge; all by default.
     """
     state = module.state_dict()
     for name, target in delta.targets.items():
-        if name in names:
+        if name in names and (chosen is None or name in chosen):
             data = np.concatenate([part.copy() for part in merged(delta, target, base.data(name))])
             raw = RawTensor(dtype=target.dtype, shape=target.shape, data=data)
             state[names[name]].copy_(values(raw))

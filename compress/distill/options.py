@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from kilodelta.compress.distill import budget as budgets
+from kilodelta.compress.distill.precisions.wishes import check_for, parse_for
 from kilodelta.errors import InputError
 from kilodelta.format.methods import METHODS, Method
 from kilodelta.format.packing import BITS
@@ -53,6 +54,9 @@ class Options:
         baselines: other ways to spend the file's bytes, measured beside it: `svd`, a truncated
             SVD of the change, and `lora`, a LoRA that is trained alike and takes as long again.
             By default `svd` where a report or a curve is drawn, else none.
+        precisions: what the file is to be good for, trained and measured each: of a quantised base
+            `in-grid` and `beside` (both by default), of a float one `fp32`, `fp16` and those of
+            `kilodelta.grid.quantise`.
         seed: of the bases, the batches and the choice of held-out inputs.
         name: what the base is called; its folder's name by default.
         device: `auto` (the first CUDA GPU, else the CPU), `cpu`, `cuda`, `cuda:N` or `mps`.
@@ -85,6 +89,7 @@ class Options:
     teacher_cache: str | None = None
     min_agreement: float | None = None
     baselines: tuple[str, ...] | None = None
+    precisions: tuple[str, ...] = ()
     seed: int = 0
     name: str = ""
     device: str = "auto"
@@ -125,6 +130,7 @@ def check(options: Options, *, learns: bool) -> None:
             f"{wrong[0]!r} is no baseline", fix=f"give {' or '.join(BASELINES)}, both, or none"
         )
     _check_bits(options)
+    check_for(options.precisions, learns=learns)
     if not learns:
         _check_alone(options)
 
@@ -185,6 +191,7 @@ def options_from(
     outputs: Sequence[str] = (),
     classes: Sequence[str] = (),
     baselines: str | None = None,
+    precisions: str | None = None,
     **others: Any,
 ) -> Options:
     """Make options from what a user types.
@@ -199,6 +206,7 @@ def options_from(
         outputs: `NAME` or `NAME=WEIGHT` each.
         classes: `NAME=AXIS` each.
         baselines: names with commas between them, or `none`.
+        precisions: such as `beside,in-grid`.
         others: further fields of `Options`, by name.
 
     Raises:
@@ -214,6 +222,7 @@ def options_from(
         method=method if sized else _method(method or "", rank=rank, bases=bases),
         bits=None if bits is None else int(bits),
         rate=lr,
+        precisions=parse_for(precisions),
         outputs={name: number for name, number in (_pair(text, "1", float) for text in outputs)},
         classes={name: axis for name, axis in (_pair(text, "", int) for text in classes)},
         baselines=None if baselines is None else _names(baselines),

@@ -10,6 +10,7 @@ from typing import Any
 from kilodelta.compress.distill.changes.compare import Change
 from kilodelta.compress.distill.learn.objective import Measures
 from kilodelta.compress.distill.learn.schedule import Look
+from kilodelta.compress.distill.precisions.fidelity import Fidelity
 from kilodelta.compress.distill.svd import Layer
 
 
@@ -85,6 +86,7 @@ class Report:
         seconds: time spent in them.
         interrupted: whether training was stopped early.
         result: the root of the merged targets.
+        fidelity: what it keeps in each precision that was asked for.
         warnings: what a user should hear of, a sentence each.
         sizes: for a report's picture, what this many bytes keep by this file and by other ways.
     """
@@ -115,10 +117,13 @@ class Report:
     result: str
     warnings: tuple[str, ...]
     sizes: tuple[Size, ...] = ()
+    fidelity: tuple[Fidelity, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         table = asdict(self)
         table["path"] = str(self.path)
+        for one in table["fidelity"]:
+            del one["outputs"]
         table["dropped"] = [change.name for change in self.dropped]
         return table

@@ -12,10 +12,12 @@ from kilodelta.compress.distill.learn.objective import Measures
 from kilodelta.compress.distill.learn.schedule import Distilled
 from kilodelta.compress.distill.learn.watch import SLOWER
 from kilodelta.compress.distill.options import Options
+from kilodelta.compress.distill.precisions.fidelity import Fidelity, few_codes, made_of
 from kilodelta.compress.distill.report import Matched, Report
 from kilodelta.errors import QualityError
 from kilodelta.format.delta import Delta
 from kilodelta.format.inspect import inspect
+from kilodelta.merging.grid_results import GRID_FACTS
 
 
 def finish(
@@ -25,6 +27,7 @@ def finish(
     data: Data | None,
     before: tuple[Measures, ...] | None,
     after: tuple[Measures, ...] | None,
+    fidelity: tuple[Fidelity, ...] = (),
 ) -> Report:
     """Write the file with what was measured, and report it.
 
@@ -35,6 +38,7 @@ def finish(
         data: what was learnt from.
         before: the base's measures on the held-out rows, per output.
         after: those of the base with the delta merged into it.
+        fidelity: what it keeps in each precision that was asked for.
 
     Raises:
         OutputError: the file cannot be written.
@@ -43,6 +47,8 @@ def finish(
     made: dict[str, str | int | float | bool] = {
         "tool": f"kilodelta {__version__}",
         "weight_error": round(error, 4),
+        **{key: delta.manifest.made[key] for key in GRID_FACTS if key in delta.manifest.made},
+        **made_of(fidelity),
     }
     overall: tuple[Measures, Measures] | None = None
     if data is not None and done is not None and before is not None and after is not None:
@@ -75,7 +81,8 @@ def finish(
         seconds=0.0 if done is None else done.seconds,
         interrupted=done is not None and done.interrupted,
         result=delta.manifest.result,
-        warnings=(*job.warnings, *_warnings(data, done, overall)),
+        fidelity=fidelity,
+        warnings=(*job.warnings, *_warnings(data, done, overall), *few_codes(made, fidelity)),
     )
 
 
@@ -169,6 +176,14 @@ def check_quality(report: Report, options: Options) -> None:
     """
     if options.min_agreement is None or report.after is None or report.interrupted:
         return
+    for one in report.fidelity:
+        if one.agreement < options.min_agreement:
+            raise QualityError(
+                f"agreement with the tuned model is {one.agreement:.4f} ({report.kind}) in"
+                f" {one.name}, below {options.min_agreement}; {report.path} is written all the"
+                " same",
+                fix=f"raise --budget or --steps, or leave {one.name} out of --for",
+            )
     if report.after.agreement < options.min_agreement:
         raise QualityError(
             f"agreement with the tuned model is {report.after.agreement:.4f} ({report.kind}), "

@@ -75,7 +75,7 @@ def build_delta(job: Job, progress: Progress) -> Delta:
         extras=extras,
         config=job.config,
     )
-    return build(job.pair.base, recipe, own, shared, progress=progress)
+    return build(job.built_on, recipe, own, shared, progress=progress)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from kilodelta.compress.training.factors import CoefficientValues, factors_of
 from kilodelta.compress.training.frozen import Frozen
 from kilodelta.compress.training.precision import Precision, choose, from_numbers, to_numbers
 from kilodelta.compress.training.sites import AttachedTarget
+from kilodelta.compress.training.through_grid import TargetGrid, Ways
 from kilodelta.compress.training.trainables import GroupSet, submodule_name
 from kilodelta.compress.training.update import FactoredUpdate
 from kilodelta.format.methods import Method
@@ -41,6 +42,7 @@ class Attachment(nn.Module):
         file: the groups that the whole file has once.
         own: the groups of each target.
         precision: how coefficients are rounded; None for not at all.
+        ways: in which ways it will be applied, where it trains for several or through a grid.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Attachment(nn.Module):
             self.targets.add_module(submodule_name(target), GroupSet(method.groups(target), starts))
         self.rounding: Tensor
         self.register_buffer("rounding", to_numbers(None, self.factors.settled))
+        self.ways = Ways()
         self._handles: list[RemovableHandle] = []
         self._cache = _Cache()
         # Where the layers are, or every forward pass would copy the coefficients there.
@@ -91,6 +94,10 @@ class Attachment(nn.Module):
         values = self.values()
         prepared = self._cache.get(self)
         return self.factors.update(prepared, values, index)
+
+    def grid(self, index: int) -> TargetGrid | None:
+        """Return the grid that target `index` is rounded to in the present way, if to any."""
+        return None if self.ways.now is None else self.ways.now.grids.get(index)
 
     def quantise(self, bits: int | None) -> None:
         """Compute, from now on, with what a file of so many bits holds; None: with exact values.

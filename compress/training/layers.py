@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kilodelta.compress.training.sites import AttachedTarget, Site, is_conv1d
+from kilodelta.compress.training.through_grid import TargetGrid
 from kilodelta.compress.training.update import FactoredUpdate
 
 _UPDATE = "_kilodelta_update"
@@ -32,6 +33,9 @@ class UpdateSource(Protocol):
 
     def update(self, index: int) -> FactoredUpdate:
         """Compute the update of target `index`, float32."""
+
+    def grid(self, index: int) -> TargetGrid | None:
+        """Return the grid that the target's merged weight is rounded to, if to any."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,15 +60,18 @@ class LayerHook(ABC):
     def hide_weight(self) -> Tensor:
         """Let the site compute with W + dW, and return that; `show_weight` undoes it.
 
-        An attribute of the instance hides the parameter, which stays as it is.
+        Where the target has a grid, W + dW is rounded to it, the gradient straight through. An
+        attribute of the instance hides the parameter, which stays as it is.
         """
         owner, attribute = self.site.owner, self.site.attribute
         weight: Any = owner._parameters[attribute]
         update = self.source.update(self.index).map(lambda t: t.to(weight.device)).matrix()
         change = (update.t() if self.transposed else update).view_as(weight)
+        grid = self.source.grid(self.index)
         # Add in the wider type and round once: a half-precision sum would lose small updates.
         wide = torch.promote_types(weight.dtype, change.dtype)
-        merged: Tensor = (weight.to(wide) + change).to(weight.dtype)
+        total = weight.to(wide) + change if grid is None else grid.merged(weight, change.float())
+        merged: Tensor = total.to(weight.dtype)
         owner.__dict__[attribute] = merged
         return merged
 
@@ -91,6 +98,9 @@ class AddLinear(LayerHook):
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         weight: Any = module._parameters.get("weight")
         given = _input(args, kwargs)
+        if self.source.grid(self.index) is not None:
+            self.hide_weight()
+            return
         if not (torch.is_grad_enabled() and _computes_in_float32(weight, given)):
             return
         update = self.update(given)
@@ -245,6 +255,11 @@ def _kind(site: Site) -> _Kind:
     if kind is AddConv2d and (owner.groups != 1 or owner.padding_mode != "zeros"):
         return SwapWeight
     return kind
+
+
+def takes_grid(site: Site) -> bool:
+    """Return whether a site can compute with a merged weight that is rounded to a grid."""
+    return _kind(site) in (AddLinear, SwapWeight)
 
 
 def install(source: UpdateSource, place: AttachedTarget) -> list[RemovableHandle]:

@@ -33,6 +33,7 @@ INTERRUPTED = 130
     examples=[
         "kilodelta compress base/ tuned/ -o task.kd --inputs texts.jsonl --budget 20KB",
         "kilodelta compress base/ tuned/ -o task.kd --method lora --rank 4",
+        "kilodelta compress base-w4a16/ tuned/ -o task.kd --inputs x.jsonl --for beside,in-grid",
     ],
 )
 @click.argument("base", type=click.Path())
@@ -46,7 +47,18 @@ INTERRUPTED = 130
 @click.option("--rank", type=click.IntRange(1), help="Rank of the method.")
 @click.option("--bases", type=click.IntRange(1), help="Bases of NOLA, or Uni-LoRA's vector.")
 @how_to_compress
-@click.option("--min-agreement", type=click.FloatRange(-1, 1), help="Exit 12 if it keeps less.")
+@click.option(
+    "--for",
+    "precisions",
+    metavar="PRECISION[,...]",
+    help="Train and measure for each: beside,in-grid of a quantised BASE (the default there); of a"
+    " float one fp32, fp16, int4-g32, int4-g64, int4-g128, nvfp4, fp8.",
+)
+@click.option(
+    "--min-agreement",
+    type=click.FloatRange(-1, 1),
+    help="Exit 12 if it keeps less, in any of --for.",
+)
 @click.option("--name", default="", help="What the base is called; its folder's name by default.")
 @click.option("--force", is_flag=True, help="Replace the .kd file, and forget a run towards it.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
@@ -116,6 +128,7 @@ def show(report: Report, *, as_json: bool) -> None:
         ("targets", f"{report.targets} tensors"),
         *(("extra", name) for name in report.extras),
         *_measures(report),
+        *(("in", line) for line in _fidelity(report)),
         ("verdict", _verdict(report)),
         *_beside(report),
         ("weights", f"error {report.weight_error:.3f} of the whole change (1 is the base's)"),
@@ -180,6 +193,18 @@ def _beside(report: Report) -> list[tuple[str, object]]:
         )
         for size in report.sizes[1:]
     ]
+
+
+def _fidelity(report: Report) -> list[str]:
+    """Say what the file keeps in each precision that it was made for."""
+    lines = []
+    for one in report.fidelity:
+        changed = one.codes_changed
+        codes = (
+            "" if changed is None else f"; merged in the grid, {changed:.1%} of the codes change"
+        )
+        lines.append(f"{one.name}: {_COUNTS[report.kind]} {one.agreement:.4f}{codes}")
+    return lines
 
 
 def modes(report: Report) -> dict[str, str]:

@@ -14,7 +14,7 @@ from kilodelta.grid.model import QuantisedModel, described
 from kilodelta.grid.recognise import weights
 
 _LIMIT = 16 << 20
-_FILES = ("config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json")
+CONFIG_FILES = ("config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Where configurations of quantised models lie; the first that has one counts."""
 
 
@@ -62,8 +62,8 @@ def open_quantised(path: str | os.PathLike[str] | Checkpoint | QuantisedModel) -
     config = _config(checkpoint.folder)
     if config is None:
         raise CheckpointError(
-            f"{checkpoint.path} holds no quantised model: none of {', '.join(_FILES)} there has"
-            " a quantisation configuration",
+            f"{checkpoint.path} holds no quantised model: none of {', '.join(CONFIG_FILES)} there"
+            " has a quantisation configuration",
             fix="give the folder that the quantising tool wrote",
         )
     method, stored = weights(config, checkpoint)
@@ -82,7 +82,7 @@ def _folder(place: Path) -> Path:
 
 def _config(folder: Path) -> Mapping[str, Any] | None:
     """Read a folder's quantisation configuration with its `quant_method`; None if there is none."""
-    for name in _FILES:
+    for name in CONFIG_FILES:
         table = _table(folder / name)
         config = None if table is None else _of(name, table)
         if config is not None:

@@ -23,7 +23,7 @@ from kilodelta.errors import CheckpointError, InputError
 from kilodelta.files import canonical, plain, safetensors, staging
 from kilodelta.files.checkpoint import SINGLE, Checkpoint
 from kilodelta.files.dtypes import FLOATS, TARGETS
-from kilodelta.files.tensor import RawTensor
+from kilodelta.files.tensor import RawTensor, TensorInfo
 from kilodelta.grid.bits import pack_bits
 from kilodelta.grid.codes import E2M1, E4M3, Kind, e4m3_values, integer_kind
 from kilodelta.grid.layouts.base import uncentred
@@ -234,7 +234,7 @@ def quantise_folder(
         if not names(name):
             tensors[name] = checkpoint.raw(name)
             continue
-        matrix = chosen.make(_values(checkpoint, name, precision, chosen.group))
+        matrix = quantised_weight(checkpoint, name, precision)
         module = name.removesuffix("weight")
         tensors |= {f"{module}{role}": part for role, part in chosen.store(matrix).items()}
         count += 1
@@ -245,20 +245,36 @@ def quantise_folder(
     return count
 
 
-def _values(checkpoint: Checkpoint, name: str, precision: str, group: int) -> Floats:
-    info = checkpoint.info(name)
-    fits = len(info.shape) == 2 and info.dtype in TARGETS and name.endswith(".weight")
-    if not fits or not all(info.shape) or info.shape[1] % group:
+def can_quantise(info: TensorInfo, precision: str) -> bool:
+    """Return whether a tensor can be quantised: a matrix of floats of whole groups, `*.weight`."""
+    fits = len(info.shape) == 2 and info.dtype in TARGETS and info.name.endswith(".weight")
+    return fits and all(info.shape) and not info.shape[1] % PRECISIONS[precision].group
+
+
+def quantised_weight(checkpoint: Checkpoint, name: str, precision: str) -> Matrix:
+    """Quantise one weight of a float model.
+
+    Args:
+        checkpoint: the model.
+        name: the weight's.
+        precision: one of `PRECISIONS`.
+
+    Raises:
+        InputError: it cannot be quantised so.
+        CheckpointError: it holds NaN or infinity.
+    """
+    info, chosen = checkpoint.info(name), PRECISIONS[precision]
+    if not can_quantise(info, precision):
         raise InputError(
             f"{name} ({info.dtype} {list(info.shape)}) cannot be quantised to {precision}: a matrix"
-            f" of floats named *.weight is needed, with a multiple of {group} columns",
+            f" of floats named *.weight is needed, with a multiple of {chosen.group} columns",
             fix="leave it out, or choose another precision",
         )
     raw = checkpoint.raw(name)
     values = FLOATS[raw.dtype].widen(raw.data).astype(np.float64).reshape(raw.shape)
     if not np.isfinite(values).all():
         raise CheckpointError(f"{name} holds NaN or infinity", fix="repair the base")
-    return values
+    return chosen.make(values)
 
 
 def _json(folder: Path) -> dict[str, Any]:

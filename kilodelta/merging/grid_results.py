@@ -26,6 +26,8 @@ from kilodelta.merging.quantised import grid_of
 from kilodelta.progress import Meter, Progress, silent
 
 DOMAIN = b"kilodelta update 1"
+GRID_FACTS = ("grid_codes_changed", "grid_update_steps")
+"""What `made` says of a merge in the grid of a quantised base."""
 FINGERPRINTED = 512
 """Tensors up to which the manifest carries two bytes each."""
 

@@ -34,11 +34,13 @@ LABELS = 3
 IMAGE = 16
 
 
-def bert(folder: Path, *, seed: int = 0, width: int = WIDTH, layers: int = 2) -> Path:
+def bert(
+    folder: Path, *, seed: int = 0, width: int = WIDTH, layers: int = 2, inner: int = 24
+) -> Path:
     """An encoder with a pooler, which puts out `pooler_output`, and a tokenizer."""
     from transformers import BertConfig, BertModel
 
-    sizes = {"hidden_size": width, "num_hidden_layers": layers}
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": inner}
     config = BertConfig(**{**_bert_options(), **sizes})
     return save(lambda: BertModel(config), folder, seed, tokens=True)
 

@@ -7,7 +7,7 @@ header that is as long as any that can come of the job.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,15 @@ from kilodelta.compress.distill import budget as budgets
 from kilodelta.compress.distill.changes.split import Split
 from kilodelta.compress.distill.job.job import groups_of
 from kilodelta.compress.distill.options import Options
+from kilodelta.compress.distill.precisions.wishes import longest_fidelity
 from kilodelta.files.checkpoint import Checkpoint, in_name_order
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
-from kilodelta.format.manifest import Base, Manifest
+from kilodelta.format.manifest import Base, Grid, Manifest
 from kilodelta.format.methods import Method
 from kilodelta.format.quantise import Scale
 from kilodelta.format.targets import Patterns, Target
+from kilodelta.grid.model import QuantisedModel
 from kilodelta.merging.build import FINGERPRINTED
 
 DEFAULT_BUDGET = 20_000
@@ -51,6 +53,8 @@ def choose_method(
     parts: Split,
     config: Mapping[str, Any],
     options: Options,
+    *,
+    quantised: QuantisedModel | None = None,
 ) -> budgets.Choice:
     """Choose the method given by hand, or the one that the budget buys.
 
@@ -61,12 +65,23 @@ def choose_method(
         parts: how each change travels; extras count against the budget.
         config: what the fine-tune changed in the base's configuration, likewise.
         options: how the user wants it.
+        quantised: the base as it is stored, if it is quantised.
 
     Raises:
         InputError: the budget buys nothing, or not what was given by hand.
     """
     bits = budgets.BITS if options.bits is None else options.bits
-    overhead = partial(_overhead, base, targets, patterns, parts, config, options, bits)
+    count = _Overhead(
+        base=base,
+        targets=targets,
+        patterns=patterns,
+        parts=parts,
+        config=config,
+        options=options,
+        bits=bits,
+        quantised=quantised,
+    )
+    overhead = count.of
     given = options.method
     if given is None or isinstance(given, str):
         budget = DEFAULT_BUDGET if options.budget is None else options.budget
@@ -77,38 +92,62 @@ def choose_method(
     return choice
 
 
-def _overhead(
-    base: Checkpoint,
-    targets: tuple[Target, ...],
-    patterns: Patterns,
-    parts: Split,
-    config: Mapping[str, Any],
-    options: Options,
-    bits: int,
-    method: Method,
-) -> int:
-    """Count the bytes beside the coefficients: extras, and a header written with none of both."""
-    manifest = Manifest(
-        base=Base(
-            name=options.name or base.path.name,
-            root="sha256:" + "0" * 64,
-            tensors=len(base.names),
-            fingerprints=b"\0" * 2 * len(base.names) if len(base.names) <= FINGERPRINTED else b"",
-        ),
-        method=method,
-        seed=options.seed,
-        patterns=patterns,
-        count=len(targets),
-        bits=bits,
-        scales=(Scale(),) * len(groups_of(method, targets)),
-        extras=in_name_order(change.name for change in parts.extras),
-        result="sha256:" + "0" * 64,
-        made=LONGEST_MADE,
-        config=config,
+@dataclass(frozen=True, kw_only=True)
+class _Overhead:
+    """What the bytes beside the coefficients depend on, the method apart."""
+
+    base: Checkpoint
+    targets: tuple[Target, ...]
+    patterns: Patterns
+    parts: Split
+    config: Mapping[str, Any]
+    options: Options
+    bits: int
+    quantised: QuantisedModel | None
+
+    def of(self, method: Method) -> int:
+        """Count them: extras, and a header written with none of both."""
+        extras = self.parts.extras
+        names = in_name_order(change.name for change in extras)
+        manifest = Manifest(
+            base=self._base(),
+            method=method,
+            seed=self.options.seed,
+            patterns=self.patterns,
+            count=len(self.targets),
+            bits=self.bits,
+            scales=(Scale(),) * len(groups_of(method, self.targets)),
+            extras=names,
+            result=_DIGEST,
+            made={**LONGEST_MADE, **longest_fidelity(self.options.precisions)},
+            config=self.config,
+            grid=None if self.quantised is None else _longest_grid(self.quantised),
+            beside="" if self.quantised is None else _DIGEST,
+        )
+        empty = np.empty(0, np.uint8)
+        none = {c.name: RawTensor(dtype="F32", shape=(0, *c.shape[1:]), data=empty) for c in extras}
+        header = Delta(manifest=manifest, blob=empty, extras=none).file_size()
+        return header + OFFSETS * (1 + len(extras)) + sum(change.nbytes for change in extras)
+
+    def _base(self) -> Base:
+        source = self.base if self.quantised is None else self.quantised.source
+        count = len(source.names)
+        prints = b"\0" * 2 * count if count <= FINGERPRINTED else b""
+        name = self.options.name or self.base.path.name
+        return Base(name=name, root=_DIGEST, tensors=count, fingerprints=prints)
+
+
+_DIGEST = "sha256:" + "0" * 64
+
+
+def _longest_grid(model: QuantisedModel) -> Grid:
+    """Return a grid whose text is as long as the model's can be."""
+    kinds = {f"int4 {rows}x{columns}" for rows, columns in (w.shape for w in model.stored.values())}
+    return Grid(
+        logical=_DIGEST,
+        grids=_DIGEST,
+        plain=_DIGEST,
+        config=_DIGEST,
+        weights=len(model.stored),
+        kinds=tuple(sorted(kinds)),
     )
-    empty = np.empty(0, np.uint8)
-    extras = {
-        c.name: RawTensor(dtype="F32", shape=(0, *c.shape[1:]), data=empty) for c in parts.extras
-    }
-    header = Delta(manifest=manifest, blob=empty, extras=extras).file_size()
-    return header + OFFSETS * (1 + len(extras)) + sum(change.nbytes for change in parts.extras)

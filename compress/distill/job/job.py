@@ -13,10 +13,12 @@ from kilodelta.compress.distill.changes.compare import Change, energy
 from kilodelta.compress.distill.changes.split import Split
 from kilodelta.compress.distill.options import Options
 from kilodelta.compress.distill.pair import Pair
+from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.methods import Method
 from kilodelta.format.packing import Group
 from kilodelta.format.targets import Patterns, Target
+from kilodelta.grid.model import QuantisedModel
 from kilodelta.models.weights import TORCH, values
 
 
@@ -36,6 +38,9 @@ class Job:
         bits: of a coefficient.
         config: what the fine-tune changed in the base's configuration.
         warnings: what a user should hear of.
+        quantised: the base as it is stored, where it is quantised; `pair.base` then holds its
+            values as floats.
+        precisions: what the file is to be good for (`--for`).
     """
 
     pair: Pair
@@ -49,6 +54,13 @@ class Job:
     bits: int
     config: Mapping[str, Any]
     warnings: tuple[str, ...]
+    quantised: QuantisedModel | None = None
+    precisions: tuple[str, ...] = ()
+
+    @property
+    def built_on(self) -> Checkpoint | QuantisedModel:
+        """The base that the file states."""
+        return self.pair.base if self.quantised is None else self.quantised
 
     @property
     def coefficients(self) -> int:

@@ -19,11 +19,20 @@ from kilodelta.compress.distill.job.warnings import warnings_for
 from kilodelta.compress.distill.options import Options
 from kilodelta.compress.distill.pair import Pair, open_pair, require_own_memory, untie
 from kilodelta.errors import InputError
-from kilodelta.format.targets import Patterns, select
+from kilodelta.format.targets import Patterns, Target, select
+from kilodelta.grid.model import QuantisedModel
 from kilodelta.models.weights import fill
 
 
-def prepare(base: Path, tuned: Path, out: Path, options: Options, *, learns: bool) -> Job:
+def prepare(
+    base: Path,
+    tuned: Path,
+    out: Path,
+    options: Options,
+    *,
+    learns: bool,
+    quantised: QuantisedModel | None = None,
+) -> Job:
     """Open both models, compare them, and choose how the change travels.
 
     Args:
@@ -32,6 +41,7 @@ def prepare(base: Path, tuned: Path, out: Path, options: Options, *, learns: boo
         out: the file to write.
         options: how the user wants it.
         learns: whether there are inputs to learn from.
+        quantised: the base as it is stored, of which `base` holds the values as floats.
 
     Raises:
         BaseMismatchError: the two models do not belong together.
@@ -60,7 +70,11 @@ def prepare(base: Path, tuned: Path, out: Path, options: Options, *, learns: boo
     patterns = _patterns(pair, parts)
     targets = select((pair.base.info(name) for name in pair.base.names), patterns)
     config, oversized = _configuration(pair, parts, options)
-    choice = choose_method(pair.base, targets, patterns, parts, config, options)
+    if quantised is not None:
+        _check_grid(quantised, targets, parts)
+    choice = choose_method(
+        pair.base, targets, patterns, parts, config, options, quantised=quantised
+    )
     return Job(
         pair=pair,
         out=out,
@@ -73,7 +87,36 @@ def prepare(base: Path, tuned: Path, out: Path, options: Options, *, learns: boo
         bits=choice.bits,
         config=config,
         warnings=tuple(warnings_for(pair, changes, parts, oversized)),
+        quantised=quantised,
+        precisions=options.precisions,
     )
+
+
+def _check_grid(model: QuantisedModel, targets: tuple[Target, ...], parts: Split) -> None:
+    """Check that what is to change in quantised weights are codes.
+
+    Raises:
+        InputError: an extra would replace a quantised weight, no target is one, or one is stored
+            the other way round than the layer has it.
+    """
+    for change in parts.extras:
+        if change.name in model.stored:
+            raise InputError(
+                f"{change.name} is stored as codes, so it cannot be stored whole beside them",
+                fix="leave it to the coefficients (--targets), or out of --extras",
+            )
+    codes = [target for target in targets if target.name in model.stored]
+    if not codes:
+        raise InputError(
+            f"none of the {len(targets)} tensors to change is quantised in {model.path}",
+            fix="choose quantised weights with --targets, or compress against the float model",
+        )
+    for target in codes:
+        if target.transposed:
+            raise InputError(
+                f"{target.name} is quantised, and its layer has it transposed (a Conv1D)",
+                fix="exclude it",
+            )
 
 
 def _without_places(structure: Structure) -> Structure:

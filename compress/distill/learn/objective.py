@@ -15,6 +15,14 @@ from kilodelta.compress.distill.learn.outputs import Output
 from kilodelta.errors import InputError
 
 
+def mean_of(each: Sequence[Measures]) -> Measures:
+    """Average measures of one output, taken in several ways."""
+    return Measures(
+        agreement=sum(one.agreement for one in each) / len(each),
+        divergence=sum(one.divergence for one in each) / len(each),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """All outputs that are matched, each with its comparison.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kilodelta.compress.distill.learn.data import Data
 from kilodelta.compress.distill.learn.measure import measure
-from kilodelta.compress.distill.learn.objective import Measures
+from kilodelta.compress.distill.learn.objective import Measures, mean_of
 from kilodelta.compress.distill.learn.outputs import run
 from kilodelta.compress.distill.learn.pieces import backward, is_out_of_memory
 from kilodelta.compress.distill.learn.schedule import BestState, Distilled, Look, Schedule
@@ -104,6 +104,7 @@ class Run:
             train.quantise(self.loaded.module, self.schedule.bits)
         for group in self.optimiser.param_groups:
             group["lr"] = self.schedule.rate * self.watch.share * self.schedule.factor(self.step)
+        self._turn()
         loss = self._gradient(chosen)
         if self.watch.is_astray(loss.item()):
             self._begin_again(loss.item())
@@ -118,6 +119,12 @@ class Run:
                 if master is not parameter:
                     parameter.copy_(master)
         return loss.item()
+
+    def _turn(self) -> None:
+        """Compute this step in the next of the ways that the delta trains for."""
+        ways = train.attached(self.loaded.module).ways
+        if ways.all:
+            ways.take(ways.all[self.step % len(ways.all)])
 
     def _begin_again(self, loss: float) -> None:
         """Go back to where the training began, at a lower rate; the steps go on being counted.
@@ -188,11 +195,21 @@ class Run:
             self._offer()
 
     def _offer(self) -> None:
-        # Rows are held out in a random order, so the first of them are a sample.
-        measures = measure(self.loaded, self.data, self.data.held_out[:LOOKED_AT])
+        measures = self._measure()
         overall = self.data.objective.overall(measures)
         self.curve.append(Look(step=self.step, **asdict(overall)))
         self.best.offer(overall.divergence, measures, self._coefficients())
+
+    def _measure(self) -> tuple[Measures, ...]:
+        """Measure on some held-out rows; the mean over all ways, where there are several."""
+        ways = train.attached(self.loaded.module).ways
+        each = []
+        for way in ways.all or (None,):
+            ways.take(way)
+            # Rows are held out in a random order, so the first of them are a sample.
+            each.append(measure(self.loaded, self.data, self.data.held_out[:LOOKED_AT]))
+        ways.take(None)
+        return tuple(mean_of(outputs) for outputs in zip(*each, strict=True))
 
     def _coefficients(self) -> dict[str, Tensor]:
         """Return the attachment's tensors and the extras', which train along."""
@@ -212,6 +229,7 @@ class Run:
             train.quantise(self.loaded.module, self.schedule.bits)
             self._offer()
         self.loaded.module.load_state_dict(self.best.state)
+        train.attached(self.loaded.module).ways.take(None)
         return Distilled(
             measures=self.best.measures,
             curve=tuple(self.curve),
