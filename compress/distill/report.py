@@ -87,6 +87,7 @@ class Report:
         interrupted: whether training was stopped early.
         result: the root of the merged targets.
         fidelity: what it keeps in each precision that was asked for.
+        quantised: whether the base is.
         warnings: what a user should hear of, a sentence each.
         sizes: for a report's picture, what this many bytes keep by this file and by other ways.
     """
@@ -118,6 +119,7 @@ class Report:
     warnings: tuple[str, ...]
     sizes: tuple[Size, ...] = ()
     fidelity: tuple[Fidelity, ...] = ()
+    quantised: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

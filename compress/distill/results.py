@@ -82,6 +82,7 @@ def finish(
         interrupted=done is not None and done.interrupted,
         result=delta.manifest.result,
         fidelity=fidelity,
+        quantised=job.quantised is not None,
         warnings=(*job.warnings, *_warnings(data, done, overall), *few_codes(made, fidelity)),
     )
 

@@ -23,6 +23,7 @@ _COUNTS = {
     "mixed": "agreement",
 }
 """What the agreement counts, as the terminal names it."""
+_NO_DEVICE = "no: a device folder serves float models; merge the file into the quantised base"
 INTERRUPTED = 130
 """The exit code of a run that Ctrl-C stopped: 128 and the signal's number, as shells have it."""
 
@@ -209,6 +210,8 @@ def _fidelity(report: Report) -> list[str]:
 
 def modes(report: Report) -> dict[str, str]:
     """Say which device modes accept the file: the mode's name to `yes ...` or `no: ...`."""
+    if report.quantised:
+        return dict.fromkeys(("adapter", "patch", "refit"), _NO_DEVICE)
     head = f", bundled with --config TUNED for {', '.join(report.new[:3])}" if report.new else ""
     whole = [name for name in report.extras if name not in report.new]
     if report.method["name"] == "randlora":

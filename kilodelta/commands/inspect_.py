@@ -54,6 +54,7 @@ def inspect(file: str, as_json: bool) -> Callable[[], None]:
             *(("probe", f"{name} {kind}") for name, kind in found.probes.items()),
             ("result", found.result),
             *([("beside", found.beside)] if found.beside else ()),
+            *(("made for", line) for line in _fidelity_lines(found.fidelity)),
             *(("made", f"{name} {value}") for name, value in found.made.items()),
             *(("config", f"{key} {_short(value)}") for key, value in found.config.items()),
             *(("bytes", f"{count:>9}  {part}") for part, count in found.nbytes.items()),
@@ -66,6 +67,18 @@ def _grid_lines(grid: Mapping[str, Any] | None) -> list[str]:
     if grid is None:
         return []
     return [f"{grid['weights']} weights, {', '.join(grid['kinds'])}", f"logical {grid['logical']}"]
+
+
+def _fidelity_lines(fidelity: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """Say what the file keeps in each precision that it was made for."""
+    lines = []
+    for name, measures in fidelity.items():
+        parts = [f"agreement {measures['agreement']}"] if "agreement" in measures else []
+        share = measures.get("codes_changed")
+        if isinstance(share, (int, float)):
+            parts.append(f"{share:.1%} of the codes change")
+        lines.append(f"{name}: {', '.join(parts)}")
+    return lines
 
 
 def _short(value: object, width: int = 100) -> str:

@@ -66,7 +66,22 @@ def floor_of(number, shift, mantissa, inverse):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def round_integers(numbers, factor, codes, zeros, steps, low, high, out):  # type: ignore[no-untyped-def]
+def _magnitude(numbers, row, start, stop):  # type: ignore[no-untyped-def]
+    """Sum |N| over some columns, in four runs: one order, so that every machine has one sum."""
+    first, second, third, fourth = 0.0, 0.0, 0.0, 0.0
+    whole = start + (stop - start) // 4 * 4
+    for j in range(start, whole, 4):
+        first += abs(np.float64(numbers[row, j]))
+        second += abs(np.float64(numbers[row, j + 1]))
+        third += abs(np.float64(numbers[row, j + 2]))
+        fourth += abs(np.float64(numbers[row, j + 3]))
+    for j in range(whole, stop):
+        first += abs(np.float64(numbers[row, j]))
+    return (first + second) + (third + fourth)
+
+
+@kernel
+def round_integers(numbers, factor, codes, zeros, steps, width, low, high, out):  # type: ignore[no-untyped-def]
     """Round to equally spaced numbers, ties to even multiples of the step.
 
     Args:
@@ -75,6 +90,7 @@ def round_integers(numbers, factor, codes, zeros, steps, low, high, out):  # typ
         codes: int8 (rows, in).
         zeros: int64 (rows, groups).
         steps: of `step_parts`, with the group of each column, int64 (in,).
+        width: columns of a group, where each group is that many neighbours; 0 for any order.
         low, high: what codes are clamped to.
         out: int8 (rows, in).
 
@@ -88,23 +104,30 @@ def round_integers(numbers, factor, codes, zeros, steps, low, high, out):  # typ
         start = 0
         while start < columns:  # a run of columns in one group: the inner loops are vectors
             g, stop = groups[start], start + 1
-            while stop < columns and groups[stop] == g:
-                stop += 1
+            if width:
+                stop = min(start + width, columns)
+            else:
+                while stop < columns and groups[stop] == g:
+                    stop += 1
             sign = signs[i, g]
             if sign == 0:
                 out[i, start:stop] = codes[i, start:stop]
                 start = stop
                 continue
             zero, ratio = np.float64(zeros[i, g]), 0.5 * inverses[i, g] * np.float64(sign)
-            doubts = 0
+            doubts, moved = np.int32(0), np.int32(0)
             for j in range(start, stop):
                 # |move| < 2^20 is off by less than 2^-31; a larger one is clamped in any case
                 move = np.float64(numbers[i, j]) * factor * ratio
                 move = min(max(move, -_LONG), _LONG)
                 exact = np.float64(codes[i, j]) - zero + move
                 near = np.rint(exact)
-                doubts += abs(exact - near) > _SURE
-                out[i, j] = np.int8(np.int32(min(max(near + zero, low), high)))
+                doubts += np.int32(abs(exact - near) > _SURE)
+                new = min(max(near + zero, low), high)
+                moved += np.int32(new != np.float64(codes[i, j]))
+                out[i, j] = np.int8(np.int32(new))
+            if doubts:
+                moved = np.int32(0)
             for j in range(start, stop if doubts else start):
                 number = np.int64(np.float64(numbers[i, j]) * factor) * sign
                 found = floor_of(number, shifts[i, g], mantissas[i, g], inverses[i, g])
@@ -113,10 +136,9 @@ def round_integers(numbers, factor, codes, zeros, steps, low, high, out):  # typ
                 if x & 1:  # at a midpoint, or above it
                     nearest += np.int64(1) if found & 1 else nearest & 1
                 out[i, j] = min(max(nearest + zeros[i, g], np.int64(low)), np.int64(high))
-            for j in range(start, stop):
-                changed += out[i, j] != codes[i, j]
-            for j in range(start, stop):  # in this order, so that every machine has one sum
-                size += abs(np.float64(numbers[i, j]) * factor * ratio)
+                moved += np.int32(out[i, j] != codes[i, j])
+            changed += int(moved)
+            size += _magnitude(numbers, i, start, stop) * abs(factor * ratio)
             start = stop
     return changed, size
 

@@ -12,6 +12,9 @@ from kilodelta.files.checkpoint import in_name_order
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 
+MEASURES = ("agreement", "codes_changed")
+"""Keys of `made` that a dot and a precision may follow (docs/format.md, section 3)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
@@ -40,9 +43,27 @@ class Contents:
     beside: str = ""
     """The root of the updates beside a quantised base."""
 
+    @property
+    def fidelity(self) -> Mapping[str, Mapping[str, str | int | float | bool]]:
+        """What `made` says of each precision that the file was made for: `agreement` with the
+        tuned model, and of a merge in the grid the share of `codes_changed`.
+
+        Of a quantised base these are `in-grid` and `beside`; of a float one `fp16`, `int4-g32`,
+        `int4-g32.beside`, ...
+        """
+        table: dict[str, dict[str, str | int | float | bool]] = {}
+        for key, value in self.made.items():
+            for measure in MEASURES:
+                if key.startswith(f"{measure}."):
+                    table.setdefault(key.removeprefix(f"{measure}."), {})[measure] = value
+        if "in-grid" in table and "grid_codes_changed" in self.made:
+            table["in-grid"]["codes_changed"] = self.made["grid_codes_changed"]
+        return table
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {name: _plain(value) for name, value in vars(self).items()}
+        table = {name: _plain(value) for name, value in vars(self).items()}
+        return {**table, "fidelity": _plain(self.fidelity)} if self.fidelity else table
 
 
 def _plain(value: Any) -> Any:

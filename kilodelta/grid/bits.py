@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
+_BLOCK = 1 << 16
+"""Bytes of nibbles at a time, so that they stay in the second cache."""
 
 
 def unpack_bits(stream: Bytes, bits: int) -> Bytes:
@@ -33,8 +35,14 @@ def unpack_bits(stream: Bytes, bits: int) -> Bytes:
         return stream
     if bits == 4:
         codes = np.empty((rows, 2 * nbytes), np.uint8)
-        np.bitwise_and(stream, 15, out=codes[:, ::2])
-        np.right_shift(stream, 4, out=codes[:, 1::2])
+        pairs = codes.reshape(-1).view("<u2")
+        flat = stream.reshape(-1)
+        for start in range(0, flat.size, _BLOCK):
+            # 0xhl becomes 0x0h0l: the low code is the first byte of the pair
+            pair = flat[start : start + _BLOCK].astype("<u2")
+            pair |= pair << 4
+            pair &= 0x0F0F
+            pairs[start : start + _BLOCK] = pair
         return codes
     count = 8 * nbytes // bits
     flat = np.unpackbits(stream, axis=1, bitorder="little")[:, : count * bits]
@@ -63,7 +71,12 @@ def pack_bits(codes: npt.NDArray[Any], bits: int, nbytes: int) -> Bytes:
         return _padded(codes.astype(np.uint8, copy=False), nbytes)
     if bits == 4:
         even = _padded(codes.astype(np.uint8, copy=False), 2 * nbytes)
-        return even[:, ::2] | (even[:, 1::2] << np.uint8(4))
+        pairs = np.ascontiguousarray(even).reshape(-1).view("<u2")
+        stream = np.empty(rows * nbytes, np.uint8)
+        for start in range(0, stream.size, _BLOCK):
+            pair = pairs[start : start + _BLOCK]
+            stream[start : start + _BLOCK] = pair | pair >> 4  # the lower byte of each
+        return stream.reshape(rows, nbytes)
     spread = (codes[:, :, None] >> np.arange(bits, dtype=np.uint8)) & np.uint8(1)
     flat = _padded(spread.reshape(rows, count * bits).astype(np.uint8), 8 * nbytes)
     return np.packbits(flat, axis=1, bitorder="little")
@@ -81,6 +94,8 @@ def replace_bits(stream: Bytes, bits: int, codes: npt.NDArray[Any]) -> Bytes:
         new bytes, uint8 (rows, nbytes).
     """
     count = codes.shape[1]
+    if count * bits == 8 * stream.shape[1]:  # nothing lies behind them
+        return pack_bits(codes, bits, stream.shape[1])
     behind = unpack_bits(stream, bits)[:, count:]
     whole = np.concatenate([codes, behind], axis=1) if behind.size else codes
     return pack_bits(whole, bits, stream.shape[1])

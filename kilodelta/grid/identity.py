@@ -20,8 +20,13 @@ from kilodelta.grid.matrix import Matrix
 DOMAIN = b"kilodelta grid 1"
 
 
-def matrix_digest(name: str, matrix: Matrix) -> str:
+def matrix_digest(name: str, matrix: Matrix, state: hashlib._Hash | None = None) -> str:
     """Compute the logical digest of one weight under its name, `sha256:<hex>`.
+
+    Args:
+        name: of the weight.
+        matrix: the weight.
+        state: what `matrix_hash` has made of it, if that is at hand; it is used up.
 
     Example:
         >>> from dataclasses import replace
@@ -32,7 +37,7 @@ def matrix_digest(name: str, matrix: Matrix) -> str:
         >>> matrix_digest("w", w) == matrix_digest("w", again)
         True
     """
-    state = matrix_hash(name, matrix)
+    state = matrix_hash(name, matrix) if state is None else state
     state.update(np.ascontiguousarray(matrix.kind.plus_zero(matrix.codes)).data)
     return "sha256:" + state.hexdigest()
 

@@ -143,8 +143,9 @@ class QuantisedModel:
         def one(name: str) -> tuple[str, str, str, int]:
             matrix = self.matrix(name)
             meter.add(matrix.codes.size)
-            bare = "sha256:" + matrix_hash(name, matrix).hexdigest()
-            return matrix_digest(name, matrix), bare, kind_text(matrix), matrix.still
+            bare = matrix_hash(name, matrix)
+            whole = matrix_digest(name, matrix, bare.copy())
+            return whole, "sha256:" + bare.hexdigest(), kind_text(matrix), matrix.still
 
         done = parallel.run(
             one, names, meter, threads=threads, weight=lambda name: self.stored[name].shape[0]

@@ -78,6 +78,7 @@ def _round(  # type: ignore[no-untyped-def]
         if base.zeros is not None:
             zeros = base.zeros[np.arange(base.shape[0])[rows] // base.block[0]].astype(np.int64)
         low, high = np.float64(kind.low), np.float64(kind.high)
-        found = nearest.round_integers(numbers, factor, codes, zeros, parts, low, high, out)
+        width = 0 if base.order is not None else base.block[1]
+        found = nearest.round_integers(numbers, factor, codes, zeros, parts, width, low, high, out)
     changed, size = found
     return int(changed), float(size) * 2.0**kind.unit

@@ -62,5 +62,7 @@ def refuse(checkpoint: Checkpoint) -> None:
 def refusal(source: str, sign: str) -> InputError:
     """Return the error for a quantised model, known by `found`."""
     return InputError(
-        f"{source} holds a quantised model: {sign}", fix="give the model before quantisation"
+        f"{source} holds a quantised model: {sign}",
+        fix="give the model before quantisation; a quantised one is taken by compress (as BASE),"
+        " rebase, merge and verify without --inputs",
     )

@@ -7,17 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from kilodelta.device import apply, status
+from kilodelta.device import apply, bundle, status
 from kilodelta.device.folder import DeviceFolder, state
 from kilodelta.device.modes import refit, runtime
+from kilodelta.device.update.admit import bind
 from kilodelta.errors import (
+    BaseMismatchError,
+    CheckpointError,
     DeviceError,
     MissingPackageError,
 )
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
+from kilodelta.format.manifest import Grid
+from tests.support import grids
 from tests.support.devices import Bench
 
 
@@ -59,3 +65,24 @@ def test_refit_mode_saves_the_refitted_engine_beside_the_base(
     (folder.base / "refit.json").write_text("[]")
     with pytest.raises(DeviceError, match="refit is not an object"):
         mode.build(found, tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["adapter", "patch", "refit"])
+def test_a_file_for_a_quantised_base_is_refused_by_what_it_is(bench: Bench, mode: str) -> None:
+    digest = "sha256:" + "0" * 64
+    grid = Grid(
+        logical=digest, grids=digest, plain=digest, config=digest, weights=1, kinds=("int4 1x32",)
+    )
+    folder = DeviceFolder.open(bench.device)
+    folder = replace(folder, bundle=replace(folder.bundle, mode=mode))
+    delta = load(bench.files["a"])
+    delta = replace(delta, manifest=replace(delta.manifest, grid=grid, beside=digest))
+    with pytest.raises(BaseMismatchError, match=f"int4 1x32.*float model, in {mode} mode"):
+        bind(folder, delta)
+
+
+def test_a_quantised_model_is_not_bundled(tmp_path: Path) -> None:
+    base = grids.folder(tmp_path / "base", grids.CT, {"a.weight": np.zeros((2, 2), np.float32)})
+    with pytest.raises(CheckpointError, match="base is a quantised model, and a device folder"):
+        bundle(base, tmp_path / "device", mode="patch")
+    assert not (tmp_path / "device").exists()

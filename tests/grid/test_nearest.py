@@ -33,7 +33,11 @@ def rounded(
     else:
         wide = zeros.astype(np.int64)
         low, high = np.float64(kind.low), np.float64(kind.high)
-        found = nearest.round_integers(numbers, factor, codes, wide, parts, low, high, out)
+        found = nearest.round_integers(numbers, factor, codes, wide, parts, 4, low, high, out)
+        again = np.empty_like(out)  # with groups that are looked up column by column
+        other = nearest.round_integers(numbers, factor, codes, wide, parts, 0, low, high, again)
+        assert np.array_equal(out, again)
+        assert found == other
     return out, found[0]
 
 

@@ -101,7 +101,7 @@ def settled(asked: tuple[str, ...], kinds: tuple[str, ...] | None, base: object)
 
 def longest_fidelity(asked: Sequence[str]) -> dict[str, float]:
     """Return the longest that a manifest's `made` says of precisions, to count its bytes."""
-    table = {}
+    table: dict[str, float] = {}
     for name in asked:
         measures = [name, beside(name)] if name in PRECISIONS else [name]
         table |= {f"agreement.{measure}": -0.1234 for measure in measures}

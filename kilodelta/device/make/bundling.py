@@ -13,6 +13,7 @@ from kilodelta.device.golden import golden, reference
 from kilodelta.device.make import engines
 from kilodelta.device.make.build import Settings
 from kilodelta.device.modes import patch, refit, runtime
+from kilodelta.errors import CheckpointError
 from kilodelta.export.adapter.graph import with_adapter
 from kilodelta.export.architecture import open_headed
 from kilodelta.export.onnx.make import export_template
@@ -26,6 +27,7 @@ from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.model_digest import digest
 from kilodelta.files.safetensors import write_stream
 from kilodelta.format.targets import Patterns, select
+from kilodelta.grid.open import is_quantised
 from kilodelta.models import LoadedModel, locate
 from kilodelta.progress import Event, Progress
 
@@ -50,6 +52,7 @@ class BundleJob:
         if settings.capabilities:
             self.trt = choose(settings.flavour, settings.capabilities, (settings.dtype,))
         folder = locate(base)
+        _refuse_quantised(folder)
         self.base = Checkpoint.open(folder)
         self.headed = open_headed(self.base, config=settings.config, model=settings.model)
         self.loaded: LoadedModel = self.headed.loaded.choosing(settings.outputs)
@@ -120,6 +123,15 @@ class BundleJob:
 
     def _tell(self, what: str, done: int) -> None:
         self.progress(Event(stage=f"bundle: {what}", done=done, total=3, unit="steps"))
+
+
+def _refuse_quantised(base: Path) -> None:
+    if is_quantised(base):
+        raise CheckpointError(
+            f"{base} is a quantised model, and a device folder serves float ones",
+            fix="bundle the model before quantisation; a quantised one takes a fine-tune by"
+            " kilodelta merge BASE FILE -o FOLDER",
+        )
 
 
 def _adapter(job: BundleJob, template: Template, base: Path) -> None:

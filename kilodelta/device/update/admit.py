@@ -39,7 +39,15 @@ def bind(folder: DeviceFolder, delta: Delta) -> Delta:
         SelfTestError: this machine's kernels are wrong.
     """
     require_good_kernels()
-    base, bundle = delta.manifest.base, folder.bundle
+    base, bundle, grid = delta.manifest.base, folder.bundle, delta.manifest.grid
+    if grid is not None:  # its updates are exact for codes and steps that no folder serves
+        kinds = ", ".join(grid.kinds)
+        raise BaseMismatchError(
+            f"the file was made for a quantised base ({kinds}), and a device folder serves a float"
+            f" model, in {bundle.mode} mode",
+            fix="apply the file for the float model, from which this one was rebased; a quantised"
+            " model takes a file by kilodelta merge BASE FILE -o FOLDER",
+        )
     if base.root != bundle.base_root:
         here, there = (printable(name, 80) or "unnamed" for name in (bundle.base_name, base.name))
         raise BaseMismatchError(
