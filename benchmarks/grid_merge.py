@@ -1,0 +1,155 @@
+"""How fast a merge in the grid is, beside a plain copy of the same checkpoint, and its memory.
+
+    python benchmarks/grid_merge.py [--megabytes 500] [--work DIR] [--json FILE]
+
+The checkpoint is synthetic: matrices of 4096 x 4096 in compressed-tensors' int4 g32, random codes
+and float16 scales; the file a LoRA of rank 4 over all of them. `kilodelta merge` proves the base,
+merges, writes, decodes what it wrote and proves the result; the copy is one of the same bytes with
+`fsync`. Both are timed in turn, in processes of their own, and the merge's anonymous memory is
+polled. Times of a busy machine are of little use: the processor seconds are printed as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from machine import describe
+
+from kilodelta.files import safetensors
+from kilodelta.files.tensor import RawTensor
+from kilodelta.format.methods import Lora
+from kilodelta.format.targets import Patterns
+from kilodelta.grid import open_quantised
+from kilodelta.merging.build import Recipe, build, quantise_target
+
+SIDE, GROUP, RANK = 4096, 32, 4
+MATRIX = SIDE * SIDE // 2 + SIDE * SIDE // GROUP * 2
+"""Bytes of one matrix: codes and scales."""
+CONFIG = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 4,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "group",
+                "group_size": GROUP,
+            },
+        }
+    },
+}
+COPY = """
+import os, shutil, sys
+shutil.copyfile(sys.argv[1], sys.argv[2])
+with open(sys.argv[2], "rb") as file:
+    os.fsync(file)
+"""
+
+
+def main() -> None:
+    """Make the checkpoint and the file once, then time both, three times in turn."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--megabytes", type=int, default=500, help="of the checkpoint")
+    parser.add_argument("--work", type=Path, default=Path("grid-merge"), help="checkpoint and copy")
+    parser.add_argument("--json", type=Path, help="write all numbers here")
+    parser.add_argument("--runs", type=int, default=3)
+    options = parser.parse_args()
+    base, file = options.work / "base", options.work / "task.kd"
+    if not file.exists():
+        write_base(base, max(1, options.megabytes * 10**6 // MATRIX))
+        write_file(base, file)
+    weights = base / "model.safetensors"
+    runs = [run(base, weights, file, options.work) for _ in range(options.runs)]
+    report = {"machine": describe(), "bytes": weights.stat().st_size, "runs": runs}
+    print(json.dumps(report, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def write_base(place: Path, count: int) -> None:
+    """Write a checkpoint of `count` matrices."""
+    rng = np.random.default_rng(0)
+    place.mkdir(parents=True)
+    tensors = {}
+    for i in range(count):
+        name = f"layers.{i}.proj."
+        packed = rng.integers(0, 256, (SIDE, SIDE // 2), np.uint8).view(np.int32)
+        scales = (rng.random((SIDE, SIDE // GROUP), np.float32) * 0.01 + 0.002).astype(np.float16)
+        tensors[f"{name}weight_packed"] = RawTensor.of(packed)
+        tensors[f"{name}weight_scale"] = RawTensor.of(scales)
+        tensors[f"{name}weight_shape"] = RawTensor.of(np.array([SIDE, SIDE], np.int64))
+    safetensors.write(place / "model.safetensors", tensors)
+    (place / "config.json").write_text(json.dumps({"quantization_config": CONFIG}))
+
+
+def write_file(base: Path, path: Path) -> None:
+    """Write a LoRA of every matrix, whose update is about a step of the grid."""
+    rng, lora = np.random.default_rng(1), Lora(rank=RANK)
+    found = {}
+    for name in open_quantised(base).stored:
+        floats = {"A": rng.normal(size=(RANK, SIDE)), "B": rng.normal(size=(SIDE, RANK))}
+        found[name] = quantise_target(lora, {k: v * 0.05 for k, v in floats.items()}, 4)
+    recipe = Recipe(method=lora, patterns=Patterns(include=("*.weight",)), bits=4)
+    build(base, recipe, found).save(path)
+
+
+def run(base: Path, weights: Path, file: Path, work: Path) -> dict[str, Any]:
+    """Time one copy and one merge."""
+    copied, merged = work / "copy", work / "merged"
+    shutil.rmtree(merged, ignore_errors=True)
+    copied.unlink(missing_ok=True)
+    copy = timed([sys.executable, "-c", COPY, str(weights), str(copied)])
+    merge = timed(
+        [sys.executable, "-m", "kilodelta", "merge", str(base), str(file), "-o", str(merged)]
+    )
+    start = timed([sys.executable, "-m", "kilodelta", "digest", str(file)])
+    return {"copy": copy, "merge": merge, "start": start}
+
+
+def timed(command: list[str]) -> dict[str, float]:
+    """Run a command: seconds, processor seconds, and the largest anonymous memory seen, in MB."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    most = 0
+    while process.poll() is None:
+        most = max(most, anonymous(process.pid))
+        time.sleep(0.02)
+    seconds = time.monotonic() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert process.returncode == 0, command
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {
+        "seconds": round(seconds, 2),
+        "processor seconds": round(used, 2),
+        "anonymous MB": round(most / 1e6, 1),
+    }
+
+
+def anonymous(pid: int) -> int:
+    """Read a process's anonymous memory, in bytes."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:  # it has just ended
+        return 0
+    for line in text.splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()
