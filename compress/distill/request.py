@@ -13,16 +13,19 @@ from kilodelta.compress.distill.learn.chat_rows import check_answers
 from kilodelta.compress.distill.learn.data import check_count
 from kilodelta.compress.distill.options import Options
 from kilodelta.compress.distill.place import check_place
+from kilodelta.compress.distill.precisions.wishes import parse_for
 from kilodelta.errors import InputError, OutputError
 from kilodelta.models import locate, open_source, read_texts
 from kilodelta.models.inputs.sources import ChatSource, Source
 
 
 def as_given(options: Options) -> Options:
-    """Return options with tuples of globs: one glob may stand where several may."""
+    """Return options with tuples: one glob, or one text of precisions, may stand for several."""
+    asked = options.precisions
+    precisions = parse_for(asked) if isinstance(asked, str) else tuple(asked)
     fields = {"targets": options.targets, "exclude": options.exclude}
     globs: dict[str, Any] = {k: (v,) if isinstance(v, str) else tuple(v) for k, v in fields.items()}
-    return replace(options, **globs)
+    return replace(options, precisions=precisions, **globs)
 
 
 def find_models(base: str | Path, tuned: str | Path) -> dict[str, Path]:

@@ -291,6 +291,7 @@ def test_a_damaged_scale_is_named(place: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "task.kd").exists()
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupted_run_goes_on_with_its_ways(place: Path, tmp_path: Path) -> None:
     distilled(place, "int4", tmp_path / "whole.kd")
 
@@ -298,18 +299,14 @@ def test_an_interrupted_run_goes_on_with_its_ways(place: Path, tmp_path: Path) -
         if event.stage == "distil" and event.done == 5:  # the next step is one beside the base
             signal.raise_signal(signal.SIGINT)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        cut = compress(
-            place / "int4",
-            place / "tuned",
-            tmp_path / "cut.kd",
-            inputs=place / "texts.txt",
-            options=OPTIONS,
-            progress=stop,
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
+    cut = compress(
+        place / "int4",
+        place / "tuned",
+        tmp_path / "cut.kd",
+        inputs=place / "texts.txt",
+        options=OPTIONS,
+        progress=stop,
+    )
     assert cut.interrupted
 
     def resume(options: Options) -> None:
