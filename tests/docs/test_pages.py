@@ -66,6 +66,9 @@ NOT_RUN = {
     ("quantised.md", "kilodelta merge  base-w4a16/"): _SMALL,
     ("quantised.md", "kilodelta merge    base-w4a16/"): _SMALL,
     ("quantised.md", "kilodelta verify base-w4a16/"): _SMALL,
+    ("quantised.md", "kilodelta compress base/ tuned/ -o task.kd"): (
+        "the desk's layers are narrower than a group: tests/compress/test_precisions.py"
+    ),
     ("quantised.md", "kilodelta merge  base.gguf"): "a GGUF model: tests/grid/test_merge.py",
     ("quantised.md", "kilodelta merge  base.onnx"): "such a graph: tests/grid/test_merge.py",
     ("refit.md", ""): "needs a GPU and TensorRT: tests/export/test_refit.py, on a double",
