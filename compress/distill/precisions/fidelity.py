@@ -16,7 +16,7 @@ from kilodelta.compress.distill.learn.measure import measure
 from kilodelta.compress.distill.learn.objective import Measures
 from kilodelta.compress.distill.merged import fill_merged
 from kilodelta.compress.distill.precisions.grids import Grids
-from kilodelta.compress.distill.precisions.wishes import IN_GRID, WAYS, beside
+from kilodelta.compress.distill.precisions.wishes import BESIDE, IN_GRID, WAYS, beside
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.grid.matrix import Matrix
@@ -60,6 +60,8 @@ def measure_each(
             the last of it afterwards.
         data: the held-out inputs and the teacher's outputs.
     """
+    if not job.precisions:
+        return ()
     filled = _Filled(job, grids, delta, student)
     found = []
 
@@ -79,7 +81,7 @@ def measure_each(
     for name in job.precisions:
         if name in PRECISIONS or name == IN_GRID:
             add(name, filled.in_grid(name))
-        if name in PRECISIONS or name in WAYS[1:]:
+        if name in PRECISIONS or name == BESIDE:
             filled.beside(name)
             add(beside(name) if name in PRECISIONS else name)
         if name in ("fp32", "fp16"):
@@ -95,7 +97,18 @@ class _Filled:
         self.job, self.grids, self.delta = job, grids, delta
         self.state: dict[str, Tensor] = student.module.state_dict()
         self.module = student.module
-        self._before = {name: tensor.clone() for name, tensor in self.state.items()}
+        changing = self._changing()
+        self._before = {name: self.state[name].clone() for name in changing if name in self.state}
+
+    def _changing(self) -> set[str]:
+        """Name the tensors that any precision changes: of a large model as few as possible."""
+        if "fp16" in self.job.precisions:
+            return set(self.state)
+        weights = {*self.delta.targets, *self.delta.extras}
+        for name in self.job.precisions:
+            if name in PRECISIONS or name in WAYS:
+                weights.update(self.grids.matrices(name))
+        return {self.job.pair.names.get(weight, "") for weight in weights}
 
     def in_grid(self, name: str) -> float:
         """Merge in the grid; return the share of the targets' codes that change."""
