@@ -60,6 +60,31 @@ def test_what_kilobytes_keep(page: Any, start: str) -> None:
         assert f"{one} / {other}, {ten} / {tens}" in line
 
 
+QUANTISED = result("quantised-2026-11-28-epyc-busy")["sets"]["trec6"]["0"]
+GUIDE = ROOT / "docs" / "quantised.md"
+
+
+@pytest.mark.parametrize(
+    ("page", "start", "key", "floats"),
+    [
+        (README, "the base alone", "base", "base"),
+        (README, "merged", "in-grid", "12KB"),
+        (README, "beside the base", "beside", None),
+        (GUIDE, "the base", "base", "base"),
+        (GUIDE, "11,952 bytes merged in the grid", "in-grid", "12KB"),
+        (GUIDE, "11,952 bytes beside the quantised base", "beside", None),
+        (GUIDE, "full fine-tune merged in the grid, scales kept", "full-in-grid", "teacher"),
+        (GUIDE, "full fine-tune, quantised anew", "full-quantised", None),
+    ],
+)
+def test_what_a_grid_keeps(page: Any, start: str, key: str, floats: str | None) -> None:
+    assert QUANTISED["bytes"] == 11_952
+    shown = [f"{QUANTISED[name][key]:.1f}" for name in ("int4-g32", "nvfp4")]
+    shown.append("" if floats is None else f"{QUANTISED['float'][floats]:.1f}")
+    cells = [cell.strip() for cell in row(page, start).strip("|").split("|")]
+    assert cells[1:] == shown
+
+
 @pytest.mark.parametrize(
     ("start", "what"),
     [
