@@ -59,7 +59,7 @@ def run_facts(
         "targets": json.dumps(asdict(job.patterns), sort_keys=True),
         "--extras": json.dumps([change.name for change in job.split.extras]),
         "outputs": json.dumps(outputs),
-        "--for": ",".join(job.precisions),
+        **({"--for": ",".join(job.precisions)} if job.precisions else {}),
         **{f"--{key}": str(value) for key, value in asdict(schedule).items()},
     }
 
