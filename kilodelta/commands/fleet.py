@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -292,7 +293,9 @@ def _status(
     if page is not None:
         from kilodelta.report import write_report
 
-        write_report(Path(page), "fleet", found)
+        # the results, as the page's links reach them
+        folder = os.path.relpath(results, Path(page).resolve().parent)
+        write_report(Path(page), "fleet", {**found, "folder": folder})
     return lambda: _show_status(found, as_json, page)
 
 
@@ -306,13 +309,14 @@ def _show_status(found: dict[str, Any], as_json: bool, html: str | None) -> None
             row["target"],
             row["status"],
             "" if row["agreement"] is None else f"{row['agreement']:.4f}",
+            row["parity"],
             terminal.size(row["nbytes"]) if row["nbytes"] else "",
             "" if row["seconds"] is None else f"{row['seconds']:.1f}",
             row["why"],
         )
         for row in found["rows"][:SHOWN]
     ]
-    columns = ("fine-tune", "target", "status", "agreement", "bytes", "s", "why")
-    terminal.print_table("The worst first", columns, rows, right=(3, 4, 5))
+    columns = ("fine-tune", "target", "status", "agreement", "parity", "bytes", "s", "why")
+    terminal.print_table("The worst first", columns, rows, right=(3, 4, 5, 6))
     counts = ", ".join(f"{n} {name}" for name, n in found["counts"].items() if n)
     terminal.print_line(counts + (f"; {html}" if html else ""))

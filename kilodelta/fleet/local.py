@@ -11,6 +11,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from kilodelta import memory
 from kilodelta.errors import InputError
 from kilodelta.files import staging
 from kilodelta.fleet import child
+from kilodelta.fleet.gpus import VISIBLE, gpus_for
 from kilodelta.fleet.graph import Plan
 from kilodelta.fleet.task import LIBRARIES, Task, memory_of
 from kilodelta.fleet.work import preload
@@ -91,14 +93,18 @@ def shard_of(tasks: Sequence[Task], shard: tuple[int, int] | None) -> list[Task]
 
 
 def choose_jobs(tasks: Sequence[Task], jobs: int | None) -> int:
-    """Return how many tasks run at once: what was asked for, else what cores and memory allow."""
+    """Return how many tasks run at once: what was asked for, else what this machine allows.
+
+    That is by its cores and memory, and one for each GPU where tasks compute on GPUs.
+    """
     if jobs is not None:
         if jobs < 1:
             raise InputError(f"{jobs} jobs make no sense", fix="give 1 or more, or leave it out")
         return jobs
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     largest = max((memory_of(t) for t in tasks), default=1)
-    return max(1, min(cores or 1, int(0.8 * memory.available(_GUESS) / largest), len(tasks)))
+    most = len(gpus_for(tasks)) or cores or 1
+    return max(1, min(cores or 1, most, int(0.8 * memory.available(_GUESS) / largest), len(tasks)))
 
 
 def run(
@@ -144,11 +150,13 @@ class Starts:
     Attributes:
         forking, anew: contexts of `multiprocessing`.
         alone: kinds of tasks that are started anew.
+        gpus: what each running child may see, one for each task at once; empty without GPUs.
     """
 
     forking: Any
     anew: Any
     alone: frozenset[str]
+    gpus: queue.SimpleQueue[str]
 
     def of(self, task: Task) -> Any:
         """Return the context that starts a task."""
@@ -180,11 +188,16 @@ def _starting(tasks: Sequence[Task], workers: int) -> Iterator[Starts]:
         forking: Any = multiprocessing.get_context("forkserver")
         alone = kinds_alone(tasks, workers)
         kinds = {task.kind for task in tasks} - alone
-        # the last one keeps what all have loaded where children share it
+        # A child runs the parent's script again, which imports the first one; the last one keeps
+        # what all have loaded where children share it.
         forking.set_forkserver_preload(
-            ["kilodelta.fleet.child", *preload(kinds), "kilodelta.fleet.warm"]
+            ["kilodelta.cli", "kilodelta.fleet.child", *preload(kinds), "kilodelta.fleet.warm"]
         )
-        yield Starts(forking=forking, anew=multiprocessing.get_context("spawn"), alone=alone)
+        gpus, found = queue.SimpleQueue[str](), gpus_for(tasks)
+        for number in range(workers if found else 0):
+            gpus.put(found[number % len(found)])
+        anew = multiprocessing.get_context("spawn")
+        yield Starts(forking=forking, anew=anew, alone=alone, gpus=gpus)
     finally:
         for name, value in before.items():
             if value is None:
@@ -238,11 +251,22 @@ def _run_all(
 
 
 def _attended(task: Task, out: Path, starts: Starts, stop: threading.Event) -> Mapping[str, Any]:
-    """Run a task in a child and wait for its answer; a killed child is tried again."""
-    context = starts.of(task)
+    """Run a task in a child that sees one GPU at most; a killed child is tried again."""
+    gpu = None if starts.gpus.empty() else starts.gpus.get()
+    try:
+        return _tried(task, out, starts.of(task), stop, gpu)
+    finally:
+        if gpu is not None:
+            starts.gpus.put(gpu)
+
+
+def _tried(
+    task: Task, out: Path, context: Any, stop: threading.Event, gpu: str | None
+) -> Mapping[str, Any]:
+    given = {**task.to_json(), "gpu": gpu}
     for attempt in range(RETRIES + 1):
         receiving, sending = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(task.to_json(), str(out), sending))
+        process = context.Process(target=_child, args=(given, str(out), sending))
         process.start()
         sending.close()
         answer: Mapping[str, Any] | None = None
@@ -280,6 +304,8 @@ def _child(task: Mapping[str, Any], out: str, answers: Any) -> None:
     """Run in the child; Ctrl-C reaches it by its parent alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if task.get("gpu") is not None:  # before the first call of CUDA, which reads it
+        os.environ[VISIBLE] = task["gpu"]
     # Libraries' talk would break into the parent's progress.
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)

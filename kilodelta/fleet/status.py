@@ -10,13 +10,15 @@ from typing import Any
 from kilodelta.errors import InputError
 from kilodelta.files import canonical, plain, staging, untrusted
 from kilodelta.fleet.graph import Plan
-from kilodelta.fleet.record import AGAIN, DONE, read_record
-from kilodelta.fleet.task import Task
+from kilodelta.fleet.record import AGAIN, DONE, RECORD, read_record
+from kilodelta.fleet.task import PAGE, Task
 
 PLANNED = "made-from.json"
 """In the folder of results: which file it was made from."""
 MAX_PLANNED = 1 << 16
 FAILED, SKIPPED, OPEN = "failed", "not begun", "open"
+_PROVED = {"merge", "onnx"}
+"""Kinds whose weights are compared with the digests that the fine-tune promises."""
 _ORDER = (FAILED, SKIPPED, OPEN, DONE)
 MAX_ANSWERS = 64 << 20
 
@@ -61,7 +63,9 @@ def status_of(plan: Plan) -> dict[str, Any]:
     """Return one row for each fine-tune and target: the worst first, as plain JSON.
 
     A row holds `fine_tune`, `target`, `status` (`done`, `failed`, `not begun`, `open`), `why`,
-    `agreement` (of the fine-tune's compression, or None), `nbytes`, `seconds`, `place`.
+    `agreement` (of the fine-tune's compression, or None), `parity` (how the result was proved, or
+    how far it is off), `nbytes`, `seconds`, `place`, and `report` (its own page or record, relative
+    to `out`; empty where there is none).
     """
     failed, skipped = _answers(plan.out)
     agreements = {
@@ -99,8 +103,19 @@ def _row(
         "agreement": agreements.get(task.fine_tune),
         "nbytes": sum(n for n in files.values() if isinstance(n, int)),
         "seconds": seconds if isinstance(seconds, (int, float)) else None,
+        "parity": _parity(task, record) if status == DONE else "",
         "place": task.place,
+        "report": f"{task.place}/{PAGE if PAGE in files else RECORD}" if files else "",
     }
+
+
+def _parity(task: Task, record: Mapping[str, Any] | None) -> str:
+    """Say how a result was proved: by digests, or how far its factors are off."""
+    if task.kind in _PROVED:
+        return "exact"
+    result = record.get("result") if record else None
+    error = result.get("error") if isinstance(result, dict) else None
+    return f"{error:.1e}" if isinstance(error, (int, float)) else ""
 
 
 def _worst_first(row: Mapping[str, Any]) -> tuple[Any, ...]:

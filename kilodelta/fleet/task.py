@@ -19,6 +19,8 @@ MEMORY = {
     "bundle": 8.0,
 }
 """Memory by kind, in multiples of the model's bytes, above what the libraries themselves take."""
+PAGE = "report.html"
+"""A task's own report, where its kind has one."""
 DEVICE = "device"
 """The device folder in the result of a bundle."""
 LIBRARIES = {"compress", "onnx-base", "tensorrt", "adapter", "release", "bundle"}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kilodelta.fleet.task import DEVICE
+from kilodelta.fleet.task import DEVICE, PAGE
 
 Params = Mapping[str, Any]
 MODEL, MAP, REST = "model.onnx", "model.map.json", "rest.safetensors"
@@ -58,7 +58,12 @@ def compress(p: Params, out: Path) -> dict[str, Any]:
     report = compress(
         p["base"], p["tuned"], out / f"{p['name']}.kd", inputs=p["inputs"], options=options
     )
-    return report.to_json()
+    result = report.to_json()
+    if importlib.util.find_spec("matplotlib"):
+        from kilodelta.report import write_report
+
+        write_report(out / PAGE, "compress", {**result, "commands": ["kilodelta fleet run"]})
+    return result
 
 
 def onnx_base(p: Params, out: Path) -> dict[str, Any]:

@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import os
+import queue
 import signal
 import threading
 import time
@@ -23,7 +25,7 @@ import kilodelta
 from kilodelta import memory
 from kilodelta.errors import InputError
 from kilodelta.export.pipeline import export
-from kilodelta.fleet import child, cluster, local, make_plan, on_ray, read_fleet, run
+from kilodelta.fleet import child, cluster, gpus, local, make_plan, on_ray, read_fleet, run
 from kilodelta.fleet.cluster import lacks, machines_of, options_of, require_resources
 from kilodelta.fleet.local import choose_jobs, shard_of
 from kilodelta.fleet.on_ray import _started
@@ -88,6 +90,14 @@ def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def shared_of(finished: Path, out: Path) -> Path:
+    """A folder of results that has what fine-tunes share, whose export takes longest."""
+    import shutil
+
+    shutil.copytree(finished / "bases", out / "bases")
+    return out
+
+
 def test_results_are_those_of_the_commands(world: Path, finished: Path, tmp_path: Path) -> None:
     """The patched ONNX file is, byte for byte, an export of the merged model."""
     place = finished / "fine-tunes" / "t1"
@@ -137,14 +147,16 @@ def test_what_is_lost_is_made_again_and_nothing_else(
     assert digests(out) == digests(finished)
 
 
-def test_a_failure_stops_what_needs_it_and_nothing_else(world: Path, tmp_path: Path) -> None:
+def test_a_failure_stops_what_needs_it_and_nothing_else(
+    world: Path, finished: Path, tmp_path: Path
+) -> None:
     import shutil
 
     place = tmp_path / "world"
     shutil.copytree(world, place)
     other = pico.bert(tmp_path / "other")
     making.delta(other, Lora(rank=1), patterns=OTHER).save(place / "ready" / "t1.kd")
-    done = run(plan_of(place, tmp_path / "out"), jobs=1)
+    done = run(plan_of(place, shared_of(finished, tmp_path / "out")), jobs=1)
     assert {a["name"] for a in done.failed} == {"t1/merged", "t1/onnx", "t1/lora"}
     assert all("is not the base" in a["error"] or "base" in a["error"] for a in done.failed)
     assert {a["exit_code"] for a in done.failed} == {5}
@@ -194,7 +206,7 @@ def test_a_killed_child_costs_its_own_task(
     monkeypatch.setattr(local, "_child", real)
     context_child = _dying_child(str(mark))
     monkeypatch.setattr(local, "_child", context_child)
-    done = run(plan_of(world, tmp_path / "out"), jobs=2)
+    done = run(plan_of(world, shared_of(finished, tmp_path / "out")), jobs=2)
     assert mark.exists()
     assert done.failed == ()
     assert digests(tmp_path / "out") == digests(finished)
@@ -212,7 +224,7 @@ class _dying_child:  # noqa: N801  (pickled by name, called like the function th
 
 
 def test_shards_together_make_the_whole(world: Path, finished: Path, tmp_path: Path) -> None:
-    plan = plan_of(world, tmp_path / "out")
+    plan = plan_of(world, shared_of(finished, tmp_path / "out"))
     parts = [shard_of(plan.tasks, (k, 2)) for k in (1, 2)]
     tunes = [{t.fine_tune for t in part if t.fine_tune} for part in parts]
     assert tunes == [{"t0", "t2"}, {"t1"}]
@@ -239,6 +251,9 @@ def test_the_status_puts_the_worst_first(world: Path, finished: Path, tmp_path: 
     assert found["rows"][0]["why"] == "no room; make room"
     assert found["counts"] == {"failed": 1, "not begun": 0, "open": 0, "done": 3 * COUNT}
     assert all(row["nbytes"] > 0 for row in found["rows"][1:])
+    parity = {row["target"]: row["parity"] for row in found["rows"][1:]}
+    assert (parity["merged"], parity["onnx"], parity["onnx-fp32"]) == ("exact", "exact", "")
+    assert 0 <= float(parity["lora"]) < 1e-3
 
 
 def test_a_plan_estimates_by_what_is_done(world: Path, finished: Path, tmp_path: Path) -> None:
@@ -335,6 +350,45 @@ def test_jobs_follow_cores_and_memory(world: Path, tmp_path: Path) -> None:
     assert 1 <= choose_jobs(tasks, None) <= (os.cpu_count() or 1)
     with pytest.raises(InputError, match="0 jobs"):
         choose_jobs(tasks, 0)
+
+
+def test_one_task_at_once_for_each_gpu(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where tasks compute on GPUs; each child sees another one."""
+    tasks = plan_of(world, tmp_path / "out").tasks
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    monkeypatch.delenv(gpus.VISIBLE, raising=False)
+    monkeypatch.setattr(gpus, "DEVICES", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
+    assert gpus.gpus_here() == ("0", "1")
+    assert choose_jobs(tasks, None) > 2
+    taking = [dataclasses.replace(t, resources={"GPU": 1}) for t in tasks]
+    assert choose_jobs(taking, None) == 2
+    with local._starting(taking, 3) as starts:
+        assert [starts.gpus.get() for _ in range(3)] == ["0", "1", "0"]
+    monkeypatch.setenv(gpus.VISIBLE, "GPU-a")
+    assert choose_jobs(taking, None) == 1
+    with local._starting(tasks, 3) as starts:
+        assert starts.gpus.empty()
+
+
+def test_a_child_sees_its_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = multiprocessing.get_context("spawn")
+    starts = local.Starts(
+        forking=context, anew=context, alone=frozenset(), gpus=queue.SimpleQueue()
+    )
+    starts.gpus.put("3")
+    monkeypatch.setattr(local, "_child", seen_gpu)
+    answer = local._attended(TASK, Path("out"), starts, threading.Event())
+    assert answer == {"gpu": "3"}
+    assert starts.gpus.get() == "3"
+
+
+def seen_gpu(task: Any, out: str, answers: Any) -> None:
+    """A double of the child's function."""
+    answers.send({"gpu": task["gpu"]})
 
 
 def test_a_container_with_little_memory_gets_fewer_jobs(
@@ -514,6 +568,11 @@ def test_a_fleet_is_reported_by_its_folder(world: Path, finished: Path, tmp_path
     assert done.exit_code == 0, done.output
     page = (out / "fleet.html").read_text()
     assert all(f"t{number}" in page for number in range(COUNT))
+    assert 'href="./fine-tunes/t0/merged/task.json"' in page
+    elsewhere = tmp_path / "pages" / "page.html"
+    elsewhere.parent.mkdir()
+    CliRunner().invoke(main, ["fleet", "report", str(out), "--html", str(elsewhere)])
+    assert 'href="../out/fine-tunes/t0/merged/task.json"' in elsewhere.read_text()
     told = CliRunner().invoke(main, ["fleet", "status", str(out), "--json"])
     given = ["fleet", "status", str(world / "fleet.toml"), "-o", str(out), "--json"]
     assert told.stdout == CliRunner().invoke(main, given).stdout

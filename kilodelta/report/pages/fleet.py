@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from urllib.parse import quote
+
 from kilodelta.report.html import Cell, Column, Page, Section, table
 from kilodelta.report.pages.parts import Json, legend, status_cell
 from kilodelta.report.plots import byte_label
 from kilodelta.report.verdict import AMBER, GREEN, RED, Level, Verdict
+
+
+def _link(result: Json, row: Json) -> str:
+    """Return where a row's own report is, seen from the page; empty where there is none."""
+    report = row.get("report", "")
+    return quote(f"{result.get('folder', '.')}/{report}") if report else ""
 
 
 def fleet_page(result: Json) -> Page:
@@ -29,7 +37,8 @@ def fleet_page(result: Json) -> Page:
                 text="" if row["seconds"] is None else f"{row['seconds']:.1f}",
                 value=row["seconds"] or 0.0,
             ),
-            Cell(text=row["place"], code=True),
+            Cell(text=row.get("parity", "")),
+            Cell(text=row["place"], code=True, link=_link(result, row)),
             Cell(text=row["why"]),
         )
         for row in result["rows"]
@@ -41,6 +50,7 @@ def fleet_page(result: Json) -> Page:
         Column(title="agreement", number=True),
         Column(title="bytes", number=True),
         Column(title="s", number=True),
+        Column(title="parity"),
         Column(title="place"),
         Column(title="why"),
     ]
