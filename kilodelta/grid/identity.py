@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kilodelta.errors import CheckpointError, one_line
 from kilodelta.files import canonical
 from kilodelta.grid.matrix import Matrix
 
@@ -86,6 +87,16 @@ def _bytes(values: npt.NDArray[Any], dtype: str) -> bytes:
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
-    """Compute the digest of a quantisation configuration, as canonical JSON."""
-    text = canonical.dumps(dict(config)).encode("utf-8")
+    """Compute the digest of a quantisation configuration, as canonical JSON.
+
+    Raises:
+        CheckpointError: it holds what canonical JSON cannot: NaN, infinity, half of a surrogate.
+    """
+    try:
+        text = canonical.dumps(dict(config)).encode("utf-8")
+    except ValueError as error:
+        raise CheckpointError(
+            f"the quantisation configuration has no canonical spelling: {one_line(error)}",
+            fix="fetch the model again: NaN, infinity and halves of surrogates are no JSON",
+        ) from None
     return "sha256:" + hashlib.sha256(text).hexdigest()

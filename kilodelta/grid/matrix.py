@@ -89,9 +89,14 @@ class Matrix:
             name: the weight's, for the error.
 
         Raises:
-            CheckpointError: a scale, minimum or code is NaN or infinite, or a column belongs to a
-                group that does not exist.
+            CheckpointError: a scale, minimum or code is NaN or infinite, a column belongs to a
+                group that does not exist, or a block is larger than any matrix.
         """
+        if max(self.block) >= 1 << 31:
+            raise CheckpointError(
+                f"{name}: a block of {self.block[0]} x {self.block[1]} is larger than any matrix",
+                fix=_FETCH,
+            )
         for what, floats in (("scale", self.steps), ("minimum", self.minima)):
             if floats is not None and not np.isfinite(floats).all():
                 bad = np.argwhere(~np.isfinite(floats))[0]

@@ -26,6 +26,8 @@ from kilodelta.trust.statement import MAX_VERSION
 WHY = "fetch releases"
 MAX_RELEASE = 1 << 30
 """Bytes of one release that are fetched at most; a `.kd` with a whole head stays far below."""
+SILENCE = 10
+"""Seconds that a server may say nothing; urllib3 tries four times before the pull ends."""
 MAX_METADATA = 5_000_000
 """Bytes of one role's metadata: python-tuf fetches no more, and reads what it kept whole."""
 MAX_NAME = 200
@@ -78,6 +80,7 @@ def pull(
     """
     require("tuf", extra="mirror", why=WHY)
     from tuf.ngclient import Updater
+    from tuf.ngclient.urllib3_fetcher import Urllib3Fetcher
 
     if not url.startswith(("https://", "http://")):
         raise InputError(f"{url!r:.200} is no URL", fix="give https://host/path of the repository")
@@ -91,6 +94,7 @@ def pull(
             str(targets),
             url.rstrip("/") + "/targets/",
             bootstrap=root,
+            fetcher=Urllib3Fetcher(socket_timeout=SILENCE),
         )
         updater.refresh()
         _require_fresh(place / "metadata", clock)

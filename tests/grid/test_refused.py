@@ -245,6 +245,20 @@ def test_an_expression_of_a_stranger(tmp_path: Path, target: str, words: str) ->
         read(tmp_path / "m", config, grids.pack_quantized(name, N))
 
 
+@pytest.mark.parametrize("odd", [float("nan"), float("-inf"), "\ud800"])
+def test_a_configuration_without_a_spelling(tmp_path: Path, odd: Any) -> None:
+    config = {**grids.ct_config(), "note": odd}
+    place = grids.folder(tmp_path / "m", config, grids.pack_quantized("a", N))
+    with pytest.raises(CheckpointError, match="no canonical spelling"):
+        open_quantised(place).identity(threads=1)
+
+
+def test_a_block_that_no_matrix_has(tmp_path: Path) -> None:
+    config = grids.ct_config(group_size=10**30)
+    with pytest.raises(CheckpointError, match=r"larger than any matrix|not fit|shape"):
+        read(tmp_path / "m", config, grids.pack_quantized("a", Numbers(16, 32, 32)))
+
+
 def gguf_bytes(*, tensors: int = 0, pairs: int = 0, rest: bytes = b"", version: int = 3) -> bytes:
     return b"GGUF" + struct.pack("<IQQ", version, tensors, pairs) + rest
 

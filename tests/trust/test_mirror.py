@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -273,6 +274,18 @@ def test_what_a_pull_left_that_was_killed_at_its_end_goes_with_the_next(
     assert got is not None
     assert not got.fetched
     assert sorted(targets.iterdir()) == whole
+
+
+def test_a_server_that_says_nothing_is_a_sentence(
+    tmp_path: Path, key: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish([release(tmp_path, key, 7)], tmp_path / "repo", key=key.private)
+    root = first_root(tmp_path / "repo" / "metadata" / "1.root.json")
+    monkeypatch.setattr("kilodelta.trust.tuf_client.SILENCE", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(InputError, match="cannot be fetched from"):
+            pull(tmp_path / "client", url, root=root)
 
 
 def _to_outside(path: Path, outside: Path) -> None:

@@ -121,6 +121,11 @@ class _Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
 
+    def translate_path(self, path: str) -> str:
+        """Serve a pipe as what is missing: opening it would keep this server, not the client."""
+        place = super().translate_path(path)
+        return place if not Path(place).is_fifo() else f"{place}/missing"
+
 
 def _mirror(example: Path, trusted: Path) -> Read:
     """A device that has pulled once, and its mirror, served on loopback; both are damaged."""
