@@ -40,6 +40,7 @@ NOT_RUN = {
     ("decoders.md", "kilodelta "): "a real decoder: tests/export/test_decoder.py does it, tiny",
     ("decoders.md", "import onnxruntime_genai"): "the same test, by the same package",
     ("encoder-decoders.md", "kilodelta "): "a real Whisper: tests/export/test_seq2seq.py, tiny",
+    ("encoder-decoders.md", "pip install"): "real bases of 150 MB, by hand",
     ("encoder-decoders.md", "import numpy"): "the same test, by HalvesWriter",
     ("compress.md", "kilodelta plan BASE TUNED"): "minutes; tests/compress/test_plan.py",
     ("demo.md", ""): "minutes, on a real model: tests/demo holds every command of it",
