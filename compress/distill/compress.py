@@ -23,6 +23,7 @@ from kilodelta.compress.distill.learn.loop import distill
 from kilodelta.compress.distill.learn.measure import measure
 from kilodelta.compress.distill.learn.objective import Measures
 from kilodelta.compress.distill.learn.outputs import Wanted
+from kilodelta.compress.distill.learn.ranks import Ranks, check_share, joined, local_device
 from kilodelta.compress.distill.learn.schedule import Schedule
 from kilodelta.compress.distill.learn.watch import rate_for
 from kilodelta.compress.distill.merged import fill_merged
@@ -73,6 +74,9 @@ def compress(
 ) -> Report:
     """Distil a fine-tuned model into a `.kd` file over its base.
 
+    Processes that torchrun has started (or that are joined by `torch.distributed`) share one
+    compression: all of them call this with the same arguments, and the first one writes.
+
     Args:
         base: the model that the fine-tune began from: a folder, a file, or `hf:org/name`. Of a
             quantised folder the delta is trained against the exact values of its codes.
@@ -92,7 +96,8 @@ def compress(
         file then holds the best state so far, and `resume` goes on.
 
     Raises:
-        OutputError: `out` cannot be written, exists, or belongs to a model that is read.
+        OutputError: `out` cannot be written, exists, or belongs to a model that is read; or
+            another process of a shared run has ended.
         BaseMismatchError: the two models do not belong together.
         CheckpointError: a model's files are missing, damaged or of another kind.
         InputError: inputs or options make no sense.
@@ -125,7 +130,14 @@ def compress(
     check_outputs(Path(out), models, force=force, resume=resume, learns=inputs is not None)
     source, labels = open_inputs(inputs, options)
     learns = source is not None
-    with on_threads(options.threads), float_copy(models["the base"], Path(out)) as (floats, stored):
+    with (
+        on_threads(options.threads),
+        joined() as ranks,
+        float_copy(models["the base"], Path(out)) as (floats, stored),
+    ):
+        check_share(ranks, options.batch, quantised=stored is not None)
+        if ranks.count > 1:
+            options = replace(options, device=local_device(options.device))
         options = _for_base(options, stored, models["the base"], learns=learns)
         job = prepare(
             floats, models["the tuned model"], Path(out), options, learns=learns, quantised=stored
@@ -134,13 +146,14 @@ def compress(
         grids.check()
         _announce(job, learns=learns)
         beside = baselines_of(options, drawn=report is not None)
+        progress = progress if ranks.writes else silent
         made = (
-            _fit(job, progress)
+            ranks.first(lambda: _fit(job, progress))
             if source is None
-            else _distil(job, grids, source, labels, resume, progress, beside)
+            else _distil(job, grids, source, labels, resume, progress, ranks, beside)
         )
-    if report is not None:
-        write_report(report, "compress", made.to_json())
+        if report is not None and ranks.writes:
+            write_report(report, "compress", made.to_json())
     check_quality(made, options)
     return made
 
@@ -190,6 +203,7 @@ def _distil(
     labels: tuple[str, ...] | None,
     resume: bool,
     progress: Progress,
+    ranks: Ranks,
     baselines: Sequence[str],
 ) -> Report:
     pair, options = job.pair, job.options
@@ -200,6 +214,7 @@ def _distil(
             cache=None if options.teacher_cache is None else Path(options.teacher_cache),
             facts=lambda: teacher_facts(job),
             scratch=lambda: ending.enter_context(staging.scratch(job.out)),
+            ranks=ranks,
         )
         data = gather(
             source, student, as_tuned(pair, job.changes), plan_of(job, labels), progress, shelf
@@ -265,7 +280,7 @@ def _learn(
     train_for(job, grids)
     schedule = schedule_of(job)
     facts = run_facts(job, data, schedule, labels)
-    fitting = rows_that_fit(student, data, schedule.batch)
+    fitting = data.ranks.least(rows_that_fit(student, data, schedule.batch))
     done = distill(
         student, data, schedule, progress, kept=kept, facts=facts, resume=resume, piece=fitting
     )
@@ -277,8 +292,8 @@ def _learn(
         after = measure(student, data, data.held_out)
     fidelity = measure_each(job, grids, delta, student, data)
     # Of a quantised base, what `merge` writes counts: the result in the grid, if it is asked for.
-    after = after or next((f for f in fidelity if f.name == IN_GRID), fidelity[0]).outputs
-    report = finish(job, delta, done, data, before, after, fidelity)
-    if not done.interrupted:
+    counted = after or next((f for f in fidelity if f.name == IN_GRID), fidelity[0]).outputs
+    report = data.ranks.first(lambda: finish(job, delta, done, data, before, counted, fidelity))
+    if not done.interrupted and data.ranks.writes:
         kept.unlink(missing_ok=True)
     return report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,9 @@ def compress(
 
 
 def _end(report: Report, *, as_json: bool) -> None:
-    show(report, as_json=as_json)
+    shared = os.environ.get("WORLD_SIZE", "1") != "1"
+    if not shared or os.environ.get("RANK") == "0":  # of several processes one speaks
+        show(report, as_json=as_json)
     if report.interrupted:
         raise SystemExit(INTERRUPTED)
 

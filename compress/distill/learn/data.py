@@ -13,6 +13,7 @@ from kilodelta.compress.distill.learn.chat_rows import chat_rows
 from kilodelta.compress.distill.learn.comparisons import comparison_for
 from kilodelta.compress.distill.learn.objective import Objective
 from kilodelta.compress.distill.learn.outputs import Output, Wanted, run
+from kilodelta.compress.distill.learn.ranks import ALONE, Ranks
 from kilodelta.compress.distill.learn.rows import Rows, to_rows
 from kilodelta.compress.distill.learn.survey import Survey, survey
 from kilodelta.compress.distill.teacher.ask import Shelf, Teacher, ask
@@ -43,6 +44,7 @@ class Data:
         held_out: indices of the rows to measure on.
         repeated: how many rows are left out because they equal one that is held out.
         left_out: how many conversations are, because they were cut before an answer.
+        ranks: this process among those that share the training.
     """
 
     rows: Rows
@@ -53,6 +55,7 @@ class Data:
     held_out: Sequence[int]
     repeated: int
     left_out: int = 0
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +121,7 @@ def gather(
         held_out=held_out,
         repeated=len(rows) - len(learned) - len(held_out),
         left_out=(source.rows or 0) - len(rows) if isinstance(source, ChatSource) else 0,
+        ranks=ALONE if shelf is None else shelf.ranks,
     )
 
 

@@ -60,7 +60,7 @@ def distill(
             job.restore(found)
 
     def keep() -> None:
-        if kept is not None:
+        if kept is not None and data.ranks.writes:
             states.save(kept, facts or {}, job.state())
 
     with _stop_after_step() as stopped:

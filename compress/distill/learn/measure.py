@@ -19,7 +19,7 @@ def measure(loaded: LoadedModel, data: Data, chosen: Sequence[int]) -> tuple[Mea
 
     Args:
         loaded: the student; it is measured in eval mode and left in its own.
-        data: rows, teacher and objective.
+        data: rows, teacher and objective; its processes share the rows.
         chosen: indices of the rows.
 
     Returns:
@@ -27,14 +27,20 @@ def measure(loaded: LoadedModel, data: Data, chosen: Sequence[int]) -> tuple[Mea
     """
     training = loaded.module.training
     loaded.module.eval()
-    totals: list[torch.Tensor] = []
+    parts = list(data.rows.subset(chosen).in_order(batch_rows(data.rows, data.survey)))
+    mine: list[list[torch.Tensor]] = []
     try:
-        for part in data.rows.subset(chosen).in_order(batch_rows(data.rows, data.survey)):
+        for part in parts[data.ranks.rank :: data.ranks.count]:
             rows = [chosen[i] for i in part]
             batch = data.rows.batch(rows)
             found = run(loaded, batch, one_row=data.survey.one_row)
-            sums = data.objective.sums(found, data.teacher(rows), data.rows.mask(rows))
-            totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
+            mine.append(data.objective.sums(found, data.teacher(rows), data.rows.mask(rows)))
     finally:
         loaded.module.train(training)
+    # Added in the order of the batches, so that the number of processes does not matter.
+    shares = data.ranks.gather(mine)
+    totals: list[torch.Tensor] = []
+    for index in range(len(parts)):
+        sums = shares[index % data.ranks.count][index // data.ranks.count]
+        totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
     return data.objective.measures(totals)

@@ -21,6 +21,7 @@ from kilodelta.compress.distill.learn.measure import measure
 from kilodelta.compress.distill.learn.objective import Measures, mean_of
 from kilodelta.compress.distill.learn.outputs import run
 from kilodelta.compress.distill.learn.pieces import backward, is_out_of_memory
+from kilodelta.compress.distill.learn.ranks import backward_shared
 from kilodelta.compress.distill.learn.schedule import BestState, Distilled, Look, Schedule
 from kilodelta.compress.distill.learn.watch import Watch
 from kilodelta.compress.training import train
@@ -76,7 +77,7 @@ class Run:
         """Take all steps that are left, or those until the run is stopped."""
         order = self._batches()
         began, written = time.monotonic() - self.spent, time.monotonic()
-        while self.step < self.schedule.steps and not stopped.is_set():
+        while self.step < self.schedule.steps and not self.data.ranks.any(stopped.is_set()):
             loss = self.take(next(order))
             self.step += 1
             self.spent = time.monotonic() - began
@@ -167,6 +168,10 @@ class Run:
             draws = torch.Generator().manual_seed(seed)
             return self.data.objective.loss(outputs, wanted, mask, draws)
 
+        ranks = self.data.ranks
+        if 1 < ranks.count <= len(chosen):
+            self.loaded.module.zero_grad()
+            return backward_shared(ranks, compute, loss_of, len(chosen), self.trained)
         while True:
             self.loaded.module.zero_grad()
             try:

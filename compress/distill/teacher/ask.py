@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kilodelta.compress.distill.learn.outputs import Output, run
+from kilodelta.compress.distill.learn.ranks import ALONE, Ranks
 from kilodelta.compress.distill.learn.rows import Rows
 from kilodelta.compress.distill.learn.survey import Survey
 from kilodelta.compress.distill.teacher.store import (
@@ -44,11 +45,13 @@ class Shelf:
         cache: the user's folder; None for a place that ends with the run.
         facts: what the outputs depend on, beside what `ask` adds; asked for where `cache` is given.
         scratch: makes a folder that ends with the run.
+        ranks: this process among those that share the work. Several keep the outputs on disk.
     """
 
     cache: Path | None
     facts: Callable[[], Facts]
     scratch: Callable[[], Path]
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +116,12 @@ def ask(
     need = estimate(loaded, rows, survey)
     matched = tuple(replace(o, kept=need.shortened.get(o.name, 0)) for o in survey.matched)
     survey = replace(survey, matched=matched)
+    ranks = ALONE if shelf is None else shelf.ranks
     store = _store(rows, survey, need, shelf)
-    _fill(store, loaded, rows, survey, progress)
+    _fill(store, loaded, rows, survey, progress, ranks)
+    ranks.gather(None)  # the first process has written everything
+    if isinstance(store, DiskStore) and not ranks.writes:
+        store.reopen()
     return Teacher(store, survey), survey
 
 
@@ -156,30 +163,45 @@ def _is_long(output: Output, values: Tensor) -> bool:
 
 
 def _store(rows: Rows, survey: Survey, need: Need, shelf: Shelf | None) -> Store:
-    if shelf is None or (need.is_small and shelf.cache is None):
+    alone = shelf is None or shelf.ranks.count == 1
+    if shelf is None or (need.is_small and shelf.cache is None and alone):
         return MemoryStore(len(rows))
     if shelf.cache is None:
-        folder = shelf.scratch()
+        folder = shelf.ranks.first(shelf.scratch)
         require_disk(folder, need.kept)
         return DiskStore(folder, {}, len(rows))
     outputs = [[o.name, o.kind, o.axis, o.size, o.kept] for o in survey.matched]
     facts = {**shelf.facts(), "inputs": rows.digest(), "outputs": str(outputs)}
-    store = DiskStore(folder_of(shelf.cache, facts), facts, len(rows))
+    folder = folder_of(shelf.cache, facts)
+    store = DiskStore(folder, facts, len(rows))
+    shelf.ranks.gather(None)  # all have read what is kept before one writes more
     require_disk(shelf.cache, need.kept * len(store.missing()) // len(rows))
     return store
 
 
 def _fill(
-    store: Store, loaded: LoadedModel, rows: Rows, survey: Survey, progress: Progress
+    store: Store,
+    loaded: LoadedModel,
+    rows: Rows,
+    survey: Survey,
+    progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Compute the rows that the store lacks."""
+    """Compute the rows that the store lacks; several processes take batches in turn."""
     left = store.missing()
     done = len(rows) - len(left)
+    parts = [
+        [left[i] for i in part] for part in rows.subset(left).in_order(batch_rows(rows, survey))
+    ]
     try:
-        for part in rows.subset(left).in_order(batch_rows(rows, survey)):
-            chosen = [left[i] for i in part]
-            store.add(_rows(_compute(loaded, rows, survey, chosen), chosen, rows, survey))
-            done += len(chosen)
+        for start in range(0, len(parts), ranks.count):
+            made = {}
+            for chosen in parts[start + ranks.rank : start + ranks.rank + 1]:
+                made = _rows(_compute(loaded, rows, survey, chosen), chosen, rows, survey)
+            for found in ranks.gather(made):
+                done += len(found)
+                if ranks.writes:
+                    store.add(found)
             progress(Event(stage="teacher", done=done, total=len(rows), unit="inputs"))
     finally:  # even after an error, what is done need not be done again
         store.close()

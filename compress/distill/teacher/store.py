@@ -95,7 +95,12 @@ class DiskStore:
                 f"the teacher's outputs cannot be kept in {folder}: {problem.strerror}",
                 fix="give another folder with --teacher-cache",
             ) from None
-        for part in _read_index(folder, self._facts):
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Take up the parts that the folder lists now: another process may have written them."""
+        self._parts, self._places = [], {}
+        for part in _read_index(self._folder, self._facts):
             self._take(part)
 
     def missing(self) -> list[int]:
