@@ -87,9 +87,8 @@ def shard_of(tasks: Sequence[Task], shard: tuple[int, int] | None) -> list[Task]
         raise InputError(f"there is no shard {k} of {n}", fix="write --shard 1/8 to --shard 8/8")
     names = list(dict.fromkeys(t.fine_tune for t in tasks if t.fine_tune))
     mine = set(names[k - 1 :: n])
-    own = [t for t in tasks if t.fine_tune in mine]
-    needed = {i for t in own for i in t.needs}
-    return [t for t in tasks if t in own or t.id in needed]
+    needed = {i for t in tasks if t.fine_tune in mine for i in t.needs}
+    return [t for t in tasks if t.fine_tune in mine or t.id in needed]
 
 
 def choose_jobs(tasks: Sequence[Task], jobs: int | None) -> int:
@@ -127,7 +126,7 @@ def run(
         OutputError: the output folder cannot be written.
     """
     chosen = shard_of(plan.tasks, shard)
-    done = {t.id for t in plan.tasks if t not in plan.open_tasks()}
+    done = {t.id for t in plan.tasks} - {t.id for t in plan.open_tasks()}
     todo = [t for t in chosen if t.id not in done]
     before = len(chosen) - len(todo)
     plan.out.mkdir(parents=True, exist_ok=True)
