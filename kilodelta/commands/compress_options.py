@@ -27,7 +27,7 @@ OPTIONS = (
         "--classes",
         multiple=True,
         metavar="NAME=AXIS",
-        help="The axis of an output that holds classes; repeat. Told by its name by default.",
+        help="The axis of an output that holds classes; repeat. By default its name tells.",
     ),
     click.option(
         "--method", type=click.Choice(tuple(TABLE)), help="Instead of the budget's choice."

@@ -93,7 +93,7 @@ def _short(value: object, width: int = 100) -> str:
     examples=["kilodelta digest base/", "kilodelta digest base/model.safetensors --tensors"],
 )
 @click.argument("model", type=click.Path())
-@click.option("--tensors", is_flag=True, help="The digest of each tensor too.")
+@click.option("--tensors", is_flag=True, help="Print the digest of each tensor as well.")
 @click.option(
     "--cached",
     is_flag=True,

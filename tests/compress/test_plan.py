@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 
 from kilodelta.cli import main
 from kilodelta.compress import Options, plan
+from kilodelta.compress.distill.baselines import SVD
 from kilodelta.compress.distill.planning import estimate as estimating
 from kilodelta.compress.distill.planning.curve import parse_budgets
 from kilodelta.compress.distill.planning.estimate import Estimate
@@ -115,6 +116,8 @@ def test_a_curve_is_files_a_table_and_a_picture(here: Path) -> None:
     assert not table["interrupted"]
     picture = ElementTree.fromstring((here / "out" / "curve.svg").read_text())
     assert picture.tag.endswith("svg")
+    assert {size["name"] for size in table["beside"]} == {SVD}  # without being asked for
+    assert SVD in (here / "out" / "curve.svg").read_text()
     assert "var(" not in (here / "out" / "curve.svg").read_text()
     assert len(list((here / "out" / "teacher").iterdir())) == 1  # both read one cache
     again = typed("--curve", "6KB,3KB", "-o", "out")
@@ -130,6 +133,8 @@ def test_a_curve_goes_on_where_it_ended(here: Path) -> None:
     result = json.loads(answer.stdout)
     assert [point["budget"] for point in result["sizes"]] == [3000, 5000]
     assert result["curve"]["kind"] == "top-1"
+    sizes = [tuple(size.values()) for size in result["curve"]["beside"]]
+    assert len(sizes) == 1  # rank 3, the classifier's, is all that any budget buys: said once
     assert (here / "out" / "3000.kd").stat().st_mtime_ns == before
 
 

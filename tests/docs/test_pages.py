@@ -23,6 +23,7 @@ from kilodelta.cli import main
 from kilodelta.compress import Options
 from tests.support import desk
 from tests.support.pages import MADE, PAGES, Block, Line, blocks
+from tests.support.processes import ROOT
 
 STEPS = 8
 
@@ -35,7 +36,7 @@ NOT_RUN = {
     ("README.md", "pytest"): "this suite",
     ("README.md", "kilodelta rebase base-w4a16/"): "its task.kd is imported further down",
     ("README.md", "kilodelta merge  base-w4a16/"): _SMALL,
-    ("README.md", "kilodelta demo"): "minutes, on a real model: tests/demo",
+    ("README.md", "kilodelta demo"): "minutes, on a real model: tests/demo/test_demo.py",
     ("add_a_method.md", ""): "tests/format/test_add_a_method.py executes this page",
     ("decoders.md", "kilodelta "): "a real decoder: tests/export/test_decoder.py does it, tiny",
     ("decoders.md", "import onnxruntime_genai"): "the same test, by the same package",
@@ -43,15 +44,15 @@ NOT_RUN = {
     ("encoder-decoders.md", "pip install"): "real bases of 150 MB, by hand",
     ("encoder-decoders.md", "import numpy"): "the same test, by HalvesWriter",
     ("compress.md", "kilodelta plan BASE TUNED"): "minutes; tests/compress/test_plan.py",
-    ("demo.md", ""): "minutes, on a real model: tests/demo holds every command of it",
+    ("demo.md", ""): "minutes, on a real model: tests/demo/test_demo.py holds its commands",
     ("export.md", "error: "): "messages; tests/export/test_tensorrt.py holds them",
-    ("fleet.md", "kilodelta fleet run"): "minutes of training and engines: tests/fleet runs fleets",
-    ("fleet.md", "kilodelta fleet status out/"): "of a run: tests/fleet",
-    ("fleet.md", "kilodelta fleet report out/"): "of a run: tests/fleet",
+    ("fleet.md", "kilodelta fleet run"): "minutes of training and engines: tests/fleet/test_run.py",
+    ("fleet.md", "kilodelta fleet status out/"): "of a run: tests/fleet/test_run.py",
+    ("fleet.md", "kilodelta fleet report out/"): "of a run: tests/fleet/test_run.py",
     ("patch.md", "kilodelta bundle  base/ -o device/ --mode patch --engine"): (
         "builds engines for minutes: tests/device/test_engine_patch.py"
     ),
-    ("format.md", ""): "a manifest with holes, no command: tests/format",
+    ("format.md", ""): "a manifest with holes, no command: tests/format/test_file.py",
     ("gpu.md", "pip install"): _INSTALLS,
     ("gpu.md", "kilodelta merge base/ task.kd -o merged/ --device cuda"): _NO_GPU,
     ("gpu.md", "python -m kilodelta.verify.gpu"): _NO_GPU,
@@ -73,7 +74,7 @@ NOT_RUN = {
     ("quantised.md", "kilodelta merge  base.gguf"): "a GGUF model: tests/grid/test_merge.py",
     ("quantised.md", "kilodelta merge  base.onnx"): "such a graph: tests/grid/test_merge.py",
     ("refit.md", ""): "needs a GPU and TensorRT: tests/export/test_refit.py, on a double",
-    ("security.md", "python -m tests.fuzz"): "the fuzzer itself: tests/fuzz",
+    ("security.md", "python -m tests.fuzz"): "the fuzzer itself: tests/fuzz/test_fuzz.py",
     ("security.md", "pip install"): _INSTALLS,
     ("security.md", "kilodelta pull"): "a server of somebody's: tests/trust/test_mirror.py pulls",
     ("serving.md", "tritonserver"): "Triton Inference Server is not here",
@@ -206,8 +207,10 @@ def test_each_reason_is_of_something_on_its_page() -> None:
         ]
         for page in PAGES
     }
-    for page, start in NOT_RUN:
+    for (page, start), why in NOT_RUN.items():
         assert any(text.startswith(start) for text in texts[page]), (page, start)
+        for named in re.findall(r"tests/[\w/.]+", why):
+            assert (ROOT / named).is_file(), (why, "names a file of tests that is not there")
 
 
 def test_a_command_that_fails_is_found(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
