@@ -1,7 +1,7 @@
 """Compress before and now: memory, seconds per step, and time to equal agreement.
 
     python benchmarks/compress.py [--parts decoder sets] [--old COMMIT] [--threads N] [--json FILE]
-        [--sets trec6 banking77] [--tried 800 400 267]
+        [--layers 30] [--dtypes fp32 bf16] [--sets trec6 banking77] [--tried 800 400 267]
 
 `decoder`: a Llama-shaped decoder of 135M random weights in bfloat16 (30 layers, 49,152 words), on
 4 x 128 tokens: the build of `--old` from a git worktree, this one in float32 and in bfloat16, and
@@ -43,6 +43,7 @@ OLD = "44d725c"
 """The build before compress was made to scale, and faster."""
 ROWS, TOKENS, WORDS = 4, 128, 49_152
 SETS = ("trec6", "banking77")
+DTYPES = ("fp32", "bf16")
 
 
 def main() -> None:
@@ -53,6 +54,10 @@ def main() -> None:
     parser.add_argument("--old", default=OLD, help="commit of the build to compare with")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8, help="of the decoder")
+    parser.add_argument("--layers", type=int, default=30, help="of the decoder")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of the decoder"
+    )
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
     parser.add_argument("--tried", nargs="+", type=int, default=(800, 400, 267), help="steps")
     parser.add_argument("--data", type=Path, default=DATA)
@@ -114,32 +119,28 @@ def _decoder(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     work = options.work.resolve()
     base, tuned, inputs = work / "base", work / "tuned", work / "tokens.npz"
     if not (tuned / "config.json").exists():
-        _make_decoder(base, tuned)
+        _make_decoder(base, tuned, options.layers)
     draws = np.random.default_rng(0)
     np.savez(inputs, input_ids=draws.integers(0, WORDS, (24, TOKENS)))
     steps = 2 if options.quick else options.steps
     common = {"base": str(base), "tuned": str(tuned), "inputs": str(inputs), "out": str(work)}
     chosen = {"budget": 50_000, "steps": steps, "batch": ROWS, "held_out": ROWS}
     # Of old and new in turns, so that a machine that slows down slows both.
-    for kind, tree, dtype in (
-        ("compress", "old", "fp32"),
-        ("compress", "new", "fp32"),
-        ("compress", "new", "bf16"),
-        ("peft", "new", "fp32"),
-        ("peft", "new", "bf16"),
-    ):
+    old = [("compress", "old", "fp32")]  # it knew no other type
+    now = [(kind, "new", dtype) for kind in ("compress", "peft") for dtype in options.dtypes]
+    for kind, tree, dtype in [*old, *now]:
         job = {**common, "kind": kind, "tree": tree, "options": {**chosen, "dtype": dtype}}
         yield {**job, "dtype": dtype, "part": "decoder"}
 
 
-def _make_decoder(base: Path, tuned: Path) -> None:
+def _make_decoder(base: Path, tuned: Path, layers: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=WORDS,
         hidden_size=576,
         intermediate_size=1536,
-        num_hidden_layers=30,
+        num_hidden_layers=layers,
         num_attention_heads=9,
         num_key_value_heads=3,
         max_position_embeddings=2048,
