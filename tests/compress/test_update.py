@@ -42,7 +42,7 @@ def test_activations_times_factors(inner: int, diagonals: bool) -> None:
             outer = torch.diag(leaves.get("rows", one.expand(6)))
             dense = outer @ leaves["left"] @ middle @ leaves["right"].t()
             total = leaves["y"] + leaves["x"] @ dense.t()
-        total.backward(gradient.to(dtype))
+        total.backward(gradient.to(dtype))  # type: ignore[no-untyped-call]
         gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
         found.append({"": total.detach(), **gradients})
     assert found[0].keys() == found[1].keys() == {"", "x", "y", *tensors}
