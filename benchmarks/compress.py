@@ -29,6 +29,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -194,13 +195,19 @@ def _peak() -> float:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e9
 
 
-def _compress(job: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        from kilodelta.compress import Options, compress
-    except ImportError:  # of the old build
-        from kilodelta.compress.compress import compress
-        from kilodelta.compress.options import Options
+def _compress_of_build() -> tuple[Any, Any]:
+    """Return `Options` and `compress` of the build on the path; the old one has no short names."""
+    package = import_module("kilodelta.compress")
+    if hasattr(package, "Options"):
+        return package.Options, package.compress
+    line, options = (
+        import_module(f"{package.__name__}.{name}") for name in ("compress", "options")
+    )
+    return options.Options, line.compress
 
+
+def _compress(job: Mapping[str, Any]) -> dict[str, Any]:
+    Options, compress = _compress_of_build()
     imported = _peak()
     known = {field.name for field in fields(Options)}
     options = Options(**{k: v for k, v in job["options"].items() if k in known})
