@@ -47,8 +47,9 @@ class OnnxSource:
             self.external = any(tensor.external_data for tensor in tensors)
             if self.external:
                 self._onnx.load_external_data_for_model(self.model, str(path.parent))
-        self.tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
-        self.names = in_name_order(self.tensors)
+            # A name that is not UTF-8 comes as bytes.
+            self.tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
+            self.names = in_name_order(self.tensors)
 
     def type_of(self, name: str) -> str:
         """Return ONNX's name of an initializer's type."""

@@ -354,5 +354,13 @@ def test_a_graph_that_breaks_the_rules_is_a_sentence(tmp_path: Path, write: Any)
         _read(tmp_path / "m.onnx")
 
 
+def test_a_name_that_is_not_utf_8_in_a_graph(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    place = grids.matmul_graph(tmp_path / "m.onnx", {"weight": N})
+    place.write_bytes(place.read_bytes().replace(b"weight_scales", b"weight_scal\xff\xfe"))
+    with pytest.raises(CheckpointError):
+        _read(place)
+
+
 def _read(place: Path) -> None:
     open_quantised(place).identity(threads=1)
