@@ -187,11 +187,10 @@ def _starting(tasks: Sequence[Task], workers: int) -> Iterator[Starts]:
         forking: Any = multiprocessing.get_context("forkserver")
         alone = kinds_alone(tasks, workers)
         kinds = {task.kind for task in tasks} - alone
-        # A child runs the parent's script again, which imports the first one; the last one keeps
-        # what all have loaded where children share it.
-        forking.set_forkserver_preload(
-            ["kilodelta.cli", "kilodelta.fleet.child", *preload(kinds), "kilodelta.fleet.warm"]
-        )
+        # A child runs the parent's script again, which imports the first one, and finds its
+        # function in the second; the last one keeps what all have loaded where children share it.
+        loaded = ["kilodelta.cli", __name__, *preload(kinds), "kilodelta.fleet.warm"]
+        forking.set_forkserver_preload(loaded)
         gpus, found = queue.SimpleQueue[str](), gpus_for(tasks)
         for number in range(workers if found else 0):
             gpus.put(found[number % len(found)])
