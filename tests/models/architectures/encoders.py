@@ -1,0 +1,93 @@
+"""Encoders of texts."""
+
+from __future__ import annotations
+
+from tests.models.architectures.architecture import WIDTH, Architecture, boxes, ids_alone, text
+
+ROWS: tuple[Architecture, ...] = (
+    text("bert", "BertForSequenceClassification", "BertConfig", num_labels=3, quick=True),
+    text("bert-mlm", "BertForMaskedLM", "BertConfig", quick=True),
+    text("bert-ner", "BertForTokenClassification", "BertConfig", num_labels=5),
+    text("bert-qa", "BertForQuestionAnswering", "BertConfig"),
+    text("bert-bare", "BertModel", "BertConfig"),
+    text("roberta", "RobertaForSequenceClassification", "RobertaConfig", pad_token_id=1),
+    text("roberta-mlm", "RobertaForMaskedLM", "RobertaConfig", pad_token_id=1),
+    text("xlm-roberta", "XLMRobertaForMaskedLM", "XLMRobertaConfig", pad_token_id=1),
+    text("camembert", "CamembertForMaskedLM", "CamembertConfig", pad_token_id=1),
+    text("electra", "ElectraForMaskedLM", "ElectraConfig", embedding_size=8),
+    text(
+        "distilbert",
+        "DistilBertForMaskedLM",
+        "DistilBertConfig",
+        dim=WIDTH,
+        hidden_dim=24,
+        n_layers=1,
+        n_heads=2,
+    ),
+    text("albert", "AlbertForMaskedLM", "AlbertConfig", embedding_size=8, quick=True),
+    text("mpnet", "MPNetForMaskedLM", "MPNetConfig", pad_token_id=1),
+    text("deberta", "DebertaForMaskedLM", "DebertaConfig"),
+    text("deberta-v2", "DebertaV2ForMaskedLM", "DebertaV2Config"),
+    text(
+        "modernbert",
+        "ModernBertForMaskedLM",
+        "ModernBertConfig",
+        num_hidden_layers=2,
+        cls_token_id=2,
+        sep_token_id=3,
+        global_attn_every_n_layers=1,
+        local_attention=8,
+        quick=True,
+    ),
+    text("megatron-bert", "MegatronBertForMaskedLM", "MegatronBertConfig"),
+    text("roformer", "RoFormerForMaskedLM", "RoFormerConfig", embedding_size=8),
+    text(
+        "nystromformer",
+        "NystromformerForMaskedLM",
+        "NystromformerConfig",
+        num_landmarks=4,
+        segment_means_seq_len=4,
+    ),
+    text(
+        "mobilebert",
+        "MobileBertForMaskedLM",
+        "MobileBertConfig",
+        true_hidden_size=8,
+        embedding_size=8,
+        intra_bottleneck_size=8,
+        num_feedforward_networks=1,
+    ),
+    text(
+        "squeezebert",
+        "SqueezeBertForMaskedLM",
+        "SqueezeBertConfig",
+        embedding_size=WIDTH,
+        q_groups=2,
+        k_groups=2,
+        v_groups=2,
+        post_attention_groups=1,
+        intermediate_groups=2,
+        output_groups=2,
+    ),
+    text("convbert", "ConvBertForMaskedLM", "ConvBertConfig", embedding_size=8),
+    text("fnet", "FNetForMaskedLM", "FNetConfig", inputs=ids_alone),
+    text(
+        "xlm", "XLMWithLMHeadModel", "XLMConfig", emb_dim=WIDTH, n_layers=1, n_heads=2, pad_index=0
+    ),
+    text("splinter", "SplinterModel", "SplinterConfig"),
+    text("ernie", "ErnieForMaskedLM", "ErnieConfig"),
+    text(
+        "rembert",
+        "RemBertForMaskedLM",
+        "RemBertConfig",
+        input_embedding_size=8,
+        output_embedding_size=12,
+    ),
+    text(
+        "layoutlm",
+        "LayoutLMForTokenClassification",
+        "LayoutLMConfig",
+        inputs=boxes,
+        max_2d_position_embeddings=1024,
+    ),
+)

@@ -1,0 +1,92 @@
+"""Models of several inputs: encoder-decoders, and towers for images and texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.models.architectures.architecture import (
+    LENGTH,
+    TEXT,
+    VISION,
+    WIDTH,
+    WORDS,
+    Architecture,
+    features,
+    pairs,
+    pictures_and_words,
+)
+
+_SEQ2SEQ: dict[str, Any] = {
+    "vocab_size": WORDS,
+    "d_model": WIDTH,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": LENGTH,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+_T5: dict[str, Any] = {
+    "vocab_size": WORDS,
+    "d_model": WIDTH,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": 1,
+    "num_heads": 2,
+    "pad_token_id": 0,
+    "eos_token_id": 3,
+    "decoder_start_token_id": 0,
+}
+
+
+def _seq2seq(name: str, model: str, config: str, **options: Any) -> Architecture:
+    quick = bool(options.pop("quick", False))
+    base = _T5 if options.pop("t5", False) else _SEQ2SEQ
+    return Architecture(name, model, config, {**base, **options}, pairs, quick=quick)
+
+
+ROWS: tuple[Architecture, ...] = (
+    _seq2seq("t5", "T5ForConditionalGeneration", "T5Config", t5=True, quick=True),
+    _seq2seq("mt5", "MT5ForConditionalGeneration", "MT5Config", t5=True),
+    _seq2seq("umt5", "UMT5ForConditionalGeneration", "UMT5Config", t5=True),
+    _seq2seq("bart", "BartForConditionalGeneration", "BartConfig", quick=True),
+    _seq2seq("mbart", "MBartForConditionalGeneration", "MBartConfig"),
+    _seq2seq("marian", "MarianMTModel", "MarianConfig"),
+    _seq2seq("pegasus", "PegasusForConditionalGeneration", "PegasusConfig"),
+    _seq2seq("m2m100", "M2M100ForConditionalGeneration", "M2M100Config"),
+    _seq2seq("blenderbot", "BlenderbotForConditionalGeneration", "BlenderbotConfig"),
+    Architecture(
+        "whisper",
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        {**_SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 30, "max_target_positions": LENGTH},
+        features,
+        ((1, 3), (2, 7), (3, 11)),
+        quick=True,
+    ),
+    # Several inputs
+    Architecture(
+        "clip",
+        "CLIPModel",
+        "CLIPConfig",
+        {
+            "text_config": {**TEXT, "projection_dim": 8},
+            "vision_config": {**VISION, "projection_dim": 8},
+            "projection_dim": 8,
+        },
+        pictures_and_words(24),
+    ),
+    Architecture(
+        "siglip",
+        "SiglipModel",
+        "SiglipConfig",
+        {"text_config": {**TEXT, "projection_size": WIDTH}, "vision_config": dict(VISION)},
+        pictures_and_words(24),
+    ),
+)
