@@ -72,8 +72,9 @@ class LoadedModel:
     def accepts(self) -> tuple[str, ...]:
         """The names of the tensors that the module's forward takes.
 
-        Of a transformers class these are the arguments annotated as tensors, other than labels and
-        what generation keeps between steps; of any other module all arguments.
+        Of a transformers class these are its main input and the arguments annotated as tensors,
+        other than labels and what generation keeps between steps; of any other module all
+        arguments.
         """
         parameters = inspect.signature(self.module.forward).parameters
         named = {
@@ -83,7 +84,12 @@ class LoadedModel:
         }
         if self._main is None:
             return tuple(named)
-        return tuple(n for n, p in named.items() if _is_tensor(p) and not _is_training(n))
+        # Some classes annotate nothing, SigLIP's vision tower among them.
+        return tuple(
+            name
+            for name, parameter in named.items()
+            if name == self._main or (_is_tensor(parameter) and not _is_training(name))
+        )
 
     @property
     def required(self) -> tuple[str, ...]:

@@ -281,3 +281,19 @@ def test_a_tokenizer_that_panics_or_lies_gives_a_sentence(tmp_path: Path) -> Non
         tokenize(raising(PanicException("no entry")), ["rain"])
     with pytest.raises(KeyboardInterrupt):
         tokenize(raising(KeyboardInterrupt()), ["rain"])
+
+
+def test_a_main_input_without_annotation_is_taken(tmp_path: Path) -> None:
+    """SigLIP's vision tower annotates nothing: it was said to need what it was refused."""
+
+    class Tower(nn.Module):
+        config, main_input_name = object(), "pixel_values"
+
+        def forward(self, pixel_values, interpolate=False):  # type: ignore[no-untyped-def]
+            return pixel_values.mean((1, 2, 3))
+
+    model = loaded(Tower(), "image")
+    assert (model.accepts, model.required) == (("pixel_values",), ("pixel_values",))
+    images = np.zeros((2, 3, 4, 4), np.float32)
+    [batch] = read_inputs(saved(tmp_path / "in.npz", pixel_values=images), model)
+    assert set(batch) == {"pixel_values"}
