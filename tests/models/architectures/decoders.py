@@ -183,7 +183,7 @@ ROWS: tuple[Architecture, ...] = (
     _decoder(
         "exaone4", "Exaone4ForCausalLM", "Exaone4Config", num_hidden_layers=2, sliding_window=8
     ),
-    _decoder("helium", "HeliumForCausalLM", "HeliumConfig", head_dim=8),
+    _decoder("helium", "HeliumForCausalLM", "HeliumConfig", head_dim=4),
     _decoder("seed-oss", "SeedOssForCausalLM", "SeedOssConfig", head_dim=8),
     _decoder("arcee", "ArceeForCausalLM", "ArceeConfig"),
     _decoder("apertus", "ApertusForCausalLM", "ApertusConfig"),
