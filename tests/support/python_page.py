@@ -59,6 +59,7 @@ OTHER_NAMES: Mapping[tuple[str, str], str] = {
     ("release", "for"): "`kinds`",
     ("compress", "rank"): "`options.method`",
     ("compress", "bases"): "`options.method`",
+    ("compress", "for"): "`options.precisions`",
     ("compress", "lr"): "`options.rate`",
     ("plan", "lr"): "`options.rate`",
     ("export-adapter", "targets"): "`options.include`",
