@@ -122,7 +122,7 @@ def is_quick(pattern: str) -> bool:
     group is repeated.
 
     Example:
-        >>> is_quick(r".*self_attn\\.(q|k|v)_proj"), is_quick("(a+)+$")
+        >>> is_quick(r".*self_attn\\.(q|k|v)_proj"), is_quick("(a|b)+")
         (True, False)
     """
     return len(_REPEATED.findall(pattern)) <= _MAX_REPEATED and not _OF_A_GROUP.search(pattern)

@@ -372,7 +372,7 @@ def option(rng: random.Random, tensors: Tensors, config: Settings) -> None:
             ("peft_type", "LOHA"),
             ("trainable_token_indices", [1]),
             ("target_modules", r".*\.(query|q_proj|c_attn)"),
-            ("target_modules", "((a+)+)+$"),
+            ("target_modules", "(a|b)+$"),
         ]
     )
     config[name] = value

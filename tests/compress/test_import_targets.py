@@ -18,7 +18,7 @@ from kilodelta.compress.adapters import import_adapter
 from kilodelta.compress.adapters.peft.config import AdapterConfig
 from kilodelta.compress.adapters.peft.targeting import is_targeted
 from kilodelta.errors import BaseMismatchError, InputError, KiloDeltaError
-from kilodelta.expressions import MAX_TEXT, Expressions
+from kilodelta.expressions import MAX_TEXT, SECONDS, Expressions
 from tests.support import adapters, pico
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -174,12 +174,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     )
 
 
-SLOW = r"(\w|\w\w|\.|\.\w)+[0-9][a-z]"
-"""Takes `re` years on the path of a layer."""
+LONG = "takes too long to match"
+"""What is said once the time of a file's expressions is used up: here before the first one."""
 HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
-    "hangs": ({"target_modules": r"(\w|\w\w|\w\w\w|\.|\.\w)+[0-9]"}, "takes too long to match"),
-    "hangs-in-ranks": ({"rank_pattern": {SLOW: 2}}, "takes too long to match"),
-    "hangs-in-saved": ({"modules_to_save": [SLOW]}, "takes too long to match"),
+    "late": ({"target_modules": r".*\.(query|key)"}, LONG),
+    "late-in-ranks": ({"rank_pattern": {r".*\.(query|key)": 2}}, LONG),
+    "late-in-saved": ({"modules_to_save": [r"class(ifier)?"]}, LONG),
     "open": ({"target_modules": "("}, r"has '\(', no regular expression"),
     "deep": ({"target_modules": "(" * 3000 + ")" * 3000}, "no regular expression"),
     "long": ({"target_modules": "a|" * MAX_TEXT}, "characters of expressions"),
@@ -201,10 +201,12 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_configuration_is_a_sentence_in_seconds(
-    case: str, plain: tuple[Path, Path], tmp_path: Path
+    case: str, plain: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, adapter = plain
     settings, text = HOSTILE[case]
+    if text == LONG:
+        monkeypatch.setattr("kilodelta.expressions.SECONDS", 0.0)
     shutil.copytree(adapter, tmp_path / "copy")
     adapters.edit(tmp_path / "copy", **settings)
     began = time.process_time()
@@ -212,6 +214,27 @@ def test_a_hostile_configuration_is_a_sentence_in_seconds(
         import_adapter(tmp_path / "copy", base, tmp_path / "task.kd")
     assert time.process_time() - began < 10
     assert not (tmp_path / "task.kd").exists()
+
+
+def test_all_expressions_of_a_file_share_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    regex = pytest.importorskip("regex")
+    limits: list[float] = []
+
+    class Slow:
+        def match(self, text: str, timeout: float) -> None:
+            limits.append(timeout)
+            began = time.process_time()
+            while time.process_time() - began < 0.01:
+                pass
+            raise TimeoutError
+
+    monkeypatch.setattr(regex, "compile", lambda pattern: Slow())
+    expressions = Expressions("a")
+    for _ in range(2):
+        with pytest.raises(KiloDeltaError, match=LONG):
+            expressions.covers("(a|b)+", "ab")
+    assert limits[0] == SECONDS
+    assert limits[1] <= SECONDS - 0.01
 
 
 def test_a_large_configuration_is_refused(plain: tuple[Path, Path], tmp_path: Path) -> None:

@@ -231,13 +231,17 @@ def test_a_float_model_is_not_taken_for_a_quantised_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        (r"re:(\w|\w\w|\w\w\w)+[0-9]$", "takes too long to match"),
+        (r"re:(a|b)+", "takes too long to match"),
         ("re:(", "no regular expression"),
         ("re:" + "(" * 3000 + ")" * 3000, "no regular expression"),
     ],
 )
-def test_an_expression_of_a_stranger(tmp_path: Path, target: str, words: str) -> None:
+def test_an_expression_of_a_stranger(
+    tmp_path: Path, target: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("regex")
+    if "too long" in words:  # once the time of a file's expressions is used up
+        monkeypatch.setattr("kilodelta.expressions.SECONDS", 0.0)
     config = grids.ct_config()
     config["config_groups"]["group_0"]["targets"] = [target]
     name = "a" * 60
