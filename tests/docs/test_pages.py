@@ -44,8 +44,12 @@ NOT_RUN = {
     ("encoder-decoders.md", "pip install"): "real bases of 150 MB, by hand",
     ("encoder-decoders.md", "import numpy"): "the same test, by HalvesWriter",
     ("compress.md", "kilodelta plan BASE TUNED"): "minutes; tests/compress/test_plan.py",
+    ("compress.md", "torchrun"): "several processes: tests/compress/test_ranks.py",
     ("demo.md", ""): "minutes, on a real model: tests/demo/test_demo.py holds its commands",
     ("export.md", "error: "): "messages; tests/export/test_tensorrt.py holds them",
+    ("fleet.md", "kilodelta fleet plan   fleet.toml -o out/ --on ray"): (
+        "a cluster's resources: tests/fleet/test_run.py, on a double"
+    ),
     ("fleet.md", "kilodelta fleet run"): "minutes of training and engines: tests/fleet/test_run.py",
     ("fleet.md", "kilodelta fleet status out/"): "of a run: tests/fleet/test_run.py",
     ("fleet.md", "kilodelta fleet report out/"): "of a run: tests/fleet/test_run.py",
