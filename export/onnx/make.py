@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -13,7 +12,7 @@ from kilodelta.errors import ExportError, InputError
 from kilodelta.export.manifest.facts import BATCH, DTYPES, Sizes
 from kilodelta.export.onnx.axes import AxisGroup, Variation, vary
 from kilodelta.export.onnx.named import NamedGraph, named_graph
-from kilodelta.export.onnx.template import Template, port
+from kilodelta.export.onnx.template import Template
 from kilodelta.export.onnx.trial import GraphTrial, can_try
 from kilodelta.models import Batch, LoadedModel, View, example
 
@@ -129,19 +128,10 @@ class _Maker:
         return variation.fix(group.name, size, reason)
 
     def _template(self, graph: NamedGraph, variation: Variation) -> Template:
-        loaded = self.loaded
         untried = (
             f"{self.dtype} was not run at other sizes: onnxruntime is not installed, or its CPU "
             "kernels do not compute in it"
         )
-        return Template(
-            model=graph.model,
-            dtype=self.dtype,
-            weights=MappingProxyType(graph.weights),
-            unused=tuple(n for n in loaded.names if n not in graph.weights) + loaded.unused,
-            inputs=tuple(map(port, graph.model.graph.inputs)),
-            outputs=tuple(map(port, graph.model.graph.outputs)),
-            opset=graph.model.opset_imports[""],
-            sizes=MappingProxyType({group.name: group.sizes for group in variation.groups}),
-            notes=variation.fixed if can_try(self.dtype) else (*variation.fixed, untried),
-        )
+        sizes = {group.name: group.sizes for group in variation.groups}
+        notes = variation.fixed if can_try(self.dtype) else (*variation.fixed, untried)
+        return graph.template(self.loaded, self.dtype, sizes, notes)

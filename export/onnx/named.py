@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
 from kilodelta.errors import ExportError
+from kilodelta.export.manifest.facts import Sizes
 from kilodelta.export.onnx.clean import clean, rename
 from kilodelta.export.onnx.proof import claim, make_twin, require_kept
+from kilodelta.export.onnx.template import Template, port
 from kilodelta.export.onnx.trace import trace
 from kilodelta.files.checkpoint import in_name_order
 from kilodelta.files.tying import first_names
@@ -31,6 +34,29 @@ class NamedGraph:
     model: Any
     weights: Mapping[str, tuple[int, ...]]
     frozen: Mapping[str, str]
+
+    def template(
+        self, loaded: LoadedModel, dtype: str, sizes: Mapping[str, Sizes], notes: tuple[str, ...]
+    ) -> Template:
+        """Describe this graph of a model as a template.
+
+        Args:
+            loaded: the model that was traced.
+            dtype: "float32", "float16" or "bfloat16".
+            sizes: smallest, usual and largest size of every axis that varies, by name.
+            notes: sentences on what is fixed although one might expect otherwise.
+        """
+        return Template(
+            model=self.model,
+            dtype=dtype,
+            weights=MappingProxyType(self.weights),
+            unused=tuple(n for n in loaded.names if n not in self.weights) + loaded.unused,
+            inputs=tuple(map(port, self.model.graph.inputs)),
+            outputs=tuple(map(port, self.model.graph.outputs)),
+            opset=self.model.opset_imports[""],
+            sizes=MappingProxyType(dict(sizes)),
+            notes=notes,
+        )
 
 
 def named_graph(

@@ -72,7 +72,7 @@ def write_promised(
         ExportError: a value does not fit into the file's dtype.
         ProofError: the new file has another digest.
     """
-    with _opened(plan.path(plan.patch_map.files[0].file)) as source:
+    with opened(plan.path(plan.patch_map.files[0].file)) as source:
         digest = _written(_Writer(plan, source, target), plan, threads, progress)
     if digest == promised:
         return
@@ -233,8 +233,12 @@ def _stretches(places: Sequence[FilePlace]) -> list[Stretch]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    """Yield a descriptor of a file to read."""
+def opened(path: Path) -> Iterator[int]:
+    """Yield a descriptor of a file to read.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as problem:

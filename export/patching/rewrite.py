@@ -12,12 +12,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kilodelta.errors import CheckpointError, InputError, OutputError
+from kilodelta.errors import InputError, OutputError
 from kilodelta.exact.selftest import require_good_kernels
 from kilodelta.export.merge.tensor import changed_names
 from kilodelta.export.patching.map import FilePlace, PatchMap
 from kilodelta.export.patching.plan import Bytes, PatchPlan, make_plan
-from kilodelta.export.patching.promised import digest_of, require_promised, write_promised
+from kilodelta.export.patching.promised import (
+    digest_of,
+    opened,
+    require_promised,
+    write_promised,
+)
 from kilodelta.export.patching.run import run
 from kilodelta.export.patching.strided import write_place
 from kilodelta.files import staging
@@ -147,15 +152,7 @@ def _require_free(plan: PatchPlan, paths: Iterable[Path], *, alone: bool) -> Non
 
 
 def _copy(source: Path, target: int) -> None:
-    try:
-        descriptor = os.open(source, os.O_RDONLY)
-    except OSError as problem:
-        raise CheckpointError(
-            f"{source} cannot be read: {problem.strerror or problem}", fix="check the path"
-        ) from None
-    try:
+    with opened(source) as descriptor:
         done = 0
         while copied := copy_range(descriptor, target, COPY, done, done):
             done += copied
-    finally:
-        os.close(descriptor)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -12,7 +11,7 @@ from torch import nn
 from kilodelta.errors import ExportError, InputError
 from kilodelta.export.manifest.facts import BATCH, DTYPES, PAST_SEQUENCE, Port, Sizes
 from kilodelta.export.onnx.named import NamedGraph, named_graph
-from kilodelta.export.onnx.template import Template, port
+from kilodelta.export.onnx.template import Template
 from kilodelta.export.onnx.trial import can_try, open_graph
 from kilodelta.export.seq2seq.trial import try_halves
 from kilodelta.models import Batch, LoadedModel
@@ -133,18 +132,7 @@ class _Maker:
 
     def template(self, graph: NamedGraph, notes: tuple[str, ...]) -> Template:
         """Describe a graph."""
-        loaded = self.loaded
-        return Template(
-            model=graph.model,
-            dtype=self.dtype,
-            weights=MappingProxyType(graph.weights),
-            unused=tuple(n for n in loaded.names if n not in graph.weights) + loaded.unused,
-            inputs=tuple(map(port, graph.model.graph.inputs)),
-            outputs=tuple(map(port, graph.model.graph.outputs)),
-            opset=graph.model.opset_imports[""],
-            sizes=MappingProxyType(dict(self.sizes)),
-            notes=notes,
-        )
+        return graph.template(self.loaded, self.dtype, self.sizes, notes)
 
 
 def _sizes(
