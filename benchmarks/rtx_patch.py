@@ -136,8 +136,8 @@ class Engine:
 
     def __init__(self, base: Path, folder: Path, dtype: str, batch: Any) -> None:
         from kilodelta.export.onnx.make import export_template
-        from kilodelta.export.patching.engine_build import engine_builder
-        from kilodelta.export.patching.engine_map import make_engine_map
+        from kilodelta.export.patching.engine.build import engine_builder
+        from kilodelta.export.patching.engine.map import make_engine_map
         from kilodelta.export.patching.make_map import write_rest
         from kilodelta.export.tensorrt.flavour import RTX, choose
         from kilodelta.files.checkpoint import Checkpoint
@@ -190,7 +190,7 @@ class Engine:
         """Bytes in which the fine-tune's engine differs from a build, and a build's seconds."""
         import numpy as np
 
-        from kilodelta.export.patching.engine_map import PROOFS
+        from kilodelta.export.patching.engine.map import PROOFS
 
         tensors, fewest, seconds = self.merged(delta), len(patched), []
         for number in range(PROOFS):

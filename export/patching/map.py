@@ -1,6 +1,6 @@
 """Describe a model file: which bytes of it are which tensor of a base, and what proves it.
 
-The map is made once, where the base checkpoint is (`make_map.py` for ONNX files, `engine_map.py`
+The map is made once, where the base checkpoint is (`make_map.py` for ONNX files, `engine/map.py`
 for engines), and travels with the file as JSON (`map_file.py`).
 """
 

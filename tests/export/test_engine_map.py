@@ -16,7 +16,7 @@ from kilodelta.device.modes.patch import promised_digest
 from kilodelta.errors import CheckpointError, ExportError, FileError, ProofError
 from kilodelta.export.merge.checkpoint import merge
 from kilodelta.export.patching import promised
-from kilodelta.export.patching.engine_map import make_engine_map
+from kilodelta.export.patching.engine.map import make_engine_map
 from kilodelta.export.patching.make_map import write_rest
 from kilodelta.export.patching.map import PatchMap
 from kilodelta.export.patching.map_file import read_map, write_map

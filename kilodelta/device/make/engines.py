@@ -26,8 +26,8 @@ from kilodelta.export.merge.checkpoint import merge
 from kilodelta.export.onnx.make import export_template
 from kilodelta.export.onnx.template import Template
 from kilodelta.export.patching import rewrite
-from kilodelta.export.patching.engine_build import engine_builder
-from kilodelta.export.patching.engine_map import Build, EngineBuilds, make_engine_map
+from kilodelta.export.patching.engine.build import engine_builder
+from kilodelta.export.patching.engine.map import Build, EngineBuilds, make_engine_map
 from kilodelta.export.patching.map import PatchMap
 from kilodelta.export.patching.map_file import read_map
 from kilodelta.export.tensorrt.flavour import RTX, choose

@@ -11,25 +11,26 @@ reordered has no place, and a fine-tune that changes it is refused by name.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-import numpy as np
-
 from kilodelta.errors import ExportError
 from kilodelta.export.manifest.artefacts import file_fact
-from kilodelta.export.merge.tensor import rounded
-from kilodelta.export.patching.locate import RUN, fewest_bytes, find_places, holds
-from kilodelta.export.patching.map import FilePlace, PatchMap, in_file
+from kilodelta.export.patching.engine.places import (
+    OTHERWISE,
+    difference,
+    is_stated,
+    located,
+    written,
+)
+from kilodelta.export.patching.engine.twin import perturbed, twin_of, unsearchable
+from kilodelta.export.patching.map import FilePlace, PatchMap
 from kilodelta.export.patching.plan import WAY_OUT
-from kilodelta.export.patching.strided import columns, put_place
 from kilodelta.files import staging
 from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.files.dtypes import FLOATS, TARGETS
-from kilodelta.files.floats import cast, transposed
 from kilodelta.files.model_digest import digest
-from kilodelta.files.tensor import Bytes, RawTensor
+from kilodelta.files.tensor import RawTensor
 from kilodelta.progress import Event, Progress, silent
 
 Build = Callable[[Mapping[str, RawTensor], Path], object]
@@ -48,10 +49,6 @@ refused by chance; it can be made again."""
 
 STATED = "texts in the engine state its values, and would go on stating the base's"
 ELSEWHERE = "the engine also holds something that was computed from it"
-OTHERWISE = "TensorRT lays it out otherwise where its values are others"
-
-STATED_VALUES = 3
-"""Values that are looked for in an engine's texts."""
 
 NOTHING: Mapping[str, RawTensor] = MappingProxyType({})
 
@@ -90,9 +87,9 @@ def make_engine_map(
         builder = EngineBuilds(build, work, progress)
         held = builder.reproducible()
         engine.write_bytes(held)
-        refused = {name: why for name, tensor in tensors.items() if (why := _why_not(tensor))}
+        refused = {name: why for name, tensor in tensors.items() if (why := unsearchable(tensor))}
         searched = {name: t for name, t in tensors.items() if name not in refused}
-        stated = builder.stated(_twin(searched))
+        stated = builder.stated(twin_of(searched))
         refused |= dict.fromkeys(stated, STATED)
         searched = {name: t for name, t in searched.items() if name not in stated}
         places, why_not = builder.located(held, searched, dtype, engine.name)
@@ -184,9 +181,9 @@ class EngineBuilds:
         matrices = {name: tensor for name, tensor in own.items() if len(tensor.shape) > 1}
         best: tuple[dict[str, tuple[FilePlace, ...]], dict[str, str]] = ({}, {})
         for asked in (own, matrices):
-            twin = _twin(asked)
+            twin = twin_of(asked)
             for _ in range(TRIES):
-                found = _located(held, self.build(twin), twin, own, dtype, file)
+                found = located(held, self.build(twin), twin, own, dtype, file)
                 if OTHERWISE not in found[1].values():
                     return found[0], dict.fromkeys(own.keys() - asked, OTHERWISE) | found[1]
                 best = max(best, found, key=lambda pair: len(pair[0]))
@@ -208,7 +205,7 @@ class EngineBuilds:
         """
         matrices = {name for name in places if len(own[name].shape) > 1}
         for kept in (set(places), matrices):
-            other = {n: _perturbed(own[n], seed) for seed, n in enumerate(places) if n in kept}
+            other = {n: perturbed(own[n], seed) for seed, n in enumerate(places) if n in kept}
             try:
                 self.require_build(other, written(held, places, other), "a further fine-tune")
             except ExportError:
@@ -239,114 +236,3 @@ class EngineBuilds:
             f"the map is refuted: of {PROOFS} builds of {what} none is the patched engine; {last}",
             fix=WAY_OUT,
         )
-
-
-def is_stated(engine: bytes, tensor: RawTensor) -> bool:
-    """Return whether an engine's texts state the first values of a tensor.
-
-    TensorRT-RTX 1.7 keeps the sources of its kernels, with comments such as
-    `__mye39274_dconst-{1.16406, 1.23926, 1.43359, 0.653809, ...}` on constants that were fused into
-    them. The length of such a text, and with it every offset behind it, follows the values.
-    """
-    values = (
-        FLOATS[tensor.dtype].widen(tensor.data).reshape(in_file(tensor.shape, transposed=False))
-    )
-    for orientation in (values, values.T):
-        text = ", ".join(f"{value:g}" for value in orientation.reshape(-1)[:STATED_VALUES])
-        if b"{" + text.encode() in engine:
-            return True
-    return False
-
-
-def difference(built: bytes, patched: bytes) -> str:
-    """Say in how many bytes two engines differ, and where the first one is.
-
-    Example:
-        >>> difference(b"engine", b"eNgiNe")
-        '2 of 6 bytes differ, the first at 1'
-    """
-    if len(built) != len(patched):
-        return f"a build has {len(built)} bytes, the patched engine {len(patched)}"
-    one, other = np.frombuffer(built, np.uint8), np.frombuffer(patched, np.uint8)
-    wrong = np.flatnonzero(one != other)
-    return f"{wrong.size} of {len(built)} bytes differ, the first at {wrong[0]}"
-
-
-def written(
-    held: bytes, places: Mapping[str, tuple[FilePlace, ...]], tensors: Mapping[str, RawTensor]
-) -> bytes:
-    """Return an engine's bytes with these tensors in their places."""
-    data = np.frombuffer(held, np.uint8).copy()
-    for name, tensor in tensors.items():
-        for place, values in _as_placed(name, tensor, places[name]):
-            put_place(data, place, values)
-    return data.tobytes()
-
-
-def _as_placed(
-    name: str, tensor: RawTensor, places: tuple[FilePlace, ...]
-) -> Iterator[tuple[FilePlace, Bytes]]:
-    for place in places:
-        values = cast(rounded(name, tensor, place.rounding), place.rounding, place.dtype)
-        turned = transposed(values, tensor.shape) if place.transposed else values
-        yield place, columns(place, turned, tensor.shape)
-
-
-def _located(
-    held: bytes,
-    twin_engine: bytes,
-    twin: Mapping[str, RawTensor],
-    own: Mapping[str, RawTensor],
-    dtype: str,
-    file: str,
-) -> tuple[dict[str, tuple[FilePlace, ...]], dict[str, str]]:
-    """Places of the twin's tensors at which the base's engine holds the base's values."""
-    places: dict[str, tuple[FilePlace, ...]] = {}
-    refused: dict[str, str] = {}
-    for name, tensor in twin.items():
-        found = find_places(twin_engine, name, tensor, dtype, file)
-        if found is None:
-            refused[name] = "only some of its columns stand in the engine as they are"
-        elif not found:
-            refused[name] = "its values are nowhere: TensorRT folded, quantised or reordered them"
-        elif not all(holds(held, p, v) for p, v in _as_placed(name, own[name], found)):
-            refused[name] = OTHERWISE
-        else:
-            places[name] = found
-    return places, refused
-
-
-def _why_not(tensor: RawTensor) -> str:
-    """Why a tensor cannot be looked for; empty if it can."""
-    if tensor.dtype not in TARGETS:
-        return f"it is {tensor.dtype}, and weights of the network are floats"
-    if fewest_bytes(tensor) < RUN:
-        return "it has too few numbers to be told from others"
-    elements = tensor.data.view(FLOATS[tensor.dtype].storage)
-    if (elements == elements[0]).all():
-        return "all its values are equal, and TensorRT may have simplified them away"
-    return ""
-
-
-def _twin(tensors: Mapping[str, RawTensor]) -> dict[str, RawTensor]:
-    return {n: _unlike_any_other(t, seed) for seed, (n, t) in enumerate(tensors.items())}
-
-
-def _unlike_any_other(tensor: RawTensor, seed: int) -> RawTensor:
-    """Random positive values between 2^-8 and 1 that F32, F16 and BF16 all hold exactly."""
-    random = np.random.default_rng([2026, seed])
-    count = int(np.prod(tensor.shape))
-    mantissa = 1 + random.integers(128, size=count) / 128
-    values = np.ldexp(mantissa, random.integers(-8, 0, size=count)).astype(np.float32)
-    data = cast(values.view(np.uint8), "F32", tensor.dtype)
-    return RawTensor(dtype=tensor.dtype, shape=tensor.shape, data=data)
-
-
-def _perturbed(tensor: RawTensor, seed: int) -> RawTensor:
-    """Make a fine-tune's values: the base's with noise in every bit of the mantissa."""
-    random = np.random.default_rng([1128, seed])
-    values = FLOATS[tensor.dtype].widen(tensor.data).astype(np.float32)
-    noise = random.normal(scale=max(1e-3, 0.05 * float(np.std(values))), size=values.shape)
-    changed = (values + noise).astype(np.float32)
-    data = cast(changed.view(np.uint8), "F32", tensor.dtype)
-    return RawTensor(dtype=tensor.dtype, shape=tensor.shape, data=data)

@@ -8,7 +8,7 @@ from typing import Any
 
 from kilodelta.export.onnx.save import save
 from kilodelta.export.onnx.template import Template, fill_template
-from kilodelta.export.patching.engine_map import Build
+from kilodelta.export.patching.engine.map import Build
 from kilodelta.export.tensorrt.build import build
 from kilodelta.files import staging
 from kilodelta.files.checkpoint import Checkpoint
