@@ -48,7 +48,7 @@ def check_for(asked: Sequence[str], *, learns: bool) -> None:
     for name in asked:
         if name not in CHOICES:
             raise InputError(
-                f"{name!r:.80} is nothing that a file can be made for",
+                f"{name!r:.80} is no precision that a file can be made for",
                 fix=f"--for takes {', '.join(CHOICES)}, joined by commas",
             )
         if asked.count(name) > 1:
