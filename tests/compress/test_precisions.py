@@ -226,7 +226,7 @@ def test_min_agreement_holds_in_every_precision(place: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("base", "asked", "what", "fix"),
     [
-        ("base", ("int3",), "'int3' is nothing", ", ".join(CHOICES)),
+        ("base", ("int3",), "'int3' is no precision", ", ".join(CHOICES)),
         ("base", ("fp8", "fp8"), "names fp8 twice", "once"),
         ("base", ("in-grid", "fp8"), "in-grid is a way .* fp8 a precision", "as BASE is"),
         ("base", ("in-grid",), "base is a float model", "int4-g32"),
