@@ -31,7 +31,7 @@ from kilodelta.commands import (
     trust,
     verify,
 )
-from kilodelta.commands.shared import JSON
+from kilodelta.commands.common import JSON
 from kilodelta.errors import KiloDeltaError
 
 SECTIONS = {

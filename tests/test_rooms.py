@@ -89,7 +89,7 @@ def test_imports_only_go_down_a_floor(room: str) -> None:
         ("export", "def later():\n    from kilodelta.compress import compress"),
         ("verify", "import kilodelta.device.serving"),
         ("exact", "import rich.table"),
-        ("device", "from kilodelta.commands.shared import threads"),
+        ("device", "from kilodelta.commands.common import threads"),
         ("format", "from kilodelta.format.methods.nola.train import NolaFactors"),
         ("merging", "from kilodelta.format.methods.nola import train"),
         ("format", "def later():\n    import kilodelta.format.methods.vera.gpu"),

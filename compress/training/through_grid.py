@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kilodelta.grid.matrix import Matrix
 
-E4M3_LARGEST = 448.0
+E4M3_LARGEST = torch.finfo(torch.float8_e4m3fn).max
 E2M1_LARGEST = 6.0
 
 

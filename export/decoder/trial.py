@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from kilodelta.errors import ExportError, one_line
+from kilodelta.export.onnx.trial import OFF
 from kilodelta.models import LoadedModel
-from kilodelta.models.generation.cache import PAST, PRESENT, CacheLayer, empty_cache, feeds
+from kilodelta.models.generation.cache import CacheLayer, as_past, empty_cache, feeds
 from kilodelta.models.quiet import quiet
 
-_OFF = 1e-2
-"""Relative L2 error from which logits count as wrong: far above rounding, far below a mistake."""
 _TEXTS: tuple[tuple[int, tuple[int, ...]], ...] = (
     (1, (1, 1, 1)),  # from the first token on, one by one
     (2, (9, 1, 2)),  # a prompt, a step, and a piece of two
@@ -78,7 +77,7 @@ def _try_text(
     counts = mask.numpy() == 1  # nothing depends on what a padding token puts out
     expected = wanted.numpy().astype(np.float64)[counts]
     distance = np.linalg.norm(logits[counts] - expected) / (np.linalg.norm(expected) or 1.0)
-    if not distance <= _OFF:
+    if not distance <= OFF:
         raise _wrong(loaded, f"at {where} logits are off by {distance:.2g}, relative")
 
 
@@ -122,7 +121,7 @@ def run_in_pieces(
         fed = {n: a.astype(np.float16) if "float16" in kinds[n] else a for n, a in fed.items()}
         made = dict(zip(names, session.run(names, fed), strict=True))
         logits.append(made.pop("logits").astype(np.float64))
-        cache = {n.replace(PRESENT, PAST, 1): array for n, array in made.items()}
+        cache = as_past(made)
     return np.concatenate(logits, axis=1)
 
 

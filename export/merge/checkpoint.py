@@ -17,7 +17,6 @@ from kilodelta.exact.selftest import require_good_kernels
 from kilodelta.export.merge.config import read_given, write_config
 from kilodelta.export.merge.gguf_file import write_gguf
 from kilodelta.export.merge.in_grid import (
-    MIN_CHANGED,
     GridStream,
     Tally,
     grid_stream,
@@ -36,6 +35,7 @@ from kilodelta.format.file import load
 from kilodelta.grid.model import QuantisedModel
 from kilodelta.grid.onnx_graph import OnnxSource
 from kilodelta.merging.devices import Merge, merger
+from kilodelta.merging.in_grid import MIN_CHANGED
 from kilodelta.merging.quantised import open_base, refuse_quantised, require_grid_base
 from kilodelta.models.hub import locate, locate_delta
 from kilodelta.progress import Progress, silent

@@ -33,9 +33,6 @@ from kilodelta.progress import Meter
 AT_ONCE = 1 << 26
 """Weights that are merged at a time, some six bytes each."""
 
-MIN_CHANGED = 0.01
-"""The share of codes below which a merge in the grid has changed almost nothing."""
-
 
 @dataclass
 class Tally:

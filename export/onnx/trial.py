@@ -22,7 +22,7 @@ from kilodelta.export.onnx.axes import AxisGroup, Variation
 from kilodelta.models import Batch, LoadedModel
 from kilodelta.models.quiet import quiet
 
-_OFF = 1e-2
+OFF = 1e-2
 """Relative L2 error from which an output counts as wrong. What rounding does lies far below, what
 a frozen size does far above; `kilodelta verify` judges with derived limits."""
 
@@ -116,7 +116,7 @@ class GraphTrial:
             return ""
         norm = np.linalg.norm(wanted)
         error = np.linalg.norm(actual.astype(np.float64) - wanted) / (norm or 1.0)
-        return "" if error <= _OFF else f"{name} is off by {error:.2g}, relative"
+        return "" if error <= OFF else f"{name} is off by {error:.2g}, relative"
 
 
 def open_graph(

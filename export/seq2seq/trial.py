@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from kilodelta.errors import ExportError, one_line
+from kilodelta.export.onnx.trial import OFF
 from kilodelta.models import Batch, LoadedModel
-from kilodelta.models.generation.cache import PAST, PRESENT
+from kilodelta.models.generation.cache import PAST, as_past
 from kilodelta.models.generation.seq2seq import (
     DECODER,
     ENCODED,
@@ -27,9 +28,6 @@ from kilodelta.models.generation.seq2seq import (
 )
 from kilodelta.models.quiet import quiet
 
-_OFF = 1e-2
-"""Relative L2 error from which an output counts as wrong: far above rounding, far below a
-mistake."""
 _TEXTS: tuple[tuple[int, int, tuple[int, ...]], ...] = (
     (1, 1, (1, 1, 1)),  # from the first token on, one by one
     (2, 9, (9, 1, 2)),  # a prompt, a step, and a piece of two
@@ -97,7 +95,7 @@ def run_halves(
         float64 `encoder_hidden_states` and `logits`.
     """
     encoded = run_session(encoder, {name: tensor.numpy() for name, tensor in source.items()})
-    fed = {name.replace(PRESENT, PAST, 1): array for name, array in encoded.items()}
+    fed = as_past(encoded)
     if halves.reads_text:
         fed[ENCODER_MASK] = source["attention_mask"].numpy()
     has_cache = any(port.name.startswith(f"{PAST}.") for port in decoder.get_inputs())
@@ -107,7 +105,7 @@ def run_halves(
         start, end = end, end + piece
         made = run_session(decoder, {**fed, **cache, DECODER: ids[:, start:end].numpy()})
         logits.append(made.pop("logits").astype(np.float64))
-        cache = {n.replace(PRESENT, PAST, 1): array for n, array in made.items()}
+        cache = as_past(made)
     hidden = encoded[ENCODED].astype(np.float64)
     return {ENCODED: hidden, "logits": np.concatenate(logits, axis=1)}
 
@@ -144,7 +142,7 @@ def _compare(
             raise _wrong(loaded, f"at {where} {name} have shape {actual.shape}")
         norm = np.linalg.norm(expected[places]) or 1.0
         distance = np.linalg.norm(actual[places] - expected[places]) / norm
-        if not distance <= _OFF:
+        if not distance <= OFF:
             raise _wrong(loaded, f"at {where} {name} are off by {distance:.2g}, relative")
 
 

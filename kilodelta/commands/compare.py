@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import Command, as_json, with_progress, with_spinner
+from kilodelta.commands.common import Command, as_json, with_progress, with_spinner
 
 if TYPE_CHECKING:
     from kilodelta.merging.diff import Difference

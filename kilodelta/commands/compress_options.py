@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from kilodelta.commands.shared import threads
+from kilodelta.commands.common import threads
 from kilodelta.format.methods import TABLE
 
 F = TypeVar("F", bound=Callable[..., Any])

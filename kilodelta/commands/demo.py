@@ -9,7 +9,7 @@ import click
 
 from kilodelta import terminal
 from kilodelta.commands import verify
-from kilodelta.commands.shared import Command, as_json, with_progress
+from kilodelta.commands.common import Command, as_json, with_progress
 from kilodelta.errors import require
 
 if TYPE_CHECKING:

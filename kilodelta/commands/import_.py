@@ -9,7 +9,7 @@ import click
 
 from kilodelta import terminal
 from kilodelta.commands import compress
-from kilodelta.commands.shared import Command, as_json, with_dry_run, with_progress
+from kilodelta.commands.common import Command, as_json, with_dry_run, with_progress
 from kilodelta.errors import require
 from kilodelta.format.methods import TABLE
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
+from kilodelta.commands.common import Command, as_json, with_progress
 from kilodelta.commands.compress import INTERRUPTED
 from kilodelta.commands.compress_options import how_to_compress
-from kilodelta.commands.shared import Command, as_json, with_progress
 from kilodelta.errors import require
 
 if TYPE_CHECKING:

@@ -8,10 +8,7 @@ from typing import Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import Command, as_json, threads, with_dry_run, with_progress
-
-FEW = 0.01
-"""The share of changed codes below which `merge` refuses."""
+from kilodelta.commands.common import Command, as_json, threads, with_dry_run, with_progress
 
 
 @click.command(
@@ -59,7 +56,9 @@ def _show(done: Any) -> None:
             ("update", f"{done.steps:.3g} steps of the grid on average"),
         ]
     )
-    if share < FEW:
+    from kilodelta.merging.in_grid import MIN_CHANGED
+
+    if share < MIN_CHANGED:
         terminal.print_warning(
             "almost no code changes, so a merge in the grid gives back the base: apply the file"
             " beside it"

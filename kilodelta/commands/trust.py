@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import Command, as_json, with_dry_run, with_spinner
+from kilodelta.commands.common import Command, as_json, with_dry_run, with_spinner
 
 PASSWORD = "KILODELTA_KEY_PASSWORD"
 """The environment variable that holds the password of encrypted keys: never an option, because

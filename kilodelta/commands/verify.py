@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import Command, as_json, max_work, threads, with_progress
+from kilodelta.commands.common import Command, as_json, max_work, threads, with_progress
 
 if TYPE_CHECKING:
     from kilodelta.verify import Verification

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from kilodelta import __version__
@@ -203,43 +204,42 @@ class _Maker:
 
     def _onnx_base(self, base: FleetBase, dtype: str) -> Task:
         """Export the base's ONNX file and the map of its weights, once for all fine-tunes."""
-        key = {
-            "kind": "onnx-base",
-            "base": self._model(base.path),
-            "dtype": dtype,
-            "inputs": self._file(base.inputs),
-            "model": base.model,
-        }
-        params = {
-            "base": str(base.path.resolve()),
-            "dtype": dtype,
-            "inputs": None if base.inputs is None else str(base.inputs.resolve()),
-            "model": base.model or None,
-        }
-        name = f"{base.name}/onnx-{dtype}"
-        return self._task("onnx-base", name, f"bases/{name}", key, params, None, base)
+        return self._of_base("onnx-base", f"onnx-{dtype}", base, {"dtype": dtype})
 
     def _bundle(self, base: FleetBase, target: FleetTarget) -> Task:
         """Make the device folder of one kind of device, once for all fine-tunes of a base."""
-        options = dict(target.options["bundle"])
+        options = {"options": dict(target.options["bundle"])}
+        named = {"name": base.name}
+        return self._of_base(
+            "bundle", f"device-{target.name}", base, options, named, target.resources
+        )
+
+    def _of_base(
+        self,
+        kind: str,
+        name: str,
+        base: FleetBase,
+        options: dict[str, Any],
+        shown: Mapping[str, Any] = MappingProxyType({}),
+        resources: Mapping[str, float] | None = None,
+    ) -> Task:
+        """Make a task of a base alone; what is only `shown` does not change its result."""
         key = {
-            "kind": "bundle",
+            "kind": kind,
             "base": self._model(base.path),
-            "options": options,
+            **options,
             "inputs": self._file(base.inputs),
             "model": base.model,
         }
         params = {
             "base": str(base.path.resolve()),
-            "options": options,
+            **options,
             "inputs": None if base.inputs is None else str(base.inputs.resolve()),
             "model": base.model or None,
-            "name": base.name,
+            **shown,
         }
-        name = f"{base.name}/device-{target.name}"
-        return self._task(
-            "bundle", name, f"bases/{name}", key, params, None, base, None, target.resources
-        )
+        name = f"{base.name}/{name}"
+        return self._task(kind, name, f"bases/{name}", key, params, None, base, None, resources)
 
     def _task(
         self,

@@ -15,6 +15,8 @@ from kilodelta.merging import cpu
 
 BAND = 1 << 20
 """Elements whose update is in memory at a time."""
+MIN_CHANGED = 0.01
+"""The share of codes below which a merge in the grid has changed almost nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 
 from kilodelta import cli, terminal
 from kilodelta.cli import SECTIONS, main
-from kilodelta.commands.shared import Command
+from kilodelta.commands.common import Command
 from kilodelta.errors import KiloDeltaError, printable
 from kilodelta.progress import Event
 
@@ -156,7 +156,7 @@ class TestEnds:
         """Run a command `probe` that does something."""
 
         def ending(act: Callable[[], object], *arguments: str) -> Any:
-            from kilodelta.commands.shared import as_json
+            from kilodelta.commands.common import as_json
 
             @click.command(cls=Command, short_help="Probe.")
             @as_json

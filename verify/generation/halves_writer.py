@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kilodelta.errors import KiloDeltaError, ProofError, one_line
 from kilodelta.export.seq2seq.trial import run_session
 from kilodelta.models import Batch
-from kilodelta.models.generation.cache import PAST, PRESENT
+from kilodelta.models.generation.cache import as_past
 from kilodelta.models.generation.seq2seq import DECODER, ENCODER_MASK, OWN
 from kilodelta.verify.generation.writers import (
     Written,
@@ -66,7 +66,7 @@ class HalvesWriter:
             raise ProofError(
                 f"ONNX Runtime stops at the encoder: {one_line(error)}", fix="export again"
             ) from error
-        fixed = {name.replace(PRESENT, PAST, 1): array for name, array in encoded.items()}
+        fixed = as_past(encoded)
         if "attention_mask" in read:
             fixed[ENCODER_MASK] = read["attention_mask"]
         return write_greedily(_Steps(self._decoder, fixed), ids, most, end)
@@ -88,5 +88,5 @@ class _Steps:
         ids = np.array([given], np.int64)
         made = run_session(self._session, {**self._fixed, **self._cache, DECODER: ids})
         logits: NDArray[Any] = made.pop("logits")[0, -len(new) :]
-        self._cache = {name.replace(PRESENT, PAST, 1): array for name, array in made.items()}
+        self._cache = as_past(made)
         return logits

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kilodelta.errors import KiloDeltaError, MissingPackageError, ProofError, one_line
 from kilodelta.export.decoder.genai import CONFIG
-from kilodelta.models.generation.cache import PAST, POSITIONS, PRESENT
+from kilodelta.models.generation.cache import PAST, POSITIONS, as_past
 from kilodelta.verify.runners.runner import UnavailableError
 
 
@@ -169,7 +169,7 @@ class OnnxWriter:
         batch = {name: array for name, array in given.items() if name in taken}
         made = dict(zip(names, self._session.run(names, {**batch, **cache}), strict=True))
         logits = made.pop("logits")
-        return logits, {name.replace(PRESENT, PAST, 1): array for name, array in made.items()}
+        return logits, as_past(made)
 
 
 def empty_cache_of(port: Any) -> NDArray[Any]:

@@ -21,7 +21,7 @@ from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.grid.matrix import Matrix
 from kilodelta.grid.quantise import PRECISIONS
-from kilodelta.merging.in_grid import regridded
+from kilodelta.merging.in_grid import MIN_CHANGED, regridded
 from kilodelta.models import LoadedModel
 from kilodelta.models.weights import values
 
@@ -163,10 +163,6 @@ def made_of(fidelities: Sequence[Fidelity]) -> dict[str, float]:
     return made
 
 
-FEW = 0.01
-"""The share of changed codes below which `merge` refuses."""
-
-
 def few_codes(made: Mapping[str, Any], fidelities: Sequence[Fidelity]) -> list[str]:
     """Warn of each grid in which a merge changes almost nothing.
 
@@ -181,5 +177,5 @@ def few_codes(made: Mapping[str, Any], fidelities: Sequence[Fidelity]) -> list[s
         f"merged in the grid ({name}), {share:.2%} of the codes change, so it gives back the base:"
         " apply the file beside it, or give more --steps or a larger --budget"
         for name, share in shares.items()
-        if share < FEW
+        if share < MIN_CHANGED
     ]

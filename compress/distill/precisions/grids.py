@@ -15,7 +15,7 @@ from kilodelta.files.dtypes import TARGETS
 from kilodelta.grid.matrix import Matrix
 from kilodelta.grid.quantise import PRECISIONS, can_quantise, quantised_weight
 
-HALF_LARGEST = 65504.0
+HALF_LARGEST = float(np.finfo(np.float16).max)
 """The largest float16."""
 
 

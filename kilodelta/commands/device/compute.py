@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import Command, as_json, with_spinner
+from kilodelta.commands.common import Command, as_json, with_spinner
 
 
 @click.command(

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import Command, as_json, threads, with_dry_run, with_progress
+from kilodelta.commands.common import Command, as_json, threads, with_dry_run, with_progress
 
 
 @click.command(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.shared import Command, as_json, with_dry_run, with_progress
+from kilodelta.commands.common import Command, as_json, with_dry_run, with_progress
 
 if TYPE_CHECKING:
     from kilodelta.export.peft.adapter import PeftAdapter

@@ -20,7 +20,9 @@ depends on which part of transformers was used first in the process.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,8 @@ from torch import Tensor, nn
 from kilodelta.errors import ExportError, one_line
 from kilodelta.models.loaded import Batch, LoadedModel
 from kilodelta.models.quiet import quiet
+
+T = TypeVar("T")
 
 PAST, PRESENT = "past_key_values", "present"
 """What the names of a cache's tensors begin with, as inputs and as outputs."""
@@ -135,15 +139,21 @@ def _is_whole(loaded: LoadedModel, held: list[tuple[Tensor, Tensor]]) -> bool:
     with torch.no_grad(), quiet():
         both = step(**feeds(loaded.module, ids, torch.ones_like(ids), empty))
         first = step(**feeds(loaded.module, ids[:, :1], torch.ones_like(ids[:, :1]), empty))
-        cache = {
-            name.replace(PRESENT, PAST, 1): tensor
-            for name, tensor in first.items()
-            if name.startswith(PRESENT)
-        }
+        cache = as_past({n: tensor for n, tensor in first.items() if n.startswith(PRESENT)})
         second = step(**feeds(loaded.module, ids[:, 1:], torch.ones_like(ids), cache))
     expected = both["logits"][:, -1]
     error = (second["logits"][:, -1] - expected).norm() / (expected.norm() or 1.0)
     return bool(error < 1e-3)  # rounding is far below; a forgotten state is far above
+
+
+def as_past(outputs: Mapping[str, T]) -> dict[str, T]:
+    """Name what one step puts out as the next one takes it; other names stay.
+
+    Example:
+        >>> as_past({"present.0.key": 1})
+        {'past_key_values.0.key': 1}
+    """
+    return {name.replace(PRESENT, PAST, 1): value for name, value in outputs.items()}
 
 
 def feeds(module: nn.Module, ids: Tensor, mask: Tensor, cache: Batch) -> Batch:
