@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from kilodelta.errors import ProofError
-from kilodelta.verify.parity.cases import Case
+from kilodelta.verify.parity.cases import Case, cases
 from kilodelta.verify.parity.judge import judge
 from kilodelta.verify.parity.reference import Reference
 from kilodelta.verify.parity.result import Result
@@ -301,3 +302,53 @@ def test_rows_at_a_time_give_the_same_reference_and_tell_how_far_they_are() -> N
     np.testing.assert_allclose(few.merged[0]["y"], whole.merged[0]["y"], rtol=1e-13)
     told = [(event.done, event.total) for event in events if event.detail["model"] == "base"]
     assert told == [(3, 8), (6, 8), (8, 8)]
+
+
+class Attends(nn.Module):
+    """A causal attention, and the state of the first token that is 1 (the first one, if none)."""
+
+    def __init__(self, *, fused: bool, at_last: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(9, 8), nn.Linear(8, 8)
+        self.fused, self.at_last = fused, at_last
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Outputs:
+        x, length = self.words(input_ids), input_ids.shape[1]
+        seen = torch.ones(length, length).tril().bool() & (attention_mask[:, None] > 0)
+        if self.fused:  # zeros where a query sees nothing
+            mixed = functional.scaled_dot_product_attention(x, x, x, attn_mask=seen)
+        else:  # an average there, as runtimes compute
+            least = torch.finfo(x.dtype).min
+            weights = (x @ x.mT / 8**0.5).masked_fill(~seen, least).softmax(-1)
+            mixed = weights @ x
+        states = x + self.head(mixed)
+        place = length - 1 if self.at_last else (input_ids == 1).int().argmax(-1)
+        return {"states": states, "pooled": states[torch.arange(len(x)), place]}
+
+
+@pytest.mark.parametrize("at_last", [False, True])
+def test_what_a_model_takes_from_left_padding_has_no_right_value(at_last: bool) -> None:
+    """CLIP's text embedding: the state at its end-of-text token, which padding may hold."""
+    ids = np.array([[5, 6, 7, 8, 2, 3], [4, 5, 2, 6, 7, 3]])
+    tokens = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    found = cases(tokens, {name: ((2, 6), (2, 5), (2, 6)) for name in tokens}, left=True)
+    fused, eager = (Attends(fused=fused, at_last=at_last).eval() for fused in (True, False))
+    against = reference(tuned_head(fused), fused, "states", "pooled", cases=found)
+    assert against.undefined == (frozenset() if at_last else {"pooled"})
+    result = judged(torch_in(tuned_head(eager), "float32", "states", "pooled"), against)
+    assert result.status == "passed", result.reasons()
+    compared = {(check.output, check.case) for check in result.checks}
+    everywhere = {(name, case.name) for name in ("states", "pooled") for case in found}
+    assert everywhere - compared == (set() if at_last else {("pooled", "left-padded")})
+    # Where rows are padded on the right, or not at all, it is compared.
+    off = changed(tuned_head(fused), "float32", pooled_off, "states", "pooled")
+    assert judged(off, against).status == "failed"
+
+
+def tuned_head(base: nn.Module) -> nn.Module:
+    return tuned(base, layer="head")  # type: ignore[arg-type]
+
+
+def pooled_off(results: Arrays) -> None:
+    results["pooled"] = results["pooled"] * np.float32(1.01)

@@ -253,6 +253,12 @@ class Bench:
                 rows=chosen.rows,
                 progress=self._progress,
             )
+            if undefined := self._references[key].undefined:
+                self._notes[
+                    f"not compared with padding on the left: {', '.join(sorted(undefined))}, which "
+                    "the model itself takes from padded positions there; pad its inputs on the "
+                    "right"
+                ] = None
         return self._references[key]
 
 

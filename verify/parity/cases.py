@@ -6,6 +6,11 @@ usual          the usual shapes; at least one row is padded on the right
 largest        the largest shapes, every position a real token, so that the last is computed
 left-padded    the usual shapes padded on the left, as decoders are given batches
 =============  =================================================================================
+
+A decoder's query at a position padded on the left sees no key at all: torch's fused attention
+returns zeros there, its eager one an average, a runtime either. So an output that the model itself
+takes from such a position (CLIP's text embedding is that of the first end-of-text token, which may
+be padding) has no right value, and is compared in the other cases alone (`Reference.undefined`).
 """
 
 from __future__ import annotations
@@ -40,11 +45,13 @@ class Case:
         return self.batch[MASK].shape[1] if MASK in self.batch else None
 
 
+LEFT = "left-padded"
+
 _PLAN: tuple[tuple[str, int, Padding], ...] = (
     ("smallest", 0, "none"),
     ("usual", 1, "right"),
     ("largest", 2, "none"),
-    ("left-padded", 1, "left"),
+    (LEFT, 1, "left"),
 )
 
 
@@ -89,6 +96,26 @@ def live(output: NDArray[Any], batch: Batch, axis: int | None = None) -> NDArray
         return output
     entries: NDArray[Any] = turned[mask.astype(bool)]
     return entries
+
+
+def refilled(batch: Batch) -> Batch:
+    """Return the inputs with other tokens where the mask leaves them out.
+
+    Every row of ids, segments or embeddings takes the padded entries of the reversed row: as real
+    as before, and in other places.
+
+    Example:
+        >>> ids, mask = np.array([[7, 8, 5, 6]]), np.array([[0, 0, 1, 1]])
+        >>> refilled({"input_ids": ids, "attention_mask": mask})["input_ids"].tolist()
+        [[6, 5, 5, 6]]
+    """
+    mask = batch[MASK].astype(bool)
+    changed = {}
+    for name, array in batch.items():
+        is_content = name != MASK and "position" not in name and array.shape[:2] == mask.shape
+        kept = mask.reshape(*mask.shape, *([1] * (array.ndim - 2)))
+        changed[name] = np.where(kept, array, array[:, ::-1]) if is_content else array
+    return changed
 
 
 def token_axis(shapes: Sequence[tuple[int, ...]], lengths: Sequence[int | None]) -> int | None:

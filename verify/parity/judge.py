@@ -92,6 +92,7 @@ def _against(
         for case, error, torch in zip(
             reference.cases, errors[name], plain[name][: len(reference.cases)], strict=True
         )
+        if reference.is_defined(name, case)
     )
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kilodelta.errors import KiloDeltaError, ProofError
 from kilodelta.progress import Event, Progress, silent
-from kilodelta.verify.parity.cases import Case, live, token_axis
+from kilodelta.verify.parity.cases import LEFT, Case, live, refilled, token_axis
 from kilodelta.verify.parity.metrics import BLOCK, Float64, Metrics, compare, finite
 from kilodelta.verify.runners.runner import UNIT_ROUNDOFF, Arrays
 from kilodelta.verify.runners.torch_runner import TorchRunner
@@ -41,6 +41,10 @@ class Reference:
         rows: rows per forward pass, for a model whose rows do not depend on each other; None
             computes a case at once.
         progress: called as cases are computed.
+
+    Attributes:
+        undefined: outputs that the model itself takes from padded positions where padding is on the
+            left, so that they are not compared there.
 
     Raises:
         ProofError: merged and base give the same outputs, so no artefact could show the update.
@@ -71,6 +75,7 @@ class Reference:
             name: token_axis([arrays[name].shape for arrays in self.merged], lengths)
             for name in self.outputs
         }
+        self.undefined = self._taken_from_padding()
         self._effects = {name: self._effect(name) for name in self.outputs}
         if not any(self._effects[name] or self._is_torn(name) for name in self.outputs):
             raise ProofError(
@@ -144,11 +149,31 @@ class Reference:
     def _is_discrete(self, name: str) -> bool:
         return self.merged[0][name].dtype.kind in "iub"
 
+    def is_defined(self, name: str, case: Case) -> bool:
+        """Return whether an output is compared in a case (see `undefined`)."""
+        return case.name != LEFT or name not in self.undefined
+
     def _live(self, name: str, results: Sequence[Arrays]) -> list[NDArray[Any]]:
+        """Return what is compared of an output: per case its entries (positions, ...)."""
         return [
             live(result[name], case.batch, self._axes[name])
+            if self.is_defined(name, case)
+            else result[name][:0]
             for result, case in zip(results, self.cases, strict=True)
         ]
+
+    def _taken_from_padding(self) -> frozenset[str]:
+        """Find the outputs without an axis of tokens that change with what left padding holds."""
+        at = next((i for i, case in enumerate(self.cases) if case.name == LEFT), None)
+        if at is None:
+            return frozenset()
+        batch, before = self.cases[at].batch, self.merged[at]
+        pooled = [n for n in self.outputs if live(before[n], batch, self._axes[n]) is before[n]]
+        if not pooled:
+            return frozenset()
+        runner = TorchRunner(self._module, pooled, precision="float64", device=self._device)
+        after = runner.run(refilled(batch), rows=self._rows)
+        return frozenset(n for n in pooled if compare(after[n], before[n]).relative_l2 > _NOISE)
 
     def _compare(self, name: str, results: Sequence[Arrays]) -> list[Metrics]:
         actual, reference = self._live(name, results), self._live(name, self.merged)
