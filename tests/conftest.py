@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +50,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     cache: Path = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("KILODELTA_CACHE", str(cache))
+
+
+@pytest.fixture(autouse=True)
+def _remembered_traces(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal models are traced once (`support.traces`), where the exporter is in memory at all."""
+    named = sys.modules.get("kilodelta.export.onnx.named")
+    if named is None or importlib.util.find_spec("onnxscript") is None:
+        return
+    from tests.support.traces import remembered
+
+    root = tmp_path_factory.getbasetemp()
+    shared = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    monkeypatch.setattr(named, "trace", remembered(named.trace, shared / "traces"))
 
 
 @pytest.fixture
