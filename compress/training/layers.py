@@ -20,9 +20,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kilodelta.compress.training.sites import AttachedTarget, Site, is_conv1d
+from kilodelta.compress.training.sites import AttachedTarget, Site
 from kilodelta.compress.training.through_grid import TargetGrid
 from kilodelta.compress.training.update import FactoredUpdate
+from kilodelta.models.layers import is_conv1d
 
 _UPDATE = "_kilodelta_update"
 """The attribute in which an attached linear layer holds its update while it runs."""

@@ -7,11 +7,9 @@ embedding that is also the output layer) has several names and several sites but
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -21,6 +19,7 @@ from kilodelta.files import dtypes
 from kilodelta.files.tensor import TensorInfo
 from kilodelta.files.tying import file_order
 from kilodelta.format.targets import Patterns, Target, matches, select
+from kilodelta.models.layers import is_conv1d
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -183,12 +182,6 @@ def _place(target: Target, same: Sequence[_Use]) -> AttachedTarget:
         aliases=tuple(dict.fromkeys((target.name, *(use.name for use in same)))),
         sites=tuple(sites.values()),
     )
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Return whether a module is transformers' Conv1D, whose weight is stored (in, out)."""
-    loaded: Any = sys.modules.get("transformers.pytorch_utils")
-    return loaded is not None and isinstance(module, loaded.Conv1D)
 
 
 def _is_transposed(name: str, same: Sequence[_Use]) -> bool:

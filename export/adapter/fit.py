@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from kilodelta.errors import BaseMismatchError, InputError
@@ -70,8 +71,9 @@ def _require_stored(delta: Delta, layout: AdapterLayout) -> None:
         raise InputError(
             f"the file also stores tensors whole, which are no inputs of the graph: "
             f"{_some(unknown)}",
-            fix="export the graph with the tuned model's --config, which makes its head an input; "
-            "or apply the file in patch or refit mode",
+            fix="make the graph anew with --config of the tuned model, where they are a head that "
+            f"the base lacks, else with {_options('whole', unknown)}; or apply the file in patch "
+            "or refit mode",
         )
     missing = [name for name, one in known.items() if one.is_new and name not in delta.extras]
     if missing:
@@ -101,14 +103,21 @@ def _misfit(stored: StoredInput, extra: RawTensor) -> str:
 def _require_exposed(delta: Delta, exposed: list[TensorInfo]) -> tuple[Target, ...]:
     """Return the targets. Patterns matched against the exposed tensors, which are some of the
     base's, match no more than the targets: an equal count proves that all targets are exposed."""
-    matched = select(exposed, delta.manifest.patterns)
+    patterns = delta.manifest.patterns
+    matched = select(exposed, patterns)
     if len(matched) != delta.manifest.count:
         raise InputError(
             f"the graph exposes {len(matched)} of the {delta.manifest.count} tensors that the file "
-            f"changes: {', '.join(delta.manifest.patterns.include)}",
-            fix="export the graph with all of them exposed, or apply in patch or refit mode",
+            f"changes: {', '.join(patterns.include)}",
+            fix=f"make the graph anew with {_options('targets', patterns.include)}, which exposes "
+            "all of them, or apply in patch or refit mode",
         )
     return matched
+
+
+def _options(name: str, values: Sequence[str]) -> str:
+    """Write values as they are typed: the option is repeated."""
+    return " ".join(f"--{name} {shlex.quote(value)}" for value in values)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -164,6 +164,7 @@ def _write_graph(
     from kilodelta.export.onnx.save import save
     from kilodelta.export.onnx.template import fill_template
     from kilodelta.models import read_inputs
+    from kilodelta.models.layers import layer_weights
 
     checkpoint = Checkpoint.open(locate(os.fspath(base)))
     require_base(checkpoint, delta.manifest.base, progress=progress)
@@ -173,6 +174,7 @@ def _write_graph(
         export_template(headed.loaded, batch, dtype=options.dtype),
         checkpoint,
         include=options.include,
+        layers=layer_weights(headed.loaded.module, headed.loaded.names),
         heads=headed.heads,
         whole=options.whole,
         name=delta.manifest.base.name,

@@ -10,7 +10,7 @@ A head that the base lacks differs as a whole in every fine-tune, so its tensors
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -37,6 +37,7 @@ def with_adapter(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    layers: Container[str] = (),
     heads: Mapping[str, RawTensor] = NOTHING,
     whole: Sequence[str] = (),
     name: str = "",
@@ -52,6 +53,9 @@ def with_adapter(
         base: what the fine-tunes were made of; the layout records its root.
         include: globs of the weights to expose; none for every linear layer and convolution.
         exclude: globs of weights that stay fixed.
+        layers: further weights that are exposed where no globs are given: those of layers whose
+            products the graph does not show as such (experts that it stacks, packed projections
+            that it cuts). Each is updated as a whole at every request, so not with slots.
         heads: tensors of the architecture that the base lacks, with values to start from
             (`kilodelta.export.open_headed`). They are inputs that every fine-tune brings.
         whole: globs of tensors of the base that fine-tunes may store whole, such as `*.bias`.
@@ -78,7 +82,11 @@ def with_adapter(
     free = free_heads(model, heads) if any_labels and not slots else frozenset[str]()
     taken = {one.info.name for one in stored}
     candidates = _matching(model, source, include, exclude, taken)
-    chosen = [(i, uses) for i, uses in candidates if include or is_layer(uses, by_row=slots > 0)]
+    chosen = [
+        (info, uses)
+        for info, uses in candidates
+        if include or is_layer(uses, by_row=slots > 0) or (not slots and info.name in layers)
+    ]
     if not any(uses for _, uses in chosen):
         raise InputError(
             f"no weight that the outputs depend on matches {', '.join(include) or 'a layer'}",

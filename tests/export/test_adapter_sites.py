@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -147,3 +148,29 @@ def test_convolutions_of_every_kind_are_exposed_by_default(
     np.testing.assert_allclose(wide_result, expected, atol=1e-4)
     with pytest.raises(InputError, match="matches a layer"):  # one weight for all rows
         with_adapter(made, base, rank=2, slots=2)
+
+
+def test_a_layers_weight_is_exposed_where_the_graph_hides_the_product(tmp_path: Path) -> None:
+    """An expert: stacked with others, chosen by number, then multiplied by."""
+    nodes = [
+        helper.make_node("Unsqueeze", ["W", "axis"], ["first"]),
+        helper.make_node("Concat", ["first", "others"], ["stacked"], axis=0),
+        helper.make_node("Gather", ["stacked", "ids"], ["chosen"], axis=0),
+        helper.make_node("MatMul", ["x", "chosen"], ["y"]),
+    ]
+    others = RNG.normal(size=(2, N, N)).astype(np.float32)
+    weights = {"W": W, "others": others, "axis": np.array([0])}
+    base = checkpoint(tmp_path, "W", W)
+    made = template(nodes, {"x": [2, 1, N], "ids": [2]}, weights)
+    made = replace(made, weights=MappingProxyType({"W": W.shape}))
+    with pytest.raises(InputError, match="matches a layer"):
+        with_adapter(made, base, rank=2)
+    with pytest.raises(InputError, match="matches a layer"):  # one weight for all rows
+        with_adapter(made, base, rank=2, slots=2, layers={"W"})
+    wide, layout = with_adapter(made, base, rank=2, layers={"W"})
+    [exposed] = layout.exposed
+    A, B = (RNG.normal(size=s).astype(np.float32) for s in exposed.shapes(2))
+    x, ids = RNG.normal(size=(2, 1, N)).astype(np.float32), np.array([2, 0])
+    feeds = {"x": x, "ids": ids, exposed.names[0]: A, exposed.names[1]: B}
+    expected = np.stack([x[0] @ others[1], x[1] @ (W + A @ B)])
+    assert np.allclose(computed(wide, base, feeds, tmp_path), expected, rtol=1e-5, atol=1e-5)

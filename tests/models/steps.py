@@ -17,6 +17,7 @@ import transformers
 import kilodelta
 from kilodelta.compress import Options, compress
 from kilodelta.device import Device, apply, bundle
+from kilodelta.device.modes import runtime
 from kilodelta.errors import KiloDeltaError
 from kilodelta.export import export
 from kilodelta.export.onnx import named
@@ -33,8 +34,8 @@ NEEDS: Mapping[str, str | None] = {
     "merge": "compress",
     "export": "merge",
     "verify": "export",
-    "adapter": "export",
-    "patch": "export",
+    "adapter": "merge",
+    "patch": "merge",
     "engine": "export",
 }
 """The steps, in turn, each with the one that must have ended right before it."""
@@ -138,7 +139,6 @@ class _Case:
         arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in batch.items()}
         np.savez(self.inputs, **arrays)
         self._expected: list[dict[str, Any]] = []
-        self._shapes: dict[str, tuple[Any, ...]] = {}
 
     def compress(self) -> None:
         """Train a LoRA of rank 2 for a few steps, against the tuned model's outputs."""
@@ -170,8 +170,7 @@ class _Case:
         def compute(batch: Mapping[str, Any]) -> dict[str, Any]:
             return dict(zip(names, session.run(names, dict(batch)), strict=True))
 
-        self._shapes = {name: tuple(port.shape) for name, port in taken.items()}
-        return self._compare(compute, self._shapes)
+        return self._compare(compute, {name: tuple(port.shape) for name, port in taken.items()})
 
     def verify(self) -> None:
         """Verify the export with inputs, as a user does."""
@@ -181,7 +180,9 @@ class _Case:
 
     def adapter(self) -> str:
         """Apply to a device folder whose graph takes the update's factors as inputs."""
-        return self._device("adapter", rank=2)
+        remark = self._device("adapter", rank=2, whole=self.of.whole)
+        named = [f"--whole {name}" for name in self.of.whole]
+        return "; ".join(filter(None, (*named, remark)))
 
     def patch(self) -> str:
         """Apply to a device folder whose model file is patched."""
@@ -195,7 +196,8 @@ class _Case:
         folder = self.folder / mode
         bundle(self.base, folder, mode=mode, probe=self.inputs, **options)
         apply(folder, self.delta)
-        return self._compare(Device(folder).run, self._shapes)
+        ports = onnx_ports(folder / "base" / runtime.ONNX)
+        return self._compare(Device(folder).run, ports)
 
     def _compare(
         self,
@@ -232,6 +234,17 @@ class _Case:
         return [
             {name: tensor.numpy() for name, tensor in flatten(result).items()} for result in results
         ]
+
+
+def onnx_ports(path: Path) -> dict[str, tuple[Any, ...]]:
+    """Return the shapes of a graph's inputs by name, axes that vary by their names."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    return {
+        port.name: tuple(d.dim_param or d.dim_value for d in port.type.tensor_type.shape.dim)
+        for port in graph.input
+    }
 
 
 def _fits(batch: Batch, shapes: Mapping[str, tuple[Any, ...]]) -> bool:

@@ -4,7 +4,7 @@
 
 Each outcome is written as it comes, so that a run can be interrupted and go on, several processes
 can share the table, and a single architecture can be run again. `--page` writes the page from the
-file, once they are all done.
+file, once they are all done. With `--steps` the others stay as they were.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 def _run(name: str, steps: Container[str]) -> None:
     from tests.models.architectures import TABLE
-    from tests.models.steps import run
+    from tests.models.steps import NEEDS, run
 
     [architecture] = [a for a in TABLE if a.name == name]
     began = time.process_time()
@@ -70,7 +70,10 @@ def _run(name: str, steps: Container[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         outcomes = run(architecture, Path(folder), steps)
     seconds = round(time.process_time() - began, 1)
-    keep(name, {"class": architecture.model, "steps": outcomes})
+    row = read()["architectures"].get(name, {"steps": {}})
+    before = {step: text for step, text in row["steps"].items() if step not in steps}
+    known = {**before, **outcomes}
+    keep(name, {"class": architecture.model, "steps": {s: known[s] for s in NEEDS if s in known}})
     said = "; ".join(f"{k} {v}" for k, v in outcomes.items() if v != "right") or "all right"
     print(f"{name} ({seconds} s of CPU): {said}", flush=True)
 

@@ -7,17 +7,14 @@ conventions tell most of it, which is enough for a fit to the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from torch import nn
-
-from kilodelta.compress.training.sites import is_conv1d
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.models import layer_names
+from kilodelta.models.layers import kinds, layer_weights
 from kilodelta.models.loaded import LoadedModel
-from kilodelta.models.stacked import is_stacked
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids")
 
@@ -52,10 +49,10 @@ def from_module(student: LoadedModel, names: Mapping[str, str]) -> Structure:
     """
     stored = {state: name for name, state in names.items()}
     parameters = dict(student.module.named_parameters(remove_duplicate=False))
-    kinds = dict(_kinds(student.module))
+    turned = (state for state, kind in kinds(student.module) if kind == "conv1d")
     return Structure(
-        layers=frozenset(stored[n] for n, kind in kinds.items() if n in stored and kind != "other"),
-        transposed=frozenset(stored[n] for n, k in kinds.items() if n in stored and k == "conv1d"),
+        layers=layer_weights(student.module, names),
+        transposed=frozenset(stored[state] for state in turned if state in stored),
         buffers=frozenset(name for name, state in names.items() if state not in parameters),
         placed=frozenset(name for name, state in names.items() if state in parameters),
         aliases=frozenset(name for name in parameters if name not in stored),
@@ -82,35 +79,6 @@ def by_names(base: Checkpoint) -> Structure:
         transposed=frozenset(name for name in matrices if layer_names.is_conv1d(name, config)),
         buffers=frozenset(name for name in base.names if name.endswith(_BUFFERS)),
     )
-
-
-def _kinds(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield every parameter's state name with its kind: `linear`, `conv1d` or `other`."""
-    for path, owner in module.named_modules(remove_duplicate=False):
-        for attribute, parameter in owner._parameters.items():
-            if parameter is not None:
-                name = f"{path}.{attribute}" if path else attribute
-                yield name, _kind(owner, attribute, tuple(parameter.shape))
-
-
-def _kind(owner: nn.Module, attribute: str, shape: tuple[int, ...]) -> str:
-    if isinstance(owner, nn.MultiheadAttention):  # it holds its projections as bare parameters
-        return "linear" if attribute.endswith("proj_weight") else "other"
-    if is_stacked(owner):  # matrices of experts, as linear layers store them
-        return "linear"
-    if attribute != "weight" or len(shape) < 2:
-        return "other"
-    if is_conv1d(owner):
-        return "conv1d"
-    if isinstance(owner, (nn.Linear, nn.modules.conv._ConvNd)):
-        return "linear"
-    return "linear" if _is_router(owner, shape) else "other"
-
-
-def _is_router(owner: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Return whether a module is a mixture's router: a bare (experts, width) matrix."""
-    kind = type(owner).__name__
-    return len(shape) == 2 and _is_matrix(shape) and kind.endswith(("Router", "Gate"))
 
 
 def _is_matrix(shape: tuple[int, ...]) -> bool:

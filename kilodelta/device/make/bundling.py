@@ -29,6 +29,7 @@ from kilodelta.files.safetensors import write_stream
 from kilodelta.format.targets import Patterns, select
 from kilodelta.grid.open import is_quantised
 from kilodelta.models import LoadedModel, locate
+from kilodelta.models.layers import layer_weights
 from kilodelta.progress import Event, Progress
 
 
@@ -141,6 +142,7 @@ def _adapter(job: BundleJob, template: Template, base: Path) -> None:
         job.base,
         include=settings.include,
         exclude=settings.exclude,
+        layers=layer_weights(job.loaded.module, job.loaded.names),
         heads=job.headed.heads,
         whole=settings.whole,
         name=settings.name,

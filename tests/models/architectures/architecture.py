@@ -26,6 +26,7 @@ class Architecture:
         inputs: makes a batch of so many rows and of a size that the kind of input explains.
         sizes: rows and sizes to compare at.
         quick: compressed and merged in CI as well, not only with `--slow`.
+        whole: tensors of the base that its file stores whole, for adapter mode's `--whole`.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Architecture:
     inputs: Callable[[int, int], Batch]
     sizes: tuple[tuple[int, int], ...] = ((1, 5), (2, 9), (3, 17))
     quick: bool = False
+    whole: tuple[str, ...] = ()
 
 
 def tokens(rows: int, size: int) -> Batch:

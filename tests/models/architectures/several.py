@@ -47,8 +47,9 @@ _T5: dict[str, Any] = {
 
 def _seq2seq(name: str, model: str, config: str, **options: Any) -> Architecture:
     quick = bool(options.pop("quick", False))
+    whole = options.pop("whole", ())
     base = _T5 if options.pop("t5", False) else _SEQ2SEQ
-    return Architecture(name, model, config, {**base, **options}, pairs, quick=quick)
+    return Architecture(name, model, config, {**base, **options}, pairs, quick=quick, whole=whole)
 
 
 ROWS: tuple[Architecture, ...] = (
@@ -57,7 +58,7 @@ ROWS: tuple[Architecture, ...] = (
     _seq2seq("umt5", "UMT5ForConditionalGeneration", "UMT5Config", t5=True),
     _seq2seq("bart", "BartForConditionalGeneration", "BartConfig", quick=True),
     _seq2seq("mbart", "MBartForConditionalGeneration", "MBartConfig"),
-    _seq2seq("marian", "MarianMTModel", "MarianConfig"),
+    _seq2seq("marian", "MarianMTModel", "MarianConfig", whole=("final_logits_bias",)),
     _seq2seq("pegasus", "PegasusForConditionalGeneration", "PegasusConfig"),
     _seq2seq("m2m100", "M2M100ForConditionalGeneration", "M2M100Config"),
     _seq2seq("blenderbot", "BlenderbotForConditionalGeneration", "BlenderbotConfig"),

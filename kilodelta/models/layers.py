@@ -1,0 +1,67 @@
+"""Tell what a module's parameters are: weights of layers, which fine-tunes change, or others.
+
+`compress` takes the layers' weights as targets, and a device folder lets fine-tunes change them,
+where nobody names others; both ask here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from kilodelta.models.stacked import is_stacked
+
+
+def layer_weights(module: nn.Module, names: Mapping[str, str]) -> frozenset[str]:
+    """Return the checkpoint names of the weights of layers: linear ones, convolutions, routers,
+    attention's packed projections and the experts that files hold one by one.
+
+    Args:
+        module: any.
+        names: checkpoint name to state name, as in `LoadedModel.names`.
+
+    Example:
+        >>> module = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3), nn.LayerNorm(3))
+        >>> sorted(layer_weights(module, {name: name for name in module.state_dict()}))
+        ['1.weight']
+    """
+    kind = dict(kinds(module))
+    return frozenset(name for name, state in names.items() if kind.get(state, "other") != "other")
+
+
+def kinds(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield every parameter's state name with its kind: `linear`, `conv1d` or `other`."""
+    for path, owner in module.named_modules(remove_duplicate=False):
+        for attribute, parameter in owner._parameters.items():
+            if parameter is not None:
+                name = f"{path}.{attribute}" if path else attribute
+                yield name, _kind(owner, attribute, tuple(parameter.shape))
+
+
+def _kind(owner: nn.Module, attribute: str, shape: tuple[int, ...]) -> str:
+    if isinstance(owner, nn.MultiheadAttention):  # it holds its projections as bare parameters
+        return "linear" if attribute.endswith("proj_weight") else "other"
+    if is_stacked(owner):  # matrices of experts, as linear layers store them
+        return "linear"
+    if attribute != "weight" or len(shape) < 2:
+        return "other"
+    if is_conv1d(owner):
+        return "conv1d"
+    if isinstance(owner, (nn.Linear, nn.modules.conv._ConvNd)):
+        return "linear"
+    return "linear" if _is_router(owner, shape) else "other"
+
+
+def _is_router(owner: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Return whether a module is a mixture's router: a bare (experts, width) matrix."""
+    kind = type(owner).__name__
+    return len(shape) == 2 and min(shape) > 1 and kind.endswith(("Router", "Gate"))
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether a module is transformers' Conv1D, whose weight is stored (in, out)."""
+    loaded: Any = sys.modules.get("transformers.pytorch_utils")
+    return loaded is not None and isinstance(module, loaded.Conv1D)
