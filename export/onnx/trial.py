@@ -20,6 +20,7 @@ from kilodelta.errors import ExportError, one_line
 from kilodelta.export.manifest.facts import BATCH
 from kilodelta.export.onnx.axes import AxisGroup, Variation
 from kilodelta.models import Batch, LoadedModel
+from kilodelta.models.inputs.chance import repeatable_outputs
 from kilodelta.models.quiet import quiet
 
 OFF = 1e-2
@@ -55,10 +56,13 @@ class GraphTrial:
 
         Raises:
             ExportError: it does not even run, or is wrong, at the sizes it was traced at.
+            InputError: the module itself computes something else each time.
         """
         groups = self._variation.groups
         traced = {group.name: group.traced for group in groups}
         if problem := self._problem(traced):
+            with torch.no_grad(), quiet():
+                repeatable_outputs(self._loaded, self._variation.resized(traced))
             raise ExportError(
                 f"the exported graph does not compute {type(self._loaded.module).__name__}: "
                 f"{problem}",

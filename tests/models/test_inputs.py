@@ -136,6 +136,24 @@ def test_a_model_may_need_more_than_one_row(tmp_path: Path) -> None:
     assert len(read_inputs(path, loaded(Pairs()))) == 1
 
 
+class Masks(nn.Module):
+    """Multiplies by numbers that it draws, unless it is given some; draws others for nothing."""
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
+        torch.rand(3)
+        return {"y": x * (torch.rand_like(x) if noise is None else noise)}
+
+
+def test_a_model_that_draws_random_numbers_is_refused(tmp_path: Path) -> None:
+    """ViT-MAE chooses the patches that it sees at random; with its `noise` it is a function."""
+    x = np.ones((4, 3), np.float32)
+    found = error(lambda: read_inputs(saved(tmp_path / "a.npz", x=x), loaded(Masks())))
+    assert "Masks draws random numbers while it computes: y differs each time" in found.what
+    assert "as an input, if it is one of noise, or" in found.fix
+    [batch] = read_inputs(saved(tmp_path / "b.npz", x=x, noise=x), loaded(Masks()))
+    assert set(batch) == {"x", "noise"}
+
+
 def test_large_arrays_are_refused_before_they_are_read(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.npz", input_ids=np.zeros(50_000_000, np.uint8))
     import tracemalloc

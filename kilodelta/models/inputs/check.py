@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kilodelta.errors import InputError, KiloDeltaError, one_line
 from kilodelta.files.npz import ArrayHeader
-from kilodelta.models.loaded import Batch, LoadedModel, outputs
+from kilodelta.models.inputs.chance import repeatable_outputs
+from kilodelta.models.loaded import Batch, LoadedModel
 from kilodelta.models.quiet import quiet
 
 TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
@@ -66,7 +67,8 @@ def try_one(batch: Batch, loaded: LoadedModel, origin: str) -> None:
     A model may need more than one row; then the whole batch is tried.
 
     Raises:
-        InputError: naming the inputs with types and shapes, and the model's own complaint.
+        InputError: naming the inputs with types and shapes, and the model's own complaint; or
+            the model draws random numbers.
     """
     first = {name: tensor[:1] for name, tensor in batch.items()}
     with torch.no_grad(), quiet():
@@ -91,7 +93,7 @@ def try_one(batch: Batch, loaded: LoadedModel, origin: str) -> None:
 
 def _failure(batch: Batch, loaded: LoadedModel) -> Exception | None:
     try:
-        outputs(loaded, batch)
+        repeatable_outputs(loaded, batch)
     except KiloDeltaError:
         raise
     except Exception as error:  # a module's own code may raise anything

@@ -61,6 +61,12 @@ def images(side: int, channels: int = 3) -> Callable[[int, int], Batch]:
     return make
 
 
+def with_noise(rows: int, size: int) -> Batch:
+    """Images of 3 x 3 patches, and the numbers by which ViT-MAE chooses the ones that it sees."""
+    chance = torch.Generator().manual_seed(rows + size)
+    return {**images(24)(rows, size), "noise": torch.rand(rows, 9, generator=chance)}
+
+
 def sound(rows: int, size: int) -> Batch:
     """Samples of sound, 100 for each unit of size."""
     chance = torch.Generator().manual_seed(rows + size)

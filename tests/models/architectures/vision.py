@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from tests.models.architectures.architecture import VISION, WIDTH, Architecture, images
+from tests.models.architectures.architecture import (
+    VISION,
+    WIDTH,
+    Architecture,
+    images,
+    with_noise,
+)
 
 
 def _vision(name: str, model: str, config: str, **options: Any) -> Architecture:
@@ -37,7 +44,7 @@ ROWS: tuple[Architecture, ...] = (
         quick=True,
     ),
     _vision("siglip-vision", "SiglipVisionModel", "SiglipVisionConfig"),
-    _vision("vit-mae", "ViTMAEModel", "ViTMAEConfig", mask_ratio=0.0),
+    replace(_vision("vit-mae", "ViTMAEModel", "ViTMAEConfig"), inputs=with_noise),
     _network(
         "yolos",
         "YolosForObjectDetection",
