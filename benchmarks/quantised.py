@@ -11,7 +11,7 @@ rounding. For each precision (our own quantiser, 36 matrices) the table holds th
 - the full fine-tune merged in the grid (scales kept), and quantised anew from float;
 
 and the share of codes that change. Finished cells are kept in the work folder, so that an
-interrupted run goes on.
+interrupted run goes on; with `--minutes` it interrupts itself after so long, and ends with code 75.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -46,6 +48,8 @@ from kilodelta.merging.rebase import rebased
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SETS = ("trec6", "banking77")
+AGAIN = 75
+"""The exit code where `--minutes` ended the training: EX_TEMPFAIL of sysexits.h."""
 ROWS = (
     ("base", "base"),
     ("beside", "12 KB beside"),
@@ -68,7 +72,10 @@ def main() -> None:
         "--precisions", nargs="+", choices=PRECISIONS, default=("int4-g32", "nvfp4")
     )
     parser.add_argument("--steps", type=int, help="of the distillation; fewer to try the script")
+    parser.add_argument("--minutes", type=float, help="interrupt the training then, to go on later")
     options = parser.parse_args()
+    if options.minutes:
+        _interrupt_after(options.minutes)
     report: dict[str, Any] = {"machine": describe(), "threads": torch.get_num_threads(), "sets": {}}
     for seed in options.seeds:  # all sets once first, so that an early end leaves whole columns
         for name in options.sets:
@@ -79,6 +86,13 @@ def main() -> None:
                 options.json.parent.mkdir(parents=True, exist_ok=True)
                 options.json.write_text(json.dumps(report, indent=1) + "\n")
     _print(report)
+
+
+def _interrupt_after(minutes: float) -> None:
+    """Let Ctrl-C arrive after some minutes, in the background as well, where it is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
 
 
 def is_matrix(name: str) -> bool:
@@ -109,7 +123,8 @@ class Bench:
         if not teacher.exists():
             train_teacher(self.task, teacher, self.seed)
         began = time.monotonic()
-        if not file.exists():
+        resume = file.with_name(f"{file.name}.resume").exists()
+        if resume or not file.exists():
             options = Options(
                 labels=str(self.place / "labels.txt"),
                 max_length=48,
@@ -119,9 +134,12 @@ class Bench:
             )
             if steps is not None:
                 options = replace(options, steps=steps)
-            compress(
-                base_folder(), teacher, file, inputs=self.place / "inputs.txt", options=options
+            inputs = self.place / "inputs.txt"
+            made = compress(
+                base_folder(), teacher, file, inputs=inputs, options=options, resume=resume
             )
+            if made.interrupted:
+                sys.exit(AGAIN)
         seconds = round(time.monotonic() - began, 1)
         self.model, self.tokenizer = open_encoder(base_folder())
         self.head = embed_all(self.model, self.tokenizer, self.task.names)
