@@ -13,13 +13,19 @@ from kilodelta.export.merge.checkpoint import merge
 from kilodelta.files import staging
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
+from kilodelta.merging.in_grid import MIN_CHANGED
 from kilodelta.models import LoadedModel, open_model
 from kilodelta.progress import Progress, silent
 
 
 @contextmanager
 def merged_weights(
-    base: Checkpoint, delta: Delta, *, beside: Path | None = None, progress: Progress = silent
+    base: Checkpoint,
+    delta: Delta,
+    *,
+    beside: Path | None = None,
+    min_changed: float = MIN_CHANGED,
+    progress: Progress = silent,
 ) -> Iterator[Path]:
     """Merge into a private place that vanishes with the block, and yield its path.
 
@@ -28,6 +34,7 @@ def merged_weights(
         delta: the fine-tune.
         beside: a path in the folder to use, such as the output's; the system's folder of
             temporary files by default, which may be too small for a model.
+        min_changed: the share of a quantised base's codes that has to change.
         progress: called while the weights are merged.
 
     Raises:
@@ -35,7 +42,7 @@ def merged_weights(
     """
     with staging.scratch(beside) as folder:
         place = folder / ("merged" if base.path.is_dir() else "merged.safetensors")
-        merge(base, delta, place, progress=progress)
+        merge(base, delta, place, min_changed=min_changed, progress=progress)
         yield place
 
 

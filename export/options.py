@@ -10,6 +10,7 @@ from kilodelta.errors import InputError
 from kilodelta.export.manifest.facts import Sizes
 from kilodelta.export.tensorrt.flavour import AUTO
 from kilodelta.files.dtypes import PRECISIONS
+from kilodelta.merging.in_grid import MIN_CHANGED
 
 SHORT: Mapping[str, str] = MappingProxyType({row.short: row.long for row in PRECISIONS.values()})
 """Precisions as file names and the command line write them."""
@@ -46,6 +47,8 @@ class Options:
         kv_cache: export a causal language model with its cache, for ONNX Runtime GenAI, or the
             decoder of an encoder-decoder with its.
         served: the artefacts go into a Triton repository as well.
+        blocks: the operators that hold codes of a quantised base (`export.quantised.graph.FORMS`).
+        min_changed: the share of a quantised base's codes that the merge has to change.
         force: replace an earlier export.
     """
 
@@ -64,6 +67,8 @@ class Options:
     max_work: float | None = None
     kv_cache: bool = False
     served: bool = False
+    blocks: str = "auto"
+    min_changed: float = MIN_CHANGED
     force: bool = False
 
 

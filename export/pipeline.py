@@ -27,11 +27,17 @@ from kilodelta.export.merged_model import merged_weights, open_merged
 from kilodelta.export.options import Options, listed, read_dtypes, read_sizes, short
 from kilodelta.export.out_folder import out_folder, require_out
 from kilodelta.export.precision import Maker
+from kilodelta.export.quantised.checks import check_quantised
+from kilodelta.export.quantised.graph import settled
 from kilodelta.export.tensorrt.flavour import AUTO, choose
 from kilodelta.export.triton.repository import Repository, require_servable, write_repository
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
+from kilodelta.grid.dequantise import float_folder
+from kilodelta.grid.open import open_quantised
+from kilodelta.merging.in_grid import MIN_CHANGED
+from kilodelta.merging.quantised import open_base, refuse_quantised
 from kilodelta.models import locate, read_inputs
 from kilodelta.models.hub import locate_delta
 from kilodelta.progress import Progress, silent
@@ -98,6 +104,8 @@ def export(
     outputs: str | Sequence[str] = (),
     kv_cache: bool = False,
     triton: str | os.PathLike[str] | None = None,
+    blocks: str = "auto",
+    min_changed: float = MIN_CHANGED,
     max_work: float | None = None,
     force: bool = False,
     report: str | os.PathLike[str] | None = None,
@@ -129,6 +137,10 @@ def export(
             cache as inputs and outputs, with the files that ONNX Runtime GenAI reads beside it; of
             an encoder-decoder, which is exported as two graphs, give the decoder such a cache.
         triton: a Triton model repository that gets the artefacts as its next version as well.
+        blocks: of a quantised base, the operators that hold its codes: "matmulnbits", which ONNX
+            Runtime computes without unpacking a matrix, where it takes the grid; "qdq", which
+            TensorRT takes alone; "auto", the one that suits.
+        min_changed: of a quantised base, the share of codes that the merge has to change.
         max_work: the most operations that the file may ask for; by default what suits the base's
             size.
         force: replace an earlier export in `out`.
@@ -136,7 +148,7 @@ def export(
         progress: called while work goes on.
 
     Raises:
-        BaseMismatchError, ProofError: as `kilodelta.merge`.
+        BaseMismatchError, ProofError, QualityError: as `kilodelta.merge`.
         ExportError: the model cannot be exported, an engine not be built, or Triton not serve it;
             what can be known beforehand is refused before the merge.
         InputError: an option that does not make sense.
@@ -163,12 +175,15 @@ def export(
         max_work=max_work,
         kv_cache=kv_cache,
         served=triton is not None,
+        blocks=blocks,
+        min_changed=min_changed,
         force=force,
     )
     if kv_cache:
         _check_cached(options, triton)
     if report is not None:
         require_page(Path(report))
+    settled(blocks, for_engines=bool(options.capabilities))
     require("onnxscript", extra="onnx", why="export ONNX models")
     trt = _trt(options)
     if triton is not None:
@@ -217,9 +232,14 @@ def _trt(options: Options) -> Any:
 def _export(
     base: Path, delta: Path, out: Path, options: Options, trt: Any, progress: Progress
 ) -> Exported:
-    checkpoint = Checkpoint.open(locate(base))
-    delta = locate_delta(delta)
-    tuned = load(delta, base=checkpoint, max_work=options.max_work)
+    place, delta = locate(base), locate_delta(delta)
+    tuned = load(delta, max_work=options.max_work)
+    grid = None if tuned.manifest.grid is None else open_base(place, tuned.manifest)
+    if grid is not None:
+        check_quantised(grid, tuned, options)
+    checkpoint = Checkpoint.open(place)
+    refuse_quantised(checkpoint, tuned.manifest)
+    tuned = tuned.bind(checkpoint if grid is None else grid)
     require_out(out, force=options.force)
     files = ", ".join((*map(short, options.dtypes), *options.capabilities))
     begin_work(out, targets=f"{len(tuned.targets)} tensors, by {tuned.method.name}", files=files)
@@ -232,7 +252,8 @@ def _export(
             stage=stage,
             progress=progress,
         )
-        made = _make(checkpoint, tuned, maker, out)
+        make = _make if grid is None else _make_quantised
+        made = make(checkpoint, tuned, maker, out)
         manifest = _manifest(tuned, delta, options, made)
         artefacts.write(manifest, stage)
     return Exported(
@@ -247,26 +268,51 @@ def _export(
 
 def _make(base: Checkpoint, delta: Delta, maker: Maker, out: Path) -> list[Artefact]:
     """Merge, open the result, and make what is asked for."""
-    options = maker.options
     with ExitStack() as stack:
         with maker.timed("merge"):
             weights = stack.enter_context(
                 merged_weights(base, delta, beside=out, progress=maker.progress)
             )
-        loaded = open_merged(
-            base,
-            weights,
-            delta,
-            model=options.model,
-            config=options.config,
-            outputs=options.outputs,
-        )
-        batch = read_inputs(options.inputs, loaded, limit=_ROWS)[0] if options.inputs else None
-        return [
-            artefact
-            for dtype in options.dtypes
-            for artefact in maker.make(loaded, batch, weights, dtype)
-        ]
+        return _artefacts(base, weights, delta, maker)
+
+
+def _make_quantised(base: Checkpoint, delta: Delta, maker: Maker, out: Path) -> list[Artefact]:
+    """Merge in the grid, open the result's values, and make what is asked for with its codes."""
+    with ExitStack() as stack:
+        with maker.timed("merge"):
+            weights = stack.enter_context(
+                merged_weights(
+                    base,
+                    delta,
+                    beside=out,
+                    min_changed=maker.options.min_changed,
+                    progress=maker.progress,
+                )
+            )
+            merged = open_quantised(weights)
+            floats = stack.enter_context(float_folder(merged, beside=weights))
+        # The copy's configuration is the merged one, and does not call for a quantised model.
+        maker = replace(maker, merged=merged)
+        return _artefacts(Checkpoint.open(floats), floats, delta, maker)
+
+
+def _artefacts(base: Checkpoint, weights: Path, delta: Delta, maker: Maker) -> list[Artefact]:
+    """Open a merged model and make what is asked for."""
+    options = maker.options
+    loaded = open_merged(
+        base,
+        weights,
+        delta,
+        model=options.model,
+        config=options.config,
+        outputs=options.outputs,
+    )
+    batch = read_inputs(options.inputs, loaded, limit=_ROWS)[0] if options.inputs else None
+    return [
+        artefact
+        for dtype in options.dtypes
+        for artefact in maker.make(loaded, batch, weights, dtype)
+    ]
 
 
 def _manifest(delta: Delta, path: Path, options: Options, made: list[Artefact]) -> ExportManifest:

@@ -19,9 +19,12 @@ from kilodelta.export.onnx.make import export_template
 from kilodelta.export.onnx.save import save
 from kilodelta.export.onnx.template import Template, fill_template
 from kilodelta.export.options import Options, short
+from kilodelta.export.quantised.graph import put_codes, settled
+from kilodelta.export.quantised.proof import prove_codes
 from kilodelta.export.seq2seq.halves import half_templates
 from kilodelta.export.tensorrt import build
 from kilodelta.files import staging
+from kilodelta.grid.model import QuantisedModel
 from kilodelta.models import Batch, LoadedModel
 from kilodelta.models.generation.seq2seq import is_seq2seq
 from kilodelta.progress import Event, Progress
@@ -39,6 +42,7 @@ class Maker:
         refit: tensors that an engine may get new values for later.
         stage: the folder to write into.
         progress: called while work goes on.
+        merged: the model merged in the grid of a quantised base, whose codes graphs get.
         seconds: how long each part took, filled as work goes on.
         notes: sentences on what is fixed, filled as work goes on.
         dropped: ONNX files that engines were built from alone, filled as work goes on.
@@ -49,6 +53,7 @@ class Maker:
     refit: frozenset[str]
     stage: Path
     progress: Progress
+    merged: QuantisedModel | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
@@ -127,8 +132,16 @@ class Maker:
         external = self.options.external or None  # None: only where one file cannot hold them
         with self.timed(path.name):
             model = fill_template(template, weights)
+            held = () if self.merged is None else self._put_codes(model, template.dtype)
             files = save(model, path, external=external, progress=self.progress)
+            if self.merged is not None:
+                prove_codes(path, self.merged, held)
         return _artefact("onnx", template, files)
+
+    def _put_codes(self, model: Any, dtype: str) -> tuple[str, ...]:
+        assert self.merged is not None  # the caller looked
+        form = settled(self.options.blocks, for_engines=self.trt is not None)
+        return put_codes(model, self.merged, form=form, dtype=dtype)
 
     def _build(self, template: Template, source: Path, onnx: Artefact) -> Artefact:
         options, engine = self.options, self.stage / source.with_suffix(".engine").name

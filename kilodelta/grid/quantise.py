@@ -1,4 +1,4 @@
-"""Quantise a float model to nearest, by a text of our own, and turn a quantised one into floats.
+"""Quantise a float model to nearest, by a text of our own.
 
 Round to nearest with a scale per block; nothing is calibrated. What is written here is the whole
 algorithm (docs/format.md, section 10), so every machine and every release makes the same codes; a
@@ -28,7 +28,6 @@ from kilodelta.grid.bits import pack_bits
 from kilodelta.grid.codes import E2M1, E4M3, Kind, e4m3_values, integer_kind
 from kilodelta.grid.layouts.base import uncentred
 from kilodelta.grid.matrix import Floats, Matrix, Shape
-from kilodelta.grid.model import QuantisedModel
 from kilodelta.grid.steps import table_of
 
 Tensors = dict[str, RawTensor]
@@ -288,18 +287,3 @@ def _json(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}", fix="repair the base") from None
     return found if isinstance(found, dict) else {}
-
-
-def dequantised(model: QuantisedModel) -> Tensors:
-    """Return a quantised model's tensors as floats: each weight one rounding of its exact value.
-
-    Quantised weights come as F32, everything else as it is stored.
-
-    Raises:
-        CheckpointError: the model cannot be read.
-    """
-    floats = {name: model.matrix(name).values().astype(np.float32) for name in model.stored}
-    return {
-        **{name: RawTensor.of(values) for name, values in floats.items()},
-        **{name: model.source.raw(name) for name in model.plain},
-    }

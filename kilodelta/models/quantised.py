@@ -41,7 +41,7 @@ def evidence(checkpoint: Checkpoint) -> str | None:
         dtype, last = checkpoint.info(name).dtype, name.rpartition(".")[2]
         if last in _FORMATS:
             return f"{name} is {_FORMATS[last]}"
-        if dtype.startswith(("F8", "F4", "F6")):
+        if dtype == "F4" or dtype.startswith(("F8_", "F6_")):  # F64 is a float
             return f"{name} is {dtype}"
     if checkpoint.path.is_dir() and (checkpoint.folder / _SETTINGS).is_file():
         return f"it has a {_SETTINGS}"
@@ -64,5 +64,5 @@ def refusal(source: str, sign: str) -> InputError:
     return InputError(
         f"{source} holds a quantised model: {sign}",
         fix="give the model before quantisation; a quantised one is taken by compress (as BASE),"
-        " rebase, merge and verify without --inputs",
+        " rebase, merge, export and verify",
     )

@@ -29,7 +29,8 @@ from kilodelta.files.tensor import RawTensor
 from kilodelta.format.methods import Lora
 from kilodelta.grid import Matrix, open_quantised
 from kilodelta.grid.codes import E2M1, E4M3, Kind, integer_kind
-from kilodelta.grid.quantise import dequantised, quantise_folder
+from kilodelta.grid.dequantise import dequantised
+from kilodelta.grid.quantise import quantise_folder
 from kilodelta.grid.reference import new_code
 from kilodelta.merging.rebase import rebase
 from kilodelta.progress import Event

@@ -36,6 +36,7 @@ NOT_RUN = {
     ("README.md", "pytest"): "this suite",
     ("README.md", "kilodelta rebase base-w4a16/"): "its task.kd is imported further down",
     ("README.md", "kilodelta merge  base-w4a16/"): _SMALL,
+    ("README.md", "kilodelta export base-w4a16/"): _SMALL,
     ("README.md", "kilodelta demo"): "minutes, on a real model: tests/demo/test_demo.py",
     ("add_a_method.md", ""): "tests/format/test_add_a_method.py executes this page",
     ("decoders.md", "kilodelta "): "a real decoder: tests/export/test_decoder.py does it, tiny",
@@ -72,6 +73,7 @@ NOT_RUN = {
     ("quantised.md", "kilodelta merge  base-w4a16/"): _SMALL,
     ("quantised.md", "kilodelta merge    base-w4a16/"): _SMALL,
     ("quantised.md", "kilodelta verify base-w4a16/"): _SMALL,
+    ("quantised.md", "kilodelta export base-w4a16/"): _SMALL,
     ("quantised.md", "kilodelta compress base/ tuned/ -o task.kd"): (
         "the desk's layers are narrower than a group: tests/compress/test_precisions.py"
     ),

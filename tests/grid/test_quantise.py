@@ -17,9 +17,9 @@ from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Patterns
 from kilodelta.grid import open_quantised
 from kilodelta.grid.codes import E2M1, E4M3, integer_kind
+from kilodelta.grid.dequantise import dequantised
 from kilodelta.grid.quantise import (
     PRECISIONS,
-    dequantised,
     nearest_codes,
     quantise_folder,
     with_steps,

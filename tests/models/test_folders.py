@@ -23,6 +23,7 @@ from torch import nn
 from kilodelta.errors import CheckpointError, InputError, KiloDeltaError
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.models import example, open_model, outputs
+from kilodelta.models.quantised import evidence
 from kilodelta.models.weights import tensor
 from tests.support import pico
 
@@ -281,6 +282,11 @@ def test_packed_weights_are_recognised(bert: Path, name: str, array: Any, what: 
     save_file({name: array, "x": np.zeros(2, np.float32)}, bert / "model.safetensors")
     with pytest.raises(InputError, match=f"holds a quantised model: {name} is {what}"):
         open_model(bert)
+
+
+def test_float64_is_no_quantised_type(tmp_path: Path) -> None:
+    save_file({"x": np.zeros(2, np.float64)}, tmp_path / "model.safetensors")
+    assert evidence(Checkpoint.open(tmp_path)) is None
 
 
 def test_settings_of_a_quantiser_are_recognised(bert: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,8 +15,12 @@ from torch.nn import functional
 from kilodelta.compress.distill.learn.comparisons import SHARPNESS
 from kilodelta.errors import InputError
 from kilodelta.export.merged_model import merged_weights, open_merged
+from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
+from kilodelta.grid.dequantise import float_folder
+from kilodelta.grid.open import open_quantised
+from kilodelta.merging.quantised import open_base
 from kilodelta.models import LoadedModel, fill, open_model, outputs, read_texts, tokenize
 from kilodelta.models.heads import EMBEDDING
 from kilodelta.progress import Progress
@@ -41,6 +45,8 @@ def open_pair(subject: Subject, options: VerifyOptions, progress: Progress) -> M
         InputError, ExportError: the architecture is unknown, or has no place for such a tensor.
     """
     delta = load(subject.delta, max_work=options.max_work)
+    if delta.manifest.grid is not None:
+        return open_quantised_pair(subject, delta, options, progress)
     with _weights(subject, delta, progress) as weights:
         merged = open_merged(
             subject.base, weights, delta, model=options.model, config=options.config
@@ -56,13 +62,37 @@ def open_pair(subject: Subject, options: VerifyOptions, progress: Progress) -> M
     return ModelPair(merged=merged, base=base)
 
 
+def open_quantised_pair(
+    subject: Subject, delta: Delta, options: VerifyOptions, progress: Progress
+) -> ModelPair:
+    """Open both of a quantised base in float64, which holds the exact value of every code.
+
+    Raises:
+        InputError, ExportError: as `open_pair`; or the base is a single file.
+    """
+    base = open_base(subject.base, delta.manifest)
+    with ExitStack() as stack:
+        before = stack.enter_context(float_folder(base, dtype="float64"))
+        weights = stack.enter_context(_weights(subject, delta, progress))
+        after = stack.enter_context(float_folder(open_quantised(weights), dtype="float64"))
+        opened = Checkpoint.open(after)
+        merged = open_merged(opened, after, delta, model=options.model, config=options.config)
+        exact = copy.deepcopy(merged.module).double()
+        fill(exact, opened, merged.names)  # opening has rounded to float32
+        unmerged = copy.deepcopy(exact)
+        held = set(Checkpoint.open(before).names)
+        brought = {name for name in merged.names if name not in held or name in delta.extras}
+        fill(unmerged, before, {n: p for n, p in merged.names.items() if n not in brought})
+    return ModelPair(merged=replace(merged, module=exact), base=replace(merged, module=unmerged))
+
+
 @contextmanager
 def _weights(subject: Subject, delta: Delta, progress: Progress) -> Iterator[Path]:
     """Yield the merged weights on disk: those given, or a merge that is removed afterwards."""
     if subject.merged is not None:
         yield subject.merged
         return
-    with merged_weights(subject.base, delta, progress=progress) as place:
+    with merged_weights(subject.base, delta, min_changed=0, progress=progress) as place:
         yield place
 
 

@@ -27,6 +27,15 @@ if TYPE_CHECKING:
     from kilodelta.export.pipeline import Exported
 
 
+min_changed = click.option(
+    "--min-changed",
+    default=0.01,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Of a quantised base: the share of codes that has to change.",
+)
+
+
 @click.command(
     cls=Command,
     short_help="Merge a .kd file into its base, and prove the result.",
@@ -47,13 +56,7 @@ if TYPE_CHECKING:
 )
 @click.option("--device", default="cpu", help="cpu, cuda, or cuda:N.")
 @max_work
-@click.option(
-    "--min-changed",
-    default=0.01,
-    show_default=True,
-    type=click.FloatRange(0, 1),
-    help="Of a quantised base: the share of codes that has to change.",
-)
+@min_changed
 @threads
 @as_json
 @with_progress
@@ -125,6 +128,7 @@ class _Export(Command):
         "kilodelta export base/ task.kd -o out/ --dtype fp16",
         "kilodelta export base/ task.kd -o out/ --onnx --tensorrt sm86,sm89 --profile batch=1,8,32",
         "kilodelta export smollm2/ task.kd -o out/ --onnx --kv-cache",
+        "kilodelta export base-int4/ task.kd -o out/ --tensorrt sm89 --onnx",
     ],
 )
 @click.argument("base", type=click.Path())
@@ -165,6 +169,13 @@ class _Export(Command):
     metavar="REPOSITORY",
     help="Also serve it: the next version in this Triton model repository.",
 )
+@click.option(
+    "--blocks",
+    default="auto",
+    type=click.Choice(["auto", "matmulnbits", "qdq"]),
+    help="Of a quantised base: the ONNX operators that hold its codes.",
+)
+@min_changed
 @max_work
 @click.option("--force", is_flag=True, help="Replace an earlier export.")
 @click.option("--report", type=click.Path(), help="Write what was made as an HTML page as well.")
@@ -183,7 +194,8 @@ def export(
     """Export BASE with a .kd FILE merged in: ONNX files, TensorRT engines, and a manifest.
 
     The merge is proved first, and every graph is run at other sizes than it was traced at. OUT
-    appears when everything is there, or not at all.
+    appears when everything is there, or not at all. A quantised BASE (a folder) is merged in its
+    grid, and the graphs hold its codes.
     """
     require("torch", extra="onnx", why="export models")
     from kilodelta.export import export

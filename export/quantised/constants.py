@@ -1,0 +1,204 @@
+"""Pack a quantised weight as the constants of an ONNX operator, without changing a number.
+
+Sources: com.microsoft MatMulNBits (ONNX Runtime's ContribOperators) and the ONNX operator
+DequantizeLinear, opsets 21 (INT4, blocks) and 23 (FLOAT4E2M1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kilodelta.errors import ExportError
+from kilodelta.grid.bits import pack_bits
+from kilodelta.grid.layouts.base import nibbles, uncentred
+from kilodelta.grid.matrix import Floats, Matrix
+
+Bytes = npt.NDArray[np.uint8]
+
+TYPES = {"int4": "INT4", "int8": "INT8", "e4m3": "FLOAT8E4M3FN"}
+"""Kinds of codes, and ONNX's names of the types that DequantizeLinear takes them in."""
+NBITS = (4, 8)
+"""Bits that MatMulNBits is written for; ONNX Runtime 1.32 also runs 2."""
+_BLOCK = 16
+"""The smallest block of MatMulNBits; every block is a power of two."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """One constant of a graph: ONNX's name of its type, its shape, and its packed bytes."""
+
+    type: str
+    shape: tuple[int, ...]
+    data: Bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constants:
+    """The constants of one weight, and the attributes of the node that reads them.
+
+    Attributes:
+        codes: `B` of MatMulNBits, `x` of DequantizeLinear.
+        scales: in the type that the graph computes in.
+        zeros: zero points; None where all are zero.
+        attributes: of the node.
+    """
+
+    codes: Constant
+    scales: Constant
+    zeros: Constant | None = None
+    attributes: dict[str, int] = field(default_factory=dict)
+
+
+def require_exact(name: str, matrix: Matrix, dtype: str) -> None:
+    """Check that a graph can hold a weight as it is.
+
+    Args:
+        name: the weight's, for the error.
+        matrix: the weight.
+        dtype: what the graph computes in, "float32", "float16" or "bfloat16".
+
+    Raises:
+        ExportError: ONNX has no type for its codes, its columns are out of order, a zero point lies
+            outside the type of the codes, or a scale is no number of `dtype`.
+    """
+    kind, zeros = matrix.kind, matrix.zeros
+    if kind.name not in TYPES:
+        raise ExportError(
+            f"{name} holds {kind.name} codes, of which no ONNX operator that ONNX Runtime runs on a"
+            " CPU makes weights",
+            fix="quantise to int4, int8 or fp8 (`kilodelta.grid.quantise`), or merge into the"
+            " checkpoint for a server that reads it",
+        )
+    if matrix.order is not None:
+        raise ExportError(
+            f"{name} has its columns in groups out of order (g_idx, act-order), and ONNX operators"
+            " take consecutive columns",
+            fix="quantise without act-order (desc_act), or merge into the checkpoint",
+        )
+    if matrix.minima is not None:
+        raise ExportError(
+            f"{name} has zero points that are no integers, which ONNX operators do not take",
+            fix="quantise with integer zero points, or merge into the file itself",
+        )
+    if zeros is not None and (zeros.min() < kind.low or zeros.max() > kind.high):
+        raise ExportError(
+            f"{name} has zero points from {zeros.min()} to {zeros.max()}, outside {kind.name}",
+            fix="quantise anew: its writer let zero points leave the range of the codes",
+        )
+    if not np.array_equal(_floats(matrix.steps, dtype).astype(np.float64), matrix.steps):
+        raise ExportError(
+            f"{name} has scales that are no numbers of {dtype}, so the graph would compute with"
+            " other weights",
+            fix="export with --dtype fp32, or quantise with scales in that type",
+        )
+
+
+def fits_nbits(matrix: Matrix) -> bool:
+    """Return whether MatMulNBits takes a weight: integers in blocks of 16, 32, ... columns."""
+    rows, columns = matrix.block
+    group = min(columns, matrix.shape[1])
+    is_block = group >= _BLOCK and not group & (group - 1)
+    return rows == 1 and is_block and matrix.kind.bits in NBITS and not matrix.kind.is_float
+
+
+def matmul_nbits(matrix: Matrix, dtype: str) -> Constants:
+    """Pack a weight (out, in) for `MatMulNBits`, which computes x (..., in) times its transpose.
+
+    Args:
+        matrix: for which `fits_nbits` holds.
+        dtype: of the scales.
+
+    Example:
+        >>> from kilodelta.grid.codes import integer_kind
+        >>> codes = np.arange(-8, 8, dtype=np.int8)[None]
+        >>> one = Matrix(kind=integer_kind(4), codes=codes, steps=np.ones((1, 1)), block=(1, 16))
+        >>> matmul_nbits(one, "float32").codes.data.tolist()
+        [16, 50, 84, 118, 152, 186, 220, 254]
+    """
+    (rows, columns), bits = matrix.shape, matrix.kind.bits
+    group = min(matrix.block[1], columns)
+    groups = -(-columns // group)
+    stream = pack_bits(uncentred(matrix.codes, bits), bits, groups * group * bits // 8)
+    zeros = None
+    if matrix.zeros is not None and matrix.zeros.any():
+        unsigned = uncentred(matrix.zeros.astype(np.int8), bits)
+        nbytes = -(-groups * bits // 8)
+        zeros = _constant("UINT8", (rows, nbytes), pack_bits(unsigned, bits, nbytes))
+    return Constants(
+        codes=_constant("UINT8", (rows, groups, group * bits // 8), stream),
+        scales=_scales(matrix.steps, dtype),
+        zeros=zeros,
+        # 1: products in float32; 0 and 4 may let a runtime round the activations to int8.
+        attributes={"K": columns, "N": rows, "bits": bits, "block_size": group,
+                    "accuracy_level": 1},
+    )  # fmt: skip
+
+
+def dequantize_linear(matrix: Matrix, dtype: str) -> Constants:
+    """Pack a weight (out, in) for `DequantizeLinear`, in the shape that it has.
+
+    Args:
+        matrix: for which `require_exact` holds.
+        dtype: of the scales, and so of what comes out.
+    """
+    kind, type_ = matrix.kind, TYPES[matrix.kind.name]
+    steps, attributes = _by_axis(matrix, matrix.steps)
+    zeros = None
+    if matrix.zeros is not None and matrix.zeros.any():
+        points, _ = _by_axis(matrix, matrix.zeros.astype(np.int8))
+        zeros = _packed(type_, points, kind.bits)
+    codes = nibbles(matrix.codes, kind) if kind.bits == 4 else matrix.codes
+    return Constants(
+        codes=_packed(type_, codes, kind.bits),
+        scales=_scales(steps, dtype),
+        zeros=zeros,
+        attributes=attributes,
+    )
+
+
+def _by_axis(matrix: Matrix, values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], dict[str, int]]:
+    """Bring one value per block into the shape that the operator wants, with its attributes.
+
+    The operator has blocks along one axis, so a block of several rows counts as that many. Of
+    integers a scale per row is a block as long as the row: ONNX Runtime 1.32 takes a product with
+    one scale per tensor or row in int8, with activations rounded (5e-3), but not one with blocks.
+    """
+    rows, columns = matrix.shape
+    tall, wide = min(matrix.block[0], rows), min(matrix.block[1], columns)
+    if (tall, wide) == (rows, columns) and matrix.kind.is_float:
+        return values.reshape(()), {}
+    spread = values[np.arange(rows) // tall]
+    if wide == columns and matrix.kind.is_float:
+        return spread.reshape(rows), {"axis": 0}
+    return spread, {"axis": 1, "block_size": wide}
+
+
+def _packed(type_: str, values: npt.NDArray[Any], bits: int) -> Constant:
+    """Pack integers or E4M3 codes as one flat stream over all rows, low bits first."""
+    flat = np.ascontiguousarray(values).reshape(1, -1).view(np.uint8)
+    if bits == 4:
+        flat = pack_bits(flat & np.uint8(15), 4, -(-flat.size // 2))
+    return _constant(type_, values.shape, flat)
+
+
+def _scales(steps: Floats, dtype: str) -> Constant:
+    type_ = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}[dtype]
+    return _constant(type_, steps.shape, _floats(steps, dtype))
+
+
+def _floats(steps: Floats, dtype: str) -> npt.NDArray[Any]:
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        return steps.astype(ml_dtypes.bfloat16)
+    with np.errstate(over="ignore"):  # an infinity is no step, which `require_exact` sees
+        return steps.astype(dtype)
+
+
+def _constant(type_: str, shape: tuple[int, ...], values: npt.NDArray[Any]) -> Constant:
+    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    return Constant(type=type_, shape=shape, data=data)

@@ -1,0 +1,190 @@
+"""Put codes into a float graph: each quantised weight becomes constants of an ONNX operator.
+
+Two forms. `qdq` puts one `DequantizeLinear` in a weight's place, and every reader of it stays as it
+is, an embedding and the head tied to it among them; TensorRT takes this form alone. `matmulnbits`
+makes one `MatMulNBits` of each product with a weight that is nothing but a factor of products,
+which ONNX Runtime computes without unpacking the matrix; what that operator does not take becomes
+`qdq`.
+
+ONNX Runtime may fuse `DequantizeLinear` and `MatMul` into a product with activations rounded to
+int8. It does not where a `Transpose` stands between them (1.32), as it does in graphs of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from kilodelta.errors import InputError
+from kilodelta.export.quantised.constants import (
+    Constant,
+    Constants,
+    dequantize_linear,
+    fits_nbits,
+    matmul_nbits,
+    require_exact,
+)
+from kilodelta.grid.matrix import Matrix
+from kilodelta.grid.model import QuantisedModel
+
+AUTO, QDQ, NBITS = "auto", "qdq", "matmulnbits"
+FORMS = (AUTO, QDQ, NBITS)
+OPSET = 21
+"""The first with INT4 and with blocks."""
+_IR = 10
+"""The version of ONNX's file format that has INT4."""
+_DOMAIN = "com.microsoft"
+
+
+def settled(form: str, *, for_engines: bool) -> str:
+    """Return the form to write: of `auto` the one that suits what the graph is for.
+
+    Args:
+        form: one of `FORMS`.
+        for_engines: whether TensorRT engines are built from the graph.
+
+    Raises:
+        InputError: it is none of them, or MatMulNBits is asked for engines.
+    """
+    if form not in FORMS:
+        raise InputError(f"{form!r:.40} is no form of blocks", fix=f"give {', '.join(FORMS)}")
+    if for_engines and form == NBITS:
+        raise InputError(
+            "TensorRT does not parse MatMulNBits, an operator of ONNX Runtime",
+            fix="leave --blocks out, or give --blocks qdq",
+        )
+    return (QDQ if for_engines else NBITS) if form == AUTO else form
+
+
+def put_codes(model: Any, merged: QuantisedModel, *, form: str, dtype: str) -> tuple[str, ...]:
+    """Replace the quantised weights of a filled graph, in place.
+
+    Args:
+        model: an `onnx_ir.Model`, such as `fill_template` gives, with weights by their names.
+        merged: the quantised model, whose codes the graph gets.
+        form: `qdq` or `matmulnbits`.
+        dtype: what the graph computes in.
+
+    Returns:
+        the names of the weights that were replaced.
+
+    Raises:
+        ExportError: the graph cannot hold a weight exactly.
+    """
+    held = model.graph.initializers
+    names = tuple(name for name in merged.stored if name in held)
+    _raise_opset(model)
+    for name in names:
+        matrix = merged.matrix(name)
+        require_exact(name, matrix, dtype)
+        value = held[name]
+        products = list(_products(value)) if form == NBITS and dtype != "bfloat16" else []
+        if products and None not in products and fits_nbits(matrix):
+            _multiply(model, name, matrix, products, dtype)
+        else:
+            _dequantise(model, value, dequantize_linear(matrix, dtype), matrix)
+        _drop(model.graph, value)
+    return names
+
+
+def _raise_opset(model: Any) -> None:
+    """Bring a graph to the first opset that has blocks; its other operators mean the same there."""
+    from onnxscript import version_converter
+
+    if model.opset_imports[""] < OPSET:
+        version_converter.convert_version(model, OPSET)
+    model.ir_version = max(model.ir_version, _IR)
+
+
+def _products(value: Any) -> Iterator[Any]:
+    """Yield the nodes that multiply by a weight's transpose; None for any other use of it."""
+    for use in value.uses():
+        node = use.node
+        if node.op_type == "Gemm" and use.idx == 1 and _is_plain(node):
+            yield node
+        elif node.op_type == "Transpose" and _is_swap(node):
+            for inner in node.outputs[0].uses():
+                is_product = inner.node.op_type == "MatMul" and inner.idx == 1
+                yield inner.node if is_product else None
+            if node.outputs[0].is_graph_output():
+                yield None
+        else:
+            yield None
+
+
+def _is_swap(node: Any) -> bool:
+    return "perm" not in node.attributes or list(node.attributes["perm"].as_ints()) == [1, 0]
+
+
+def _is_plain(node: Any) -> bool:
+    """Return whether a Gemm is x W^T + b and nothing else."""
+    given = {name: attribute.value for name, attribute in node.attributes.items()}
+    plain = {"transA": 0, "transB": 1, "alpha": 1.0, "beta": 1.0}
+    defaults = {"transA": 0, "transB": 0, "alpha": 1.0, "beta": 1.0}
+    return {**defaults, **given} == plain
+
+
+def _multiply(model: Any, name: str, matrix: Matrix, products: list[Any], dtype: str) -> None:
+    """Replace products by `MatMulNBits`, which share one weight's constants."""
+    import onnx_ir as ir
+
+    made = matmul_nbits(matrix, dtype)
+    model.opset_imports.setdefault(_DOMAIN, 1)
+    inputs = _register(model.graph, f"{name}_Q{matrix.kind.bits}", name, made)
+    for node in products:
+        old = node.outputs[0]
+        result = ir.Value(name=old.name, shape=old.shape, type=old.type)
+        bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
+        product = result if bias is None else ir.Value(
+            name=f"{old.name}_product", shape=old.shape, type=old.type
+        )  # fmt: skip
+        nodes = [ir.node("MatMulNBits", [node.inputs[0], *inputs], made.attributes,
+                         domain=_DOMAIN, outputs=[product])]  # fmt: skip
+        if bias is not None:
+            nodes.append(ir.node("Add", [product, bias], outputs=[result]))
+        ir.convenience.replace_nodes_and_values(node.graph, node, [node], nodes, [old], [result])
+
+
+def _dequantise(model: Any, value: Any, made: Constants, matrix: Matrix) -> None:
+    """Put one `DequantizeLinear` between a weight's codes and all its readers."""
+    import onnx_ir as ir
+
+    name, graph = value.name, model.graph
+    inputs = _register(graph, f"{name}_DQ_Q{matrix.kind.bits}", name, made)
+    result = ir.Value(name=f"{name}_dequantized", shape=value.shape, type=value.type)
+    node = ir.node("DequantizeLinear", inputs, made.attributes, outputs=[result])
+    graph.insert_before(graph[0], node)
+    value.replace_all_uses_with(result, replace_graph_outputs=True)
+
+
+def _register(graph: Any, codes: str, name: str, made: Constants) -> list[Any]:
+    """Add a weight's constants to a graph; return the values in the order of the inputs."""
+    found = [(codes, made.codes), (f"{name}_scales", made.scales)]
+    if made.zeros is not None:
+        found.append((f"{name}_zero_points", made.zeros))
+    values = [_value(label, constant) for label, constant in found]
+    for value in values:
+        graph.register_initializer(value)
+    return values
+
+
+def _value(name: str, constant: Constant) -> Any:
+    import onnx_ir as ir
+
+    dtype, shape = ir.DataType[constant.type], ir.Shape(constant.shape)
+    if dtype.bitwidth < 8:
+        tensor: Any = ir.PackedTensor(constant.data, dtype, shape=shape, name=name)
+    else:
+        array = constant.data.view(np.dtype(dtype.numpy())).reshape(constant.shape)
+        tensor = ir.Tensor(array, dtype=dtype, name=name)
+    return ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=tensor)
+
+
+def _drop(graph: Any, value: Any) -> None:
+    """Remove a float weight that nothing reads any more, and the transposition of it."""
+    for use in list(value.uses()):
+        assert not use.node.outputs[0].uses()  # its products have been replaced
+        use.node.graph.remove(use.node, safe=True)
+    del graph.initializers[value.name]

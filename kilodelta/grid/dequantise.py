@@ -1,0 +1,98 @@
+"""Turn a quantised model into floats: tensors, or a folder that any tool of float models opens."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kilodelta.errors import InputError
+from kilodelta.files import canonical, plain, safetensors, staging
+from kilodelta.files.checkpoint import INDEX, SINGLE, Checkpoint
+from kilodelta.files.tensor import RawTensor
+from kilodelta.grid.model import QuantisedModel
+from kilodelta.grid.open import CONFIG_FILES
+
+SMALL = 64 << 20
+"""Bytes up to which a file beside the weights (a tokenizer) is copied."""
+_QUANTISATION = ("quantization_config", "compression_config")
+"""Keys of `config.json` that say that a model is quantised."""
+
+
+def dequantised(model: QuantisedModel, dtype: str = "float32") -> dict[str, RawTensor]:
+    """Return a quantised model's tensors as floats: each weight one rounding of its exact value.
+
+    Quantised weights come in `dtype`, everything else as it is stored.
+
+    Args:
+        model: the quantised model.
+        dtype: "float32", or "float64", which holds every exact value.
+
+    Raises:
+        CheckpointError: the model cannot be read.
+    """
+    floats = {name: model.matrix(name).values().astype(dtype) for name in model.stored}
+    return {
+        **{name: RawTensor.of(values) for name, values in floats.items()},
+        **{name: model.source.raw(name) for name in model.plain},
+    }
+
+
+@contextmanager
+def float_folder(
+    model: QuantisedModel, *, beside: Path | None = None, dtype: str = "float32"
+) -> Iterator[Path]:
+    """Yield a temporary folder with a quantised model's values, configuration and tokenizer.
+
+    Its configuration does not say that the model is quantised.
+
+    Args:
+        model: opened from a folder.
+        beside: a path in the folder to use, such as the output's: the copy takes four bytes per
+            weight, or eight. The system's folder of temporary files by default.
+        dtype: as for `dequantised`.
+
+    Raises:
+        CheckpointError: the model cannot be read.
+        InputError: it is a GGUF file or an ONNX graph, which has no configuration.
+        OutputError: the copy cannot be written.
+    """
+    source = model.source
+    if not isinstance(source, Checkpoint):
+        raise InputError(
+            f"{model.path} is one file without the config.json that says what its architecture is",
+            fix="give the quantised model as a Hugging Face folder; into this file itself merges"
+            " `kilodelta merge`",
+        )
+    with staging.scratch(beside) as room:
+        place = room / f"{model.path.name}-dequantised"
+        place.mkdir()
+        safetensors.write(place / SINGLE, dequantised(model, dtype))
+        _copy_config(source, place)
+        yield place
+
+
+def _copy_config(checkpoint: Checkpoint, place: Path) -> None:
+    table = dict(_read_config(checkpoint.folder / "config.json"))
+    for key in _QUANTISATION:
+        table.pop(key, None)
+    if table:
+        (place / "config.json").write_text(json.dumps(table))
+    for path in sorted(checkpoint.folder.iterdir()):
+        left_out = path.name in (*CONFIG_FILES, INDEX) or path.suffix in (".safetensors", ".kd")
+        if not left_out and path.is_file() and path.stat().st_size <= SMALL:
+            shutil.copyfile(path, place / path.name)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not os.path.lexists(path):
+        return {}
+    try:
+        table = canonical.loads_foreign(plain.read_model_file(path))
+    except (OSError, canonical.NotCanonicalError):
+        return {}
+    return table if isinstance(table, dict) else {}
