@@ -140,8 +140,23 @@ def _explained(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _attributes(node: Any) -> dict[str, Any]:
-    return {a.name: (a.i if a.type == 2 else list(a.ints)) for a in node.attribute}
+def _integers(node: Any, *names: str) -> dict[str, int]:
+    """Return those of a node's attributes that are present; ONNX defines each as one integer.
+
+    Raises:
+        CheckpointError: one has another type. Its integer would read as the default, 0.
+    """
+    given: dict[str, int] = {}
+    for attribute in node.attribute:
+        if attribute.name not in names:
+            continue
+        if attribute.type != attribute.INT:
+            raise CheckpointError(
+                f"attribute {attribute.name} of {node.op_type} {node.name!r:.200} is no integer",
+                fix="export the graph anew",
+            )
+        given[attribute.name] = attribute.i
+    return given
 
 
 def _named(name: str, layout: Any, node: Any, roles: dict[str, int], source: OnnxSource) -> Stored:
@@ -154,7 +169,7 @@ def _named(name: str, layout: Any, node: Any, roles: dict[str, int], source: Onn
 
 
 def _matmul(node: Any, source: OnnxSource) -> Stored | None:
-    given = _attributes(node)
+    given = _integers(node, "N", "K", "bits", "block_size", "weight_prepacked")
     name = node.input[1]
     if name not in source.tensors:
         return None
@@ -167,9 +182,17 @@ def _matmul(node: Any, source: OnnxSource) -> Stored | None:
         raise CheckpointError(
             f"{name:.200} has g_idx, which ONNX Runtime no longer reads", fix="quantise without it"
         )
-    layout = MatMulNBits(
-        shape=(given["N"], given["K"]), bits=given.get("bits", 4), group=given["block_size"]
-    )
+    bits = given.get("bits", 4)
+    if not 1 <= bits <= 8:
+        raise CheckpointError(
+            f"{name:.200}: bits of MatMulNBits is {bits}, not 1 to 8", fix="export the graph anew"
+        )
+    if given["block_size"] < 1:
+        raise CheckpointError(
+            f"{name:.200}: block_size of MatMulNBits is {given['block_size']}, not 1 or more",
+            fix="export the graph anew",
+        )
+    layout = MatMulNBits(shape=(given["N"], given["K"]), bits=bits, group=given["block_size"])
     return _named(name, layout, node, {"B": 1, "scales": 2, "zero_points": 3}, source)
 
 
@@ -193,7 +216,7 @@ def _dequantised(
                               readers.get(node.output[0], ())):  # fmt: skip
         return None  # a bias, or the scales of another DequantizeLinear
     transposed = _is_transposed(node.output[0], readers)
-    given = _attributes(node)
+    given = _integers(node, "axis", "block_size")
     scale = node.input[1]
     inner = None
     if scale not in source.tensors:
@@ -221,7 +244,7 @@ def _is_transposed(value: str, readers: dict[str, list[tuple[Any, int]]]) -> boo
         if node.op_type == "MatMul" and index == 1:
             return True
         if node.op_type == "Gemm" and index == 1:
-            return not _attributes(node).get("transB", 0)
+            return not _integers(node, "transB").get("transB", 0)
     return False
 
 

@@ -339,6 +339,19 @@ def _damaged(change: Any) -> Any:
     return write
 
 
+def _attribute(graph: Any, name: str) -> Any:
+    return next(a for a in graph.node[0].attribute if a.name == name)
+
+
+def _store_bits(graph: Any, bits: int) -> None:
+    """Claim a width of codes, with a constant of the size that follows from it."""
+    from onnx import numpy_helper
+
+    _attribute(graph, "bits").i = bits
+    codes = graph.initializer[0]
+    codes.CopyFrom(numpy_helper.from_array(np.zeros((16, 2, 4 * bits), np.uint8), codes.name))
+
+
 @pytest.mark.parametrize(
     "write",
     [
@@ -349,6 +362,15 @@ def _damaged(change: Any) -> Any:
         _damaged(lambda graph: graph.initializer[0].dims.append(-1)),
         _damaged(lambda graph: graph.initializer[0].ClearField("data_type")),
         _damaged(lambda graph: setattr(graph.initializer[1], "raw_data", b"123")),
+        _damaged(lambda graph: _attribute(graph, "K").ClearField("type")),
+        _damaged(lambda graph: setattr(_attribute(graph, "K"), "type", 1)),
+        _damaged(lambda graph: setattr(_attribute(graph, "block_size"), "type", 7)),
+        _damaged(lambda graph: setattr(_attribute(graph, "bits"), "type", 7)),
+        _damaged(lambda graph: _store_bits(graph, 0)),
+        _damaged(lambda graph: _store_bits(graph, 9)),
+        _damaged(lambda graph: setattr(_attribute(graph, "block_size"), "i", 0)),
+        _damaged(lambda graph: setattr(_attribute(graph, "block_size"), "i", -32)),
+        _damaged(lambda graph: setattr(_attribute(graph, "N"), "i", -(2**63))),
     ],
 )
 def test_a_graph_that_breaks_the_rules_is_a_sentence(tmp_path: Path, write: Any) -> None:

@@ -77,8 +77,33 @@ def _gguf(example: Path, trusted: Path) -> Read:
 
 
 def _graph(example: Path, trusted: Path) -> Read:
+    """Both operators whose constants are read: the second graph holds DequantizeLinear."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
     grids.matmul_graph(example / "m.onnx", {"a": N, "b": N}, zeros=True)
-    return lambda work: _opened(work / "m.onnx")
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [
+            helper.make_node("DequantizeLinear", ["w", "s"], ["d"], axis=1, block_size=32),
+            helper.make_node("Gemm", ["x", "d"], ["y"], transB=1),
+        ],
+        "graph",
+        [value("x", TensorProto.FLOAT, [1, 64])],
+        [value("y", TensorProto.FLOAT, [1, 16])],
+        [
+            numpy_helper.from_array(np.zeros((16, 64), np.int8), "w"),
+            numpy_helper.from_array(np.ones((16, 2), np.float32), "s"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
+    onnx.save(model, example / "d.onnx")
+
+    def read(work: Path) -> None:
+        _opened(work / "m.onnx")
+        _opened(work / "d.onnx")
+
+    return read
 
 
 SURFACES = (
