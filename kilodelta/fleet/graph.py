@@ -16,7 +16,7 @@ from typing import Any
 
 from kilodelta import __version__
 from kilodelta.errors import InputError
-from kilodelta.files import canonical
+from kilodelta.files import canonical, plain
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.model_digest import digest
 from kilodelta.fleet.definition import FineTune, Fleet, FleetBase, FleetTarget
@@ -268,6 +268,9 @@ class _Maker:
         )
 
 
+_BLOCK = 1 << 20
+
+
 def file_digest(path: Path) -> str:
     """Return `sha256:` and the digest of a file, or of a folder's files and their names.
 
@@ -278,12 +281,10 @@ def file_digest(path: Path) -> str:
     try:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         for file in files:
-            with file.open("rb") as opened:
-                one = (
-                    hashlib.file_digest(opened, "sha256")
-                    if hasattr(hashlib, "file_digest")
-                    else hashlib.sha256(opened.read())
-                )
+            with plain.open_reader(file, follow=True) as opened:
+                one = hashlib.sha256()
+                while block := opened.read(_BLOCK):
+                    one.update(block)
             if not path.is_dir():
                 return f"sha256:{one.hexdigest()}"
             total.update(str(file.relative_to(path)).encode("utf-8", "surrogateescape"))

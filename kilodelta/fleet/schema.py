@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from kilodelta.errors import InputError
+from kilodelta.files import plain
 from kilodelta.files.untrusted import FieldError
 from kilodelta.fleet.definition import FineTune, Fleet, FleetBase, FleetTarget
 from kilodelta.fleet.fields import (
@@ -101,15 +102,11 @@ def read_fleet(path: str | Path) -> Fleet:
     """
     place = Path(path)
     try:
-        with place.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise InputError(
-            f"{place} cannot be read: {error.strerror}", fix="give a fleet.toml"
-        ) from None
+        data = plain.read(place, MAX_BYTES, follow=True)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"{place} cannot be read: {why}", fix="give a fleet.toml") from None
     try:
-        if len(data) > MAX_BYTES:
-            raise FieldError(f"it is larger than {MAX_BYTES} bytes")
         return _fleet(place, _parse(data))
     except FieldError as error:
         raise InputError(f"{place}: {error}", fix="docs/fleet.md lists every field") from None
@@ -124,7 +121,7 @@ def _parse(data: bytes) -> dict[str, Any]:
         toml = require("tomli", extra="fleet", why="read fleet.toml")
     try:
         return toml.loads(data.decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FieldError(f"it is no TOML: {error}") from None
 
 

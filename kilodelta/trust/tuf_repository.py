@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -36,6 +37,7 @@ TIMESTAMP_DAYS = 30
 MAX_ROOT = 512_000
 """Bytes of a root that are read, as python-tuf does."""
 WHY = "publish releases"
+_ROOT = re.compile(r"[0-9]{1,18}\.root\.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,7 @@ def publish(
         raise InputError(f"{days} days make no sense", fix=f"give 1 to {ROOT_DAYS}")
     signer, public = _signer(key, password)
     place = Path(repository)
+    _require_plain(place)
     releases = [_release(Path(file), public) for file in files]
     if (place / "metadata" / "1.root.json").exists():
         _require_own(place / "metadata", public)
@@ -134,7 +137,8 @@ def _release(file: Path, public: PublicKey) -> tuple[Path, Statement]:
         )
     statement, _ = verify(data, [public], 1)
     try:
-        digest = "sha256:" + hashlib.sha256(file.read_bytes()).hexdigest()
+        with plain.open_reader(file, follow=True) as opened:
+            digest = "sha256:" + hashlib.sha256(opened.read()).hexdigest()
     except OSError as error:
         raise InputError(
             f"{file} cannot be read: {error.strerror}", fix="give a .kd file"
@@ -182,9 +186,34 @@ def _write_root(metadata: Path, signer: Any) -> None:
     staging.write(metadata / "1.root.json", signed.to_bytes())
 
 
+def _require_plain(place: Path) -> None:
+    """Refuse a repository in which a link or a pipe stands where files are read and written.
+
+    It may be a copy that somebody else sent: publishing would write where its links lead.
+    """
+    odd: list[Path] = []
+    for name, is_right in (
+        ("metadata", plain.is_folder),
+        ("targets", plain.is_folder),
+        (".lock", plain.is_file),
+    ):
+        path = place / name
+        if not os.path.lexists(path):
+            continue
+        if not is_right(path):
+            odd.append(path)
+        elif name != ".lock" and (entry := plain.unplain(path)) is not None:
+            odd.append(entry[0])
+    if odd:
+        raise OutputError(
+            f"{odd[0]} {plain.kind(odd[0])}", fix="remove it; publish itself makes none"
+        )
+
+
 def _require_own(metadata: Path, public: PublicKey) -> None:
-    newest = max(metadata.glob("*.root.json"), key=lambda p: int(p.name.split(".")[0]))
-    keyids = _read(newest).signed.roles["timestamp"].keyids
+    roots = [path for path in metadata.glob("*.root.json") if _ROOT.fullmatch(path.name)]
+    newest = max(roots, key=lambda path: int(path.name.split(".")[0]))
+    keyids = _read(newest, "root").roles["timestamp"].keyids
     if public.keyid not in keyids:
         raise OutputError(
             f"{metadata.parent} is another key's repository",
@@ -192,17 +221,25 @@ def _require_own(metadata: Path, public: PublicKey) -> None:
         )
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, role: str) -> Any:
+    """Return the signed part of one role's metadata.
+
+    Raises:
+        OutputError: it cannot be read, or is another role's.
+    """
     from tuf.api.exceptions import RepositoryError
     from tuf.api.metadata import Metadata
 
     try:
-        return Metadata.from_bytes(path.read_bytes())
+        signed: Any = Metadata.from_bytes(plain.read(path, plain.INDEX_LIMIT)).signed
+        if signed.type == role:
+            return signed
     except (OSError, RepositoryError):
-        raise OutputError(
-            f"{path} is damaged, so its version cannot be counted on",
-            fix="restore it: a lower version would be refused by every device",
-        ) from None
+        pass
+    raise OutputError(
+        f"{path} is damaged, so its version cannot be counted on",
+        fix="restore it: a lower version would be refused by every device",
+    )
 
 
 def _add(
@@ -212,11 +249,11 @@ def _add(
 
     metadata = place / "metadata"
     stands = metadata / "timestamp.json"
-    old_time = _read(stands).signed if stands.exists() else None
+    old_time = _read(stands, "timestamp") if stands.exists() else None
     version = old_time.snapshot_meta.version if old_time is not None else 0
     targets = Targets(expires=_later(ROOT_DAYS))
     if version:
-        targets.targets = dict(_read(metadata / f"{version}.targets.json").signed.targets)
+        targets.targets = dict(_read(metadata / f"{version}.targets.json", "targets").targets)
     for file, statement in releases:
         for path in (file, signature_path(file)):
             targets.targets[path.name] = _target(place, path, statement)
@@ -250,7 +287,8 @@ def _target(place: Path, file: Path, statement: Statement) -> Any:
     """Copy one file under its hashed name and describe it; numbers in `custom` are texts."""
     from tuf.api.metadata import TargetFile
 
-    data = file.read_bytes()
+    with plain.open_reader(file, follow=True) as opened:
+        data = opened.read()
     target = TargetFile.from_data(file.name, data, ["sha256"])
     target.unrecognized_fields["custom"] = {
         "task": statement.task,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import kilodelta
 from kilodelta.compress.adapters.conversion import convert_adapter
+from kilodelta.compress.adapters.official_nola.checkpoint import open_checkpoint
 from kilodelta.compress.adapters.reader import ReadOptions
 from kilodelta.errors import BaseMismatchError, CheckpointError, InputError
 from kilodelta.format.foreign.torch_cpu import TorchCpu
@@ -209,6 +210,20 @@ def test_a_broken_checkpoint_is_refused(
     with pytest.raises(error, match=text):
         convert_adapter(folder, base, tmp_path / "task.kd", options=CPU)
     assert not (tmp_path / "task.kd").exists()
+
+
+def test_a_place_that_is_no_text_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pickle names the device that a tensor was on; one bit turns the name into a tuple."""
+
+    def load(path: Path, *, map_location: Any, weights_only: bool) -> Any:
+        return {"x": map_location(None, "cpu"), "y": map_location(None, ("cpu",))}
+
+    (tmp_path / "nola.pt").write_bytes(b"")
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(CheckpointError, match="a tensor's device is a tuple, not a text"):
+        open_checkpoint(tmp_path / "nola.pt")
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:

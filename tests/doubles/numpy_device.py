@@ -44,13 +44,17 @@ class Linear:
         """Compute `y`, or refuse other inputs as the runtimes' sessions do.
 
         Raises:
-            ProofError: there is no `x`, float32 (rows, 8).
+            ProofError: there is no `x`, float32 (rows, 8), or a weight has another shape than the
+                base's, because the device's list of tensors says so.
         """
         x = batch.get("x")
         if x is None or x.dtype != np.float32 or x.shape[1:] != (8,):
             raise ProofError("numpy cannot compute these inputs", fix="give x, float32 (rows, 8)")
-        hidden = batch["x"] @ self.tensors["a.weight"].T
-        return {"y": hidden @ self.tensors["b.weight"].T + self.tensors["norm.bias"]}
+        try:
+            hidden = x @ self.tensors["a.weight"].T
+            return {"y": hidden @ self.tensors["b.weight"].T + self.tensors["norm.bias"]}
+        except ValueError as error:
+            raise ProofError(f"numpy cannot compute: {error}", fix="make the folder anew") from None
 
 
 class StandIn:

@@ -208,7 +208,7 @@ def _pico(work: Path) -> None:
     from kilodelta.format.targets import Patterns
     from tests.support import pico
 
-    base = pico.bert(work / "base")
+    base = pico.bert(work / "base", layers=1)
     patterns = Patterns(include=("encoder.*.dense.weight",))
     making.delta(base, Lora(rank=2), patterns=patterns).save(work / "task.kd")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from kilodelta.errors import InputError
+from kilodelta.fleet.graph import file_digest
 from kilodelta.fleet.schema import read_fleet
 
 pytest.importorskip("tomllib")
@@ -117,8 +119,19 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         read_fleet(tmp_path / "none.toml")
     (tmp_path / "big.toml").write_text("#" * (2 << 20))
-    with pytest.raises(InputError, match="larger than"):
+    with pytest.raises(InputError, match="more than 1048576 bytes"):
         read_fleet(tmp_path / "big.toml")
-    (tmp_path / "odd.toml").write_bytes(b"\xff")
-    with pytest.raises(InputError, match="is no TOML"):
-        read_fleet(tmp_path / "odd.toml")
+    for odd in (b"\xff", b"a = " + b"[" * 100_000, b"a = " + b"9" * 10_000):
+        (tmp_path / "odd.toml").write_bytes(odd)
+        with pytest.raises(InputError, match="is no TOML"):
+            read_fleet(tmp_path / "odd.toml")
+    os.mkfifo(tmp_path / "pipe.toml")
+    for place in (tmp_path / "pipe.toml", Path("/dev/zero"), tmp_path, Path("a\0b.toml")):
+        with pytest.raises(InputError, match="cannot be read"):
+            read_fleet(place)
+
+
+def test_an_input_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "texts.jsonl")
+    with pytest.raises(InputError, match=r"texts\.jsonl cannot be read: is a pipe"):
+        file_digest(tmp_path / "texts.jsonl")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ from kilodelta.compress import Options, compress
 from kilodelta.errors import InputError
 from kilodelta.format.methods import Nola
 from kilodelta.models import open_model, read_inputs
-from kilodelta.models.media.sounds import resample
+from kilodelta.models.media.modest import require_modest
+from kilodelta.models.media.sounds import read_sound, resample
 from tests.support import pico
 from tests.support.seq2seq import t5, whisper
 
@@ -171,6 +175,102 @@ def test_a_model_without_a_processor(tmp_path: Path) -> None:
 def test_a_processor_for_something_else(seeing: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no processor for sounds|takes no sounds"):
         read_inputs(tone(tmp_path / "a.wav"), seeing)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"size": {"height": 20_000, "width": 8}}, "height is 20000, at most 4096 is taken"),
+        ({"size": 5000}, "size is 5000, at most 4096"),
+        ({"size": [8, 5000]}, "size is 5000, at most 4096"),
+        ({"inner": [{"crop_size": {"shortest_edge": 1e9}}]}, "shortest_edge is 1000000000"),
+        ({"unheard_of": 10**400}, "unheard_of is inf"),
+        ({"image_std": [float("nan")]}, "image_std is inf"),
+        ({"chunk_length": 30_000}, "chunk_length is 30000, at most 600"),
+        (
+            {"chunk_length": 30, "sampling_rate": 16_000, "n_fft": 400, "hop_length": 1},
+            "n_fft is 192000000, at most 16777216",
+        ),
+    ],
+)
+def test_a_processor_that_asks_for_too_much(
+    change: dict[str, Any], said: str, seeing: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(seeing.source, folder)
+    place = folder / "preprocessor_config.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), **change}))
+    loaded = dataclasses.replace(seeing, source=str(folder))
+    with pytest.raises(InputError, match="asks for too much") as error:
+        read_inputs(picture(tmp_path / "a.png"), loaded)
+    assert said in error.value.what
+
+
+def test_a_processor_of_the_sizes_that_are_in_use_is_modest(tmp_path: Path) -> None:
+    table: dict[str, Any] = {
+        "size": {"shortest_edge": 3136, "longest_edge": 12_845_056},  # Qwen2-VL: pixels of an area
+        "feature_extractor": {  # Whisper
+            "chunk_length": 30, "feature_size": 128, "hop_length": 160, "n_fft": 400,
+            "n_samples": 480_000, "nb_max_frames": 3000, "sampling_rate": 16_000,
+        },
+    }  # fmt: skip
+    (tmp_path / "processor_config.json").write_text(json.dumps(table))
+    require_modest(tmp_path)
+
+
+def test_a_processor_without_a_rate(hearing: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(hearing.source, folder)
+    place = folder / "preprocessor_config.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "sampling_rate": 0}))
+    loaded = dataclasses.replace(hearing, source=str(folder))
+    with pytest.raises(InputError, match="its sampling_rate is 0"):
+        read_inputs(tone(tmp_path / "a.wav"), loaded)
+
+
+def test_a_target_that_cannot_be_written_is_a_sentence(
+    hearing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(**_: Any) -> Any:
+        raise IndexError("index -1 is out of bounds")  # as transformers does, given NaN
+
+    monkeypatch.setattr(hearing.module, "generate", generate)
+    with pytest.raises(InputError, match="cannot write a target: index -1"):
+        read_inputs(tone(tmp_path / "a.wav"), hearing)
+
+
+@pytest.mark.parametrize(
+    ("rate", "frames", "channels"), [(1, 3000, 1), (RATE, 17_000_000, 2), (RATE, 34_000_000, 1)]
+)
+def test_a_small_file_of_a_long_sound(
+    rate: int, frames: int, channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Silence packs to a thousandth, and a rate of 1 Hz makes 16,000 samples of each."""
+    place = tmp_path / "a.flac"
+    soundfile.write(place, np.zeros((10, channels), np.int16), rate)
+    data = bytearray(place.read_bytes())
+    data[22:26] = frames.to_bytes(4, "big")  # STREAMINFO's count of frames
+    place.write_bytes(data)
+    with pytest.raises(InputError, match="at most 33554432 are read"):
+        read_sound(place, RATE, "x")
+
+
+def test_an_image_whose_exif_is_damaged(seeing: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.png", exif=b"Exif\0\0garbage")
+    with pytest.raises(InputError, match="no image that Pillow reads: not a TIFF file"):
+        read_inputs(tmp_path / "a.png", seeing)
+
+
+def test_no_program_is_started_for_an_image(
+    seeing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow hands EPS, whatever the file is called, to Ghostscript."""
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("it was started"))
+    monkeypatch.setattr("PIL.EpsImagePlugin.has_ghostscript", lambda: True)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    (tmp_path / "a.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
+    with pytest.raises(InputError, match="cannot identify image file"):
+        read_inputs(tmp_path / "a.jpg", seeing)
 
 
 def test_a_sound_at_another_rate(hearing: Any, tmp_path: Path) -> None:

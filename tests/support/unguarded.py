@@ -88,6 +88,7 @@ Guard = tuple[str, Callable[[Any], Any]]
 
 _SIGNED, _TRUST = "tests/device/test_signed.py::", "tests/trust/test_trust.py::"
 _MIRROR, _WORK = "tests/trust/test_mirror.py::", "tests/device/test_work.py::"
+_MEDIA = "tests/models/test_media.py::"
 _ADMIT, _ENVELOPE = "kilodelta.device.update.admit", "kilodelta.trust.envelope"
 _TUF = "tuf.api._payload"
 GUARDS: Mapping[str, tuple[Guard, ...]] = {
@@ -170,6 +171,21 @@ GUARDS: Mapping[str, tuple[Guard, ...]] = {
     ),
     "tests/models/test_folders.py::test_python_code_of_a_folder_is_neither_run_nor_offered": (
         ("kilodelta.models.huggingface:_require_no_code", _as(_nothing)),
+    ),
+    _MIRROR + "test_a_repository_of_a_stranger_leads_nowhere": (
+        ("kilodelta.trust.tuf_repository:_require_plain", _as(_nothing)),
+    ),
+    _MEDIA + "test_a_processor_that_asks_for_too_much": (
+        ("kilodelta.models.media.batches:require_modest", _as(_nothing)),
+    ),
+    _MEDIA + "test_a_small_file_of_a_long_sound": (
+        ("kilodelta.models.media.sounds:_require_short", _as(_nothing)),
+    ),
+    _MEDIA + "test_no_program_is_started_for_an_image": (
+        ("kilodelta.models.media.images:FORMATS", _as(None)),
+    ),
+    "tests/fleet/test_schema.py::test_an_input_that_is_a_pipe_is_refused": (
+        ("kilodelta.files.plain:open_file", _following),
     ),
     "tests/report/test_report.py::test_texts_of_a_result_stay_texts": (
         ("kilodelta.report.html:escape", _as(_same)),

@@ -203,9 +203,31 @@ def test_what_is_not_ours_is_not_published(tmp_path: Path, key: Any) -> None:
         publish([], repo, key=key.p256_private)
     with pytest.raises(InputError, match="400 days"):
         publish([], repo, key=key.private, days=400)
-    (repo / "metadata" / "timestamp.json").write_bytes(b"{}")
-    with pytest.raises(OutputError, match="damaged"):
-        publish([], repo, key=key.private)
+    metadata = repo / "metadata"
+    (metadata / "old.root.json").write_bytes(b"the user's own")  # no number: passed over
+    for data in (b"{}", (metadata / "1.root.json").read_bytes()):
+        (metadata / "timestamp.json").write_bytes(data)
+        with pytest.raises(OutputError, match="damaged"):
+            publish([], repo, key=key.private)
+
+
+@pytest.mark.parametrize(
+    "name", ["metadata", "targets", ".lock", "metadata/timestamp.json", "metadata/2.targets.json"]
+)
+@pytest.mark.parametrize("put", [lambda p, _: os.mkfifo(p), lambda p, o: p.symlink_to(o)])
+def test_a_repository_of_a_stranger_leads_nowhere(
+    tmp_path: Path, key: Any, name: str, put: Any
+) -> None:
+    repo, outside = tmp_path / "repo", tmp_path / "outside"
+    publish([], repo, key=key.private)
+    outside.write_text("the user's own")
+    place = repo / name
+    if place.exists():
+        place.rename(tmp_path / "aside")
+    put(place, outside)
+    with pytest.raises(OutputError, match=r"is a (link|pipe)"):
+        publish([release(tmp_path, key, 2)], repo, key=key.private)
+    assert outside.read_text() == "the user's own"
 
 
 def test_two_publications_at_once(tmp_path: Path, key: Any) -> None:

@@ -111,7 +111,9 @@ def _unpickled(path: Path) -> tuple[dict[str, RawTensor], str | None]:
     torch: Any = require("torch", extra="torch", why="read a .pt or .bin checkpoint")
     places: set[str] = set()
 
-    def here(storage: Any, place: str) -> Any:
+    def here(storage: Any, place: object) -> Any:
+        if not isinstance(place, str):
+            raise ValueError(f"a tensor's device is a {type(place).__name__}, not a text")
         places.add(place)
         return storage
 

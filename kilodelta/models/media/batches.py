@@ -17,6 +17,7 @@ from torch import Tensor
 from kilodelta.errors import InputError, one_line, require
 from kilodelta.models.loaded import Batch, LoadedModel
 from kilodelta.models.media.images import read_image
+from kilodelta.models.media.modest import require_modest
 from kilodelta.models.media.records import Record, RecordSource
 from kilodelta.models.media.sounds import read_sound
 from kilodelta.models.quiet import quiet
@@ -101,7 +102,7 @@ def _maker(first: Record, loaded: LoadedModel, *, targets: bool) -> Callable[[Re
         row = read(record)
         if record.target is not None:
             return {**row, DECODER: _target(record, loaded)}
-        return {**row, DECODER: _written(row, loaded)}
+        return {**row, DECODER: _written(row, loaded, record.place)}
 
     return with_target
 
@@ -134,10 +135,10 @@ def _images_and_texts(loaded: LoadedModel) -> Callable[[Record], Batch]:
 def _sounds(loaded: LoadedModel) -> Callable[[Record], Batch]:
     extractor = _processor("AutoFeatureExtractor", "sounds", loaded)
     rate = getattr(extractor, "sampling_rate", None)
-    if not isinstance(rate, int):
+    if not isinstance(rate, int) or rate < 1:
         raise InputError(
             f"the processor of {loaded.source} is a {type(extractor).__name__}, which takes no "
-            "sounds",
+            f"sounds (its sampling_rate is {rate!r:.50})",
             fix="give what the model was trained on",
         )
     longest = getattr(extractor, "n_samples", None)  # Whisper cuts behind it without a word
@@ -211,17 +212,23 @@ def start_token(loaded: LoadedModel) -> int:
     return found
 
 
-def _written(row: Batch, loaded: LoadedModel) -> Tensor:
+def _written(row: Batch, loaded: LoadedModel, place: str) -> Tensor:
     """What the model itself writes, without the last token, which nothing follows."""
     start = torch.full((1, 1), start_token(loaded))
     room = (loaded.max_length or _WRITTEN + 1) - 1
-    with torch.no_grad(), quiet():
-        ids: Tensor = loaded.module.generate(  # type: ignore[operator]
-            **{name: tensor for name, tensor in row.items() if name in loaded.accepts},
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=max(1, min(_WRITTEN, room)),
-        )
+    try:
+        with torch.no_grad(), quiet():
+            ids: Tensor = loaded.module.generate(  # type: ignore[operator]
+                **{name: tensor for name, tensor in row.items() if name in loaded.accepts},
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=max(1, min(_WRITTEN, room)),
+            )
+    except Exception as error:  # features of a stranger's processor: NaN, or of any size
+        raise InputError(
+            f"{place}: {loaded.source} cannot write a target: {one_line(error):.200}",
+            fix="give the target as text, or what the model was trained on",
+        ) from None
     if not ids.shape[1] or ids[0, 0] != start:  # Whisper's generate leaves its own start out
         ids = torch.cat([start, ids], dim=1)
     return ids[:, :-1] if ids.shape[1] > 1 else ids
@@ -239,6 +246,7 @@ def _processor(name: str, kind: str, loaded: LoadedModel) -> Any:
     )
     if not Path(folder).is_dir():
         raise InputError(f"{loaded.source} is no folder with a processor for {kind}", fix=fix)
+    require_modest(Path(folder))
     try:
         with quiet():
             return getattr(transformers, name).from_pretrained(folder, trust_remote_code=False)

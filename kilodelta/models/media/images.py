@@ -9,6 +9,8 @@ from typing import Any
 from kilodelta.errors import InputError, require
 from kilodelta.files import plain
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""What Pillow may take a file for, whatever its name. Given EPS, it would start Ghostscript."""
 _DEEP = ("I", "F")
 """How the modes of images begin whose values have no agreed range: 16 and 32 bits, and floats."""
 
@@ -33,8 +35,9 @@ def read_image(path: Path, place: str) -> Any:
     try:
         with plain.open_reader(path) as file, warnings.catch_warnings():
             warnings.simplefilter("error", pillow.DecompressionBombWarning)
-            image = pillow.open(file)
+            image = pillow.open(file, formats=FORMATS)
             image.load()
+            upright = ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow's plug-ins raise whatever their formats make them raise
         raise InputError(
             f"{place}: {path.name} is no image that Pillow reads: {error}",
@@ -46,4 +49,4 @@ def read_image(path: Path, place: str) -> Any:
             "range",
             fix="convert it to 8 bits a channel, or give pixel_values in a .npz file",
         )
-    return ImageOps.exif_transpose(image).convert("RGB")
+    return upright.convert("RGB")

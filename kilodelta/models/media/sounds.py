@@ -11,6 +11,10 @@ from numpy.typing import NDArray
 from kilodelta.errors import InputError, require
 from kilodelta.files import plain
 
+SAMPLES = 1 << 25
+"""Samples of one sound, all channels together, as it is stored and at the wanted rate: half an hour
+at 16 kHz. A file of silence is a thousandth of what it is decoded to."""
+
 
 def read_sound(path: Path, rate: int, place: str) -> NDArray[np.float32]:
     """Read a sound as float32 samples in [-1, 1], channels averaged.
@@ -21,13 +25,18 @@ def read_sound(path: Path, rate: int, place: str) -> NDArray[np.float32]:
         place: what it is called in messages.
 
     Raises:
-        InputError: it is no sound, an empty one, or holds what is no number.
+        InputError: it is no sound, an empty one, one of more than `SAMPLES`, or holds what is no
+            number.
         MissingPackageError: soundfile is not installed.
     """
     soundfile = require("soundfile", extra="media", why="read sounds")
     try:
-        with plain.open_reader(path) as file:
-            samples, own = soundfile.read(file, dtype="float32", always_2d=True)
+        with plain.open_reader(path) as file, soundfile.SoundFile(file) as sound:
+            own = int(sound.samplerate)
+            _require_short(sound.frames * max(sound.channels, rate / own), path, place)
+            samples = sound.read(dtype="float32", always_2d=True)
+    except InputError:
+        raise
     except Exception as error:  # soundfile's errors share no base with what reading may raise
         raise InputError(
             f"{place}: {path.name} is no sound that can be read: {error}",
@@ -38,6 +47,15 @@ def read_sound(path: Path, rate: int, place: str) -> NDArray[np.float32]:
     if not np.isfinite(samples).all():
         raise InputError(f"{place}: {path.name} holds NaN or infinity", fix="record it again")
     return resample(samples.mean(axis=1), own, rate)
+
+
+def _require_short(samples: float, path: Path, place: str) -> None:
+    if samples > SAMPLES:
+        raise InputError(
+            f"{place}: {path.name} has {samples:.0f} samples at the model's rate or in all of its "
+            f"channels, and at most {SAMPLES} are read",
+            fix="cut it into pieces",
+        )
 
 
 def resample(samples: NDArray[np.float32], own: int, wanted: int) -> NDArray[np.float32]:

@@ -3,11 +3,20 @@
 from collections.abc import Mapping
 
 from tests.fuzz.harness import Surface
-from tests.fuzz.surfaces import adapters, devices, exports, inputs, models, quantised, releases
+from tests.fuzz.surfaces import (
+    adapters,
+    devices,
+    exports,
+    fleets,
+    inputs,
+    models,
+    quantised,
+    releases,
+)
 
 SURFACES: Mapping[str, Surface] = {
     surface.name: surface
-    for room in (models, quantised, exports, devices, inputs, adapters, releases)
+    for room in (models, quantised, exports, devices, inputs, adapters, releases, fleets)
     for surface in room.SURFACES
 }
 """All surfaces by name."""

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest import mock
 
+from kilodelta.compress.adapters import architecture
 from kilodelta.compress.adapters.conversion import convert_adapter
 from kilodelta.compress.adapters.reader import ReadOptions
+from kilodelta.compress.adapters.skeleton import build_skeleton
 from tests.fuzz.containers import safetensors_changed, zip_changed
 from tests.fuzz.harness import Read, Surface
 from tests.fuzz.mutations import ODD, TEXTS, json_changed
@@ -21,16 +26,39 @@ def _peft(config: Callable[[], Any]) -> Callable[[Path, Path], Read]:
     def make(example: Path, trusted: Path) -> Read:
         from tests.support import adapters, pico
 
-        base = pico.bert(trusted / "base")
+        base = pico.bert(trusted / "base", layers=1)
+        skeleton = _remembered()
         adapters.save(adapters.wrap(base, "bert", config()), example / "adapter")
         for path in (example / "adapter").iterdir():
             if path.name not in (adapters.WEIGHTS, adapters.CONFIG):
                 path.unlink()
-        return lambda work: convert_adapter(
-            work / "adapter", base, work / "task.kd", options=ReadOptions(basis_dtype="float16")
-        )
+
+        def read(work: Path) -> None:
+            with mock.patch.object(architecture, "build_skeleton", skeleton):
+                convert_adapter(
+                    work / "adapter",
+                    base,
+                    work / "task.kd",
+                    options=ReadOptions(basis_dtype="float16"),
+                )
+
+        return read
 
     return make
+
+
+def _remembered() -> Callable[..., tuple[Any, bool]]:
+    """Build the trusted base's class once for all that an adapter says of it."""
+
+    @cache
+    def built(folder: Path, said: str, count: int) -> tuple[Any, bool]:
+        return build_skeleton(folder, json.loads(said), count)
+
+    def skeleton(folder: Path, adapter: Mapping[str, Any], count: int) -> tuple[Any, bool]:
+        said = {key: adapter.get(key) for key in ("auto_mapping", "task_type")}
+        return built(folder, json.dumps(said), count)
+
+    return skeleton
 
 
 def _lora() -> Any:
@@ -69,11 +97,19 @@ def _official(example: Path, trusted: Path) -> Read:
     )
 
 
+@cache
+def _loaded(data: bytes) -> dict[str, Any]:
+    import torch
+
+    state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True)
+    return state
+
+
 def checkpoint_changed(data: bytes, random: Random) -> bytes:
     """Replace an entry of a checkpoint by what `torch.save` writes and no honest tool would."""
     import torch
 
-    state = torch.load(io.BytesIO(data), weights_only=True)
+    state: Any = dict(_loaded(data))
     key = random.choice(list(state))
     # An expanded tensor is a few bytes in the file and its whole size once it is copied.
     values = (

@@ -44,7 +44,7 @@ def _real(example: Path, trusted: Path) -> Read:
     from tests.support import making, pico
 
     modes.OPENERS["patch"] = patch.PatchMode
-    base = pico.sentence_bert(trusted / "base")
+    base = pico.sentence_bert(trusted / "base", layers=1)
     bundle(base, example / "device", mode="patch")
     patterns = Patterns(include=("encoder.*.dense.weight",))
     making.delta(base, Lora(rank=2), patterns=patterns).save(trusted / "raw.kd")

@@ -1,8 +1,10 @@
-"""What models are fed with: arrays, texts and labels."""
+"""What models are fed with: arrays, texts, labels, images and sounds."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,15 @@ import numpy as np
 from kilodelta.files.npz import write_npz
 from tests.fuzz.containers import npz_changed
 from tests.fuzz.harness import Read, Surface
-from tests.fuzz.mutations import Mutate, json_lines_changed, lines_changed
+from tests.fuzz.mutations import (
+    Mutate,
+    bytes_changed,
+    json_changed,
+    json_lines_changed,
+    lines_changed,
+)
 
+IMAGES, SOUNDS = ("bmp", "gif", "jpg", "png", "tif", "webp"), ("wav", "flac", "ogg")
 TEXTS = ("a river runs past the old mill", "seven birds watch", "rain", "the quiet garden", "é ☂ x")
 
 
@@ -35,6 +44,37 @@ def _labels(example: Path, trusted: Path) -> Read:
     loaded = open_model(pico.bert(trusted / "model"))
     (example / "labels.txt").write_text("\n".join(TEXTS))
     return lambda work: tokenize(loaded, read_texts(work / "labels.txt")[:100])
+
+
+def _media(example: Path, trusted: Path) -> Read:
+    """Images of all formats, sounds, and a processor's configuration, as a folder of inputs is."""
+    from PIL import Image
+    from transformers import ViTImageProcessor
+
+    from kilodelta.models import open_model, read_inputs
+    from kilodelta.models.media.sounds import read_sound
+    from tests.support import pico
+
+    soundfile: Any = importlib.import_module("soundfile")  # without types
+
+    loaded = open_model(pico.vit(trusted / "model"))
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(example / "model")
+    (example / "photos").mkdir()
+    chance = np.random.default_rng(0)
+    picture = Image.fromarray(chance.integers(0, 256, (12, 20, 3), dtype=np.uint8))
+    upright = Image.Exif()
+    upright[0x0112] = 6
+    for suffix in IMAGES:
+        picture.save(example / "photos" / f"a.{suffix}", exif=upright)
+    for suffix in SOUNDS:
+        soundfile.write(example / f"a.{suffix}", chance.uniform(-0.1, 0.1, (900, 2)), 8000)
+
+    def read(work: Path) -> None:
+        for suffix in SOUNDS:
+            read_sound(work / f"a.{suffix}", 16_000, "x")
+        read_inputs(work / "photos", replace(loaded, source=str(work / "model")))
+
+    return read
 
 
 def _arrays(path: Path) -> None:
@@ -62,4 +102,13 @@ SURFACES = (
         lines_changed,
     ),
     _surface("labels", _labels, "txt", lines_changed),
+    Surface(
+        name="media",
+        make=_media,
+        mutate={
+            "*.json": (json_changed,),
+            **{f"*.{s}": (bytes_changed,) for s in (*IMAGES, *SOUNDS)},
+        },
+        needs=("torch", "transformers", "PIL", "soundfile"),
+    ),
 )
