@@ -15,7 +15,6 @@ from kilodelta.compress.distill.learn.data import Data
 from kilodelta.compress.distill.learn.loop import distill
 from kilodelta.compress.distill.learn.measure import measure
 from kilodelta.compress.distill.learn.schedule import Schedule
-from kilodelta.compress.distill.learn.watch import rate_for
 from kilodelta.compress.distill.merged import fill_merged
 from kilodelta.compress.distill.report import Report, Size
 from kilodelta.compress.distill.student import attach_student, build_delta, literal
@@ -159,8 +158,7 @@ def _lora(
     fill(student.module, job.pair.base, {t.name: names[t.name] for t in job.targets})
     attach_student(other)
     try:
-        rate = rate_for(method.rate, schedule.steps)
-        done = distill(student, data, replace(schedule, rate=rate), _beside(progress))
+        done = distill(student, data, replace(schedule, rate=method.rate), _beside(progress))
         delta = build_delta(other, progress)
     finally:
         train.detach(student.module)

@@ -25,7 +25,6 @@ from kilodelta.compress.distill.learn.objective import Measures
 from kilodelta.compress.distill.learn.outputs import Wanted
 from kilodelta.compress.distill.learn.ranks import Ranks, check_share, joined, local_device
 from kilodelta.compress.distill.learn.schedule import Schedule
-from kilodelta.compress.distill.learn.watch import rate_for
 from kilodelta.compress.distill.merged import fill_merged
 from kilodelta.compress.distill.options import Options as Options
 from kilodelta.compress.distill.options import check
@@ -257,7 +256,7 @@ def schedule_of(job: Job) -> Schedule:
     options = job.options
     return Schedule(
         steps=options.steps,
-        rate=rate_for(job.method.rate, options.steps) if options.rate is None else options.rate,
+        rate=job.method.rate if options.rate is None else options.rate,
         batch=options.batch,
         bits=job.bits,
         seed=options.seed,

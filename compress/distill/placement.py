@@ -52,8 +52,7 @@ def choose_placement(device: str, dtype: str, base: Checkpoint) -> Placement:
     if dtype != "auto":
         if dtype == "fp16" and chosen.type == "cpu":
             raise InputError(
-                "training in float16 needs a GPU: a CPU multiplies it slowly, and gradients below"
-                " 6e-8 are lost in it",
+                "training in float16 needs a GPU: a CPU multiplies it slowly",
                 fix="give --dtype bf16, fp32 or auto",
             )
         if dtype == "bf16" and chosen.type == "cuda" and not torch.cuda.is_bf16_supported():

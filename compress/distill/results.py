@@ -145,8 +145,8 @@ def _warnings(
         found.append(f"interrupted after {done.steps} steps: --resume goes on")
     if done is not None and done.again:
         found.append(
-            f"the loss grew, and the training began again {done.again} times, at last with"
-            f" {SLOWER**-done.again:.2g} of the learning rate"
+            f"the training led away from the tuned model and began again {done.again} times, at"
+            f" last with {SLOWER**-done.again:.2g} of the learning rate"
         )
     if done is not None and done.piece:
         found.append(

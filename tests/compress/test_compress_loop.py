@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kilodelta.compress.distill.learn import state, steps, watch
+from kilodelta.compress.distill.learn import loss_scale, state, steps, watch
 from kilodelta.compress.distill.learn.comparisons import comparison_for
 from kilodelta.compress.distill.learn.data import Data
 from kilodelta.compress.distill.learn.loop import distill
@@ -98,7 +100,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def test_the_best_rounded_state_is_kept_extras_included(monkeypatch: pytest.MonkeyPatch) -> None:
     student, data = task()
-    script = iter([0.5, 0.2, 0.9, 0.4])
+    script = iter([0.8, 0.5, 0.2, 0.9, 0.4])  # the first is where a short training begins
     states: list[dict[str, Tensor]] = []
 
     def scripted(model: LoadedModel, *rest: Any) -> tuple[Measures, ...]:
@@ -109,16 +111,18 @@ def test_the_best_rounded_state_is_kept_extras_included(monkeypatch: pytest.Monk
     done = distill(student, data, SCHEDULE, silent)
     assert [look.divergence for look in done.curve] == [0.5, 0.2, 0.9, 0.4]
     assert [look.step for look in done.curve] == [13, 14, 15, 16]
-    assert done.measures == (Measures(agreement=0.2, divergence=0.2),)
-    assert equal(coefficients(student), states[1])
-    assert "head.bias" in states[1]
-    assert not torch.equal(states[1]["head.bias"], states[3]["head.bias"])
+    assert done.measures == (Measures(agreement=0.1 * 3, divergence=0.2),)
+    assert equal(coefficients(student), states[2])
+    assert "head.bias" in states[2]
+    assert not torch.equal(states[2]["head.bias"], states[4]["head.bias"])
 
 
 def test_of_equal_states_the_later_one_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     student, data = task()
-    measures = (Measures(agreement=0.5, divergence=0.5),)
-    monkeypatch.setattr(steps, "measure", lambda *given: measures)
+    looks = itertools.chain([0.6], itertools.repeat(0.5))
+    monkeypatch.setattr(
+        steps, "measure", lambda *given: (Measures(agreement=0.5, divergence=next(looks)),)
+    )
     last: list[dict[str, Tensor]] = []
     distill(student, data, SCHEDULE, lambda event: last.append(coefficients(student)))
     assert equal(coefficients(student), last[-1])
@@ -136,7 +140,7 @@ def test_a_look_takes_a_sample_of_the_held_out_rows(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(steps, "LOOKED_AT", 3)
     student, data = task()
     distill(student, data, SCHEDULE, silent)
-    assert looked_at == [[0, 1, 2]] * steps.EVALUATIONS
+    assert looked_at == [[0, 1, 2]] * (1 + steps.EVALUATIONS)
 
 
 def test_the_last_quarter_trains_rounded() -> None:
@@ -308,10 +312,156 @@ def test_a_watch_needs_some_losses_and_forgets_them() -> None:
     assert watch.Watch.of(one.state()) == one or one.state()["again"] == 1
 
 
-def test_few_steps_run_at_a_lower_rate() -> None:
-    assert watch.rate_for(0.5, watch.FULL_RATE_FROM) == 0.5
-    assert watch.rate_for(0.5, 800) == 0.5
-    assert watch.rate_for(0.5, watch.FULL_RATE_FROM // 10) == pytest.approx(0.05)
+def near_task(size: float) -> tuple[LoadedModel, Data]:
+    """The same student, and a tuned model that is `size` of the usual way from it."""
+    student, data = task()
+    apart = {n: v - coefficients(loaded(1))[n] for n, v in coefficients(loaded(2)).items()}
+    tuned = loaded(1)
+    with torch.no_grad():
+        for name, parameter in tuned.module.named_parameters():
+            parameter.add_(size * apart[name])
+    teacher, _ = ask(tuned, data.rows, data.survey, silent)
+    bank = teacher.bank(EMBEDDING, data.learned)
+    objective = replace(
+        data.objective, comparisons=[comparison_for(data.survey.matched[0], bank=bank)]
+    )
+    return student, replace(data, teacher=teacher, objective=objective)
+
+
+FEW = Schedule(steps=6, rate=0.1, batch=4, bits=8, seed=5)
+"""At this rate six steps bring a tuned model that is far nearer, and lead away from a near one."""
+
+
+def test_few_steps_far_from_the_tuned_model_take_the_full_rate() -> None:
+    student, data = task()
+    before = measure(student, data, data.held_out)[0].divergence
+    done = distill(student, data, FEW, silent)
+    assert (done.again, done.steps) == (0, 6)
+    assert done.measures[0].divergence < 0.9 * before
+
+
+def test_few_steps_that_lead_away_are_taken_anew_at_a_lower_rate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    student, data = near_task(0.1)
+    before = measure(student, data, data.held_out)[0].divergence
+    seen: list[int] = []
+    done = distill(student, data, FEW, lambda event: seen.append(event.done))
+    assert 1 <= done.again <= watch.ATTEMPTS
+    assert len(seen) == 6 * (1 + done.again)
+    assert seen[-6:] == [1, 2, 3, 4, 5, 6]
+    assert done.measures[0].divergence < before
+    assert [look.step for look in done.curve] == [6]  # of the last attempt
+    monkeypatch.setattr(watch, "ATTEMPTS", 0)
+    student, data = near_task(0.1)
+    done = distill(student, data, FEW, silent)
+    assert done.again == 0
+    assert done.measures[0].divergence > before  # what it is for
+
+
+def test_a_training_of_many_steps_is_not_taken_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "SHORT", 6)
+    student, data = near_task(0.1)
+    seen: list[int] = []
+    distill(student, data, FEW, lambda event: seen.append(event.done))
+    assert seen == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize("step", [4, 6, 8])
+def test_a_run_that_was_stopped_in_any_attempt_ends_the_same(step: int, tmp_path: Path) -> None:
+    """Step 6 of the first attempt is where it begins anew; 8 is the second one's second."""
+    whole, data = near_task(0.1)
+    wanted = distill(whole, data, FEW, silent)
+    kept, events = tmp_path / "a.kd.resume", iter(range(1, 100))
+
+    def stop(event: Event) -> None:
+        if next(events) == step:
+            signal.raise_signal(signal.SIGINT)
+
+    first, data = near_task(0.1)
+    cut = distill(first, data, FEW, stop, kept=kept, facts=FACTS)
+    assert cut.interrupted
+    again, data = near_task(0.1)
+    found = distill(again, data, FEW, silent, kept=kept, facts=FACTS, resume=True)
+    assert (found.interrupted, found.again) == (False, wanted.again)
+    assert found.curve == wanted.curve
+    assert equal(coefficients(again), coefficients(whole))
+
+
+class Unscaled(nn.Module):
+    """An encoder in float16 whose gradients are below what float16 holds."""
+
+    def __init__(self, small: float) -> None:
+        super().__init__()
+        self.inner = Encoder(1)
+        self.small = small
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        out = self.inner(x.to(self.inner.head.weight.dtype))[EMBEDDING]
+        return {EMBEDDING: _Smaller.apply(out, self.small)}  # type: ignore[no-untyped-call]
+
+
+class _Smaller(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return values.float()
+
+    @staticmethod
+    def backward(ctx: Any, grown: Tensor) -> tuple[Tensor, None]:
+        return (grown * ctx.factor).half(), None
+
+
+def half_run(small: float) -> tuple[steps.Run, list[int]]:
+    _, data = task()
+    student = LoadedModel(source="e", module=Unscaled(small).half().eval(), kind="any", names={})
+    train.attach(student.module, Nola(rank=2, bases=30), "*.weight", seed=7)
+    return steps.Run(student, data, replace(SCHEDULE, steps=200), silent), list(data.learned[:8])
+
+
+def test_float16_gradients_are_scaled_into_its_range() -> None:
+    """On a CPU, which computes in float16 slowly but truly."""
+    run, rows = half_run(2.0**-27)
+    before = [p.detach().clone() for p in run.masters]
+    assert run.scale == loss_scale.LossScale(scale=loss_scale.FIRST, active=True)
+    scaled = run.take(rows)
+    assert all(p.grad is not None for p in run.masters)
+    assert any(bool((p.grad != 0).any()) for p in run.masters if p.grad is not None)
+    assert any(not torch.equal(a, b) for a, b in zip(before, run.masters, strict=True))
+    other, rows = half_run(2.0**-27)
+    other.scale = loss_scale.LossScale()
+    assert other.take(rows) == pytest.approx(scaled, rel=1e-6)  # the loss that is said is unscaled
+    assert not any(bool((p.grad != 0).any()) for p in other.masters if p.grad is not None)
+
+
+def test_a_step_whose_scaled_gradient_overflows_is_left_out_and_the_scale_halved() -> None:
+    run, rows = half_run(2.0**8)
+    before = [p.detach().clone() for p in run.masters]
+    run.take(rows)
+    assert run.scale.scale == loss_scale.FIRST / 2
+    assert all(torch.equal(a, b) for a, b in zip(before, run.masters, strict=True))
+    for _ in range(20):
+        run.take(rows)
+    assert run.scale.scale < loss_scale.FIRST / 2
+    assert run.scale.since > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, run.masters, strict=True))
+    assert loss_scale.LossScale.of(run.state()["scale"]) == run.scale
+    never, rows = half_run(float("inf"))
+    never.scale.scale = loss_scale.SMALLEST
+    with pytest.raises(InputError, match="the gradient is not finite in float16"):
+        never.take(rows)
+
+
+def test_a_scale_grows_after_many_steps_and_gives_exact_gradients() -> None:
+    scale = loss_scale.LossScale(scale=4.0, since=loss_scale.GROWS_AFTER - 1, active=True)
+    gradient = torch.tensor([4.0, -0.4])
+    assert scale.accepts([gradient])
+    assert torch.equal(gradient, torch.tensor([1.0, -0.1]))
+    assert (scale.scale, scale.since) == (8.0, 0)
+    off = loss_scale.LossScale()
+    assert off.accepts([torch.tensor([float("inf")])])
+    assert off == loss_scale.LossScale()
 
 
 def test_where_a_state_lies() -> None:

@@ -1,7 +1,7 @@
 """Take the steps of one distillation, and keep the best of its rounded states.
 
-A step that memory does not hold is computed in smaller pieces, and a training that goes astray
-begins again at a lower rate.
+A step that memory does not hold is computed in smaller pieces, and a training that goes astray, or
+a short one that ends no nearer to the tuned model, begins again at a lower rate.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from kilodelta.compress.distill.learn.data import Data
+from kilodelta.compress.distill.learn.loss_scale import SMALLEST, LossScale
 from kilodelta.compress.distill.learn.measure import measure
 from kilodelta.compress.distill.learn.objective import Measures, mean_of
 from kilodelta.compress.distill.learn.outputs import run
 from kilodelta.compress.distill.learn.pieces import backward, is_out_of_memory
 from kilodelta.compress.distill.learn.ranks import backward_shared
 from kilodelta.compress.distill.learn.schedule import BestState, Distilled, Look, Schedule
-from kilodelta.compress.distill.learn.watch import Watch
+from kilodelta.compress.distill.learn.watch import SHORT, Watch
 from kilodelta.compress.training import train
 from kilodelta.errors import InputError
 from kilodelta.models import LoadedModel
@@ -65,24 +66,32 @@ class Run:
             self.masters, lr=schedule.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=fused
         )
         self.watch = Watch()
+        self.scale = LossScale.for_types(p.dtype for p in loaded.module.parameters())
         self._start = {name: v.clone() for name, v in self._coefficients().items()}
         self.piece = piece or schedule.batch
         """Rows computed at a time; fewer than a batch has where memory ran out."""
         self.step = 0
+        self._rewound = False
+        """Whether the batches begin anew with the next step."""
         self.spent = 0.0
         self.best = BestState()
         self.curve: list[Look] = []
 
     def train(self, stopped: threading.Event, keep: Callable[[], object]) -> None:
         """Take all steps that are left, or those until the run is stopped."""
-        order = self._batches()
         began, written = time.monotonic() - self.spent, time.monotonic()
+        if self.schedule.steps < SHORT and math.isnan(self.watch.start):
+            self.watch.start = self.data.objective.overall(self._measure()).divergence
+        order = self._batches()
         while self.step < self.schedule.steps and not self.data.ranks.any(stopped.is_set()):
             loss = self.take(next(order))
-            self.step += 1
+            self.step += 0 if self._rewound else 1
             self.spent = time.monotonic() - began
             self._look()
             self._tell(loss)
+            self._judge()
+            if self._rewound:
+                order, self._rewound = self._batches(), False
             if time.monotonic() - written > KEPT_EVERY_S:
                 keep()
                 written = time.monotonic()
@@ -113,6 +122,9 @@ class Run:
         for parameter, master in zip(self.trained, self.masters, strict=True):
             if master is not parameter and parameter.grad is not None:
                 master.grad = parameter.grad.float()
+        if not self.scale.accepts([m.grad for m in self.masters if m.grad is not None]):
+            self._leave_out()
+            return loss.item()
         nn.utils.clip_grad_norm_(self.masters, CLIP)
         self.optimiser.step()
         with torch.no_grad():
@@ -127,8 +139,29 @@ class Run:
         if ways.all:
             ways.take(ways.all[self.step % len(ways.all)])
 
+    def _leave_out(self) -> None:
+        """Leave out a step whose scaled gradient overflowed.
+
+        Raises:
+            InputError: at the smallest scale, the gradient itself is not finite.
+        """
+        if self.scale.scale == SMALLEST:
+            raise InputError(
+                f"the gradient is not finite in float16 after {self.step} steps",
+                fix="give --dtype bf16 or fp32",
+            )
+
+    def _judge(self) -> None:
+        """At the end of a short training that brought nothing, begin again where that is allowed.
+
+        The best state of all attempts is kept, so that a later one cannot make it worse.
+        """
+        done = self.step == self.schedule.steps
+        if done and self.watch.has_harmed(self.best.divergence) and self.watch.begin_again():
+            self._go_back()
+
     def _begin_again(self, loss: float) -> None:
-        """Go back to where the training began, at a lower rate; the steps go on being counted.
+        """Go back to where the training began, at a lower rate.
 
         Raises:
             InputError: it went astray at every rate.
@@ -140,8 +173,17 @@ class Run:
                 f"the loss is {loss} after {self.step} steps",
                 fix="give a lower --lr, and check that the tuned model's outputs are finite",
             )
-        rounding = self._coefficients()
-        kept = {n: v for n, v in rounding.items() if n.endswith("rounding")}
+        self._go_back()
+
+    def _go_back(self) -> None:
+        """Restore the first coefficients; a short training takes all its steps anew."""
+        kept: dict[str, Tensor] = {}
+        if self.schedule.steps < SHORT:
+            self.step, self._rewound = 0, True
+            self.curve.clear()
+        else:  # the steps go on being counted, with rounding where it has begun
+            now = self._coefficients()
+            kept = {name: value for name, value in now.items() if name.endswith("rounding")}
         self.loaded.module.load_state_dict({**self._start, **kept})
         with torch.no_grad():
             for parameter, master in zip(self.trained, self.masters, strict=True):
@@ -166,16 +208,18 @@ class Run:
             # One generator per step: what a resumed run draws does not depend on where it began.
             seed = (self.schedule.seed * 1_000_003 + self.step) % 2**63
             draws = torch.Generator().manual_seed(seed)
-            return self.data.objective.loss(outputs, wanted, mask, draws)
+            loss = self.data.objective.loss(outputs, wanted, mask, draws)
+            return loss * self.scale.scale if self.scale.active else loss
 
         ranks = self.data.ranks
         if 1 < ranks.count <= len(chosen):
             self.loaded.module.zero_grad()
-            return backward_shared(ranks, compute, loss_of, len(chosen), self.trained)
+            shared = backward_shared(ranks, compute, loss_of, len(chosen), self.trained)
+            return shared / self.scale.scale
         while True:
             self.loaded.module.zero_grad()
             try:
-                return backward(compute, loss_of, len(chosen), self.piece)
+                return backward(compute, loss_of, len(chosen), self.piece) / self.scale.scale
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -230,7 +274,9 @@ class Run:
 
     def finish(self) -> Distilled:
         """Leave the best rounded state attached."""
-        if not self.best.state:  # interrupted before the first rounded step
+        stopped = self.step < self.schedule.steps
+        # Interrupted before the first rounded step, at least of the attempt that may help.
+        if not self.best.state or (stopped and self.watch.has_harmed(self.best.divergence)):
             train.quantise(self.loaded.module, self.schedule.bits)
             self._offer()
         self.loaded.module.load_state_dict(self.best.state)
@@ -240,7 +286,7 @@ class Run:
             curve=tuple(self.curve),
             steps=self.step,
             seconds=self.spent,
-            interrupted=self.step < self.schedule.steps,
+            interrupted=stopped,
             piece=self.piece if self.piece < self.schedule.batch else 0,
             again=self.watch.again,
         )
@@ -254,6 +300,7 @@ class Run:
             "state": self._coefficients(),
             "optimiser": self.optimiser.state_dict(),
             "watch": self.watch.state(),
+            "scale": self.scale.state(),
             "masters": [m.detach() for m in self.masters],
             "best": self.best.state,
             "measures": {"divergence": self.best.divergence, "each": pairs},
@@ -268,6 +315,7 @@ class Run:
             for master, values in zip(self.masters, found["masters"], strict=True):
                 master.copy_(values)
         self.watch = Watch.of(found["watch"])
+        self.scale = LossScale.of(found["scale"]) if "scale" in found else self.scale
         self.step, self.spent = found["step"], found["spent"]
         each = tuple(Measures(agreement=a, divergence=d) for a, d in found["measures"]["each"])
         self.best = BestState(found["measures"]["divergence"], each, found["best"])

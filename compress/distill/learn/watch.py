@@ -1,4 +1,9 @@
-"""Notice that a training goes astray, so that it begins again at a lower rate."""
+"""Notice that a training goes astray, so that it begins again at a lower rate.
+
+Every training begins at its method's rate. How large a step a model bears depends on how far its
+fine-tune is from it: six steps at the full rate bring a base that is far away much nearer, and lead
+one that is near already away. The losses and the held-out inputs say which of them it is.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +22,9 @@ SLOWER = 4.0
 """Divides the rate when a training begins again."""
 ATTEMPTS = 3
 """Times that a training may begin again."""
-FULL_RATE_FROM = 100
-"""Steps from which a training runs at the method's rate. With fewer the rate is lower in
-proportion: there is no time to come back from where the first large steps lead."""
-
-
-def rate_for(rate: float, steps: int) -> float:
-    """Return a method's rate for a training of so many steps.
-
-    Example:
-        >>> rate_for(0.02, 800), rate_for(0.02, 10)
-        (0.02, 0.002)
-    """
-    return rate * min(1.0, steps / FULL_RATE_FROM)
+SHORT = 100
+"""Steps below which a training is judged at its end as well, by the held-out inputs: it has no time
+to come back from where the first large steps lead. It begins again from its first step."""
 
 
 @dataclass
@@ -41,12 +36,14 @@ class Watch:
         recent: the mean of recent losses.
         seen: how many losses these are.
         again: how often the training has begun again.
+        start: divergence on the held-out rows where a short training began; NaN for a long one.
     """
 
     first: float = math.nan
     recent: float = math.nan
     seen: int = 0
     again: int = 0
+    start: float = math.nan
 
     def is_astray(self, loss: float) -> bool:
         """Take up a step's loss, and return whether the training leads away from the teacher."""
@@ -60,8 +57,14 @@ class Watch:
     def begin_again(self) -> bool:
         """Forget the losses; return whether one more attempt is allowed."""
         self.first, self.recent, self.seen = math.nan, math.nan, 0
+        if self.again == ATTEMPTS:
+            return False
         self.again += 1
-        return self.again <= ATTEMPTS
+        return True
+
+    def has_harmed(self, divergence: float) -> bool:
+        """Return whether a short training's best state is no nearer than where it began."""
+        return not math.isnan(self.start) and not divergence < self.start
 
     @property
     def share(self) -> float:
