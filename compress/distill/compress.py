@@ -25,6 +25,8 @@ from kilodelta.compress.distill.learn.objective import Measures
 from kilodelta.compress.distill.learn.outputs import Wanted
 from kilodelta.compress.distill.learn.ranks import Ranks, check_share, joined, local_device
 from kilodelta.compress.distill.learn.schedule import Schedule
+from kilodelta.compress.distill.learn.tune import Tuned, tune
+from kilodelta.compress.distill.learn.tune import place_of as trials_of
 from kilodelta.compress.distill.merged import fill_merged
 from kilodelta.compress.distill.options import Options as Options
 from kilodelta.compress.distill.options import check
@@ -49,7 +51,7 @@ from kilodelta.grid.model import QuantisedModel
 from kilodelta.merging.build import Recipe, build
 from kilodelta.models import LoadedModel
 from kilodelta.models.inputs.sources import Source
-from kilodelta.progress import Progress, silent
+from kilodelta.progress import Event, Progress, silent
 from kilodelta.rehearsal import begin_work
 from kilodelta.report import write_report
 from kilodelta.report.write import require_page
@@ -273,16 +275,27 @@ def _learn(
     progress: Progress,
 ) -> Report:
     """Train the student on what the teacher has put out, and write the file."""
-    pair, kept = job.pair, states.place_of(job.out)
+    pair, kept, trials = job.pair, states.place_of(job.out), trials_of(job.out)
     before = measure(student, data, data.held_out)
     attach_student(job)
     train_for(job, grids)
     schedule = schedule_of(job)
     facts = run_facts(job, data, schedule, labels)
     fitting = data.ranks.least(rows_that_fit(student, data, schedule.batch))
+    searched: Tuned | None = None
+    if job.options.tune is not None:
+        searched = tune(
+            student, data, schedule, job.options.tune, _of_trials(progress),
+            kept=trials, facts=facts, resume=resume, piece=fitting,
+        )  # fmt: skip
+        schedule = replace(schedule, rate=searched.rate)
+        facts = run_facts(job, data, schedule, labels)
+        resume = resume and kept.exists()  # the search may have been interrupted
     done = distill(
         student, data, schedule, progress, kept=kept, facts=facts, resume=resume, piece=fitting
     )
+    if searched is not None:
+        done = replace(done, rate=searched.rate, trials=searched.trials)
     delta = build_delta(job, progress)
     train.detach(student.module)
     after: tuple[Measures, ...] | None = None
@@ -295,4 +308,14 @@ def _learn(
     report = data.ranks.first(lambda: finish(job, delta, done, data, before, counted, fidelity))
     if not done.interrupted and data.ranks.writes:
         kept.unlink(missing_ok=True)
+        trials.unlink(missing_ok=True)
     return report
+
+
+def _of_trials(progress: Progress) -> Progress:
+    """Say at every stage that it is a trial of the search for a rate."""
+
+    def tell(event: Event) -> None:
+        progress(replace(event, stage=f"{event.stage} (trial)"))
+
+    return tell

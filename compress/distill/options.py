@@ -5,6 +5,7 @@ Nothing here needs torch, so that a slip is answered at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from dataclasses import field as default
@@ -41,6 +42,7 @@ class Options:
             is which of them an input is nearest to, by the base model's embeddings of them.
         steps: training steps.
         rate: learning rate; by default one that suits the method.
+        tune: minutes to search for a better rate in, by short trainings; none by default.
         batch: inputs per training step.
         held_out: inputs to measure on; a tenth, 512 at most, by default.
         max_length: tokens that texts are cut to.
@@ -80,6 +82,7 @@ class Options:
     labels: str | None = None
     steps: int = 800
     rate: float | None = None
+    tune: float | None = None
     batch: int = 32
     held_out: int | None = None
     max_length: int | None = None
@@ -115,6 +118,12 @@ def check(options: Options, *, learns: bool) -> None:
             raise InputError(f"{name} is {value}", fix=f"give {_range(low, high)}")
     if options.rate is not None and options.rate <= 0:
         raise InputError(f"rate is {options.rate}", fix="give a learning rate above 0")
+    if options.tune is not None and not 0 < options.tune < math.inf:
+        raise InputError(f"tune is {options.tune}", fix="give minutes above 0")
+    if options.tune is not None and options.rate is not None:
+        raise InputError(
+            "--tune searches for a rate, and --lr gives one", fix="give one of the two"
+        )
     if wrong := [name for name, weight in options.outputs.items() if not weight > 0]:
         raise InputError(f"output {wrong[0]} has the weight 0", fix="give one above 0, or omit it")
     if isinstance(options.method, str) and options.method not in METHODS:
@@ -170,6 +179,7 @@ def _check_alone(options: Options) -> None:
     """Without inputs nothing is trained and nothing compared."""
     needs = {
         "agreement cannot be measured": options.min_agreement is not None,
+        "a rate cannot be searched for": options.tune is not None,
         "baselines cannot be measured": bool(options.baselines),
         "--labels cannot be compared with": options.labels is not None,
         "--outputs cannot be matched": bool(options.outputs),

@@ -9,6 +9,7 @@ from typing import Any
 
 from kilodelta.compress.distill.foreign import refuse_foreign
 from kilodelta.compress.distill.learn import state as states
+from kilodelta.compress.distill.learn import tune
 from kilodelta.compress.distill.learn.chat_rows import check_answers
 from kilodelta.compress.distill.learn.data import check_count
 from kilodelta.compress.distill.options import Options
@@ -60,11 +61,12 @@ def check_outputs(
     kept = states.place_of(out)
     if resume and not learns:
         raise InputError("only a run with inputs can be resumed", fix="give its --inputs")
-    if kept.exists() and not resume and not force:
-        raise OutputError(
-            f"{kept} holds an interrupted run",
-            fix="go on with it by --resume, or begin anew by --force",
-        )
+    for left in (kept, tune.place_of(out)):
+        if left.exists() and not resume and not force:
+            raise OutputError(
+                f"{left} holds an interrupted run",
+                fix="go on with it by --resume, or begin anew by --force",
+            )
 
 
 def open_inputs(

@@ -102,6 +102,7 @@ def _measured(
         "inputs": data.rows.digest()[:12],
         "steps": done.steps,
         **({"interrupted": True} if done.interrupted else {}),
+        **({"rate": done.rate, "trials": done.trials} if done.trials else {}),
     }
 
 
@@ -147,6 +148,11 @@ def _warnings(
         found.append(
             f"the training led away from the tuned model and began again {done.again} times, at"
             f" last with {SLOWER**-done.again:.2g} of the learning rate"
+        )
+    if done is not None and done.trials == 1:
+        found.append(
+            "--tune had time for one trial, so no rate was compared with another: give more"
+            " minutes, or leave it away"
         )
     if done is not None and done.piece:
         found.append(

@@ -48,6 +48,12 @@ OPTIONS = (
         type=click.FloatRange(0, min_open=True),
         help="Learning rate; by default one that suits the method.",
     ),
+    click.option(
+        "--tune",
+        type=click.FloatRange(0, min_open=True),
+        metavar="MINUTES",
+        help="Search for a better learning rate first, by short trainings.",
+    ),
     click.option("--batch", default=32, type=click.IntRange(1), help="Inputs per training step."),
     click.option(
         "--held-out", type=click.IntRange(1), help="Inputs to measure on; a tenth, 512 at most."

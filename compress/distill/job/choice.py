@@ -42,6 +42,8 @@ LONGEST_MADE: Mapping[str, str | int | float | bool] = {
     "weight_error": 10.1234,
 }
 """The longest report that a manifest holds."""
+LONGEST_TUNED = {"rate": -1.2345678901234567e-100, "trials": 100}
+"""What is added where a rate was searched for."""
 OFFSETS = 16
 """Bytes that a tensor's shape and place in the file may take beyond those of an empty one."""
 
@@ -119,7 +121,11 @@ class _Overhead:
             scales=(Scale(),) * len(groups_of(method, self.targets)),
             extras=names,
             result=_DIGEST,
-            made={**LONGEST_MADE, **longest_fidelity(self.options.precisions)},
+            made={
+                **LONGEST_MADE,
+                **longest_fidelity(self.options.precisions),
+                **({} if self.options.tune is None else LONGEST_TUNED),
+            },
             config=self.config,
             grid=None if self.quantised is None else _longest_grid(self.quantised),
             beside="" if self.quantised is None else _DIGEST,

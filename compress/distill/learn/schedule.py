@@ -91,6 +91,8 @@ class Distilled:
         interrupted: whether the run was stopped before its last step.
         piece: rows that were computed at a time because memory is short; 0 for a whole batch.
         again: how often the training went astray and began again at a lower rate.
+        rate: the learning rate that a search chose; 0 without one.
+        trials: how many trainings it was chosen of.
     """
 
     measures: tuple[Measures, ...]
@@ -100,3 +102,5 @@ class Distilled:
     interrupted: bool
     piece: int = 0
     again: int = 0
+    rate: float = 0.0
+    trials: int = 0

@@ -150,6 +150,7 @@ def estimate_job(
     held_out = plan.held_out or min(512, max(1, len(rows) // 10))
     looked_at = 2 * held_out + EVALUATIONS * min(held_out, LOOKED_AT)
     total = teacher_seconds + schedule.steps * step + look * looked_at / len(usual)
+    total += 60 * (job.options.tune or 0.0)  # at most, but for a first trial that takes longer
     coefficients = job.coefficients
     teacher_memory = need.whole if need.is_small else 0
     device = next(student.module.parameters()).device
