@@ -1,7 +1,8 @@
 """Compress before and now: memory, seconds per step, and time to equal agreement.
 
     python benchmarks/compress.py [--parts decoder sets] [--old COMMIT] [--threads N] [--json FILE]
-        [--layers 30] [--dtypes fp32 bf16] [--sets trec6 banking77] [--tried 800 400 267]
+        [--trees old new] [--layers 30] [--dtypes fp32 bf16] [--sets trec6 banking77]
+        [--tried 800 400 267]
 
 `decoder`: a Llama-shaped decoder of 135M random weights in bfloat16 (30 layers, 49,152 words), on
 4 x 128 tokens: the build of `--old` from a git worktree, this one in float32 and in bfloat16, and
@@ -45,6 +46,7 @@ OLD = "44d725c"
 ROWS, TOKENS, WORDS = 4, 128, 49_152
 SETS = ("trec6", "banking77")
 DTYPES = ("fp32", "bf16")
+TREES = ("old", "new")
 
 
 def main() -> None:
@@ -53,6 +55,9 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--parts", nargs="+", choices=("decoder", "sets"), default=("decoder",))
     parser.add_argument("--old", default=OLD, help="commit of the build to compare with")
+    parser.add_argument(
+        "--trees", nargs="+", choices=TREES, default=TREES, help="builds that are run"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8, help="of the decoder")
     parser.add_argument("--layers", type=int, default=30, help="of the decoder")
@@ -130,6 +135,8 @@ def _decoder(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     old = [("compress", "old", "fp32")]  # it knew no other type
     now = [(kind, "new", dtype) for kind in ("compress", "peft") for dtype in options.dtypes]
     for kind, tree, dtype in [*old, *now]:
+        if tree not in options.trees:
+            continue
         job = {**common, "kind": kind, "tree": tree, "options": {**chosen, "dtype": dtype}}
         yield {**job, "dtype": dtype, "part": "decoder"}
 
@@ -177,6 +184,8 @@ def _sets(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         fixed = {"labels": str(place / "labels.txt"), "max_length": 48, "budget": 12_000}
         runs = [("old", 800), *(("new", steps) for steps in options.tried)]
         for tree, steps in (("old", 2), ("new", 2)) if options.quick else runs:
+            if tree not in options.trees:
+                continue
             job = {**common, "kind": "compress", "tree": tree, "part": name}
             yield {**job, "steps": steps, "options": {**fixed, "steps": steps}}
 
