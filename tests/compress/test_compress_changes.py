@@ -23,6 +23,7 @@ from kilodelta.compress.distill.changes.compare import compare, equal_tensors
 from kilodelta.compress.distill.changes.configuration import difference
 from kilodelta.compress.distill.changes.split import Wishes, split
 from kilodelta.compress.distill.changes.structure import Structure
+from kilodelta.compress.distill.learn import watch
 from kilodelta.compress.distill.report import Report
 from kilodelta.errors import BaseMismatchError, CheckpointError, InputError
 from kilodelta.files import safetensors
@@ -504,7 +505,12 @@ def test_exchanged_models_are_suspected(tmp_path: Path) -> None:
     assert warned(compress(base, tuned, tmp_path / "c.kd", options=options), "training_args.bin")
 
 
-def test_a_result_that_is_worse_than_the_base_is_said_loudly(tmp_path: Path) -> None:
+def test_a_result_that_is_worse_than_the_base_is_said_loudly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no lower rate is left to begin again with."""
+    monkeypatch.setattr(watch, "ATTEMPTS", 0)
+    monkeypatch.setattr(watch, "ASTRAY", np.inf)
     base = pico.bert_classifier(tmp_path / "base")
     tuned = pico.tuned(base, tmp_path / "tuned", size=0.01)
     np.savez(tmp_path / "ids.npz", input_ids=np.random.default_rng(0).integers(4, 40, (60, 6)))
