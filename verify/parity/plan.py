@@ -19,6 +19,7 @@ from kilodelta.export.manifest.facts import Profile, Shape
 from kilodelta.progress import Event, Progress, silent
 from kilodelta.verify.parity.fitting import Shapes
 from kilodelta.verify.parity.traits import Cost, Trial, longest
+from kilodelta.verify.runners import blockwise
 from kilodelta.verify.runners.runner import Batch
 
 BYTES = 40
@@ -80,18 +81,29 @@ def plan(
     if limit is None:
         limit = min(MOST, int(memory.available() * SHARE))
     progress(Event(stage="estimate", done=0, total=1, unit="plans"))
+    _require_weights_fit(module)
     chosen = _Planner(module, outputs, batch, profile, limit).plan()
     detail = {
-        "memory": _gigabytes(chosen.nbytes + _float64_bytes(module)),
+        "memory": _gigabytes(chosen.nbytes + blockwise.needed(module)),
         "time": f"about {chosen.seconds:.0f} s of torch on one CPU",
     }
     progress(Event(stage="estimate", done=1, total=1, unit="plans", detail=detail))
     return chosen
 
 
-def _float64_bytes(module: torch.nn.Module) -> int:
-    """Return the bytes of the reference's own copy of the weights; one is held at a time."""
-    return 8 * sum(weight.numel() for weight in module.parameters())
+def _require_weights_fit(module: torch.nn.Module) -> None:
+    """Check that the reference's float64 weights fit; those of one model are held at a time.
+
+    Raises:
+        InputError: they do not; both numbers are said.
+    """
+    needed, free = blockwise.needed(module), memory.available()
+    if needed > free:
+        raise InputError(
+            f"the reference's weights take {_gigabytes(needed)} in float64, and"
+            f" {_gigabytes(free)} are free",
+            fix="verify on a machine with more memory; without --inputs, digests are proved alone",
+        )
 
 
 class _Planner:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kilodelta.errors import InputError, KiloDeltaError, ProofError, one_line
 from kilodelta.models import experts
+from kilodelta.verify.runners import blockwise
 from kilodelta.verify.runners.runner import Arrays, Batch, UnavailableError
 from kilodelta.verify.runners.torch_modes import InOrder, Widen
 
@@ -45,6 +46,8 @@ class TorchRunner:
         self._source, self._outputs, self._device = module, tuple(outputs), device
         self._in_order = in_order
         self._module: torch.nn.Module | None = None
+        self._whole = False
+        """Whether the module is converted as a whole, though it is large."""
 
     def available(self) -> KiloDeltaError | None:
         """Return None, or that torch sees no GPU."""
@@ -109,12 +112,21 @@ class TorchRunner:
         )
 
     def _converted(self) -> torch.nn.Module:
-        converted = copy.deepcopy(self._source).to(self._device, self._dtype).eval()
+        if self._whole or not self._is_blockwise():
+            converted = copy.deepcopy(self._source).to(self._device, self._dtype).eval()
+        else:
+            converted = blockwise.widened(self._source).eval()
         if self.precision == "float64":
             # The experts' default, grouped_mm, has no float64 kernel. The loop over experts has
             # one, and does not gather a matrix for each token, as batched_mm does.
             experts.use(converted, experts.EXACT)
         return converted
+
+    def _is_blockwise(self) -> bool:
+        """Return whether float64 weights are made block by block, on the CPU where they are."""
+        on_cpu = all(p.device.type == "cpu" for p in self._source.parameters())
+        wide = self.precision == "float64" and self._device == "cpu"
+        return wide and on_cpu and blockwise.is_large(self._source)
 
     def _pass(self, batch: Batch) -> Arrays:
         result = self._forward({name: self._tensor(array) for name, array in batch.items()})
@@ -130,6 +142,10 @@ class TorchRunner:
         except (KiloDeltaError, torch.OutOfMemoryError):
             raise
         except Exception as error:
+            if not self._whole and self._is_blockwise():
+                # It may use a block's weights from outside the block, where they are narrow.
+                self._whole, self._module = True, None
+                return self._forward(inputs)
             if isinstance(error, RuntimeError) and "not implemented for" in str(error):
                 raise UnavailableError(
                     f"torch on {self._device} cannot compute in {self.precision}: "
