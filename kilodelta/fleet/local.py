@@ -1,20 +1,15 @@
 """Run a plan on this machine: a pool of threads, each waiting for one child process at a time.
 
-Children are forked from one server process that has loaded what most of them need, so a task of
-milliseconds does not wait seconds for libraries. A killed child costs its own task, unlike a
-process pool's worker, which takes all tasks of the pool with it.
+A killed child costs its own task, unlike a process pool's worker, which takes all tasks of the pool
+with it. How children are started and ended: `processes.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import multiprocessing
 import os
-import queue
-import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +18,13 @@ from typing import Any
 from kilodelta import memory
 from kilodelta.errors import InputError
 from kilodelta.files import staging
-from kilodelta.fleet import child
-from kilodelta.fleet.gpus import VISIBLE, gpus_for
+from kilodelta.fleet.gpus import gpus_for
 from kilodelta.fleet.graph import Plan
-from kilodelta.fleet.task import LIBRARIES, Task, memory_of
-from kilodelta.fleet.work import preload
+from kilodelta.fleet.processes import Children
+from kilodelta.fleet.task import Task, memory_of
 from kilodelta.progress import Event, Progress, silent
 
 ANSWERS = "run.json"
-RETRIES = 1
-"""How often a task whose process was killed is tried again; an error is never tried again."""
 _GUESS = 4 << 30
 """Bytes of memory to share out where the system does not say; less than most machines have."""
 
@@ -132,8 +124,8 @@ def run(
     plan.out.mkdir(parents=True, exist_ok=True)
     staging.sweep(plan.out)
     workers = choose_jobs(todo, jobs)
-    with _starting(todo, workers) as starts:
-        answers, skipped = _run_all(todo, done, plan.out, workers, starts, progress)
+    with Children(todo, plan.out, workers) as children:
+        answers, skipped = _run_all(todo, done, workers, children, progress)
     ordered = {t.id: answers[t.id] for t in todo if t.id in answers}
     made = FleetRun(out=plan.out, answers=ordered, skipped=skipped, done_before=before)
     name = ANSWERS if shard is None else f"run-{shard[0]}-of-{shard[1]}.json"
@@ -142,74 +134,11 @@ def run(
     return made
 
 
-@dataclass(frozen=True, kw_only=True)
-class Starts:
-    """How children are started: forked from a process that has loaded what they need, or anew.
-
-    Attributes:
-        forking, anew: contexts of `multiprocessing`.
-        alone: kinds of tasks that are started anew.
-        gpus: what each running child may see, one for each task at once; empty without GPUs.
-    """
-
-    forking: Any
-    anew: Any
-    alone: frozenset[str]
-    gpus: queue.SimpleQueue[str]
-
-    def of(self, task: Task) -> Any:
-        """Return the context that starts a task."""
-        return self.anew if task.kind in self.alone else self.forking
-
-
-def kinds_alone(tasks: Sequence[Task], workers: int) -> frozenset[str]:
-    """Return the kinds whose libraries are not worth loading for all children.
-
-    A process that holds torch takes several times as long to fork. Where few tasks need it, such
-    as the one export that all fine-tunes share, they load it themselves while others work.
-
-    Args:
-        tasks: to run.
-        workers: tasks at once.
-    """
-    heavy = [task.kind for task in tasks if task.kind in LIBRARIES]
-    return frozenset(heavy) if len(heavy) <= workers < len(tasks) else frozenset()
-
-
-@contextlib.contextmanager
-def _starting(tasks: Sequence[Task], workers: int) -> Iterator[Starts]:
-    """Start the process that children are forked from, with its threads fixed from the start."""
-    cores = os.cpu_count() or 1
-    threads = child.thread_environment(max(1, cores // workers))
-    before = {name: os.environ.get(name) for name in threads}
-    os.environ.update(threads)
-    try:
-        forking: Any = multiprocessing.get_context("forkserver")
-        alone = kinds_alone(tasks, workers)
-        kinds = {task.kind for task in tasks} - alone
-        # A child runs the parent's script again, which imports the first one, and finds its
-        # function in the second; the last one keeps what all have loaded where children share it.
-        loaded = ["kilodelta.cli", __name__, *preload(kinds), "kilodelta.fleet.warm"]
-        forking.set_forkserver_preload(loaded)
-        gpus, found = queue.SimpleQueue[str](), gpus_for(tasks)
-        for number in range(workers if found else 0):
-            gpus.put(found[number % len(found)])
-        anew = multiprocessing.get_context("spawn")
-        yield Starts(forking=forking, anew=anew, alone=alone, gpus=gpus)
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
 def _run_all(
     todo: Sequence[Task],
     done: set[str],
-    out: Path,
     workers: int,
-    starts: Starts,
+    children: Children,
     progress: Progress,
 ) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
     """Feed tasks to threads as soon as what they need is done."""
@@ -223,13 +152,15 @@ def _run_all(
         try:
             while waiting or running:
                 for task in list(waiting):
+                    if len(running) == workers:
+                        break
                     if any(need in lost for need in task.needs):
                         waiting.remove(task)
                         cause = next(lost[need] for need in task.needs if need in lost)
                         skipped[task.name] = lost[task.id] = cause
-                    elif len(running) < workers and done.issuperset(task.needs):
+                    elif done.issuperset(task.needs):
                         waiting.remove(task)
-                        future = pool.submit(_attended, task, out, starts, stop)
+                        future = pool.submit(children.do, task, stop)
                         running[future] = task
                 if not running:
                     continue
@@ -246,67 +177,3 @@ def _run_all(
         finally:
             stop.set()
     return answers, skipped
-
-
-def _attended(task: Task, out: Path, starts: Starts, stop: threading.Event) -> Mapping[str, Any]:
-    """Run a task in a child that sees one GPU at most; a killed child is tried again."""
-    gpu = None if starts.gpus.empty() else starts.gpus.get()
-    try:
-        return _tried(task, out, starts.of(task), stop, gpu)
-    finally:
-        if gpu is not None:
-            starts.gpus.put(gpu)
-
-
-def _tried(
-    task: Task, out: Path, context: Any, stop: threading.Event, gpu: str | None
-) -> Mapping[str, Any]:
-    given = {**task.to_json(), "gpu": gpu}
-    for attempt in range(RETRIES + 1):
-        receiving, sending = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(given, str(out), sending))
-        process.start()
-        sending.close()
-        answer: Mapping[str, Any] | None = None
-        while not stop.is_set():
-            if receiving.poll(0.05):
-                with contextlib.suppress(EOFError, ConnectionError):
-                    answer = receiving.recv()
-                break
-        else:
-            process.terminate()
-        process.join()
-        receiving.close()
-        if answer is not None:
-            return answer
-        code = process.exitcode or 0
-        if attempt == RETRIES or stop.is_set():
-            return _killed(task, code)
-    raise AssertionError("unreachable")
-
-
-def _killed(task: Task, code: int) -> dict[str, Any]:
-    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return {
-        "id": task.id,
-        "name": task.name,
-        "status": "failed",
-        "error": f"its process ended by {how} without an answer",
-        "fix": "give it more memory (--jobs 1), then run the fleet again",
-        "exit_code": 1,
-        "seconds": 0.0,
-    }
-
-
-def _child(task: Mapping[str, Any], out: str, answers: Any) -> None:
-    """Run in the child; Ctrl-C reaches it by its parent alone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if task.get("gpu") is not None:  # before the first call of CUDA, which reads it
-        os.environ[VISIBLE] = task["gpu"]
-    # Libraries' talk would break into the parent's progress.
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
-    answers.send(child.do(task, Path(out)))
-    answers.close()

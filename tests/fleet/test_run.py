@@ -8,7 +8,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import queue
 import signal
 import threading
 import time
@@ -25,15 +24,27 @@ import kilodelta
 from kilodelta import memory
 from kilodelta.errors import InputError
 from kilodelta.export.pipeline import export
-from kilodelta.fleet import child, cluster, gpus, local, make_plan, on_ray, read_fleet, run
+from kilodelta.fleet import (
+    child,
+    cluster,
+    gpus,
+    local,
+    make_plan,
+    on_ray,
+    processes,
+    read_fleet,
+    run,
+)
 from kilodelta.fleet.cluster import lacks, machines_of, options_of, require_resources
 from kilodelta.fleet.local import choose_jobs, shard_of
 from kilodelta.fleet.on_ray import _started
+from kilodelta.fleet.processes import Children
 from kilodelta.fleet.record import AGAIN, DONE, NEW, RECORD
 from kilodelta.fleet.status import status_of
 from kilodelta.fleet.task import Task, memory_of
 from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Patterns
+from tests.doubles.child_work import DyingOnce, seen
 from tests.support import making, pico
 
 COUNT = 3
@@ -167,12 +178,12 @@ def test_a_failure_stops_what_needs_it_and_nothing_else(
 def test_what_depends_on_a_failure_is_skipped(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(task: Any, out: Path, context: Any, stop: Any) -> dict[str, Any]:
+    def failing(self: Any, task: Any, stop: Any) -> dict[str, Any]:
         answer = {"id": task.id, "name": task.name, "seconds": 0.0, "exit_code": 11}
         status = "failed" if task.kind == "onnx-base" else "done"
         return {**answer, "status": status, "error": "x", "fix": "y"}
 
-    monkeypatch.setattr(local, "_attended", failing)
+    monkeypatch.setattr(Children, "do", failing)
     done = run(plan_of(world, tmp_path / "out"), jobs=1)
     assert done.skipped == {f"t{i}/onnx": "mini/onnx-fp32" for i in range(COUNT)}
     saved = json.loads((tmp_path / "out" / local.ANSWERS).read_text())
@@ -186,11 +197,11 @@ def test_a_failed_run_prints_one_json_document(
 
     from kilodelta.cli import main
 
-    def failing(task: Any, out: Path, starts: Any, stop: Any) -> dict[str, Any]:
+    def failing(self: Any, task: Any, stop: Any) -> dict[str, Any]:
         answer = {"id": task.id, "name": task.name, "seconds": 0.0, "exit_code": 11}
         return {**answer, "status": "failed", "error": "x", "fix": "y"}
 
-    monkeypatch.setattr(local, "_attended", failing)
+    monkeypatch.setattr(Children, "do", failing)
     given = ["fleet", "run", str(world / "fleet.toml"), "-o", str(tmp_path / "out"), "--json"]
     done = CliRunner().invoke(main, given)
     assert done.exit_code == 17
@@ -201,26 +212,12 @@ def test_a_killed_child_costs_its_own_task(
     world: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first child of one task kills itself; the task is tried again, the rest goes on."""
-    real = local._child
     mark = tmp_path / "killed-once"
-    monkeypatch.setattr(local, "_child", real)
-    context_child = _dying_child(str(mark))
-    monkeypatch.setattr(local, "_child", context_child)
+    monkeypatch.setattr(child, "do", DyingOnce("t1/merged", mark))
     done = run(plan_of(world, shared_of(finished, tmp_path / "out")), jobs=2)
     assert mark.exists()
     assert done.failed == ()
     assert digests(tmp_path / "out") == digests(finished)
-
-
-class _dying_child:  # noqa: N801  (pickled by name, called like the function that it replaces)
-    def __init__(self, mark: str) -> None:
-        self._mark = mark
-
-    def __call__(self, task: Any, out: str, answers: Any) -> None:
-        if task["name"] == "t1/merged" and not os.path.exists(self._mark):
-            open(self._mark, "w").close()
-            os.kill(os.getpid(), signal.SIGKILL)
-        local._child(task, out, answers)
 
 
 def test_shards_together_make_the_whole(world: Path, finished: Path, tmp_path: Path) -> None:
@@ -337,11 +334,11 @@ def test_a_device_takes_the_releases_of_a_fleet(bundled: Path, tmp_path: Path) -
 def test_libraries_that_few_tasks_need_are_not_loaded_for_all(world: Path, tmp_path: Path) -> None:
     """The one export of the base loads torch itself; a compression for each fine-tune shares it."""
     tasks = plan_of(world, tmp_path / "out").tasks
-    assert local.kinds_alone(tasks, 2) == {"onnx-base"}
+    assert processes.kinds_alone(tasks, 2) == {"onnx-base"}
     many = [dataclasses.replace(t, kind="compress") if t.kind == "merge" else t for t in tasks]
-    assert local.kinds_alone(many, 2) == frozenset()
+    assert processes.kinds_alone(many, 2) == frozenset()
     [export] = [t for t in tasks if t.kind == "onnx-base"]
-    assert local.kinds_alone([export], 2) == frozenset()
+    assert processes.kinds_alone([export], 2) == frozenset()
 
 
 def test_jobs_follow_cores_and_memory(world: Path, tmp_path: Path) -> None:
@@ -366,29 +363,46 @@ def test_one_task_at_once_for_each_gpu(
     assert choose_jobs(tasks, None) > 2
     taking = [dataclasses.replace(t, resources={"GPU": 1}) for t in tasks]
     assert choose_jobs(taking, None) == 2
-    with local._starting(taking, 3) as starts:
-        assert [starts.gpus.get() for _ in range(3)] == ["0", "1", "0"]
+    with Children(taking, tmp_path, 3) as children:
+        assert [children._gpus.get() for _ in range(3)] == ["0", "1", "0"]
     monkeypatch.setenv(gpus.VISIBLE, "GPU-a")
     assert choose_jobs(taking, None) == 1
-    with local._starting(tasks, 3) as starts:
-        assert starts.gpus.empty()
+    with Children(tasks, tmp_path, 3) as children:
+        assert children._gpus.empty()
 
 
 def test_a_child_sees_its_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    context = multiprocessing.get_context("spawn")
-    starts = local.Starts(
-        forking=context, anew=context, alone=frozenset(), gpus=queue.SimpleQueue()
-    )
-    starts.gpus.put("3")
-    monkeypatch.setattr(local, "_child", seen_gpu)
-    answer = local._attended(TASK, Path("out"), starts, threading.Event())
-    assert answer == {"gpu": "3"}
-    assert starts.gpus.get() == "3"
+    monkeypatch.setattr(child, "do", seen)
+    monkeypatch.setenv(gpus.VISIBLE, "3")
+    with Children([GPU_TASK], Path("out"), 1) as children:
+        assert children.do(GPU_TASK, threading.Event())["gpu"] == "3"
+        assert children._gpus.get() == "3"
 
 
-def seen_gpu(task: Any, out: str, answers: Any) -> None:
-    """A double of the child's function."""
-    answers.send({"gpu": task["gpu"]})
+def test_each_task_has_a_process_and_the_next_one_is_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three tasks, three processes; while one works, one more waits, and no more than are needed.
+
+    One that is killed while it waits costs no task, and none is left at the end.
+    """
+    monkeypatch.setattr(child, "do", seen)
+    tasks = [dataclasses.replace(TASK, id=str(n)) for n in range(3)]
+    stop = threading.Event()
+    with Children(tasks, Path("out"), 1) as children:
+        used = [children.do(tasks[0], stop)["process"]]
+        [waiting] = children._ready
+        used.append(children.do(tasks[1], stop)["process"])
+        assert used[1] == waiting.process.pid
+        [waiting] = children._ready
+        os.kill(waiting.process.pid, signal.SIGKILL)
+        waiting.process.join()
+        answer = children.do(tasks[2], stop)
+        used.append(answer["process"])
+        assert children._ready == []
+    assert len({*used, waiting.process.pid}) == 4
+    assert os.getpid() not in used
+    assert not multiprocessing.active_children()
 
 
 def test_a_container_with_little_memory_gets_fewer_jobs(
@@ -440,6 +454,7 @@ def test_a_base_that_differs_from_the_plans_is_those_tasks_failure(tmp_path: Pat
 
 
 TASK = Task(id="0", kind="merge", name="t/m", place="x", key={}, params={}, nbytes=1 << 20)
+GPU_TASK = dataclasses.replace(TASK, resources={"GPU": 1})
 SMALL = {"CPU": 2.0, "memory": float(8 << 30)}
 ORIN = {"CPU": 1.0, "memory": float(4 << 30), "sm87": 1.0}
 

@@ -1,0 +1,211 @@
+"""Give each task a process of its own, and have the next process ready before it is needed.
+
+Children are forked from one server process that has loaded what most of them need, so a task of
+milliseconds does not wait seconds for libraries. While a child works, the next one is forked and
+waits; a child that has answered ends at once, and nobody waits for its end. So starting and ending
+processes falls into the time in which tasks wait for the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kilodelta.fleet import child
+from kilodelta.fleet.gpus import VISIBLE, gpus_for
+from kilodelta.fleet.task import LIBRARIES, Task
+from kilodelta.fleet.work import preload
+
+Do = Callable[[Mapping[str, Any], Path], Mapping[str, Any]]
+"""Does a task, and returns its answer."""
+
+RETRIES = 1
+"""How often a task whose process was killed is tried again; an error is never tried again."""
+WAIT = 0.05
+"""Seconds after which a thread that waits for an answer sees whether the run was stopped."""
+
+
+class Children:
+    """Starts processes for tasks; a block, at whose end all of them have ended.
+
+    Args:
+        tasks: to run.
+        out: the fleet's output folder.
+        workers: tasks at once.
+    """
+
+    def __init__(self, tasks: Sequence[Task], out: Path, workers: int) -> None:
+        self._out = str(out)
+        self._forking: Any = multiprocessing.get_context("forkserver")
+        self._anew: Any = multiprocessing.get_context("spawn")
+        self._alone = kinds_alone(tasks, workers)
+        kinds = {task.kind for task in tasks} - self._alone
+        # A child runs the parent's script again, which imports the first one, and finds its
+        # function in the second; the last one keeps what all have loaded where children share it.
+        loaded = ["kilodelta.cli", __name__, *preload(kinds), "kilodelta.fleet.warm"]
+        self._forking.set_forkserver_preload(loaded)
+        self._threads = child.thread_environment(max(1, (os.cpu_count() or 1) // workers))
+        gpus = gpus_for(tasks)
+        self._gpus = queue.SimpleQueue[str]()
+        for number in range(workers if gpus else 0):
+            self._gpus.put(gpus[number % len(gpus)])
+        self._lock = threading.Lock()
+        self._to_fork = sum(task.kind not in self._alone for task in tasks)
+        self._ready: list[_Child] = []
+        self._ending: list[_Child] = []
+
+    def __enter__(self) -> Children:
+        # The server, and each child that is started anew, has its threads fixed from the start.
+        self._before = {name: os.environ.get(name) for name in self._threads}
+        os.environ.update(self._threads)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in self._ready:
+            one.close()
+        for one in (*self._ready, *self._ending):
+            one.process.join()
+        for name, value in self._before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+    def do(self, task: Task, stop: threading.Event) -> Mapping[str, Any]:
+        """Run a task in a child that sees one GPU at most; a killed child is tried again.
+
+        Args:
+            task: whose needs are done.
+            stop: ends the child when it is set.
+        """
+        gpu = None if self._gpus.empty() else self._gpus.get()
+        given = {**task.to_json(), "gpu": gpu}
+        try:
+            for _ in range(RETRIES + 1):
+                one = self._given(task, given)
+                answer = one.answer(stop)
+                with self._lock:
+                    self._ending = [o for o in (*self._ending, one) if o.process.is_alive()]
+                if answer is not None:
+                    return answer
+                if stop.is_set():
+                    break
+            return _killed(task, one.process.exitcode or 0)
+        finally:
+            if gpu is not None:
+                self._gpus.put(gpu)
+
+    def _given(self, task: Task, given: Mapping[str, Any]) -> _Child:
+        """Give a task to a child, and have another one forked for the next task."""
+        if task.kind in self._alone:
+            one = _Child(self._anew, self._out)
+            one.give(given)
+            return one
+        with self._lock:
+            one = self._ready.pop() if self._ready else None
+            self._to_fork -= 1
+            more = self._to_fork > len(self._ready)
+        if one is None or not one.give(given):  # one that waited may have been killed meanwhile
+            one = _Child(self._forking, self._out)
+            one.give(given)
+        if more:
+            ready = _Child(self._forking, self._out)
+            with self._lock:
+                self._ready.append(ready)
+        return one
+
+
+class _Child:
+    """A process that waits for one task, answers and ends.
+
+    Args:
+        context: of `multiprocessing`, which says how it is started.
+        out: the fleet's output folder.
+    """
+
+    def __init__(self, context: Any, out: str) -> None:
+        self._ours, theirs = context.Pipe()
+        self.process = context.Process(target=_run, args=(child.do, out, theirs))
+        self.process.start()
+        theirs.close()
+
+    def give(self, task: Mapping[str, Any]) -> bool:
+        """Hand over the task; return whether the child was alive to take it."""
+        try:
+            self._ours.send(task)
+        except OSError:
+            self.close()
+            return False
+        return True
+
+    def answer(self, stop: threading.Event) -> Mapping[str, Any] | None:
+        """Wait for the answer; None where the process was killed, or is now, for `stop` is set."""
+        answer: Mapping[str, Any] | None = None
+        while not stop.is_set():
+            if self._ours.poll(WAIT):
+                with contextlib.suppress(EOFError, OSError):
+                    answer = self._ours.recv()
+                break
+        else:
+            self.process.terminate()
+        if answer is None:
+            self.process.join()
+        self.close()
+        return answer
+
+    def close(self) -> None:
+        """Hang up, which ends a child that waits."""
+        self._ours.close()
+
+
+def kinds_alone(tasks: Sequence[Task], workers: int) -> frozenset[str]:
+    """Return the kinds whose libraries are not worth loading for all children.
+
+    A process that holds torch takes several times as long to fork. Where few tasks need it, such
+    as the one export that all fine-tunes share, they load it themselves while others work.
+
+    Args:
+        tasks: to run.
+        workers: tasks at once.
+    """
+    heavy = [task.kind for task in tasks if task.kind in LIBRARIES]
+    return frozenset(heavy) if len(heavy) <= workers < len(tasks) else frozenset()
+
+
+def _killed(task: Task, code: int) -> dict[str, Any]:
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return {
+        "id": task.id,
+        "name": task.name,
+        "status": "failed",
+        "error": f"its process ended by {how} without an answer",
+        "fix": "give it more memory (--jobs 1), then run the fleet again",
+        "exit_code": 1,
+        "seconds": 0.0,
+    }
+
+
+def _run(do: Do, out: str, pipe: Any) -> None:
+    """Wait for a task and do it, in the child; Ctrl-C reaches it by its parent alone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Libraries' talk would break into the parent's progress.
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    try:
+        task = pipe.recv()
+    except (EOFError, OSError):  # no task was left, or the parent has ended
+        return
+    if task.get("gpu") is not None:  # before the first call of CUDA, which reads it
+        os.environ[VISIBLE] = task["gpu"]
+    pipe.send(do(task, Path(out)))
+    # All files are closed and named. What an interpreter does at its end takes torch a second.
+    os._exit(0)
