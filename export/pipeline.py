@@ -6,22 +6,19 @@ there.
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from kilodelta import __version__
 from kilodelta.errors import InputError, require
 from kilodelta.export.decoder.genai import CONFIG
 from kilodelta.export.manifest import artefacts
-from kilodelta.export.manifest.artefacts import file_fact
-from kilodelta.export.manifest.facts import Artefact, DeltaFacts, ExportManifest
+from kilodelta.export.manifest.describe import export_manifest
+from kilodelta.export.manifest.facts import Artefact, ExportManifest
 from kilodelta.export.merge.tensor import changed_names
 from kilodelta.export.merged_model import merged_weights, open_merged
 from kilodelta.export.options import Options, listed, read_dtypes, read_sizes, short
@@ -47,7 +44,6 @@ from kilodelta.report.write import require_page
 
 log = logging.getLogger(__name__)
 
-_LIBRARIES = ("torch", "transformers", "onnxscript", "onnx-ir", "numpy", "safetensors")
 _ROWS = 2
 """Rows of the inputs that are read: the graph is traced at sizes of its own."""
 
@@ -254,7 +250,7 @@ def _export(
         )
         make = _make if grid is None else _make_quantised
         made = make(checkpoint, tuned, maker, out)
-        manifest = _manifest(tuned, delta, options, made)
+        manifest = export_manifest(tuned, delta, options.model, made)
         artefacts.write(manifest, stage)
     return Exported(
         path=out,
@@ -313,28 +309,3 @@ def _artefacts(base: Checkpoint, weights: Path, delta: Delta, maker: Maker) -> l
         for dtype in options.dtypes
         for artefact in maker.make(loaded, batch, weights, dtype)
     ]
-
-
-def _manifest(delta: Delta, path: Path, options: Options, made: list[Artefact]) -> ExportManifest:
-    facts = delta.manifest
-    return ExportManifest(
-        tool=f"kilodelta {__version__}",
-        libraries=MappingProxyType(_versions()),
-        base_name=facts.base.name,
-        base_root=facts.base.root,
-        delta=DeltaFacts(file=file_fact(path), method=MappingProxyType(facts.method.to_manifest())),
-        result_root=facts.result,
-        extras=tuple(delta.extras),
-        model=options.model,
-        artefacts=tuple(made),
-    )
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

@@ -56,6 +56,21 @@ def to_text(manifest: ExportManifest) -> bytes:
     return text.encode("utf-8") + b"\n"
 
 
+def artefact_text(artefact: Artefact) -> bytes:
+    """Return one artefact as JSON text, for a folder that has no fine-tune and so no manifest."""
+    return canonical.dumps(_artefact_json(artefact)).encode("utf-8")
+
+
+def parse_artefact(data: bytes) -> Artefact:
+    """Read what `artefact_text` returned.
+
+    Raises:
+        FieldError: naming the field that is wrong.
+        NotCanonicalError: it is not JSON.
+    """
+    return _artefact(canonical.loads(data), "the artefact")
+
+
 def _artefact_json(artefact: Artefact) -> dict[str, Any]:
     return {
         "kind": artefact.kind,

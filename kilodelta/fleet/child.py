@@ -16,11 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kilodelta.errors import BaseMismatchError, KiloDeltaError
+from kilodelta.errors import KiloDeltaError
 from kilodelta.files import canonical, staging
-from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.files.model_digest import digest
 from kilodelta.fleet.record import RECORD, read_record
+from kilodelta.fleet.sources import require_unchanged
 from kilodelta.fleet.work import WORK
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -49,7 +48,7 @@ def do(task: Mapping[str, Any], out: Path) -> dict[str, Any]:
             return {**answer, "result": earlier.get("result"), "seconds": 0.0, "again": False}
         place.parent.mkdir(parents=True, exist_ok=True)
         with staging.new_folder(place, replace=True) as stage:
-            _require_unchanged(task)
+            require_unchanged(task)
             result = WORK[task["kind"]](_resolved(task["params"], out), stage)
             answer |= {"result": result, "seconds": round(time.monotonic() - began, 3)}
             record = {
@@ -73,28 +72,6 @@ def do(task: Mapping[str, Any], out: Path) -> dict[str, Any]:
         what = f"{type(error).__name__}: {error}"
         return {**_failed(answer, began, what, "report it", 1), "traceback": trace[-4000:]}
     return {**answer, "again": True}
-
-
-MODELS = ("base", "tuned")
-"""Keys of a task that hold a model's root, and parameters that hold its path."""
-
-
-def _require_unchanged(task: Mapping[str, Any]) -> None:
-    """See that the models are those that the plan has hashed.
-
-    Raises:
-        BaseMismatchError: one was exchanged meanwhile, or this machine sees another one.
-    """
-    for name in MODELS:
-        planned, path = task["key"].get(name), task["params"].get(name)
-        if planned is None or path is None:
-            continue
-        root = digest(Checkpoint.open(Path(path))).root
-        if root != planned:
-            raise BaseMismatchError(
-                f"{path} is {root}, the plan was made with {planned}",
-                fix="run it again, which plans anew; on a cluster, see that all machines have it",
-            )
 
 
 def _whole(place: Path, record: Mapping[str, Any]) -> bool:

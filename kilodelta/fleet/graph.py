@@ -16,15 +16,19 @@ from typing import Any
 
 from kilodelta import __version__
 from kilodelta.errors import InputError
-from kilodelta.files import canonical, plain
+from kilodelta.files import canonical
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.model_digest import digest
 from kilodelta.fleet.definition import FineTune, Fleet, FleetBase, FleetTarget
 from kilodelta.fleet.estimate import Estimate, estimates
 from kilodelta.fleet.record import AGAIN, DONE, NEW, TaskState, state_of
 from kilodelta.fleet.schema import NEEDS_INPUTS
+from kilodelta.fleet.sources import file_digest
 from kilodelta.fleet.task import DEVICE, Task, memory_of
 from kilodelta.progress import Event, Progress, silent
+
+TRACED = {"onnx", "tensorrt"}
+"""Kinds of targets that are made from one exported graph of the base."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +186,7 @@ class _Maker:
             "model": base.model or None,
             "name": tune.name,
         }
-        if target.kind == "onnx":
+        if target.kind in TRACED:
             shared = self._onnx_base(base, target.options.get("dtype", "fp32"))
             if shared.id not in self._shared:
                 self._shared[shared.id] = shared
@@ -266,29 +270,3 @@ class _Maker:
             resources=resources or {},
             nbytes=self._sizes[base.path],
         )
-
-
-_BLOCK = 1 << 20
-
-
-def file_digest(path: Path) -> str:
-    """Return `sha256:` and the digest of a file, or of a folder's files and their names.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    total = hashlib.sha256()
-    try:
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        for file in files:
-            with plain.open_reader(file, follow=True) as opened:
-                one = hashlib.sha256()
-                while block := opened.read(_BLOCK):
-                    one.update(block)
-            if not path.is_dir():
-                return f"sha256:{one.hexdigest()}"
-            total.update(str(file.relative_to(path)).encode("utf-8", "surrogateescape"))
-            total.update(b"\0" + one.digest())
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}", fix="check the path") from None
-    return f"sha256:{total.hexdigest()}"

@@ -18,6 +18,7 @@ from typing import Any
 from kilodelta import memory
 from kilodelta.errors import InputError
 from kilodelta.files import staging
+from kilodelta.files.staging.stage import explained
 from kilodelta.fleet.gpus import gpus_for
 from kilodelta.fleet.graph import Plan
 from kilodelta.fleet.processes import Children
@@ -121,7 +122,8 @@ def run(
     done = {t.id for t in plan.tasks} - {t.id for t in plan.open_tasks()}
     todo = [t for t in chosen if t.id not in done]
     before = len(chosen) - len(todo)
-    plan.out.mkdir(parents=True, exist_ok=True)
+    with explained(plan.out):
+        plan.out.mkdir(parents=True, exist_ok=True)
     staging.sweep(plan.out)
     workers = choose_jobs(todo, jobs)
     with Children(todo, plan.out, workers) as children:

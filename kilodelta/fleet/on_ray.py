@@ -18,6 +18,7 @@ from typing import Any
 
 from kilodelta import __version__
 from kilodelta.files import canonical, staging
+from kilodelta.files.staging.stage import explained
 from kilodelta.fleet.child import thread_environment
 from kilodelta.fleet.cluster import (
     Lack,
@@ -58,7 +59,8 @@ def run_on_ray(
         InputError: a task needs what no machine of the cluster has, or no cluster answers.
         MissingPackageError: ray is not installed.
     """
-    plan.out.mkdir(parents=True, exist_ok=True)
+    with explained(plan.out):
+        plan.out.mkdir(parents=True, exist_ok=True)
     staging.sweep(plan.out)
     with connected(address) as ray:
         todo = list(plan.open_tasks())

@@ -8,6 +8,7 @@ processes falls into the time in which tasks wait for the disk.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -207,5 +208,6 @@ def _run(do: Do, out: str, pipe: Any) -> None:
     if task.get("gpu") is not None:  # before the first call of CUDA, which reads it
         os.environ[VISIBLE] = task["gpu"]
     pipe.send(do(task, Path(out)))
-    # All files are closed and named. What an interpreter does at its end takes torch a second.
-    os._exit(0)
+    # All files are closed and named. What an interpreter does at its end takes torch a second;
+    # `multiprocessing` has tidied up when this is called.
+    atexit.register(os._exit, 0)

@@ -24,12 +24,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from kilodelta.errors import InputError
 from kilodelta.files import plain
+from kilodelta.files.dtypes import PRECISIONS
 from kilodelta.files.untrusted import FieldError
 from kilodelta.fleet.definition import FineTune, Fleet, FleetBase, FleetTarget
 from kilodelta.fleet.fields import (
@@ -91,6 +93,8 @@ BUNDLE = {
 """Options of `kilodelta bundle` for the device folder that a target's releases go to."""
 NEEDS_INPUTS = {"release"}
 MODES = ("adapter", "patch", "refit")
+DTYPES = tuple(row.short for row in PRECISIONS.values())
+_CAPABILITY = re.compile(r"sm[1-9][0-9]{1,2}\Z")
 
 
 def read_fleet(path: str | Path) -> Fleet:
@@ -181,17 +185,35 @@ def _target(name: str, table: dict[str, Any]) -> FleetTarget:
             raise FieldError(f"{where}.resources.{key!s:.60} is {value!r:.40}, no positive number")
     options = {k: v for k, v in table.items() if k not in ("kind", "resources")}
     checked = typed_fields(options, where, KINDS[kind])
-    if kind == "tensorrt" and not checked.get("for"):
-        raise FieldError(f"{where}.for is missing: for example ['sm86', 'sm89']")
+    _require_precision(checked, where)
+    if kind == "tensorrt":
+        _require_capabilities(checked.get("for"), f"{where}.for")
     if "bundle" in checked:
         inner = typed_fields(checked["bundle"], f"{where}.bundle", BUNDLE)
         if inner.get("mode") not in MODES:
             raise FieldError(
                 f"{where}.bundle.mode is {inner.get('mode')!r:.40}, not one of {', '.join(MODES)}"
             )
+        _require_precision(inner, f"{where}.bundle", PRECISIONS)
+        if "engine" in inner:
+            _require_capabilities(inner["engine"], f"{where}.bundle.engine")
     if kind == "release" and not checked.get("version", 0) > 0:
         raise FieldError(f"{where}.version is missing: a whole number from 1 on")
     return FleetTarget(name=name, kind=kind, options=checked, resources=resources)
+
+
+def _require_precision(options: Mapping[str, Any], where: str, long: Collection[str] = ()) -> None:
+    dtype = options.get("dtype", DTYPES[0])
+    if dtype not in (*DTYPES, *long):
+        raise FieldError(f"{where}.dtype is {dtype!r:.40}, not one of {', '.join(DTYPES)}")
+
+
+def _require_capabilities(names: Any, where: str) -> None:
+    if not names:
+        raise FieldError(f"{where} is missing: for example ['sm86', 'sm89']")
+    for name in names:
+        if not _CAPABILITY.match(name):
+            raise FieldError(f"{where} names {name!r:.40}, which is not like sm86")
 
 
 def _group(root: Path, where: str, table: Any, bases: Mapping[str, FleetBase]) -> list[FineTune]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from kilodelta.errors import InputError
 from kilodelta.files import canonical, plain, staging, untrusted
+from kilodelta.files.staging.stage import explained
 from kilodelta.fleet.graph import Plan
 from kilodelta.fleet.record import AGAIN, DONE, RECORD, read_record
 from kilodelta.fleet.task import PAGE, Task
@@ -27,9 +28,18 @@ def remember(out: Path, file: str | Path) -> None:
     """Note in a folder of results which fleet file it is made from.
 
     Raises:
+        InputError: it holds the results of another file, which this one's would replace where
+            they have one name.
         OutputError: it cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    earlier = _made_from(out)
+    if earlier is not None and earlier.exists() and not earlier.samefile(file):
+        raise InputError(
+            f"{out} holds results of {earlier}, and is to hold those of {file}",
+            fix=f"give another folder by -o; or remove {out / PLANNED} to have both in one",
+        )
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
     text = canonical.dumps({"file": str(Path(file).resolve())})
     staging.write(out / PLANNED, text.encode("utf-8", "surrogateescape"))
 
@@ -48,15 +58,25 @@ def located(given: str | Path, out: str | Path) -> tuple[Path, Path]:
     if not place.is_dir():
         return place, Path(out)
     try:
-        value = canonical.loads(plain.read(place / PLANNED, MAX_PLANNED))
-        return Path(
-            untrusted.text(untrusted.table(value, PLANNED, {"file"})["file"], "file")
-        ), place
+        return _read(place), place
     except (OSError, ValueError) as problem:
         raise InputError(
             f"{place} does not say which fleet it is of: {problem}",
             fix="give the fleet's file, and the folder by -o",
         ) from None
+
+
+def _read(out: Path) -> Path:
+    value = canonical.loads(plain.read(out / PLANNED, MAX_PLANNED))
+    return Path(untrusted.text(untrusted.table(value, PLANNED, {"file"})["file"], "file"))
+
+
+def _made_from(out: Path) -> Path | None:
+    """Return which fleet file a folder is of; None where it does not say so."""
+    try:
+        return _read(out)
+    except (OSError, ValueError):
+        return None
 
 
 def status_of(plan: Plan) -> dict[str, Any]:

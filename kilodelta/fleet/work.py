@@ -14,12 +14,13 @@ from typing import Any
 from kilodelta.fleet.task import DEVICE, PAGE
 
 Params = Mapping[str, Any]
-MODEL, MAP, REST = "model.onnx", "model.map.json", "rest.safetensors"
+ENGINE = "engine"
+"""The folder of an engine, its ONNX file and their manifest."""
 PRELOAD: Mapping[str, tuple[str, ...]] = {
     "compress": ("torch", "transformers", "kilodelta.compress.distill.compress"),
     "onnx-base": ("torch", "transformers", "onnxscript", "kilodelta.export.pipeline"),
-    "tensorrt": ("torch", "transformers", "onnxscript", "kilodelta.export.pipeline"),
-    "onnx": ("kilodelta.export.patching.rewrite", "kilodelta.exact.selftest"),
+    "tensorrt": ("kilodelta.export.shared", "kilodelta.exact.selftest"),
+    "onnx": ("kilodelta.export.shared", "kilodelta.exact.selftest"),
     "merge": ("kilodelta.export.merge.checkpoint",),
     "peft": ("kilodelta.export.peft.adapter",),
     "gguf": ("kilodelta.export.gguf.adapter", "gguf"),
@@ -68,58 +69,47 @@ def compress(p: Params, out: Path) -> dict[str, Any]:
 
 def onnx_base(p: Params, out: Path) -> dict[str, Any]:
     """Export the base once, and map its weights, so that fine-tunes are patched in."""
-    from kilodelta.export.onnx.make import export_template
-    from kilodelta.export.onnx.save import save
-    from kilodelta.export.onnx.template import fill_template
     from kilodelta.export.options import SHORT
-    from kilodelta.export.patching.make_map import make_map, write_rest
-    from kilodelta.export.patching.map_file import write_map
-    from kilodelta.models import open_model, read_inputs
+    from kilodelta.export.shared import export_shared
 
-    loaded = open_model(p["model"] or p["base"], weights=p["base"] if p["model"] else None)
-    batch = None
-    if p["inputs"] is not None:
-        batch = read_inputs(p["inputs"], loaded, limit=2, batch_size=2)[0]
-    template = export_template(loaded, batch, dtype=SHORT[p["dtype"]])
-    save(fill_template(template, p["base"]), out / MODEL)
-    places = make_map(out / MODEL, Path(p["base"]), unused=template.unused)
-    write_map(places, out / MAP)
-    write_rest(places, Path(p["base"]), out / REST)
-    return {"weights": len(template.weights)}
+    weights = export_shared(
+        Path(p["base"]), out, dtype=SHORT[p["dtype"]], model=p["model"], inputs=p["inputs"]
+    )
+    return {"weights": weights}
 
 
 def onnx(p: Params, out: Path) -> dict[str, Any]:
     """Patch a fine-tune into the base's ONNX file: the bytes of an export of the merged model."""
-    from kilodelta.export.patching.map_file import read_map
-    from kilodelta.export.patching.rewrite import patch
+    from kilodelta.export.shared import MODEL, patch_shared
 
-    shared = Path(p["template"])
-    rest = shared / REST
-    made = patch(
-        shared / MODEL,
-        p["delta"],
-        out / MODEL,
-        places=read_map(shared / MAP),
-        base=rest if rest.exists() else None,
-    )
-    return {"changed": len(getattr(made, "changed", ()))}
+    made = patch_shared(Path(p["template"]), Path(p["delta"]), out / MODEL)
+    return {"changed": made.targets + made.extras}
 
 
 def tensorrt(p: Params, out: Path) -> dict[str, Any]:
-    """Export and build an engine."""
+    """Build an engine from the base's graph; export anew what has no place in that graph."""
+    from kilodelta.export.shared import export_from_shared, is_takeable
+    from kilodelta.format.file import load
+
+    shared, delta, model = Path(p["template"]), Path(p["delta"]), p["model"]
+    if is_takeable(shared, load(delta)):
+        made = export_from_shared(
+            shared, delta, out / ENGINE, tensorrt=p["options"]["for"], model=model
+        )
+        return {"artefacts": len(made.artefacts), "traced": False}
     from kilodelta.export.pipeline import export
 
-    made = export(
+    exported = export(
         p["base"],
-        p["delta"],
-        out / "engine",
+        delta,
+        out / ENGINE,
         onnx=True,
         tensorrt=p["options"]["for"],
         dtype=[p["options"].get("dtype", "fp32")],
-        model=p["model"],
+        model=model,
         inputs=p["inputs"],
     )
-    return {"artefacts": len(made.manifest.artefacts)}
+    return {"artefacts": len(exported.manifest.artefacts), "traced": True}
 
 
 def merge(p: Params, out: Path) -> dict[str, Any]:

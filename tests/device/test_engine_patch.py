@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,9 @@ import numpy as np
 
 from kilodelta.device import bundle, release
 from kilodelta.device.folder import DeviceFolder
+from kilodelta.device.golden import golden
+from kilodelta.device.golden.reference import ROWS, golden_inputs
+from kilodelta.device.make import engines
 from kilodelta.device.make.engines import EngineRecipe, read_recipe
 from kilodelta.device.modes import patch as patch_mode
 from kilodelta.device.modes import runtime
@@ -24,9 +28,13 @@ from kilodelta.device.serving import Device
 from kilodelta.device.update.apply import apply
 from kilodelta.errors import DeviceError, ExportError, InputError, ProofError
 from kilodelta.export.manifest.artefacts import file_fact
+from kilodelta.export.onnx.make import export_template
+from kilodelta.export.onnx.save import save
+from kilodelta.export.onnx.template import fill_template
 from kilodelta.format.file import load
 from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Patterns
+from kilodelta.models import open_model
 from tests.support import making, pico
 from tests.support.devices import Bench
 
@@ -87,6 +95,38 @@ def test_an_engine_is_bundled_released_and_patched(
     with pytest.raises(ExportError, match=r"the engine is of tensorrt_rtx 1\.0"):
         release(base, tmp_path / "task.kd", tmp_path / "t2.kd", version=2, engine=[device])
     assert not (tmp_path / "t2.kd").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "sizes"),
+    [
+        (pico.vit, {}),
+        (pico.resnet, {}),
+        (pico.resnet, {"height": (16, 24, 32), "width": (16, 16, 32)}),
+        (pico.resnet, {"batch": (2, 2, 2), "width": (8, 16, 24)}),
+    ],
+)
+def test_a_release_builds_images_in_the_sizes_of_the_bundle(
+    tmp_path: Path, make: Any, sizes: Any
+) -> None:
+    """A release traces anew, by the golden inputs and the recipe alone: the same graph results."""
+    loaded = open_model(make(tmp_path / "base"))
+    batch = golden_inputs(loaded, None, ROWS)
+    template = export_template(loaded, batch, dtype="float16", sizes=sizes)
+    recipe = EngineRecipe(capabilities=("sm86",), sizes=dict(template.sizes), tensorrt="1.7")
+    recipe.write(tmp_path)
+    exact = golden.Golden(inputs={n: v.numpy() for n, v in batch.items()}, outputs={})
+    golden.write(tmp_path / golden.FILE, exact)
+    device: Any = SimpleNamespace(base=tmp_path, bundle=SimpleNamespace(dtype="float16"))
+    again = engines._template(device, loaded)
+    assert again.profile() == template.profile()
+    assert (again.inputs, again.outputs) == (template.inputs, template.outputs)
+    files = [
+        save(fill_template(one, tmp_path / "base"), tmp_path / f"{number}.onnx")[0].read_bytes()
+        for number, one in enumerate((template, again))
+    ]
+    assert files[0] == files[1]
 
 
 def test_a_folder_without_a_patched_engine_is_refused(bench: Bench, tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("tomllib")
@@ -22,8 +24,10 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("transformers")
 import kilodelta
 from kilodelta import memory
-from kilodelta.errors import InputError
+from kilodelta.errors import ExportError, InputError
+from kilodelta.export import pipeline, precision, shared
 from kilodelta.export.pipeline import export
+from kilodelta.files.tensor import RawTensor
 from kilodelta.fleet import (
     child,
     cluster,
@@ -34,6 +38,7 @@ from kilodelta.fleet import (
     processes,
     read_fleet,
     run,
+    work,
 )
 from kilodelta.fleet.cluster import lacks, machines_of, options_of, require_resources
 from kilodelta.fleet.local import choose_jobs, shard_of
@@ -42,6 +47,7 @@ from kilodelta.fleet.processes import Children
 from kilodelta.fleet.record import AGAIN, DONE, NEW, RECORD
 from kilodelta.fleet.status import status_of
 from kilodelta.fleet.task import Task, memory_of
+from kilodelta.format.file import load
 from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Patterns
 from tests.doubles.child_work import DyingOnce, seen
@@ -120,6 +126,59 @@ def test_results_are_those_of_the_commands(world: Path, finished: Path, tmp_path
     [two] = (tmp_path / "merged").glob("*.safetensors")
     assert one.read_bytes() == two.read_bytes()
     assert (place / "lora" / "adapter" / "adapter_config.json").exists()
+
+
+def test_an_engine_is_built_from_the_graph_that_fine_tunes_share(
+    world: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is traced, and the folder is an export's, byte for byte."""
+    trt = SimpleNamespace(__name__="tensorrt_rtx", __version__="1.7.1")
+    asked: list[dict[str, Any]] = []
+
+    def built(trt: Any, onnx: Path, engine: Path, **options: Any) -> int:
+        """A double: an engine that says from which bytes and for what it was built."""
+        asked.append({n: options[n] for n in ("capabilities", "profile")})
+        return engine.write_bytes(hashlib.sha256(onnx.read_bytes()).digest())
+
+    for module in (pipeline, shared):
+        monkeypatch.setattr(module, "choose", lambda flavour, capabilities, dtypes: trt)
+    monkeypatch.setattr(shared, "build", built)
+    monkeypatch.setattr(precision.build, "build", built)
+    delta = world / "ready" / "t1.kd"
+    given = {
+        "base": str(world / "base"),
+        "delta": str(delta),
+        "template": str(finished / "bases" / "mini" / "onnx-fp32"),
+        "model": None,
+        "inputs": None,
+        "options": {"for": ["sm86"]},
+    }
+    with monkeypatch.context() as block:
+        block.setattr(pipeline, "open_merged", None)  # what traces needs a model
+        assert work.tensorrt(given, tmp_path) == {"artefacts": 2, "traced": False}
+    export(world / "base", delta, tmp_path / "export", onnx=True, tensorrt=["sm86"])
+    assert asked[0] == asked[1]
+    names = ["manifest.json", "model.fp32.engine", "model.fp32.onnx"]
+    for folder in ("engine", "export"):
+        assert sorted(p.name for p in (tmp_path / folder).iterdir()) == names
+    for name in names:
+        own, other = (tmp_path / folder / name for folder in ("engine", "export"))
+        assert own.read_bytes() == other.read_bytes(), name
+
+
+def test_what_changes_the_graph_is_exported_by_itself(
+    world: Path, finished: Path, tmp_path: Path
+) -> None:
+    template, delta = finished / "bases" / "mini" / "onnx-fp32", load(world / "ready" / "t1.kd")
+    assert shared.is_takeable(template, delta)
+    other = dataclasses.replace(delta.manifest, config={"hidden_act": "relu"})
+    assert not shared.is_takeable(template, dataclasses.replace(delta, manifest=other))
+    head = {"new.weight": RawTensor.of(np.ones((2, 2), np.float32))}
+    assert not shared.is_takeable(template, dataclasses.replace(delta, extras=head))
+    assert not shared.is_takeable(tmp_path, delta)
+    with pytest.raises(ExportError, match="an encoder and a decoder") as error:
+        shared.patch_shared(tmp_path, delta, tmp_path / "x.onnx")
+    assert "inputs" in error.value.fix
 
 
 def test_a_second_run_does_nothing(world: Path, finished: Path) -> None:

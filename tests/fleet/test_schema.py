@@ -88,6 +88,9 @@ def test_a_fleet_is_read(folder: Path) -> None:
         ('kind = "onnx"', 'kind = "onx"', r"target\.onnx16\.kind is 'onx', not one of merge"),
         ('kind = "onnx"', 'kind = "onnx"\nfor = ["sm86"]', r"target\.onnx16\.for is no field"),
         ('for = ["sm86"]', "", r"target\.rtx\.for is missing"),
+        ('for = ["sm86"]', 'for = ["86"]', r"target\.rtx\.for names '86', which is not like sm86"),
+        ('dtype = "fp16"', 'dtype = "int8"', r"target\.onnx16\.dtype is 'int8', not one of fp32"),
+        ('dtype = "fp16"', 'dtype = "float16"', r"target\.onnx16\.dtype is 'float16', not one"),
         ("sm86 = 1", "sm86 = 0", r"target\.rtx\.resources\.sm86 is 0, no positive"),
         ("[target.rtx]", "[target.rtx", "is no TOML"),
         (
@@ -101,6 +104,16 @@ def test_a_fleet_is_read(folder: Path) -> None:
             "bundle.keep is no field",
         ),
         ('kind = "onnx"\ndtype = "fp16"', f"{ORIN}engine = ['sm86'] }}", "bundle.mode is None"),
+        (
+            'kind = "onnx"\ndtype = "fp16"',
+            f"{ORIN}mode = 'patch', engine = ['orin'] }}",
+            "bundle.engine names 'orin'",
+        ),
+        (
+            'kind = "onnx"\ndtype = "fp16"',
+            f"{ORIN}mode = 'patch', dtype = 'fp8' }}",
+            "bundle.dtype is 'fp8'",
+        ),
     ],
 )
 def test_faults_are_named(folder: Path, old: str, new: str, words: str) -> None:

@@ -1,0 +1,146 @@
+"""What can go wrong around a fleet: a sentence and a fix each, and no other task suffers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("tomllib")
+from click.testing import CliRunner
+
+from kilodelta.cli import main
+from kilodelta.errors import InputError, OutputError, require
+from kilodelta.fleet import child, make_plan, read_fleet, run
+from kilodelta.fleet.status import PLANNED, remember
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "0.1.0"
+FLEET = """
+version = 1
+[base.mini]
+path = "base.safetensors"
+[[fine-tunes]]
+deltas = ["*.kd"]
+[target.merged]
+kind = "merge"
+[target.lora]
+kind = "gguf"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A base, two fine-tunes of it, and the file that names them."""
+    for name in ("base.safetensors", "nola-8.kd", "nola-16.kd"):
+        shutil.copy(GOLDEN / name, tmp_path / name)
+    (tmp_path / "fleet.toml").write_text(FLEET)
+    return tmp_path
+
+
+def plan_of(folder: Path) -> Any:
+    return make_plan(read_fleet(folder / "fleet.toml"), folder / "out")
+
+
+def answers(plan: Any, kind: str) -> dict[str, Any]:
+    """Do the tasks of a kind in this process, and return their answers by fine-tune."""
+    tasks = [task for task in plan.tasks if task.kind == kind]
+    return {task.fine_tune: child.do(task.to_json(), plan.out) for task in tasks}
+
+
+def refused(*given: str) -> str:
+    done = CliRunner().invoke(main, ["fleet", *given])
+    assert done.exit_code in (2, InputError.exit_code, OutputError.exit_code), done.output
+    return done.output
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda p: shutil.copy(GOLDEN / "lora-8.kd", p)])
+def test_a_fine_tune_that_goes_after_the_plan_costs_its_own_tasks(
+    folder: Path, change: Any
+) -> None:
+    """Another file under its name would else be recorded as the result of the planned one."""
+    plan = plan_of(folder)
+    change(folder / "nola-8.kd")
+    done = answers(plan, "merge")
+    assert done["nola-16"]["status"] == "done"
+    lost = done["nola-8"]
+    assert (lost["status"], lost["exit_code"]) == ("failed", InputError.exit_code)
+    assert "nola-8.kd" in lost["error"]
+    assert lost["fix"]
+    assert not (folder / "out" / "fine-tunes" / "nola-8" / "merged").exists()
+
+
+def test_a_base_that_goes_after_the_plan_fails_with_a_sentence(folder: Path) -> None:
+    plan = plan_of(folder)
+    (folder / "base.safetensors").unlink()
+    for answer in answers(plan, "merge").values():
+        assert answer["status"] == "failed"
+        assert "base.safetensors" in answer["error"]
+        assert "traceback" not in answer
+
+
+def test_a_missing_package_is_those_tasks_failure(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gguf(params: Any, out: Path) -> Any:
+        return require("no_such_package", extra="gguf", why="write GGUF files")
+
+    monkeypatch.setattr(child, "WORK", {**child.WORK, "gguf": gguf})
+    plan = plan_of(folder)
+    for answer in answers(plan, "gguf").values():
+        assert (
+            answer["error"] == "no_such_package is not installed; it is needed to write GGUF files"
+        )
+        assert "'.[gguf]'" in answer["fix"]
+    assert {a["status"] for a in answers(plan, "merge").values()} == {"done"}
+
+
+def test_results_of_another_fleet_are_not_mixed_in(folder: Path) -> None:
+    """Results of one name would replace each other."""
+    out, other = folder / "out", folder / "other.toml"
+    shutil.copy(folder / "fleet.toml", other)
+    remember(out, folder / "fleet.toml")
+    remember(out, folder / "fleet.toml")
+    said = refused("run", str(other), "-o", str(out))
+    assert "holds results of" in said
+    assert PLANNED in said
+    assert not (out / "fine-tunes").exists()
+    (folder / "fleet.toml").rename(folder / "moved.toml")  # the file that wrote it may move
+    remember(out, folder / "moved.toml")
+    assert json.loads((out / PLANNED).read_text())["file"] == str(folder / "moved.toml")
+
+
+def test_results_need_a_folder(folder: Path) -> None:
+    (folder / "out").write_text("a file")
+    said = refused("run", str(folder / "fleet.toml"), "-o", str(folder / "out"))
+    assert "cannot be written" in said
+    with pytest.raises(OutputError, match="cannot be written"):
+        run(plan_of(folder))
+
+
+@pytest.mark.parametrize(
+    ("shard", "words"),
+    [
+        ("9/8", "there is no shard 9 of 8"),
+        ("0/8", "there is no shard 0 of 8"),
+        ("1/0", "there is no shard 1 of 0"),
+        ("3", "write 3/8"),
+        ("3/", "write 3/8"),
+        ("-1/8", "write 3/8"),
+        ("1/²", "write 3/8"),
+        (f"1/{'9' * 5000}", "write 3/8"),
+    ],
+)
+def test_a_shard_that_does_not_exist(folder: Path, shard: str, words: str) -> None:
+    said = refused("run", str(folder / "fleet.toml"), "-o", str(folder / "out"), "--shard", shard)
+    assert words in said
+
+
+def test_a_status_of_a_folder_whose_file_has_gone(folder: Path) -> None:
+    remember(folder / "out", folder / "fleet.toml")
+    (folder / "fleet.toml").unlink()
+    assert "cannot be read" in refused("status", str(folder / "out"))
+    (folder / "empty").mkdir()
+    assert "does not say which fleet" in refused("status", str(folder / "empty"))
