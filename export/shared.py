@@ -139,17 +139,18 @@ def export_from_shared(
     """
 
     facts = parse_artefact(plain.read(shared / FACTS, artefacts.LIMIT))
-    trt, tuned = choose(AUTO, tensorrt, (facts.dtype,)), load(delta)
+    capabilities, tuned = tuple(tensorrt), load(delta)
+    trt = choose(AUTO, capabilities, (facts.dtype,))
     with out_folder(out, force=False) as stage:
         source = stage / f"model.{short(facts.dtype)}.onnx"
         written = patch_shared(shared, tuned, source)
         onnx = replace(facts, files=tuple(map(file_fact, written.files)))
         path = source.with_suffix(".engine")
-        build(trt, source, path, capabilities=tensorrt, profile=facts.profile)
+        build(trt, source, path, capabilities=capabilities, profile=facts.profile)
         engine = EngineFacts(
             flavour=trt.__name__,
             version=trt.__version__,
-            capabilities=tuple(tensorrt),
+            capabilities=capabilities,
             tf32=False,
             refittable=(),
             onnx=onnx.files[0].sha256,
