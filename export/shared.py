@@ -109,7 +109,7 @@ def is_takeable(shared: Path, delta: Delta) -> bool:
     Raises:
         BaseMismatchError: the graph is of another base.
     """
-    if delta.manifest.config or not (shared / MODEL).exists():
+    if delta.manifest.config or not (shared / FACTS).exists():
         return False
     rest = shared / REST
     try:

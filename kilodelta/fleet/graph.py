@@ -25,6 +25,7 @@ from kilodelta.fleet.record import AGAIN, DONE, NEW, TaskState, state_of
 from kilodelta.fleet.schema import NEEDS_INPUTS
 from kilodelta.fleet.sources import file_digest
 from kilodelta.fleet.task import DEVICE, Task, memory_of
+from kilodelta.grid.open import is_quantised
 from kilodelta.progress import Event, Progress, silent
 
 TRACED = {"onnx", "tensorrt"}
@@ -211,7 +212,17 @@ class _Maker:
         return self._of_base("onnx-base", f"onnx-{dtype}", base, {"dtype": dtype})
 
     def _bundle(self, base: FleetBase, target: FleetTarget) -> Task:
-        """Make the device folder of one kind of device, once for all fine-tunes of a base."""
+        """Make the device folder of one kind of device, once for all fine-tunes of a base.
+
+        Raises:
+            InputError: the base is quantised, and a device folder serves float models.
+        """
+        if is_quantised(base.path):
+            raise InputError(
+                f"target {target.name} is for a device folder, and base {base.name} is a quantised "
+                "model, whose graphs and engines have no map",
+                fix="give the model before quantisation; a quantised one takes kind = 'merge'",
+            )
         options = {"options": dict(target.options["bundle"])}
         named = {"name": base.name}
         return self._of_base(

@@ -12,6 +12,7 @@ import pytest
 
 from kilodelta.device import apply, bundle, status
 from kilodelta.device.folder import DeviceFolder, state
+from kilodelta.device.make import bundling
 from kilodelta.device.modes import refit, runtime
 from kilodelta.device.update.admit import bind
 from kilodelta.errors import (
@@ -81,8 +82,18 @@ def test_a_file_for_a_quantised_base_is_refused_by_what_it_is(bench: Bench, mode
         bind(folder, delta)
 
 
-def test_a_quantised_model_is_not_bundled(tmp_path: Path) -> None:
-    base = grids.folder(tmp_path / "base", grids.CT, {"a.weight": np.zeros((2, 2), np.float32)})
-    with pytest.raises(CheckpointError, match="base is a quantised model, and a device folder"):
-        bundle(base, tmp_path / "device", mode="patch")
+@pytest.mark.parametrize("engine", [[], ["sm86"]])
+@pytest.mark.parametrize("layout", [grids.CT, grids.FP8])
+def test_a_quantised_model_is_not_bundled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Any, engine: list[str]
+) -> None:
+    """INT4 and FP8 codes in an engine have no map, and the way out is said."""
+    monkeypatch.setattr(bundling, "choose", lambda *given: None)
+    base = grids.folder(tmp_path / "base", layout, {"a.weight": np.zeros((2, 2), np.float32)})
+    with pytest.raises(
+        CheckpointError, match="base is a quantised model, and a device folder"
+    ) as error:
+        bundle(base, tmp_path / "device", mode="patch", engine=engine)
+    assert "--mode adapter, patch or refit" in error.value.fix
+    assert "kilodelta merge" in error.value.fix
     assert not (tmp_path / "device").exists()

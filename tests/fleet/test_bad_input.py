@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("tomllib")
@@ -16,6 +17,7 @@ from kilodelta.cli import main
 from kilodelta.errors import InputError, OutputError, require
 from kilodelta.fleet import child, make_plan, read_fleet, run
 from kilodelta.fleet.status import PLANNED, remember
+from tests.support import grids
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "0.1.0"
 FLEET = """
@@ -144,3 +146,21 @@ def test_a_status_of_a_folder_whose_file_has_gone(folder: Path) -> None:
     assert "cannot be read" in refused("status", str(folder / "out"))
     (folder / "empty").mkdir()
     assert "does not say which fleet" in refused("status", str(folder / "empty"))
+
+
+def test_a_quantised_base_has_no_device_folder(folder: Path) -> None:
+    """It is said by `plan`, before anything is exported."""
+    grids.folder(folder / "int4", grids.CT, {"a.weight": np.zeros((2, 2), np.float32)})
+    text = (
+        FLEET.replace("base.safetensors", "int4")
+        + """
+[target.pc]
+kind = "release"
+version = 1
+probe = false
+bundle = { mode = "patch", engine = ["sm86"] }
+"""
+    )
+    (folder / "fleet.toml").write_text(text)
+    said = refused("plan", str(folder / "fleet.toml"), "-o", str(folder / "out"))
+    assert "target pc is for a device folder, and base mini is a quantised model" in said

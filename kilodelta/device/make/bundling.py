@@ -130,8 +130,8 @@ def _refuse_quantised(base: Path) -> None:
     if is_quantised(base):
         raise CheckpointError(
             f"{base} is a quantised model, and a device folder serves float ones",
-            fix="bundle the model before quantisation; a quantised one takes a fine-tune by"
-            " kilodelta merge BASE FILE -o FOLDER",
+            fix="bundle the model before quantisation, in --mode adapter, patch or refit; a"
+            " quantised one takes a fine-tune by kilodelta merge BASE FILE -o FOLDER",
         )
 
 
