@@ -110,10 +110,12 @@ class Children:
             one.give(given)
             return one
         with self._lock:
-            one = self._ready.pop() if self._ready else None
+            waiting = self._ready.pop() if self._ready else None
             self._to_fork -= 1
             more = self._to_fork > len(self._ready)
-        if one is None or not one.give(given):  # one that waited may have been killed meanwhile
+        if waiting is not None and waiting.give(given):
+            one = waiting
+        else:  # there was none, or it was killed while it waited
             one = _Child(self._forking, self._out)
             one.give(given)
         if more:

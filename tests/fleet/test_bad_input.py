@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from kilodelta.cli import main
 from kilodelta.errors import InputError, OutputError, require
-from kilodelta.fleet import child, make_plan, read_fleet, run
+from kilodelta.fleet import child, make_plan, read_fleet, run, work
 from kilodelta.fleet.status import PLANNED, remember
 from tests.support import grids
 
@@ -89,7 +89,7 @@ def test_a_missing_package_is_those_tasks_failure(
     def gguf(params: Any, out: Path) -> Any:
         return require("no_such_package", extra="gguf", why="write GGUF files")
 
-    monkeypatch.setattr(child, "WORK", {**child.WORK, "gguf": gguf})
+    monkeypatch.setattr(child, "WORK", {**work.WORK, "gguf": gguf})
     plan = plan_of(folder)
     for answer in answers(plan, "gguf").values():
         assert (

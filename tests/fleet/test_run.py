@@ -25,8 +25,9 @@ pytest.importorskip("transformers")
 import kilodelta
 from kilodelta import memory
 from kilodelta.errors import ExportError, InputError
-from kilodelta.export import pipeline, precision, shared
+from kilodelta.export import pipeline, shared
 from kilodelta.export.pipeline import export
+from kilodelta.export.tensorrt import build as engines
 from kilodelta.files.tensor import RawTensor
 from kilodelta.fleet import (
     child,
@@ -143,7 +144,7 @@ def test_an_engine_is_built_from_the_graph_that_fine_tunes_share(
     for module in (pipeline, shared):
         monkeypatch.setattr(module, "choose", lambda flavour, capabilities, dtypes: trt)
     monkeypatch.setattr(shared, "build", built)
-    monkeypatch.setattr(precision.build, "build", built)
+    monkeypatch.setattr(engines, "build", built)
     delta = world / "ready" / "t1.kd"
     given = {
         "base": str(world / "base"),
