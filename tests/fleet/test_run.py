@@ -116,11 +116,41 @@ def shared_of(finished: Path, out: Path) -> Path:
     return out
 
 
-def test_results_are_those_of_the_commands(world: Path, finished: Path, tmp_path: Path) -> None:
+def graph_compiler(patched: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Put a double in TensorRT's place; return what it was asked for.
+
+    Its engines say from which bytes they were built.
+    """
+    asked: list[dict[str, Any]] = []
+
+    def built(trt: Any, onnx: Path, engine: Path, **options: Any) -> int:
+        asked.append({name: options[name] for name in ("capabilities", "profile")})
+        return engine.write_bytes(hashlib.sha256(onnx.read_bytes()).digest())
+
+    trt = SimpleNamespace(__name__="tensorrt_rtx", __version__="1.7.1")
+    for module in (pipeline, shared):
+        patched.setattr(module, "choose", lambda flavour, capabilities, dtypes: trt)
+    for module in (engines, shared):
+        patched.setattr(module, "build", built)
+    return asked
+
+
+@pytest.fixture(scope="module")
+def exported(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The command's export of one fine-tune, and what its engine was to be."""
+    out = tmp_path_factory.mktemp("exported") / "out"
+    with pytest.MonkeyPatch.context() as patched:
+        asked = graph_compiler(patched)
+        export(world / "base", world / "ready" / "t1.kd", out, onnx=True, tensorrt=["sm86"])
+    return out, asked
+
+
+def test_results_are_those_of_the_commands(
+    world: Path, finished: Path, exported: tuple[Path, Any], tmp_path: Path
+) -> None:
     """The patched ONNX file is, byte for byte, an export of the merged model."""
     place = finished / "fine-tunes" / "t1"
-    export(world / "base", world / "ready" / "t1.kd", tmp_path / "out")
-    [single] = (tmp_path / "out").glob("*.onnx")
+    [single] = exported[0].glob("*.onnx")
     assert (place / "onnx" / "model.onnx").read_bytes() == single.read_bytes()
     kilodelta.merge(world / "base", world / "ready" / "t1.kd", tmp_path / "merged")
     [one] = (place / "merged" / "merged").glob("*.safetensors")
@@ -130,41 +160,30 @@ def test_results_are_those_of_the_commands(world: Path, finished: Path, tmp_path
 
 
 def test_an_engine_is_built_from_the_graph_that_fine_tunes_share(
-    world: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: Path,
+    finished: Path,
+    exported: tuple[Path, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nothing is traced, and the folder is an export's, byte for byte."""
-    trt = SimpleNamespace(__name__="tensorrt_rtx", __version__="1.7.1")
-    asked: list[dict[str, Any]] = []
-
-    def built(trt: Any, onnx: Path, engine: Path, **options: Any) -> int:
-        """A double: an engine that says from which bytes and for what it was built."""
-        asked.append({n: options[n] for n in ("capabilities", "profile")})
-        return engine.write_bytes(hashlib.sha256(onnx.read_bytes()).digest())
-
-    for module in (pipeline, shared):
-        monkeypatch.setattr(module, "choose", lambda flavour, capabilities, dtypes: trt)
-    monkeypatch.setattr(shared, "build", built)
-    monkeypatch.setattr(engines, "build", built)
-    delta = world / "ready" / "t1.kd"
+    asked = graph_compiler(monkeypatch)
+    monkeypatch.setattr(pipeline, "open_merged", None)  # what traces needs a model
     given = {
         "base": str(world / "base"),
-        "delta": str(delta),
+        "delta": str(world / "ready" / "t1.kd"),
         "template": str(finished / "bases" / "mini" / "onnx-fp32"),
         "model": None,
         "inputs": None,
         "options": {"for": ["sm86"]},
     }
-    with monkeypatch.context() as block:
-        block.setattr(pipeline, "open_merged", None)  # what traces needs a model
-        assert work.tensorrt(given, tmp_path) == {"artefacts": 2, "traced": False}
-    export(world / "base", delta, tmp_path / "export", onnx=True, tensorrt=["sm86"])
-    assert asked[0] == asked[1]
+    assert work.tensorrt(given, tmp_path) == {"artefacts": 2, "traced": False}
+    assert asked == exported[1]
     names = ["manifest.json", "model.fp32.engine", "model.fp32.onnx"]
-    for folder in ("engine", "export"):
-        assert sorted(p.name for p in (tmp_path / folder).iterdir()) == names
+    for folder in (tmp_path / "engine", exported[0]):
+        assert sorted(path.name for path in folder.iterdir()) == names
     for name in names:
-        own, other = (tmp_path / folder / name for folder in ("engine", "export"))
-        assert own.read_bytes() == other.read_bytes(), name
+        assert (tmp_path / "engine" / name).read_bytes() == (exported[0] / name).read_bytes(), name
 
 
 def test_what_changes_the_graph_is_exported_by_itself(
