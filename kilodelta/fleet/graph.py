@@ -29,7 +29,8 @@ from kilodelta.grid.open import is_quantised
 from kilodelta.progress import Event, Progress, silent
 
 TRACED = {"onnx", "tensorrt"}
-"""Kinds of targets that are made from one exported graph of the base."""
+"""Kinds of targets that are made from one exported graph of the base; a quantised base has none,
+for the graph of each fine-tune holds other codes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +188,7 @@ class _Maker:
             "model": base.model or None,
             "name": tune.name,
         }
-        if target.kind in TRACED:
+        if target.kind in TRACED and not is_quantised(base.path):
             shared = self._onnx_base(base, target.options.get("dtype", "fp32"))
             if shared.id not in self._shared:
                 self._shared[shared.id] = shared

@@ -7,15 +7,15 @@ record. Heavy libraries are imported by `preload`, in the process that children 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kilodelta.fleet.task import DEVICE, PAGE
 
 Params = Mapping[str, Any]
-ENGINE = "engine"
-"""The folder of an engine, its ONNX file and their manifest."""
+ENGINE, EXPORT = "engine", "export"
+"""Folders of an engine, its ONNX file and their manifest, and of an ONNX file and its manifest."""
 PRELOAD: Mapping[str, tuple[str, ...]] = {
     "compress": ("torch", "transformers", "kilodelta.compress.distill.compress"),
     "onnx-base": ("torch", "transformers", "onnxscript", "kilodelta.export.pipeline"),
@@ -79,9 +79,14 @@ def onnx_base(p: Params, out: Path) -> dict[str, Any]:
 
 
 def onnx(p: Params, out: Path) -> dict[str, Any]:
-    """Patch a fine-tune into the base's ONNX file: the bytes of an export of the merged model."""
+    """Patch a fine-tune into the base's ONNX file: the bytes of an export of the merged model.
+
+    A quantised base has no such file, and its fine-tune is exported.
+    """
     from kilodelta.export.shared import MODEL, patch_shared
 
+    if "template" not in p:
+        return _exported(p, out / EXPORT, ())
     made = patch_shared(Path(p["template"]), Path(p["delta"]), out / MODEL)
     return {"changed": made.targets + made.extras}
 
@@ -91,25 +96,29 @@ def tensorrt(p: Params, out: Path) -> dict[str, Any]:
     from kilodelta.export.shared import export_from_shared, is_takeable
     from kilodelta.format.file import load
 
-    shared, delta, model = Path(p["template"]), Path(p["delta"]), p["model"]
-    if is_takeable(shared, load(delta)):
+    delta, gpus = Path(p["delta"]), p["options"]["for"]
+    if "template" in p and is_takeable(Path(p["template"]), load(delta)):
         made = export_from_shared(
-            shared, delta, out / ENGINE, tensorrt=p["options"]["for"], model=model
+            Path(p["template"]), delta, out / ENGINE, tensorrt=gpus, model=p["model"]
         )
         return {"artefacts": len(made.artefacts), "traced": False}
+    return _exported(p, out / ENGINE, gpus)
+
+
+def _exported(p: Params, out: Path, gpus: Sequence[str]) -> dict[str, Any]:
     from kilodelta.export.pipeline import export
 
-    exported = export(
+    made = export(
         p["base"],
-        delta,
-        out / ENGINE,
+        p["delta"],
+        out,
         onnx=True,
-        tensorrt=p["options"]["for"],
+        tensorrt=gpus,
         dtype=[p["options"].get("dtype", "fp32")],
-        model=model,
+        model=p["model"],
         inputs=p["inputs"],
     )
-    return {"artefacts": len(exported.manifest.artefacts), "traced": True}
+    return {"artefacts": len(made.manifest.artefacts), "traced": True}
 
 
 def merge(p: Params, out: Path) -> dict[str, Any]:

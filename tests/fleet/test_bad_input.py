@@ -164,3 +164,14 @@ bundle = { mode = "patch", engine = ["sm86"] }
     (folder / "fleet.toml").write_text(text)
     said = refused("plan", str(folder / "fleet.toml"), "-o", str(folder / "out"))
     assert "target pc is for a device folder, and base mini is a quantised model" in said
+
+
+def test_fine_tunes_of_a_quantised_base_share_no_graph(folder: Path) -> None:
+    """Each graph holds other codes, so that each is an export."""
+    grids.folder(folder / "int4", grids.CT, {"a.weight": np.zeros((2, 2), np.float32)})
+    targets = '[target.rtx]\nkind = "tensorrt"\nfor = ["sm89"]\n[target.onnx]\nkind = "onnx"\n'
+    head = FLEET.partition("[target.")[0].replace("base.safetensors", "int4")
+    (folder / "fleet.toml").write_text(head + targets)
+    tasks = plan_of(folder).tasks
+    assert [task.kind for task in tasks] == ["tensorrt", "onnx"] * 2
+    assert not any(task.needs or "template" in task.params for task in tasks)
