@@ -44,7 +44,12 @@ def test_outputs_are_those_of_the_whole_model_bit_for_bit(
     monkeypatch.setattr(blockwise, "LARGE", 0)
     calls: list[nn.Module] = []
     real = blockwise.widened
-    monkeypatch.setattr(blockwise, "widened", lambda m: calls.append(m) or real(m))
+
+    def watched(module: nn.Module) -> nn.Module:
+        calls.append(module)
+        return real(module)
+
+    monkeypatch.setattr(blockwise, "widened", watched)
     found = run(module, ids)
     assert calls == [module]
     assert found.dtype == np.float64
@@ -101,7 +106,7 @@ class Reaching(Blocks):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = self.first(x)
         for block in self.blocks:
-            x = torch.nn.functional.linear(x, block.weight)
+            x = torch.nn.functional.linear(x, block.get_parameter("weight"))
         return {"y": self.last(x)}
 
 
@@ -119,8 +124,8 @@ def test_a_model_that_reaches_into_its_blocks_is_widened_as_a_whole() -> None:
 def test_a_block_that_fails_is_left_narrow() -> None:
     made = blockwise.widened(Blocks().eval())
     with pytest.raises(RuntimeError), torch.inference_mode():
-        made.blocks[1](torch.ones(1, 3, dtype=torch.float64))  # type: ignore[index]
-    assert made.blocks[1].weight.dtype == torch.float32  # type: ignore[index, union-attr]
+        made.get_submodule("blocks.1")(torch.ones(1, 3, dtype=torch.float64))
+    assert made.get_parameter("blocks.1.weight").dtype == torch.float32
 
 
 def test_weights_that_do_not_fit_are_refused_with_both_numbers(

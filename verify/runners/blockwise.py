@@ -82,15 +82,16 @@ class _Block:
         """Put float64 copies in the tensors' places; tied ones get one copy."""
         made: dict[int, Tensor] = {}
         for part in self.parts:
-            for tensors in (part._parameters, part._buffers):
+            kinds: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+            for tensors in kinds:
                 for name, tensor in tensors.items():
                     if tensor is None or not tensor.is_floating_point() or tensor.dtype == WIDE:
                         continue
                     if id(tensor) not in made:
                         made[id(tensor)] = _wide(tensor)
                     self.narrow.append((tensors, name, tensor))
-        for tensors, name, tensor in self.narrow:
-            tensors[name] = made[id(tensor)]
+        for places, name, tensor in self.narrow:
+            places[name] = made[id(tensor)]
 
 
 def _wide(tensor: Tensor) -> Tensor:
