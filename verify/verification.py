@@ -202,10 +202,13 @@ def _sorted_out(places: Sequence[_Path]) -> tuple[Path | None, Path | None]:
     paths = [Path(place) for place in places]
     exports = [path for path in paths if is_export(path)]
     merged = [path for path in paths if path not in exports]
-    for several in (merged, exports):
+    for several, kind in ((merged, "merged model"), (exports, "export")):
+        if absent := [path for path in several if not path.exists()]:
+            raise InputError(f"{absent[0]} does not exist", fix="check the path, or make it first")
         if len(several) > 1:
             raise InputError(
-                f"{several[0]} and {several[1]} are two of a kind",
+                f"{several[0]} and {several[1]} are two of a kind: each counts as a {kind}, "
+                f"{'with a' if several is exports else 'without an'} export's manifest",
                 fix="give one merged model and one export folder at most",
             )
     return next(iter(merged), None), next(iter(exports), None)

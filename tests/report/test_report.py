@@ -274,6 +274,18 @@ def test_the_verdict_follows_the_share_of_the_gain(
     assert (judged.advice == "") == (level == "green")
 
 
+@pytest.mark.parametrize(
+    ("error", "words"), [(4.375, "raise --budget"), (51.04, "lower --lr"), (None, "raise --budget")]
+)
+def test_an_update_far_beyond_the_change_is_not_short_of_bytes(
+    error: float | None, words: str
+) -> None:
+    poor = {"before": {"agreement": 0.24}, "after": {"agreement": 0.36}, "weight_error": error}
+    assert words in verdict_of(poor).advice
+    good = {"before": {"agreement": 0.24}, "after": {"agreement": 0.99}, "weight_error": error}
+    assert verdict_of(good).advice == ""
+
+
 def test_the_share_is_of_the_way_from_base_to_tuned() -> None:
     assert kept_share(0.4, 0.7, 0.8) == pytest.approx(0.75)
     assert kept_share(0.4, 0.4, 0.4) is None

@@ -296,7 +296,11 @@ def test_without_inputs(world: World) -> None:
 def test_places_and_inputs_that_make_no_sense(world: World, tmp_path: Path) -> None:
     result = world.verify(world.place / "merged", world.place / "base")
     assert result.exit_code == InputError.exit_code
-    assert "two of a kind" in result.stderr
+    assert "two of a kind: each counts as a merged model" in result.stderr
+    for places in ((tmp_path / "none",), (world.place / "merged", tmp_path / "none")):
+        result = world.verify(*places)
+        assert result.exit_code == InputError.exit_code
+        assert "none does not exist" in " ".join(result.stderr.split())
     for inputs, why in (("no.txt", "no.txt is no file"), ("texts", "texts is no kind of input")):
         result = world.verify(world.out, "--inputs", inputs, base="nowhere")
         assert result.exit_code == InputError.exit_code
