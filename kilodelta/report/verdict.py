@@ -86,8 +86,8 @@ def _of_compress(report: Mapping[str, Any]) -> Verdict:
     advice = "raise --budget or --steps, or give more inputs"
     if float(report.get("weight_error") or 0) >= FAR:
         advice = (
-            f"give a lower --lr: the update lies {report['weight_error']:.0f} times as far from "
-            "the tuned weights as the base does"
+            "give a lower --lr, or --tune MINUTES: the update lies "
+            f"{report['weight_error']:.0f} times as far from the tuned weights as the base does"
         )
     if report.get("interrupted"):
         return Verdict(
