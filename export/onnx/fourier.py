@@ -83,7 +83,8 @@ class _Writer:
         if is_inverse:
             length = self._node(node, "CastLike", [self._length(node, axis), signal])
             both = self._node(node, "Div", [both, length])
-        both.dtype, both.shape = output.dtype, output.shape
+        # torch leaves results between two transforms without a shape, which the second one needs.
+        both.dtype, both.shape = signal.dtype, ir.Shape([*signal.shape[:-1], 2])
         if output.is_graph_output():
             both.name, output.name = output.name, f"{output.name}:transform"
         output.replace_all_uses_with(both, replace_graph_outputs=True)

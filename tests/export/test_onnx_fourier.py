@@ -56,6 +56,37 @@ def test_every_transform_is_numpys(inverse: bool, parts: int, axis: int, is_free
     assert np.linalg.norm(actual - expected) < 4e-7 * np.linalg.norm(expected)
 
 
+def test_a_transform_of_a_transform_whose_shape_is_not_noted() -> None:
+    """As torch writes FNet's: over two axes, one after the other."""
+    nodes = [
+        helper.make_node("DFT", ["x", "", "two"], ["between"]),
+        helper.make_node("DFT", ["between", "", "one"], ["y"]),
+    ]
+    proto = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "two",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, "n", 6, 1])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, "n", 6, 2])],
+            [
+                helper.make_tensor(n, TensorProto.INT64, [], [i])
+                for n, i in (("one", 1), ("two", 2))
+            ],
+        ),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    model = ir.from_proto(proto)
+    write_out_transforms(model)
+    assert not any(node.op_type == "DFT" for node in model.graph)
+    data = ir.to_proto(model).SerializeToString()
+    x = np.random.default_rng(0).standard_normal((2, 9, 6, 1)).astype(np.float32)
+    (y,) = InferenceSession(data, providers=["CPUExecutionProvider"]).run(["y"], {"x": x})
+    expected = np.fft.fft2(x[..., 0].astype(np.float64), axes=(1, 2))
+    actual = y[..., 0] + 1j * y[..., 1]
+    assert np.linalg.norm(actual - expected) < 6e-7 * np.linalg.norm(expected)
+
+
 def test_the_older_operator_names_its_axis_otherwise() -> None:
     x = np.random.default_rng(0).standard_normal((2, 100, 6, 1)).astype(np.float32)
     actual = transform(x, axis=1, inverse=False, length=None, opset=18)
