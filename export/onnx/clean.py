@@ -10,15 +10,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from kilodelta.errors import ExportError
+from kilodelta.export.onnx.fourier import write_out_transforms
 
 
 def clean(model: Any) -> None:
-    """Inline functions, fold constants, drop what is unused and all notes about the source."""
+    """Inline functions, fold constants, write Fourier transforms as products, drop what is unused
+    and all notes about the source."""
     import onnx_ir.passes.common as passes
     from onnxscript import optimizer
 
     optimizer.inline(model)
     optimizer.fold_constants(model)
+    write_out_transforms(model)
     optimizer.remove_unused_nodes(model)
     passes.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     passes.RemoveUnusedOpsetsPass()(model)

@@ -13,7 +13,6 @@ from torch import nn
 from kilodelta.errors import ExportError
 from kilodelta.export.manifest.facts import Sizes
 from kilodelta.export.onnx.clean import clean, rename
-from kilodelta.export.onnx.fourier import write_out_transforms
 from kilodelta.export.onnx.proof import claim, make_twin, require_kept
 from kilodelta.export.onnx.template import Template, port
 from kilodelta.export.onnx.trace import trace
@@ -86,7 +85,6 @@ def named_graph(
     raw = trace(view(twin), batch, axes)
     claimed = claim(raw, twin, loaded.computed)
     clean(raw.model)
-    write_out_transforms(raw.model)
     require_kept(raw.model, claimed, claimed.keys() & raw.used)
     named = _by_checkpoint_name(loaded, twin, claimed)
     rename(raw.model, named)

@@ -136,6 +136,45 @@ def test_a_model_may_need_more_than_one_row(tmp_path: Path) -> None:
     assert len(read_inputs(path, loaded(Pairs()))) == 1
 
 
+class Reads(nn.Module):
+    """Reads up to 5 tokens and their mask."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        table = torch.arange(5.0)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return table[: input_ids.shape[1]] * input_ids * mask
+
+
+def test_rows_beyond_the_positions_are_counted(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.npz", input_ids=np.ones((2, 6), int))
+    found = error(lambda: read_inputs(path, loaded(Reads(), "text", max_length=5)))
+    assert found.what.endswith("a.npz holds rows of 6 tokens, and Reads has positions for 5")
+    assert found.fix == "cut the rows to 5 tokens"
+
+
+def test_a_mask_of_another_length_is_counted(tmp_path: Path) -> None:
+    """As generation has it: the tokens of the cache and the new ones."""
+    arrays = {"input_ids": np.ones((2, 4), int), "attention_mask": np.ones((2, 7), int)}
+    found = error(lambda: read_inputs(saved(tmp_path / "a.npz", **arrays), loaded(Reads(), "text")))
+    assert "input_ids has 4 tokens a row, attention_mask has 7" in found.what
+    assert found.fix.startswith("give attention_mask for the same tokens")
+
+
+def test_a_later_batch_of_another_shape_is_tried(mine: Path) -> None:
+    (mine / "short_later.py").write_text(
+        "import torch\n"
+        "def rows():\n"
+        "    return [{'x': torch.ones(2, 1, n)} for n in (9, 12, 2, 8)]\n"
+    )
+
+    class Kernel(nn.Conv1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    found = error(lambda: read_inputs("short_later:rows", loaded(Kernel(1, 1, 3))))
+    assert "cannot compute with x float32 (1, 1, 2): Calculated padded input size" in found.what
+
+
 class Masks(nn.Module):
     """Multiplies by numbers that it draws, unless it is given some; draws others for nothing."""
 

@@ -80,15 +80,35 @@ def try_one(batch: Batch, loaded: LoadedModel, origin: str) -> None:
         ):
             return
     if problem is not None:
-        given = ", ".join(
-            f"{name} {str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}"
-            for name, t in first.items()
+        raise _cannot_compute(first, loaded, origin, problem)
+
+
+def _cannot_compute(row: Batch, loaded: LoadedModel, origin: str, problem: Exception) -> InputError:
+    """Name the cause where it shows in the inputs' lengths, else quote the model's complaint."""
+    ids = row.get("input_ids")
+    tokens = ids.shape[1] if ids is not None and ids.dim() == 2 else 0
+    if loaded.max_length is not None and tokens > loaded.max_length:
+        return InputError(
+            f"{origin} holds rows of {tokens} tokens, and {loaded.source} has positions for "
+            f"{loaded.max_length}",
+            fix=f"cut the rows to {loaded.max_length} tokens",
         )
-        raise InputError(
-            f"{origin}: {loaded.source} cannot compute with {given}: {one_line(problem)}",
-            fix="give what the model was trained on: floats as float32 (pixels scaled and"
-            " normalised), token ids as integers, within the sizes that it takes",
+    others = [name for name in TOKENS[1:] if name in row and row[name].shape[1:] != (tokens,)]
+    if tokens and others:
+        return InputError(
+            f"{origin}: input_ids has {tokens} tokens a row, {others[0]} has "
+            f"{' x '.join(map(str, row[others[0]].shape[1:])) or 'none'}",
+            fix=f"give {others[0]} for the same tokens; what generation keeps between steps is no "
+            "input here",
         )
+    given = ", ".join(
+        f"{name} {str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in row.items()
+    )
+    return InputError(
+        f"{origin}: {loaded.source} cannot compute with {given}: {one_line(problem)}",
+        fix="give what the model was trained on: floats as float32 (pixels scaled and"
+        " normalised), token ids as integers, within the sizes that it takes",
+    )
 
 
 def _failure(batch: Batch, loaded: LoadedModel) -> Exception | None:

@@ -38,7 +38,7 @@ def read_inputs(
     field: str = "text",
     max_length: int | None = None,
 ) -> list[Batch]:
-    """Read inputs into batches, in their order, and see that the model computes with one row.
+    """Read inputs into batches, in their order, and see that the model computes with a row of them.
 
     Args:
         spec: a `.jsonl` or `.txt` file of texts, one per line, or a `.jsonl` file of conversations
@@ -63,8 +63,30 @@ def read_inputs(
     batches = list(_batches(source, loaded, batch_size, max_length))
     if not batches:
         raise InputError(f"{source.spec} holds no inputs", fix="give at least one")
-    try_one(batches[0], loaded, source.spec)
+    for batch in [batches[0]] if isinstance(source, TextSource) else _extremes(batches):
+        try_one(batch, loaded, source.spec)
     return batches
+
+
+def _extremes(batches: Sequence[Batch]) -> list[Batch]:
+    """Return the first batch, and the smallest and the largest row of other shapes.
+
+    Sounds, and images that a processor does not resize, differ in size: a clip that is shorter than
+    a kernel would else stop the work long after it has begun.
+    """
+
+    def size(batch: Batch) -> int:
+        return sum(tensor[0].numel() for tensor in batch.values())
+
+    others = [batch for batch in batches if _shape(batch) != _shape(batches[0])]
+    if not others:
+        return [batches[0]]
+    least, most = min(others, key=size), max(others, key=size)
+    return [batches[0], least] if least is most else [batches[0], least, most]
+
+
+def _shape(batch: Batch) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape[1:]) for name, tensor in batch.items()}
 
 
 def tokenize(loaded: LoadedModel, texts: Sequence[str], *, max_length: int | None = None) -> Batch:
