@@ -14,13 +14,14 @@ _HEAD = """# Which architectures work
 
 Written by `python -m tests.models.table` from `tests/models/results.json`; nothing here is typed.
 Each architecture of transformers is built tiny, with random weights, from its configuration; a
-copy is tuned (every matrix changed); and both go through these steps:
+copy is tuned (every matrix changed); and both go through these steps. The last rows are plain
+modules of torch with a linear head, which `--model` builds and whose files are bare weights.
 
 | step | "yes" means |
 |---|---|
 | compress | a LoRA of rank 2 over the default targets, trained for 4 steps on inputs: how well so few steps do is not the question here |
-| merge | proved; transformers opens the merged folder, and it computes something else than the base |
-| export | ONNX Runtime computes every output of the exported graph as transformers does of the merged folder, within 0.1 %, on inputs of three sizes |
+| merge | proved; transformers (or the module) opens the merged folder, and it computes something else than the base |
+| export | ONNX Runtime computes every output of the exported graph as transformers (or the module) does of the merged folder, within 0.1 %, on inputs of three sizes |
 | verify | `kilodelta verify` of that export, with inputs, passes |
 | adapter | a device folder of adapter mode takes the file (`apply`), and computes so at three sizes |
 | patch | a device folder of patch mode does |

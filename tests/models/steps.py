@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import kilodelta
 from kilodelta.compress import Options, compress
@@ -26,7 +27,7 @@ from kilodelta.format.methods import Lora
 from kilodelta.models.heads import flatten
 from kilodelta.models.twin import content_of
 from kilodelta.verify import verify
-from tests.models.architectures import Architecture, Batch
+from tests.models.architectures import Architecture, Batch, modules
 from tests.support import pico
 
 NEEDS: Mapping[str, str | None] = {
@@ -65,7 +66,7 @@ def run(architecture: Architecture, folder: Path, steps: Container[str] = USUAL)
         By step `right` (`right: <remark>`), `refused: <sentence>`, `WRONG: <what>` or
         `TRACEBACK: <error>`; what was not tried is missing.
     """
-    case = _Case(architecture, folder)
+    case = (_Case if architecture.config else _ModuleCase)(architecture, folder)
     outcomes: dict[str, str] = {}
     with _traces_shared():
         for step, need in NEEDS.items():
@@ -128,11 +129,10 @@ class _Case:
         self.of, self.folder = architecture, folder
         self.base, self.tuned = folder / "base", folder / "tuned"
         self.delta, self.merged, self.out = folder / "a.kd", folder / "merged", folder / "out"
+        self.model: str | None = None
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        self.kind = getattr(transformers, architecture.model)
-        config = getattr(transformers, architecture.config)(**architecture.options)
-        pico.save(lambda: self.kind(config), self.base)
+        self._build()
         pico.tuned(self.base, self.tuned, size=0.1)
         self.inputs = str(folder / "in.npz")
         batch = architecture.inputs(ROWS, architecture.sizes[1][1])
@@ -140,9 +140,24 @@ class _Case:
         np.savez(self.inputs, **arrays)
         self._expected: list[dict[str, Any]] = []
 
+    def _build(self) -> None:
+        """Write the base."""
+        self.kind = getattr(transformers, self.of.model)
+        config = getattr(transformers, self.of.config)(**self.of.options)
+        pico.save(lambda: self.kind(config), self.base)
+
+    def _open(self, folder: Path) -> Any:
+        """Open a folder as its own library does."""
+        model = self.kind.from_pretrained(folder, dtype=torch.float32)
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")
+        if hasattr(model.config, "use_cache"):
+            model.config.use_cache = False
+        return model
+
     def compress(self) -> None:
         """Train a LoRA of rank 2 for a few steps, against the tuned model's outputs."""
-        options = Options(method=Lora(rank=2), steps=4, batch=4)
+        options = Options(method=Lora(rank=2), steps=4, batch=4, model=self.model)
         compress(self.base, self.tuned, self.delta, inputs=self.inputs, options=options)
 
     def merge(self) -> None:
@@ -156,7 +171,7 @@ class _Case:
 
     def export(self) -> str:
         """Export to ONNX; ONNX Runtime computes every output at three sizes."""
-        export(self.base, self.delta, self.out, inputs=self.inputs)
+        export(self.base, self.delta, self.out, inputs=self.inputs, model=self.model)
         import onnxruntime
 
         session = onnxruntime.InferenceSession(
@@ -174,7 +189,8 @@ class _Case:
 
     def verify(self) -> None:
         """Verify the export with inputs, as a user does."""
-        failure = verify(self.base, self.delta, [self.out], inputs=self.inputs).failure
+        options = {"inputs": self.inputs, "model": self.model}
+        failure = verify(self.base, self.delta, [self.out], **options).failure
         if failure is not None:
             raise failure
 
@@ -190,11 +206,12 @@ class _Case:
 
     def engine(self) -> None:
         """Build a TensorRT-RTX engine for GPUs of compute capability 8.6; it is not run."""
-        export(self.base, self.delta, self.folder / "engine", inputs=self.inputs, tensorrt="sm86")
+        options = {"inputs": self.inputs, "model": self.model, "tensorrt": "sm86"}
+        export(self.base, self.delta, self.folder / "engine", **options)
 
     def _device(self, mode: str, **options: Any) -> str:
         folder = self.folder / mode
-        bundle(self.base, folder, mode=mode, probe=self.inputs, **options)
+        bundle(self.base, folder, mode=mode, probe=self.inputs, model=self.model, **options)
         apply(folder, self.delta)
         ports = onnx_ports(folder / "base" / runtime.ONNX)
         return self._compare(Device(folder).run, ports)
@@ -223,17 +240,27 @@ class _Case:
         return "" if compared == count else f"{compared} of {count} sizes, an axis is fixed"
 
     def _outputs(self, folder: Path) -> list[dict[str, Any]]:
-        """What transformers computes from a folder at each size, by name."""
-        model = self.kind.from_pretrained(folder, dtype=torch.float32).eval()
-        if hasattr(model, "set_experts_implementation"):
-            model.set_experts_implementation("eager")
-        if hasattr(model.config, "use_cache"):
-            model.config.use_cache = False
+        """What transformers, or the module itself, computes at each size, by name."""
+        model = self._open(folder).eval()
         with torch.no_grad():
             results = [model(**self.of.inputs(*size)) for size in self.of.sizes]
         return [
             {name: tensor.numpy() for name, tensor in flatten(result).items()} for result in results
         ]
+
+
+class _ModuleCase(_Case):
+    """A plain module: its folders hold bare weights, and a function builds it."""
+
+    def _build(self) -> None:
+        name = self.of.name.replace("-", "_")
+        self.model, self.make = f"{modules.__name__}:{name}", getattr(modules, name)
+        pico.save_module(self.make, self.base)
+
+    def _open(self, folder: Path) -> Any:
+        module = self.make()
+        module.load_state_dict(load_file(folder / "model.safetensors"))
+        return module
 
 
 def onnx_ports(path: Path) -> dict[str, tuple[Any, ...]]:

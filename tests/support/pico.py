@@ -283,6 +283,20 @@ def save(make: Callable[[], Any], folder: Path, seed: int = 0, *, tokens: bool =
     return folder
 
 
+def save_module(make: Callable[[], torch.nn.Module], folder: Path, seed: int = 0) -> Path:
+    """Write the bare weights of a plain module, random ones."""
+    from safetensors.torch import save_file
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = make().eval()
+        _randomise(module)
+    folder.mkdir()
+    state = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 @torch.no_grad()
 def _randomise(model: torch.nn.Module) -> None:
     """Random values everywhere; variances and scales positive, matrices of a usual size."""

@@ -20,8 +20,9 @@ class Architecture:
 
     Attributes:
         name: in the table and in test names.
-        model: the class of transformers.
-        config: the class of its configuration.
+        model: the class of transformers; of a plain module, what it is made of.
+        config: the class of its configuration; empty for a plain module, which the function of its
+            name in `modules` builds.
         options: what the configuration is made with.
         inputs: makes a batch of so many rows and of a size that the kind of input explains.
         sizes: rows and sizes to compare at.

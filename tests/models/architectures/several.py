@@ -43,6 +43,8 @@ _T5: dict[str, Any] = {
     "eos_token_id": 3,
     "decoder_start_token_id": 0,
 }
+_BIAS = ("final_logits_bias",)
+"""A row that BART and its kin keep in their files as a buffer; the tuned copies change it."""
 
 
 def _seq2seq(name: str, model: str, config: str, **options: Any) -> Architecture:
@@ -56,12 +58,12 @@ ROWS: tuple[Architecture, ...] = (
     _seq2seq("t5", "T5ForConditionalGeneration", "T5Config", t5=True, quick=True),
     _seq2seq("mt5", "MT5ForConditionalGeneration", "MT5Config", t5=True),
     _seq2seq("umt5", "UMT5ForConditionalGeneration", "UMT5Config", t5=True),
-    _seq2seq("bart", "BartForConditionalGeneration", "BartConfig", quick=True),
-    _seq2seq("mbart", "MBartForConditionalGeneration", "MBartConfig"),
-    _seq2seq("marian", "MarianMTModel", "MarianConfig", whole=("final_logits_bias",)),
-    _seq2seq("pegasus", "PegasusForConditionalGeneration", "PegasusConfig"),
+    _seq2seq("bart", "BartForConditionalGeneration", "BartConfig", quick=True, whole=_BIAS),
+    _seq2seq("mbart", "MBartForConditionalGeneration", "MBartConfig", whole=_BIAS),
+    _seq2seq("marian", "MarianMTModel", "MarianConfig", whole=_BIAS),
+    _seq2seq("pegasus", "PegasusForConditionalGeneration", "PegasusConfig", whole=_BIAS),
     _seq2seq("m2m100", "M2M100ForConditionalGeneration", "M2M100Config"),
-    _seq2seq("blenderbot", "BlenderbotForConditionalGeneration", "BlenderbotConfig"),
+    _seq2seq("blenderbot", "BlenderbotForConditionalGeneration", "BlenderbotConfig", whole=_BIAS),
     Architecture(
         "whisper",
         "WhisperForConditionalGeneration",
