@@ -20,11 +20,12 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tests.models.page import page
+from tests.models.page import page, surveyed
 from tests.support.processes import ROOT
 
 RESULTS = ROOT / "tests" / "models" / "results.json"
 PAGE = ROOT / "docs" / "models.md"
+SURVEY = ROOT / "benchmarks" / "results" / "rtx-survey-2026-11-28-epyc.json"
 PACKAGES = ("transformers", "torch", "onnxscript", "onnxruntime", "tensorrt_rtx_cu13")
 
 Results: TypeAlias = dict[str, Any]
@@ -95,7 +96,7 @@ def main() -> None:
             if given.names or name not in read()["architectures"]:
                 _run(name, given.steps.split(",") if given.steps else USUAL)
     else:
-        PAGE.write_text(page(read()))
+        PAGE.write_text(page(read(), surveyed(json.loads(SURVEY.read_text()))))
 
 
 if __name__ == "__main__":

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 
-from tests.models.page import STEPS, kind, page
+from tests.models.page import STEPS, kind, page, surveyed
+from tests.models.table import SURVEY
 from tests.support.processes import ROOT
 
 RESULTS = json.loads((ROOT / "tests" / "models" / "results.json").read_text())
+ENGINES = surveyed(json.loads(SURVEY.read_text()))
 ROWS = {name: row["steps"] for name, row in RESULTS["architectures"].items()}
 
 
 def test_the_page_is_what_the_results_give() -> None:
-    assert (ROOT / "docs" / "models.md").read_text() == page(RESULTS)
+    assert (ROOT / "docs" / "models.md").read_text() == page(RESULTS, ENGINES)
+
+
+def test_a_survey_s_engines_are_marked_as_such() -> None:
+    assert len(ENGINES & ROWS.keys()) == len(ENGINES) == 21
+    row = {"class": "A", "steps": {"compress": "right"}}
+    text = page({"packages": {}, "architectures": {"vit": row}}, ENGINES)
+    assert "| vit | `A` | yes | - | - | - | - | - | built |" in text
 
 
 def test_no_row_is_silently_wrong_and_none_ends_in_an_error_of_others() -> None:
