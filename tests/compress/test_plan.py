@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,6 +18,7 @@ from click.testing import CliRunner, Result
 from kilodelta.cli import main
 from kilodelta.compress import Options, plan
 from kilodelta.compress.distill.baselines import SVD
+from kilodelta.compress.distill.planning import curve as curves
 from kilodelta.compress.distill.planning import estimate as estimating
 from kilodelta.compress.distill.planning.curve import parse_budgets
 from kilodelta.compress.distill.planning.estimate import Estimate
@@ -136,6 +138,35 @@ def test_a_curve_goes_on_where_it_ended(here: Path) -> None:
     sizes = [tuple(size.values()) for size in result["curve"]["beside"]]
     assert len(sizes) == 1  # rank 3, the classifier's, is all that any budget buys: said once
     assert (here / "out" / "3000.kd").stat().st_mtime_ns == before
+
+
+POINT = {
+    "name": "nola", "budget": 4096, "file": "4096.kd", "nbytes": 4000,
+    "method": {"name": "nola", "rank": 2}, "bits": 8, "agreement": 0.9, "divergence": 0.1,
+    "steps": 4, "seconds": 1.5, "result": "sha256:0", "warnings": ["few steps"],
+}  # fmt: skip
+TABLE = {"kind": "classes", "base_agreement": 0.5, "tuned_bytes": 9, "sizes": [POINT]}
+
+
+def test_a_table_of_another_machine_is_read_field_by_field(tmp_path: Path) -> None:
+    place = tmp_path / curves.TABLE
+    beside = {"name": "svd", "nbytes": 5, "agreement": 0.5}
+    place.write_text(json.dumps({**TABLE, "beside": [beside]}))
+    point, general = curves._points_of(tmp_path)[4096]
+    assert (point.nbytes, point.warnings, general["kind"]) == (4000, ("few steps",), "classes")
+    assert [size.name for size in curves._beside_of(tmp_path)] == ["svd"]
+    odd: list[Any] = [{**TABLE, key: value} for key in TABLE for value in (None, [[]], {"a": 1})]
+    odd += [{**TABLE, "sizes": [{**POINT, key: value}]} for key in POINT for value in (None, [1])]
+    odd += [{**TABLE, "sizes": [{**POINT, "more": 1}]}, {**TABLE, "sizes": [{}]}, [], 7]
+    for table in odd:
+        place.write_text(json.dumps(table))
+        assert curves._points_of(tmp_path) == {}, table
+        assert curves._beside_of(tmp_path) == ()
+    place.write_text("[" * 100_000)
+    assert curves._beside_of(tmp_path) == ()
+    place.unlink()
+    os.mkfifo(place)
+    assert curves._beside_of(tmp_path) == ()
 
 
 def test_budgets_as_a_user_types_them() -> None:

@@ -203,7 +203,7 @@ def test_a_cache_of_another_model_is_never_taken(tmp_path: Path) -> None:
         DiskStore(folder, {**index["facts"], "model": "x"}, 10)
 
 
-@pytest.mark.parametrize("damage", ["cut", "bit", "gone", "index", "text", "deep", "pipe"])
+@pytest.mark.parametrize("damage", ["cut", "bit", "gone", "index", "facts", "text", "deep", "pipe"])
 def test_a_damaged_cache_is_computed_anew(tmp_path: Path, damage: str) -> None:
     model, rows = words(), some_rows()
     seen = survey(model, rows, Wanted())
@@ -221,6 +221,8 @@ def test_a_damaged_cache_is_computed_anew(tmp_path: Path, damage: str) -> None:
         table = json.loads(index.read_text())
         table["parts"][0]["shapes"]["logits"][0] = [1, 1]
         index.write_text(json.dumps(table))
+    elif damage == "facts":
+        index.write_text(json.dumps({**json.loads(index.read_text()), "facts": [[1, 2]]}))
     elif damage == "pipe":
         index.unlink()
         os.mkfifo(index)

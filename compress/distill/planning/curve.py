@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from kilodelta.compress.distill import budget as budgets
 from kilodelta.compress.distill.compress import compress
@@ -14,7 +14,7 @@ from kilodelta.compress.distill.options import Options
 from kilodelta.compress.distill.planning.picture import picture
 from kilodelta.compress.distill.report import Report, Size
 from kilodelta.errors import InputError, OutputError
-from kilodelta.files import plain, staging
+from kilodelta.files import plain, staging, untrusted
 from kilodelta.progress import Event, Progress
 
 TABLE, PICTURE = "curve.json", "curve.svg"
@@ -224,21 +224,53 @@ def _write(curve: Curve) -> None:
         staging.write(curve.folder / PICTURE, picture(curve.to_json()).encode())
 
 
+_FIELDS: Mapping[Any, Callable[[Any, str], Any]] = {
+    str: untrusted.text,
+    int: untrusted.whole,
+    float: untrusted.number,
+    tuple[str, ...]: untrusted.texts,
+    Mapping[str, str | int]: untrusted.mapping,
+}
+"""How a field of a point is read, by its type: the table may be from another machine."""
+_Row = TypeVar("_Row", Point, Size)
+
+
+def _row(kind: type[_Row], value: Any) -> _Row:
+    """Return a point or size as an earlier run wrote it.
+
+    Raises:
+        FieldError, TypeError, KeyError: it is another form.
+    """
+    types = get_type_hints(kind)
+    fields = untrusted.mapping(value, kind.__name__)
+    return kind(**{name: _FIELDS[types[name]](given, name) for name, given in fields.items()})
+
+
+def _table(folder: Path) -> dict[str, Any]:
+    return untrusted.mapping(json.loads(plain.read(folder / TABLE, plain.JSON_LIMIT)), TABLE)
+
+
+_NO_TABLE = (OSError, ValueError, TypeError, KeyError, RecursionError)
+
+
 def _beside_of(folder: Path) -> tuple[Size, ...]:
     """Read what an earlier run measured beside its points; nothing where it is of another form."""
     try:
-        table = json.loads((folder / TABLE).read_text(encoding="utf-8"))
-        return tuple(Size(**size) for size in table["beside"])
-    except (OSError, ValueError, TypeError, KeyError):
+        return tuple(_row(Size, size) for size in _table(folder)["beside"])
+    except _NO_TABLE:
         return ()
 
 
 def _points_of(folder: Path) -> dict[int, tuple[Point, dict[str, Any]]]:
     """Read the points of an earlier run by budget, each with what the curve says of all."""
     try:
-        table = json.loads(plain.read(folder / TABLE, plain.JSON_LIMIT))
-        general = {key: table[key] for key in ("kind", "base_agreement", "tuned_bytes")}
-        points = [Point(**{**p, "warnings": tuple(p["warnings"])}) for p in table["sizes"]]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        table = _table(folder)
+        general = {
+            "kind": untrusted.text(table["kind"], "kind"),
+            "base_agreement": untrusted.number(table["base_agreement"], "base_agreement"),
+            "tuned_bytes": untrusted.whole(table["tuned_bytes"], "tuned_bytes"),
+        }
+        points = [_row(Point, point) for point in table["sizes"]]
+    except _NO_TABLE:
         return {}
     return {point.budget: (point, general) for point in points}

@@ -165,8 +165,10 @@ def _read_index(folder: Path, facts: Facts) -> Iterable[Any]:
     """Return the parts that a folder lists, none where it is new or its index is damaged."""
     try:
         index = json.loads(plain.read(folder / INDEX, plain.INDEX_LIMIT))
-        version, other, parts = index["version"], dict(index["facts"]), list(index["parts"])
+        version, other, parts = index["version"], index["facts"], list(index["parts"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return ()
+    if not isinstance(other, dict):
         return ()
     differing = [key for key in {**other, **facts} if other.get(key) != facts.get(key)]
     if differing or version != VERSION:
