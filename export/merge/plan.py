@@ -111,5 +111,6 @@ def merged_index(checkpoint: Checkpoint, delta: Delta) -> bytes:
     index["weight_map"] |= {name: checkpoint.shards[-1].path.name for name in added}
     kept = sum(checkpoint.info(n).nbytes for n in checkpoint.names if n not in delta.extras)
     stored = sum(tensor.nbytes for tensor in delta.extras.values())
-    index["metadata"] = {**(index.get("metadata") or {}), "total_size": kept + stored}
+    other = index.get("metadata")  # of any type: transformers reads nothing of it but its size
+    index["metadata"] = {**(other if isinstance(other, dict) else {}), "total_size": kept + stored}
     return json.dumps(index, indent=2, sort_keys=True).encode("utf-8") + b"\n"

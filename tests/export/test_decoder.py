@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kilodelta.compress import Options, compress
-from kilodelta.errors import ExportError, InputError, KiloDeltaError
+from kilodelta.errors import CheckpointError, ExportError, InputError, KiloDeltaError
 from kilodelta.export import export
 from kilodelta.export.decoder.genai import CONFIG, genai_config
 from kilodelta.export.decoder.template import cached_template
@@ -166,8 +166,13 @@ def _template() -> Any:
 def test_end_tokens_of_the_generation_configuration_win(tmp_path: Path) -> None:
     base = pico.llama(tmp_path / "base")
     (base / "generation_config.json").write_text('{"eos_token_id": [5, 3], "pad_token_id": 1}')
-    found = special_tokens(open_model(base), base)
-    assert found == SpecialTokens(begin=2, end=(5, 3), pad=1)
+    loaded = open_model(base)
+    assert special_tokens(loaded, base) == SpecialTokens(begin=2, end=(5, 3), pad=1)
+    (base / "generation_config.json").write_text(f'{{"eos_token_id": [{10**30}, -1, true, 3]}}')
+    assert special_tokens(loaded, base).end == (3,)
+    (base / "generation_config.json").write_text('{"eos_token_id": ' + "[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is not JSON"):
+        special_tokens(loaded, base)
 
 
 def test_verify_generates(llama: Case, tmp_path: Path) -> None:

@@ -225,6 +225,17 @@ def test_the_index_tells_the_bytes_of_the_merged_model(
     assert set(weight_map) == set(Checkpoint.open(tmp_path / "out").names)
 
 
+@pytest.mark.parametrize("metadata", [None, 7, "text", [1], {"more": 1}])
+def test_an_index_whose_metadata_is_odd_gets_a_size(metadata: Any, tmp_path: Path) -> None:
+    base = folder(tmp_path / "base", model(), 3)
+    index = json.loads((base / INDEX).read_bytes())
+    (base / INDEX).write_text(json.dumps({**index, "metadata": metadata}))
+    extras = {"head.bias": RawTensor.copy_of(np.ones(7, np.float32))}
+    merged(base, delta(base, Lora(rank=1), extras=extras))
+    stated, held = total_size(tmp_path / "out")
+    assert stated == held
+
+
 def test_an_index_that_still_holds_stays_byte_for_byte(tmp_path: Path) -> None:
     base = folder(tmp_path / "base", model(), 3)
     merged(base)

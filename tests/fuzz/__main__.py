@@ -99,8 +99,12 @@ def _work(options: argparse.Namespace) -> int:
     from tests.fuzz.harness import run
     from tests.fuzz.surfaces import SURFACES
 
-    # The harness sends both streams of libraries nowhere; these two are kept from it.
+    # The harness sends both streams of libraries nowhere; these two are kept from it, and from
+    # what is not Python: the tokenizers package prints to the process's own streams.
     errors, rows = os.fdopen(os.dup(2), "w"), os.fdopen(os.dup(1), "w")
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(nothing.fileno(), 2)
     (name,) = options.surface
     began = time.monotonic()
 

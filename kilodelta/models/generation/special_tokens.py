@@ -13,6 +13,8 @@ from kilodelta.files import plain
 from kilodelta.models.loaded import LoadedModel
 
 _FILE = "generation_config.json"
+_IDS = 1 << 31
+"""Token ids that a vocabulary may have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ def _generation_config(folder: Path) -> Mapping[str, Any]:
         text = plain.read_model_file(place)
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{place} is not JSON", fix="fetch the folder again") from None
     return value if isinstance(value, dict) else {}
 
@@ -74,4 +76,4 @@ def _first(name: str, stated: Mapping[str, Any], loaded: LoadedModel) -> Any:
 
 def _ids(value: Any) -> tuple[int, ...]:
     listed = value if isinstance(value, list) else [value]
-    return tuple(n for n in listed if isinstance(n, int) and not isinstance(n, bool) and n >= 0)
+    return tuple(n for n in listed if type(n) is int and 0 <= n < _IDS)
