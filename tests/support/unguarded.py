@@ -170,7 +170,7 @@ GUARDS: Mapping[str, tuple[Guard, ...]] = {
         ("kilodelta.files.digest_cache:_is_private", _as(_true)),
     ),
     "tests/models/test_folders.py::test_python_code_of_a_folder_is_neither_run_nor_offered": (
-        ("kilodelta.models.huggingface:_require_no_code", _as(_nothing)),
+        ("kilodelta.models.configuration:_require_no_code", _as(_nothing)),
     ),
     _MIRROR + "test_a_repository_of_a_stranger_leads_nowhere": (
         ("kilodelta.trust.tuf_repository:_require_plain", _as(_nothing)),
