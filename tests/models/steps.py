@@ -189,7 +189,7 @@ class _Case:
 
     def verify(self) -> None:
         """Verify the export with inputs, as a user does."""
-        options = {"inputs": self.inputs, "model": self.model}
+        options: dict[str, Any] = {"inputs": self.inputs, "model": self.model}
         failure = verify(self.base, self.delta, [self.out], **options).failure
         if failure is not None:
             raise failure
@@ -206,8 +206,8 @@ class _Case:
 
     def engine(self) -> None:
         """Build a TensorRT-RTX engine for GPUs of compute capability 8.6; it is not run."""
-        options = {"inputs": self.inputs, "model": self.model, "tensorrt": "sm86"}
-        export(self.base, self.delta, self.folder / "engine", **options)
+        options: dict[str, Any] = {"inputs": self.inputs, "model": self.model}
+        export(self.base, self.delta, self.folder / "engine", tensorrt="sm86", **options)
 
     def _device(self, mode: str, **options: Any) -> str:
         folder = self.folder / mode
