@@ -50,9 +50,14 @@ def load(shard: Shard) -> dict[str, str] | None:
 
 
 def store(shard: Shard, tensors: dict[str, str]) -> None:
-    """Remember a file's digests, if it was not touched a moment ago."""
+    """Remember a file's digests, if it was not touched a moment ago and they are not remembered.
+
+    Writing them again would only wait for the disk.
+    """
     # mtime and ctime: coarse clocks may give a second write the times of the first.
     if time.time_ns() - max(shard.file.key[3:]) < SETTLED_NS:
+        return
+    if load(shard) == tensors:
         return
     text = canonical.dumps({"key": shard.file.key, "tensors": tensors}).encode("utf-8")
     with contextlib.suppress(OSError, RuntimeError, OutputError):

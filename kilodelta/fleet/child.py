@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,15 @@ def thread_environment(threads: int) -> dict[str, str]:
     return dict.fromkeys(THREADS, str(threads))
 
 
-def do(task: Mapping[str, Any], out: Path) -> dict[str, Any]:
+def do(
+    task: Mapping[str, Any], out: Path, computed: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Do a task and return its answer; errors are part of it, never raised.
 
     Args:
         task: a `Task` as JSON.
         out: the fleet's output folder.
+        computed: called when the result has only to be put on the disk and given its name.
     """
     began = time.monotonic()
     place = out / task["place"]
@@ -51,6 +54,7 @@ def do(task: Mapping[str, Any], out: Path) -> dict[str, Any]:
             require_unchanged(task)
             result = WORK[task["kind"]](_resolved(task["params"], out), stage)
             answer |= {"result": result, "seconds": round(time.monotonic() - began, 3)}
+            computed()
             record = {
                 "id": task["id"],
                 "kind": task["kind"],

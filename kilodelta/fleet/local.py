@@ -150,11 +150,12 @@ def _run_all(
     running: dict[Future[Mapping[str, Any]], Task] = {}
     lost: dict[str, str] = {}
     stop = threading.Event()
-    with ThreadPoolExecutor(workers) as pool:
+    at_once = 2 * workers  # half of them compute, the others put their results on the disk
+    with ThreadPoolExecutor(at_once) as pool:
         try:
             while waiting or running:
                 for task in list(waiting):
-                    if len(running) == workers:
+                    if len(running) == at_once:
                         break
                     if any(need in lost for need in task.needs):
                         waiting.remove(task)

@@ -2,14 +2,13 @@
 
 Children are forked from one server process that has loaded what most of them need, so a task of
 milliseconds does not wait seconds for libraries. While a child works, the next one is forked and
-waits; a child that has answered ends at once, and nobody waits for its end. So starting and ending
-processes falls into the time in which tasks wait for the disk.
+waits; the next task begins when one has computed its result and waits for the disk; and nobody
+waits for the end of a child that has answered. So the processors are not idle meanwhile.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import multiprocessing
 import os
 import queue
@@ -24,8 +23,8 @@ from kilodelta.fleet.gpus import VISIBLE, gpus_for
 from kilodelta.fleet.task import LIBRARIES, Task
 from kilodelta.fleet.work import preload
 
-Do = Callable[[Mapping[str, Any], Path], Mapping[str, Any]]
-"""Does a task, and returns its answer."""
+Do = Callable[[Mapping[str, Any], Path, Callable[[], None]], Mapping[str, Any]]
+"""Does a task, says when it has computed its result, and returns its answer."""
 
 RETRIES = 1
 """How often a task whose process was killed is tried again; an error is never tried again."""
@@ -57,6 +56,7 @@ class Children:
         self._gpus = queue.SimpleQueue[str]()
         for number in range(workers if gpus else 0):
             self._gpus.put(gpus[number % len(gpus)])
+        self._slots = threading.Semaphore(workers)
         self._lock = threading.Lock()
         self._to_fork = sum(task.kind not in self._alone for task in tasks)
         self._ready: list[_Child] = []
@@ -82,26 +82,39 @@ class Children:
     def do(self, task: Task, stop: threading.Event) -> Mapping[str, Any]:
         """Run a task in a child that sees one GPU at most; a killed child is tried again.
 
+        As many tasks as there are workers compute at once; others may wait for the disk meanwhile.
+
         Args:
             task: whose needs are done.
             stop: ends the child when it is set.
         """
-        gpu = None if self._gpus.empty() else self._gpus.get()
-        given = {**task.to_json(), "gpu": gpu}
-        try:
-            for _ in range(RETRIES + 1):
-                one = self._given(task, given)
-                answer = one.answer(stop)
-                with self._lock:
-                    self._ending = [o for o in (*self._ending, one) if o.process.is_alive()]
-                if answer is not None:
-                    return answer
-                if stop.is_set():
-                    break
-            return _killed(task, one.process.exitcode or 0)
-        finally:
-            if gpu is not None:
-                self._gpus.put(gpu)
+        slot = _Slot(self._slots)
+        with slot:
+            gpu = None if self._gpus.empty() else self._gpus.get()
+            given = {**task.to_json(), "gpu": gpu}
+            # What torch and a GPU have taken is free at the process's end only.
+            is_light = gpu is None and task.kind not in LIBRARIES
+            try:
+                for _ in range(RETRIES + 1):
+                    slot.take()
+                    one = self._given(task, given)
+                    answer = one.answer(stop, slot.leave if is_light else _nothing)
+                    self._leave_to_end(one, wait=gpu is not None)
+                    if answer is not None:
+                        return answer
+                    if stop.is_set():
+                        break
+                return _killed(task, one.process.exitcode or 0)
+            finally:
+                if gpu is not None:
+                    self._gpus.put(gpu)
+
+    def _leave_to_end(self, one: _Child, *, wait: bool) -> None:
+        """Forget a child that has answered once it has ended, or wait for that."""
+        if wait:
+            one.process.join()
+        with self._lock:
+            self._ending = [other for other in (*self._ending, one) if other.process.is_alive()]
 
     def _given(self, task: Task, given: Mapping[str, Any]) -> _Child:
         """Give a task to a child, and have another one forked for the next task."""
@@ -123,6 +136,35 @@ class Children:
             with self._lock:
                 self._ready.append(ready)
         return one
+
+
+class _Slot:
+    """One of the tasks that compute at once: taken before a task begins, left once or never."""
+
+    def __init__(self, slots: threading.Semaphore) -> None:
+        self._slots, self._held = slots, False
+
+    def take(self) -> None:
+        """Wait for a slot, unless it is held."""
+        if not self._held:
+            self._slots.acquire()
+            self._held = True
+
+    def leave(self) -> None:
+        """Let another task compute."""
+        if self._held:
+            self._held = False
+            self._slots.release()
+
+    def __enter__(self) -> None:
+        self.take()
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+
+def _nothing() -> None:
+    """Keep the slot."""
 
 
 class _Child:
@@ -148,14 +190,25 @@ class _Child:
             return False
         return True
 
-    def answer(self, stop: threading.Event) -> Mapping[str, Any] | None:
-        """Wait for the answer; None where the process was killed, or is now, for `stop` is set."""
+    def answer(
+        self, stop: threading.Event, computed: Callable[[], None]
+    ) -> Mapping[str, Any] | None:
+        """Wait for the answer; None where the process was killed, or is now, for `stop` is set.
+
+        Args:
+            stop: ends the process when it is set.
+            computed: called when the task has only to put its result on the disk.
+        """
         answer: Mapping[str, Any] | None = None
         while not stop.is_set():
             if self._ours.poll(WAIT):
-                with contextlib.suppress(EOFError, OSError):
+                try:
                     answer = self._ours.recv()
-                break
+                except (EOFError, OSError):
+                    break
+                if answer is not None:
+                    break
+                computed()
         else:
             self.process.terminate()
         if answer is None:
@@ -209,7 +262,8 @@ def _run(do: Do, out: str, pipe: Any) -> None:
         return
     if task.get("gpu") is not None:  # before the first call of CUDA, which reads it
         os.environ[VISIBLE] = task["gpu"]
-    pipe.send(do(task, Path(out)))
+    # None says that the result is computed.
+    pipe.send(do(task, Path(out), lambda: pipe.send(None)))
     # All files are closed and named. What an interpreter does at its end takes torch a second;
     # `multiprocessing` has tidied up when this is called.
     atexit.register(os._exit, 0)

@@ -12,6 +12,10 @@ import gc
 
 from kilodelta.errors import SelfTestError
 from kilodelta.exact.selftest import require_good_kernels
+from kilodelta.format.methods import METHODS
+
+for method in METHODS:
+    _ = METHODS[method]  # loads it
 
 # A child meets the same failure and reports it as its own task's; the server must live.
 with contextlib.suppress(SelfTestError):

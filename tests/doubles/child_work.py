@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from kilodelta.fleet import child
 from kilodelta.fleet.gpus import VISIBLE
 
 
-def seen(task: Any, out: Path) -> dict[str, Any]:
+def seen(task: Any, out: Path, computed: Any) -> dict[str, Any]:
     """Tell which process this is, and which GPU it sees."""
     return {"gpu": os.environ.get(VISIBLE), "process": os.getpid()}
 
@@ -30,8 +31,17 @@ class DyingOnce:
     def __init__(self, name: str, mark: Path) -> None:
         self._name, self._mark = name, mark
 
-    def __call__(self, task: Any, out: Path) -> dict[str, Any]:
+    def __call__(self, task: Any, out: Path, computed: Any) -> dict[str, Any]:
         if task["name"] == self._name and not self._mark.exists():
             self._mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return child.do(task, out)
+        return child.do(task, out, computed)
+
+
+def slow_disk(task: Any, out: Path, computed: Any) -> dict[str, Any]:
+    """Compute at once; then write until a file says that the disk is ready."""
+    (out / task["id"]).touch()
+    computed()
+    while not (out / "ready").exists():
+        time.sleep(0.005)
+    return {"process": os.getpid()}

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,7 +52,7 @@ from kilodelta.fleet.task import Task, memory_of
 from kilodelta.format.file import load
 from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Patterns
-from tests.doubles.child_work import DyingOnce, seen
+from tests.doubles.child_work import DyingOnce, seen, slow_disk
 from tests.support import making, pico
 
 COUNT = 3
@@ -482,6 +483,28 @@ def test_each_task_has_a_process_and_the_next_one_is_ready(
     assert len({*used, waiting.process.pid}) == 4
     assert os.getpid() not in used
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(("kind", "begun"), [("merge", 2), ("compress", 1)])
+def test_a_task_that_waits_for_the_disk_lets_the_next_one_compute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, begun: int
+) -> None:
+    """One worker: the second begins when the first is computed, unless that has torch loaded."""
+    monkeypatch.setattr(child, "do", slow_disk)
+    monkeypatch.delenv(gpus.VISIBLE, raising=False)
+    monkeypatch.setattr(gpus, "DEVICES", tmp_path)
+    tasks = [dataclasses.replace(TASK, id=str(n), kind=kind) for n in range(2)]
+    stop = threading.Event()
+    with Children(tasks, tmp_path, 1) as children, ThreadPoolExecutor(2) as pool:
+        done = [pool.submit(children.do, task, stop) for task in tasks]
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) < begun and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(0.2 * (begun == 1))
+        assert len(list(tmp_path.iterdir())) == begun
+        (tmp_path / "ready").touch()
+        assert len({one.result()["process"] for one in done}) == 2
+    assert {p.name for p in tmp_path.iterdir()} == {"0", "1", "ready"}
 
 
 def test_a_container_with_little_memory_gets_fewer_jobs(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kilodelta.errors import InputError
-from kilodelta.fleet.graph import file_digest
 from kilodelta.fleet.schema import read_fleet
+from kilodelta.fleet.sources import file_digest
 
 pytest.importorskip("tomllib")
 GOOD = """
