@@ -65,6 +65,18 @@ def test_a_remembered_digest_is_used_only_where_it_is_asked_for(path: Path) -> N
     assert cached(path) == true  # what was computed is remembered in its place
 
 
+def test_what_is_remembered_is_not_written_again(path: Path) -> None:
+    """Writing waits for the disk; every task of a fleet hashes the base."""
+    kilodelta.digest(path)
+    before = cache_file().stat()
+    kilodelta.digest(path)
+    assert cache_file().stat().st_ino == before.st_ino
+    alter(tensors={})
+    assert remembered(path) is None
+    true = kilodelta.digest(path)
+    assert remembered(path) == true.tensors
+
+
 @pytest.mark.parametrize(
     "junk",
     ["", "[]", "{", '{"key": 1}', '{"key": [1], "tensors": 2}', "\xff", "[" * 100_000, "1" * 9_999],
