@@ -20,7 +20,7 @@ TILE = 512
 
 
 @kernel(fastmath={"contract"})
-def _row(left, right, start, acc):  # type: ignore[no-untyped-def]
+def multiply_row(left, right, start, acc):  # type: ignore[no-untyped-def]
     """Compute acc (n,) = left (K,) @ right (K, start : start + n), float64."""
     stop = start + acc.size
     acc[:] = 0.0
@@ -56,7 +56,7 @@ def merge_f32(left, right, weights, factor, scale, out):  # type: ignore[no-unty
         stop = min(right.shape[1], start + TILE)
         acc = buffer[: stop - start]
         for i in range(left.shape[0]):
-            _row(left[i], right, start, acc)
+            multiply_row(left[i], right, start, acc)
             bad |= add_f32(weights[i, start:stop], acc, factor, scale, out[i, start:stop])
     return bad
 
@@ -78,7 +78,7 @@ def merge_bf16(left, right, weights, factor, scale, out):  # type: ignore[no-unt
         stop = min(right.shape[1], start + TILE)
         acc = buffer[: stop - start]
         for i in range(left.shape[0]):
-            _row(left[i], right, start, acc)
+            multiply_row(left[i], right, start, acc)
             bad |= add_bf16(weights[i, start:stop], acc, factor, scale, out[i, start:stop])
     return bad
 
@@ -100,7 +100,7 @@ def merge_f16(left, right, weights, factor, scale, out):  # type: ignore[no-unty
         stop = min(right.shape[1], start + TILE)
         acc = buffer[: stop - start]
         for i in range(left.shape[0]):
-            _row(left[i], right, start, acc)
+            multiply_row(left[i], right, start, acc)
             bad |= add_f16(weights[i, start:stop], acc, factor, scale, out[i, start:stop])
     return bad
 

@@ -22,7 +22,9 @@ MANTISSA = 1 << 32
 FAR = 1 << 30
 """Half units at which a quotient counts as far away: any grid is clamped long before."""
 
-_LONG = 2.0**20
+_TO_INTEGER = 1.5 * 2.0**52
+"""Added to a float64 below 2^51 and taken off again, it rounds to the nearest integer, ties to
+even: a vector unit does that at once."""
 _SURE = 0.5 - 2.0**-20
 """Distance from the nearest integer up to which a float64 sum rounds as the exact one does."""
 
@@ -66,18 +68,104 @@ def floor_of(number, shift, mantissa, inverse):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _magnitude(numbers, row, start, stop):  # type: ignore[no-untyped-def]
-    """Sum |N| over some columns, in four runs: one order, so that every machine has one sum."""
+def _magnitude(numbers, ratios):  # type: ignore[no-untyped-def]
+    """Sum |N ratio| of a row in four runs: one order, so that every machine has one sum."""
     first, second, third, fourth = 0.0, 0.0, 0.0, 0.0
-    whole = start + (stop - start) // 4 * 4
-    for j in range(start, whole, 4):
-        first += abs(np.float64(numbers[row, j]))
-        second += abs(np.float64(numbers[row, j + 1]))
-        third += abs(np.float64(numbers[row, j + 2]))
-        fourth += abs(np.float64(numbers[row, j + 3]))
-    for j in range(whole, stop):
-        first += abs(np.float64(numbers[row, j]))
+    whole = numbers.size // 4 * 4
+    for j in range(0, whole, 4):
+        first += abs(np.float64(numbers[j]) * ratios[j])
+        second += abs(np.float64(numbers[j + 1]) * ratios[j + 1])
+        third += abs(np.float64(numbers[j + 2]) * ratios[j + 2])
+        fourth += abs(np.float64(numbers[j + 3]) * ratios[j + 3])
+    for j in range(whole, numbers.size):
+        first += abs(np.float64(numbers[j]) * ratios[j])
     return (first + second) + (third + fourth)
+
+
+@kernel
+def _spread(values, groups, width, out):  # type: ignore[no-untyped-def]
+    """Repeat one value per group for each column of a row; `width` as of `round_integers`."""
+    if width:
+        for g in range(values.size):
+            out[g * width : min(g * width + width, out.size)] = values[g]
+    else:
+        for j in range(out.size):
+            out[j] = values[groups[j]]
+
+
+@kernel
+def round_row(numbers, codes, points, ratios, low, high, out):  # type: ignore[no-untyped-def]
+    """Round one row by float64 quotients, and count what they leave in doubt.
+
+    Args:
+        numbers: dQ, (in,).
+        codes: int8 (in,).
+        points: float64 (in,), the zero point of each column.
+        ratios: float64 (in,), C 2^e / step of each column; 0 where the step is.
+        low, high: what codes are clamped to.
+        out: int8 (in,).
+
+    Returns:
+        how many codes changed, and how many are in doubt.
+    """
+    doubts, moved = np.int32(0), np.int32(0)
+    for j in range(codes.size):
+        # A quotient below 2^20 is off by less than 2^-31; a larger one is clamped in any case.
+        exact = np.float64(codes[j]) - points[j] + np.float64(numbers[j]) * ratios[j]
+        near = (exact + _TO_INTEGER) - _TO_INTEGER
+        doubts += np.int32(abs(exact - near) > _SURE)
+        new = np.int32(min(max(near + points[j], low), high))
+        moved += np.int32(new != np.int32(codes[j]))
+        out[j] = np.int8(new)
+    return moved, doubts
+
+
+@kernel
+def round_exactly(numbers, factor, codes, points, ratios, steps, row, low, high, out):  # type: ignore[no-untyped-def]
+    """Round again what `round_row` left in doubt, in integers; return how many codes changed."""
+    signs, mantissas, shifts, inverses, groups = steps
+    moved = np.int32(0)
+    for j in range(codes.size):
+        exact = np.float64(codes[j]) - points[j] + np.float64(numbers[j]) * ratios[j]
+        near = (exact + _TO_INTEGER) - _TO_INTEGER
+        if abs(exact - near) > _SURE:
+            g, zero = groups[j], np.int64(points[j])
+            number = np.int64(np.float64(numbers[j]) * factor) * signs[row, g]
+            found = floor_of(number, shifts[row, g], mantissas[row, g], inverses[row, g])
+            x = np.int64(2) * (np.int64(codes[j]) - zero) + (found >> 1)
+            nearest = x >> 1
+            if x & 1:  # at a midpoint, or above it
+                nearest += np.int64(1) if found & 1 else nearest & 1
+            out[j] = min(max(nearest + zero, np.int64(low)), np.int64(high))
+        moved += np.int32(out[j] != codes[j])
+    return moved
+
+
+@kernel
+def integer_row(numbers, factor, codes, zeros, steps, row, width, low, high, room, out):  # type: ignore[no-untyped-def]
+    """Round one row to equally spaced numbers; `round_integers` says how.
+
+    Args:
+        numbers: dQ, (in,).
+        factor, steps, width, low, high: as of `round_integers`.
+        codes: int8 (in,).
+        zeros: int64 (groups,).
+        row: which one of `steps`.
+        room: float64 (2, in), for the ratios and zero points of the columns.
+        out: int8 (in,).
+    """
+    signs, _, _, inverses, groups = steps
+    ratios, points = room[0], room[1]
+    own = np.empty(zeros.size)
+    for g in range(own.size):  # the inverse of a step of zero is none
+        sign = np.float64(signs[row, g])
+        own[g] = factor * (0.5 * inverses[row, g]) * sign if sign != 0.0 else 0.0
+    _spread(own, groups, width, ratios)
+    _spread(zeros, groups, width, points)
+    moved, doubts = round_row(numbers, codes, points, ratios, low, high, out)
+    if doubts:
+        moved = round_exactly(numbers, factor, codes, points, ratios, steps, row, low, high, out)
+    return moved, _magnitude(numbers, ratios)
 
 
 @kernel
@@ -97,49 +185,13 @@ def round_integers(numbers, factor, codes, zeros, steps, width, low, high, out):
     Returns:
         how many codes changed, and the sum of |delta / step|, roughly.
     """
-    signs, mantissas, shifts, inverses, groups = steps
-    changed, size = 0, 0.0
-    rows, columns = codes.shape
-    for i in range(rows):
-        start = 0
-        while start < columns:  # a run of columns in one group: the inner loops are vectors
-            g, stop = groups[start], start + 1
-            if width:
-                stop = min(start + width, columns)
-            else:
-                while stop < columns and groups[stop] == g:
-                    stop += 1
-            sign = signs[i, g]
-            if sign == 0:
-                out[i, start:stop] = codes[i, start:stop]
-                start = stop
-                continue
-            zero, ratio = np.float64(zeros[i, g]), 0.5 * inverses[i, g] * np.float64(sign)
-            doubts, moved = np.int32(0), np.int32(0)
-            for j in range(start, stop):
-                # |move| < 2^20 is off by less than 2^-31; a larger one is clamped in any case
-                move = np.float64(numbers[i, j]) * factor * ratio
-                move = min(max(move, -_LONG), _LONG)
-                exact = np.float64(codes[i, j]) - zero + move
-                near = np.rint(exact)
-                doubts += np.int32(abs(exact - near) > _SURE)
-                new = min(max(near + zero, low), high)
-                moved += np.int32(new != np.float64(codes[i, j]))
-                out[i, j] = np.int8(np.int32(new))
-            if doubts:
-                moved = np.int32(0)
-            for j in range(start, stop if doubts else start):
-                number = np.int64(np.float64(numbers[i, j]) * factor) * sign
-                found = floor_of(number, shifts[i, g], mantissas[i, g], inverses[i, g])
-                x = np.int64(2) * (np.int64(codes[i, j]) - zeros[i, g]) + (found >> 1)
-                nearest = x >> 1
-                if x & 1:  # at a midpoint, or above it
-                    nearest += np.int64(1) if found & 1 else nearest & 1
-                out[i, j] = min(max(nearest + zeros[i, g], np.int64(low)), np.int64(high))
-                moved += np.int32(out[i, j] != codes[i, j])
-            changed += int(moved)
-            size += _magnitude(numbers, i, start, stop) * abs(factor * ratio)
-            start = stop
+    changed, size, room = 0, 0.0, np.empty((2, codes.shape[1]))
+    for i in range(codes.shape[0]):
+        moved, magnitude = integer_row(
+            numbers[i], factor, codes[i], zeros[i], steps, i, width, low, high, room, out[i]
+        )
+        changed += int(moved)
+        size += magnitude
     return changed, size
 
 
@@ -189,3 +241,7 @@ def round_floats(numbers, factor, codes, table, middles, steps, sign, out):  # t
             out[i, j] = new
             changed += table[new] != table[code]
     return changed, 0.5 * size
+
+
+ROUND = (round_integers, round_floats)
+"""The kernels for integers and for small floats."""

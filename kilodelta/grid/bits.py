@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kilodelta.exact.in_grid import read_nibbles
+
 Bytes = npt.NDArray[np.uint8]
 _BLOCK = 1 << 16
 """Bytes of nibbles at a time, so that they stay in the second cache."""
@@ -49,6 +51,29 @@ def unpack_bits(stream: Bytes, bits: int) -> Bytes:
     weights = (1 << np.arange(bits)).astype(np.uint8)
     codes = (flat.reshape(rows, count, bits) * weights).sum(axis=2, dtype=np.uint8)
     return np.asarray(codes)
+
+
+def unpack_signed(stream: Bytes, bits: int, count: int) -> npt.NDArray[np.int8]:
+    """Unpack the first codes of each row, which are stored plus 2^(bits-1).
+
+    Args:
+        stream: uint8 (rows, nbytes).
+        bits: of one code, 1 to 8.
+        count: codes of a row.
+
+    Returns:
+        int8 (rows, count).
+
+    Example:
+        >>> unpack_signed(np.array([[0x08, 0xF7]], np.uint8), 4, 3).tolist()
+        [[0, -8, -1]]
+    """
+    half = np.uint8(1 << (bits - 1))
+    if bits != 4:
+        return (unpack_bits(stream, bits)[:, :count] - half).view(np.int8)  # modulo 256
+    codes = np.empty((stream.shape[0], count), np.uint8)
+    read_nibbles(np.ascontiguousarray(stream), half, codes)
+    return codes.view(np.int8)
 
 
 def pack_bits(codes: npt.NDArray[Any], bits: int, nbytes: int) -> Bytes:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kilodelta.errors import CheckpointError
+from kilodelta.exact.in_grid import split_steps
 from kilodelta.exact.nearest import MANTISSA
 from kilodelta.grid.codes import NOT_A_NUMBER, Kind
 from kilodelta.grid.matrix import Matrix
@@ -41,21 +42,16 @@ def step_parts(matrix: Matrix, e: int, rows: slice) -> StepParts:
         CheckpointError: a step has more than 32 significant bits, which no layout stores.
     """
     steps = matrix.steps[np.arange(matrix.shape[0])[rows] // matrix.block[0]]
-    fractions, exponents = np.frexp(np.abs(steps))
-    mantissas = np.ldexp(fractions, 53).astype(np.int64)
-    low = np.where(mantissas > 0, mantissas & -mantissas, 1)  # the lowest bit that is set
-    mantissas //= low
-    if (mantissas >= MANTISSA).any():
+    signs, mantissas, shifts = (np.empty(steps.shape, np.int64) for _ in range(3))
+    inverses = np.empty(steps.shape)
+    base = e + 1 - matrix.kind.unit
+    if split_steps(steps, base, signs, mantissas, shifts, inverses) >= MANTISSA:
         raise CheckpointError(
             "a scale has more than 32 significant bits, so it is no product of two stored scales",
             fix="the file is damaged: fetch it again",
         )
-    mantissas = np.maximum(mantissas, 1)
-    power = exponents.astype(np.int64) - 53 + np.frexp(low.astype(np.float64))[1] - 1
-    shifts = e + 1 - matrix.kind.unit - power
-    inverses = np.ldexp(1.0 / mantissas, shifts.astype(np.int32))
     return StepParts(
-        signs=np.sign(steps).astype(np.int64),
+        signs=signs,
         mantissas=mantissas,
         shifts=shifts,
         inverses=inverses,

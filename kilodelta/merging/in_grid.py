@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from kilodelta.exact import nearest, products
+from kilodelta.exact import fused, in_grid, nearest, products
 from kilodelta.format.delta import Delta
 from kilodelta.format.targets import Target
 from kilodelta.grid.matrix import Matrix
@@ -50,7 +52,7 @@ def regridded(delta: Delta, target: Target, base: Matrix) -> Regridded:
     c, e = delta.scale(target.name)
     bound = delta.bound(target.name)
     left, right = cpu.stored_factors(delta, target)
-    multiply, factor = products.multiplier(right, bound), np.float64(c)
+    add = _adder(right, bound, np.float64(c))
     rows, columns = base.shape
     out = np.empty_like(base.codes)
     e = e if bound else 0  # an update of zero may have any exponent
@@ -58,29 +60,62 @@ def regridded(delta: Delta, target: Target, base: Matrix) -> Regridded:
     step = min(rows, max(1, BAND // columns))
     for span, factors in cpu.bands(left, rows, step, right.shape[0]):
         part = slice(span.start, span.stop)
-        count, sum_ = _round(base, part, multiply(factors), factor, e, out[part])
+        count, sum_ = add(factors, base, part, e, out[part])
         changed, size = changed + count, size + sum_
     still = int(base.spread(base.steps == 0).sum()) if base.still else 0
     return Regridded(matrix=replace(base, codes=out), changed=changed, steps=size, still=still)
 
 
-def _round(  # type: ignore[no-untyped-def]
-    base: Matrix, rows: slice, numbers, factor: np.float64, e: int, out
+Add = Callable[[Any, Matrix, slice, int, Any], tuple[int, float]]
+"""From (left rows, base, which rows, e, out) to what the kernels return; fills `out`."""
+
+
+def _adder(right: Any, bound: int, factor: np.float64) -> Add:
+    """Return the fastest way to multiply with the right factor and round to the grid."""
+    if right.shape[0] > fused.FEW:
+        multiply = products.multiplier(right, bound)
+        return lambda left, base, rows, e, out: _round(
+            (multiply(left).reshape(out.shape),), base, rows, factor, e, out, nearest.ROUND
+        )
+    floats = np.ascontiguousarray(right, dtype=np.float64)
+    return lambda left, base, rows, e, out: _round(
+        (left.astype(np.float64), floats), base, rows, factor, e, out, in_grid.MERGE
+    )
+
+
+def _round(
+    update: tuple[Any, ...],
+    base: Matrix,
+    rows: slice,
+    factor: np.float64,
+    e: int,
+    out: Any,
+    kernels: tuple[Any, Any],
 ) -> tuple[int, float]:
-    """Round some rows; the kernels say what is returned."""
+    """Round some rows.
+
+    Args:
+        update: the integers of the update, or the two factors of them.
+        base: the weight.
+        rows: which of its rows.
+        factor: C, float64.
+        e: the exponent of the update's unit.
+        out: the new codes of these rows.
+        kernels: for integers and for small floats; they say what is returned.
+    """
     codes, kind = np.ascontiguousarray(base.codes[rows]), base.kind
     parts = step_parts(base, e, rows)
-    numbers = numbers.reshape(codes.shape)
+    integers, floats = kernels
     if kind.is_float:
         table, middles = table_of(kind)
         sign = np.uint8(1 << (kind.bits - 1))
-        found = nearest.round_floats(numbers, factor, codes, table, middles, parts, sign, out)
+        found = floats(*update, factor, codes, table, middles, parts, sign, out)
     else:
         zeros = np.zeros(parts.signs.shape, np.int64)
         if base.zeros is not None:
             zeros = base.zeros[np.arange(base.shape[0])[rows] // base.block[0]].astype(np.int64)
         low, high = np.float64(kind.low), np.float64(kind.high)
         width = 0 if base.order is not None else base.block[1]
-        found = nearest.round_integers(numbers, factor, codes, zeros, parts, width, low, high, out)
+        found = integers(*update, factor, codes, zeros, parts, width, low, high, out)
     changed, size = found
     return int(changed), float(size) * 2.0**kind.unit

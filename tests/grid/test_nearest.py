@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from kilodelta.errors import CheckpointError
-from kilodelta.exact import nearest
+from kilodelta.exact import in_grid, nearest
 from kilodelta.grid.codes import E2M1, E4M3, Kind, integer_kind
 from kilodelta.grid.matrix import Matrix
 from kilodelta.grid.reference import new_code
@@ -141,3 +141,26 @@ def test_a_step_that_no_layout_stores_is_refused() -> None:
     matrix = Matrix(kind=integer_kind(4), codes=codes, steps=np.array([[1 / 3]]), block=(1, 4))
     with pytest.raises(CheckpointError, match="more than 32 significant bits"):
         step_parts(matrix, 0, slice(None))
+
+
+@pytest.mark.parametrize("kind", [integer_kind(4), E2M1], ids=lambda kind: str(kind.name))
+def test_a_fused_merge_equals_the_product_that_is_rounded(kind: Kind) -> None:
+    rng = np.random.default_rng(7)
+    codes, zeros = drawn(kind, rng)
+    left = rng.integers(-7, 8, (6, 5)).astype(np.float64)
+    right = rng.integers(-7, 8, (5, 12)).astype(np.float64)
+    steps = np.round(rng.normal(size=(6, 3)) * 4) / 4  # ties, and steps of zero
+    matrix = Matrix(kind=kind, codes=codes, steps=steps, block=(1, 4), zeros=zeros)
+    parts, factor = step_parts(matrix, -5, slice(None)), np.float64(3)
+    once, fused = np.empty_like(codes), np.empty_like(codes)
+    if kind.is_float:
+        table, middles = table_of(kind)
+        rest: tuple[Any, ...] = (codes, table, middles, parts, np.uint8(8))
+    else:
+        low, high = np.float64(kind.low), np.float64(kind.high)
+        rest = (codes, zeros.astype(np.int64), parts, 4, low, high)
+    rounding, merging = nearest.ROUND[kind.is_float], in_grid.MERGE[kind.is_float]
+    found = rounding(left @ right, factor, *rest, once)
+    assert merging(left, right, factor, *rest, fused) == found
+    assert np.array_equal(fused, once)
+    assert 0 < found[0] < codes.size

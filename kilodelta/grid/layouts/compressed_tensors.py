@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from kilodelta.files.tensor import RawTensor
-from kilodelta.grid.bits import replace_bits, unpack_bits
+from kilodelta.grid.bits import replace_bits, unpack_bits, unpack_signed
 from kilodelta.grid.codes import E2M1, integer_kind
 from kilodelta.grid.layouts.base import (
     SCALES,
@@ -45,7 +45,6 @@ class PackQuantized(Layout):
         packed = self._packed(parts)
         scales = part(parts, "weight_scale", self.name, SCALES)
         sized(scales, "weight_scale", self.name, ((rows, groups),))
-        stored = unpack_bits(rows_of(packed), self.bits)[:, :columns]
         order = None
         if "weight_g_idx" in parts:
             g_idx = part(parts, "weight_g_idx", self.name, ("I32",))
@@ -54,7 +53,7 @@ class PackQuantized(Layout):
             order = None if (g_idx.values() == -1).all() else g_idx.values()
         return Matrix(
             kind=integer_kind(self.bits),
-            codes=centred(stored, self.bits),
+            codes=unpack_signed(rows_of(packed), self.bits, columns),
             steps=float_values(scales),
             block=(1, self.group),
             zeros=self._zeros(parts, groups),

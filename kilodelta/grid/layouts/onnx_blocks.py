@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from kilodelta.errors import CheckpointError
 from kilodelta.files.tensor import RawTensor
-from kilodelta.grid.bits import pack_bits, replace_bits, unpack_bits
+from kilodelta.grid.bits import pack_bits, replace_bits, unpack_bits, unpack_signed
 from kilodelta.grid.codes import E2M1, E4M3, Kind, integer_kind
 from kilodelta.grid.layouts.base import (
     SCALES,
@@ -51,7 +51,6 @@ class MatMulNBits(Layout):
 
     def unpack(self, parts: Parts) -> Matrix:
         rows, columns = self.shape
-        stored = unpack_bits(self._stream(parts), self.bits)[:, :columns]
         scales = part(parts, "scales", self.name, ("F32", "F16", "BF16"))
         grid = (rows, self._groups)
         sized(scales, "scales", self.name, (grid, (rows * self._groups,), (*grid, 1)))
@@ -59,7 +58,7 @@ class MatMulNBits(Layout):
         zeros, minima = self._zeros(parts, steps)
         return Matrix(
             kind=integer_kind(self.bits),
-            codes=centred(stored, self.bits),
+            codes=unpack_signed(self._stream(parts), self.bits, columns),
             steps=steps,
             block=(1, self.group),
             zeros=zeros,
