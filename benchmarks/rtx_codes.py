@@ -4,7 +4,7 @@
 
 Two matrices of random codes behind `DequantizeLinear` and `MatMul` are built into an engine, and
 their packed bytes are looked for in it: as they are, or transposed. No GPU is needed. kilodelta
-exports float models only, so nothing of it depends on the answer yet.
+maps and patches engines of float models only, so nothing of it depends on the answer yet.
 """
 
 from __future__ import annotations
