@@ -77,7 +77,10 @@ def shard_of(tasks: Sequence[Task], shard: tuple[int, int] | None) -> list[Task]
         return list(tasks)
     k, n = shard
     if not 1 <= k <= n:
-        raise InputError(f"there is no shard {k} of {n}", fix="write --shard 1/8 to --shard 8/8")
+        most = max(1, n)
+        raise InputError(
+            f"there is no shard {k} of {n}", fix=f"write --shard 1/{most} to --shard {most}/{most}"
+        )
     names = list(dict.fromkeys(t.fine_tune for t in tasks if t.fine_tune))
     mine = set(names[k - 1 :: n])
     needed = {i for t in tasks if t.fine_tune in mine for i in t.needs}
