@@ -214,13 +214,14 @@ def round_floats(numbers, factor, codes, table, middles, steps, sign, out):  # t
     changed, size = 0, 0.0
     rows, columns = codes.shape
     for i in range(rows):
+        own = 0.0  # summed row by row, as the fused merge does
         for j in range(columns):
             g, code = groups[j], codes[i, j]
             out[i, j] = code
             if signs[i, g] == 0:
                 continue
             number = np.int64(np.float64(numbers[i, j]) * factor) * signs[i, g]
-            size += abs(np.float64(number) * inverses[i, g])
+            own += abs(np.float64(number) * inverses[i, g])
             found = floor_of(number, shifts[i, g], mantissas[i, g], inverses[i, g])
             x, beyond = np.int64(2) * table[code] + (found >> 1), found & 1
             negative = x < 0
@@ -240,6 +241,7 @@ def round_floats(numbers, factor, codes, table, middles, steps, sign, out):  # t
                 new = np.uint8(low | sign)
             out[i, j] = new
             changed += table[new] != table[code]
+        size += own
     return changed, 0.5 * size
 
 
