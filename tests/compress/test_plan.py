@@ -155,8 +155,9 @@ def test_a_table_of_another_machine_is_read_field_by_field(tmp_path: Path) -> No
     point, general = curves._points_of(tmp_path)[4096]
     assert (point.nbytes, point.warnings, general["kind"]) == (4000, ("few steps",), "classes")
     assert [size.name for size in curves._beside_of(tmp_path)] == ["svd"]
-    odd: list[Any] = [{**TABLE, key: value} for key in TABLE for value in (None, [[]], {"a": 1})]
-    odd += [{**TABLE, "sizes": [{**POINT, key: value}]} for key in POINT for value in (None, [1])]
+    values: tuple[Any, ...] = (None, [1])
+    odd: list[Any] = [{**TABLE, key: value} for key in TABLE for value in (*values, {"a": 1})]
+    odd += [{**TABLE, "sizes": [{**POINT, key: value}]} for key in POINT for value in values]
     odd += [{**TABLE, "sizes": [{**POINT, "more": 1}]}, {**TABLE, "sizes": [{}]}, [], 7]
     for table in odd:
         place.write_text(json.dumps(table))
