@@ -16,7 +16,7 @@ from kilodelta.compress import Options, compress
 from kilodelta.errors import InputError
 from kilodelta.format.methods import Nola
 from kilodelta.models import open_model, read_inputs
-from kilodelta.models.media.modest import require_modest
+from kilodelta.models.media.processor_limits import check_processor_limits
 from kilodelta.models.media.sounds import read_sound, resample
 from tests.support import pico
 from tests.support.seq2seq import t5, whisper
@@ -209,13 +209,14 @@ def test_a_processor_that_asks_for_too_much(
 def test_a_processor_of_the_sizes_that_are_in_use_is_modest(tmp_path: Path) -> None:
     table: dict[str, Any] = {
         "size": {"shortest_edge": 3136, "longest_edge": 12_845_056},  # Qwen2-VL: pixels of an area
+        "model_max_length": 10**30,
         "feature_extractor": {  # Whisper
             "chunk_length": 30, "feature_size": 128, "hop_length": 160, "n_fft": 400,
             "n_samples": 480_000, "nb_max_frames": 3000, "sampling_rate": 16_000,
         },
     }  # fmt: skip
     (tmp_path / "processor_config.json").write_text(json.dumps(table))
-    require_modest(tmp_path)
+    check_processor_limits(tmp_path)
 
 
 def test_a_processor_without_a_rate(hearing: Any, tmp_path: Path) -> None:

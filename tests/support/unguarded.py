@@ -176,7 +176,7 @@ GUARDS: Mapping[str, tuple[Guard, ...]] = {
         ("kilodelta.trust.tuf_repository:_require_plain", _as(_nothing)),
     ),
     _MEDIA + "test_a_processor_that_asks_for_too_much": (
-        ("kilodelta.models.media.batches:require_modest", _as(_nothing)),
+        ("kilodelta.models.media.batches:check_processor_limits", _as(_nothing)),
     ),
     _MEDIA + "test_a_small_file_of_a_long_sound": (
         ("kilodelta.models.media.sounds:_require_short", _as(_nothing)),

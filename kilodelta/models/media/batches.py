@@ -17,7 +17,7 @@ from torch import Tensor
 from kilodelta.errors import InputError, one_line, require
 from kilodelta.models.loaded import Batch, LoadedModel
 from kilodelta.models.media.images import read_image
-from kilodelta.models.media.modest import require_modest
+from kilodelta.models.media.processor_limits import check_processor_limits
 from kilodelta.models.media.records import Record, RecordSource
 from kilodelta.models.media.sounds import read_sound
 from kilodelta.models.quiet import quiet
@@ -246,7 +246,7 @@ def _processor(name: str, kind: str, loaded: LoadedModel) -> Any:
     )
     if not Path(folder).is_dir():
         raise InputError(f"{loaded.source} is no folder with a processor for {kind}", fix=fix)
-    require_modest(Path(folder))
+    check_processor_limits(Path(folder))
     try:
         with quiet():
             return getattr(transformers, name).from_pretrained(folder, trust_remote_code=False)

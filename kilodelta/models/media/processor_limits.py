@@ -31,15 +31,16 @@ LIMITS: Mapping[str, int] = {
     "max_patches": 1 << 16,
     "image_seq_length": 1 << 16,
     "num_additional_image_tokens": 1 << 16,
+    "model_max_length": 10**31,  # transformers writes 1e30 where a tokenizer has no limit
 }
-"""The largest value of a key, wherever in the file it stands; seconds, samples and counts."""
+"""The largest value of a key, wherever in the file it stands: pixels, seconds, samples, counts."""
 OTHERS = 1 << 26
 """The largest number under any other key. Some processors give pixels of an area this way."""
 SPECTRUM = 1 << 24
 """Values of the spectrum that a sound extractor computes of a whole chunk; Whisper's has 1.2 M."""
 
 
-def require_modest(folder: Path) -> None:
+def check_processor_limits(folder: Path) -> None:
     """Check the sizes in a folder's processor configurations.
 
     Args:
@@ -56,15 +57,15 @@ def require_modest(folder: Path) -> None:
         for key, value in _numbers(table):
             limit = LIMITS.get(key, OTHERS)
             if not math.isfinite(value) or value > limit:
-                raise _immodest(folder, f"{key:.100} is {value:.15g}", f"at most {limit}")
+                raise _too_much(folder, f"{key:.100} is {value:.15g}", f"at most {limit}")
         for part in _tables(table):
             values = _spectrum(part)
             if values > SPECTRUM:
-                told = "chunk_length * sampling_rate / hop_length * n_fft"
-                raise _immodest(folder, f"{told} is {values:.15g}", f"at most {SPECTRUM}")
+                formula = "chunk_length * sampling_rate / hop_length * n_fft"
+                raise _too_much(folder, f"{formula} is {values:.15g}", f"at most {SPECTRUM}")
 
 
-def _immodest(folder: Path, what: str, wanted: str) -> InputError:
+def _too_much(folder: Path, what: str, wanted: str) -> InputError:
     return InputError(
         f"the processor of {folder} asks for too much: {what}, {wanted} is taken",
         fix="save the processor that the model was trained with into its folder",
