@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +44,37 @@ def test_every_test_that_is_named_exists(node: str) -> None:
     text = (ROOT / file).read_text()
     for part in name.partition("[")[0].split("::"):
         assert re.search(rf"^ *(def|class) {part}\b", text, re.MULTILINE), node
+
+
+def _committed(kind: str) -> tuple[Path, dict[str, Any]]:
+    (place,) = (ROOT / "benchmarks" / "results").glob(f"{kind}-*.json")
+    return place, json.loads(place.read_text())
+
+
+def test_the_figures_of_the_fuzz_are_those_of_its_committed_run() -> None:
+    place, facts = _committed("fuzz")
+    rows = facts["surfaces"]
+    whole = [row["surface"] for row in rows if row["inputs"] >= 10_000]
+    text = " ".join(PAGE.read_text().split())
+    assert place.name in text
+    assert f"10,000 inputs on {len(whole)} of the {len(rows)} surfaces" in text
+    for row in rows:
+        if row["surface"] not in whole:
+            assert f"{row['inputs']:,} on `{row['surface']}`" in text
+        assert not row["tracebacks"] or "mended" in row["note"], row["surface"]
+        assert (row["hangs"], row["over_memory"]) == (0, 0), row["surface"]
+
+
+def test_the_figures_of_the_faults_are_those_of_their_committed_run() -> None:
+    place, facts = _committed("faults")
+    text = " ".join(PAGE.read_text().split())
+    assert place.name in text
+    for fault, word in (("kill", "kills"), ("full disk", "full disks"), ("pair", "pairs")):
+        rows = [row for row in facts["rows"] if row["fault"] == fault]
+        assert f"{sum(row['trials'] for row in rows):,} {word}" in text
+        assert len({row["command"] for row in rows}) == 9, fault
+    for row in facts["rows"]:
+        assert not any(row[k] for k in ("mixtures", "lost", "leftovers", "tracebacks")), row
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from kilodelta.commands.fleet import _status
+from kilodelta.commands.fleet.reporting import _status
 from kilodelta.fleet import make_plan, read_fleet, run
 from kilodelta.fleet.status import located, remember
 from kilodelta.progress import silent
