@@ -7,7 +7,7 @@ scale, the best of several clips; only its nibbles and scales are counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,20 @@ CLIPS = torch.linspace(0.4, 1.0, 13)
 
 
 @torch.no_grad()
-def merge_svd(base: nn.Module, tuned: nn.Module, budget: int) -> int:
-    """Add the parts that fit to `base`'s linear layers; returns the bytes spent."""
-    tuned_layers = dict(_linears(tuned))
+def merge_svd(
+    base: nn.Module,
+    tuned: nn.Module,
+    budget: int,
+    changes: Callable[[str], bool] = lambda name: ".layer." in f".{name}",
+) -> int:
+    """Add the parts that fit to the linear layers of `base` whose names `changes` accepts.
+
+    Returns:
+        The bytes spent.
+    """
+    tuned_layers = dict(_linears(tuned, changes))
     parts = []
-    for name, layer in _linears(base):
+    for name, layer in _linears(base, changes):
         U, S, Vh = torch.linalg.svd(tuned_layers[name].weight - layer.weight, full_matrices=False)
         cost = sum(layer.weight.shape) / 2 + 2 * SCALE_BYTES
         root = S.sqrt()
@@ -37,9 +46,9 @@ def merge_svd(base: nn.Module, tuned: nn.Module, budget: int) -> int:
     return int(spent)
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def _linears(model: nn.Module, changes: Callable[[str], bool]) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and ".layer." in f".{name}":
+        if isinstance(module, nn.Linear) and changes(name):
             yield name, module
 
 

@@ -85,6 +85,34 @@ def test_what_a_grid_keeps(page: Any, start: str, key: str, floats: str | None) 
     assert cells[1:] == shown
 
 
+FEW = result("models-2026-11-29-epyc-busy")["tasks"]["vision-16"]["0"]
+BASES = ROOT / "docs" / "bases.md"
+
+
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        ("the base, nearest mean", "base"),
+        ("the full fine-tune", "teacher"),
+        ("`--budget 25KB`", "kd"),
+        ("truncated SVD of the change, int4", "svd"),
+        ("PEFT LoRA r = 1, int8", "lora-r1-int8"),
+        ("PEFT LoRA r = 8, int8", "lora-r8-int8"),
+    ],
+)
+def test_what_a_few_images_teach(start: str, name: str) -> None:
+    if name not in FEW:
+        assert f"| {start} |" not in BASES.read_text()
+        return
+    points, low, high = FEW[name], FEW["base"]["score"], FEW["teacher"]["score"]
+    share = f"{100 * (points['score'] - low) / (high - low):.0f} %"
+    shown = [f"{points['bytes']:,}" if "bytes" in points else "", f"{points['score']:.1f}"]
+    cells = [cell.strip() for cell in row(BASES, start).strip("|").split("|")]
+    assert cells[1:] == [*shown, "" if name == "base" else share]
+    if name == "kd":
+        assert f"{share} of the gain in 25 KB" in row(README, "ViT, ResNet")
+
+
 @pytest.mark.parametrize(
     ("start", "what"),
     [

@@ -39,6 +39,7 @@ NOT_RUN = {
     ("README.md", "kilodelta export base-w4a16/"): _SMALL,
     ("README.md", "kilodelta demo"): "minutes, on a real model: tests/demo/test_demo.py",
     ("add_a_method.md", ""): "tests/format/test_add_a_method.py executes this page",
+    ("bases.md", ""): "minutes, on real models of packages: run as written, by hand",
     ("decoders.md", "kilodelta "): "a real decoder: tests/export/test_decoder.py does it, tiny",
     ("decoders.md", "import onnxruntime_genai"): "the same test, by the same package",
     ("encoder-decoders.md", "kilodelta "): "a real Whisper: tests/export/test_seq2seq.py, tiny",

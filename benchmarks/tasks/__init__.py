@@ -1,0 +1,1 @@
+"""The tasks of the real models in `benchmarks/models.py`, one file for each model."""
