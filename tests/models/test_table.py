@@ -45,9 +45,12 @@ def test_architectures_go_through_every_step(architecture: Architecture, tmp_pat
 
 
 def as_recorded(architecture: Architecture, folder: Path, steps: Container[str]) -> None:
-    """Take an architecture through steps again: each ends as it did when the page was made."""
+    """Take an architecture through steps again: each ends as it did when the page was made.
+
+    Steps that a row was not taken through are left out here as well.
+    """
     recorded = ROWS[architecture.name]["steps"]
-    happened = run(architecture, folder, steps)
+    happened = run(architecture, folder, [step for step in recorded if step in steps])
     assert {step: text.partition(":")[0] for step, text in happened.items()} == {
         step: text.partition(":")[0] for step, text in recorded.items() if step in steps
     }, happened
