@@ -1,0 +1,59 @@
+"""Look at the tensors of one module and at the configuration: what all readers share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any
+
+from kilodelta.errors import CheckpointError
+from kilodelta.expressions import Expressions
+from kilodelta.files.tensor import TensorInfo
+from kilodelta.grid.matrix import Shape
+from kilodelta.grid.model import Stored
+
+Config = Mapping[str, Any]
+Roles = Mapping[str, TensorInfo]
+"""The tensors of one module by the last part of their names."""
+
+EXPRESSIONS: ContextVar[Expressions] = ContextVar("expressions")
+"""Of the model that is being recognised: all its modules share one budget of time."""
+CONVERT = "convert it back with the tool that wrote it, or fetch the model in a portable layout"
+AGAIN = "the checkpoint is incomplete or its configuration is of another one: fetch it again"
+
+
+def bound_to_kernel(name: str, how: str) -> CheckpointError:
+    return CheckpointError(f"{name} is {how}, and such a layout is not read", fix=CONVERT)
+
+
+def stored_weight(module: str, layout: Any, roles: Roles, wanted: tuple[str, ...]) -> Stored:
+    """Describe a weight; roles that the layout needs and the file lacks are found when read."""
+    named = {role: roles[role].name for role in wanted if role in roles}
+    return Stored(name=f"{module}.weight" if module else "weight", layout=layout, parts=named)
+
+
+def matrix_shape(info: TensorInfo) -> Shape:
+    if len(info.shape) != 2:
+        raise CheckpointError(
+            f"{info.name} has shape {list(info.shape)}: only matrices are read, no stacked experts",
+            fix="give a model whose experts are stored one by one",
+        )
+    return info.shape[0], info.shape[1]
+
+
+def group_size(config: Config, columns: int) -> int:
+    """Read `group_size`, of which -1 (or none) stands for all columns."""
+    group = config.get("group_size", config.get("q_group_size"))
+    return group if isinstance(group, int) and group > 0 else max(columns, 1)
+
+
+def config_groups(config: Config) -> list[dict[str, Any]]:
+    groups = config.get("config_groups")
+    return [g for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
+
+
+def refuse_swizzled(scale: TensorInfo | None, plain: Shape) -> None:
+    """Recognise scales in the 128 x 4 tiles that NVFP4's kernels take, where padding tells."""
+    tiled = (-(-plain[0] // 128) * 128, -(-plain[1] // 4) * 4)
+    if scale is not None and scale.shape != plain and scale.shape == tiled:
+        raise bound_to_kernel(scale.name, "swizzled into tiles of 128 x 4 scales")

@@ -1,0 +1,49 @@
+"""Recognise weights of E4M3 codes: fine-grained, per row or per tensor."""
+
+from __future__ import annotations
+
+from kilodelta.errors import CheckpointError
+from kilodelta.grid.layouts.fp8 import Fp8
+from kilodelta.grid.matrix import Shape
+from kilodelta.grid.model import Source, Stored
+from kilodelta.grid.readers.common import (
+    AGAIN,
+    Config,
+    Roles,
+    config_groups,
+    matrix_shape,
+    stored_weight,
+)
+
+
+def read_fp8(module: str, roles: Roles, config: Config, source: Source) -> Stored | None:
+    weight = roles.get("weight")
+    if weight is None or weight.dtype != "F8_E4M3":
+        return None
+    shape = matrix_shape(weight)
+    scale = next((r for r in ("weight_scale_inv", "weight_scale") if r in roles), None)
+    if scale is None:
+        raise CheckpointError(
+            f"{weight.name} is F8_E4M3 without weight_scale or weight_scale_inv", fix=AGAIN
+        )
+    if roles[scale].dtype == "F8_E8M0":
+        raise CheckpointError(
+            f"{roles[scale].name} is F8_E8M0, and such scales are not read",
+            fix="give the model with float32 scales",
+        )
+    block = _fp8_block(shape, roles[scale].shape, config)
+    return stored_weight(
+        module, Fp8(shape=shape, scale=scale, block=block), roles, ("weight", scale)
+    )
+
+
+def _fp8_block(shape: Shape, scales: tuple[int, ...], config: Config) -> Shape:
+    size = config.get("weight_block_size")
+    if size is None:
+        args = [g["weights"] for g in config_groups(config) if isinstance(g.get("weights"), dict)]
+        size = next((a["block_structure"] for a in args if a.get("block_structure")), None)
+    if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size):
+        return size[0], size[1]
+    if scales in ((shape[0], 1), (shape[0],)) and shape[0] > 1:
+        return 1, shape[1]
+    return max(shape[0], 1), max(shape[1], 1)
