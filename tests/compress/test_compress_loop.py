@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import signal
 import threading
 from dataclasses import replace
@@ -204,8 +205,8 @@ def test_a_loss_that_is_not_finite_says_what_to_do() -> None:
         distill(student, data, SCHEDULE, silent)
 
 
-WILD = Schedule(steps=40, rate=20.0, batch=4, bits=8, seed=5)
-"""A rate at which the loss grows. It is made of cosines, so it cannot grow without bounds."""
+WILD = Schedule(steps=40, rate=1.0, batch=4, bits=8, seed=5)
+"""A rate at which a near task's loss grows, and with it the distance on the held-out rows."""
 LOW = 1.1
 """Times the first loss that count as astray here."""
 
@@ -214,12 +215,12 @@ def test_a_training_that_goes_astray_begins_again_at_a_lower_rate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(watch, "ASTRAY", LOW)
-    student, data = task()
+    student, data = near_task(0.3)
     done = distill(student, data, WILD, silent)
     assert done.again >= 1
     assert done.steps == 40
     monkeypatch.setattr(watch, "ATTEMPTS", 0)
-    student, data = task()
+    student, data = near_task(0.3)
     with pytest.raises(InputError, match=r"the loss is \S+ after \d+ steps"):
         distill(student, data, WILD, silent)
 
@@ -230,15 +231,36 @@ def test_a_resumed_run_remembers_that_it_began_again(
     step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watch, "ASTRAY", LOW)
-    whole, data = task()
+    whole, data = near_task(0.3)
     wanted = distill(whole, data, WILD, silent)
     kept = tmp_path / "a.kd.resume"
-    first, data = task()
+    first, data = near_task(0.3)
     distill(first, data, WILD, interrupt_at(step), kept=kept, facts=FACTS)
-    again, data = task()
+    again, data = near_task(0.3)
     found = distill(again, data, WILD, silent, kept=kept, facts=FACTS, resume=True)
     assert found.again == wanted.again >= 1
     assert equal(coefficients(again), coefficients(whole))
+
+
+def test_batches_that_differ_are_no_reason_to_begin_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The held-out rows are asked before a training whose loss grew begins again."""
+    student, data = task()
+    real, looks = steps.Run._gradient, []
+
+    def uneven(run: steps.Run, chosen: Any) -> Tensor:
+        return real(run, chosen) * (1.0 if run.step == 0 else 20.0)
+
+    def counted(*given: Any) -> tuple[Measures, ...]:
+        looks.append(1)
+        return measure(*given)
+
+    monkeypatch.setattr(steps.Run, "_gradient", uneven)
+    monkeypatch.setattr(steps, "measure", counted)
+    done = distill(student, data, SCHEDULE, silent)
+    assert done.again == 0
+    assert len(looks) == 1 + 1 + steps.EVALUATIONS  # the start, one doubt, and the last quarter
 
 
 def test_a_watch_needs_some_losses_and_forgets_them() -> None:
@@ -276,8 +298,9 @@ def test_few_steps_that_lead_away_are_taken_anew_at_a_lower_rate(
     assert len(seen) == 6 * (1 + done.again)
     assert seen[-6:] == [1, 2, 3, 4, 5, 6]
     assert done.measures[0].divergence < before
-    assert [look.step for look in done.curve] == [6]  # of the last attempt
+    assert [look.step for look in done.curve] == [5, 6]  # of the last attempt
     monkeypatch.setattr(watch, "ATTEMPTS", 0)
+    monkeypatch.setattr(watch, "ASTRAY", math.inf)
     student, data = near_task(0.1)
     done = distill(student, data, FEW, silent)
     assert done.again == 0

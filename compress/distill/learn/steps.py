@@ -80,7 +80,7 @@ class Run:
     def train(self, stopped: threading.Event, keep: Callable[[], object]) -> None:
         """Take all steps that are left, or those until the run is stopped."""
         began, written = time.monotonic() - self.spent, time.monotonic()
-        if self.schedule.steps < SHORT and math.isnan(self.watch.start):
+        if math.isnan(self.watch.start):
             self.watch.start = self.data.objective.overall(self._measure()).divergence
         order = self._batches()
         while self.step < self.schedule.steps and not self.data.ranks.any(stopped.is_set()):
@@ -116,7 +116,7 @@ class Run:
             group["lr"] = self.schedule.rate * self.watch.share * self.schedule.factor(self.step)
         self._turn()
         loss = self._gradient(chosen)
-        if self.watch.is_astray(loss.item()):
+        if self.watch.is_astray(loss.item()) and self._leads_away(loss.item()):
             self._begin_again(loss.item())
             return loss.item()
         for parameter, master in zip(self.trained, self.masters, strict=True):
@@ -139,6 +139,18 @@ class Run:
         if ways.all:
             ways.take(ways.all[self.step % len(ways.all)])
 
+    def _leads_away(self, loss: float) -> bool:
+        """Ask the held-out rows whether a training whose loss grew leads away from the teacher.
+
+        The first loss is one batch's, and another batch's may be ten times as large at any rate.
+        """
+        if not math.isfinite(loss):
+            return True
+        if self.watch.has_harmed(self.data.objective.overall(self._measure()).divergence):
+            return True
+        self.watch.was_wrong()
+        return False
+
     def _leave_out(self) -> None:
         """Leave out a step whose scaled gradient overflowed.
 
@@ -156,7 +168,7 @@ class Run:
 
         The best state of all attempts is kept, so that a later one cannot make it worse.
         """
-        done = self.step == self.schedule.steps
+        done = self.step == self.schedule.steps < SHORT
         if done and self.watch.has_harmed(self.best.divergence) and self.watch.begin_again():
             self._go_back()
 
@@ -276,7 +288,10 @@ class Run:
         """Leave the best rounded state attached."""
         stopped = self.step < self.schedule.steps
         # Interrupted before the first rounded step, at least of the attempt that may help.
-        if not self.best.state or (stopped and self.watch.has_harmed(self.best.divergence)):
+        short = self.schedule.steps < SHORT
+        if not self.best.state or (
+            stopped and short and self.watch.has_harmed(self.best.divergence)
+        ):
             train.quantise(self.loaded.module, self.schedule.bits)
             self._offer()
         self.loaded.module.load_state_dict(self.best.state)

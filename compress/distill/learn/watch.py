@@ -36,7 +36,7 @@ class Watch:
         recent: the mean of recent losses.
         seen: how many losses these are.
         again: how often the training has begun again.
-        start: divergence on the held-out rows where a short training began; NaN for a long one.
+        start: divergence on the held-out rows where the training began; NaN where none was taken.
     """
 
     first: float = math.nan
@@ -46,7 +46,7 @@ class Watch:
     start: float = math.nan
 
     def is_astray(self, loss: float) -> bool:
-        """Take up a step's loss, and return whether the training leads away from the teacher."""
+        """Take up a step's loss, and return whether the training seems to lead away."""
         if not math.isfinite(loss):
             return True
         self.first = loss if self.seen == 0 else self.first
@@ -63,8 +63,12 @@ class Watch:
         return True
 
     def has_harmed(self, divergence: float) -> bool:
-        """Return whether a short training's best state is no nearer than where it began."""
+        """Return whether a state of this held-out divergence is no nearer than the beginning."""
         return not math.isnan(self.start) and not divergence < self.start
+
+    def was_wrong(self) -> None:
+        """Take the growth for what batches differ by, so that the next doubt comes later."""
+        self.first = max(self.first, self.recent)
 
     @property
     def share(self) -> float:
