@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kilodelta.exact.in_grid import read_nibbles
-
 Bytes = npt.NDArray[np.uint8]
 _BLOCK = 1 << 16
 """Bytes of nibbles at a time, so that they stay in the second cache."""
@@ -71,6 +69,8 @@ def unpack_signed(stream: Bytes, bits: int, count: int) -> npt.NDArray[np.int8]:
     half = np.uint8(1 << (bits - 1))
     if bits != 4:
         return (unpack_bits(stream, bits)[:, :count] - half).view(np.int8)  # modulo 256
+    from kilodelta.exact.in_grid import read_nibbles  # loads numba, which takes a while
+
     codes = np.empty((stream.shape[0], count), np.uint8)
     read_nibbles(np.ascontiguousarray(stream), half, codes)
     return codes.view(np.int8)
