@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +182,8 @@ def test_the_command_prints_both_roots(tmp_path: Path) -> None:
     assert table["quantised"]["configuration"] == found.config
     listed = CliRunner().invoke(main, ["digest", str(place), "--tensors"]).stdout
     assert f"{found.weights['a.weight']}  a.weight (logical)" in listed
+
+
+def test_the_room_loads_no_numba_before_it_decodes() -> None:
+    code = "import sys, kilodelta.format.file, kilodelta.grid; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
