@@ -7,11 +7,13 @@ of a few bytes could ask for millions.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kilodelta.files import plain
+from kilodelta.models.asked_size import counts, tables
 from kilodelta.models.quiet import quiet
 
 _TASKS: Mapping[str, str] = {
@@ -24,10 +26,6 @@ _TASKS: Mapping[str, str] = {
 }
 """PEFT's `task_type` to transformers' table of classes."""
 
-_COUNTS = ("layers", "blocks", "depth", "depths", "experts", "stages")
-"""How keys of `config.json` end that say how many modules a model has."""
-_LABELS = 1 << 20
-"""Labels for which transformers makes names."""
 _FACTOR = 4
 """Modules that a configuration may ask for, over the tensors that the base has."""
 
@@ -72,30 +70,7 @@ def _is_modest(place: Path, tensors: int) -> bool:
         config = json.loads(plain.read_model_file(place))
     except (OSError, ValueError, RecursionError):
         return False
-    return all(_modules(table) <= max(_FACTOR * tensors, 1000) for table in _tables(config))
-
-
-def _tables(value: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield a configuration and those in it: a model may have one for each tower."""
-    if isinstance(value, dict):
-        yield value
-        for inner in value.values():
-            yield from _tables(inner)
-
-
-def _modules(table: Mapping[str, Any]) -> int:
-    """Return about how many modules a configuration asks for: layers times experts."""
-    counts = {"layers": 1, "experts": 1}
-    for key, value in table.items():
-        number = sum(n for n in value if type(n) is int) if isinstance(value, list) else value
-        if type(number) is not int:
-            continue
-        if key == "num_labels" and number > _LABELS:
-            return number
-        if key.lower().endswith(_COUNTS):
-            kind = "experts" if key.lower().endswith("experts") else "layers"
-            counts[kind] = max(counts[kind], number)
-    return counts["layers"] * counts["experts"]
+    return all(math.prod(counts(table)) <= max(_FACTOR * tensors, 1000) for table in tables(config))
 
 
 def _classes(transformers: Any, config: Any, adapter: Mapping[str, Any]) -> list[tuple[Any, bool]]:

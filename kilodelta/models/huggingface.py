@@ -19,6 +19,7 @@ from kilodelta.errors import CheckpointError, require
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tying import memory_of
 from kilodelta.models import quantised
+from kilodelta.models.asked_size import check_modules, check_parameters
 from kilodelta.models.configuration import (
     FIX_ENTRY,
     explained,
@@ -62,6 +63,8 @@ def open_folder(
     kind = find_class(transformers, config, headless=pooling is not None)
     checkpoint = Checkpoint.open(folder if weights is None else weights)
     quantised.refuse(checkpoint)
+    check_modules(folder, len(checkpoint.names))
+    check_parameters(folder, kind, config, checkpoint)
     with explained(f"{folder}: {kind.__name__} cannot be built from config.json", FIX_ENTRY):
         module, names = _load(kind, config, checkpoint, dtype)
     maps = MappedCheckpoint(checkpoint) if mapped else None

@@ -339,3 +339,21 @@ def test_a_module_of_other_names_is_refused(
     with pytest.raises(InputError, match="other:number returned a int"):
         open_model("other:number")
     assert isinstance(open_model("other:make").module, nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_hidden_layers": 10**6}, "asks for 1000000 layers of 1 experts"),
+        ({"intermediate_size": 24_000_000}, r"asks for \d{10} parameters"),
+        ({"vocab_size": 10**9}, r"asks for \d{11} parameters"),
+    ],
+)
+def test_a_configuration_far_larger_than_its_weights_is_refused(
+    change: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    base = pico.bert(tmp_path / "base", layers=1)
+    place = base / "config.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=said):
+        open_model(base)
