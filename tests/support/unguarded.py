@@ -175,6 +175,11 @@ GUARDS: Mapping[str, tuple[Guard, ...]] = {
     _MIRROR + "test_a_repository_of_a_stranger_leads_nowhere": (
         ("kilodelta.trust.tuf_repository:_require_plain", _as(_nothing)),
     ),
+    "tests/models/test_folders.py::"
+    "test_a_configuration_far_larger_than_its_weights_is_refused": (
+        ("kilodelta.models.huggingface:check_modules", _as(_nothing)),
+        ("kilodelta.models.huggingface:check_parameters", _as(_nothing)),
+    ),
     _MEDIA + "test_a_processor_that_asks_for_too_much": (
         ("kilodelta.models.media.batches:check_processor_limits", _as(_nothing)),
     ),
