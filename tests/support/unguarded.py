@@ -175,8 +175,7 @@ GUARDS: Mapping[str, tuple[Guard, ...]] = {
     _MIRROR + "test_a_repository_of_a_stranger_leads_nowhere": (
         ("kilodelta.trust.tuf_repository:_require_plain", _as(_nothing)),
     ),
-    "tests/models/test_folders.py::"
-    "test_a_configuration_far_larger_than_its_weights_is_refused": (
+    "tests/models/test_folders.py::test_a_configuration_far_larger_than_its_weights_is_refused": (
         ("kilodelta.models.huggingface:check_modules", _as(_nothing)),
         ("kilodelta.models.huggingface:check_parameters", _as(_nothing)),
     ),
