@@ -106,7 +106,8 @@ def print_proof(found: Verification) -> None:
         rows.append(("merged proved", proof.merged))
     if export is not None:
         count = sum(len(artefact.files) for artefact in export.artefacts)
-        rows.append(("export proved", f"{count} files, by digest"))
+        files = "1 file" if count == 1 else f"{count} files"
+        rows.append(("export proved", f"{files}, by digest"))
     compared = "not compared; give --inputs for that" if report is None else report.summary()
     rows.append(("outputs", compared))
     terminal.print_facts(rows)
