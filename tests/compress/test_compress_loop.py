@@ -219,10 +219,36 @@ def test_a_training_that_goes_astray_begins_again_at_a_lower_rate(
     done = distill(student, data, WILD, silent)
     assert done.again >= 1
     assert done.steps == 40
+
+
+def test_a_training_that_leads_away_at_every_rate_keeps_the_best_it_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the first coefficients are nearly the tuned model, no rate brings them nearer."""
+    monkeypatch.setattr(watch, "ASTRAY", LOW)
     monkeypatch.setattr(watch, "ATTEMPTS", 0)
     student, data = near_task(0.3)
-    with pytest.raises(InputError, match=r"the loss is \S+ after \d+ steps"):
-        distill(student, data, WILD, silent)
+    done = distill(student, data, WILD, silent)
+    assert (done.again, done.steps) == (0, 40)
+    best = data.objective.overall(done.measures).divergence
+    assert best == min(look.divergence for look in done.curve)
+
+
+def test_a_loss_that_is_finite_at_no_rate_ends_the_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    student, data = task()
+    real, tried = steps.Run._gradient, []
+
+    def diverging(run: steps.Run, chosen: Any) -> Tensor:
+        if run.step == 2:
+            tried.append(run.watch.share)
+        return real(run, chosen) * (math.inf if run.step == 2 else 1.0)
+
+    monkeypatch.setattr(steps.Run, "_gradient", diverging)
+    with pytest.raises(InputError, match=r"the loss is inf after 2 steps"):
+        distill(student, data, SCHEDULE, silent)
+    assert tried == [1.0, 1 / 4, 1 / 16, 1 / 64]
 
 
 @pytest.mark.usefixtures("ctrl_c")

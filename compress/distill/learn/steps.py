@@ -116,8 +116,11 @@ class Run:
             group["lr"] = self.schedule.rate * self.watch.share * self.schedule.factor(self.step)
         self._turn()
         loss = self._gradient(chosen)
-        if self.watch.is_astray(loss.item()) and self._leads_away(loss.item()):
-            self._begin_again(loss.item())
+        if (
+            self.watch.is_astray(loss.item())
+            and self._leads_away(loss.item())
+            and self._begins_again(loss.item())
+        ):
             return loss.item()
         for parameter, master in zip(self.trained, self.masters, strict=True):
             if master is not parameter and parameter.grad is not None:
@@ -172,20 +175,27 @@ class Run:
         if done and self.watch.has_harmed(self.best.divergence) and self.watch.begin_again():
             self._go_back()
 
-    def _begin_again(self, loss: float) -> None:
-        """Go back to where the training began, at a lower rate.
+    def _begins_again(self, loss: float) -> bool:
+        """Go back to where the training began, at a lower rate, where one is left.
+
+        After the last attempt a training whose loss is finite goes on, for the best state is kept:
+        where the first coefficients are nearly the tuned model, every rate leads away from them.
 
         Raises:
-            InputError: it went astray at every rate.
+            InputError: the loss is not finite at any rate.
         """
         # Without an update the loss is the base's: no lower rate makes that one finite.
         hopeless = self.watch.seen == 0 and not math.isfinite(loss)
-        if hopeless or not self.watch.begin_again():
-            raise InputError(
-                f"the loss is {loss} after {self.step} steps",
-                fix="give a lower --lr, and check that the tuned model's outputs are finite",
-            )
-        self._go_back()
+        if not hopeless and self.watch.begin_again():
+            self._go_back()
+            return True
+        if math.isfinite(loss):
+            self.watch.was_wrong()
+            return False
+        raise InputError(
+            f"the loss is {loss} after {self.step} steps",
+            fix="give a lower --lr, and check that the tuned model's outputs are finite",
+        )
 
     def _go_back(self) -> None:
         """Restore the first coefficients; a short training takes all its steps anew."""

@@ -55,10 +55,10 @@ class Watch:
         return self.seen > PATIENCE and self.recent > ASTRAY * max(self.first, 1e-6)
 
     def begin_again(self) -> bool:
-        """Forget the losses; return whether one more attempt is allowed."""
-        self.first, self.recent, self.seen = math.nan, math.nan, 0
+        """Forget the losses, where one more attempt is allowed; return whether it is."""
         if self.again == ATTEMPTS:
             return False
+        self.first, self.recent, self.seen = math.nan, math.nan, 0
         self.again += 1
         return True
 
@@ -67,7 +67,7 @@ class Watch:
         return not math.isnan(self.start) and not divergence < self.start
 
     def was_wrong(self) -> None:
-        """Take the growth for what batches differ by, so that the next doubt comes later."""
+        """Go on in spite of a growth, of which the next doubt is counted."""
         self.first = max(self.first, self.recent)
 
     @property
