@@ -21,7 +21,14 @@ TILE = 512
 
 @kernel(fastmath={"contract"})
 def multiply_row(left, right, start, acc):  # type: ignore[no-untyped-def]
-    """Compute acc (n,) = left (K,) @ right (K, start : start + n), float64."""
+    """Compute one piece of a row of a product.
+
+    Args:
+        left: one row of the left factor, float64 (K,).
+        right: float64 (K, d).
+        start: the first column.
+        acc: float64 (n,), becomes left @ right[:, start : start + n].
+    """
     stop = start + acc.size
     acc[:] = 0.0
     k = 0

@@ -122,7 +122,19 @@ def round_row(numbers, codes, points, ratios, low, high, out):  # type: ignore[n
 
 @kernel
 def round_exactly(numbers, factor, codes, points, ratios, steps, row, low, high, out):  # type: ignore[no-untyped-def]
-    """Round again what `round_row` left in doubt, in integers; return how many codes changed."""
+    """Round again what `round_row` left in doubt, in integers; return how many codes changed.
+
+    Args:
+        numbers: dQ, (in,).
+        factor: C 2^e.
+        codes: int8 (in,).
+        points, ratios: as `round_row` takes them.
+        steps: signs, mantissas, shifts and inverses of the steps, each (out, groups), and the
+            group of each column, (in,).
+        row: which row of `steps` it is.
+        low, high: what codes are clamped to.
+        out: int8 (in,), as `round_row` left it.
+    """
     signs, mantissas, shifts, inverses, groups = steps
     moved = np.int32(0)
     for j in range(codes.size):

@@ -50,6 +50,12 @@ def check_modules(folder: Path, tensors: int) -> None:
 def check_parameters(folder: Path, kind: Any, config: Any, checkpoint: Checkpoint) -> None:
     """Check how many parameters a class has, built on the meta device, which allocates none.
 
+    Args:
+        folder: named in the error.
+        kind: a class of transformers, called with `config`.
+        config: what the folder's `config.json` says.
+        checkpoint: the weights.
+
     Raises:
         CheckpointError: it has far more than the checkpoint holds.
     """

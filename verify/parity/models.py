@@ -46,7 +46,7 @@ def open_pair(subject: Subject, options: VerifyOptions, progress: Progress) -> M
     """
     delta = load(subject.delta, max_work=options.max_work)
     if delta.manifest.grid is not None:
-        return open_quantised_pair(subject, delta, options, progress)
+        return _open_quantised_pair(subject, delta, options, progress)
     with _weights(subject, delta, progress) as weights:
         merged = open_merged(
             subject.base, weights, delta, model=options.model, config=options.config
@@ -62,7 +62,7 @@ def open_pair(subject: Subject, options: VerifyOptions, progress: Progress) -> M
     return ModelPair(merged=merged, base=base)
 
 
-def open_quantised_pair(
+def _open_quantised_pair(
     subject: Subject, delta: Delta, options: VerifyOptions, progress: Progress
 ) -> ModelPair:
     """Open both of a quantised base in float64, which holds the exact value of every code.

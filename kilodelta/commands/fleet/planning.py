@@ -55,7 +55,15 @@ def plan(
 def shown_plan(
     made: Plan, engine: str, address: str | None, cpus: int, as_json: bool
 ) -> Callable[[], None]:
-    """Return what shows a plan, and refuses one that a cluster cannot run."""
+    """Return what shows a plan, and refuses one that a cluster cannot run.
+
+    Args:
+        made: the plan.
+        engine: "local" or "ray".
+        address: of the Ray cluster; None for the one that Ray finds.
+        cpus: cores that each task takes on a cluster.
+        as_json: show one JSON object instead of tables.
+    """
     if engine == "local":
         return lambda: terminal.print_json(made.to_json()) if as_json else _show_plan(made)
     from kilodelta.errors import InputError

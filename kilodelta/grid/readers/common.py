@@ -27,7 +27,14 @@ def bound_to_kernel(name: str, how: str) -> CheckpointError:
 
 
 def stored_weight(module: str, layout: Any, roles: Roles, wanted: tuple[str, ...]) -> Stored:
-    """Describe a weight; roles that the layout needs and the file lacks are found when read."""
+    """Describe a weight; roles that the layout needs and the file lacks are found when read.
+
+    Args:
+        module: the module's name; "" for the root.
+        layout: an entry of `kilodelta.grid.layouts`.
+        roles: the module's tensors.
+        wanted: the roles that the layout reads.
+    """
     named = {role: roles[role].name for role in wanted if role in roles}
     return Stored(name=f"{module}.weight" if module else "weight", layout=layout, parts=named)
 

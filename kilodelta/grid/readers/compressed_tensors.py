@@ -26,6 +26,17 @@ from kilodelta.grid.readers.fp8 import read_fp8
 def read_compressed_tensors(
     module: str, roles: Roles, config: Config, source: Source
 ) -> Stored | None:
+    """Find a weight of compressed-tensors: packed integers, NVFP4, FP8; None where there is none.
+
+    Args:
+        module: the module's name.
+        roles: its tensors by the last part of their names.
+        config: the quantisation configuration.
+        source: what the tensors are read from.
+
+    Raises:
+        CheckpointError: the layout is recognised and not read, or a part is missing.
+    """
     if "weight_packed" not in roles:
         return read_fp8(module, roles, config, source)
     packed = roles["weight_packed"]

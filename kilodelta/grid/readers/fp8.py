@@ -17,6 +17,17 @@ from kilodelta.grid.readers.common import (
 
 
 def read_fp8(module: str, roles: Roles, config: Config, source: Source) -> Stored | None:
+    """Find an FP8 (E4M3) weight, scaled per tensor, row or block; None where there is none.
+
+    Args:
+        module: the module's name.
+        roles: its tensors by the last part of their names.
+        config: the quantisation configuration.
+        source: what the tensors are read from.
+
+    Raises:
+        CheckpointError: the layout is recognised and not read, or a part is missing.
+    """
     weight = roles.get("weight")
     if weight is None or weight.dtype != "F8_E4M3":
         return None

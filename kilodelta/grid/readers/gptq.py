@@ -16,6 +16,17 @@ from kilodelta.grid.readers.common import (
 
 
 def read_gptq(module: str, roles: Roles, config: Config, source: Source) -> Stored | None:
+    """Find a weight in the layout of GPTQ, versions 1 and 2; None where there is none.
+
+    Args:
+        module: the module's name.
+        roles: its tensors by the last part of their names.
+        config: the quantisation configuration.
+        source: what the tensors are read from.
+
+    Raises:
+        CheckpointError: the layout is recognised and not read, or a part is missing.
+    """
     if "qweight" not in roles:
         return None
     form = config.get("checkpoint_format", "gptq")
@@ -41,6 +52,17 @@ def read_gptq(module: str, roles: Roles, config: Config, source: Source) -> Stor
 
 
 def read_awq(module: str, roles: Roles, config: Config, source: Source) -> Stored | None:
+    """Find a weight in the GEMM layout of AWQ; None where there is none.
+
+    Args:
+        module: the module's name.
+        roles: its tensors by the last part of their names.
+        config: the quantisation configuration.
+        source: what the tensors are read from.
+
+    Raises:
+        CheckpointError: the layout is recognised and not read, or a part is missing.
+    """
     if "qweight" not in roles:
         return None
     version = str(config.get("version", config.get("format", "gemm"))).lower()

@@ -17,6 +17,17 @@ from kilodelta.grid.readers.fp8 import read_fp8
 
 
 def read_modelopt(module: str, roles: Roles, config: Config, source: Source) -> Stored | None:
+    """Find a weight of ModelOpt: NVFP4 or FP8; None where there is none.
+
+    Args:
+        module: the module's name.
+        roles: its tensors by the last part of their names.
+        config: the quantisation configuration.
+        source: what the tensors are read from.
+
+    Raises:
+        CheckpointError: the layout is recognised and not read, or a part is missing.
+    """
     weight = roles.get("weight")
     if "pre_quant_scale" in roles:
         raise CheckpointError(
