@@ -7,6 +7,7 @@ imports that function when it runs, so that `kilodelta --help` answers at once.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -32,7 +33,7 @@ from kilodelta.commands import (
     verify,
 )
 from kilodelta.commands.common import JSON
-from kilodelta.errors import KiloDeltaError
+from kilodelta.errors import InputError, KiloDeltaError
 
 SECTIONS = {
     "Start": (demo.demo,),
@@ -100,6 +101,15 @@ class _Commands(click.Group):
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(141) from None
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            # Any look at such a path fails, so that no command need ask for it in each place.
+            what, fix = f"{error.filename!s:.80}... is too long for a path", "check the path"
+            if ctx.meta.get(JSON):
+                terminal.print_json({"error": what, "fix": fix})
+            terminal.print_error(what, fix)
+            raise SystemExit(InputError.exit_code) from None
 
 
 class _Stopped(KeyboardInterrupt):

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+NAME_BYTES = 255
+"""Bytes of the longest file name of the usual file systems: a look at a longer one fails."""
 MAX_TEXT = 1024
 """Characters of a text."""
 
@@ -195,4 +197,6 @@ def file_name(value: Any, where: str) -> str:
     name = text(value, where)
     if name in {"", ".", ".."} or set(name) & set("/\\:") or not name.isprintable():
         raise FieldError(f"{where} is {name!r:.80}, not a file name")
+    if len(name.encode()) > NAME_BYTES:
+        raise FieldError(f"{where} is {name!r:.80}..., longer than any file name")
     return name

@@ -28,6 +28,9 @@ Do = Callable[[Mapping[str, Any], Path, Callable[[], None]], Mapping[str, Any]]
 
 RETRIES = 1
 """How often a task whose process was killed is tried again; an error is never tried again."""
+YIELDS = 10
+"""Added to the niceness of light tasks beside few that load libraries, for which others wait: the
+one export of a base would share its core with them, and be alone at the end."""
 WAIT = 0.05
 """Seconds after which a thread that waits for an answer sees whether the run was stopped."""
 
@@ -94,6 +97,7 @@ class Children:
             given = {**task.to_json(), "gpu": gpu}
             # What torch and a GPU have taken is free at the process's end only.
             is_light = gpu is None and task.kind not in LIBRARIES
+            given["yields"] = is_light and bool(self._alone)
             try:
                 for _ in range(RETRIES + 1):
                     slot.take()
@@ -260,6 +264,8 @@ def _run(do: Do, out: str, pipe: Any) -> None:
         task = pipe.recv()
     except (EOFError, OSError):  # no task was left, or the parent has ended
         return
+    if task["yields"]:
+        os.nice(YIELDS)
     if task.get("gpu") is not None:  # before the first call of CUDA, which reads it
         os.environ[VISIBLE] = task["gpu"]
     # None says that the result is computed.

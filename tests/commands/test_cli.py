@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 import kilodelta
 from kilodelta import terminal
 from kilodelta.cli import main
-from kilodelta.errors import KiloDeltaError, MissingPackageError, require
+from kilodelta.errors import InputError, KiloDeltaError, MissingPackageError, require
 from kilodelta.format.methods import Nola
 from kilodelta.progress import Event
 from tests.support.making import delta, folder, model, write
@@ -110,6 +110,25 @@ def test_a_wrong_base_exits_5_and_says_so_in_json(place: Path) -> None:
     )
     assert done.returncode == 5
     assert "is not the base of this file" in json.loads(done.stdout)["error"]
+
+
+LONG = 300 * "x"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("digest", LONG),
+        ("inspect", f"{LONG}.kd"),
+        ("compress", "base", LONG, "-o", "t.kd", "--inputs", f"{LONG}.txt"),
+        ("plan", LONG, LONG, "--inputs", f"{LONG}.txt"),
+    ],
+    ids=lambda given: given[0],
+)
+def test_a_path_that_is_too_long_is_a_sentence(arguments: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(main, [*arguments, "--json"])
+    assert result.exit_code == InputError.exit_code
+    assert "is too long for a path" in json.loads(result.stdout)["error"]
 
 
 def test_every_error_has_its_own_code() -> None:

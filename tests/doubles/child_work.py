@@ -16,8 +16,8 @@ from kilodelta.fleet.gpus import VISIBLE
 
 
 def seen(task: Any, out: Path, computed: Any) -> dict[str, Any]:
-    """Tell which process this is, and which GPU it sees."""
-    return {"gpu": os.environ.get(VISIBLE), "process": os.getpid()}
+    """Tell which process this is, which GPU it sees, and how far it lets others go first."""
+    return {"gpu": os.environ.get(VISIBLE), "process": os.getpid(), "niceness": os.nice(0)}
 
 
 class DyingOnce:

@@ -485,6 +485,21 @@ def test_each_task_has_a_process_and_the_next_one_is_ready(
     assert not multiprocessing.active_children()
 
 
+def test_light_tasks_let_the_export_that_others_wait_for_go_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With two workers that share a core, or the machine's other work, it was last to end."""
+    monkeypatch.setattr(child, "do", seen)
+    stop, here = threading.Event(), os.nice(0)
+    merges = [dataclasses.replace(TASK, id=str(n), kind="merge") for n in range(2)]
+    export = dataclasses.replace(TASK, id="3", kind="onnx-base")
+    with Children([*merges, export], Path("out"), 1) as children:
+        assert children.do(merges[0], stop)["niceness"] == min(here + 10, 19)
+        assert children.do(export, stop)["niceness"] == here
+    with Children(merges, Path("out"), 1) as children:
+        assert children.do(merges[0], stop)["niceness"] == here
+
+
 @pytest.mark.parametrize(("kind", "begun"), [("merge", 2), ("compress", 1)])
 def test_a_task_that_waits_for_the_disk_lets_the_next_one_compute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, begun: int

@@ -104,6 +104,11 @@ def test_a_tokenizers_code_is_not_run(bert: Path) -> None:
         ("modules.json", "{}", "it is not a list"),
         ("modules.json", '[{"type": 3}]', r"it\[0\]\.type is not a text"),
         ("modules.json", '[{"type": "a.Transformer", "path": "../x"}]', "not a file name"),
+        (
+            "modules.json",
+            '[{"type": "a.Transformer"}, {"type": "a.Pooling", "path": "' + 300 * "x" + '"}]',
+            "longer than any file name",
+        ),
         ("config.json", "[]", "holds no JSON object"),
         ("config.json", "[" * 100_000, "is not understood"),
         ("config.json", "\xff", "is not understood"),

@@ -142,6 +142,7 @@ def test_images_that_a_file_lists(seeing: Any, tmp_path: Path) -> None:
     ("line", "reason"),
     [
         ('{"image": "none.png"}', "none.png does not exist"),
+        ('{"image": "' + 300 * "x" + '.png"}', "x.png does not exist"),
         ('{"image": 3}', "image is no path"),
         ('{"image": "a.png", "audio": "b.wav"}', "names an image and a sound"),
         ('{"image": "a.png", "target": "rain"}', "has no decoder to write one"),

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -195,7 +196,7 @@ def _file(path: Path, place: str) -> Path:
     except (OSError, ValueError):
         regular = False
     if not regular:
-        missing = not path.exists()
+        missing = not os.path.lexists(path)  # False for what can be no path as well
         raise InputError(
             f"{place}: {path} {'does not exist' if missing else plain.kind(path)}",
             fix="correct the path" if missing else "put the file itself there",
