@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def _row(
         "why": why,
         "agreement": agreements.get(task.fine_tune),
         "nbytes": sum(n for n in files.values() if isinstance(n, int)),
-        "seconds": seconds if isinstance(seconds, (int, float)) else None,
+        "seconds": _number(seconds),
         "parity": _parity(task, record) if status == DONE else "",
         "place": task.place,
         "report": f"{task.place}/{PAGE if PAGE in files else RECORD}" if files else "",
@@ -134,8 +135,8 @@ def _parity(task: Task, record: Mapping[str, Any] | None) -> str:
     if task.kind in _PROVED:
         return "exact"
     result = record.get("result") if record else None
-    error = result.get("error") if isinstance(result, dict) else None
-    return f"{error:.1e}" if isinstance(error, (int, float)) else ""
+    error = _number(result.get("error")) if isinstance(result, dict) else None
+    return "" if error is None else f"{error:.1e}"
 
 
 def _worst_first(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -149,10 +150,16 @@ def _agreement(folder: Path) -> float | None:
         value = record["result"]["after"]["agreement"] if record else None
     except (KeyError, TypeError):
         return None
+    return _number(value)
+
+
+def _number(value: Any) -> float | None:
+    """Return a finite number of a record, which may be damaged; None for anything else."""
     try:
-        return float(value) if isinstance(value, (int, float)) else None
-    except OverflowError:  # a damaged record's whole number of hundreds of digits
+        number = float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:  # a whole number of hundreds of digits
         return None
+    return number if math.isfinite(number) else None
 
 
 def _answers(out: Path) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:

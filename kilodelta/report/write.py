@@ -42,8 +42,9 @@ def write_report(path: str | os.PathLike[str], kind: str, result: Json) -> Path:
     result = _strict({"commands": running_command(), **result})
     text = PAGES[kind](result).html()
     data = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    staging.write(place, text.encode("utf-8"))
-    staging.write(place.with_suffix(".json"), data.encode("utf-8"))
+    # Half a surrogate pair, which JSON may spell, is no character: it is shown as it was spelt.
+    staging.write(place, text.encode("utf-8", "backslashreplace"))
+    staging.write(place.with_suffix(".json"), data.encode("utf-8", "backslashreplace"))
     return place.with_suffix(".json")
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from kilodelta.fleet import status
 from kilodelta.fleet.record import RECORD, read_record
 from kilodelta.fleet.status import _agreement, _answers
 
@@ -40,3 +43,9 @@ def test_a_number_beyond_floats_is_no_agreement(tmp_path: Path) -> None:
     huge = {**GOOD, "result": {"after": {"agreement": 10**400}}}
     (tmp_path / RECORD).write_text(json.dumps(huge))
     assert _agreement(tmp_path) is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 10**400, "1", None])
+def test_a_number_of_a_damaged_record_is_none(value: Any) -> None:
+    assert status._number(value) is None
+    assert status._number(3) == 3.0

@@ -242,12 +242,13 @@ def test_a_target_that_cannot_be_written_is_a_sentence(
 
 
 @pytest.mark.parametrize(
-    ("rate", "frames", "channels"), [(1, 3000, 1), (RATE, 17_000_000, 2), (RATE, 34_000_000, 1)]
+    ("rate", "frames", "channels"),
+    [(1000, 3_000_000, 1), (RATE, 17_000_000, 2), (RATE, 34_000_000, 1)],
 )
 def test_a_small_file_of_a_long_sound(
     rate: int, frames: int, channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Silence packs to a thousandth, and a rate of 1 Hz makes 16,000 samples of each."""
+    """Silence packs to a thousandth, and a low rate makes many samples of each."""
     place = tmp_path / "a.flac"
     soundfile.write(place, np.zeros((10, channels), np.int16), rate)
     data = bytearray(place.read_bytes())
@@ -255,6 +256,12 @@ def test_a_small_file_of_a_long_sound(
     place.write_bytes(data)
     with pytest.raises(InputError, match="at most 33554432 are read"):
         read_sound(place, RATE, "x")
+
+
+def test_a_sound_of_almost_no_rate(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros(10), 2)
+    with pytest.raises(InputError, match="sampled at 2 Hz, and 1000 at least"):
+        read_sound(tmp_path / "a.wav", RATE, "x")
 
 
 def test_an_image_whose_exif_is_damaged(seeing: Any, tmp_path: Path) -> None:

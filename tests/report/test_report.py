@@ -196,6 +196,12 @@ def test_equal_results_give_equal_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
 
 
+def test_half_a_surrogate_pair_is_shown_as_it_was_spelt(tmp_path: Path) -> None:
+    odd = {**COMPRESS, "method": {"name": "no\ud800la"}}
+    write_report(tmp_path / "x.html", "compress", odd)
+    assert json.loads((tmp_path / "x.json").read_text())["method"]["name"] == "no\ud800la"
+
+
 def test_numbers_that_json_lacks_become_texts(tmp_path: Path) -> None:
     odd = {**COMPRESS, "before": {"agreement": 0.5, "divergence": math.inf}}
     odd["layers"] = [*LAYERS, {"name": "x.weight", "relative_norm": math.nan, "explained": -1.5}]

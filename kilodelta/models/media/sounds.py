@@ -14,6 +14,9 @@ from kilodelta.files import plain
 SAMPLES = 1 << 25
 """Samples of one sound, all channels together, as it is stored and at the wanted rate: half an hour
 at 16 kHz. A file of silence is a thousandth of what it is decoded to."""
+LOWEST_RATE = 1000
+"""Samples a second below which a file says nothing that a model hears, and would be lengthened to
+many times its size."""
 
 
 def read_sound(path: Path, rate: int, place: str) -> NDArray[np.float32]:
@@ -25,14 +28,20 @@ def read_sound(path: Path, rate: int, place: str) -> NDArray[np.float32]:
         place: what it is called in messages.
 
     Raises:
-        InputError: it is no sound, an empty one, one of more than `SAMPLES`, or holds what is no
-            number.
+        InputError: it is no sound, an empty one, one of more than `SAMPLES` or below
+            `LOWEST_RATE`, or holds what is no number.
         MissingPackageError: soundfile is not installed.
     """
     soundfile = require("soundfile", extra="media", why="read sounds")
     try:
         with plain.open_reader(path) as file, soundfile.SoundFile(file) as sound:
             own = int(sound.samplerate)
+            if own < LOWEST_RATE:
+                raise InputError(
+                    f"{place}: {path.name} is sampled at {own} Hz, and {LOWEST_RATE} at least are "
+                    "read",
+                    fix="correct the rate in its header, or record it again",
+                )
             _require_short(sound.frames * max(sound.channels, rate / own), path, place)
             samples = sound.read(dtype="float32", always_2d=True)
     except InputError:
