@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -91,10 +91,7 @@ class _Commands(click.Group):
             with _signals_as_interrupts():
                 return super().invoke(ctx)
         except KiloDeltaError as error:
-            if ctx.meta.get(JSON):
-                terminal.print_json({"error": error.what, "fix": error.fix})
-            terminal.print_error(error.what, error.fix)
-            raise SystemExit(error.exit_code) from None
+            _refuse(ctx, error)
         except KeyboardInterrupt as stop:
             terminal.print_error("interrupted", "nothing half-done was left behind; start again")
             raise SystemExit(128 + getattr(stop, "signal", signal.SIGINT)) from None
@@ -105,11 +102,16 @@ class _Commands(click.Group):
             if error.errno != errno.ENAMETOOLONG:
                 raise
             # Any look at such a path fails, so that no command need ask for it in each place.
-            what, fix = f"{error.filename!s:.80}... is too long for a path", "check the path"
-            if ctx.meta.get(JSON):
-                terminal.print_json({"error": what, "fix": fix})
-            terminal.print_error(what, fix)
-            raise SystemExit(InputError.exit_code) from None
+            what = f"{error.filename!s:.80}... is too long for a path"
+            _refuse(ctx, InputError(what, fix="check the path"))
+
+
+def _refuse(ctx: click.Context, error: KiloDeltaError) -> NoReturn:
+    """Show an error as a sentence with a fix, as JSON too where that was asked for, and exit."""
+    if ctx.meta.get(JSON):
+        terminal.print_json({"error": error.what, "fix": error.fix})
+    terminal.print_error(error.what, error.fix)
+    raise SystemExit(error.exit_code) from None
 
 
 class _Stopped(KeyboardInterrupt):

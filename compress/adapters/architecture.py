@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kilodelta.compress.adapters.skeleton import build_skeleton
-from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.checkpoint import Checkpoint, read_config
 from kilodelta.files.tying import first_names
-from kilodelta.models.layer_names import CONV1D_MODELS, is_conv1d, read_config
+from kilodelta.models.layer_names import CONV1D_MODELS, is_conv1d
 
 _KINDS: Mapping[str, str] = {
     "Linear": "linear",

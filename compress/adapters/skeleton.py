@@ -6,14 +6,11 @@ of a few bytes could ask for millions.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kilodelta.files import plain
-from kilodelta.models.asked_size import counts, tables
+from kilodelta.models.asked_size import FACTOR, LAYERS, asked_modules
 from kilodelta.models.quiet import quiet
 
 _TASKS: Mapping[str, str] = {
@@ -25,9 +22,6 @@ _TASKS: Mapping[str, str] = {
     "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
 }
 """PEFT's `task_type` to transformers' table of classes."""
-
-_FACTOR = 4
-"""Modules that a configuration may ask for, over the tensors that the base has."""
 
 
 def build_skeleton(folder: Path, adapter: Mapping[str, Any], tensors: int) -> tuple[Any, bool]:
@@ -48,7 +42,7 @@ def build_skeleton(folder: Path, adapter: Mapping[str, Any], tensors: int) -> tu
         import transformers
     except ModuleNotFoundError:
         return None, False
-    if not _is_modest(folder / "config.json", tensors):
+    if not _is_modest(folder, tensors):
         return None, False
     with quiet():
         try:
@@ -64,13 +58,11 @@ def build_skeleton(folder: Path, adapter: Mapping[str, Any], tensors: int) -> tu
     return None, False
 
 
-def _is_modest(place: Path, tensors: int) -> bool:
+def _is_modest(folder: Path, tensors: int) -> bool:
     """Return whether a configuration asks for no more modules than the base can have tensors of."""
-    try:
-        config = json.loads(plain.read_model_file(place))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return all(math.prod(counts(table)) <= max(_FACTOR * tensors, 1000) for table in tables(config))
+    asked = asked_modules(folder)
+    most = max(FACTOR * tensors, LAYERS)
+    return asked is not None and all(layers * experts <= most for layers, experts in asked)
 
 
 def _classes(transformers: Any, config: Any, adapter: Mapping[str, Any]) -> list[tuple[Any, bool]]:

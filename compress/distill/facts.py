@@ -13,8 +13,8 @@ from dataclasses import asdict
 from kilodelta.compress.distill.job import Job
 from kilodelta.compress.distill.learn.data import Data
 from kilodelta.compress.distill.learn.schedule import Schedule
+from kilodelta.files.checkpoint import read_config
 from kilodelta.files.model_digest import digest
-from kilodelta.models.layer_names import read_config
 
 
 def teacher_facts(job: Job) -> dict[str, str]:

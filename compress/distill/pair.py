@@ -24,9 +24,9 @@ from kilodelta.compress.distill.placement import (
     require_weights_fit,
 )
 from kilodelta.errors import CheckpointError, InputError, KiloDeltaError
-from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.checkpoint import Checkpoint, read_config
 from kilodelta.files.dtypes import TARGETS
-from kilodelta.models import LoadedModel, layer_names, open_model
+from kilodelta.models import LoadedModel, open_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ def _architecture(base: Path, tuned: Path) -> Path:
 
 
 def _is_quantised(checkpoint: Checkpoint) -> bool:
-    return "quantization_config" in layer_names.read_config(checkpoint)
+    return "quantization_config" in read_config(checkpoint)
 
 
 def _by_names(base: Checkpoint, tuned: Checkpoint, note: str) -> Pair:

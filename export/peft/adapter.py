@@ -29,12 +29,11 @@ from kilodelta.export.peft.loaded_names import naming_as_loaded
 from kilodelta.export.peft.modules import ModuleNaming
 from kilodelta.files import staging
 from kilodelta.files.baseline import require_base
-from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.checkpoint import Checkpoint, read_config
 from kilodelta.files.dtypes import PRECISIONS
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.models.hub import locate, locate_delta
-from kilodelta.models.layer_names import read_config
 from kilodelta.progress import Meter, Progress, silent
 from kilodelta.rehearsal import begin_work
 

@@ -266,3 +266,17 @@ def _weight_map(path: Path, text: bytes) -> dict[str, str]:
 
 def _is_file_name(name: Any) -> bool:
     return isinstance(name, str) and name not in {"", ".", ".."} and not set(name) & set("/\\\0")
+
+
+def read_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """Read the model folder's `config.json`; empty where there is none, or no JSON object.
+
+    For what it only helps with: `kilodelta.models` refuses one that it cannot read.
+    """
+    if not checkpoint.path.is_dir():
+        return {}
+    try:
+        config = canonical.loads_foreign(plain.read_model_file(checkpoint.folder / "config.json"))
+    except (OSError, canonical.NotCanonicalError):
+        return {}
+    return config if isinstance(config, dict) else {}

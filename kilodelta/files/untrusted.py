@@ -8,7 +8,7 @@ words alone are decided here: the caller turns a `FieldError` into its kind of f
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from math import isfinite, prod
 from typing import Any, TypeVar
 
@@ -130,6 +130,18 @@ def shape(value: Any, where: str) -> tuple[int, ...]:
     if prod(size for size in sizes if size) >= 1 << 63:
         raise FieldError(f"{where} has more elements than can be counted")
     return sizes
+
+
+def objects(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield every object in a JSON value of any depth, itself included."""
+    rest = [value]
+    while rest:
+        part = rest.pop()
+        if isinstance(part, dict):
+            yield part
+            rest += part.values()
+        elif isinstance(part, list):
+            rest += part
 
 
 def number(value: Any, where: str) -> float:

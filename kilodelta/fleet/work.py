@@ -19,8 +19,8 @@ ENGINE, EXPORT = "engine", "export"
 PRELOAD: Mapping[str, tuple[str, ...]] = {
     "compress": ("torch", "transformers", "kilodelta.compress.distill.compress"),
     "onnx-base": ("torch", "transformers", "onnxscript", "kilodelta.export.pipeline"),
-    "tensorrt": ("kilodelta.export.shared", "kilodelta.exact.selftest"),
-    "onnx": ("kilodelta.export.shared", "kilodelta.exact.selftest"),
+    "tensorrt": ("kilodelta.export.one_graph", "kilodelta.exact.selftest"),
+    "onnx": ("kilodelta.export.one_graph", "kilodelta.exact.selftest"),
     "merge": ("kilodelta.export.merge.checkpoint",),
     "peft": ("kilodelta.export.peft.adapter",),
     "gguf": ("kilodelta.export.gguf.adapter", "gguf"),
@@ -69,8 +69,8 @@ def compress(p: Params, out: Path) -> dict[str, Any]:
 
 def onnx_base(p: Params, out: Path) -> dict[str, Any]:
     """Export the base once, and map its weights, so that fine-tunes are patched in."""
+    from kilodelta.export.one_graph import export_shared
     from kilodelta.export.options import SHORT
-    from kilodelta.export.shared import export_shared
 
     weights = export_shared(
         Path(p["base"]), out, dtype=SHORT[p["dtype"]], model=p["model"], inputs=p["inputs"]
@@ -83,7 +83,7 @@ def onnx(p: Params, out: Path) -> dict[str, Any]:
 
     A quantised base has no such file, and its fine-tune is exported.
     """
-    from kilodelta.export.shared import MODEL, patch_shared
+    from kilodelta.export.one_graph import MODEL, patch_shared
 
     if "template" not in p:
         return _exported(p, out / EXPORT, ())
@@ -93,7 +93,7 @@ def onnx(p: Params, out: Path) -> dict[str, Any]:
 
 def tensorrt(p: Params, out: Path) -> dict[str, Any]:
     """Build an engine from the base's graph; export anew what has no place in that graph."""
-    from kilodelta.export.shared import export_from_shared, is_takeable
+    from kilodelta.export.one_graph import export_from_shared, is_takeable
     from kilodelta.format.file import load
 
     delta, gpus = Path(p["delta"]), p["options"]["for"]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from kilodelta.errors import InputError
-from kilodelta.files import canonical, plain, safetensors, staging
-from kilodelta.files.checkpoint import INDEX, SINGLE, Checkpoint
+from kilodelta.files import safetensors, staging
+from kilodelta.files.checkpoint import INDEX, SINGLE, Checkpoint, read_config
 from kilodelta.files.tensor import RawTensor
 from kilodelta.grid.model import QuantisedModel
 from kilodelta.grid.open import CONFIG_FILES
@@ -77,7 +75,7 @@ def float_folder(
 
 
 def _copy_config(checkpoint: Checkpoint, place: Path) -> None:
-    table = dict(_read_config(checkpoint.folder / "config.json"))
+    table = dict(read_config(checkpoint))
     for key in _QUANTISATION:
         table.pop(key, None)
     if table:
@@ -86,13 +84,3 @@ def _copy_config(checkpoint: Checkpoint, place: Path) -> None:
         left_out = path.name in (*CONFIG_FILES, INDEX) or path.suffix in (".safetensors", ".kd")
         if not left_out and path.is_file() and path.stat().st_size <= SMALL:
             shutil.copyfile(path, place / path.name)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not os.path.lexists(path):
-        return {}
-    try:
-        table = canonical.loads_foreign(plain.read_model_file(path))
-    except (OSError, canonical.NotCanonicalError):
-        return {}
-    return table if isinstance(table, dict) else {}

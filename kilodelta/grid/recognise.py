@@ -11,7 +11,7 @@ from kilodelta.expressions import Expressions
 from kilodelta.files.tensor import TensorInfo
 from kilodelta.grid.model import Source, Stored
 from kilodelta.grid.readers import READERS
-from kilodelta.grid.readers.common import EXPRESSIONS, Config, Roles, bound_to_kernel
+from kilodelta.grid.readers.common import EXPRESSIONS, Config, Module, Roles, bound_to_kernel
 
 
 def weights(config: Config, source: Source) -> tuple[str, list[Stored]]:
@@ -38,7 +38,7 @@ def weights(config: Config, source: Source) -> tuple[str, list[Stored]]:
     EXPRESSIONS.set(Expressions("the quantisation configuration", error=CheckpointError))
     for module, roles in _modules(source).items():
         _refuse_prepacked(module, roles)
-        weight = reader(module, roles, config, source)
+        weight = reader(Module(name=module, roles=roles, config=config, source=source))
         if weight is not None:
             found.append(weight)
     return str(method), found

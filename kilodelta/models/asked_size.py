@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kilodelta.errors import CheckpointError
-from kilodelta.files import plain
+from kilodelta.files import plain, untrusted
 from kilodelta.files.checkpoint import Checkpoint
 
 _COUNTS = ("layers", "blocks", "depth", "depths", "experts", "stages")
 """How keys of `config.json` end that say how many modules a model has."""
 _LABELS = 1 << 20
 """Labels for which transformers makes names."""
-_FACTOR = 4
+FACTOR = 4
 """Modules or parameters that a configuration may ask for, over those that the weights have."""
-_LAYERS, _EXPERTS, _PARAMETERS = 1000, 1 << 15, 1 << 23
+LAYERS, _EXPERTS, _PARAMETERS = 1000, 1 << 15, 1 << 23
 """What it may ask for in any case; most classes hold all experts of a layer in one tensor."""
 
 
@@ -36,13 +36,8 @@ def check_modules(folder: Path, tensors: int) -> None:
     Raises:
         CheckpointError: it asks for far more than there are tensors.
     """
-    try:
-        config = json.loads(plain.read_model_file(folder / "config.json"))
-    except (OSError, ValueError, RecursionError):
-        return
-    for table in tables(config):
-        layers, experts = counts(table)
-        most = max(_FACTOR * tensors, _LAYERS)
+    for layers, experts in asked_modules(folder) or ():
+        most = max(FACTOR * tensors, LAYERS)
         if layers > most or layers * experts > max(most, _EXPERTS):
             raise _too_large(folder, f"{layers} layers of {experts} experts", f"{tensors} tensors")
 
@@ -67,7 +62,7 @@ def check_parameters(folder: Path, kind: Any, config: Any, checkpoint: Checkpoin
     except Exception:  # a class that cannot be built so is transformers' to build or to refuse
         return
     stored = sum(math.prod(checkpoint.info(name).shape) for name in checkpoint.names)
-    if asked > max(_FACTOR * stored, _PARAMETERS):
+    if asked > max(FACTOR * stored, _PARAMETERS):
         raise _too_large(folder, f"{asked} parameters", f"{stored}")
 
 
@@ -78,16 +73,20 @@ def _too_large(folder: Path, asked: str, stored: str) -> CheckpointError:
     )
 
 
-def tables(value: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield a configuration and those in it: a model may have one for each tower."""
-    if isinstance(value, dict):
-        yield value
-        for inner in value.values():
-            yield from tables(inner)
+def asked_modules(folder: Path) -> list[tuple[int, int]] | None:
+    """Return about how many layers, and experts in each, a folder's `config.json` asks for.
+
+    One pair for each configuration in it, for a model may have one for each tower; None where it
+    cannot be read.
+    """
+    try:
+        config = json.loads(plain.read_model_file(folder / "config.json"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return [_counts(table) for table in untrusted.objects(config)]
 
 
-def counts(table: Mapping[str, Any]) -> tuple[int, int]:
-    """Return about how many layers, and experts in each, a configuration asks for."""
+def _counts(table: Mapping[str, Any]) -> tuple[int, int]:
     made = {"layers": 1, "experts": 1}
     for key, value in table.items():
         number = sum(n for n in value if type(n) is int) if isinstance(value, list) else value

@@ -8,9 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kilodelta.files import canonical, plain
-from kilodelta.files.checkpoint import Checkpoint
-
 TABLES = frozenset({"wte", "wpe", "shared"})
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 CONV1D = frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
@@ -37,14 +34,3 @@ def is_conv1d(name: str, config: Mapping[str, Any]) -> bool:
     """Return whether a weight is by its name the (in, out) matrix of a Conv1D."""
     last = owner(name).rpartition(".")[2]
     return config.get("model_type") in CONV1D_MODELS and last in CONV1D
-
-
-def read_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """Read the model folder's `config.json`; empty where there is none, or no JSON object."""
-    if not checkpoint.path.is_dir():
-        return {}
-    try:
-        config = canonical.loads_foreign(plain.read_model_file(checkpoint.folder / "config.json"))
-    except (OSError, canonical.NotCanonicalError):
-        return {}
-    return config if isinstance(config, dict) else {}

@@ -134,15 +134,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with base, tuned model and inputs."""
     monkeypatch.chdir(tmp_path)
     many_outputs.SPEC = Spec(inputs="tokens", mask=False, outputs=("logits",))
-    module = many_outputs.make()
-    many_outputs.save(module, tmp_path / "base.safetensors")
-    with torch.no_grad():
-        torch.manual_seed(0)
-        for parameter in module.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    many_outputs.save(module, tmp_path / "tuned.safetensors")
-    np.savez("ids.npz", input_ids=np.random.default_rng(0).integers(0, 20, (40, 6)))
-    return tmp_path
+    return many_outputs.save_pair(tmp_path)
 
 
 OPTIONS = Options(

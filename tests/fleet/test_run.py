@@ -26,7 +26,7 @@ pytest.importorskip("transformers")
 import kilodelta
 from kilodelta import memory
 from kilodelta.errors import ExportError, InputError
-from kilodelta.export import pipeline, shared
+from kilodelta.export import one_graph, pipeline
 from kilodelta.export.pipeline import export
 from kilodelta.export.tensorrt import build as engines
 from kilodelta.files.tensor import RawTensor
@@ -129,9 +129,9 @@ def graph_compiler(patched: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return engine.write_bytes(hashlib.sha256(onnx.read_bytes()).digest())
 
     trt = SimpleNamespace(__name__="tensorrt_rtx", __version__="1.7.1")
-    for module in (pipeline, shared):
+    for module in (pipeline, one_graph):
         patched.setattr(module, "choose", lambda flavour, capabilities, dtypes: trt)
-    for module in (engines, shared):
+    for module in (engines, one_graph):
         patched.setattr(module, "build", built)
     return asked
 
@@ -191,14 +191,14 @@ def test_what_changes_the_graph_is_exported_by_itself(
     world: Path, finished: Path, tmp_path: Path
 ) -> None:
     template, delta = finished / "bases" / "mini" / "onnx-fp32", load(world / "ready" / "t1.kd")
-    assert shared.is_takeable(template, delta)
+    assert one_graph.is_takeable(template, delta)
     other = dataclasses.replace(delta.manifest, config={"hidden_act": "relu"})
-    assert not shared.is_takeable(template, dataclasses.replace(delta, manifest=other))
+    assert not one_graph.is_takeable(template, dataclasses.replace(delta, manifest=other))
     head = {"new.weight": RawTensor.of(np.ones((2, 2), np.float32))}
-    assert not shared.is_takeable(template, dataclasses.replace(delta, extras=head))
-    assert not shared.is_takeable(tmp_path, delta)
+    assert not one_graph.is_takeable(template, dataclasses.replace(delta, extras=head))
+    assert not one_graph.is_takeable(tmp_path, delta)
     with pytest.raises(ExportError, match="an encoder and a decoder") as error:
-        shared.patch_shared(tmp_path, delta, tmp_path / "x.onnx")
+        one_graph.patch_shared(tmp_path, delta, tmp_path / "x.onnx")
     assert "inputs" in error.value.fix
 
 

@@ -300,8 +300,7 @@ def test_texts_are_read_line_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_configuration_of_any_bytes_says_nothing(tmp_path: Path) -> None:
-    from kilodelta.files.checkpoint import Checkpoint
-    from kilodelta.models.layer_names import read_config
+    from kilodelta.files.checkpoint import Checkpoint, read_config
     from tests.support import making
 
     base = Checkpoint.open(making.folder(tmp_path / "base", making.model()))

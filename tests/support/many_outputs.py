@@ -169,6 +169,20 @@ def save(module: nn.Module, path: Path) -> Path:
     return path
 
 
+def save_pair(folder: Path) -> Path:
+    """Write base, tuned model and inputs of a model of tokens, as files of a folder; return it."""
+    module = make()
+    save(module, folder / "base.safetensors")
+    with torch.no_grad():
+        torch.manual_seed(0)
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    save(module, folder / "tuned.safetensors")
+    ids = np.random.default_rng(0).integers(0, 20, (40, 6))
+    np.savez(folder / "ids.npz", input_ids=ids)
+    return folder
+
+
 def agreement(ours: list[dict[str, Tensor]], theirs: list[dict[str, Tensor]], name: str) -> float:
     """What an output's agreement must be: by its meaning, over rows that were computed alone.
 

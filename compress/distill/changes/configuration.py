@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.checkpoint import Checkpoint, read_config
 from kilodelta.files.untrusted import FieldError
 from kilodelta.format.model_config import FORBIDDEN, parse_config
-from kilodelta.models import layer_names
 from kilodelta.models.quiet import quiet
 
 HEAD = ("architectures", "id2label", "label2id", "problem_type")
@@ -40,7 +39,7 @@ def difference(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, Any], tup
         of those that differ but may not travel, for their size or their shape. Nothing where the
         tuned model has no `config.json`.
     """
-    before, after = layer_names.read_config(base), layer_names.read_config(tuned)
+    before, after = read_config(base), read_config(tuned)
     if not after:
         return {}, ()
     if before:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.checkpoint import Checkpoint, read_config
 from kilodelta.models import layer_names
 from kilodelta.models.layers import kinds, layer_weights
 from kilodelta.models.loaded import LoadedModel
@@ -64,7 +64,7 @@ def by_names(base: Checkpoint) -> Structure:
 
     Every matrix is a layer's but the tables of embeddings and what has a side of 1.
     """
-    config = layer_names.read_config(base)
+    config = read_config(base)
     matrices = [
         name
         for name in base.names

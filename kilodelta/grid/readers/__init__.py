@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from kilodelta.grid.model import Source, Stored
-from kilodelta.grid.readers.common import Config, Roles
+from kilodelta.grid.model import Stored
+from kilodelta.grid.readers.common import Module
 from kilodelta.grid.readers.compressed_tensors import read_compressed_tensors
 from kilodelta.grid.readers.fp8 import read_fp8
 from kilodelta.grid.readers.gptq import read_awq, read_gptq
 from kilodelta.grid.readers.modelopt import read_modelopt
 
-Reader = Callable[[str, Roles, Config, Source], "Stored | None"]
+Reader = Callable[[Module], Stored | None]
 READERS: Mapping[str, Reader] = MappingProxyType(
     {
         "compressed-tensors": read_compressed_tensors,

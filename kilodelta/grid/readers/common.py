@@ -4,17 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from kilodelta.errors import CheckpointError
 from kilodelta.expressions import Expressions
 from kilodelta.files.tensor import TensorInfo
 from kilodelta.grid.matrix import Shape
-from kilodelta.grid.model import Stored
+from kilodelta.grid.model import Source, Stored
 
 Config = Mapping[str, Any]
 Roles = Mapping[str, TensorInfo]
 """The tensors of one module by the last part of their names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Module:
+    """What a reader looks at: one module of a quantised checkpoint.
+
+    Attributes:
+        name: the module's; "" for the root.
+        roles: its tensors.
+        config: the quantisation configuration.
+        source: what the tensors are read from.
+    """
+
+    name: str
+    roles: Roles
+    config: Config
+    source: Source
+
+    def stored(self, layout: Any, wanted: tuple[str, ...]) -> Stored:
+        """Describe its weight; roles that the layout needs and the file lacks show when it is read.
+
+        Args:
+            layout: an entry of `kilodelta.grid.layouts`.
+            wanted: the roles that the layout reads.
+        """
+        named = {role: self.roles[role].name for role in wanted if role in self.roles}
+        name = f"{self.name}.weight" if self.name else "weight"
+        return Stored(name=name, layout=layout, parts=named)
+
 
 EXPRESSIONS: ContextVar[Expressions] = ContextVar("expressions")
 """Of the model that is being recognised: all its modules share one budget of time."""
@@ -24,19 +54,6 @@ AGAIN = "the checkpoint is incomplete or its configuration is of another one: fe
 
 def bound_to_kernel(name: str, how: str) -> CheckpointError:
     return CheckpointError(f"{name} is {how}, and such a layout is not read", fix=CONVERT)
-
-
-def stored_weight(module: str, layout: Any, roles: Roles, wanted: tuple[str, ...]) -> Stored:
-    """Describe a weight; roles that the layout needs and the file lacks are found when read.
-
-    Args:
-        module: the module's name; "" for the root.
-        layout: an entry of `kilodelta.grid.layouts`.
-        roles: the module's tensors.
-        wanted: the roles that the layout reads.
-    """
-    named = {role: roles[role].name for role in wanted if role in roles}
-    return Stored(name=f"{module}.weight" if module else "weight", layout=layout, parts=named)
 
 
 def matrix_shape(info: TensorInfo) -> Shape:

@@ -5,29 +5,23 @@ from __future__ import annotations
 from kilodelta.errors import CheckpointError
 from kilodelta.grid.layouts.fp8 import Fp8
 from kilodelta.grid.matrix import Shape
-from kilodelta.grid.model import Source, Stored
+from kilodelta.grid.model import Stored
 from kilodelta.grid.readers.common import (
     AGAIN,
     Config,
-    Roles,
+    Module,
     config_groups,
     matrix_shape,
-    stored_weight,
 )
 
 
-def read_fp8(module: str, roles: Roles, config: Config, source: Source) -> Stored | None:
+def read_fp8(module: Module) -> Stored | None:
     """Find an FP8 (E4M3) weight, scaled per tensor, row or block; None where there is none.
-
-    Args:
-        module: the module's name.
-        roles: its tensors by the last part of their names.
-        config: the quantisation configuration.
-        source: what the tensors are read from.
 
     Raises:
         CheckpointError: the layout is recognised and not read, or a part is missing.
     """
+    roles, config = module.roles, module.config
     weight = roles.get("weight")
     if weight is None or weight.dtype != "F8_E4M3":
         return None
@@ -43,9 +37,7 @@ def read_fp8(module: str, roles: Roles, config: Config, source: Source) -> Store
             fix="give the model with float32 scales",
         )
     block = _fp8_block(shape, roles[scale].shape, config)
-    return stored_weight(
-        module, Fp8(shape=shape, scale=scale, block=block), roles, ("weight", scale)
-    )
+    return module.stored(Fp8(shape=shape, scale=scale, block=block), ("weight", scale))
 
 
 def _fp8_block(shape: Shape, scales: tuple[int, ...], config: Config) -> Shape:

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 from kilodelta.errors import CheckpointError
 from kilodelta.grid.layouts.gptq import V1, Awq, Gptq
-from kilodelta.grid.model import Source, Stored
+from kilodelta.grid.model import Stored
 from kilodelta.grid.readers.common import (
-    Config,
-    Roles,
+    Module,
     bound_to_kernel,
     group_size,
     matrix_shape,
-    stored_weight,
 )
 
 
-def read_gptq(module: str, roles: Roles, config: Config, source: Source) -> Stored | None:
+def read_gptq(module: Module) -> Stored | None:
     """Find a weight in the layout of GPTQ, versions 1 and 2; None where there is none.
-
-    Args:
-        module: the module's name.
-        roles: its tensors by the last part of their names.
-        config: the quantisation configuration.
-        source: what the tensors are read from.
 
     Raises:
         CheckpointError: the layout is recognised and not read, or a part is missing.
     """
+    roles, config = module.roles, module.config
     if "qweight" not in roles:
         return None
     form = config.get("checkpoint_format", "gptq")
@@ -34,13 +27,13 @@ def read_gptq(module: str, roles: Roles, config: Config, source: Source) -> Stor
         raise bound_to_kernel(roles["qweight"].name, f"in the layout {form!r:.40} of one kernel")
     if config.get("dynamic"):
         raise CheckpointError(
-            f"{module}: `dynamic` gives modules other bits, which is not read",
+            f"{module.name}: `dynamic` gives modules other bits, which is not read",
             fix="quantise all modules alike",
         )
     bits = config.get("bits")
     if type(bits) is not int or bits not in V1:
         raise CheckpointError(
-            f"{module}: GPTQ of {bits!r:.20} bits is not read; 2, 4 and 8 are",
+            f"{module.name}: GPTQ of {bits!r:.20} bits is not read; 2, 4 and 8 are",
             fix="quantise to 4 or 8 bits",
         )
     words, rows = matrix_shape(roles["qweight"])
@@ -48,21 +41,16 @@ def read_gptq(module: str, roles: Roles, config: Config, source: Source) -> Stor
     layout = Gptq(
         shape=(rows, columns), bits=bits, group=group_size(config, columns), v1=form == "gptq"
     )
-    return stored_weight(module, layout, roles, ("qweight", "qzeros", "scales", "g_idx"))
+    return module.stored(layout, ("qweight", "qzeros", "scales", "g_idx"))
 
 
-def read_awq(module: str, roles: Roles, config: Config, source: Source) -> Stored | None:
+def read_awq(module: Module) -> Stored | None:
     """Find a weight in the GEMM layout of AWQ; None where there is none.
-
-    Args:
-        module: the module's name.
-        roles: its tensors by the last part of their names.
-        config: the quantisation configuration.
-        source: what the tensors are read from.
 
     Raises:
         CheckpointError: the layout is recognised and not read, or a part is missing.
     """
+    roles, config = module.roles, module.config
     if "qweight" not in roles:
         return None
     version = str(config.get("version", config.get("format", "gemm"))).lower()
@@ -73,8 +61,8 @@ def read_awq(module: str, roles: Roles, config: Config, source: Source) -> Store
     bits = config.get("bits", config.get("w_bit"))
     if bits != 4:
         raise CheckpointError(
-            f"{module}: AWQ of {bits!r:.20} bits is not read; 4 are", fix="quantise to 4 bits"
+            f"{module.name}: AWQ of {bits!r:.20} bits is not read; 4 are", fix="quantise to 4 bits"
         )
     columns, words = matrix_shape(roles["qweight"])
     layout = Awq(shape=(words * 8, columns), group=group_size(config, columns))
-    return stored_weight(module, layout, roles, ("qweight", "qzeros", "scales"))
+    return module.stored(layout, ("qweight", "qzeros", "scales"))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kilodelta.errors import InputError
-from kilodelta.files import plain
+from kilodelta.files import plain, untrusted
 
 FILES = ("preprocessor_config.json", "processor_config.json")
 """What transformers reads a processor from; the second may hold several processors."""
@@ -58,7 +58,7 @@ def check_processor_limits(folder: Path) -> None:
             limit = LIMITS.get(key, OTHERS)
             if not math.isfinite(value) or value > limit:
                 raise _too_much(folder, f"{key:.100} is {value:.15g}", f"at most {limit}")
-        for part in _tables(table):
+        for part in untrusted.objects(table):
             values = _spectrum(part)
             if values > SPECTRUM:
                 formula = "chunk_length * sampling_rate / hop_length * n_fft"
@@ -72,21 +72,9 @@ def _too_much(folder: Path, what: str, wanted: str) -> InputError:
     )
 
 
-def _tables(value: Any) -> Iterator[dict[str, Any]]:
-    """Yield every object in a JSON value, itself included."""
-    rest = [value]
-    while rest:
-        part = rest.pop()
-        if isinstance(part, dict):
-            yield part
-            rest += part.values()
-        elif isinstance(part, list):
-            rest += part
-
-
 def _numbers(value: Any) -> Iterator[tuple[str, float]]:
     """Yield every number in a JSON value, with the key that it or its list stands under."""
-    for table in _tables(value):
+    for table in untrusted.objects(value):
         for key, part in table.items():
             for number in part if isinstance(part, list) else [part]:
                 if isinstance(number, (int, float)) and not isinstance(number, bool):

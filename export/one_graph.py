@@ -137,7 +137,6 @@ def export_from_shared(
         MissingPackageError: TensorRT is not installed.
         BaseMismatchError, ProofError, OutputError: as `patch_shared`.
     """
-
     facts = parse_artefact(plain.read(shared / FACTS, artefacts.LIMIT))
     capabilities, tuned = tuple(tensorrt), load(delta)
     trt = choose(AUTO, capabilities, (facts.dtype,))
