@@ -14,9 +14,9 @@ from pathlib import Path
 
 from kilodelta.errors import InputError
 from kilodelta.export.merge.config import NAME, read_given, read_json
-from kilodelta.export.merge.sidecars import copy_sidecars
 from kilodelta.files import safetensors, staging
 from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.staging.sidecars import copy_sidecars
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load

@@ -54,6 +54,7 @@ def open_merged(
     model: str | None = None,
     config: str | None = None,
     outputs: Sequence[str] = (),
+    source: Path | None = None,
 ) -> LoadedModel:
     """Open a merge result in memory; its files are not needed any more afterwards.
 
@@ -64,6 +65,8 @@ def open_merged(
         model: `package.module:function` that builds the module.
         config: the tuned model's folder, its `config.json`, or a `.kd` file made of it.
         outputs: names or globs of the outputs that count; all by default.
+        source: the folder that messages name and processors come from, where `base` is a
+            temporary copy of it; `config`, or the base's by default.
 
     Raises:
         InputError: nothing says what the architecture is, or two things do.
@@ -76,7 +79,7 @@ def open_merged(
     else:
         with architecture(base.folder, config, delta) as place:
             loaded = open_model(place, weights=weights)
-            loaded = replace(loaded, source=str(config or base.folder))
+            loaded = replace(loaded, source=str(config or source or base.folder))
     homeless = [name for name in delta.extras if name in loaded.unused]
     if homeless:
         raise ExportError(

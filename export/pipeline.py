@@ -289,11 +289,13 @@ def _make_quantised(base: Checkpoint, delta: Delta, maker: Maker, out: Path) -> 
             floats = stack.enter_context(float_folder(merged, beside=weights))
         # The copy's configuration is the merged one, and does not call for a quantised model.
         maker = replace(maker, merged=merged)
-        return _artefacts(Checkpoint.open(floats), floats, delta, maker)
+        return _artefacts(Checkpoint.open(floats), floats, delta, maker, source=base.folder)
 
 
-def _artefacts(base: Checkpoint, weights: Path, delta: Delta, maker: Maker) -> list[Artefact]:
-    """Open a merged model and make what is asked for."""
+def _artefacts(
+    base: Checkpoint, weights: Path, delta: Delta, maker: Maker, source: Path | None = None
+) -> list[Artefact]:
+    """Open a merged model and make what is asked for; `source` as for `open_merged`."""
     options = maker.options
     loaded = open_merged(
         base,
@@ -302,6 +304,7 @@ def _artefacts(base: Checkpoint, weights: Path, delta: Delta, maker: Maker) -> l
         model=options.model,
         config=options.config,
         outputs=options.outputs,
+        source=source,
     )
     batch = read_inputs(options.inputs, loaded, limit=_ROWS)[0] if options.inputs else None
     return [

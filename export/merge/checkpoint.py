@@ -25,11 +25,11 @@ from kilodelta.export.merge.in_grid import (
 )
 from kilodelta.export.merge.onnx_file import require_grid_only, staged, write_onnx
 from kilodelta.export.merge.plan import FilePlan, merged_index, plan_files
-from kilodelta.export.merge.sidecars import copy_sidecars
 from kilodelta.export.merge.streaming import MergeStream
 from kilodelta.files import staging
 from kilodelta.files.baseline import require_base
 from kilodelta.files.checkpoint import INDEX, Checkpoint
+from kilodelta.files.staging.sidecars import copy_sidecars
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.grid.model import QuantisedModel

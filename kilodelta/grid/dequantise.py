@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from kilodelta.errors import InputError
 from kilodelta.files import safetensors, staging
-from kilodelta.files.checkpoint import INDEX, SINGLE, Checkpoint, read_config
+from kilodelta.files.checkpoint import SINGLE, Checkpoint, read_config
+from kilodelta.files.staging.sidecars import copy_sidecars
 from kilodelta.files.tensor import RawTensor
 from kilodelta.grid.model import QuantisedModel
 from kilodelta.grid.open import CONFIG_FILES
 
-SMALL = 64 << 20
-"""Bytes up to which a file beside the weights (a tokenizer) is copied."""
 _QUANTISATION = ("quantization_config", "compression_config")
 """Keys of `config.json` that say that a model is quantised."""
 
@@ -80,7 +78,4 @@ def _copy_config(checkpoint: Checkpoint, place: Path) -> None:
         table.pop(key, None)
     if table:
         (place / "config.json").write_text(json.dumps(table))
-    for path in sorted(checkpoint.folder.iterdir()):
-        left_out = path.name in (*CONFIG_FILES, INDEX) or path.suffix in (".safetensors", ".kd")
-        if not left_out and path.is_file() and path.stat().st_size <= SMALL:
-            shutil.copyfile(path, place / path.name)
+    copy_sidecars(checkpoint.folder, place, frozenset(CONFIG_FILES))

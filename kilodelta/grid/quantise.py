@@ -23,6 +23,7 @@ from kilodelta.errors import CheckpointError, InputError
 from kilodelta.files import canonical, plain, safetensors, staging
 from kilodelta.files.checkpoint import SINGLE, Checkpoint
 from kilodelta.files.dtypes import FLOATS, TARGETS
+from kilodelta.files.staging.sidecars import copy_sidecars
 from kilodelta.files.tensor import RawTensor, TensorInfo
 from kilodelta.grid.bits import pack_bits
 from kilodelta.grid.codes import E2M1, E4M3, Kind, e4m3_values, integer_kind
@@ -197,8 +198,8 @@ def quantise_folder(
 ) -> int:
     """Write a quantised copy of a float model as a compressed-tensors folder.
 
-    The folder holds one safetensors file and the configuration. The weights that are not chosen
-    stay as they are.
+    The folder holds one safetensors file, the configuration, and what lies beside the base's
+    weights (tokenizer, pooling, processor). The weights that are not chosen stay as they are.
 
     Args:
         base: a folder or a `.safetensors` file.
@@ -241,6 +242,8 @@ def quantise_folder(
         safetensors.write(stage / SINGLE, tensors)
         config = {**_json(checkpoint.folder), "quantization_config": dict(chosen.config)}
         (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if checkpoint.path.is_dir():
+            copy_sidecars(checkpoint.folder, stage, frozenset({"config.json"}))
     return count
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from kilodelta.errors import InputError
-from kilodelta.export.merge import sidecars
 from kilodelta.export.merge.checkpoint import Merged, merge
-from kilodelta.export.merge.sidecars import HOLDS_WEIGHTS, LEADS_OUT, TOO_LARGE
 from kilodelta.files.checkpoint import INDEX, Checkpoint
+from kilodelta.files.staging import sidecars
+from kilodelta.files.staging.sidecars import HOLDS_WEIGHTS, LEADS_OUT, TOO_LARGE
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.format.methods import Lora

@@ -314,8 +314,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("quantised")
     base = pico.bert(place / "base", width=32, inner=32, layers=1)
     quantise_folder(base, place / "int4", "int4-g32", is_linear)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(base / name, place / "int4")
     save_file(place / "int4", place / "task.kd")
     (place / "texts.txt").write_text("\n".join(pico.TEXTS) + "\n")
     return place
@@ -358,6 +356,22 @@ def test_an_export_is_proved_and_verified(place: Path, tmp_path: Path) -> None:
     assert call("merge", place / "int4", place / "task.kd", "-o", tmp_path / "m").exit_code == 0
     merged = open_quantised(tmp_path / "m").identity().weights
     assert graph.identity().weights == merged
+
+
+def test_messages_name_the_quantised_base(place: Path, tmp_path: Path) -> None:
+    # The model is opened from a temporary copy in floats, which is gone when they are read.
+    base = shutil.copytree(place / "int4", tmp_path / "base")
+    assert call("export", base, place / "task.kd", "-o", tmp_path / "out", "--onnx").exit_code == 0
+    for path in base.glob("tokenizer*"):
+        path.unlink()
+    asked = (base, place / "task.kd", "--inputs", place / "texts.txt")
+    for done in (
+        call("verify", *asked[:2], tmp_path / "out", *asked[2:]),
+        call("export", *asked, "-o", tmp_path / "again", "--onnx"),
+    ):
+        assert done.exit_code == 9, done.output
+        assert f"{base} has no tokenizer" in done.output.replace("\n", " ")
+        assert "dequantised" not in done.output
 
 
 def test_what_does_not_fit_is_refused_and_nothing_written(place: Path, tmp_path: Path) -> None:

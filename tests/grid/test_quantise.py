@@ -18,6 +18,7 @@ from kilodelta.format.targets import Patterns
 from kilodelta.grid import open_quantised
 from kilodelta.grid.codes import E2M1, E4M3, integer_kind
 from kilodelta.grid.dequantise import dequantised
+from kilodelta.grid.dequantise import float_folder as float_folder_of
 from kilodelta.grid.quantise import (
     PRECISIONS,
     nearest_codes,
@@ -66,6 +67,22 @@ def test_a_damaged_configuration_is_a_sentence(tmp_path: Path, text: str) -> Non
     os.mkfifo(base / "config.json")
     with pytest.raises(CheckpointError, match=r"config\.json is a pipe"):
         quantise_folder(base, tmp_path / "out", next(iter(PRECISIONS)), chosen)
+
+
+def test_what_lies_beside_the_weights_comes_along(tmp_path: Path) -> None:
+    # Read by whatever opens the model by name: a tokenizer, the pooling of a sentence encoder.
+    base = float_folder(tmp_path / "base")
+    (base / "tokenizer.json").write_text("{}")
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling" / "config.json").write_text('{"word_embedding_dimension": 8}')
+    (base / "outside").symlink_to(tmp_path)
+    quantise_folder(base, tmp_path / "q", "fp8", chosen)
+    with float_folder_of(open_quantised(tmp_path / "q")) as floats:
+        for folder in (tmp_path / "q", floats):
+            assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*")) == [
+                "1_Pooling", "1_Pooling/config.json", "config.json", "model.safetensors",
+                "tokenizer.json",
+            ]  # fmt: skip
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -76,7 +76,14 @@ def _open_quantised_pair(
         weights = stack.enter_context(_weights(subject, delta, progress))
         after = stack.enter_context(float_folder(open_quantised(weights), dtype="float64"))
         opened = Checkpoint.open(after)
-        merged = open_merged(opened, after, delta, model=options.model, config=options.config)
+        merged = open_merged(
+            opened,
+            after,
+            delta,
+            model=options.model,
+            config=options.config,
+            source=subject.base.folder,
+        )
         exact = copy.deepcopy(merged.module).double()
         fill(exact, opened, merged.names)  # opening has rounded to float32
         unmerged = copy.deepcopy(exact)

@@ -1,7 +1,8 @@
 """Write results in full or not at all, and leave nothing behind of what was killed.
 
 `publish.py` gives a finished file or folder its name in one rename; `stage.py` makes the private
-folders in which it is made, and sweeps those of dead processes.
+folders in which it is made, and sweeps those of dead processes; `sidecars.py` copies into them what
+lies beside a model's weights.
 """
 
 from kilodelta.files.staging.publish import new_file as new_file
