@@ -120,6 +120,9 @@ def measure(count: int, looped: int, jobs: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         os.environ["KILODELTA_CACHE"] = str(folder / "cache")
+        # As where the package is installed: its modules are compiled once, not by every process.
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ["PYTHONPYCACHEPREFIX"] = str(folder / "compiled")
         make_world(folder, count)
         (folder / "loop").mkdir()
         command("digest", "base", cwd=folder)  # kernels compiled and base hashed, for both

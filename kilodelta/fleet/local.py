@@ -139,6 +139,19 @@ def run(
     return made
 
 
+def _longest_way_first(tasks: Sequence[Task]) -> list[Task]:
+    """Order tasks by how many others wait for them, directly or not; equal ones as they are.
+
+    So the one export that all fine-tunes of a base share begins at once, wherever its target stands
+    in the fleet's file, and what needs nothing fills the time until it is done.
+    """
+    after: dict[str, set[str]] = {task.id: set() for task in tasks}
+    for task in reversed(tasks):  # a plan has each task behind those that it needs
+        for need in after.keys() & set(task.needs):
+            after[need] |= {task.id, *after[task.id]}
+    return sorted(tasks, key=lambda task: -len(after[task.id]))
+
+
 def _run_all(
     todo: Sequence[Task],
     done: set[str],
@@ -146,10 +159,10 @@ def _run_all(
     children: Children,
     progress: Progress,
 ) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
-    """Feed tasks to threads as soon as what they need is done."""
+    """Feed tasks to threads as soon as what they need is done, those first that others need."""
     answers: dict[str, Mapping[str, Any]] = {}
     skipped: dict[str, str] = {}
-    waiting = list(todo)
+    waiting = _longest_way_first(todo)
     running: dict[Future[Mapping[str, Any]], Task] = {}
     lost: dict[str, str] = {}
     stop = threading.Event()

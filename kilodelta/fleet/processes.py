@@ -9,6 +9,7 @@ waits for the end of a child that has answered. So the processors are not idle m
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import queue
@@ -31,6 +32,10 @@ RETRIES = 1
 YIELDS = 10
 """Added to the niceness of light tasks beside few that load libraries, for which others wait: the
 one export of a base would share its core with them, and be alone at the end."""
+COLLECT = (20_000, 20, 100)
+"""Thresholds of a child's garbage collector. Loading torch and tracing a model make millions of
+objects that stay; Python's own thresholds, (700, 10, 10), look through them 1,500 times, which was
+a tenth of an export's time, and others wait for the export of their base."""
 WAIT = 0.05
 """Seconds after which a thread that waits for an answer sees whether the run was stopped."""
 
@@ -260,6 +265,7 @@ def _run(do: Do, out: str, pipe: Any) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    gc.set_threshold(*COLLECT)
     try:
         task = pipe.recv()
     except (EOFError, OSError):  # no task was left, or the parent has ended

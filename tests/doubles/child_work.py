@@ -5,6 +5,7 @@ They stand in a module that loads nothing heavy, for every child imports it.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -16,8 +17,13 @@ from kilodelta.fleet.gpus import VISIBLE
 
 
 def seen(task: Any, out: Path, computed: Any) -> dict[str, Any]:
-    """Tell which process this is, which GPU it sees, and how far it lets others go first."""
-    return {"gpu": os.environ.get(VISIBLE), "process": os.getpid(), "niceness": os.nice(0)}
+    """Tell which process this is, which GPU it sees, how far it lets others go first, and GC."""
+    return {
+        "gpu": os.environ.get(VISIBLE),
+        "process": os.getpid(),
+        "niceness": os.nice(0),
+        "collects": gc.get_threshold(),
+    }
 
 
 class DyingOnce:

@@ -421,6 +421,21 @@ def test_libraries_that_few_tasks_need_are_not_loaded_for_all(world: Path, tmp_p
     assert processes.kinds_alone([export], 2) == frozenset()
 
 
+def test_what_others_wait_for_begins_first(world: Path, tmp_path: Path) -> None:
+    """The export stands behind a merge in the plan; a chain's first task goes before its second."""
+    tasks = plan_of(world, tmp_path / "out").tasks
+    assert [t.kind for t in tasks[:2]] == ["merge", "onnx-base"]
+    ordered = local._longest_way_first(tasks)
+    assert ordered[0].kind == "onnx-base"
+    assert ordered[1:] == [t for t in tasks if t.kind != "onnx-base"]
+    alone, delta = (dataclasses.replace(TASK, id=name) for name in ("alone", "delta"))
+    bundle = dataclasses.replace(TASK, id="bundle", needs=("done before",))
+    release = dataclasses.replace(TASK, id="release", needs=("delta", "bundle"))
+    signed = dataclasses.replace(TASK, id="signed", needs=("release",))
+    ordered = local._longest_way_first([alone, delta, bundle, release, signed])
+    assert [t.id for t in ordered] == ["delta", "bundle", "release", "alone", "signed"]
+
+
 def test_jobs_follow_cores_and_memory(world: Path, tmp_path: Path) -> None:
     tasks = plan_of(world, tmp_path / "out").tasks
     assert choose_jobs(tasks, 5) == 5
@@ -455,7 +470,9 @@ def test_a_child_sees_its_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "do", seen)
     monkeypatch.setenv(gpus.VISIBLE, "3")
     with Children([GPU_TASK], Path("out"), 1) as children:
-        assert children.do(GPU_TASK, threading.Event())["gpu"] == "3"
+        answer = children.do(GPU_TASK, threading.Event())
+        assert answer["gpu"] == "3"
+        assert answer["collects"] == processes.COLLECT
         assert children._gpus.get() == "3"
 
 
