@@ -93,7 +93,9 @@ class _Commands(click.Group):
         except KiloDeltaError as error:
             _refuse(ctx, error)
         except KeyboardInterrupt as stop:
-            terminal.print_error("interrupted", "nothing half-done was left behind; start again")
+            if terminal.speaks():
+                fix = "nothing half-done was left behind; start again"
+                terminal.print_error("interrupted", fix)
             raise SystemExit(128 + getattr(stop, "signal", signal.SIGINT)) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -108,7 +110,9 @@ class _Commands(click.Group):
 
 def _refuse(ctx: click.Context, error: KiloDeltaError) -> NoReturn:
     """Show an error as a sentence with a fix, as JSON too where that was asked for, and exit."""
-    if ctx.meta.get(JSON):
+    if not terminal.speaks() and not error.is_local:  # the first of several processes says it
+        raise SystemExit(error.exit_code) from None
+    if ctx.meta.get(JSON) and terminal.speaks():
         terminal.print_json({"error": error.what, "fix": error.fix})
     terminal.print_error(error.what, error.fix)
     raise SystemExit(error.exit_code) from None

@@ -29,7 +29,7 @@ from __future__ import annotations
 import importlib
 import unicodedata
 from types import ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 LONGEST_MESSAGE = 4000
 """Characters of a message; real ones stay below 1000."""
@@ -70,14 +70,25 @@ class KiloDeltaError(Exception):
     """What happened, with the tensor's name and both values, and what to do (`fix`)."""
 
     exit_code: ClassVar[int] = 1
+    is_local: bool | None = None
+    """Of several processes that share a run, whether this one alone raises it; None where that is
+    not settled, as before they have met."""
 
     def __init__(self, what: str, *, fix: str) -> None:
         self.what = printable(what, keep="\n")
         self.fix = printable(fix, keep="\n")
         super().__init__(self.what)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel between processes; an exception by itself forgets keyword arguments."""
+        return _again, (type(self), self.what, self.fix), self.__dict__
+
     def __str__(self) -> str:
         return f"{self.what}\n  fix: {self.fix}"
+
+
+def _again(kind: type[KiloDeltaError], what: str, fix: str) -> KiloDeltaError:
+    return kind(what, fix=fix)
 
 
 class FileError(KiloDeltaError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import threading
 import time
@@ -25,6 +26,11 @@ CELL = 1000
 """Characters of one value in a table; JSON has them all."""
 SILENCE = 0.5
 """Seconds after which a terminal shows that a command is at work, also before its first stage."""
+
+
+def speaks() -> bool:
+    """Return whether this process is to print: of several that torchrun has started, the first."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def print_json(value: Any) -> None:

@@ -23,7 +23,6 @@ from kilodelta.compress.distill.learn.loop import distill
 from kilodelta.compress.distill.learn.measure import measure
 from kilodelta.compress.distill.learn.objective import Measures
 from kilodelta.compress.distill.learn.outputs import Wanted
-from kilodelta.compress.distill.learn.ranks import Ranks, check_share, joined, local_device
 from kilodelta.compress.distill.learn.schedule import Schedule
 from kilodelta.compress.distill.learn.tune import Tuned, tune
 from kilodelta.compress.distill.learn.tune import place_of as trials_of
@@ -31,13 +30,16 @@ from kilodelta.compress.distill.merged import fill_merged
 from kilodelta.compress.distill.options import Options as Options
 from kilodelta.compress.distill.options import check
 from kilodelta.compress.distill.options import options_from as options_from
-from kilodelta.compress.distill.placement import on_threads
+from kilodelta.compress.distill.placement import choose_placement, on_threads, wants_shards
 from kilodelta.compress.distill.planning.room import rows_that_fit
 from kilodelta.compress.distill.precisions.fidelity import measure_each
 from kilodelta.compress.distill.precisions.grids import Grids
 from kilodelta.compress.distill.precisions.opened import float_copy, kinds_of
 from kilodelta.compress.distill.precisions.ways import train_for
 from kilodelta.compress.distill.precisions.wishes import IN_GRID, settled
+from kilodelta.compress.distill.processes.launch import check_share, device_of, joined
+from kilodelta.compress.distill.processes.ranks import Ranks, one_voice
+from kilodelta.compress.distill.processes.shards import shard_pair, sharded_by_layers
 from kilodelta.compress.distill.report import Report
 from kilodelta.compress.distill.request import as_given, check_outputs, find_models, open_inputs
 from kilodelta.compress.distill.results import check_quality, finish
@@ -46,8 +48,11 @@ from kilodelta.compress.distill.teacher.ask import Shelf
 from kilodelta.compress.distill.teacher.swap import as_tuned
 from kilodelta.compress.training import train
 from kilodelta.compress.training.activations import checkpointed
+from kilodelta.errors import InputError
 from kilodelta.files import staging
+from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.grid.model import QuantisedModel
+from kilodelta.grid.open import is_quantised
 from kilodelta.merging.build import Recipe, build
 from kilodelta.models import LoadedModel
 from kilodelta.models.inputs.sources import Source
@@ -126,25 +131,33 @@ def compress(
     if report is not None:
         require_page(Path(report))
     options = as_given(options)
-    check(options, learns=inputs is not None)
-    models = find_models(base, tuned)
-    check_outputs(Path(out), models, force=force, resume=resume, learns=inputs is not None)
-    source, labels = open_inputs(inputs, options)
-    learns = source is not None
-    with (
-        on_threads(options.threads),
-        joined() as ranks,
-        float_copy(models["the base"], Path(out)) as (floats, stored),
-    ):
-        check_share(ranks, options.batch, quantised=stored is not None)
-        if ranks.count > 1:
-            options = replace(options, device=local_device(options.device))
-        options = _for_base(options, stored, models["the base"], learns=learns)
-        job = prepare(
-            floats, models["the tuned model"], Path(out), options, learns=learns, quantised=stored
+    learns = inputs is not None
+    check(options, learns=learns)
+    with ExitStack() as stack:
+        stack.enter_context(on_threads(options.threads))
+        ranks = stack.enter_context(joined())
+        stack.enter_context(one_voice(ranks))
+        agree = ranks.agree
+        models = agree(lambda: find_models(base, tuned))
+        agree(lambda: check_outputs(Path(out), models, force=force, resume=resume, learns=learns))
+        source, labels = agree(lambda: open_inputs(inputs, options))
+        options = agree(lambda: _for_processes(options, models["the base"], ranks, learns=learns))
+        ranks = replace(ranks, in_step=learns and ranks.any(options.shard == "always"))
+        floats, stored = stack.enter_context(float_copy(models["the base"], Path(out)))
+        options = agree(lambda: _for_base(options, stored, models["the base"], learns=learns))
+        job = agree(
+            lambda: prepare(
+                floats,
+                models["the tuned model"],
+                Path(out),
+                options,
+                learns=learns,
+                quantised=stored,
+                sharded=ranks.in_step,
+            )
         )
         grids = Grids(job)
-        grids.check()
+        agree(grids.check)
         _announce(job, learns=learns)
         beside = baselines_of(options, drawn=report is not None)
         progress = progress if ranks.writes else silent
@@ -157,6 +170,34 @@ def compress(
             write_report(report, "compress", made.to_json())
     check_quality(made, options)
     return made
+
+
+def _for_processes(options: Options, base: Path, ranks: Ranks, *, learns: bool) -> Options:
+    """Settle which device a process among several computes on, and whether it holds a part.
+
+    Raises:
+        InputError: the options and the number of processes do not go together.
+    """
+    check_share(ranks, options.batch, quantised=ranks.count > 1 and is_quantised(base))
+    if ranks.count == 1:
+        if options.shard == "always":
+            raise InputError(
+                "--shard always needs several processes to divide the base among",
+                fix="start it by torchrun --standalone --nproc-per-node=N -m kilodelta ...",
+            )
+        return options
+    options = replace(options, device=device_of(ranks, options.device))
+    if options.shard == "auto" and learns and not options.precisions:
+        files = Checkpoint.open(base)
+        placement = choose_placement(options.device, options.dtype, files)
+        options = replace(options, shard="always" if wants_shards(files, placement) else "never")
+    if options.shard == "always" and options.precisions:
+        raise InputError(
+            f"--for {','.join(options.precisions)} rounds whole weights, which no process holds"
+            " where the base is sharded",
+            fix="leave --for away, or give --shard never",
+        )
+    return options
 
 
 def _for_base(
@@ -207,10 +248,15 @@ def _distil(
     ranks: Ranks,
     baselines: Sequence[str],
 ) -> Report:
-    pair, options = job.pair, job.options
-    assert pair.student is not None  # `prepare` opens both where there are inputs
-    student = pair.student.choosing(tuple(options.outputs))
+    options = job.options
     with ExitStack() as ending:
+        if ranks.in_step:
+            ending.enter_context(sharded_by_layers())
+            kept = [job.pair.names[c.name] for c in job.split.extras if c.name in job.pair.names]
+            job = replace(job, pair=ranks.agree(lambda: shard_pair(job.pair, ranks, kept)))
+        pair = job.pair
+        assert pair.student is not None  # `prepare` opens both where there are inputs
+        student = pair.student.choosing(tuple(options.outputs))
         shelf = Shelf(
             cache=None if options.teacher_cache is None else Path(options.teacher_cache),
             facts=lambda: teacher_facts(job),

@@ -16,7 +16,7 @@ from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.merging.cpu import merged
-from kilodelta.models.weights import values
+from kilodelta.models.weights import values, write
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def fill_merged(
         if name in names and (chosen is None or name in chosen):
             data = np.concatenate([part.copy() for part in merged(delta, target, base.data(name))])
             raw = RawTensor(dtype=target.dtype, shape=target.shape, data=data)
-            state[names[name]].copy_(values(raw))
+            write(state[names[name]], values(raw))
     for name, raw in delta.extras.items():
         if name in names:
-            state[names[name]].copy_(values(raw))
+            write(state[names[name]], values(raw))

@@ -20,6 +20,7 @@ from kilodelta.format.packing import BITS
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 LOSS_ON = ("assistant", "all")
+SHARD = ("auto", "always", "never")
 BASELINES = ("svd", "lora")
 NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -65,6 +66,8 @@ class Options:
         dtype: of the frozen base: `fp32`, `bf16`, `fp16`, or `auto`, the type that the base is
             stored in where the device multiplies it in hardware, else float32.
         threads: cores to compute on; torch's choice by default.
+        shard: among several processes, whether each holds a part of the base (`always`) or all of
+            it (`never`); `auto` shards where the base would take more than half of a GPU's memory.
         gradient_checkpointing: keep the inputs of the model's blocks alone, and compute their
             activations a second time for the gradient: less memory for a third more time.
         model: `package.module:function` that builds the module, where the folders are bare
@@ -98,6 +101,7 @@ class Options:
     device: str = "auto"
     dtype: str = "auto"
     threads: int | None = None
+    shard: str = "auto"
     gradient_checkpointing: bool = False
     model: str | None = None
 
@@ -132,6 +136,8 @@ def check(options: Options, *, learns: bool) -> None:
         )
     if options.dtype not in DTYPES:
         raise InputError(f"{options.dtype!r} is no type", fix=f"give one of {', '.join(DTYPES)}")
+    if options.shard not in SHARD:
+        raise InputError(f"shard is {options.shard!r}", fix=f"give one of {', '.join(SHARD)}")
     if options.loss_on not in LOSS_ON:
         raise InputError(f"loss on {options.loss_on!r}", fix=f"give one of {', '.join(LOSS_ON)}")
     if wrong := [name for name in options.baselines or () if name not in BASELINES]:

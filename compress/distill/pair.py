@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from kilodelta.errors import CheckpointError, InputError, KiloDeltaError
 from kilodelta.files.checkpoint import Checkpoint, read_config
 from kilodelta.files.dtypes import TARGETS
 from kilodelta.models import LoadedModel, open_model
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,7 @@ class Pair:
             shapes it shares the student's module, which `teacher.swap` fills in turn.
         names: checkpoint name to state name, of both models' tensors.
         note: why there is no module; empty where there is one.
+        device: where both are to compute.
     """
 
     base: Checkpoint
@@ -57,6 +60,7 @@ class Pair:
     teacher: LoadedModel | None = None
     names: Mapping[str, str]
     note: str = ""
+    device: torch.device = CPU
 
 
 def open_pair(
@@ -67,6 +71,7 @@ def open_pair(
     learns: bool,
     device: str = "auto",
     dtype: str = "auto",
+    sharded: bool = False,
 ) -> Pair:
     """Open both models, once.
 
@@ -78,6 +83,7 @@ def open_pair(
             cannot be opened is no obstacle: the tensors' names say what they are.
         device: where they compute, as `choose_placement` takes it.
         dtype: of their weights in memory, likewise.
+        sharded: whether `processes.shards` is to bring them to the device; they stay mapped.
 
     Raises:
         CheckpointError: files are missing or damaged.
@@ -86,17 +92,18 @@ def open_pair(
     before, after = Checkpoint.open(base), Checkpoint.open(tuned)
     source = model or str(_architecture(base, tuned))
     placement = choose_placement(device, dtype, before)
+    opened = replace(placement, device=CPU) if sharded else placement
     if learns:
-        require_weights_fit(before, placement)
+        require_weights_fit(before, opened)
     try:
-        student = _open(source, before, placement)
+        student = _open(source, before, opened)
         alike = _are_laid_out_alike(before, after)
-        teacher = student if alike else _open(source, after, placement)
+        teacher = student if alike else _open(source, after, opened)
     except KiloDeltaError as problem:
         if learns or model is not None or _is_quantised(before) or _is_quantised(after):
             raise
         return _by_names(before, after, problem.what)
-    return _by_modules(before, after, student, teacher)
+    return replace(_by_modules(before, after, student, teacher), device=placement.device)
 
 
 def _open(source: str, weights: Checkpoint, placement: Placement) -> LoadedModel:

@@ -103,6 +103,19 @@ def require_weights_fit(base: Checkpoint, placement: Placement) -> None:
     )
 
 
+def wants_shards(base: Checkpoint, placement: Placement) -> bool:
+    """Return whether a base is better divided among processes, for `--shard auto`.
+
+    On a CPU all processes map the same pages, so none of them holds more for holding all. On a GPU
+    a part is fetched for every layer of every pass, which is worth its time where the whole base
+    would leave less than half of the memory for the activations.
+    """
+    free = available(placement.device)
+    if placement.device.type == "cpu" or free is None:
+        return False
+    return 2 * _copied_bytes(base, placement) > free
+
+
 def _copied_bytes(base: Checkpoint, placement: Placement) -> int:
     """Add up the bytes of the weights that memory of the process, or of a GPU, has to hold."""
     total = 0

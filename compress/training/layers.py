@@ -25,6 +25,8 @@ from kilodelta.compress.training.through_grid import TargetGrid
 from kilodelta.compress.training.update import FactoredUpdate
 from kilodelta.models.layers import is_conv1d
 
+_SHARDED = "_kilodelta_sharded"
+"""The attribute that says that a layer's whole weight exists only while it computes."""
 _UPDATE = "_kilodelta_update"
 """The attribute in which an attached linear layer holds its update while it runs."""
 
@@ -104,6 +106,8 @@ class AddLinear(LayerHook):
             return
         if not (torch.is_grad_enabled() and _computes_in_float32(weight, given)):
             return
+        if _SHARDED in module.__dict__:  # the sum would keep the whole weight until the gradient
+            return
         update = self.update(given)
         if sum_is_cheaper(given.numel() // given.shape[-1], update):
             left, right = reversed(update.pair()) if self.transposed else update.pair()
@@ -177,6 +181,12 @@ class SwapWeight(LayerHook):
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         self.show_weight()
+
+
+def mark_sharded(block: nn.Module) -> None:
+    """Note that the layers of a block have their whole weights only while it computes."""
+    for layer in block.modules():
+        layer.__dict__[_SHARDED] = True
 
 
 def _input(args: Any, kwargs: Any) -> Any:

@@ -107,6 +107,8 @@ def with_dry_run(function: F) -> F:
         with rehearse() as planned:
             function(*args, **options)
         assert planned.is_reached, "a function with --dry-run has no begin_work"
+        if not terminal.speaks():
+            return None
         if options.get("as_json"):
             return lambda: terminal.print_json({"dry_run": True, **planned.to_json()})
         rows = [
@@ -138,7 +140,8 @@ def with_progress(function: F) -> F:
     @quiet
     @functools.wraps(function)
     def wrapped(*args: Any, quiet: bool, **options: Any) -> Any:
-        with terminal.progress(quiet=quiet or bool(options.get("as_json"))) as progress:
+        is_quiet = quiet or bool(options.get("as_json")) or not terminal.speaks()
+        with terminal.progress(quiet=is_quiet) as progress:
             show = function(*args, progress=progress, **options)
         if show is not None:
             show()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -109,8 +108,7 @@ def compress(
 
 
 def _end(report: Report, *, as_json: bool) -> None:
-    shared = os.environ.get("WORLD_SIZE", "1") != "1"
-    if not shared or os.environ.get("RANK") == "0":  # of several processes one speaks
+    if terminal.speaks():
         show(report, as_json=as_json)
     if report.interrupted:
         raise SystemExit(INTERRUPTED)

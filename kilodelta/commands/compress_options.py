@@ -86,6 +86,12 @@ OPTIONS = (
     ),
     threads,
     click.option(
+        "--shard",
+        default="auto",
+        type=click.Choice(["auto", "always", "never"]),
+        help="Under torchrun: each process holds a part of the base; auto on a GPU where it pays.",
+    ),
+    click.option(
         "--gradient-checkpointing",
         is_flag=True,
         help="Less memory for a third more time: activations are computed twice.",

@@ -28,6 +28,8 @@ def memory_of(value: Any) -> Hashable:
     if isinstance(value, np.ndarray):
         place: Any = value.__array_interface__["data"][0]
         size, strides, dtype = value.size, value.strides, value.dtype.str
+    elif hasattr(value, "to_local"):  # sharded among processes: by the part that is held here
+        return memory_of(value.to_local())
     elif hasattr(value, "data_ptr") and str(value.layout) == "torch.strided":
         place, size, strides = value.data_ptr(), value.numel(), value.stride()
         dtype = str(value.dtype)

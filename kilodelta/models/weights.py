@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,37 @@ def fill(module: nn.Module, checkpoint: Checkpoint | str | Path, names: Mapping[
     for name, state_name in names.items():
         values = tensor(source, name)
         _check_shape(source, name, state_name, state[state_name])
-        state[state_name].copy_(values)
+        write(state[state_name], values)
+
+
+def write(place: Tensor, values: Tensor) -> None:
+    """Copy values into a tensor of their shape; into a sharded one, the rows that it holds here.
+
+    Args:
+        place: a tensor, or a `DTensor` that is divided by its first axis (`fully_shard`).
+        values: the whole values.
+
+    Example:
+        >>> place = torch.zeros(2, dtype=torch.bfloat16)
+        >>> write(place, torch.tensor([1.0, 2.0]))
+        >>> place.tolist()
+        [1.0, 2.0]
+    """
+    mesh: Any = getattr(place, "device_mesh", None)
+    if mesh is None:
+        place.copy_(values)
+        return
+    # torch divides as `chunk` does: equal parts, the last ones shorter or empty.
+    rows = -(-place.shape[0] // mesh.size())
+    start = rows * mesh.get_local_rank()
+    local(place).copy_(values[start : start + rows])
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor: the rows of a sharded one, or the tensor itself."""
+    to_local = getattr(tensor, "to_local", None)
+    part: Tensor = tensor if to_local is None else to_local()
+    return part
 
 
 def place(

@@ -32,6 +32,7 @@ def prepare(
     *,
     learns: bool,
     quantised: QuantisedModel | None = None,
+    sharded: bool = False,
 ) -> Job:
     """Open both models, compare them, and choose how the change travels.
 
@@ -42,6 +43,7 @@ def prepare(
         options: how the user wants it.
         learns: whether there are inputs to learn from.
         quantised: the base as it is stored, of which `base` holds the values as floats.
+        sharded: whether the weights are to be divided among processes.
 
     Raises:
         BaseMismatchError: the two models do not belong together.
@@ -55,6 +57,7 @@ def prepare(
         learns=learns,
         device=options.device if learns else "cpu",
         dtype=options.dtype if learns else "fp32",
+        sharded=sharded,
     )
     changes = compare(pair.base, pair.tuned, pair.repeats)
     structure = pair.structure if learns else _without_places(pair.structure)

@@ -13,9 +13,9 @@ from kilodelta.compress.distill.learn.chat_rows import chat_rows
 from kilodelta.compress.distill.learn.comparisons import comparison_for
 from kilodelta.compress.distill.learn.objective import Objective
 from kilodelta.compress.distill.learn.outputs import Output, Wanted, run
-from kilodelta.compress.distill.learn.ranks import ALONE, Ranks
 from kilodelta.compress.distill.learn.rows import Rows, to_rows
 from kilodelta.compress.distill.learn.survey import Survey, survey
+from kilodelta.compress.distill.processes.ranks import ALONE, Ranks
 from kilodelta.compress.distill.teacher.ask import Shelf, Teacher, ask
 from kilodelta.errors import InputError
 from kilodelta.models import LoadedModel, read_inputs, tokenize

@@ -30,11 +30,12 @@ def measure(loaded: LoadedModel, data: Data, chosen: Sequence[int]) -> tuple[Mea
     parts = list(data.rows.subset(chosen).in_order(batch_rows(data.rows, data.survey)))
     mine: list[list[torch.Tensor]] = []
     try:
-        for part in parts[data.ranks.rank :: data.ranks.count]:
+        for part, is_own in data.ranks.turns(parts):
             rows = [chosen[i] for i in part]
             batch = data.rows.batch(rows)
             found = run(loaded, batch, one_row=data.survey.one_row)
-            mine.append(data.objective.sums(found, data.teacher(rows), data.rows.mask(rows)))
+            if is_own:
+                mine.append(data.objective.sums(found, data.teacher(rows), data.rows.mask(rows)))
     finally:
         loaded.module.train(training)
     # Added in the order of the batches, so that the number of processes does not matter.

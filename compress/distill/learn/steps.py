@@ -22,8 +22,8 @@ from kilodelta.compress.distill.learn.measure import measure
 from kilodelta.compress.distill.learn.objective import Measures, mean_of
 from kilodelta.compress.distill.learn.outputs import run
 from kilodelta.compress.distill.learn.pieces import backward, is_out_of_memory
-from kilodelta.compress.distill.learn.ranks import backward_shared
 from kilodelta.compress.distill.learn.schedule import BestState, Distilled, Look, Schedule
+from kilodelta.compress.distill.learn.shared import backward_shared
 from kilodelta.compress.distill.learn.watch import SHORT, Watch
 from kilodelta.compress.training import train
 from kilodelta.errors import InputError
@@ -67,6 +67,9 @@ class Run:
         )
         self.watch = Watch()
         self.scale = LossScale.for_types(p.dtype for p in loaded.module.parameters())
+        # Processes draw and decompose alike, but not to the last bit on every pair of machines.
+        data.ranks.copy_first(self.trained)
+        data.ranks.copy_first(self.masters)
         self._start = {name: v.clone() for name, v in self._coefficients().items()}
         self.piece = piece or schedule.batch
         """Rows computed at a time; fewer than a batch has where memory ran out."""
@@ -166,6 +169,11 @@ class Run:
                 fix="give --dtype bf16 or fp32",
             )
 
+    @property
+    def _share(self) -> int:
+        """The most rows of a batch that this process computes."""
+        return -(-self.schedule.batch // self.data.ranks.count)
+
     def _judge(self) -> None:
         """At the end of a short training that brought nothing, begin again where that is allowed.
 
@@ -233,19 +241,20 @@ class Run:
             loss = self.data.objective.loss(outputs, wanted, mask, draws)
             return loss * self.scale.scale if self.scale.active else loss
 
-        ranks = self.data.ranks
-        if 1 < ranks.count <= len(chosen):
-            self.loaded.module.zero_grad()
-            shared = backward_shared(ranks, compute, loss_of, len(chosen), self.trained)
-            return shared / self.scale.scale
+        ranks, count = self.data.ranks, len(chosen)
+        is_shared = 1 < ranks.count <= count
         while True:
             self.loaded.module.zero_grad()
             try:
-                return backward(compute, loss_of, len(chosen), self.piece) / self.scale.scale
+                if is_shared:
+                    loss = backward_shared(ranks, compute, loss_of, count, self.trained, self.piece)
+                else:
+                    loss = backward(compute, loss_of, count, self.piece)
+                return loss / self.scale.scale
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                self._halve(min(self.piece, len(chosen)))
+                self._halve(min(self.piece, -(-count // ranks.count) if is_shared else count))
 
     def _halve(self, piece: int) -> None:
         """Compute half as many rows at a time from now on."""
@@ -312,7 +321,7 @@ class Run:
             steps=self.step,
             seconds=self.spent,
             interrupted=stopped,
-            piece=self.piece if self.piece < self.schedule.batch else 0,
+            piece=self.piece if self.piece < self._share else 0,
             again=self.watch.again,
         )
 

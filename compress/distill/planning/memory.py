@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kilodelta import memory
+from kilodelta.models.weights import local
 
 
 @dataclass
@@ -36,7 +37,7 @@ def counting_kept(module: torch.nn.Module) -> Iterator[Kept]:
     """
     kept = Kept()
     tensors = [*module.parameters(), *module.buffers()]
-    own = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    own = {local(tensor).untyped_storage().data_ptr() for tensor in tensors}
 
     def count(tensor: Tensor) -> Tensor:
         place = tensor.untyped_storage().data_ptr()

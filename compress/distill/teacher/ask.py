@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kilodelta.compress.distill.learn.outputs import Output, run
-from kilodelta.compress.distill.learn.ranks import ALONE, Ranks
 from kilodelta.compress.distill.learn.rows import Rows
 from kilodelta.compress.distill.learn.survey import Survey
+from kilodelta.compress.distill.processes.ranks import ALONE, Ranks
 from kilodelta.compress.distill.teacher.store import (
     DiskStore,
     Facts,
@@ -168,14 +169,15 @@ def _store(rows: Rows, survey: Survey, need: Need, shelf: Shelf | None) -> Store
         return MemoryStore(len(rows))
     if shelf.cache is None:
         folder = shelf.ranks.first(shelf.scratch)
-        require_disk(folder, need.kept)
-        return DiskStore(folder, {}, len(rows))
+        shelf.ranks.agree(partial(require_disk, folder, need.kept))
+        return shelf.ranks.agree(partial(DiskStore, folder, {}, len(rows)))
     outputs = [[o.name, o.kind, o.axis, o.size, o.kept] for o in survey.matched]
     facts = {**shelf.facts(), "inputs": rows.digest(), "outputs": str(outputs)}
     folder = folder_of(shelf.cache, facts)
-    store = DiskStore(folder, facts, len(rows))
-    shelf.ranks.gather(None)  # all have read what is kept before one writes more
-    require_disk(shelf.cache, need.kept * len(store.missing()) // len(rows))
+    # All have read what is kept before one writes more.
+    store = shelf.ranks.agree(partial(DiskStore, folder, facts, len(rows)))
+    needed = need.kept * len(store.missing()) // len(rows)
+    shelf.ranks.agree(partial(require_disk, shelf.cache, needed))
     return store
 
 
@@ -194,11 +196,9 @@ def _fill(
         [left[i] for i in part] for part in rows.subset(left).in_order(batch_rows(rows, survey))
     ]
     try:
-        for start in range(0, len(parts), ranks.count):
-            made = {}
-            for chosen in parts[start + ranks.rank : start + ranks.rank + 1]:
-                made = _rows(_compute(loaded, rows, survey, chosen), chosen, rows, survey)
-            for found in ranks.gather(made):
+        for chosen, is_own in ranks.turns(parts):
+            values = ranks.agree(partial(_compute, loaded, rows, survey, chosen))
+            for found in ranks.gather(_rows(values, chosen, rows, survey) if is_own else {}):
                 done += len(found)
                 if ranks.writes:
                     store.add(found)

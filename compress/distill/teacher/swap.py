@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from kilodelta.compress.distill.changes.compare import Change
 from kilodelta.compress.distill.pair import Pair
+from kilodelta.compress.distill.processes import shards
 from kilodelta.models import LoadedModel
 from kilodelta.models.weights import MappedCheckpoint, fill, place
 
@@ -31,7 +32,10 @@ def as_tuned(pair: Pair, changes: Sequence[Change]) -> Iterator[LoadedModel]:
         if student.mapped is not None:  # nobody computes with the base meanwhile
             student.mapped.release(name for name in pair.base.names if name not in new)
         yield teacher
-        teacher.module.to("meta")
+        if shards.is_sharded(teacher.module):
+            shards.free(teacher.module)
+        else:
+            teacher.module.to("meta")
         return
     differing = {change.name for change in changes}
     names = {
