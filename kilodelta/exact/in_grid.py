@@ -1,105 +1,155 @@
-"""Merge low-rank updates into a grid row by row, and read the nibbles that its codes lie in.
+"""Merge updates into a grid row by row, and read and write the nibbles that its codes lie in.
 
 A row of the update is computed, as `exact.fused` does, and rounded while it is in the nearest
-cache: no array holds the update. Numbers and results are those of `exact.nearest`.
+cache: no array holds the update.
 """
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 
 from kilodelta.exact.compiled import kernel
 from kilodelta.exact.fused import multiply_row
-from kilodelta.exact.nearest import integer_row, round_floats
+from kilodelta.exact.quotients import (
+    ROOM,
+    decide_floats,
+    decide_integers,
+    fill_ratios,
+    fill_zeros,
+    float_row,
+    integer_row,
+    magnitude,
+)
 
 
 @kernel
-def merge_integers(left, right, factor, codes, zeros, steps, width, low, high, out):  # type: ignore[no-untyped-def]
-    """Round codes plus C left @ right as `nearest.round_integers` does.
-
-    Args:
-        left: float64 (rows, K), integers.
-        right: float64 (K, in), integers, contiguous; no sum of products reaches 2^53.
-        factor, codes, zeros, steps, width, low, high, out: as of `round_integers`.
-
-    Returns:
-        as `round_integers`.
-    """
-    columns = codes.shape[1]
-    changed, size, row, room = 0, 0.0, np.empty(columns), np.empty((2, columns))
-    for i in range(codes.shape[0]):
-        multiply_row(left[i], right, 0, row)
-        moved, magnitude = integer_row(
-            row, factor, codes[i], zeros[i], steps, i, width, low, high, room, out[i]
+def _round_integers(numbers, factor, codes, zeros, steps, row, limits, room, out):  # type: ignore[no-untyped-def]
+    values, groups, width, scale, base, _ = steps
+    fill_ratios(values, row, scale, groups, width, room[0])
+    if zeros.size:
+        fill_zeros(zeros, row, groups, width, room[1])
+    moved, doubts = integer_row(numbers, codes, limits, room, out)
+    if doubts:
+        moved = decide_integers(
+            numbers, factor, codes, values, row, groups, base, limits, room, out
         )
-        changed += int(moved)
-        size += magnitude
-    return changed, size
+    return moved, magnitude(room[3])
 
 
 @kernel
-def merge_floats(left, right, factor, codes, table, middles, steps, sign, out):  # type: ignore[no-untyped-def]
-    """Round codes plus C left @ right as `nearest.round_floats` does.
+def _round_floats(numbers, factor, codes, grid, steps, row, room, out):  # type: ignore[no-untyped-def]
+    values, groups, width, scale, base, _ = steps
+    table, highest, middles, mantissa, sign = grid
+    still = fill_ratios(values, row, scale, groups, width, room[0])
+    moved, doubts = float_row(numbers, codes, table, highest, mantissa, sign, room, out)
+    if doubts or still:
+        moved = decide_floats(
+            numbers, factor, codes, values, row, groups, base, table, middles, sign, room, out
+        )
+    return moved, magnitude(room[3])
+
+
+@kernel
+def round_integers(numbers, factor, codes, first, zeros, steps, limits, out):  # type: ignore[no-untyped-def]
+    """Round to equally spaced numbers, ties to even multiples of the step.
 
     Args:
-        left, right: as of `merge_integers`.
-        factor, codes, table, middles, steps, sign, out: as of `round_floats`.
+        numbers: dQ, (rows, in), integers of any type that holds them.
+        factor: C, float64.
+        codes: int8 (rows, in).
+        first: which row of the weight the first one is.
+        zeros: int16, of the shape of the steps; (0, 0) where all are zero.
+        steps: `grid.steps.Steps` of the whole weight.
+        limits: of `quotients.integer_limits`.
+        out: int8 (rows, in).
 
     Returns:
-        as `round_floats`.
+        how many codes changed, and the sum of |delta / step|, roughly.
     """
-    signs, mantissas, shifts, inverses, groups = steps
-    numbers = np.empty((1, codes.shape[1]))
-    changed, size = 0, 0.0
+    changed, size, room = 0, 0.0, np.zeros((ROOM, codes.shape[1]), limits.dtype)
     for i in range(codes.shape[0]):
-        multiply_row(left[i], right, 0, numbers[0])
-        own = slice(i, i + 1)
-        parts = (signs[own], mantissas[own], shifts[own], inverses[own], groups)
-        count, sum_ = round_floats(
-            numbers, factor, codes[own], table, middles, parts, sign, out[own]
+        row = (first + i) // steps[5]
+        moved, sum_ = _round_integers(
+            numbers[i], factor, codes[i], zeros, steps, row, limits, room, out[i]
         )
-        changed += count
+        changed += moved
         size += sum_
     return changed, size
 
 
-MERGE = (merge_integers, merge_floats)
-"""The kernels for integers and for small floats, as `nearest.ROUND`."""
+@kernel
+def merge_integers(left, right, factor, codes, first, zeros, steps, limits, out):  # type: ignore[no-untyped-def]
+    """Round codes plus C left @ right as `round_integers` does.
+
+    Args:
+        left: float64 or float32 (rows, K), integers.
+        right: of the same type (K, in), integers, contiguous; the type holds all sums of products.
+        factor, codes, first, zeros, steps, limits, out: as of `round_integers`.
+
+    Returns:
+        as `round_integers`.
+    """
+    changed, size, room = 0, 0.0, np.zeros((ROOM, codes.shape[1]), limits.dtype)
+    numbers = np.empty(codes.shape[1], right.dtype)
+    for i in range(codes.shape[0]):
+        multiply_row(left[i], right, 0, numbers)
+        row = (first + i) // steps[5]
+        moved, sum_ = _round_integers(
+            numbers, factor, codes[i], zeros, steps, row, limits, room, out[i]
+        )
+        changed += moved
+        size += sum_
+    return changed, size
 
 
 @kernel
-def split_steps(steps, base, signs, mantissas, shifts, inverses):  # type: ignore[no-untyped-def]
-    """Split steps into sign * M * 2^E with M odd, for the kernels above.
+def round_floats(numbers, factor, codes, first, grid, steps, out):  # type: ignore[no-untyped-def]
+    """Round to the numbers of a small float type, ties to the even code, without infinity or NaN.
 
     Args:
-        steps: float64 (rows, groups), finite.
-        base: what E is taken from: s = base - E.
-        signs, mantissas, shifts: int64 of the same shape; filled with the sign (0 of a step of
-            zero), M and s.
-        inverses: float64, likewise; filled with 2^s / M.
+        numbers, factor, first, steps: as of `round_integers`.
+        codes: uint8 (rows, in).
+        grid: `grid.steps.FloatGrid` of the type.
+        out: uint8 (rows, in).
 
     Returns:
-        the largest M.
+        as `round_integers`; a change between -0 and +0 counts as none.
     """
-    largest = np.int64(1)
-    for i in range(steps.shape[0]):
-        for g in range(steps.shape[1]):
-            fraction, exponent = math.frexp(abs(steps[i, g]))
-            mantissa, power = np.int64(fraction * 9007199254740992.0), exponent - 53  # 2^53
-            if mantissa:
-                low = mantissa & -mantissa  # the lowest bit that is set
-                mantissa //= low
-                power += math.frexp(np.float64(low))[1] - 1
-            else:
-                mantissa = np.int64(1)
-            signs[i, g] = np.int64(steps[i, g] > 0) - np.int64(steps[i, g] < 0)
-            mantissas[i, g] = mantissa
-            shifts[i, g] = base - power
-            inverses[i, g] = math.ldexp(1.0 / np.float64(mantissa), base - power)
-            largest = max(largest, mantissa)
-    return largest
+    changed, size, room = 0, 0.0, np.zeros((ROOM, codes.shape[1]), np.float32)
+    for i in range(codes.shape[0]):
+        row = (first + i) // steps[5]
+        moved, sum_ = _round_floats(numbers[i], factor, codes[i], grid, steps, row, room, out[i])
+        changed += moved
+        size += sum_
+    return changed, size
+
+
+@kernel
+def merge_floats(left, right, factor, codes, first, grid, steps, out):  # type: ignore[no-untyped-def]
+    """Round codes plus C left @ right as `round_floats` does.
+
+    Args:
+        left, right: as of `merge_integers`.
+        factor, codes, first, grid, steps, out: as of `round_floats`.
+
+    Returns:
+        as `round_floats`.
+    """
+    changed, size, room = 0, 0.0, np.zeros((ROOM, codes.shape[1]), np.float32)
+    numbers = np.empty(codes.shape[1], right.dtype)
+    for i in range(codes.shape[0]):
+        multiply_row(left[i], right, 0, numbers)
+        row = (first + i) // steps[5]
+        moved, sum_ = _round_floats(numbers, factor, codes[i], grid, steps, row, room, out[i])
+        changed += moved
+        size += sum_
+    return changed, size
+
+
+ROUND = (round_integers, round_floats)
+"""The kernels for integers and for small floats, from an update that is at hand."""
+MERGE = (merge_integers, merge_floats)
+"""The same, from the two factors of an update."""
 
 
 @kernel
@@ -119,3 +169,19 @@ def read_nibbles(stream, offset, out):  # type: ignore[no-untyped-def]
             codes[2 * j + 1] = (packed[j] >> np.uint8(4)) - offset
         if count % 2:
             codes[count - 1] = (packed[count // 2] & np.uint8(15)) - offset
+
+
+@kernel
+def write_nibbles(codes, offset, out):  # type: ignore[no-untyped-def]
+    """Pack codes as `read_nibbles` reads them; only the last four bits of the sums count.
+
+    Args:
+        codes: uint8 (rows, count), count even.
+        offset: uint8, added to each code modulo 256.
+        out: uint8 (rows, count / 2).
+    """
+    for i in range(codes.shape[0]):
+        row, packed = codes[i], out[i]
+        for j in range(packed.size):
+            low = (row[2 * j] + offset) & np.uint8(15)
+            packed[j] = low | ((row[2 * j + 1] + offset) << np.uint8(4))

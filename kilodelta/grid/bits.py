@@ -95,13 +95,12 @@ def pack_bits(codes: npt.NDArray[Any], bits: int, nbytes: int) -> Bytes:
     if bits == 8:
         return _padded(codes.astype(np.uint8, copy=False), nbytes)
     if bits == 4:
+        from kilodelta.exact.in_grid import write_nibbles  # loads numba, which takes a while
+
         even = _padded(codes.astype(np.uint8, copy=False), 2 * nbytes)
-        pairs = np.ascontiguousarray(even).reshape(-1).view("<u2")
-        stream = np.empty(rows * nbytes, np.uint8)
-        for start in range(0, stream.size, _BLOCK):
-            pair = pairs[start : start + _BLOCK]
-            stream[start : start + _BLOCK] = pair | pair >> 4  # the lower byte of each
-        return stream.reshape(rows, nbytes)
+        packed = np.empty((rows, nbytes), np.uint8)
+        write_nibbles(np.ascontiguousarray(even), np.uint8(0), packed)
+        return packed
     spread = (codes[:, :, None] >> np.arange(bits, dtype=np.uint8)) & np.uint8(1)
     flat = _padded(spread.reshape(rows, count * bits).astype(np.uint8), 8 * nbytes)
     return np.packbits(flat, axis=1, bitorder="little")

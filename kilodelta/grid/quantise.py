@@ -29,7 +29,7 @@ from kilodelta.grid.bits import pack_bits
 from kilodelta.grid.codes import E2M1, E4M3, Kind, e4m3_values, integer_kind
 from kilodelta.grid.layouts.base import uncentred
 from kilodelta.grid.matrix import Floats, Matrix, Shape
-from kilodelta.grid.steps import table_of
+from kilodelta.grid.steps import float_grid
 
 Tensors = dict[str, RawTensor]
 
@@ -59,7 +59,7 @@ def nearest_codes(kind: Kind, quotients: Floats) -> npt.NDArray[Any]:
     """
     if not kind.is_float:
         return np.asarray(np.clip(np.rint(quotients), kind.low, kind.high).astype(np.int8))
-    _, middles = table_of(kind)
+    middles = float_grid(kind).middles
     halves = np.ldexp(np.abs(quotients), 1 - kind.unit)
     low = np.searchsorted(middles, halves, side="left")
     tie = middles[np.minimum(low, middles.size - 1)] == halves

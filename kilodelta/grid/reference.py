@@ -6,6 +6,7 @@ It shares no arithmetic with `kilodelta.exact.nearest` (docs/format.md, section 
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import lru_cache
 
 from kilodelta.grid.codes import NOT_A_NUMBER, Kind
 
@@ -42,6 +43,7 @@ def new_code(kind: Kind, code: int, zero: int, step: float, update: Fraction) ->
     return best | half if best and wanted < 0 else best
 
 
+@lru_cache(maxsize=4)
 def _values(kind: Kind) -> dict[int, Fraction]:
     import numpy as np
 

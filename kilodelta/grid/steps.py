@@ -1,74 +1,113 @@
-"""Prepare the steps of a matrix for the kernels that round to its grid (`exact.nearest`)."""
+"""Prepare the grid of a matrix for the kernels that round to it (`exact.in_grid`)."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from kilodelta.errors import CheckpointError
-from kilodelta.exact.in_grid import split_steps
-from kilodelta.exact.nearest import MANTISSA
+from kilodelta.exact.nearest import are_short
+from kilodelta.exact.quotients import integer_limits
 from kilodelta.grid.codes import NOT_A_NUMBER, Kind
 from kilodelta.grid.matrix import Matrix
 
 Int64s = npt.NDArray[np.int64]
 
 
-class StepParts(NamedTuple):
-    """Steps of some rows, sign * M * 2^E; each (rows, groups) but the last.
+class Steps(NamedTuple):
+    """The steps of a weight, and the update's unit in them.
 
-    `shifts` is s = e + 1 - unit - E, and `inverses` float64 of 2^s / M; of a step of zero the sign
-    is 0. `groups` is the group of each column, (in,).
+    Attributes:
+        values: float64 (blocks of rows, groups).
+        groups: the group of each column, int64 (in,).
+        width: columns of a group, where each group is that many neighbours; 0 for any order.
+        scale: C 2^(e - unit): what one of dQ is, in units of the grid times the step.
+        base: e + 1 - unit.
+        tall: rows that share a step.
     """
 
-    signs: Int64s
-    mantissas: Int64s
-    shifts: Int64s
-    inverses: npt.NDArray[np.float64]
+    values: npt.NDArray[np.float64]
     groups: Int64s
+    width: int
+    scale: np.float64
+    base: int
+    tall: int
 
 
-def step_parts(matrix: Matrix, e: int, rows: slice) -> StepParts:
-    """Split the steps of some rows.
+class FloatGrid(NamedTuple):
+    """A small float type.
+
+    Attributes:
+        table: float32, what each code stands for, in units.
+        highest: the greatest number.
+        middles: int64, the midpoints between positive neighbours, in half units, ascending.
+        mantissa: bits of its mantissa.
+        sign: the bit of a code that is its sign.
+    """
+
+    table: npt.NDArray[np.float32]
+    highest: np.float32
+    middles: Int64s
+    mantissa: np.uint32
+    sign: np.uint32
+
+
+def steps_of(matrix: Matrix, c: int, e: int) -> Steps:
+    """Prepare the steps of a weight for an update 2^e C dQ.
 
     Args:
-        matrix: whose.
+        matrix: the weight; its codes do not matter.
+        c: the integer that dQ is multiplied by.
         e: the exponent of the update's unit.
-        rows: consecutive rows of the weight.
 
     Raises:
         CheckpointError: a step has more than 32 significant bits, which no layout stores.
     """
-    steps = matrix.steps[np.arange(matrix.shape[0])[rows] // matrix.block[0]]
-    signs, mantissas, shifts = (np.empty(steps.shape, np.int64) for _ in range(3))
-    inverses = np.empty(steps.shape)
-    base = e + 1 - matrix.kind.unit
-    if split_steps(steps, base, signs, mantissas, shifts, inverses) >= MANTISSA:
+    values = np.ascontiguousarray(matrix.steps)
+    if not are_short(values.view(np.int64)):
         raise CheckpointError(
             "a scale has more than 32 significant bits, so it is no product of two stored scales",
             fix="the file is damaged: fetch it again",
         )
-    return StepParts(
-        signs=signs,
-        mantissas=mantissas,
-        shifts=shifts,
-        inverses=inverses,
+    unit = matrix.kind.unit
+    return Steps(
+        values=values,
         groups=matrix.groups,
+        width=0 if matrix.order is not None else matrix.block[1],
+        scale=np.float64(np.ldexp(float(c), e - unit)),
+        base=e + 1 - unit,
+        tall=matrix.block[0],
     )
 
 
-def table_of(kind: Kind) -> tuple[Int64s, Int64s]:
-    """Return what the codes of a float kind stand for, and the midpoints between positive ones.
+def limits_of(matrix: Matrix) -> npt.NDArray[Any]:
+    """Return the `integer_limits` of a weight with integer codes."""
+    kind, zeros = matrix.kind, matrix.zeros
+    least, most = (0, 0) if zeros is None else (int(zeros.min()), int(zeros.max()))
+    return integer_limits(kind.low, kind.high, max(kind.high - least, most - kind.low))
+
+
+@lru_cache(maxsize=4)
+def float_grid(kind: Kind) -> FloatGrid:
+    """Prepare a small float type.
 
     Example:
         >>> from kilodelta.grid.codes import E2M1
-        >>> table_of(E2M1)[1].tolist()
+        >>> float_grid(E2M1).middles.tolist()
         [1, 3, 5, 7, 10, 14, 20]
     """
     codes: npt.NDArray[Any] = np.arange(1 << kind.bits, dtype=np.uint8)
     table = kind.integers(codes).astype(np.int64)
     positive = table[: 1 << (kind.bits - 1)]
     positive = positive[positive != NOT_A_NUMBER]
-    return table, positive[:-1] + positive[1:]
+    # Numbers up to 2^(mantissa + 1) follow each other by one unit: subnormal ones, and a binade.
+    return FloatGrid(
+        table=table.astype(np.float32),
+        highest=np.float32(positive[-1]),
+        middles=positive[:-1] + positive[1:],
+        mantissa=np.uint32(int((np.diff(positive) == 1).sum()).bit_length() - 2),
+        sign=np.uint32(1 << (kind.bits - 1)),
+    )

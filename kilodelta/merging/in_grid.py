@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from kilodelta.exact import fused, in_grid, nearest, products
+from kilodelta.exact import fused, in_grid, products
 from kilodelta.format.delta import Delta
 from kilodelta.format.targets import Target
 from kilodelta.grid.matrix import Matrix
-from kilodelta.grid.steps import step_parts, table_of
+from kilodelta.grid.steps import float_grid, limits_of, steps_of
 from kilodelta.merging import cpu
 
 BAND = 1 << 20
 """Elements whose update is in memory at a time."""
+SMALL = 1 << 24
+"""The bound of all sums up to which a fused product is computed in float32, exactly."""
 MIN_CHANGED = 0.01
 """The share of codes below which a merge in the grid has changed almost nothing."""
 
@@ -38,6 +40,67 @@ class Regridded:
     still: int
 
 
+class Regridder:
+    """What adds one target's update to rows of a quantised weight, and rounds to the base's grid.
+
+    Args:
+        delta: bound to the quantised base, of an exact method.
+        target: one of its targets.
+        grid: the weight; its codes do not matter.
+
+    Raises:
+        CheckpointError: a step is none that a layout can store.
+    """
+
+    def __init__(self, delta: Delta, target: Target, grid: Matrix) -> None:
+        c, e = delta.scale(target.name)
+        bound = delta.bound(target.name)
+        e = e if bound else 0  # an update of zero may have any exponent
+        self._factor = np.float64(c)
+        steps = steps_of(grid, c, e)
+        if grid.kind.is_float:
+            self._grid: tuple[Any, ...] = (float_grid(grid.kind), steps)
+        else:
+            zeros = np.zeros((0, 0), np.int16) if grid.zeros is None else grid.zeros
+            self._grid = (np.ascontiguousarray(zeros), steps, limits_of(grid))
+        self._left, right = cpu.stored_factors(delta, target)
+        self._inner, self._shape = right.shape[0], grid.shape
+        self._dtype: Any = np.float32 if bound < SMALL else np.float64
+        is_fused = self._inner <= fused.FEW
+        self._kernel = (in_grid.MERGE if is_fused else in_grid.ROUND)[grid.kind.is_float]
+        if is_fused:
+            self._right = np.ascontiguousarray(right, dtype=self._dtype)
+        else:
+            self._multiply = products.multiplier(right, bound)
+        self._is_fused = is_fused
+
+    def bands(self) -> Iterator[tuple[range, Any]]:
+        """Yield rows, `BAND` elements at a time, with their part of the update's left factor."""
+        rows, columns = self._shape
+        return cpu.bands(self._left, rows, min(rows, max(1, BAND // columns)), self._inner)
+
+    def round(self, rows: range, left: Any, codes: Any, out: Any) -> tuple[int, float]:
+        """Round some rows.
+
+        Args:
+            rows: which rows of the weight.
+            left: their part of the left factor, as `bands` yields it.
+            codes: the old codes of these rows, (rows, in), contiguous.
+            out: the new ones.
+
+        Returns:
+            how many codes stand for another number than before, and the sum of the update's
+            magnitudes, each in steps of its block.
+        """
+        update: tuple[Any, ...]
+        if self._is_fused:
+            update = (left.astype(self._dtype), self._right)
+        else:
+            update = (np.ascontiguousarray(self._multiply(left)).reshape(codes.shape),)
+        changed, size = self._kernel(*update, self._factor, codes, rows.start, *self._grid, out)
+        return int(changed), float(size)
+
+
 def regridded(delta: Delta, target: Target, base: Matrix) -> Regridded:
     """Add a target's update to a quantised weight, and round to the base's grid.
 
@@ -49,73 +112,12 @@ def regridded(delta: Delta, target: Target, base: Matrix) -> Regridded:
     Raises:
         CheckpointError: a step is none that a layout can store.
     """
-    c, e = delta.scale(target.name)
-    bound = delta.bound(target.name)
-    left, right = cpu.stored_factors(delta, target)
-    add = _adder(right, bound, np.float64(c))
-    rows, columns = base.shape
-    out = np.empty_like(base.codes)
-    e = e if bound else 0  # an update of zero may have any exponent
+    regridder, out = Regridder(delta, target, base), np.empty_like(base.codes)
     changed, size = 0, 0.0
-    step = min(rows, max(1, BAND // columns))
-    for span, factors in cpu.bands(left, rows, step, right.shape[0]):
-        part = slice(span.start, span.stop)
-        count, sum_ = add(factors, base, part, e, out[part])
-        changed, size = changed + count, size + sum_
+    for rows, left in regridder.bands():
+        part = slice(rows.start, rows.stop)
+        codes = np.ascontiguousarray(base.codes[part])
+        count, sum_ = regridder.round(rows, left, codes, out[part])
+        changed, size = changed + count, size + sum_ * 2.0**base.kind.unit
     still = int(base.spread(base.steps == 0).sum()) if base.still else 0
     return Regridded(matrix=replace(base, codes=out), changed=changed, steps=size, still=still)
-
-
-Add = Callable[[Any, Matrix, slice, int, Any], tuple[int, float]]
-"""From (left rows, base, which rows, e, out) to what the kernels return; fills `out`."""
-
-
-def _adder(right: Any, bound: int, factor: np.float64) -> Add:
-    """Return the fastest way to multiply with the right factor and round to the grid."""
-    if right.shape[0] > fused.FEW:
-        multiply = products.multiplier(right, bound)
-        return lambda left, base, rows, e, out: _round(
-            (multiply(left).reshape(out.shape),), base, rows, factor, e, out, nearest.ROUND
-        )
-    floats = np.ascontiguousarray(right, dtype=np.float64)
-    return lambda left, base, rows, e, out: _round(
-        (left.astype(np.float64), floats), base, rows, factor, e, out, in_grid.MERGE
-    )
-
-
-def _round(
-    update: tuple[Any, ...],
-    base: Matrix,
-    rows: slice,
-    factor: np.float64,
-    e: int,
-    out: Any,
-    kernels: tuple[Any, Any],
-) -> tuple[int, float]:
-    """Round some rows.
-
-    Args:
-        update: the integers of the update, or the two factors of them.
-        base: the weight.
-        rows: which of its rows.
-        factor: C, float64.
-        e: the exponent of the update's unit.
-        out: the new codes of these rows.
-        kernels: for integers and for small floats; they say what is returned.
-    """
-    codes, kind = np.ascontiguousarray(base.codes[rows]), base.kind
-    parts = step_parts(base, e, rows)
-    integers, floats = kernels
-    if kind.is_float:
-        table, middles = table_of(kind)
-        sign = np.uint8(1 << (kind.bits - 1))
-        found = floats(*update, factor, codes, table, middles, parts, sign, out)
-    else:
-        zeros = np.zeros(parts.signs.shape, np.int64)
-        if base.zeros is not None:
-            zeros = base.zeros[np.arange(base.shape[0])[rows] // base.block[0]].astype(np.int64)
-        low, high = np.float64(kind.low), np.float64(kind.high)
-        width = 0 if base.order is not None else base.block[1]
-        found = integers(*update, factor, codes, zeros, parts, width, low, high, out)
-    changed, size = found
-    return int(changed), float(size) * 2.0**kind.unit

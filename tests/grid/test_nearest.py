@@ -11,11 +11,11 @@ import numpy.typing as npt
 import pytest
 
 from kilodelta.errors import CheckpointError
-from kilodelta.exact import in_grid, nearest
+from kilodelta.exact import in_grid, quotients
 from kilodelta.grid.codes import E2M1, E4M3, Kind, integer_kind
 from kilodelta.grid.matrix import Matrix
 from kilodelta.grid.reference import new_code
-from kilodelta.grid.steps import step_parts, table_of
+from kilodelta.grid.steps import float_grid, limits_of, steps_of
 
 KINDS = (integer_kind(2), integer_kind(4), integer_kind(8), E2M1, E4M3)
 
@@ -25,19 +25,17 @@ def rounded(
 ) -> tuple[npt.NDArray[Any], int]:
     """What the kernel makes of codes, with a group of four columns per step."""
     matrix = Matrix(kind=kind, codes=codes, steps=steps, block=(1, 4), zeros=zeros)
-    parts, out, factor = step_parts(matrix, e, slice(None)), np.empty_like(codes), np.float64(c)
+    steps_, out, factor = steps_of(matrix, c, e), np.empty_like(codes), np.float64(c)
     if kind.is_float:
-        table, middles = table_of(kind)
-        sign = np.uint8(1 << (kind.bits - 1))
-        found = nearest.round_floats(numbers, factor, codes, table, middles, parts, sign, out)
-    else:
-        wide = zeros.astype(np.int64)
-        low, high = np.float64(kind.low), np.float64(kind.high)
-        found = nearest.round_integers(numbers, factor, codes, wide, parts, 4, low, high, out)
-        again = np.empty_like(out)  # with groups that are looked up column by column
-        other = nearest.round_integers(numbers, factor, codes, wide, parts, 0, low, high, again)
-        assert np.array_equal(out, again)
-        assert found == other
+        found = in_grid.round_floats(numbers, factor, codes, 0, float_grid(kind), steps_, out)
+        return out, found[0]
+    limits = limits_of(matrix)
+    found = in_grid.round_integers(numbers, factor, codes, 0, zeros, steps_, limits, out)
+    again = np.empty_like(out)  # with groups that are looked up column by column
+    single = steps_._replace(width=0)
+    other = in_grid.round_integers(numbers, factor, codes, 0, zeros, single, limits, again)
+    assert np.array_equal(out, again)
+    assert found == other
     return out, found[0]
 
 
@@ -95,6 +93,82 @@ def test_ties_are_decided_where_floats_cannot() -> None:
     assert np.array_equal(found, wanted)
 
 
+def middles_of(kind: Kind, codes: Any, zeros: Any, rng: np.random.Generator) -> Any:
+    """Draw a midpoint of the grid for each code, as (midpoint - value) in units; clamped ones too.
+
+    Exact: half units.
+    """
+    if kind.is_float:
+        table, middles = float_grid(kind).table, float_grid(kind).middles
+        drawn = rng.choice(middles, codes.shape) * rng.choice([-1, 1], codes.shape)
+        return drawn / 2 - table[codes]
+    targets = rng.integers(kind.low - 1, kind.high + 1, codes.shape)  # the code below it
+    return targets + 0.5 - codes
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(kind.name))
+def test_weights_at_and_around_midpoints_are_decided_exactly(kind: Kind) -> None:
+    """Updates that lead to a midpoint of the grid, or past it by one part in 2^10 to 2^50.
+
+    Float32 sees no difference in most of them, float64 in many; so the rows' quotients must leave
+    them in doubt. Bounds that are too narrow by any factor show here.
+    """
+    rng, undecided = np.random.default_rng(kind.bits), 0
+    for trial in range(60):
+        codes, zeros = drawn(kind, rng)
+        if trial % 3 == 0 and zeros is not None:
+            zeros = np.zeros_like(zeros)
+        if trial % 5 == 0 and zeros is not None:
+            zeros = zeros * 100  # beyond what float32 is used for
+        e, c = int(rng.integers(-52, -10)), int(rng.choice([1, 1, 3, 60]))
+        mantissas = rng.integers(1, 1 << int(rng.choice([3, 11, 24, 31])), (6, 3))
+        # powers that let the midpoint be a number below 2^53 of the update's units
+        power = int(rng.integers(e, 0)) - int(mantissas.max()).bit_length()
+        steps = np.ldexp(mantissas.astype(float), power) * rng.choice([-1, 1], (6, 3))
+        off = middles_of(kind, codes, zeros, rng) * 2  # in half units, exact
+        numbers = np.empty(codes.shape)
+        for i, j in np.ndindex(codes.shape):
+            step = Fraction(float(steps[i, j // 4])) * Fraction(2) ** (kind.unit - 1)
+            wanted = int(off[i, j]) * step / c / Fraction(2) ** e
+            numbers[i, j] = (
+                int(wanted) + int(rng.choice([-1, 0, 0, 1]))
+                if trial % 2
+                else round(
+                    wanted
+                    * (1 + Fraction(int(rng.integers(-3, 4)), 1 << int(rng.integers(10, 50))))
+                )
+            )
+        numbers = np.clip(numbers, -(2**53 // c) + 1, 2**53 // c - 1)
+        found, changed = rounded(kind, codes, zeros, steps, numbers, c, e)
+        wanted_codes = by_fractions(kind, codes, zeros, steps, numbers, c, e)
+        assert np.array_equal(found, wanted_codes), trial
+        assert changed == int((kind.integers(found) != kind.integers(codes)).sum())
+        undecided += doubtful(kind, codes, zeros, steps, numbers, c, e)
+    assert undecided > 300, "too few weights came near a midpoint"
+
+
+def doubtful(kind: Kind, codes: Any, zeros: Any, steps: Any, numbers: Any, c: int, e: int) -> int:
+    """Count the weights of a matrix that the rows' quotients leave in doubt."""
+    matrix = Matrix(kind=kind, codes=codes, steps=steps, block=(1, 4), zeros=zeros)
+    values, groups, width, scale, _, _ = steps_of(matrix, c, e)
+    limits = np.zeros(4, np.float32) if kind.is_float else limits_of(matrix)
+    count = 0
+    for i in range(len(codes)):
+        room, out = (
+            np.zeros((quotients.ROOM, codes.shape[1]), limits.dtype),
+            np.empty_like(codes[i]),
+        )
+        quotients.fill_ratios(values, i, scale, groups, width, room[0])
+        if kind.is_float:
+            table, highest, _, mantissa, sign = float_grid(kind)
+            row = (numbers[i], codes[i], table, highest, mantissa, sign, room, out)
+            count += quotients.float_row(*row)[1]
+        else:
+            quotients.fill_zeros(zeros, i, groups, width, room[1])
+            count += quotients.integer_row(numbers[i], codes[i], limits, room, out)[1]
+    return int(count)
+
+
 @pytest.mark.parametrize("kind", [E2M1, E4M3], ids=["e2m1", "e4m3"])
 def test_float_grids_round_as_ml_dtypes_does(kind: Kind) -> None:
     """From a code of zero, a step of one and an update: the cast of the update, but for its end.
@@ -140,7 +214,7 @@ def test_a_step_that_no_layout_stores_is_refused() -> None:
     codes = np.zeros((1, 4), np.int8)
     matrix = Matrix(kind=integer_kind(4), codes=codes, steps=np.array([[1 / 3]]), block=(1, 4))
     with pytest.raises(CheckpointError, match="more than 32 significant bits"):
-        step_parts(matrix, 0, slice(None))
+        steps_of(matrix, 1, 0)
 
 
 @pytest.mark.parametrize("kind", [integer_kind(4), E2M1], ids=lambda kind: str(kind.name))
@@ -151,16 +225,14 @@ def test_a_fused_merge_equals_the_product_that_is_rounded(kind: Kind) -> None:
     right = rng.integers(-7, 8, (5, 12)).astype(np.float64)
     steps = np.round(rng.normal(size=(6, 3)) * 4) / 4  # ties, and steps of zero
     matrix = Matrix(kind=kind, codes=codes, steps=steps, block=(1, 4), zeros=zeros)
-    parts, factor = step_parts(matrix, -5, slice(None)), np.float64(3)
+    steps_, factor = steps_of(matrix, 3, -5), np.float64(3)
     once, fused = np.empty_like(codes), np.empty_like(codes)
-    if kind.is_float:
-        table, middles = table_of(kind)
-        rest: tuple[Any, ...] = (codes, table, middles, parts, np.uint8(8))
-    else:
-        low, high = np.float64(kind.low), np.float64(kind.high)
-        rest = (codes, zeros.astype(np.int64), parts, 4, low, high)
-    rounding, merging = nearest.ROUND[kind.is_float], in_grid.MERGE[kind.is_float]
+    rest: tuple[Any, ...] = (codes, 0, float_grid(kind), steps_)
+    if not kind.is_float:
+        rest = (codes, 0, zeros, steps_, limits_of(matrix))
+    rounding, merging = in_grid.ROUND[kind.is_float], in_grid.MERGE[kind.is_float]
     found = rounding(left @ right, factor, *rest, once)
-    assert merging(left, right, factor, *rest, fused) == found
-    assert np.array_equal(fused, once)
+    for dtype in (np.float64, np.float32):
+        assert merging(left.astype(dtype), right.astype(dtype), factor, *rest, fused) == found
+        assert np.array_equal(fused, once)
     assert 0 < found[0] < codes.size
