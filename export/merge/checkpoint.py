@@ -155,7 +155,7 @@ def merge(
         plans = plan_files(checkpoint, bound, stage, single=single)
         if isinstance(stream, GridStream):
             plans = with_codes(plans, stream)
-            stream.write(plans, threads_for(bound, threads), progress)
+            stream.write(plans, threads_for(stream, threads), progress)
             stream.tally.require(min_changed)
         else:
             stream.write(plans, threads or at_once, progress)

@@ -1,8 +1,8 @@
 """Write the tensors of a merge into the grid of a quantised base, each proved on its way.
 
-A tensor that holds codes is read whole with the scales beside it, given new codes, written, and
-decoded again from the bytes that were written; that decoding gives the digest. Every other tensor
-goes the way of any merge (`streaming`).
+Codes are read some rows at a time where their layout allows (`RowLayout`), else whole, given new
+codes, packed, and decoded again from the packed bytes; that decoding gives the digest. Every other
+tensor goes the way of any merge (`streaming`).
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from kilodelta.files.copying import pwrite
 from kilodelta.files.identity import Identity
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
-from kilodelta.grid.identity import matrix_digest
-from kilodelta.grid.layouts import Parts
+from kilodelta.grid.identity import matrix_digest, matrix_hash
+from kilodelta.grid.layouts.base import Codes, Layout, Parts, RowLayout
 from kilodelta.grid.model import QuantisedModel
 from kilodelta.merging.devices import Merge
-from kilodelta.merging.in_grid import regridded
+from kilodelta.merging.in_grid import Regridder, regridded
 from kilodelta.progress import Meter
 
 AT_ONCE = 1 << 26
-"""Weights that are merged at a time, some six bytes each."""
+"""Weights of layouts without rows that are merged at a time, some six bytes each."""
+MEASURED = 16
+"""The update's size is measured in every so many rows: it is for the reader of an error only."""
 
 
 @dataclass
@@ -109,12 +111,7 @@ def merge_weight(
     tally.add(changed=new.changed, weights=base.codes.size, steps=new.steps, still=new.still)
     packed = layout.recode(parts, new.matrix.codes)
     written = layout.unpack({**parts, layout.codes_in: packed})
-    if not np.array_equal(written.codes, new.matrix.codes):
-        raise ProofError(
-            f"{name}: the codes that were packed do not decode to themselves",
-            fix="this is a fault of kilodelta: please report it with the layout's name"
-            f" ({layout.name})",
-        )
+    require_same(name, layout, written.codes, new.matrix.codes)
     return packed, matrix_digest(name, written)
 
 
@@ -135,28 +132,92 @@ class GridStream(MergeStream):
         if piece.name not in self.weights:
             return super()._write_piece(descriptor, piece, meter)
         name = self.weights[piece.name]
+        layout = self.model.of(name).layout
+        if isinstance(layout, RowLayout):
+            return self._write_rows(descriptor, piece, layout, name, meter)
         parts = proved_parts(self.model, self.identity, name)
         packed, digest = merge_weight(self.delta, self.model, name, parts, self.tally)
         pwrite(descriptor, packed.data.data, piece.begin)
         meter.add(piece.nbytes)
         return digest
 
+    def _write_rows(
+        self, descriptor: int, piece: Piece, layout: RowLayout, name: str, meter: Meter
+    ) -> str:
+        """Merge a weight some rows at a time; return the logical digest of what was written."""
+        info, source = self.checkpoint.info(piece.name), self.checkpoint.tensor(piece.name)
+        parts = proved_parts(self.model, self.identity, name, without=layout.codes_in)
+        codes = RawTensor(dtype=info.dtype, shape=info.shape, data=np.empty(0, np.uint8))
+        grid = layout.grid({**parts, layout.codes_in: codes}).checked_grid(name)
+        regridder = Regridder(self.delta, self.delta.target(name), grid, every=MEASURED)
+        base = identity.tensor_hash(piece.name, info.dtype, info.shape)
+        state = matrix_hash(name, grid)
+        nbytes, changed, steps = piece.nbytes // grid.shape[0], 0, 0.0
+        for rows, left in regridder.bands():
+            begin, stop = rows.start * nbytes, rows.stop * nbytes
+            stream = source[begin:stop].reshape(len(rows), nbytes)
+            base.update(stream.data)
+            old = grid.checked_codes(name, layout.decode(stream))
+            new = np.empty_like(old, order="C")
+            count, sum_ = regridder.round(rows, left, np.ascontiguousarray(old), new)
+            packed = layout.encode(stream, new)
+            written = layout.decode(packed)
+            require_same(name, layout, written, new)
+            state.update(np.ascontiguousarray(grid.kind.plus_zero(written)).data)
+            pwrite(descriptor, packed.reshape(-1).data, piece.begin + begin)
+            meter.add(packed.size)
+            changed, steps = changed + count, steps + sum_ * 2.0**grid.kind.unit
+        require_base_tensor(self.identity, piece.name, "sha256:" + base.hexdigest())
+        weights, still = grid.shape[0] * grid.shape[1], grid.still_weights
+        self.tally.add(changed=changed, weights=weights, steps=steps, still=still)
+        return "sha256:" + state.hexdigest()
 
-def proved_parts(model: QuantisedModel, stored: Identity, name: str) -> Parts:
+
+def proved_parts(model: QuantisedModel, stored: Identity, name: str, *, without: str = "") -> Parts:
     """Read the stored tensors of a weight, and see that they are still the base's.
+
+    Args:
+        model: the base.
+        stored: the identity over its stored tensors.
+        name: the weight.
+        without: the role of a tensor that is not read.
 
     Raises:
         BaseMismatchError: one has another digest than when the base was proved.
         CheckpointError: one cannot be read.
     """
-    parts = model.parts(name)
-    for role, place in model.of(name).parts.items():
-        if identity.raw_digest(place, parts[role]) != stored.tensors[place]:
-            raise BaseMismatchError(
-                f"{place} is not what it was when the base was proved",
-                fix="let nothing write to the base, and start again",
-            )
+    places = {role: place for role, place in model.of(name).parts.items() if role != without}
+    parts = {role: model.source.raw(place) for role, place in places.items()}
+    for role, place in places.items():
+        require_base_tensor(stored, place, identity.raw_digest(place, parts[role]))
     return parts
+
+
+def require_base_tensor(stored: Identity, place: str, digest: str) -> None:
+    """Check that a stored tensor is what it was when the base was proved.
+
+    Raises:
+        BaseMismatchError: it has another digest.
+    """
+    if digest != stored.tensors[place]:
+        raise BaseMismatchError(
+            f"{place} is not what it was when the base was proved",
+            fix="let nothing write to the base, and start again",
+        )
+
+
+def require_same(name: str, layout: Layout, written: Codes, new: Codes) -> None:
+    """Check that codes which were packed decode to themselves.
+
+    Raises:
+        ProofError: they do not.
+    """
+    if not np.array_equal(written, new):
+        raise ProofError(
+            f"{name}: the codes that were packed do not decode to themselves",
+            fix="this is a fault of kilodelta: please report it with the layout's name"
+            f" ({layout.name})",
+        )
 
 
 def grid_stream(
@@ -182,9 +243,11 @@ def grid_stream(
     )
 
 
-def threads_for(delta: Delta, threads: int | None) -> int:
+def threads_for(stream: GridStream, threads: int | None) -> int:
     """Return how many weights to merge at a time, so that they take a bounded amount of memory."""
-    largest = max((prod(delta.target(name).shape) for name in delta.grid_targets), default=1)
+    weights = [stream.model.of(name) for name in stream.delta.grid_targets]
+    whole = [prod(w.shape) for w in weights if not isinstance(w.layout, RowLayout)]
+    largest = max(whole, default=1)
     return max(1, min(threads or os.cpu_count() or 1, AT_ONCE // largest))
 
 

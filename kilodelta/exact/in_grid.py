@@ -1,7 +1,7 @@
-"""Merge updates into a grid row by row, and read and write the nibbles that its codes lie in.
+"""Merge updates into a grid tile by tile, and read and write the nibbles that its codes lie in.
 
-A row of the update is computed, as `exact.fused` does, and rounded while it is in the nearest
-cache: no array holds the update.
+A tile of a row of the update is computed, as `exact.fused` does, and rounded while it is in the
+nearest cache: no array holds the update.
 """
 
 from __future__ import annotations
@@ -11,46 +11,61 @@ import numpy as np
 from kilodelta.exact.compiled import kernel
 from kilodelta.exact.fused import multiply_row
 from kilodelta.exact.quotients import (
+    LANES,
     ROOM,
+    TILE,
+    add_magnitudes,
     decide_floats,
     decide_integers,
     fill_ratios,
     fill_zeros,
-    float_row,
-    integer_row,
-    magnitude,
+    float_tile,
+    integer_tile,
 )
 
 
 @kernel
-def _round_integers(numbers, factor, codes, zeros, steps, row, limits, room, out):  # type: ignore[no-untyped-def]
+def _room(whole, columns):  # type: ignore[no-untyped-def]
+    return whole[0][:columns], whole[1][:columns], whole[2][:columns], whole[3][:columns]
+
+
+@kernel
+def _share(rows, every):  # type: ignore[no-untyped-def]
+    """Return by what a sum over every so many rows is multiplied to stand for all of them."""
+    return rows / ((rows + every - 1) // every)
+
+
+@kernel
+def _round_integers(numbers, factor, codes, start, zeros, steps, row, limits, room, out):  # type: ignore[no-untyped-def]
     values, groups, width, scale, base, _ = steps
-    fill_ratios(values, row, scale, groups, width, room[0])
+    own = groups[start : start + codes.size]
+    fill_ratios(values, row, scale, own, width, start, room[0])
     if zeros.size:
-        fill_zeros(zeros, row, groups, width, room[1])
-    moved, doubts = integer_row(numbers, codes, limits, room, out)
+        fill_zeros(zeros, row, own, width, start, room[1])
+    moved, doubts = integer_tile(numbers, codes, limits, room, out)
     if doubts:
         moved = decide_integers(
-            numbers, factor, codes, values, row, groups, base, limits, room, out
+            numbers, factor, codes, values, row, own, base, limits, room, moved, out
         )
-    return moved, magnitude(room[3])
+    return moved
 
 
 @kernel
-def _round_floats(numbers, factor, codes, grid, steps, row, room, out):  # type: ignore[no-untyped-def]
+def _round_floats(numbers, factor, codes, start, grid, steps, row, room, out):  # type: ignore[no-untyped-def]
     values, groups, width, scale, base, _ = steps
     table, highest, middles, mantissa, sign = grid
-    still = fill_ratios(values, row, scale, groups, width, room[0])
-    moved, doubts = float_row(numbers, codes, table, highest, mantissa, sign, room, out)
+    own = groups[start : start + codes.size]
+    still = fill_ratios(values, row, scale, own, width, start, room[0])
+    moved, doubts = float_tile(numbers, codes, table, highest, mantissa, sign, room, out)
     if doubts or still:
         moved = decide_floats(
-            numbers, factor, codes, values, row, groups, base, table, middles, sign, room, out
+            numbers, factor, codes, values, row, own, base, table, middles, sign, room, out
         )
-    return moved, magnitude(room[3])
+    return moved
 
 
 @kernel
-def round_integers(numbers, factor, codes, first, zeros, steps, limits, out):  # type: ignore[no-untyped-def]
+def round_integers(numbers, factor, codes, first, zeros, steps, limits, every, out):  # type: ignore[no-untyped-def]
     """Round to equally spaced numbers, ties to even multiples of the step.
 
     Args:
@@ -61,53 +76,60 @@ def round_integers(numbers, factor, codes, first, zeros, steps, limits, out):  #
         zeros: int16, of the shape of the steps; (0, 0) where all are zero.
         steps: `grid.steps.Steps` of the whole weight.
         limits: of `quotients.integer_limits`.
+        every: measure the update in every so many rows only; 1 for all.
         out: int8 (rows, in).
 
     Returns:
         how many codes changed, and the sum of |delta / step|, roughly.
     """
-    changed, size, room = 0, 0.0, np.zeros((ROOM, codes.shape[1]), limits.dtype)
-    for i in range(codes.shape[0]):
-        row = (first + i) // steps[5]
-        moved, sum_ = _round_integers(
-            numbers[i], factor, codes[i], zeros, steps, row, limits, room, out[i]
-        )
-        changed += moved
-        size += sum_
-    return changed, size
+    changed, sums, whole = 0, np.zeros(LANES), np.zeros((ROOM, TILE), limits.dtype)
+    for start in range(0, codes.shape[1], TILE):
+        stop = min(start + TILE, codes.shape[1])
+        room = _room(whole, stop - start)
+        for i in range(codes.shape[0]):
+            changed += _round_integers(
+                numbers[i][start:stop], factor, codes[i][start:stop], start, zeros, steps,
+                (first + i) // steps[5], limits, room, out[i][start:stop],
+            )  # fmt: skip
+            if i % every == 0:
+                add_magnitudes(room[3], sums)
+    return changed, sums.sum() * _share(codes.shape[0], every)
 
 
 @kernel
-def merge_integers(left, right, factor, codes, first, zeros, steps, limits, out):  # type: ignore[no-untyped-def]
+def merge_integers(left, right, factor, codes, first, zeros, steps, limits, every, out):  # type: ignore[no-untyped-def]
     """Round codes plus C left @ right as `round_integers` does.
 
     Args:
         left: float64 or float32 (rows, K), integers.
         right: of the same type (K, in), integers, contiguous; the type holds all sums of products.
-        factor, codes, first, zeros, steps, limits, out: as of `round_integers`.
+        factor, codes, first, zeros, steps, limits, every, out: as of `round_integers`.
 
     Returns:
         as `round_integers`.
     """
-    changed, size, room = 0, 0.0, np.zeros((ROOM, codes.shape[1]), limits.dtype)
-    numbers = np.empty(codes.shape[1], right.dtype)
-    for i in range(codes.shape[0]):
-        multiply_row(left[i], right, 0, numbers)
-        row = (first + i) // steps[5]
-        moved, sum_ = _round_integers(
-            numbers, factor, codes[i], zeros, steps, row, limits, room, out[i]
-        )
-        changed += moved
-        size += sum_
-    return changed, size
+    changed, sums, whole = 0, np.zeros(LANES), np.zeros((ROOM, TILE), limits.dtype)
+    row = np.empty(TILE, right.dtype)
+    for start in range(0, codes.shape[1], TILE):
+        stop = min(start + TILE, codes.shape[1])
+        room, numbers = _room(whole, stop - start), row[: stop - start]
+        for i in range(codes.shape[0]):
+            multiply_row(left[i], right, start, numbers)
+            changed += _round_integers(
+                numbers, factor, codes[i][start:stop], start, zeros, steps,
+                (first + i) // steps[5], limits, room, out[i][start:stop],
+            )  # fmt: skip
+            if i % every == 0:
+                add_magnitudes(room[3], sums)
+    return changed, sums.sum() * _share(codes.shape[0], every)
 
 
 @kernel
-def round_floats(numbers, factor, codes, first, grid, steps, out):  # type: ignore[no-untyped-def]
+def round_floats(numbers, factor, codes, first, grid, steps, every, out):  # type: ignore[no-untyped-def]
     """Round to the numbers of a small float type, ties to the even code, without infinity or NaN.
 
     Args:
-        numbers, factor, first, steps: as of `round_integers`.
+        numbers, factor, first, steps, every: as of `round_integers`.
         codes: uint8 (rows, in).
         grid: `grid.steps.FloatGrid` of the type.
         out: uint8 (rows, in).
@@ -115,35 +137,45 @@ def round_floats(numbers, factor, codes, first, grid, steps, out):  # type: igno
     Returns:
         as `round_integers`; a change between -0 and +0 counts as none.
     """
-    changed, size, room = 0, 0.0, np.zeros((ROOM, codes.shape[1]), np.float32)
-    for i in range(codes.shape[0]):
-        row = (first + i) // steps[5]
-        moved, sum_ = _round_floats(numbers[i], factor, codes[i], grid, steps, row, room, out[i])
-        changed += moved
-        size += sum_
-    return changed, size
+    changed, sums, whole = 0, np.zeros(LANES), np.zeros((ROOM, TILE), np.float32)
+    for start in range(0, codes.shape[1], TILE):
+        stop = min(start + TILE, codes.shape[1])
+        room = _room(whole, stop - start)
+        for i in range(codes.shape[0]):
+            changed += _round_floats(
+                numbers[i][start:stop], factor, codes[i][start:stop], start, grid, steps,
+                (first + i) // steps[5], room, out[i][start:stop],
+            )  # fmt: skip
+            if i % every == 0:
+                add_magnitudes(room[3], sums)
+    return changed, sums.sum() * _share(codes.shape[0], every)
 
 
 @kernel
-def merge_floats(left, right, factor, codes, first, grid, steps, out):  # type: ignore[no-untyped-def]
+def merge_floats(left, right, factor, codes, first, grid, steps, every, out):  # type: ignore[no-untyped-def]
     """Round codes plus C left @ right as `round_floats` does.
 
     Args:
         left, right: as of `merge_integers`.
-        factor, codes, first, grid, steps, out: as of `round_floats`.
+        factor, codes, first, grid, steps, every, out: as of `round_floats`.
 
     Returns:
         as `round_floats`.
     """
-    changed, size, room = 0, 0.0, np.zeros((ROOM, codes.shape[1]), np.float32)
-    numbers = np.empty(codes.shape[1], right.dtype)
-    for i in range(codes.shape[0]):
-        multiply_row(left[i], right, 0, numbers)
-        row = (first + i) // steps[5]
-        moved, sum_ = _round_floats(numbers, factor, codes[i], grid, steps, row, room, out[i])
-        changed += moved
-        size += sum_
-    return changed, size
+    changed, sums, whole = 0, np.zeros(LANES), np.zeros((ROOM, TILE), np.float32)
+    row = np.empty(TILE, right.dtype)
+    for start in range(0, codes.shape[1], TILE):
+        stop = min(start + TILE, codes.shape[1])
+        room, numbers = _room(whole, stop - start), row[: stop - start]
+        for i in range(codes.shape[0]):
+            multiply_row(left[i], right, start, numbers)
+            changed += _round_floats(
+                numbers, factor, codes[i][start:stop], start, grid, steps,
+                (first + i) // steps[5], room, out[i][start:stop],
+            )  # fmt: skip
+            if i % every == 0:
+                add_magnitudes(room[3], sums)
+    return changed, sums.sum() * _share(codes.shape[0], every)
 
 
 ROUND = (round_integers, round_floats)

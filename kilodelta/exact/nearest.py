@@ -63,8 +63,8 @@ def split(step, base):  # type: ignore[no-untyped-def]
     else:
         mantissa = np.int64(1)
     sign = np.int64(step > 0) - np.int64(step < 0)
-    shift = np.int64(base - power)
-    return sign, mantissa, shift, math.ldexp(1.0 / np.float64(mantissa), shift)
+    shift = base - power
+    return sign, mantissa, np.int64(shift), math.ldexp(1.0 / np.float64(mantissa), shift)
 
 
 @kernel

@@ -1,4 +1,4 @@
-"""Round rows of updated weights to their grids by short float quotients with a proven error bound.
+"""Round tiles of updated weights to their grids by short float quotients with a proven error bound.
 
 With r = C 2^(e - unit) / step, the updated weight is v + dQ r in units of the grid. A vector unit
 computes it in a float type of unit roundoff u (2^-24, or 2^-53); where that is nearer to a midpoint
@@ -22,7 +22,10 @@ A ratio beyond 2^20 is cut to 2^20: then any dQ but zero leads out of the grid, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from kilodelta.exact.compiled import kernel
 from kilodelta.exact.nearest import nearest_float, nearest_integer
@@ -33,6 +36,10 @@ NARROW = 64
 """The largest |v| up to which float32 is used: it leaves one weight in 8000 in doubt there."""
 ROOM = 4
 """Rows of a kernel's own memory: ratios, what is subtracted, values of codes, quotients."""
+TILE = 512
+"""Columns at a time: all that is read and written of them stays in the nearest cache."""
+LANES = 32
+"""Columns that are searched for doubts, or added to sums of magnitudes, side by side."""
 
 _UNIT = 2.0**-24
 _ERROR = np.float32(8 * _UNIT)
@@ -43,8 +50,8 @@ _EXPONENT = np.uint32(0x7F800000)
 _HALF, _ONE, _ZERO = np.float32(0.5), np.float32(1), np.float32(0)
 
 
-def integer_limits(low: int, high: int, most: int) -> np.ndarray:
-    """Return what `integer_row` needs to know of a grid of integers, float32 or float64 (4,).
+def integer_limits(low: int, high: int, most: int) -> npt.NDArray[Any]:
+    """Return what `integer_tile` needs to know of a grid of integers, float32 or float64 (4,).
 
     Args:
         low, high: what codes are clamped to.
@@ -55,7 +62,8 @@ def integer_limits(low: int, high: int, most: int) -> np.ndarray:
         rounds a number of this type to an integer when it is added. The type is that of the
         quotients.
     """
-    dtype, unit, magic = np.float32, _UNIT, float(_MAGIC)
+    dtype: Any = np.float32
+    unit, magic = _UNIT, float(_MAGIC)
     if most > NARROW:
         dtype, unit, magic = np.float64, 2.0**-53, 1.5 * 2.0**52
     certain = 0.5 - unit * 8 * (2 * most + 1)
@@ -64,82 +72,71 @@ def integer_limits(low: int, high: int, most: int) -> np.ndarray:
 
 
 @kernel
-def fill_ratios(steps, row, scale, groups, width, out):  # type: ignore[no-untyped-def]
-    """Compute r for each column of a row; 0 where the step is 0.
+def fill_ratios(steps, row, scale, groups, width, start, out):  # type: ignore[no-untyped-def]
+    """Compute r for each column of a tile of a row; 0 where the step is 0.
 
     Args:
         steps: float64 (rows, groups).
         row: which of them.
         scale: C 2^(e - unit), float64.
-        groups: the group of each column, int64 (in,).
+        groups: the group of each column of the tile, int64 (n,).
         width: columns of a group, where each group is that many neighbours; 0 for any order.
-        out: (in,), of the type of the quotients.
+        start: the tile's first column.
+        out: (n,), of the type of the quotients.
 
     Returns:
-        how many of the row's steps are 0.
+        whether a step is 0.
     """
-    still = 0
-    for g in range(steps.shape[1]):
+    still, j = False, 0
+    while j < out.size:
+        g = groups[j]
         step = steps[row, g]
+        still |= step == 0.0
         ratio = scale / step if step != 0.0 else 0.0
-        still += step == 0.0
-        ratio = min(max(ratio, -LIMIT), LIMIT)
-        if width:
-            out[g * width : min(g * width + width, out.size)] = ratio
-    if not width:
-        for j in range(out.size):
-            step = steps[row, groups[j]]
-            ratio = scale / step if step != 0.0 else 0.0
-            out[j] = min(max(ratio, -LIMIT), LIMIT)
+        stop = min(out.size, (g + 1) * width - start) if width else j + 1
+        out[j:stop] = min(max(ratio, -LIMIT), LIMIT)
+        j = stop
     return still
 
 
 @kernel
-def fill_zeros(zeros, row, groups, width, out):  # type: ignore[no-untyped-def]
-    """Repeat a row's zero points for each of its columns; the arguments are as `fill_ratios`'."""
-    if width:
-        for g in range(zeros.shape[1]):
-            out[g * width : min(g * width + width, out.size)] = zeros[row, g]
-    else:
-        for j in range(out.size):
-            out[j] = zeros[row, groups[j]]
+def fill_zeros(zeros, row, groups, width, start, out):  # type: ignore[no-untyped-def]
+    """Repeat a row's zero points for each column of a tile; arguments are as `fill_ratios`'."""
+    j = 0
+    while j < out.size:
+        g = groups[j]
+        stop = min(out.size, (g + 1) * width - start) if width else j + 1
+        out[j:stop] = zeros[row, g]
+        j = stop
 
 
 @kernel
-def magnitude(quotients):  # type: ignore[no-untyped-def]
-    """Sum |q| of a row in eight runs: one order, so that every machine has one sum."""
-    a, b, c, d, e, f, g, h = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    whole = quotients.size // 8 * 8
-    for j in range(0, whole, 8):
-        a += abs(np.float64(quotients[j]))
-        b += abs(np.float64(quotients[j + 1]))
-        c += abs(np.float64(quotients[j + 2]))
-        d += abs(np.float64(quotients[j + 3]))
-        e += abs(np.float64(quotients[j + 4]))
-        f += abs(np.float64(quotients[j + 5]))
-        g += abs(np.float64(quotients[j + 6]))
-        h += abs(np.float64(quotients[j + 7]))
+def add_magnitudes(quotients, sums):  # type: ignore[no-untyped-def]
+    """Add |q| of a tile to LANES sums: in one order, so that every machine has the same ones."""
+    whole = quotients.size // LANES * LANES
+    for start in range(0, whole, LANES):
+        for lane in range(LANES):
+            sums[lane] += abs(np.float64(quotients[start + lane]))
     for j in range(whole, quotients.size):
-        a += abs(np.float64(quotients[j]))
-    return ((a + b) + (c + d)) + ((e + f) + (g + h))
+        sums[j - whole] += abs(np.float64(quotients[j]))
 
 
 @kernel
-def integer_row(numbers, codes, limits, room, out):  # type: ignore[no-untyped-def]
-    """Round one row to equally spaced numbers, as far as the quotients are certain.
+def integer_tile(numbers, codes, limits, room, out):  # type: ignore[no-untyped-def]
+    """Round a tile of one row to equally spaced numbers, as far as the quotients are certain.
 
     Args:
-        numbers: dQ, (in,), integers of any type that holds them.
-        codes: int8 (in,).
+        numbers: dQ, (n,), integers of any type that holds them.
+        codes: int8 (n,).
         limits: of `integer_limits`; its type is that of the quotients.
-        room: (ROOM, in) of that type: ratios and zero points; the values of the old codes and the
-            quotients are put into it.
-        out: int8 (in,).
+        room: four arrays (n,) of that type: ratios and zero points; the values of the old codes
+            and the quotients are put into it.
+        out: int8 (n,).
 
     Returns:
         how many codes changed, and how many are in doubt.
     """
-    ratios, points, values, quotients = room[0], room[1], room[2], room[3]
+    ratios, points, values, quotients = room
     low, high, certain, magic = limits[0], limits[1], limits[2], limits[3]
     moved, doubts = np.int32(0), np.int32(0)
     for j in range(codes.size):
@@ -157,55 +154,66 @@ def integer_row(numbers, codes, limits, room, out):  # type: ignore[no-untyped-d
 
 
 @kernel
-def decide_integers(numbers, factor, codes, steps, row, groups, base, limits, room, out):  # type: ignore[no-untyped-def]
-    """Round again, in exact integers, what `integer_row` left in doubt.
+def decide_integers(  # type: ignore[no-untyped-def]
+    numbers, factor, codes, steps, row, groups, base, limits, room, moved, out
+):
+    """Round again, in exact integers, what `integer_tile` left in doubt.
 
     Args:
-        numbers, codes, limits, room, out: as `integer_row` took and left them.
+        numbers, codes, limits, room, moved, out: as `integer_tile` took, left and returned them.
         factor: C, float64.
         steps, row, groups: as of `fill_ratios`.
         base: e + 1.
 
     Returns:
-        how many codes of the row changed.
+        how many codes of the tile changed.
     """
-    _, points, values, quotients = room[0], room[1], room[2], room[3]
+    _, points, values, quotients = room
     low, high, certain, magic = limits[0], limits[1], limits[2], limits[3]
-    moved = np.int32(0)
-    for j in range(codes.size):
-        exact = (values[j] - points[j]) + quotients[j]
-        near = (exact + magic) - magic
-        step = steps[row, groups[j]]
-        if abs(exact - near) > certain and step != 0.0:
-            number = np.int64(np.float64(numbers[j]) * factor)
-            code, zero = np.int64(codes[j]), np.int64(points[j])
-            out[j] = nearest_integer(number, step, base, code, zero, np.int64(low), np.int64(high))
-        moved += np.int32(out[j] != codes[j])
+    for start in range(0, codes.size, LANES):
+        stop = min(start + LANES, codes.size)
+        doubts = np.int32(0)
+        for j in range(start, stop):  # by a vector unit: few runs hold a doubt
+            exact = (values[j] - points[j]) + quotients[j]
+            near = (exact + magic) - magic
+            doubts |= np.int32(abs(exact - near) > certain)
+        for j in range(start, stop if doubts else start):
+            exact = (values[j] - points[j]) + quotients[j]
+            near = (exact + magic) - magic
+            step = steps[row, groups[j]]
+            if abs(exact - near) > certain and step != 0.0:
+                number = np.int64(np.float64(numbers[j]) * factor)
+                code, zero = np.int64(codes[j]), np.int64(points[j])
+                moved -= np.int32(out[j] != codes[j])
+                out[j] = nearest_integer(
+                    number, step, base, code, zero, np.int64(low), np.int64(high)
+                )
+                moved += np.int32(out[j] != codes[j])
     return moved
 
 
 @kernel
-def float_row(numbers, codes, table, highest, mantissa, sign, room, out):  # type: ignore[no-untyped-def]
-    """Round one row to the numbers of a small float type, as far as the quotients are certain.
+def float_tile(numbers, codes, table, highest, mantissa, sign, room, out):  # type: ignore[no-untyped-def]
+    """Round a tile of one row to the numbers of a small float type, where quotients are certain.
 
     A result is rounded to the spacing of its binade, 2^k / 2^mantissa and at least one unit. At a
     power of two, where the spacing changes, no midpoint is near.
 
     Args:
-        numbers: dQ, (in,), integers of any type that holds them.
-        codes: uint8 (in,).
+        numbers: dQ, (n,), integers of any type that holds them.
+        codes: uint8 (n,).
         table: float32 (codes,), what each code stands for, in units.
         highest: the greatest of its numbers, float32.
         mantissa: bits of the type's mantissa, uint32.
         sign: the bit of a code that is its sign, uint32.
-        room: float32 (ROOM, in): ratios, then free; the values of the old codes and the quotients
-            are put into it, and into its second row one where the weight is in doubt.
-        out: uint8 (in,).
+        room: four arrays float32 (n,): ratios, then free; the values of the old codes and the
+            quotients are put into it, and into the second one where the weight is in doubt.
+        out: uint8 (n,).
 
     Returns:
         how many codes stand for another number than before, and how many are in doubt.
     """
-    ratios, unsure, values, quotients = room[0], room[1], room[2], room[3]
+    ratios, unsure, values, quotients = room
     shift = np.uint32(np.uint32(23) - mantissa)
     first = np.uint32(np.uint32(np.uint32(126) + mantissa) << mantissa)
     normal = np.float32(np.uint32(1) << mantissa)
@@ -237,27 +245,27 @@ def float_row(numbers, codes, table, highest, mantissa, sign, room, out):  # typ
 
 
 @kernel
-def decide_floats(
+def decide_floats(  # type: ignore[no-untyped-def]
     numbers, factor, codes, steps, row, groups, base, table, middles, sign, room, out
-):  # type: ignore[no-untyped-def]
-    """Round again, in exact integers, what `float_row` left in doubt; keep codes of a step of zero.
+):
+    """Round again, in integers, what `float_tile` left in doubt; keep codes of a step of zero.
 
     Args:
-        numbers, codes, table, sign, room, out: as `float_row` took and left them.
+        numbers, codes, table, sign, room, out: as `float_tile` took and left them.
         factor: C, float64.
         steps, row, groups: as of `fill_ratios`.
         base: e + 1 - unit.
         middles: as of `nearest_float`.
 
     Returns:
-        how many codes of the row stand for another number than before.
+        how many codes of the tile stand for another number than before.
     """
     moved = np.int32(0)
     for j in range(codes.size):
         step = steps[row, groups[j]]
         if step == 0.0:
             out[j] = codes[j]
-        elif room[1, j] != _ZERO:
+        elif room[1][j] != _ZERO:
             number = np.int64(np.float64(numbers[j]) * factor)
             value = np.int64(table[codes[j]])
             out[j] = nearest_float(number, step, base, value, middles, np.int64(sign))

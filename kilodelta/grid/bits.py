@@ -76,13 +76,14 @@ def unpack_signed(stream: Bytes, bits: int, count: int) -> npt.NDArray[np.int8]:
     return codes.view(np.int8)
 
 
-def pack_bits(codes: npt.NDArray[Any], bits: int, nbytes: int) -> Bytes:
+def pack_bits(codes: npt.NDArray[Any], bits: int, nbytes: int, *, offset: int = 0) -> Bytes:
     """Pack codes as `unpack_bits` reads them; bits behind the last code are zero.
 
     Args:
-        codes: uint8 (rows, count), each below 2^bits.
+        codes: uint8 or int8 (rows, count); plus `offset`, each is from 0 to below 2^bits.
         bits: of one code, 1 to 8.
         nbytes: of a packed row.
+        offset: added to each code first, such as 8 for signed codes that are stored plus 8.
 
     Returns:
         uint8 (rows, nbytes).
@@ -92,39 +93,45 @@ def pack_bits(codes: npt.NDArray[Any], bits: int, nbytes: int) -> Bytes:
         [[33, 3]]
     """
     rows, count = codes.shape
-    if bits == 8:
-        return _padded(codes.astype(np.uint8, copy=False), nbytes)
+    if codes.dtype == np.int8:
+        codes = codes.view(np.uint8)
     if bits == 4:
         from kilodelta.exact.in_grid import write_nibbles  # loads numba, which takes a while
 
-        even = _padded(codes.astype(np.uint8, copy=False), 2 * nbytes)
+        # A code of -offset is stored as 0, as are the bits behind the last one.
+        even = _padded(codes, 2 * nbytes, -offset & 255)
         packed = np.empty((rows, nbytes), np.uint8)
-        write_nibbles(np.ascontiguousarray(even), np.uint8(0), packed)
+        write_nibbles(np.ascontiguousarray(even), np.uint8(offset), packed)
         return packed
+    codes = codes + np.uint8(offset)  # modulo 256
+    if bits == 8:
+        return _padded(codes, nbytes)
     spread = (codes[:, :, None] >> np.arange(bits, dtype=np.uint8)) & np.uint8(1)
     flat = _padded(spread.reshape(rows, count * bits).astype(np.uint8), 8 * nbytes)
     return np.packbits(flat, axis=1, bitorder="little")
 
 
-def replace_bits(stream: Bytes, bits: int, codes: npt.NDArray[Any]) -> Bytes:
+def replace_bits(stream: Bytes, bits: int, codes: npt.NDArray[Any], *, offset: int = 0) -> Bytes:
     """Write codes over the first ones of each row; the codes behind them stay as they are.
 
     Args:
         stream: uint8 (rows, nbytes).
         bits: of one code.
-        codes: uint8 (rows, count), count at most as many as a row holds.
+        codes: uint8 or int8 (rows, count), count at most as many as a row holds.
+        offset: as of `pack_bits`.
 
     Returns:
         new bytes, uint8 (rows, nbytes).
     """
     count = codes.shape[1]
     if count * bits == 8 * stream.shape[1]:  # nothing lies behind them
-        return pack_bits(codes, bits, stream.shape[1])
+        return pack_bits(codes, bits, stream.shape[1], offset=offset)
+    codes = codes.view(np.uint8) + np.uint8(offset)  # modulo 256
     behind = unpack_bits(stream, bits)[:, count:]
     whole = np.concatenate([codes, behind], axis=1) if behind.size else codes
     return pack_bits(whole, bits, stream.shape[1])
 
 
-def _padded(values: Bytes, length: int) -> Bytes:
+def _padded(values: Bytes, length: int, value: int = 0) -> Bytes:
     missing = length - values.shape[1]
-    return np.pad(values, ((0, 0), (0, missing))) if missing else values
+    return np.pad(values, ((0, 0), (0, missing)), constant_values=value) if missing else values

@@ -92,6 +92,17 @@ class Matrix:
             CheckpointError: a scale, minimum or code is NaN or infinite, a column belongs to a
                 group that does not exist, or a block is larger than any matrix.
         """
+        self.checked_codes(name, self.codes)
+        return self.checked_grid(name)
+
+    def checked_codes(self, name: str, codes: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return some of this weight's codes if each stands for a number; else as `checked`."""
+        if self.kind.name == "e4m3" and (self.kind.integers(codes) == NOT_A_NUMBER).any():
+            raise CheckpointError(f"{name}: a code is NaN, out of E4M3's range", fix=_FETCH)
+        return codes
+
+    def checked_grid(self, name: str) -> Matrix:
+        """Return this matrix if every number but its codes is one; else as `checked`."""
         if max(self.block) >= 1 << 31:
             raise CheckpointError(
                 f"{name}: a block of {self.block[0]} x {self.block[1]} is larger than any matrix",
@@ -105,8 +116,6 @@ class Matrix:
                     f"{floats[tuple(bad)]}, so its weights have no value",
                     fix=_FETCH,
                 )
-        if self.kind.name == "e4m3" and (self.kind.integers(self.codes) == NOT_A_NUMBER).any():
-            raise CheckpointError(f"{name}: a code is NaN, out of E4M3's range", fix=_FETCH)
         count = self.steps.shape[1]
         if self.order is not None:
             wrong = self.order[(self.order < 0) | (self.order >= count)]
@@ -120,3 +129,8 @@ class Matrix:
     def still(self) -> int:
         """How many blocks have a step of zero, whose weights no code can change."""
         return int((self.steps == 0).sum())
+
+    @property
+    def still_weights(self) -> int:
+        """How many weights lie in such blocks."""
+        return int(self.spread(self.steps == 0).sum()) if self.still else 0

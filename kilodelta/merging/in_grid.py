@@ -47,22 +47,23 @@ class Regridder:
         delta: bound to the quantised base, of an exact method.
         target: one of its targets.
         grid: the weight; its codes do not matter.
+        every: measure the update in every so many rows only, which is faster; 1 for all.
 
     Raises:
         CheckpointError: a step is none that a layout can store.
     """
 
-    def __init__(self, delta: Delta, target: Target, grid: Matrix) -> None:
+    def __init__(self, delta: Delta, target: Target, grid: Matrix, *, every: int = 1) -> None:
         c, e = delta.scale(target.name)
         bound = delta.bound(target.name)
         e = e if bound else 0  # an update of zero may have any exponent
         self._factor = np.float64(c)
         steps = steps_of(grid, c, e)
         if grid.kind.is_float:
-            self._grid: tuple[Any, ...] = (float_grid(grid.kind), steps)
+            self._grid: tuple[Any, ...] = (float_grid(grid.kind), steps, every)
         else:
             zeros = np.zeros((0, 0), np.int16) if grid.zeros is None else grid.zeros
-            self._grid = (np.ascontiguousarray(zeros), steps, limits_of(grid))
+            self._grid = (np.ascontiguousarray(zeros), steps, limits_of(grid), every)
         self._left, right = cpu.stored_factors(delta, target)
         self._inner, self._shape = right.shape[0], grid.shape
         self._dtype: Any = np.float32 if bound < SMALL else np.float64
@@ -90,7 +91,7 @@ class Regridder:
 
         Returns:
             how many codes stand for another number than before, and the sum of the update's
-            magnitudes, each in steps of its block.
+            magnitudes, each in units of its grid.
         """
         update: tuple[Any, ...]
         if self._is_fused:
@@ -119,5 +120,6 @@ def regridded(delta: Delta, target: Target, base: Matrix) -> Regridded:
         codes = np.ascontiguousarray(base.codes[part])
         count, sum_ = regridder.round(rows, left, codes, out[part])
         changed, size = changed + count, size + sum_ * 2.0**base.kind.unit
-    still = int(base.spread(base.steps == 0).sum()) if base.still else 0
-    return Regridded(matrix=replace(base, codes=out), changed=changed, steps=size, still=still)
+    return Regridded(
+        matrix=replace(base, codes=out), changed=changed, steps=size, still=base.still_weights
+    )

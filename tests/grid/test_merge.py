@@ -26,6 +26,7 @@ from kilodelta.errors import (
     ProofError,
     QualityError,
 )
+from kilodelta.export.merge.in_grid import Tally, merge_weight
 from kilodelta.files import canonical
 from kilodelta.format import manifest as manifests
 from kilodelta.format.delta import Delta
@@ -187,6 +188,31 @@ def test_small_float_grids(tmp_path: Path, layout: str) -> None:
     new = open_quantised(tmp_path / "out").matrix("a.weight")
     assert np.array_equal(new.codes, by_fractions(delta, "a.weight", old))
     prove(place, delta, tmp_path / "out")
+
+
+@pytest.mark.parametrize("layout", ["int4", "int3", *OTHERS])
+def test_weights_merged_some_rows_at_a_time_are_those_merged_whole(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bands of a few rows, that share steps with others, give the stored bytes of the whole."""
+    if layout in OTHERS:
+        config, tensors = OTHERS[layout]
+    else:
+        bits = int(layout[3:])  # rows of three bits end in padding
+        numbers = Numbers(24, 36, 12, zeros=True, bits=bits)
+        config = grids.ct_config(symmetric=False, num_bits=bits, group_size=12)
+        tensors = grids.pack_quantized("a", numbers, zeros=True)
+    base = grids.folder(tmp_path / "base", config, tensors)
+    delta, model, tally = made(base), open_quantised(base), Tally()
+    (name,) = delta.grid_targets
+    delta = delta.bind(model)
+    whole, digest = merge_weight(delta, model, name, model.parts(name), tally)
+    monkeypatch.setattr("kilodelta.merging.in_grid.BAND", 5 * model.of(name).shape[1])
+    done = kilodelta.merge(base, delta, tmp_path / "out", min_changed=0)
+    merged = open_quantised(tmp_path / "out")
+    assert merged.source.raw(merged.of(name).codes).equals(whole)
+    assert merged.identity().weights[name] == digest
+    assert (done.codes_changed, done.codes) == (tally.changed, tally.weights)
 
 
 def write_gguf(path: Path, kinds: dict[str, npt.NDArray[Any]]) -> Path:

@@ -27,13 +27,13 @@ def rounded(
     matrix = Matrix(kind=kind, codes=codes, steps=steps, block=(1, 4), zeros=zeros)
     steps_, out, factor = steps_of(matrix, c, e), np.empty_like(codes), np.float64(c)
     if kind.is_float:
-        found = in_grid.round_floats(numbers, factor, codes, 0, float_grid(kind), steps_, out)
+        found = in_grid.round_floats(numbers, factor, codes, 0, float_grid(kind), steps_, 1, out)
         return out, found[0]
     limits = limits_of(matrix)
-    found = in_grid.round_integers(numbers, factor, codes, 0, zeros, steps_, limits, out)
+    found = in_grid.round_integers(numbers, factor, codes, 0, zeros, steps_, limits, 1, out)
     again = np.empty_like(out)  # with groups that are looked up column by column
     single = steps_._replace(width=0)
-    other = in_grid.round_integers(numbers, factor, codes, 0, zeros, single, limits, again)
+    other = in_grid.round_integers(numbers, factor, codes, 0, zeros, single, limits, 1, again)
     assert np.array_equal(out, again)
     assert found == other
     return out, found[0]
@@ -158,14 +158,14 @@ def doubtful(kind: Kind, codes: Any, zeros: Any, steps: Any, numbers: Any, c: in
             np.zeros((quotients.ROOM, codes.shape[1]), limits.dtype),
             np.empty_like(codes[i]),
         )
-        quotients.fill_ratios(values, i, scale, groups, width, room[0])
+        quotients.fill_ratios(values, i, scale, groups, width, 0, room[0])
         if kind.is_float:
             table, highest, _, mantissa, sign = float_grid(kind)
             row = (numbers[i], codes[i], table, highest, mantissa, sign, room, out)
-            count += quotients.float_row(*row)[1]
+            count += quotients.float_tile(*row)[1]
         else:
-            quotients.fill_zeros(zeros, i, groups, width, room[1])
-            count += quotients.integer_row(numbers[i], codes[i], limits, room, out)[1]
+            quotients.fill_zeros(zeros, i, groups, width, 0, room[1])
+            count += quotients.integer_tile(numbers[i], codes[i], limits, room, out)[1]
     return int(count)
 
 
@@ -227,9 +227,9 @@ def test_a_fused_merge_equals_the_product_that_is_rounded(kind: Kind) -> None:
     matrix = Matrix(kind=kind, codes=codes, steps=steps, block=(1, 4), zeros=zeros)
     steps_, factor = steps_of(matrix, 3, -5), np.float64(3)
     once, fused = np.empty_like(codes), np.empty_like(codes)
-    rest: tuple[Any, ...] = (codes, 0, float_grid(kind), steps_)
+    rest: tuple[Any, ...] = (codes, 0, float_grid(kind), steps_, 1)
     if not kind.is_float:
-        rest = (codes, 0, zeros, steps_, limits_of(matrix))
+        rest = (codes, 0, zeros, steps_, limits_of(matrix), 1)
     rounding, merging = in_grid.ROUND[kind.is_float], in_grid.MERGE[kind.is_float]
     found = rounding(left @ right, factor, *rest, once)
     for dtype in (np.float64, np.float32):

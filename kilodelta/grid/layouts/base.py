@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,6 +20,7 @@ Parts = Mapping[str, RawTensor]
 """The stored tensors of one weight, by role."""
 
 Codes = npt.NDArray[Any]
+Stream = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,45 @@ class Layout(ABC):
 
         Everything else in that tensor (padding, and the scales inside GGUF's blocks) stays.
         """
+
+
+class RowLayout(Layout):
+    """A layout that stores the codes of a row together, and rows one after the other.
+
+    So a weight can be merged some rows at a time: `grid` once, then `decode` and `encode`.
+    """
+
+    @abstractmethod
+    def grid(self, parts: Parts) -> Matrix:
+        """Read all but the codes, which are `no_codes`; of their tensor only the type is read."""
+
+    @abstractmethod
+    def packed(self, parts: Parts) -> RawTensor:
+        """Return the tensor of the codes, its type and shape checked."""
+
+    @abstractmethod
+    def decode(self, stream: Stream) -> Codes:
+        """Read the codes of some rows, (rows, in), from their bytes, (rows, nbytes)."""
+
+    @abstractmethod
+    def encode(self, stream: Stream, codes: Codes) -> Stream:
+        """Return the bytes of some rows with new codes; bytes and bits that hold none stay."""
+
+    def unpack(self, parts: Parts) -> Matrix:
+        grid = self.grid(parts)
+        return replace(grid, codes=self.decode(self._stream(parts)))
+
+    def recode(self, parts: Parts, codes: Codes) -> RawTensor:
+        packed, stream = self.packed(parts), self.encode(self._stream(parts), codes)
+        return RawTensor(dtype=packed.dtype, shape=packed.shape, data=stream.reshape(-1))
+
+    def _stream(self, parts: Parts) -> Stream:
+        return self.packed(parts).data.reshape(self.shape[0], -1)
+
+
+def no_codes(kind: Kind, shape: Shape) -> Codes:
+    """Return zeros in place of codes that are read later; they take no memory."""
+    return np.broadcast_to(np.zeros((), kind.dtype), shape)
 
 
 def part(parts: Parts, role: str, name: str, dtypes: tuple[str, ...]) -> RawTensor:

@@ -16,20 +16,20 @@ from kilodelta.grid.codes import E2M1, integer_kind
 from kilodelta.grid.layouts.base import (
     SCALES,
     Codes,
-    Layout,
     Parts,
+    RowLayout,
+    Stream,
     centred,
     float_values,
+    no_codes,
     part,
-    rows_of,
     sized,
-    uncentred,
 )
 from kilodelta.grid.matrix import Matrix
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackQuantized(Layout):
+class PackQuantized(RowLayout):
     """`weight_packed` I32: a dense bit stream per row, stored code = code + 2^(bits-1)."""
 
     name: ClassVar[str] = "compressed-tensors pack-quantized"
@@ -39,10 +39,10 @@ class PackQuantized(Layout):
     group: int
     """Columns that share a scale; `in` for one scale per row."""
 
-    def unpack(self, parts: Parts) -> Matrix:
+    def grid(self, parts: Parts) -> Matrix:
         rows, columns = self.shape
         groups = -(-columns // self.group)
-        packed = self._packed(parts)
+        self.packed(parts)
         scales = part(parts, "weight_scale", self.name, SCALES)
         sized(scales, "weight_scale", self.name, ((rows, groups),))
         order = None
@@ -53,14 +53,14 @@ class PackQuantized(Layout):
             order = None if (g_idx.values() == -1).all() else g_idx.values()
         return Matrix(
             kind=integer_kind(self.bits),
-            codes=unpack_signed(rows_of(packed), self.bits, columns),
+            codes=no_codes(integer_kind(self.bits), self.shape),
             steps=float_values(scales),
             block=(1, self.group),
             zeros=self._zeros(parts, groups),
             order=order,
         )
 
-    def _packed(self, parts: Parts) -> RawTensor:
+    def packed(self, parts: Parts) -> RawTensor:
         rows, columns = self.shape
         packed = part(parts, self.codes_in, self.name, ("I32",))
         sized(packed, self.codes_in, self.name, ((rows, -(-columns * self.bits // 32)),))
@@ -78,14 +78,15 @@ class PackQuantized(Layout):
         stored = unpack_bits(by_group, self.bits)[:, :rows]
         return np.ascontiguousarray(centred(stored, self.bits).astype(np.int16).T)
 
-    def recode(self, parts: Parts, codes: Codes) -> RawTensor:
-        packed = self._packed(parts)
-        stream = replace_bits(rows_of(packed), self.bits, uncentred(codes, self.bits))
-        return RawTensor(dtype="I32", shape=packed.shape, data=stream.reshape(-1))
+    def decode(self, stream: Stream) -> Codes:
+        return unpack_signed(stream, self.bits, self.shape[1])
+
+    def encode(self, stream: Stream, codes: Codes) -> Stream:
+        return replace_bits(stream, self.bits, codes, offset=1 << (self.bits - 1))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Nvfp4Packed(Layout):
+class Nvfp4Packed(RowLayout):
     """`weight_packed` U8: two E2M1 per byte, low first; E4M3 scale per 16, divided by one float32.
 
     The quotient scale / global is the only division of this room: it is rounded to float32, to
@@ -96,9 +97,9 @@ class Nvfp4Packed(Layout):
     codes_in: ClassVar[str] = "weight_packed"
     GROUP: ClassVar[int] = 16
 
-    def unpack(self, parts: Parts) -> Matrix:
+    def grid(self, parts: Parts) -> Matrix:
         rows, columns = self.shape
-        packed = self._packed(parts)
+        self.packed(parts)
         scales = part(parts, "weight_scale", self.name, ("F8_E4M3",))
         sized(scales, "weight_scale", self.name, ((rows, -(-columns // self.GROUP)),))
         whole = part(parts, "weight_global_scale", self.name, ("F32",))
@@ -108,18 +109,19 @@ class Nvfp4Packed(Layout):
             steps = float_values(scales).astype(np.float32) / whole.values().reshape(())
         return Matrix(
             kind=E2M1,
-            codes=unpack_bits(rows_of(packed), 4)[:, :columns],
+            codes=no_codes(E2M1, self.shape),
             steps=steps.astype(np.float64),
             block=(1, self.GROUP),
         )
 
-    def _packed(self, parts: Parts) -> RawTensor:
+    def packed(self, parts: Parts) -> RawTensor:
         rows, columns = self.shape
         packed = part(parts, self.codes_in, self.name, ("U8",))
         sized(packed, self.codes_in, self.name, ((rows, -(-columns // 2)),))
         return packed
 
-    def recode(self, parts: Parts, codes: Codes) -> RawTensor:
-        packed = self._packed(parts)
-        stream = replace_bits(rows_of(packed), 4, codes)
-        return RawTensor(dtype="U8", shape=packed.shape, data=stream.reshape(-1))
+    def decode(self, stream: Stream) -> Codes:
+        return unpack_bits(stream, 4)[:, : self.shape[1]]
+
+    def encode(self, stream: Stream, codes: Codes) -> Stream:
+        return replace_bits(stream, 4, codes)

@@ -12,12 +12,22 @@ from typing import ClassVar
 
 from kilodelta.files.tensor import RawTensor
 from kilodelta.grid.codes import E4M3
-from kilodelta.grid.layouts.base import SCALES, Codes, Layout, Parts, float_values, part, sized
+from kilodelta.grid.layouts.base import (
+    SCALES,
+    Codes,
+    Parts,
+    RowLayout,
+    Stream,
+    float_values,
+    no_codes,
+    part,
+    sized,
+)
 from kilodelta.grid.matrix import Matrix, Shape
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fp8(Layout):
+class Fp8(RowLayout):
     """`weight` F8_E4M3 (out, in) and one float scale per block."""
 
     name: ClassVar[str] = "FP8 (E4M3)"
@@ -27,9 +37,9 @@ class Fp8(Layout):
     """The role of the scale: `weight_scale` or `weight_scale_inv`."""
     block: Shape
 
-    def unpack(self, parts: Parts) -> Matrix:
+    def grid(self, parts: Parts) -> Matrix:
         rows, columns = self.shape
-        weight = self._codes(parts)
+        self.packed(parts)
         scales = part(parts, self.scale, self.name, SCALES)
         grid = (-(-rows // self.block[0]), -(-columns // self.block[1]))
         flat: tuple[tuple[int, ...], ...] = ((), (1,)) if grid == (1, 1) else ()
@@ -37,15 +47,18 @@ class Fp8(Layout):
         sized(scales, self.scale, self.name, (grid, *flat, *by_row))
         return Matrix(
             kind=E4M3,
-            codes=weight.data.reshape(self.shape),
+            codes=no_codes(E4M3, self.shape),
             steps=float_values(scales).reshape(grid),
             block=self.block,
         )
 
-    def _codes(self, parts: Parts) -> RawTensor:
+    def packed(self, parts: Parts) -> RawTensor:
         weight = part(parts, self.codes_in, self.name, ("F8_E4M3",))
         sized(weight, self.codes_in, self.name, (self.shape,))
         return weight
 
-    def recode(self, parts: Parts, codes: Codes) -> RawTensor:
-        return RawTensor(dtype="F8_E4M3", shape=self.shape, data=codes.reshape(-1))
+    def decode(self, stream: Stream) -> Codes:
+        return stream
+
+    def encode(self, stream: Stream, codes: Codes) -> Stream:
+        return codes

@@ -17,8 +17,11 @@ from kilodelta.grid.layouts.base import (
     Codes,
     Layout,
     Parts,
+    RowLayout,
+    Stream,
     float_values,
     nibbles,
+    no_codes,
     part,
     rows_of,
     signed_nibbles,
@@ -28,36 +31,38 @@ from kilodelta.grid.matrix import Matrix
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptNvfp4(Layout):
+class ModelOptNvfp4(RowLayout):
     """`weight` U8: two E2M1 per byte, low first; E4M3 scale per 16 times one float32."""
 
     name: ClassVar[str] = "ModelOpt NVFP4"
     codes_in: ClassVar[str] = "weight"
     GROUP: ClassVar[int] = 16
 
-    def unpack(self, parts: Parts) -> Matrix:
+    def grid(self, parts: Parts) -> Matrix:
         rows, columns = self.shape
+        self.packed(parts)
         scales = part(parts, "weight_scale", self.name, ("F8_E4M3",))
         sized(scales, "weight_scale", self.name, ((rows, -(-columns // self.GROUP)),))
         whole = part(parts, "weight_scale_2", self.name, ("F32",))
         sized(whole, "weight_scale_2", self.name, ((), (1,)))
         return Matrix(
             kind=E2M1,
-            codes=unpack_bits(rows_of(self._codes(parts)), 4)[:, :columns],
+            codes=no_codes(E2M1, self.shape),
             steps=float_values(scales) * float_values(whole).reshape(()),  # 28 bits: exact
             block=(1, self.GROUP),
         )
 
-    def _codes(self, parts: Parts) -> RawTensor:
+    def packed(self, parts: Parts) -> RawTensor:
         rows, columns = self.shape
         weight = part(parts, self.codes_in, self.name, ("U8",))
         sized(weight, self.codes_in, self.name, ((rows, -(-columns // 2)),))
         return weight
 
-    def recode(self, parts: Parts, codes: Codes) -> RawTensor:
-        weight = self._codes(parts)
-        stream = replace_bits(rows_of(weight), 4, codes)
-        return RawTensor(dtype="U8", shape=weight.shape, data=stream.reshape(-1))
+    def decode(self, stream: Stream) -> Codes:
+        return unpack_bits(stream, 4)[:, : self.shape[1]]
+
+    def encode(self, stream: Stream, codes: Codes) -> Stream:
+        return replace_bits(stream, 4, codes)
 
 
 @dataclass(frozen=True, kw_only=True)
