@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from kilodelta import __version__
-from kilodelta.errors import InputError
+from kilodelta.errors import InputError, KiloDeltaError
 from kilodelta.files import canonical
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.model_digest import digest
@@ -25,6 +25,7 @@ from kilodelta.fleet.record import AGAIN, DONE, NEW, TaskState, state_of
 from kilodelta.fleet.schema import NEEDS_INPUTS
 from kilodelta.fleet.sources import file_digest
 from kilodelta.fleet.task import DEVICE, Task, memory_of
+from kilodelta.format.file import load
 from kilodelta.grid.open import is_quantised
 from kilodelta.progress import Event, Progress, silent
 
@@ -35,11 +36,20 @@ for the graph of each fine-tune holds other codes."""
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All tasks of a fleet, each after those that it needs, and what is done of them."""
+    """All tasks of a fleet, each after those that it needs, and what is done of them.
+
+    Attributes:
+        out: the folder of results.
+        tasks: in an order in which they can be done.
+        states: what is done of them, by their ids.
+        faults: by fine-tune, why its tasks will fail: a `.kd` file that is damaged, or of another
+            base. Those tasks alone do.
+    """
 
     out: Path
     tasks: tuple[Task, ...]
     states: Mapping[str, TaskState]
+    faults: Mapping[str, str] = field(default_factory=dict)
 
     def open_tasks(self) -> tuple[Task, ...]:
         """Return the tasks whose result is not there."""
@@ -74,7 +84,13 @@ class Plan:
             "bytes": sum(one.nbytes for one in expected.values()),
             "measured": sum(one.measured for one in expected.values()),
         }
-        return {"out": str(self.out), "counts": counts, "expected": totals, "tasks": rows}
+        return {
+            "out": str(self.out),
+            "counts": counts,
+            "expected": totals,
+            "faults": dict(self.faults),
+            "tasks": rows,
+        }
 
 
 def make_plan(fleet: Fleet, out: str | Path, *, progress: Progress = silent) -> Plan:
@@ -93,7 +109,7 @@ def make_plan(fleet: Fleet, out: str | Path, *, progress: Progress = silent) -> 
     tasks = tuple(maker.tasks())
     place = Path(out)
     states = {task.id: state_of(task, place) for task in tasks}
-    return Plan(out=place, tasks=tasks, states=states)
+    return Plan(out=place, tasks=tasks, states=states, faults=maker.faults)
 
 
 class _Maker:
@@ -104,6 +120,7 @@ class _Maker:
         self._digests: dict[Path, str] = {}
         self._sizes: dict[Path, int] = {}
         self._shared: dict[str, Task] = {}
+        self.faults: dict[str, str] = {}
 
     def tasks(self) -> Iterator[Task]:
         total = len(self._fleet.fine_tunes)
@@ -134,6 +151,8 @@ class _Maker:
         """Return what later tasks know of the `.kd` file, and the task that makes it, if any."""
         root = self._model(base.path)
         if tune.delta is not None:
+            if fault := self._fault(tune.delta, base, root):
+                self.faults[tune.name] = fault
             return {"file": self._file(tune.delta), "path": str(tune.delta.resolve())}, None
         assert tune.tuned is not None
         place = f"fine-tunes/{tune.name}/delta"
@@ -157,6 +176,18 @@ class _Maker:
         }
         task = self._task("compress", f"{tune.name}/delta", place, key, params, tune, base)
         return {"task": task.id, "path": f"{{out}}/{place}/{tune.name}.kd"}, task
+
+    def _fault(self, delta: Path, base: FleetBase, root: str) -> str:
+        """Say why tasks of a `.kd` file will fail, as far as it shows without merging."""
+        try:
+            manifest = load(delta).manifest
+        except KiloDeltaError as error:
+            return error.what
+        # Of a quantised base the root is that of one layout, and others hold the same codes.
+        if manifest.grid is not None or manifest.base.root == root:
+            return ""
+        made_for = f"{manifest.base.root} ({manifest.base.name or 'unnamed'})"
+        return f"{delta} is made for the base {made_for}, and {base.name} is {root}"
 
     def _target(
         self,

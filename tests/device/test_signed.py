@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
@@ -394,6 +395,21 @@ def test_the_units_of_systemd_pull_apply_and_tell(team: Team, mirror: tuple[Path
     [damaged] = run_unit("kilodelta-health.service", place)
     assert damaged.exit_code == 13, damaged.output
     assert metrics.read_text() == before  # an alert on the file's age tells
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not here")
+def test_systemd_reads_the_units(tmp_path: Path) -> None:
+    """A misspelt key is a warning that nobody sees, and the unit runs without it."""
+    units = sorted(path for path in UNITS.iterdir() if path.suffix in (".service", ".timer"))
+    for path in units:
+        text = path.read_text().replace("/opt/kilodelta/bin/kilodelta", "/bin/true")
+        (tmp_path / path.name).write_text(text)
+    command = ["systemd-analyze", "verify", "--man=no", *(str(tmp_path / p.name) for p in units)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    told = [
+        line for line in done.stderr.splitlines() if str(tmp_path) in line or "kilodelta" in line
+    ]
+    assert (done.returncode, told) == (0, [])
 
 
 def test_metrics_are_printed_and_escaped(team: Team) -> None:

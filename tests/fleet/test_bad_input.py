@@ -12,12 +12,15 @@ import pytest
 
 pytest.importorskip("tomllib")
 from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
 
 from kilodelta.cli import main
 from kilodelta.errors import InputError, OutputError, require
 from kilodelta.fleet import child, make_plan, read_fleet, run, work
 from kilodelta.fleet.status import PLANNED, remember
-from tests.support import grids
+from kilodelta.format.file import load
+from kilodelta.format.methods import Lora
+from tests.support import grids, making
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "0.1.0"
 FLEET = """
@@ -81,6 +84,38 @@ def test_a_base_that_goes_after_the_plan_fails_with_a_sentence(folder: Path) -> 
         assert answer["status"] == "failed"
         assert "base.safetensors" in answer["error"]
         assert "traceback" not in answer
+
+
+def test_a_plan_names_files_that_will_fail(folder: Path) -> None:
+    """A `.kd` file of another base, a damaged one and no such file; the others are made."""
+    other = folder / "other" / "base.safetensors"
+    other.parent.mkdir()
+    tensors = load_file(folder / "base.safetensors")
+    first = min(tensors)
+    save_file({**tensors, first: tensors[first] + 1}, other)
+    delta = load(folder / "nola-8.kd")
+    tune = making.delta(other, Lora(rank=1), patterns=delta.manifest.patterns)
+    tune.save(folder / "stray.kd")
+    whole = (folder / "nola-16.kd").read_bytes()
+    (folder / "bent.kd").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    (folder / "text.kd").write_text("nothing of the kind")
+    plan = plan_of(folder)
+    root, stray = delta.manifest.base.root, tune.manifest.base.root
+    assert plan.faults.keys() == {"bent", "stray", "text"}
+    assert f"{folder / 'stray.kd'} is made for the base {stray} (" in plan.faults["stray"]
+    assert plan.faults["stray"].endswith(f"and mini is {root}")
+    assert "bent.kd" in plan.faults["bent"]
+    assert "it is a text file" in plan.faults["text"]
+    assert plan.to_json()["faults"] == plan.faults
+    shown = CliRunner().invoke(
+        main, ["fleet", "plan", str(folder / "fleet.toml"), "-o", str(folder / "out")]
+    )
+    assert shown.exit_code == 0
+    assert "warning: all tasks of stray will fail: " in shown.stderr
+    done = answers(plan, "merge")
+    failed = {name for name, answer in done.items() if answer["status"] == "failed"}
+    assert failed == plan.faults.keys()
+    assert done["stray"]["exit_code"] == 5
 
 
 def test_a_missing_package_is_those_tasks_failure(

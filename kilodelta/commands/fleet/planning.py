@@ -42,7 +42,7 @@ def plan(
     file: str, out: str, engine: str, address: str | None, cpus: int, as_json: bool, progress: Any
 ) -> Callable[[], None]:
     """Show the tasks of a fleet FILE: new, done, or to be made again and why; their memory, the
-    size of their results and their time.
+    size of their results and their time. A .kd file that is damaged or of another base is named.
 
     With --on ray it is seen whether some machine of the cluster has what each task needs; the exit
     code is 9 where none has.
@@ -92,6 +92,8 @@ def shown_plan(
 
 def _show_plan(made: Plan) -> None:
     report = made.to_json()
+    for name, fault in list(made.faults.items())[:SHOWN]:
+        terminal.print_warning(f"all tasks of {name} will fail: {fault}")
     open_rows = [row for row in report["tasks"] if row["status"] != "done"]
     rows = [
         (
