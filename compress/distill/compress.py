@@ -141,7 +141,7 @@ def compress(
         models = agree(lambda: find_models(base, tuned))
         agree(lambda: check_outputs(Path(out), models, force=force, resume=resume, learns=learns))
         source, labels = agree(lambda: open_inputs(inputs, options))
-        options = agree(lambda: _for_processes(options, models["the base"], ranks, learns=learns))
+        options = agree(lambda: for_processes(options, models["the base"], ranks, learns=learns))
         ranks = replace(ranks, in_step=learns and ranks.any(options.shard == "always"))
         floats, stored = stack.enter_context(float_copy(models["the base"], Path(out)))
         options = agree(lambda: _for_base(options, stored, models["the base"], learns=learns))
@@ -172,7 +172,7 @@ def compress(
     return made
 
 
-def _for_processes(options: Options, base: Path, ranks: Ranks, *, learns: bool) -> Options:
+def for_processes(options: Options, base: Path, ranks: Ranks, *, learns: bool) -> Options:
     """Settle which device a process among several computes on, and whether it holds a part.
 
     Raises:

@@ -42,6 +42,12 @@ if TYPE_CHECKING:
 )
 @click.option("--budget", help="Without --curve: bytes of the file to plan for, 20KB by default.")
 @how_to_compress
+@click.option(
+    "--processes",
+    default=1,
+    type=click.IntRange(1),
+    help="Estimate for each of so many processes of torchrun; see --shard.",
+)
 @click.option("--force", is_flag=True, help="Begin a curve anew.")
 @click.option("--resume", is_flag=True, help="Go on with a curve that was interrupted.")
 @as_json
@@ -52,6 +58,7 @@ def plan(
     inputs: str,
     curve: str | None,
     out: str,
+    processes: int,
     force: bool,
     resume: bool,
     as_json: bool,
@@ -78,6 +85,7 @@ def plan(
         out=out,
         curve=curve,
         options=options,
+        processes=processes,
         force=force,
         resume=resume,
         announce=None if as_json else _warn,
@@ -108,15 +116,17 @@ def show(planned: Planned, *, as_json: bool) -> None:
         return
     estimate = planned.estimate
     free = estimate.available_bytes
+    each = "" if estimate.processes == 1 else f" in each of {estimate.processes} processes"
+    part = ", a part of the base" if estimate.sharded else ""
     place = "on disk" if estimate.teacher_on_disk else "in memory"
     terminal.print_facts(
         [
             (
                 "memory",
-                f"{terminal.size(estimate.peak_bytes)} at the peak"
+                f"{terminal.size(estimate.peak_bytes)} at the peak{each}"
                 + ("" if free is None else f", {terminal.size(free)} are free"),
             ),
-            ("weights", terminal.size(estimate.weights_bytes)),
+            ("weights", f"{terminal.size(estimate.weights_bytes)}{part}"),
             ("activations", f"{terminal.size(estimate.activations_bytes)} of the longest batch"),
             ("teacher", f"{terminal.size(estimate.teacher_bytes)} {place}"),
             *(
@@ -128,7 +138,8 @@ def show(planned: Planned, *, as_json: bool) -> None:
                 "time",
                 f"{minutes(planned.total_seconds)}: {minutes(estimate.teacher_seconds)} for the"
                 f" tuned model's outputs, {estimate.steps} steps of {estimate.step_seconds:.3g} s"
-                + (f", for each of {len(planned.budgets)} budgets" if planned.budgets else ""),
+                + (f", for each of {len(planned.budgets)} budgets" if planned.budgets else "")
+                + ("; what processes exchange comes on top" if each else ""),
             ),
         ]
     )

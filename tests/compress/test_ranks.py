@@ -25,10 +25,22 @@ from torch import Tensor, nn
 
 import kilodelta
 from kilodelta.cli import main
+from kilodelta.compress import Options, compress
+from kilodelta.compress.distill import placement
+from kilodelta.compress.distill.compress import for_processes
 from kilodelta.compress.distill.learn.shared import backward_shared
+from kilodelta.compress.distill.placement import Placement, wants_shards
+from kilodelta.compress.distill.processes import shards
 from kilodelta.compress.distill.processes.launch import check_share, device_of, joined
 from kilodelta.compress.distill.processes.ranks import ALONE, Ranks, one_voice
+from kilodelta.compress.distill.processes.shards import (
+    Parts,
+    require_parts,
+    require_room,
+    sharded_by_layers,
+)
 from kilodelta.errors import InputError, OutputError
+from kilodelta.files.checkpoint import Checkpoint
 from tests.support import pico
 
 
@@ -244,6 +256,57 @@ def test_one_of_several_processes_speaks(
             main(arguments, standalone_mode=False)
         assert ended.value.code == InputError.exit_code
         assert ("error:" in capsys.readouterr().err) == (rank == "0")
+
+
+def test_what_cannot_be_sharded_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Linear has no list of blocks of one class") as caught:
+        require_parts(nn.Linear(2, 2))
+    assert "--shard never" in caught.value.fix
+    with (
+        pytest.raises(InputError, match="computes with a layer's weights outside the layer"),
+        sharded_by_layers(),
+    ):
+        raise RuntimeError("aten.mm.default: got mixed torch.Tensor and DTensor")
+    with pytest.raises(RuntimeError, match="something else"), sharded_by_layers():
+        raise RuntimeError("something else")
+
+
+def test_one_process_has_nothing_to_shard(command: list[str], tmp_path: Path) -> None:
+    base, tuned = command[3:5]
+    options = Options(shard="always", device="cpu")
+    with pytest.raises(InputError, match="--shard always needs several processes") as caught:
+        compress(base, tuned, tmp_path / "x.kd", inputs=tmp_path / "texts.txt", options=options)
+    assert "torchrun" in caught.value.fix
+    two = Ranks(rank=0, count=2)
+    both = replace(options, precisions=("int4-g32",))
+    with pytest.raises(InputError, match="--for int4-g32 rounds whole weights"):
+        for_processes(both, Path(base), two, learns=True)
+    auto = for_processes(Options(device="cpu"), Path(base), two, learns=True)
+    assert auto.shard == "never"  # on a CPU all processes map the same pages
+
+
+def test_a_base_is_sharded_where_it_would_fill_half_of_a_gpu(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A double of what torch says about a GPU's memory."""
+    base = Checkpoint.open(command[3])
+    nbytes = sum(base.info(name).nbytes for name in base.names)
+    gpu = Placement(device=torch.device("cuda"), dtype=torch.float32)
+    for free, wanted in [(2 * nbytes, False), (2 * nbytes - 1, True)]:
+        monkeypatch.setattr(placement, "available", lambda device, free=free: free)
+        assert wants_shards(base, gpu) == wanted
+        assert not wants_shards(base, replace(gpu, device=torch.device("cpu")))
+
+
+def test_parts_that_memory_does_not_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = Parts(blocks=(), divided=8_000_000_000, whole=10**9, largest=5 * 10**8)
+    monkeypatch.setattr(shards, "available", lambda device: 3 * 10**9)
+    require_room(parts, Ranks(rank=0, count=8), torch.device("cuda"))
+    with pytest.raises(InputError, match="a process takes 4 GB of sharded weights, and 3 GB are"):
+        require_room(parts, Ranks(rank=0, count=4), torch.device("cuda"))
+    with pytest.raises(InputError, match="machine's processes take 10 GB") as caught:
+        require_room(parts, Ranks(rank=0, count=2), torch.device("cpu"))
+    assert "--shard never" in caught.value.fix
 
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")

@@ -22,7 +22,9 @@ from kilodelta.compress.distill.learn.outputs import run as outputs_of
 from kilodelta.compress.distill.learn.schedule import Schedule
 from kilodelta.compress.distill.learn.steps import EVALUATIONS, LOOKED_AT, Run
 from kilodelta.compress.distill.learn.survey import survey
+from kilodelta.compress.distill.placement import choose_placement, wants_shards
 from kilodelta.compress.distill.planning.memory import available, counting_kept, resident
+from kilodelta.compress.distill.processes.shards import Parts, require_parts
 from kilodelta.compress.distill.student import attach_student, late_logits
 from kilodelta.compress.distill.teacher.ask import compute, estimate
 from kilodelta.compress.distill.teacher.swap import as_tuned
@@ -57,6 +59,9 @@ class Estimate:
         total_seconds: of teacher, steps and looks at the held-out inputs together.
         rows: inputs in all.
         coefficients: numbers that are trained.
+        processes: among how many the work is shared out; memory is then that of one of them, and
+            what they exchange takes time beside.
+        sharded: whether each of them holds a part of the base.
     """
 
     peak_bytes: int
@@ -72,6 +77,8 @@ class Estimate:
     total_seconds: float
     rows: int
     coefficients: int
+    processes: int = 1
+    sharded: bool = False
 
     @property
     def fits(self) -> bool:
@@ -84,9 +91,11 @@ class Estimate:
             return []
         assert self.available_bytes is not None  # otherwise it fits
         return [
-            f"a step may take {self.peak_bytes / 1e9:.3g} GB at its peak, and"
-            f" {self.available_bytes / 1e9:.3g} GB are free: give a smaller --batch or --max-length"
-            ", or --gradient-checkpointing"
+            f"a step may take {self.peak_bytes / 1e9:.3g} GB at its peak"
+            + ("" if self.processes == 1 else f" in each of {self.processes} processes")
+            + f", and {self.available_bytes / 1e9:.3g} GB are free: give a smaller --batch or"
+            " --max-length, or --gradient-checkpointing"
+            + (", or more --processes" if self.sharded else "")
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -95,7 +104,12 @@ class Estimate:
 
 
 def estimate_job(
-    job: Job, source: Source, plan: Plan, schedule: Schedule, progress: Progress
+    job: Job,
+    source: Source,
+    plan: Plan,
+    schedule: Schedule,
+    progress: Progress,
+    processes: int = 1,
 ) -> Estimate:
     """Measure a few steps of a job, and say what all of it takes.
 
@@ -105,14 +119,16 @@ def estimate_job(
         plan: how they are used.
         schedule: how long and how fast.
         progress: told about the probes.
+        processes: among how many it is to be shared out.
 
     Raises:
-        InputError: inputs or outputs do not fit the models.
+        InputError: inputs or outputs do not fit the models, or the model cannot be sharded.
     """
     pair = job.pair
     assert pair.student is not None  # the caller has inputs, so the models were opened to compute
     student = pair.student.choosing(tuple(plan.wanted.weights))
     rows = read_rows(source, student, plan)
+    parts = _parts(job, processes)
     with as_tuned(pair, job.changes) as model:
         model = model.choosing(tuple(plan.wanted.weights))
         seen = survey(model, rows, plan.wanted)
@@ -149,18 +165,23 @@ def estimate_job(
             train.detach(student.module)
     held_out = plan.held_out or min(512, max(1, len(rows) // 10))
     looked_at = 2 * held_out + EVALUATIONS * min(held_out, LOOKED_AT)
+    teacher_seconds, step, look = (s / processes for s in (teacher_seconds, step, look))
     total = teacher_seconds + schedule.steps * step + look * looked_at / len(usual)
     total += 60 * (job.options.tune or 0.0)  # at most, but for a first trial that takes longer
     coefficients = job.coefficients
     teacher_memory = need.whole if need.is_small else 0
     device = next(student.module.parameters()).device
     free = available(device)
-    peak = held + kept.nbytes + 2 * kept.largest + 4 * OPTIMISER * coefficients + teacher_memory
+    weights = sum(p.nbytes for p in student.module.parameters())
+    each = weights if parts is None else parts.per_process(processes)
+    kept_by_each = -(-kept.nbytes // processes)
+    peak = held - weights + each + kept_by_each + 2 * -(-kept.largest // processes)
+    peak += 4 * OPTIMISER * coefficients + teacher_memory
     return Estimate(
         peak_bytes=peak,
         available_bytes=None if free is None else resident() + free,
-        weights_bytes=sum(p.nbytes for p in student.module.parameters()),
-        activations_bytes=kept.nbytes,
+        weights_bytes=each,
+        activations_bytes=kept_by_each,
         teacher_bytes=need.kept,
         teacher_on_disk=not need.is_small,
         shortened=dict(need.shortened),
@@ -170,7 +191,26 @@ def estimate_job(
         total_seconds=total,
         rows=len(rows),
         coefficients=coefficients,
+        processes=processes,
+        sharded=parts is not None,
     )
+
+
+def _parts(job: Job, processes: int) -> Parts | None:
+    """Judge how the base is divided among processes; None where each holds all of it.
+
+    Raises:
+        InputError: it is to be sharded, and its model repeats no blocks.
+    """
+    pair, shard = job.pair, job.options.shard
+    assert pair.student is not None  # the caller has looked
+    if shard == "auto" and processes > 1:
+        placement = choose_placement(job.options.device, job.options.dtype, pair.base)
+        shard = "always" if wants_shards(pair.base, placement) else "never"
+    if processes == 1 or shard == "never":
+        return None
+    kept = [pair.names[c.name] for c in job.split.extras if c.name in pair.names]
+    return require_parts(pair.student.module, kept)
 
 
 def _middle(order: Sequence[int], count: int) -> list[int]:

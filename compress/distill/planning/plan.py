@@ -13,6 +13,7 @@ from kilodelta.compress.distill.options import Options, check
 from kilodelta.compress.distill.placement import on_threads
 from kilodelta.compress.distill.planning.curve import Curve, check_folder, draw_curve, parse_budgets
 from kilodelta.compress.distill.planning.estimate import Estimate, estimate_job
+from kilodelta.compress.distill.processes.launch import require_alone
 from kilodelta.compress.distill.request import as_given, find_models, open_inputs
 from kilodelta.errors import InputError, require
 from kilodelta.progress import Progress, silent
@@ -56,6 +57,7 @@ def plan(
     out: str | Path = "curve",
     curve: str | Sequence[int] | None = None,
     options: Options = DEFAULTS,
+    processes: int = 1,
     force: bool = False,
     resume: bool = False,
     announce: Callable[[Planned], object] | None = None,
@@ -70,13 +72,16 @@ def plan(
         out: the curve's folder: one file per budget, `curve.json`, `curve.svg`, `teacher/`.
         curve: budgets in bytes, or as a user types them: `4KB,12KB,50KB`.
         options: how to compress; a curve has its own budgets.
+        processes: estimate for each of so many that torchrun would start; `options.shard` says
+            whether each holds a part of the base.
         force: begin a curve anew.
         resume: go on with a curve that was interrupted.
         announce: called with the plan before the first budget is begun.
         progress: told about every stage.
 
     Raises:
-        InputError: inputs or options make no sense, or memory does not hold a step of the curve.
+        InputError: inputs or options make no sense, memory does not hold a step of the curve, or
+            torchrun has started several processes.
         OutputError: the folder holds a curve, or cannot be written.
         KiloDeltaError: as `compress`.
 
@@ -85,19 +90,32 @@ def plan(
         True
     """
     options = as_given(options)
+    require_alone("a plan", "run it without torchrun, and give --processes N")
+    if curve is not None and processes > 1:
+        raise InputError(
+            f"a curve is drawn by one process, not by {processes}",
+            fix="leave --curve away; compress each budget under torchrun with one --teacher-cache",
+        )
     sizes = _sizes(curve, options)
     if sizes:
         check_folder(Path(out), force=force, resume=resume)
         require("matplotlib", extra="report", why="draw the curve")
         options = replace(options, budget=sizes[-1], baselines=baselines_of(options, drawn=True))
     check(options, learns=True)
+    if not 1 <= processes <= options.batch:
+        raise InputError(
+            f"{processes} processes share batches of {options.batch} inputs",
+            fix=f"give --processes from 1 to {options.batch}, or a larger --batch",
+        )
     source, labels = open_inputs(inputs, options)
     assert source is not None  # inputs are given
     models = find_models(base, tuned)
     place = Path(out) / "plan.kd"
     with on_threads(options.threads):
         job = prepare(models["the base"], models["the tuned model"], place, options, learns=True)
-        estimate = estimate_job(job, source, plan_of(job, labels), schedule_of(job), progress)
+        estimate = estimate_job(
+            job, source, plan_of(job, labels), schedule_of(job), progress, processes
+        )
     each = estimate.total_seconds - estimate.teacher_seconds
     each *= 2 if sizes and "lora" in (options.baselines or ()) else 1
     planned = Planned(

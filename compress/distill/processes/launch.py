@@ -53,6 +53,21 @@ def joined() -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
+def require_alone(what: str, fix: str) -> None:
+    """Refuse several processes for what one has to do.
+
+    Args:
+        what: what is done, as the subject of a sentence.
+        fix: how it is done by one.
+
+    Raises:
+        InputError: torchrun has started several.
+    """
+    count = _environment("WORLD_SIZE", 1)
+    if count > 1:
+        raise InputError(f"{what} is made by one process, and torchrun started {count}", fix=fix)
+
+
 def check_share(ranks: Ranks, batch: int, *, quantised: bool = False) -> None:
     """Check that several processes can share a compression, and each has rows to compute.
 

@@ -73,6 +73,22 @@ def parts_of(module: nn.Module, kept: Collection[str] = ()) -> Parts:
     )
 
 
+def require_parts(module: nn.Module, kept: Collection[str] = ()) -> Parts:
+    """Judge a module as `parts_of` does, and refuse one of which nothing can be divided.
+
+    Raises:
+        InputError: it repeats no blocks.
+    """
+    parts = parts_of(module, kept)
+    if not parts.divided:
+        raise InputError(
+            f"{type(module).__name__} has no list of blocks of one class, so its weights cannot be"
+            " sharded",
+            fix="give --shard never: each process then holds the base",
+        )
+    return parts
+
+
 def _held_whole(
     module: nn.Module, blocks: Collection[nn.Module], kept: Collection[str]
 ) -> set[nn.Parameter]:
@@ -116,14 +132,8 @@ def shard(
             f"torch {torch.__version__} shards no model of which some parameters stay whole",
             fix="install torch 2.8 or later, or give --shard never",
         )
-    parts = parts_of(module, kept)
-    if not parts.divided:
-        raise InputError(
-            f"{type(module).__name__} has no list of blocks of one class, so its weights cannot be"
-            " sharded",
-            fix="give --shard never: each process then holds the base",
-        )
-    _require_room(parts, ranks, device)
+    parts = require_parts(module, kept)
+    require_room(parts, ranks, device)
     ignored = _held_whole(module, parts.blocks, kept)
     # Whole weights take their `requires_grad` from the shards once, before the first pass.
     module.requires_grad_(False)
@@ -163,7 +173,7 @@ def shard_pair(pair: Pair, ranks: Ranks, kept: Collection[str]) -> Pair:
     )
 
 
-def _require_room(parts: Parts, ranks: Ranks, device: torch.device) -> None:
+def require_room(parts: Parts, ranks: Ranks, device: torch.device) -> None:
     """Check that memory holds a process's part.
 
     Raises:
