@@ -93,10 +93,10 @@ class _Commands(click.Group):
         except KiloDeltaError as error:
             _refuse(ctx, error)
         except KeyboardInterrupt as stop:
+            number = getattr(stop, "signal", signal.SIGINT)
             if terminal.speaks():
-                fix = "nothing half-done was left behind; start again"
-                terminal.print_error("interrupted", fix)
-            raise SystemExit(128 + getattr(stop, "signal", signal.SIGINT)) from None
+                terminal.print_error(*_ended_by(number))
+            raise SystemExit(128 + number) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(141) from None
@@ -116,6 +116,17 @@ def _refuse(ctx: click.Context, error: KiloDeltaError) -> NoReturn:
         terminal.print_json({"error": error.what, "fix": error.fix})
     terminal.print_error(error.what, error.fix)
     raise SystemExit(error.exit_code) from None
+
+
+def _ended_by(number: int) -> tuple[str, str]:
+    """Say what a signal did, and what to do next."""
+    if terminal.has_others() and number == signal.SIGTERM:
+        return (
+            "stopped from outside, as torchrun does with all processes when one has ended",
+            "look at what that one said; give --resume where a .resume file lies beside the output,"
+            " else start again: nothing half-done was left behind",
+        )
+    return "interrupted", "nothing half-done was left behind; start again"
 
 
 class _Stopped(KeyboardInterrupt):

@@ -28,9 +28,14 @@ SILENCE = 0.5
 """Seconds after which a terminal shows that a command is at work, also before its first stage."""
 
 
+def has_others() -> bool:
+    """Return whether torchrun has started other processes beside this one."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def speaks() -> bool:
     """Return whether this process is to print: of several that torchrun has started, the first."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+    return not has_others() or os.environ.get("RANK", "0") == "0"
 
 
 def print_json(value: Any) -> None:

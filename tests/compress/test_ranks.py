@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import kilodelta
 from kilodelta.cli import main
 from kilodelta.compress import Options, compress
+from kilodelta.compress.distill import compress as compressing
 from kilodelta.compress.distill import placement
 from kilodelta.compress.distill.compress import for_processes
 from kilodelta.compress.distill.learn.shared import backward_shared
@@ -258,6 +259,23 @@ def test_one_of_several_processes_speaks(
         assert ("error:" in capsys.readouterr().err) == (rank == "0")
 
 
+def test_torchrun_s_signal_is_said_to_be_torchrun_s(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*models: str, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(compressing, "compress", stopped)
+    arguments = ["compress", "base", "tuned", "-o", "x.kd", "--method", "lora"]
+    for count, said in (("1", "error: interrupted"), ("2", "when one has ended")):
+        monkeypatch.setenv("WORLD_SIZE", count)
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(SystemExit) as ended:
+            main(arguments, standalone_mode=False)
+        assert ended.value.code == 128 + signal.SIGTERM
+        assert said in capsys.readouterr().err
+
+
 def test_what_cannot_be_sharded_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Linear has no list of blocks of one class") as caught:
         require_parts(nn.Linear(2, 2))
@@ -406,7 +424,8 @@ def take(self, chosen):
     return real(self, chosen)
 
 steps.Run.take = take
-options = Options(budget=3000, batch=8, device="cpu", steps=100, shard=sys.argv[2])
+steps.KEPT_EVERY_S = float(sys.argv[3])
+options = Options(budget=3000, batch=8, device="cpu", steps=40, shard=sys.argv[2])
 inputs = f"{folder}/texts.txt"
 try:
     models = f"{folder}/base", f"{folder}/tuned"
@@ -422,8 +441,31 @@ def test_a_killed_process_ends_the_run_with_a_sentence(
     shard: str, command: list[str], tmp_path: Path
 ) -> None:
     port = free_port()
-    runs = [started("-c", KILLED, str(tmp_path), shard, rank=r, port=port) for r in range(2)]
+    runs = [started("-c", KILLED, str(tmp_path), shard, "99", rank=r, port=port) for r in range(2)]
     said = [run.communicate()[0] for run in runs]
     assert runs[1].returncode == -signal.SIGKILL
     assert "another process of this run has ended, so nothing more is written" in said[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "texts.txt", "tuned"]
+
+
+@pytest.mark.slow
+def test_a_sharded_run_that_was_killed_goes_on_to_the_same_file(
+    command: list[str], tmp_path: Path
+) -> None:
+    """The state is written at every step, and not left out of what the processes agree on."""
+    port = free_port()
+    runs = [
+        started("-c", KILLED, str(tmp_path), "always", "0", rank=r, port=port) for r in range(2)
+    ]
+    ended = [run.communicate()[0] for run in runs]
+    assert "nothing more is written" in ended[0]
+    assert runs[1].returncode == -signal.SIGKILL
+    assert (tmp_path / "out.kd.resume").exists()
+    for name, more in (("out.kd", ["--resume"]), ("whole.kd", [])):
+        port = free_port()
+        whole = [*command, *SHARDED, "--steps", "40", "-o", str(tmp_path / name), *more]
+        runs = [started(*whole, rank=r, port=port) for r in range(2)]
+        said = [run.communicate()[1] for run in runs]
+        assert [run.returncode for run in runs] == [0, 0], said
+    assert (tmp_path / "out.kd").read_bytes() == (tmp_path / "whole.kd").read_bytes()
+    assert not (tmp_path / "out.kd.resume").exists()
