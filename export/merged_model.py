@@ -7,12 +7,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from kilodelta.errors import ExportError, InputError
 from kilodelta.export.architecture import FIX, architecture
 from kilodelta.export.merge.checkpoint import merge
+from kilodelta.export.merge.tensor import changed_names, merged_tensor
 from kilodelta.files import staging
 from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
+from kilodelta.grid.dequantise import float_folder
+from kilodelta.grid.model import QuantisedModel
 from kilodelta.merging.in_grid import MIN_CHANGED
 from kilodelta.models import LoadedModel, open_model
 from kilodelta.progress import Progress, silent
@@ -43,6 +49,37 @@ def merged_weights(
     with staging.scratch(beside) as folder:
         place = folder / ("merged" if base.path.is_dir() else "merged.safetensors")
         merge(base, delta, place, min_changed=min_changed, progress=progress)
+        yield place
+
+
+@contextmanager
+def beside_weights(
+    base: QuantisedModel, delta: Delta, *, beside: Path | None = None
+) -> Iterator[Path]:
+    """Yield a folder of floats: a quantised base's exact values with the exact updates added.
+
+    Each sum is rounded to float32 once. Targets that are not quantised are merged as ever.
+
+    Args:
+        base: a quantised folder.
+        delta: bound to it.
+        beside: a path in the folder to use, as for `merged_weights`.
+
+    Raises:
+        CheckpointError: the base cannot be read.
+        InputError: it is a single file.
+    """
+    changed = {
+        name: merged_tensor(delta, name, lambda plain: base.source.raw(plain).data)
+        for name in changed_names(delta)
+        if name not in base.stored
+    }
+    for name in delta.grid_targets:
+        c, e = delta.scale(name)
+        update = np.ldexp((c * delta.expand(name)).astype(np.float64), e)
+        values = base.matrix(name).values() + update
+        changed[name] = RawTensor.of(values.astype(np.float32))
+    with float_folder(base, beside=beside, changed=changed) as place:
         yield place
 
 

@@ -60,11 +60,10 @@ def _remembered_traces(
     named = sys.modules.get("kilodelta.export.onnx.named")
     if named is None or importlib.util.find_spec("onnxscript") is None:
         return
-    from tests.support.traces import remembered
+    from tests.support.traces import remembered, shared_folder
 
-    root = tmp_path_factory.getbasetemp()
-    shared = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
-    monkeypatch.setattr(named, "trace", remembered(named.trace, shared / "traces"))
+    shared = shared_folder(tmp_path_factory.getbasetemp())
+    monkeypatch.setattr(named, "trace", remembered(named.trace, shared))
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from kilodelta.files.floats import castable
 from kilodelta.files.tensor import RawTensor, TensorInfo
 from kilodelta.format.delta import Delta
 from kilodelta.format.targets import Target, select
+from kilodelta.merging.quantised import require_same_numbers
 
 SHOWN = 5
 """Tensors named in one error."""
@@ -30,7 +31,9 @@ def fit(delta: Delta, layout: AdapterLayout) -> Delta:
         FileError: the coefficients break the exactness bound.
     """
     base = delta.manifest.base
-    if base.root != layout.base_root:
+    if layout.grid is not None:
+        require_same_numbers(layout.grid, delta.manifest, "the graph")
+    elif base.root != layout.base_root:
         raise BaseMismatchError(
             f"the graph was made of the base {layout.base_root} ({layout.base_name or 'unnamed'}); "
             f"the file is for {base.root} ({base.name or 'unnamed'})",

@@ -27,6 +27,8 @@ from kilodelta.files.model_digest import digest
 from kilodelta.files.tensor import RawTensor, TensorInfo
 from kilodelta.format.fields import MAX_RANK
 from kilodelta.format.targets import Patterns, matches, select
+from kilodelta.grid.model import QuantisedModel
+from kilodelta.merging.quantised import grid_of
 
 NOTHING: Mapping[str, RawTensor] = MappingProxyType({})
 
@@ -45,6 +47,7 @@ def with_adapter(
     slots: int = 0,
     optional: bool = False,
     any_labels: bool = True,
+    quantised: QuantisedModel | None = None,
 ) -> tuple[Template, AdapterLayout]:
     """Turn a template into one whose low-rank factors are inputs; fill it with the base's weights.
 
@@ -67,6 +70,8 @@ def with_adapter(
             adapter files need this; TensorRT must not have it: it would take them for constants.
         any_labels: let a head that is the last layer have any number of labels. Not for TensorRT,
             and not with slots, whose fine-tunes share one output.
+        quantised: the quantised base whose values `base` holds as floats, under its weights' names:
+            fine-tunes are made for it. Fill the wide template, then put the codes in.
 
     Returns:
         The wide template, and the layout to write beside the graph.
@@ -78,10 +83,20 @@ def with_adapter(
     _check_options(rank, slots)
     source = Checkpoint.open(base)
     model = template.model.clone()
-    stored, defaults = _stored(template, source, heads, whole)
+    infos = _infos(source, quantised)
+    values = {name: source.raw(name) for name in infos if matches(name, whole)}
+    if quantised is not None:
+        values = {name: raw for name, raw in values.items() if name not in quantised.stored}
+    if whole and not values:
+        raise InputError(
+            f"no tensor of {source.path} matches {', '.join(whole)}",
+            fix="list its tensors: kilodelta digest --tensors",
+        )
+    stored, defaults = _stored(template, values | dict(heads), heads)
     free = free_heads(model, heads) if any_labels and not slots else frozenset[str]()
     taken = {one.info.name for one in stored}
-    candidates = _matching(model, source, include, exclude, taken)
+    others = [info for name, info in infos.items() if name not in taken]
+    candidates = _matching(model, others, include, exclude)
     chosen = [
         (info, uses)
         for info, uses in candidates
@@ -94,7 +109,8 @@ def with_adapter(
         )
     layout = AdapterLayout(
         base_name=name,
-        base_root=digest(source).root,
+        base_root=digest(source).root if quantised is None else quantised.stored_identity().root,
+        grid=None if quantised is None else grid_of(quantised.identity()),
         rank=rank,
         slots=slots,
         dtype=template.dtype,
@@ -126,11 +142,18 @@ def _check_options(rank: int, slots: int) -> None:
         )
 
 
+def _infos(source: Checkpoint, quantised: QuantisedModel | None) -> dict[str, TensorInfo]:
+    """List the base's tensors; of a quantised one its weights, and all that is no part of one."""
+    if quantised is not None:
+        return {info.name: info for info in quantised.infos()}
+    return {name: source.info(name) for name in source.names}
+
+
 def _matching(
-    model: Any, source: Checkpoint, include: Sequence[str], exclude: Sequence[str], taken: set[str]
+    model: Any, tensors: Sequence[TensorInfo], include: Sequence[str], exclude: Sequence[str]
 ) -> list[tuple[TensorInfo, tuple[GraphSite, ...]]]:
     """Find the weights that globs allow to expose, in name order, each with its uses."""
-    infos = {name: source.info(name) for name in source.names if name not in taken}
+    infos = {info.name: info for info in tensors}
     patterns = Patterns(include=tuple(include) or ("*",), exclude=tuple(exclude))
     weights = model.graph.initializers
     return [
@@ -140,18 +163,9 @@ def _matching(
 
 
 def _stored(
-    template: Template,
-    source: Checkpoint,
-    heads: Mapping[str, RawTensor],
-    whole: Sequence[str],
+    template: Template, values: Mapping[str, RawTensor], heads: Mapping[str, RawTensor]
 ) -> tuple[list[StoredInput], dict[str, RawTensor]]:
     """List the tensors that fine-tunes bring whole in name order, and the values of those used."""
-    values = {name: source.raw(name) for name in source.names if matches(name, whole)} | dict(heads)
-    if whole and len(values) == len(heads):
-        raise InputError(
-            f"no tensor of {source.path} matches {', '.join(whole)}",
-            fix="list its tensors: kilodelta digest --tensors",
-        )
     stored = [
         StoredInput(
             info=values[name].info(name),

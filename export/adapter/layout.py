@@ -31,11 +31,14 @@ from kilodelta.errors import CheckpointError, FileError
 from kilodelta.export.manifest.facts import DTYPES
 from kilodelta.files import canonical, dtypes, plain, safetensors, staging, untrusted
 from kilodelta.files.checkpoint import Checkpoint
-from kilodelta.files.tensor import RawTensor, TensorInfo
+from kilodelta.files.tensor import GRID, RawTensor, TensorInfo
 from kilodelta.format.fields import MAX_RANK
+from kilodelta.format.manifest import Grid, grid_to_json, parse_grid
 
-VERSION = 2
-"""Version 1 knew no stored tensors; its layouts are read."""
+VERSION = 3
+"""Version 1 knew no stored tensors, version 2 no quantised base; layouts of both are read, and that
+of a float base is written as version 2."""
+FLOAT_VERSION = 2
 NAME, VALUES = "adapter.json", "adapter.safetensors"
 LIMIT = 64 << 20
 """Bytes of a layout that are read; MiniLM's takes 6 KB."""
@@ -113,6 +116,7 @@ class AdapterLayout:
         exposed: tensors whose updates are inputs, in name order.
         stored: tensors that are inputs themselves, in name order.
         defaults: values of the stored tensors where no fine-tune is served, by name.
+        grid: what the base is where it is quantised, else None; its weights are of dtype `GRID`.
     """
 
     base_name: str
@@ -124,6 +128,7 @@ class AdapterLayout:
     exposed: tuple[Exposed, ...]
     stored: tuple[StoredInput, ...] = ()
     defaults: Mapping[str, RawTensor] = field(default_factory=dict, compare=False, repr=False)
+    grid: Grid | None = None
 
     @cached_property
     def inputs(self) -> Mapping[str, Shape]:
@@ -173,7 +178,8 @@ _FIX = "export the graph with its adapter inputs again, or copy the folder again
 
 def _to_json(layout: AdapterLayout) -> dict[str, Any]:
     return {
-        "version": VERSION,
+        "version": FLOAT_VERSION if layout.grid is None else VERSION,
+        **({} if layout.grid is None else {"grid": grid_to_json(layout.grid)}),
         "base": {"name": layout.base_name, "root": layout.base_root},
         "rank": layout.rank,
         "slots": layout.slots,
@@ -201,9 +207,12 @@ _KEYS = ("version", "base", "rank", "slots", "dtype", "optional", "exposed")
 
 def _parse(value: Any, folder: Path) -> AdapterLayout:
     version = untrusted.mapping(value, "the layout").get("version")
-    if type(version) is not int or version not in (1, VERSION):
-        raise untrusted.FieldError(f"version is {version!r:.40}; this kilodelta reads {VERSION}")
-    top = untrusted.table(value, "the layout", _KEYS if version == 1 else (*_KEYS, "stored"))
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise untrusted.FieldError(
+            f"version is {version!r:.40}; this kilodelta reads 1 to {VERSION}"
+        )
+    keys = _KEYS if version == 1 else (*_KEYS, "stored")
+    top = untrusted.table(value, "the layout", (*keys, "grid") if version == VERSION else keys)
     base = untrusted.table(top["base"], "base", ("name", "root"))
     stored = untrusted.listed(top.get("stored", []), "stored", _stored)
     return AdapterLayout(
@@ -216,6 +225,7 @@ def _parse(value: Any, folder: Path) -> AdapterLayout:
         exposed=untrusted.listed(top["exposed"], "exposed", _exposed),
         stored=stored,
         defaults=_read_defaults(folder / VALUES, stored),
+        grid=parse_grid(top["grid"]) if version == VERSION else None,
     )
 
 
@@ -228,7 +238,7 @@ def _within(value: Any, where: str, low: int, high: int) -> int:
 
 def _exposed(value: Any, where: str) -> Exposed:
     row = untrusted.table(value, where, ("name", "dtype", "shape", "use"))
-    info = _info(row, where, dtypes.TARGETS)
+    info = _info(row, where, (*dtypes.TARGETS, GRID))
     if len(info.shape) < 2 or prod(info.shape) == 0:
         raise untrusted.FieldError(f"{where}.shape is {list(info.shape)}, not that of a matrix")
     use = row["use"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -25,6 +26,7 @@ from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.grid.identity import matrix_digest, matrix_hash
 from kilodelta.grid.layouts.base import Codes, Layout, Parts, RowLayout
+from kilodelta.grid.matrix import Matrix
 from kilodelta.grid.model import QuantisedModel
 from kilodelta.merging.devices import Merge
 from kilodelta.merging.in_grid import Regridder, regridded
@@ -34,6 +36,11 @@ AT_ONCE = 1 << 26
 """Weights of layouts without rows that are merged at a time, some six bytes each."""
 MEASURED = 16
 """The update's size is measured in every so many rows: it is for the reader of an error only."""
+BESIDE = (
+    "apply the file beside the base (its update is exact there), compress anew with a larger"
+    " update, or accept this with --min-changed 0"
+)
+"""What to do where the grid takes almost nothing of an update."""
 
 
 @dataclass
@@ -66,11 +73,12 @@ class Tally:
         """The share of codes that changed."""
         return self.changed / self.weights if self.weights else 1.0
 
-    def require(self, least: float) -> None:
+    def require(self, least: float, fix: str = BESIDE) -> None:
         """Refuse a merge that changed almost nothing.
 
         Args:
             least: the share of codes that must change.
+            fix: what to do then.
 
         Raises:
             QualityError: fewer did; says the size of the update against the grid's step.
@@ -81,8 +89,7 @@ class Tally:
                 f" ({100 * self.share:.2g} %): the update is {self.steps / self.weights:.2g} of a"
                 " step of the grid on average, and what is below half a step rounds away. The"
                 " result would be the base",
-                fix="apply the file beside the base (its update is exact there), compress anew with"
-                " a larger update, or accept this with --min-changed 0",
+                fix=fix,
             )
 
 
@@ -109,10 +116,29 @@ def merge_weight(
     base = layout.unpack(parts).checked(name)
     new = regridded(delta, delta.target(name), base)
     tally.add(changed=new.changed, weights=base.codes.size, steps=new.steps, still=new.still)
-    packed = layout.recode(parts, new.matrix.codes)
-    written = layout.unpack({**parts, layout.codes_in: packed})
-    require_same(name, layout, written.codes, new.matrix.codes)
+    packed, written = recoded(name, layout, parts, new.matrix.codes)
     return packed, matrix_digest(name, written)
+
+
+def recoded(name: str, layout: Layout, parts: Parts, codes: Codes) -> tuple[RawTensor, Matrix]:
+    """Pack new codes as a layout stores them, and decode them again.
+
+    Args:
+        name: the weight's, for the error.
+        layout: of the weight.
+        parts: its stored tensors.
+        codes: (out, in), as `Matrix.codes`.
+
+    Returns:
+        the new stored tensor of the codes, and the weight that it decodes to.
+
+    Raises:
+        ProofError: what was packed does not decode to the codes.
+    """
+    packed = layout.recode(parts, codes)
+    written = layout.unpack({**parts, layout.codes_in: packed})
+    require_same(name, layout, written.codes, codes)
+    return packed, written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,9 +272,17 @@ def grid_stream(
 def threads_for(stream: GridStream, threads: int | None) -> int:
     """Return how many weights to merge at a time, so that they take a bounded amount of memory."""
     weights = [stream.model.of(name) for name in stream.delta.grid_targets]
-    whole = [prod(w.shape) for w in weights if not isinstance(w.layout, RowLayout)]
-    largest = max(whole, default=1)
-    return max(1, min(threads or os.cpu_count() or 1, AT_ONCE // largest))
+    return at_once([prod(w.shape) for w in weights if not isinstance(w.layout, RowLayout)], threads)
+
+
+def at_once(sizes: Sequence[int], threads: int | None) -> int:
+    """Return how many of these weights, read whole, to merge at a time.
+
+    Args:
+        sizes: numbers of weights of each.
+        threads: the most; all cores by default.
+    """
+    return max(1, min(threads or os.cpu_count() or 1, AT_ONCE // max(sizes, default=1)))
 
 
 def with_codes(plans: list[FilePlan], stream: GridStream) -> list[FilePlan]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from kilodelta.files import staging
 from kilodelta.files.identity import Identity
 from kilodelta.format.delta import Delta
 from kilodelta.grid.model import QuantisedModel
-from kilodelta.grid.onnx_graph import OnnxSource
+from kilodelta.grid.onnx_graph import OnnxSource, every_copy
 from kilodelta.progress import Meter, Progress
 
 
@@ -25,7 +26,8 @@ def require_grid_only(delta: Delta, model: QuantisedModel) -> None:
         model: opened from an `.onnx` file.
 
     Raises:
-        InputError: it has targets that are not quantised, or stores tensors whole.
+        InputError: it has targets that are not quantised, or of which the graph has two copies, or
+            stores tensors whole.
     """
     others = [name for name in delta.targets if name not in model.stored]
     others += list(delta.extras)
@@ -33,6 +35,15 @@ def require_grid_only(delta: Delta, model: QuantisedModel) -> None:
         raise InputError(
             f"the file changes {', '.join(others[:3])}, which {model.path} does not hold as codes",
             fix="merge into the checkpoint, and export that",
+        )
+    assert isinstance(model.source, OnnxSource)  # the caller opened it
+    copies = Counter(weight.name for weight in every_copy(model.source))
+    twice = [name for name in delta.targets if copies[name] > 1]
+    if twice:
+        raise InputError(
+            f"{model.path} holds {twice[0]} in {copies[twice[0]]} copies, and a merge writes one",
+            fix="merge into the checkpoint, and export that; a device folder in patch mode writes"
+            " every copy",
         )
 
 

@@ -14,16 +14,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from kilodelta.export.onnx.tensors import PackedWeight, Stored
-from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.copying import pread
 from kilodelta.files.dtypes import FLOATS, TARGETS
-from kilodelta.files.tensor import TensorInfo
+from kilodelta.files.tensor import Bytes, TensorInfo
 
 RUN = 16
 """Numbers in a run: no more than the smallest block of usual quantisations."""
@@ -50,8 +49,19 @@ class _Grid:
     at: Runs
 
 
+class Values(Protocol):
+    """Tensors by name: a `Checkpoint`, or what a quantised base stands for."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def info(self, name: str) -> TensorInfo: ...
+
+    def data(self, name: str) -> Bytes: ...
+
+
 def find_derived(
-    base: Checkpoint,
+    base: Values,
     names: Iterable[str],
     folder: Path,
     foreign: Sequence[Stored | PackedWeight],
@@ -59,7 +69,7 @@ def find_derived(
     """Find the weights of a file that are copies of base tensors in another form.
 
     Args:
-        base: the checkpoint.
+        base: the checkpoint, or the values of a quantised one.
         names: its tensors that the file holds as they are.
         folder: of the file, for external data.
         foreign: the file's weights that hold no base tensor as it is.
@@ -89,7 +99,7 @@ def _is_matrix(info: TensorInfo) -> bool:
     return info.dtype in TARGETS and len(info.shape) > 1 and prod(info.shape) > 0
 
 
-def _likeness(base: Checkpoint, info: TensorInfo, grid: _Grid) -> float:
+def _likeness(base: Values, info: TensorInfo, grid: _Grid) -> float:
     """Compute the largest median correlation, over both axes and both orientations."""
     rows, columns = info.shape[0], prod(info.shape[1:])
     own = _numbers(base.data(info.name), info.dtype, rows, columns)

@@ -7,8 +7,8 @@ wants to change it; so is a tensor of which the file also holds a quantised copy
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -17,14 +17,20 @@ from kilodelta.export.manifest.artefacts import file_fact
 from kilodelta.export.manifest.facts import FileFact
 from kilodelta.export.onnx.file import OnnxFile, read_onnx
 from kilodelta.export.onnx.tensors import PackedWeight, Stored
-from kilodelta.export.patching.derived import find_derived
+from kilodelta.export.patching.codes.find import ExactValues, find_codes, in_rest
+from kilodelta.export.patching.codes.places import REST
+from kilodelta.export.patching.derived import Values, find_derived
 from kilodelta.export.patching.map import FilePlace, PatchMap
 from kilodelta.export.patching.match import Match, match_all
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import TARGETS
 from kilodelta.files.model_digest import digest
+from kilodelta.files.safetensors import write as write_safetensors
 from kilodelta.files.safetensors import write_stream
-from kilodelta.files.tensor import RawTensor
+from kilodelta.files.tensor import Bytes, RawTensor, TensorInfo
+from kilodelta.grid.model import QuantisedModel
+from kilodelta.grid.open import is_quantised, open_quantised
+from kilodelta.merging.outline import outline_of
 from kilodelta.progress import Progress, silent
 
 SHOWN = 3
@@ -35,7 +41,7 @@ NOTHING: Mapping[str, RawTensor] = MappingProxyType({})
 
 def make_map(
     model: str | Path,
-    base: str | Path | Checkpoint,
+    base: str | Path | Checkpoint | QuantisedModel,
     *,
     heads: Mapping[str, RawTensor] = NOTHING,
     unused: Iterable[str] = (),
@@ -46,7 +52,7 @@ def make_map(
 
     Args:
         model: the `.onnx` file, its external data beside it.
-        base: the checkpoint it was exported from.
+        base: the checkpoint it was exported from, or the quantised model.
         heads: tensors that the file holds and the base lacks, with their values in the file
             (`kilodelta.export.open_headed`); every fine-tune brings its own.
         unused: tensors that the outputs do not depend on, where that is known
@@ -58,6 +64,9 @@ def make_map(
         CheckpointError: one of the two cannot be read.
         InputError: the file holds no tensor of the base.
     """
+    if is_quantised(base):
+        return _codes_map(Path(model), open_quantised(base), heads, unused, threads, progress)
+    assert not isinstance(base, QuantisedModel)  # `is_quantised` says so
     file, checkpoint = read_onnx(Path(model)), Checkpoint.open(base)
     identity = digest(checkpoint, threads=threads, progress=progress)
     wanted = {name: checkpoint.raw(name) for name in checkpoint.names} | dict(heads)
@@ -68,7 +77,7 @@ def make_map(
             f"{file.path} holds no tensor of {checkpoint.path}",
             fix="give the checkpoint that the ONNX file was exported from",
         )
-    copies = _copies(file, checkpoint, matches, places.keys() - heads.keys())
+    copies = _copies(checkpoint, places.keys() - heads.keys(), file, _matched(matches))
     return PatchMap(
         files=_files(file),
         root=identity.root,
@@ -81,11 +90,72 @@ def make_map(
     )
 
 
-def write_rest(patch_map: PatchMap, base: str | Path | Checkpoint, path: str | Path) -> Path | None:
+def _codes_map(
+    model: Path,
+    base: QuantisedModel,
+    heads: Mapping[str, RawTensor],
+    unused: Iterable[str],
+    threads: int | None,
+    progress: Progress,
+) -> PatchMap:
+    """Find a quantised base's codes in an ONNX file, and its other tensors as they are."""
+    file = read_onnx(model)
+    stored = base.stored_identity(threads=threads, progress=progress)
+    outline = outline_of(base, base.identity(threads=threads, progress=progress))
+    codes, without_codes = find_codes(file, base, outline)
+    if not codes:
+        raise InputError(
+            f"{file.path} holds no codes of {base.path}",
+            fix="give the quantised model that the ONNX file was exported from",
+        )
+    wanted = {name: base.source.raw(name) for name in base.plain} | dict(heads)
+    matches = match_all(file, wanted, threads, progress)
+    places, refused = _settled(matches, file)
+    held = {(p.file, p.begin) for own in codes.values() for c in own for p in c.parts.values()}
+    taken = held | _matched(matches)
+    copies = _copies(_Plain(base), places.keys() - heads.keys(), file, taken)
+    copies |= _copies(ExactValues(base), codes.keys(), file, taken)
+    idle = [name for name in without_codes if name in set(unused)]
+    return PatchMap(
+        files=_files(file),
+        root=stored.root,
+        tensors={name: base.source.info(name) for name in stored.tensors},
+        digests=stored.tensors,
+        places={name: own for name, own in places.items() if name not in copies},
+        refused=refused | without_codes | copies,
+        heads={name: tensor.info(name) for name, tensor in heads.items()},
+        unused=tuple(name for name in (*base.stored, *wanted) if name in set(unused)),
+        outline=outline,
+        codes={name: own for name, own in codes.items() if name not in copies}
+        | {name: (in_rest(name, base.matrix(name))[0],) for name in idle},
+    )
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """The tensors of a quantised base that are no part of a quantised weight."""
+
+    base: QuantisedModel
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.base.plain
+
+    def info(self, name: str) -> TensorInfo:
+        return self.base.source.info(name)
+
+    def data(self, name: str) -> Bytes:
+        return self.base.source.raw(name).data
+
+
+def write_rest(
+    patch_map: PatchMap, base: str | Path | Checkpoint | QuantisedModel, path: str | Path
+) -> Path | None:
     """Write the weights that patching needs and the ONNX file does not hold exactly.
 
     Those are the matrices that the model's outputs do not depend on, and all of them where the file
-    rounds the base's weights to float16 or bfloat16.
+    rounds the base's weights to float16 or bfloat16. Codes of a quantised base are in the file
+    itself, but for those that no output depends on.
 
     Args:
         patch_map: the file's map.
@@ -100,16 +170,32 @@ def write_rest(patch_map: PatchMap, base: str | Path | Checkpoint, path: str | P
     """
     if Path(path).exists():
         raise OutputError(f"{path} exists already", fix="give a new name, or remove this file")
-    checkpoint = Checkpoint.open(base)
     lacking = [
         info
-        for name, info in patch_map.tensors.items()
-        if info.dtype in TARGETS and len(info.shape) > 1 and not patch_map.exact(name)
+        for info in patch_map.changeable
+        if info.dtype in TARGETS and len(info.shape) > 1 and not patch_map.exact(info.name)
     ]
+    if patch_map.outline is not None:
+        return _write_codes_rest(patch_map, open_quantised(base), lacking, Path(path))
+    assert not isinstance(base, QuantisedModel)  # whose map has an outline
+    checkpoint = Checkpoint.open(base)
     if not lacking:
         return None
     write_stream(Path(path), lacking, (checkpoint.data(info.name).data for info in lacking))
     return Path(path)
+
+
+def _write_codes_rest(
+    patch_map: PatchMap, base: QuantisedModel, lacking: Sequence[TensorInfo], path: Path
+) -> Path | None:
+    tensors = {info.name: base.source.raw(info.name) for info in lacking}
+    for name, own in patch_map.codes.items():
+        if any(part.file == REST for copy in own for part in copy.parts.values()):
+            tensors |= in_rest(name, base.matrix(name))[1]
+    if not tensors:
+        return None
+    write_safetensors(path, tensors)
+    return path
 
 
 def _files(file: OnnxFile) -> tuple[FileFact, ...]:
@@ -118,16 +204,26 @@ def _files(file: OnnxFile) -> tuple[FileFact, ...]:
     return tuple(replace(file_fact(file.path.parent / name), file=name) for name in names)
 
 
+def _matched(matches: Sequence[Match]) -> set[tuple[str, int]]:
+    return {(place.file, place.begin) for match in matches for place in match.places}
+
+
 def _copies(
-    file: OnnxFile, base: Checkpoint, matches: Sequence[Match], names: Iterable[str]
+    base: Values, names: Iterable[str], file: OnnxFile, taken: Set[tuple[str, int]]
 ) -> dict[str, str]:
-    """Explain why tensors cannot be patched of which the file also holds a copy in another form."""
-    matched = {(place.file, place.begin) for match in matches for place in match.places}
+    """Explain why tensors cannot be patched of which the file also holds a copy in another form.
+
+    Args:
+        base: the values.
+        names: its tensors that the file holds.
+        file: the file.
+        taken: files and offsets of what is patched, or belongs to it.
+    """
     held: list[Stored | PackedWeight] = [*file.tensors, *file.packed]
     foreign = [
         tensor
         for tensor in held
-        if tensor.name in file.used and (tensor.file, tensor.begin) not in matched
+        if tensor.name in file.used and (tensor.file, tensor.begin) not in taken
     ]
     copies = find_derived(base, sorted(names), file.path.parent, foreign)
     return {

@@ -9,11 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
+from typing import TYPE_CHECKING
 
 from kilodelta.export.manifest.facts import FileFact
 from kilodelta.files.dtypes import nbytes
 from kilodelta.files.floats import lossless
-from kilodelta.files.tensor import TensorInfo
+from kilodelta.files.tensor import GRID, TensorInfo
+
+if TYPE_CHECKING:
+    from kilodelta.export.patching.codes.places import CodePlaces
+    from kilodelta.merging.outline import Outline
 
 ENGINE = ".engine"
 """How an engine's name ends; any other file is ONNX."""
@@ -100,6 +105,9 @@ class PatchMap:
         heads: tensors of the file that the base lacks or holds in another shape, and that every
             fine-tune brings; `places` of their names are theirs.
         unused: tensors that the model's outputs do not depend on.
+        outline: what the base is where it is quantised, else None. `tensors` are then its stored
+            ones, of which `places` has those that are no part of a quantised weight.
+        codes: where the file holds each quantised weight, more than once where it has copies.
     """
 
     files: tuple[FileFact, ...]
@@ -110,10 +118,23 @@ class PatchMap:
     refused: Mapping[str, str]
     heads: Mapping[str, TensorInfo] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    outline: Outline | None = None
+    codes: Mapping[str, tuple[CodePlaces, ...]] = field(default_factory=dict)
+
+    @property
+    def changeable(self) -> tuple[TensorInfo, ...]:
+        """What a delta may change: all tensors, and of a quantised base its weights."""
+        if self.outline is None:
+            return tuple(self.tensors.values())
+        return self.outline.infos(self.tensors)
 
     def info(self, name: str) -> TensorInfo | None:
         """Return what a tensor is in the file's architecture; None for one that is unknown."""
-        return self.heads.get(name) or self.tensors.get(name)
+        if name in self.heads:
+            return self.heads[name]
+        if self.outline is not None and name in self.outline.shapes:
+            return TensorInfo(name=name, dtype=GRID, shape=self.outline.shapes[name])
+        return self.tensors.get(name)
 
     def exact(self, name: str) -> FilePlace | None:
         """Find a place from which a base tensor's own bytes can be read back, or None."""

@@ -14,6 +14,7 @@ from typing import Any
 from kilodelta.errors import FileError
 from kilodelta.export.manifest.facts import FileFact
 from kilodelta.export.onnx.tensors import is_inside
+from kilodelta.export.patching.codes.json_text import CODE_KEYS, codes_to_json, parse_codes
 from kilodelta.export.patching.map import FilePlace, PatchMap, in_file
 from kilodelta.files import canonical, plain, staging, untrusted
 from kilodelta.files.dtypes import DTYPES
@@ -22,10 +23,11 @@ from kilodelta.files.identity import of_digests
 from kilodelta.files.tensor import TensorInfo
 from kilodelta.files.untrusted import FieldError
 
-VERSION = 3
-"""Version 1 had no heads, and version 2 no parts and no `through`; maps of both are read. A map
-that needs neither is written as version 2, so that older devices take it."""
-WITHOUT_PARTS = 2
+VERSION = 4
+"""Version 1 had no heads, version 2 no parts and no `through`, version 3 no codes of a quantised
+base; maps of all are read. A map is written as the lowest version that can say it, so that older
+devices take it."""
+WITHOUT_PARTS, WITHOUT_CODES = 2, 3
 LIMIT = 64 << 20
 """Bytes of a map that are read; MiniLM's takes 35 KB."""
 
@@ -60,9 +62,11 @@ def read_map(path: str | Path) -> PatchMap:
 
 
 def _to_json(patch_map: PatchMap) -> dict[str, Any]:
-    plain = all(place == _plain(place) for own in patch_map.places.values() for place in own)
+    everything = (place for own in patch_map.places.values() for place in own)
+    plain = patch_map.outline is None and all(place == _plain(place) for place in everything)
+    version = WITHOUT_PARTS if plain else WITHOUT_CODES
     return {
-        "version": WITHOUT_PARTS if plain else VERSION,
+        "version": version if patch_map.outline is None else VERSION,
         "files": [asdict(file) for file in patch_map.files],
         "base": {
             "root": patch_map.root,
@@ -78,6 +82,7 @@ def _to_json(patch_map: PatchMap) -> dict[str, Any]:
         "refused": dict(patch_map.refused),
         "heads": {name: [info.dtype, list(info.shape)] for name, info in patch_map.heads.items()},
         "unused": list(patch_map.unused),
+        **codes_to_json(patch_map, lambda part: _place_json(part, plain=True)),
     }
 
 
@@ -97,9 +102,10 @@ _KEYS = ("version", "files", "base", "places", "refused", "unused")
 
 def _parse(value: Any) -> PatchMap:
     version = untrusted.mapping(value, "the map").get("version")
-    if type(version) is not int or version not in (1, WITHOUT_PARTS, VERSION):
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise FieldError(f"version is {version!r:.40}; this kilodelta reads 1 to {VERSION}")
-    fields = untrusted.table(value, "the map", _KEYS if version == 1 else (*_KEYS, "heads"))
+    keys = _KEYS if version == 1 else (*_KEYS, "heads")
+    fields = untrusted.table(value, "the map", (*keys, *(CODE_KEYS if version == VERSION else ())))
     base = untrusted.table(fields["base"], "base", ("root", "tensors"))
     rows = untrusted.mapping(base["tensors"], "base.tensors")
     known = {name: _tensor(row, f"base.tensors.{name}") for name, row in rows.items()}
@@ -107,7 +113,7 @@ def _parse(value: Any) -> PatchMap:
     if untrusted.digest(base["root"], "base.root") != identity.root:
         raise FieldError(f"base.root is {base['root']}, the tensors' digests give {identity.root}")
     files = untrusted.listed(fields["files"], "files", _file)
-    place = _part if version == VERSION else _place
+    place = _part if version > WITHOUT_PARTS else _place
     places = {
         name: untrusted.listed(own, f"places.{name}", place)
         for name, own in untrusted.mapping(fields["places"], "places").items()
@@ -118,6 +124,7 @@ def _parse(value: Any) -> PatchMap:
         for name, row in untrusted.mapping(fields.get("heads", {}), "heads").items()
     }
     _check_places(files, places, tensors | heads)
+    outline, codes = parse_codes(fields, tensors, files, _place)
     refused = untrusted.mapping(fields["refused"], "refused")
     return PatchMap(
         files=files,
@@ -128,6 +135,8 @@ def _parse(value: Any) -> PatchMap:
         refused={name: untrusted.text(why, f"refused.{name}") for name, why in refused.items()},
         heads=heads,
         unused=untrusted.texts(fields["unused"], "unused"),
+        outline=outline,
+        codes=codes,
     )
 
 

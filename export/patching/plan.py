@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,10 @@ class PatchPlan:
         return self.model if file == self.patch_map.files[0].file else self.model.parent / file
 
     def places(self, name: str) -> tuple[FilePlace, ...]:
-        """Return where the file holds a tensor; nothing where no output depends on it."""
+        """Return where the file holds a tensor, or the codes of a quantised weight; nothing where
+        no output depends on it."""
+        if name in self.patch_map.codes:
+            return tuple(one.codes for one in self.patch_map.codes[name] if one.is_held)
         return self.patch_map.places.get(name, ())
 
     def tuned_info(self, name: str) -> TensorInfo:
@@ -51,7 +55,10 @@ class PatchPlan:
         return self.patch_map.tensors[name] if extra is None else extra.info(name)
 
     def size(self, name: str) -> int:
-        """Return the bytes of a changed tensor, in the base's dtype or as the delta stores it."""
+        """Return the bytes of a changed tensor, in the base's dtype or as the delta stores it; of
+        a quantised weight one for each code."""
+        if name in self.patch_map.codes:
+            return prod(self.delta.target(name).shape)
         return self.tuned_info(name).nbytes
 
     def parts(self, name: str) -> Iterator[Bytes]:
@@ -93,12 +100,8 @@ def make_plan(
         ExportError: a tensor was fused, merged or folded, or has no place; the file takes a head
             that the delta does not bring; or the file holds a target rounded and `base` lacks it.
     """
-    if delta.manifest.base.root != patch_map.root:
-        raise BaseMismatchError(
-            f"{model} holds another base: {patch_map.root}, not {delta.manifest.base.root}",
-            fix=f"give the {patch_map.kind} of {delta.manifest.base.name or 'the base'}",
-        )
-    bound = delta if delta.layout is not None else delta.bind_to(patch_map.tensors.values())
+    _require_base(model, delta, patch_map)
+    bound = delta if delta.layout is not None else delta.bind_to(patch_map.changeable)
     rest = None if base is None else Checkpoint.open(base)
     plan = PatchPlan(model=model, patch_map=patch_map, delta=bound, rest=rest)
     names = changed_names(bound)
@@ -107,11 +110,22 @@ def make_plan(
         plan, [f"{n}: {why}" for n in bound.extras if (why := _misfit(plan, n))], "does not fit"
     )
     _require_heads(plan)
-    lacking = [n for n in bound.targets if patch_map.exact(n) is None and n not in (rest or ())]
+    plain = [n for n in bound.targets if n not in patch_map.codes]
+    lacking = [n for n in plain if patch_map.exact(n) is None and n not in (rest or ())]
     _refuse(
         plan, lacking, "is not held exactly", fix="give the base checkpoint too, or `write_rest`'s"
     )
     return plan
+
+
+def _require_base(model: Path, delta: Delta, patch_map: PatchMap) -> None:
+    if patch_map.outline is not None:
+        patch_map.outline.require(delta.manifest, str(model))
+    elif delta.manifest.base.root != patch_map.root:
+        raise BaseMismatchError(
+            f"{model} holds another base: {patch_map.root}, not {delta.manifest.base.root}",
+            fix=f"give the {patch_map.kind} of {delta.manifest.base.name or 'the base'}",
+        )
 
 
 WAY_OUT = "take a device folder in refit or adapter mode for it: kilodelta bundle --mode refit"
@@ -132,6 +146,8 @@ def _refuse(plan: PatchPlan, reasons: list[str], what: str, fix: str = "") -> No
 def _no_place(plan: PatchPlan, name: str) -> str:
     """Explain why a changed tensor cannot be written; empty if it can, or need not be."""
     patch_map = plan.patch_map
+    if name in patch_map.codes and name in plan.delta.extras:
+        return "it is stored as codes, and the file brings it whole"
     if name in patch_map.heads and name in plan.delta.targets:
         return "the file was exported with a new head in its place"
     if patch_map.info(name) is None:

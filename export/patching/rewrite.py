@@ -30,6 +30,7 @@ from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.copying import copy_range
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
+from kilodelta.merging.quantised import MIN_CHANGED
 from kilodelta.progress import Progress, silent
 
 COPY = 16 << 20
@@ -59,6 +60,7 @@ def patch(
     places: PatchMap,
     base: str | Path | Checkpoint | None = None,
     promised: str | None = None,
+    min_changed: float = MIN_CHANGED,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Patched:
@@ -73,6 +75,7 @@ def patch(
         places: the map of `model`.
         base: the base checkpoint, or `write_rest`'s part of it, for what the file does not hold.
         promised: `sha256:<hex>` that the written file must have, where somebody has built it.
+        min_changed: the share of a quantised base's codes that has to change.
         threads: cores to use; all by default.
         progress: called with the bytes done.
 
@@ -82,6 +85,7 @@ def patch(
         ExportError: a changed tensor was fused, merged or folded, or `base` is needed.
         ProofError: the result's digest is not the file's, or the written file's is not `promised`;
             nothing is left behind.
+        QualityError: fewer codes change.
         OutputError: `out` exists or cannot be written.
     """
     require_good_kernels()
@@ -97,7 +101,7 @@ def patch(
             def write(place: FilePlace, data: Bytes) -> None:
                 write_place(files[place.file], place, data)
 
-            run(plan, write, threads=threads, progress=progress)
+            run(plan, write, min_changed=min_changed, threads=threads, progress=progress)
             if promised is not None:
                 require_promised(plan, digest_of(main), promised)
     return Patched(

@@ -18,6 +18,7 @@ from kilodelta.export.patching.placing import Memory, PlacedBytes, fresh
 from kilodelta.export.patching.plan import Bytes, PatchPlan
 from kilodelta.files import plain
 from kilodelta.files.identity import tensor_hash
+from kilodelta.merging.quantised import MIN_CHANGED
 from kilodelta.progress import Meter, Progress
 
 CHUNK = 1 << 20
@@ -28,6 +29,7 @@ def run(
     plan: PatchPlan,
     write: Callable[[FilePlace, Bytes], None],
     *,
+    min_changed: float = MIN_CHANGED,
     threads: int | None,
     progress: Progress,
 ) -> None:
@@ -38,21 +40,32 @@ def run(
     Args:
         plan: what changes where.
         write: takes a place and its bytes, uint8 (n,); has to be thread-safe.
+        min_changed: the share of a quantised base's codes that has to change.
         threads: cores to use; all by default.
         progress: called with how far the work is, in bytes.
 
     Raises:
+        QualityError: fewer codes change.
         CheckpointError: a file is not the one that the map was made for.
         ExportError: a value does not fit into the file's dtype.
         ProofError: the tuned weights are not the ones that the delta promises.
     """
+    # These load the kernels, which a device that only looks at a folder does without.
+    from kilodelta.export.merge.in_grid import Tally, at_once
+    from kilodelta.export.patching.codes.rewrite import ALMOST_NOTHING, place_codes
+
     jobs: list[FileFact | str] = [*plan.patch_map.files, *changed_names(plan.delta)]
     meter = Meter("patch", sum(_weight(plan, job) for job in jobs), "B", progress)
     digests: dict[str, str] = {}
+    tally = Tally()
 
     def work(job: FileFact | str) -> None:
         if isinstance(job, FileFact):
             _check(plan.path(job.file), job, meter)
+            return
+        if job in plan.patch_map.codes:
+            digests[job] = place_codes(plan, job, write, tally)
+            meter.add(plan.size(job))
             return
         info = plan.tuned_info(job)
         state = tensor_hash(job, info.dtype, info.shape)
@@ -64,8 +77,11 @@ def run(
         digests[job] = f"sha256:{state.hexdigest()}"
         meter.add(plan.size(job))
 
+    if plan.delta.grid_targets:
+        threads = at_once([plan.size(name) for name in plan.delta.grid_targets], threads)
     parallel.run(work, jobs, meter, weight=lambda job: _weight(plan, job), threads=threads)
     require_result(plan.delta, digests)
+    tally.require(min_changed, ALMOST_NOTHING)
 
 
 def place_tensor(

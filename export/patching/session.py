@@ -28,6 +28,7 @@ from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import DTYPES
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
+from kilodelta.merging.quantised import MIN_CHANGED
 from kilodelta.progress import Progress, silent
 
 
@@ -49,6 +50,7 @@ def patched_weights(
     *,
     places: PatchMap,
     base: str | Path | Checkpoint | None = None,
+    min_changed: float = MIN_CHANGED,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Weights:
@@ -59,6 +61,7 @@ def patched_weights(
         delta: a `.kd` file or a `Delta`.
         places: the map of `model`.
         base: the base checkpoint, or `write_rest`'s part of it, for what the file does not hold.
+        min_changed: the share of a quantised base's codes that has to change.
         threads: cores to use; all by default.
         progress: called with how far the work is, in bytes.
 
@@ -68,6 +71,7 @@ def patched_weights(
         ExportError: a weight lies in external data, but inside a subgraph or constant; or a changed
             tensor was fused, merged or folded, or `base` is needed.
         ProofError: the result's digest is not the file's.
+        QualityError: fewer codes of a quantised base change than `min_changed`.
     """
     require_good_kernels()
     opened = delta if isinstance(delta, Delta) else load(delta)
@@ -83,7 +87,7 @@ def patched_weights(
             array = data.view(DTYPES[place.dtype].storage).reshape(place.shape)
             initializers[place.name] = place.dtype, array
 
-    run(plan, write, threads=threads, progress=progress)
+    run(plan, write, min_changed=min_changed, threads=threads, progress=progress)
     return Weights(
         model=_patched(plan.model, inline) if inline else plan.model,
         folder=plan.model.parent,
@@ -95,10 +99,12 @@ def _require_reachable(plan: PatchPlan) -> None:
     for name in changed_names(plan.delta):
         for place in plan.places(name):
             if place.file != plan.patch_map.files[0].file and (place.stride or not place.top):
-                raise ExportError(
-                    f"{name} lies in external data, but not among the main graph's initializers",
-                    fix="patch into a file",
+                why = (
+                    "in a type that a session takes from no array"
+                    if name in plan.patch_map.codes
+                    else "but not among the main graph's initializers"
                 )
+                raise ExportError(f"{name} lies in external data, {why}", fix="patch into a file")
 
 
 def _patched(model: Path, inline: list[tuple[FilePlace, Bytes]]) -> bytes:
@@ -115,6 +121,7 @@ def open_patched(
     *,
     places: PatchMap,
     base: str | Path | Checkpoint | None = None,
+    min_changed: float = MIN_CHANGED,
     options: Any = None,
     providers: Sequence[Any] = ("CPUExecutionProvider",),
     threads: int | None = None,
@@ -127,6 +134,7 @@ def open_patched(
         delta: a `.kd` file or a `Delta`.
         places: the map of `model`.
         base: the base checkpoint, or `write_rest`'s part of it, for what the file does not hold.
+        min_changed: the share of a quantised base's codes that has to change.
         options: `onnxruntime.SessionOptions` for this session alone.
         providers: execution providers, in order of preference.
         threads: cores to compute the weights with; all by default.
@@ -138,7 +146,13 @@ def open_patched(
     """
     ort = require("onnxruntime", extra="cpu", why="run ONNX models")
     weights = patched_weights(
-        model, delta, places=places, base=base, threads=threads, progress=progress
+        model,
+        delta,
+        places=places,
+        base=base,
+        min_changed=min_changed,
+        threads=threads,
+        progress=progress,
     )
     options = options or ort.SessionOptions()
     held = {name: _value(ort, *weight) for name, weight in weights.initializers.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kilodelta.errors import InputError
 from kilodelta.export.options import Options
 from kilodelta.export.quantised.constants import require_exact
@@ -23,22 +25,51 @@ def check_quantised(base: QuantisedModel, delta: Delta, options: Options) -> Non
         InputError: the base is a single file, or an engine is to be refittable.
         ExportError: a weight cannot be held exactly, or no engine be built of it.
     """
-    if not isinstance(base.source, Checkpoint):
-        raise InputError(
-            f"{base.path} is one file, and an export takes a folder, whose config.json says what"
-            " the architecture is",
-            fix="merge into it: kilodelta merge BASE FILE -o OUT"
-            f"{base.path.suffix}; an .onnx file runs as it is",
-        )
+    require_folder(base, "an export")
     if options.refittable:
         raise InputError(
             "an engine of a quantised base is asked for with weights that can be exchanged, and"
             " TensorRT refits no codes",
             fix="leave --refittable out",
         )
+    require_grids(base, options.dtypes, options.capabilities)
+
+
+def require_folder(base: QuantisedModel, what: str) -> None:
+    """Check that a quantised base is a folder, of which a graph can be made.
+
+    Args:
+        base: the quantised base.
+        what: what needs a folder, for the message.
+
+    Raises:
+        InputError: it is a GGUF file or an ONNX graph.
+    """
+    if not isinstance(base.source, Checkpoint):
+        raise InputError(
+            f"{base.path} is one file, and {what} takes a folder, whose config.json says what"
+            " the architecture is",
+            fix="merge into it: kilodelta merge BASE FILE -o OUT"
+            f"{base.path.suffix}; an .onnx file runs as it is",
+        )
+
+
+def require_grids(
+    base: QuantisedModel, dtypes: Sequence[str], capabilities: Sequence[str] = ()
+) -> None:
+    """Check that graphs, and engines where there are any, can hold each weight's grid.
+
+    Args:
+        base: the quantised base.
+        dtypes: what the graphs compute in.
+        capabilities: GPUs to build engines for, such as "sm89".
+
+    Raises:
+        ExportError: a weight cannot be held exactly, or no engine be built of it.
+    """
     for name in base.stored:
         matrix = base.matrix(name)
-        for dtype in options.dtypes:
+        for dtype in dtypes:
             require_exact(name, matrix, dtype)
-        if options.capabilities:
-            require_engine(name, matrix, options.capabilities)
+        if capabilities:
+            require_engine(name, matrix, capabilities)

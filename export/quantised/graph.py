@@ -12,7 +12,7 @@ int8. It does not where a `Transpose` stands between them (1.32), as it does in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,14 @@ def settled(form: str, *, for_engines: bool) -> str:
     return (QDQ if for_engines else NBITS) if form == AUTO else form
 
 
-def put_codes(model: Any, merged: QuantisedModel, *, form: str, dtype: str) -> tuple[str, ...]:
+def put_codes(
+    model: Any,
+    merged: QuantisedModel,
+    *,
+    form: str,
+    dtype: str,
+    leave: Container[str] = (),
+) -> tuple[str, ...]:
     """Replace the quantised weights of a filled graph, in place.
 
     Args:
@@ -66,6 +73,7 @@ def put_codes(model: Any, merged: QuantisedModel, *, form: str, dtype: str) -> t
         merged: the quantised model, whose codes the graph gets.
         form: `qdq` or `matmulnbits`.
         dtype: what the graph computes in.
+        leave: names of weights that stay floats: heads in the place of quantised ones.
 
     Returns:
         the names of the weights that were replaced.
@@ -74,7 +82,7 @@ def put_codes(model: Any, merged: QuantisedModel, *, form: str, dtype: str) -> t
         ExportError: the graph cannot hold a weight exactly.
     """
     held = model.graph.initializers
-    names = tuple(name for name in merged.stored if name in held)
+    names = tuple(name for name in merged.stored if name in held and name not in leave)
     _raise_opset(model)
     for name in names:
         matrix = merged.matrix(name)

@@ -247,13 +247,15 @@ class _Maker:
         """Make the device folder of one kind of device, once for all fine-tunes of a base.
 
         Raises:
-            InputError: the base is quantised, and a device folder serves float models.
+            InputError: the base is quantised, and the folder is to change its codes in an engine.
         """
-        if is_quantised(base.path):
+        wanted = target.options["bundle"]
+        in_engine = wanted.get("engine") and wanted.get("mode") in ("patch", "refit")
+        if in_engine and is_quantised(base.path):
             raise InputError(
-                f"target {target.name} is for a device folder, and base {base.name} is a quantised "
-                "model, whose graphs and engines have no map",
-                fix="give the model before quantisation; a quantised one takes kind = 'merge'",
+                f"target {target.name} changes weights of an engine, and base {base.name} is a "
+                "quantised model, whose codes in an engine have no map",
+                fix="give mode = 'adapter', or mode = 'patch' without engine",
             )
         options = {"options": dict(target.options["bundle"])}
         named = {"name": base.name}

@@ -118,8 +118,13 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
         "result": {"root": manifest.result, **({"beside": manifest.beside} if grid else {})},
         "made": dict(manifest.made),
         **({"config": dict(manifest.config)} if manifest.config else {}),
-        **({"grid": {**vars(grid), "kinds": list(grid.kinds)}} if grid else {}),
+        **({"grid": grid_to_json(grid)} if grid else {}),
     }
+
+
+def grid_to_json(grid: Grid) -> dict[str, Any]:
+    """Return what `parse_grid` reads."""
+    return {**vars(grid), "kinds": list(grid.kinds)}
 
 
 def _coefficients_to_json(manifest: Manifest) -> dict[str, Any]:
@@ -167,7 +172,9 @@ def _parse(fields: Any, text: str) -> Manifest:
     targets = table(top["targets"], "targets", ("include", "exclude", "transposed", "count"))
     method = parse_method(top["method"])
     bits, scales = _coefficients(top["coefficients"], method)
-    grid = _grid(top["grid"], method) if "grid" in top else None
+    grid = parse_grid(top["grid"]) if "grid" in top else None
+    if grid and not isinstance(method, Method):
+        raise FieldError(f"{method.name} is no exact method, so it has no result in a grid")
     result = table(top["result"], "result", ("root", "beside") if grid else ("root",))
     return Manifest(
         base=_base(top["base"]),
@@ -218,11 +225,14 @@ def _base(value: Any) -> Base:
 _KIND = re.compile(r"(?:int[1-8]|e2m1|e4m3) [1-9][0-9]{0,9}x[1-9][0-9]{0,9}\Z")
 
 
-def _grid(value: Any, method: Form) -> Grid:
+def parse_grid(value: Any) -> Grid:
+    """Check what JSON says of a quantised base.
+
+    Raises:
+        FieldError: names the field that is wrong.
+    """
     keys = ("logical", "grids", "plain", "config")
     given = table(value, "grid", (*keys, "weights", "kinds"))
-    if not isinstance(method, Method):
-        raise FieldError(f"{method.name} is no exact method, so it has no result in a grid")
     kinds = given["kinds"]
     if (
         not isinstance(kinds, list)

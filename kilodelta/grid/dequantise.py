@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from kilodelta.errors import InputError
 from kilodelta.files import safetensors, staging
@@ -40,7 +41,11 @@ def dequantised(model: QuantisedModel, dtype: str = "float32") -> dict[str, RawT
 
 @contextmanager
 def float_folder(
-    model: QuantisedModel, *, beside: Path | None = None, dtype: str = "float32"
+    model: QuantisedModel,
+    *,
+    beside: Path | None = None,
+    dtype: str = "float32",
+    changed: Mapping[str, RawTensor] = MappingProxyType({}),
 ) -> Iterator[Path]:
     """Yield a temporary folder with a quantised model's values, configuration and tokenizer.
 
@@ -51,6 +56,7 @@ def float_folder(
         beside: a path in the folder to use, such as the output's: the copy takes four bytes per
             weight, or eight. The system's folder of temporary files by default.
         dtype: as for `dequantised`.
+        changed: tensors that the copy has in the place of the model's, or besides them.
 
     Raises:
         CheckpointError: the model cannot be read.
@@ -67,7 +73,7 @@ def float_folder(
     with staging.scratch(beside) as room:
         place = room / f"{model.path.name}-dequantised"
         place.mkdir()
-        safetensors.write(place / SINGLE, dequantised(model, dtype))
+        safetensors.write(place / SINGLE, {**dequantised(model, dtype), **changed})
         _copy_config(source, place)
         yield place
 

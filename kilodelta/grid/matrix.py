@@ -9,7 +9,7 @@ float64 holds it (`Matrix.values`). Codes are integers in units of the kind (`co
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -124,6 +124,50 @@ class Matrix:
                     f"{name}: g_idx names group {wrong[0]} of {count}", fix=_FETCH
                 )
         return self
+
+    def in_blocks(self, block: Shape) -> Matrix | None:
+        """Cut the same weight into larger blocks; None where those do not share a step.
+
+        An ONNX operator has blocks along one axis, so it repeats the step of a block of several
+        rows for each of them.
+
+        Args:
+            block: rows and columns, each at most the weight's or larger.
+
+        Example:
+            >>> from kilodelta.grid.codes import E2M1
+            >>> codes, steps = np.zeros((2, 4), np.uint8), np.array([[1.0, 2.0], [1.0, 2.0]])
+            >>> fine = Matrix(kind=E2M1, codes=codes, steps=steps, block=(1, 2))
+            >>> fine.in_blocks((2, 2)).steps
+            array([[1., 2.]])
+            >>> fine.in_blocks((2, 4)) is None
+            True
+        """
+        rows, columns = (min(a, b) for a, b in zip(block, self.shape, strict=True))
+        own = tuple(min(a, b) for a, b in zip(self.block, self.shape, strict=True))
+        if own == (rows, columns):
+            return replace(self, block=(rows, columns))
+        if self.order is not None or rows % own[0] or columns % own[1]:
+            return None
+        tall = np.arange(self.steps.shape[0]) * own[0] // rows
+        wide = np.arange(self.steps.shape[1]) * own[1] // columns
+        whole = np.ix_(np.unique(tall, return_index=True)[1], np.unique(wide, return_index=True)[1])
+
+        def merged(values: npt.NDArray[Any] | None) -> npt.NDArray[Any] | None:
+            return None if values is None else values[whole]
+
+        found = replace(
+            self,
+            steps=self.steps[whole],
+            block=(rows, columns),
+            zeros=merged(self.zeros),
+            minima=merged(self.minima),
+        )
+        pairs = ((self.steps, found.steps), (self.zeros, found.zeros), (self.minima, found.minima))
+        alike = all(
+            a is None or b is None or np.array_equal(a, b[np.ix_(tall, wide)]) for a, b in pairs
+        )
+        return found if alike else None
 
     @property
     def still(self) -> int:

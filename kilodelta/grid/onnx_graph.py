@@ -112,6 +112,20 @@ def open_onnx(path: Path) -> QuantisedModel:
 
 
 def _stored(source: OnnxSource) -> list[Stored]:
+    first: dict[str, Stored] = {}
+    for weight in every_copy(source):
+        first.setdefault(weight.name, weight)
+    return list(first.values())
+
+
+def every_copy(source: OnnxSource) -> list[Stored]:
+    """List the quantised weights of a graph, each set of constants once.
+
+    Two of one name are copies of one weight, such as an embedding and the head tied to it.
+
+    Raises:
+        CheckpointError: a weight was packed for one kernel, or a node breaks the operator's rules.
+    """
     graph = source.model.graph
     stored: dict[str, Stored] = {}
     readers = _readers(graph)
@@ -122,7 +136,7 @@ def _stored(source: OnnxSource) -> list[Stored]:
         elif node.op_type == "DequantizeLinear":
             weight = _dequantised(node, source, readers)
         if weight is not None:
-            stored.setdefault(weight.name, weight)
+            stored.setdefault(weight.codes, weight)
     return list(stored.values())
 
 

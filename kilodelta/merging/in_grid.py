@@ -14,13 +14,12 @@ from kilodelta.format.targets import Target
 from kilodelta.grid.matrix import Matrix
 from kilodelta.grid.steps import float_grid, limits_of, steps_of
 from kilodelta.merging import cpu
+from kilodelta.merging.quantised import MIN_CHANGED as MIN_CHANGED
 
 BAND = 1 << 20
 """Elements whose update is in memory at a time."""
 SMALL = 1 << 24
 """The bound of all sums up to which a fused product is computed in float32, exactly."""
-MIN_CHANGED = 0.01
-"""The share of codes below which a merge in the grid has changed almost nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

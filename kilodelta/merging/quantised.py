@@ -14,6 +14,9 @@ from kilodelta.grid.model import LogicalIdentity, QuantisedModel
 from kilodelta.grid.open import is_quantised, open_quantised
 from kilodelta.progress import Progress, silent
 
+MIN_CHANGED = 0.01
+"""The share of codes below which a merge in the grid has changed almost nothing."""
+
 
 def grid_of(identity: LogicalIdentity) -> Grid:
     """Describe a quantised base as a manifest does."""
@@ -102,14 +105,41 @@ def require_grid_base(
         return stored
     same_layout = len(stored.tensors) == manifest.base.tensors
     raise BaseMismatchError(
-        f"{model.path} is not the base of this file\n{_differences(found, wanted)}"
+        f"{model.path} is not the base of this file\n{differences(found, wanted)}"
         + (f"\n{explain(stored, manifest.base.fingerprints)}" if same_layout else ""),
         fix=f"give the exact revision of {manifest.base.name or 'the base'}, quantised as the"
         " file's base was; another layout of the same numbers will do",
     )
 
 
-def _differences(found: Grid, wanted: Grid) -> str:
+def require_same_numbers(held: Grid, manifest: Manifest, where: str) -> None:
+    """Check that a file was made for the quantised base that something else was made of.
+
+    Args:
+        held: what that base is.
+        manifest: the file's.
+        where: what was made of the base, for the message.
+
+    Raises:
+        BaseMismatchError: the file was made for a float model, or for another quantised one.
+    """
+    wanted = manifest.grid
+    if wanted is None:
+        raise BaseMismatchError(
+            f"{where} holds a quantised base ({', '.join(held.kinds)}), and the file was made for"
+            f" a float one ({manifest.base.name or 'unnamed'})",
+            fix="make the file for this one, with the quantised model as BASE:"
+            " kilodelta rebase BASE FILE -o OUT",
+        )
+    if (wanted.logical, wanted.plain) != (held.logical, held.plain):
+        raise BaseMismatchError(
+            f"{where} does not hold the quantised base of this file\n{differences(held, wanted)}",
+            fix="apply it where its own base is, or make one for this base: kilodelta rebase",
+        )
+
+
+def differences(found: Grid, wanted: Grid) -> str:
+    """Say how a quantised model differs from the one that a file was made for, line by line."""
     lines = []
     if found.weights != wanted.weights:
         lines.append(f"  it has {found.weights} quantised weights, the base {wanted.weights}")

@@ -7,24 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from kilodelta.device import apply, bundle, status
+from kilodelta.device import apply, status
 from kilodelta.device.folder import DeviceFolder, state
-from kilodelta.device.make import bundling
 from kilodelta.device.modes import refit, runtime
 from kilodelta.device.update.admit import bind
 from kilodelta.errors import (
     BaseMismatchError,
-    CheckpointError,
     DeviceError,
     MissingPackageError,
 )
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.format.manifest import Grid
-from tests.support import grids
 from tests.support.devices import Bench
 
 
@@ -80,20 +76,3 @@ def test_a_file_for_a_quantised_base_is_refused_by_what_it_is(bench: Bench, mode
     delta = replace(delta, manifest=replace(delta.manifest, grid=grid, beside=digest))
     with pytest.raises(BaseMismatchError, match=f"int4 1x32.*float model, in {mode} mode"):
         bind(folder, delta)
-
-
-@pytest.mark.parametrize("engine", [[], ["sm86"]])
-@pytest.mark.parametrize("layout", [grids.CT, grids.FP8])
-def test_a_quantised_model_is_not_bundled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Any, engine: list[str]
-) -> None:
-    """INT4 and FP8 codes in an engine have no map, and the way out is said."""
-    monkeypatch.setattr(bundling, "choose", lambda *given: None)
-    base = grids.folder(tmp_path / "base", layout, {"a.weight": np.zeros((2, 2), np.float32)})
-    with pytest.raises(
-        CheckpointError, match="base is a quantised model, and a device folder"
-    ) as error:
-        bundle(base, tmp_path / "device", mode="patch", engine=engine)
-    assert "--mode adapter, patch or refit" in error.value.fix
-    assert "kilodelta merge" in error.value.fix
-    assert not (tmp_path / "device").exists()

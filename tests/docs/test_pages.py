@@ -75,6 +75,7 @@ NOT_RUN = {
     ("quantised.md", "kilodelta merge    base-w4a16/"): _SMALL,
     ("quantised.md", "kilodelta verify base-w4a16/"): _SMALL,
     ("quantised.md", "kilodelta export base-w4a16/"): _SMALL,
+    ("quantised.md", "kilodelta apply   codes/"): _SMALL,
     ("quantised.md", "kilodelta compress base/ tuned/ -o task.kd"): (
         "the desk's layers are narrower than a group: tests/compress/test_precisions.py"
     ),

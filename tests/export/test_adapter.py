@@ -379,7 +379,7 @@ def test_the_layout_comes_back_from_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        (("version",), 3, "version is 3; this kilodelta reads 2"),
+        (("version",), 4, "version is 4; this kilodelta reads 1 to 3"),
         (("version",), True, "version is True"),
         (("rank",), 0, "rank is 0"),
         (("rank",), 1 << 40, "rank is"),

@@ -315,7 +315,7 @@ def edit(path: str, value: Any) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (edit("version", 4), "version is 4"),
+        (edit("version", 5), "version is 5"),
         (edit("version", 1), "unknown key 'heads'"),
         (edit("heads", {"h": ["F32"]}), r"heads.h is not \[dtype, shape\]"),
         (edit("heads", {"h": ["F33", [1]]}), "heads.h is 'F33'"),

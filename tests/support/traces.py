@@ -18,10 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+PLACES = frozenset({"_name_or_path", "name_or_path"})
+"""Attributes that say where a model lies, which is not what it is."""
 OWN = ("torch.", "transformers.", "kilodelta.")
 """Classes of these packages alone: two tests may well define two classes of one name."""
 
 Axes = Mapping[str, Mapping[int, str]]
+
+
+def shared_folder(base: Path) -> Path:
+    """Return where the traces of a run of the tests lie, given its folder of temporary files."""
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
 
 
 def remembered(trace: Callable[..., Any], folder: Path) -> Callable[..., Any]:
@@ -57,12 +64,17 @@ def key(view: nn.Module, batch: Mapping[str, Tensor], axes: Axes) -> str | None:
         kind = type(module)
         if not kind.__module__.startswith(OWN) or "<locals>" in kind.__qualname__:
             return None
-        plain = {k: v for k, v in vars(module).items() if not isinstance(v, dict | set | Tensor)}
+        plain = {
+            k: v
+            for k, v in vars(module).items()
+            if k not in PLACES and not isinstance(v, dict | set | Tensor)
+        }
         add(
             name, kind.__module__, kind.__qualname__, sorted((k, repr(v)) for k, v in plain.items())
         )
         if hasattr(module, "config"):
-            add(sorted((k, repr(v)) for k, v in vars(module.config).items()))
+            stated = vars(module.config).items()
+            add(sorted((k, repr(v)) for k, v in stated if k not in PLACES))
     held = (*view.named_parameters(remove_duplicate=False), *view.named_buffers())
     places: dict[int, str] = {}
     for name, tensor in (*held, *batch.items()):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         "kilodelta bundle base/ -o device/ --mode adapter --engine sm86,sm89 --dtype fp16",
         "kilodelta bundle base/ -o device/ --mode patch --keep 2",
         "kilodelta bundle base/ -o device/ --mode patch --engine sm86 --dtype fp16",
+        "kilodelta bundle base-w4a16/ -o device/ --mode patch --probe texts.jsonl",
     ],
 )
 @click.argument("base", type=click.Path())
@@ -95,6 +96,12 @@ if TYPE_CHECKING:
     "--probe", help="Golden inputs: .npz, .jsonl, .txt or package.module:function; else made up."
 )
 @outputs
+@click.option(
+    "--blocks",
+    default="auto",
+    type=click.Choice(["auto", "matmulnbits", "qdq"]),
+    help="Of a quantised BASE: the ONNX operators that hold its codes.",
+)
 @click.option(
     "--keep",
     default=1,

@@ -34,7 +34,7 @@ an unrelated model are off by more than 1.
 
 MAX_KEEP = 1000
 _LIMIT = 1 << 20
-_TENSORS_LIMIT = 64 << 20
+TENSORS_LIMIT = 64 << 20
 """Bytes that are read; a row of tensors.json takes about 150."""
 
 T = TypeVar("T")
@@ -138,7 +138,7 @@ def read_tensors(path: Path) -> BaseTensors:
     Raises:
         DeviceError: names what is wrong with it.
     """
-    return read_json(path, _TENSORS_LIMIT, _tensors)
+    return read_json(path, TENSORS_LIMIT, _tensors)
 
 
 def read_json(path: Path, limit: int, parse: Callable[[Any], T]) -> T:

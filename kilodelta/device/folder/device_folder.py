@@ -24,6 +24,7 @@ from pathlib import Path
 
 import kilodelta
 from kilodelta.device.folder.bundle import (
+    TENSORS_LIMIT,
     BaseTensors,
     Bundle,
     read_bundle,
@@ -36,12 +37,13 @@ from kilodelta.device.folder.journal import Journal
 from kilodelta.device.folder.state import State, read_state, write_state
 from kilodelta.errors import DeviceError
 from kilodelta.export.manifest.artefacts import file_fact
-from kilodelta.files import plain
+from kilodelta.files import canonical, plain, staging
 from kilodelta.files.identity import Identity
 from kilodelta.files.tensor import TensorInfo
+from kilodelta.merging.outline import Outline, outline_to_json, parse_outline
 from kilodelta.trust.policy import Pins, parse_pins
 
-_BUNDLE, _TENSORS = "bundle.json", "tensors.json"
+_BUNDLE, _TENSORS, _QUANTISED = "bundle.json", "tensors.json", "quantised.json"
 _TRUST_LIMIT = 64 << 10
 
 
@@ -79,7 +81,13 @@ class DeviceFolder:
 
     @classmethod
     def create(
-        cls, root: Path, bundle: Bundle, *, infos: Mapping[str, TensorInfo], identity: Identity
+        cls,
+        root: Path,
+        bundle: Bundle,
+        *,
+        infos: Mapping[str, TensorInfo],
+        identity: Identity,
+        outline: Outline | None = None,
     ) -> DeviceFolder:
         """Make a device folder, serving its base, of a folder whose `base/` is filled.
 
@@ -88,6 +96,7 @@ class DeviceFolder:
             bundle: what it is; its files are found in `base/`.
             infos: what the base's tensors are, by name.
             identity: their digests.
+            outline: of a quantised base, what its codes and scales are.
 
         Raises:
             OutputError: it cannot be written.
@@ -95,6 +104,8 @@ class DeviceFolder:
         base = root / "base"
         (root / "deltas").mkdir()
         write_tensors(base / _TENSORS, infos, identity)
+        if outline is not None:
+            staging.write(base / _QUANTISED, canonical.dumps(outline_to_json(outline)).encode())
         files = tuple(file_fact(path) for path in sorted(base.iterdir()))
         bundle = replace(bundle, files=files, tool=f"kilodelta {kilodelta.__version__}")
         write_bundle(root / _BUNDLE, bundle)
@@ -175,6 +186,30 @@ class DeviceFolder:
         if tensors.identity.root != self.bundle.base_root:
             raise _unusable(place, f"gives the root {tensors.identity.root}, the bundle another")
         return tensors
+
+    @cached_property
+    def outline(self) -> Outline | None:
+        """What the base is where it is quantised; None of a float one.
+
+        Raises:
+            DeviceError: `base/quantised.json` is damaged.
+        """
+        place = self.base / _QUANTISED
+        if not os.path.lexists(place):
+            return None
+        stored = {info.name: info for info in self.tensors.infos}
+        return read_json(place, TENSORS_LIMIT, lambda value: parse_outline(value, stored))
+
+    @property
+    def changeable(self) -> tuple[TensorInfo, ...]:
+        """What a delta may change: all tensors, and of a quantised base its weights.
+
+        Raises:
+            DeviceError: what the folder says of its base is damaged.
+        """
+        if self.outline is None:
+            return self.tensors.infos
+        return self.outline.infos({info.name: info for info in self.tensors.infos})
 
     def fine_tune(self, name: str) -> Path:
         """Return the folder of a fine-tune, having seen that it holds regular files only.

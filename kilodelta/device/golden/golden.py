@@ -3,6 +3,9 @@
 A bundle holds them for its base (`base/golden.npz`). A `.kd` file may hold them for its fine-tune
 as tensors `probe.*` (docs/format.md, section 2). Both use the same names: `input.<name>`,
 `output.<name>` and, in a `.kd`, `limit.<dtype>.<output>`, float32 (relative_l2, relative_max).
+
+A fine-tune of a quantised base computes otherwise in the base's grid than beside it. What it gives
+beside the base has the same names behind `beside.`, but for the inputs, which are the same.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ TIMES, FREE = 64, 1 << 24
 """What a file's own probe may take to compute, by `size_of`: so many times the bundle's golden
 inputs, and in any case as much as 16 rows of 1024 tokens or 32 images of 384 x 384."""
 INPUT, OUTPUT, LIMIT = "input.", "output.", "limit."
+MERGED, BESIDE = "", "beside."
+"""How a fine-tune is applied, as what the names of its golden values begin with."""
 _NUMPY = {dtype.name: long for long, dtype in BY_LONG.items() if long in np.sctypeDict}
 
 
@@ -60,30 +65,50 @@ def read(path: Path) -> Golden:
         raise DeviceError(problem.what, fix="copy the bundle to the device again") from None
 
 
-def to_probes(golden: Golden, limits: Mapping[str, Mapping[str, Limit]]) -> dict[str, RawTensor]:
+def way_of(delta: Delta, mode: str) -> str:
+    """Return how a device folder applies a fine-tune: `BESIDE` a quantised base, or `MERGED`.
+
+    Args:
+        delta: the fine-tune.
+        mode: the folder's: adapter mode leaves codes alone.
+    """
+    return BESIDE if delta.manifest.grid is not None and mode == "adapter" else MERGED
+
+
+def to_probes(
+    golden: Golden, limits: Mapping[str, Mapping[str, Limit]], way: str = MERGED
+) -> dict[str, RawTensor]:
     """Return the tensors that a `.kd` file carries.
 
     Args:
         golden: inputs and outputs of the fine-tune.
         limits: by precision, then by output.
+        way: how it was applied, `MERGED` or `BESIDE`.
     """
-    arrays = _flat(golden)
+    arrays = {INPUT + name: array for name, array in golden.inputs.items()}
+    arrays |= {way + OUTPUT + name: array for name, array in golden.outputs.items()}
     for dtype, outputs in limits.items():
         for name, limit in outputs.items():
             pair = np.array([limit.relative_l2, limit.relative_max], np.float32)
-            arrays[f"{LIMIT}{dtype}.{name}"] = pair
+            arrays[f"{way}{LIMIT}{dtype}.{name}"] = pair
     return {name: RawTensor.copy_of(array) for name, array in arrays.items()}
 
 
-def of_delta(delta: Delta) -> Golden | None:
+def of_delta(delta: Delta, way: str = MERGED) -> Golden | None:
     """Return a file's own golden values, or None.
+
+    Args:
+        delta: the file.
+        way: how it is applied; values of the other way alone are none.
 
     Raises:
         FileError: its probe is damaged or of another kind.
     """
     if not delta.probes:
         return None
-    golden = _golden({name: _array(name, tensor) for name, tensor in delta.probes.items()})
+    golden = _golden({name: _array(name, tensor) for name, tensor in delta.probes.items()}, way)
+    if not golden.outputs and any(name.startswith(BESIDE) for name in delta.probes):
+        return None
     if not golden.inputs or not golden.outputs:
         raise _unfit("the file's probe has no inputs, or no outputs")
     return golden
@@ -103,13 +128,13 @@ def size_of(inputs: Arrays) -> int:
     )
 
 
-def limits_of(delta: Delta, dtype: str) -> dict[str, Limit]:
+def limits_of(delta: Delta, dtype: str, way: str = MERGED) -> dict[str, Limit]:
     """Return a file's limits by output in one precision; empty where it states none.
 
     Raises:
         FileError: one is no pair of numbers.
     """
-    prefix = f"{LIMIT}{dtype}."
+    prefix = f"{way}{LIMIT}{dtype}."
     return {
         name.removeprefix(prefix): _limit(name, _array(name, tensor))
         for name, tensor in delta.probes.items()
@@ -122,8 +147,8 @@ def _flat(golden: Golden) -> dict[str, NDArray[Any]]:
     return inputs | {OUTPUT + name: array for name, array in golden.outputs.items()}
 
 
-def _golden(arrays: Mapping[str, NDArray[Any]]) -> Golden:
-    return Golden(inputs=_named(arrays, INPUT), outputs=_named(arrays, OUTPUT))
+def _golden(arrays: Mapping[str, NDArray[Any]], way: str = MERGED) -> Golden:
+    return Golden(inputs=_named(arrays, INPUT), outputs=_named(arrays, way + OUTPUT))
 
 
 def _named(arrays: Mapping[str, NDArray[Any]], prefix: str) -> Arrays:

@@ -52,7 +52,9 @@ class Seen:
         }
 
 
-def probe(run: Run, delta: Delta, inputs: Arrays, base: Arrays, dtype: str) -> Seen:
+def probe(
+    run: Run, delta: Delta, inputs: Arrays, base: Arrays, dtype: str, way: str = golden.MERGED
+) -> Seen:
     """Compare a fine-tune that was just built with all that is known about it.
 
     Args:
@@ -61,11 +63,12 @@ def probe(run: Run, delta: Delta, inputs: Arrays, base: Arrays, dtype: str) -> S
         inputs: the bundle's golden inputs.
         base: what this device's base gives on them.
         dtype: the precision it computes in.
+        way: how the fine-tune was applied, as `golden.way_of` says.
 
     Raises:
         ProofError: naming the output and what is wrong with it.
     """
-    own, limits = golden.of_delta(delta), golden.limits_of(delta, dtype)
+    own, limits = golden.of_delta(delta, way), golden.limits_of(delta, dtype, way)
     outputs = run(inputs)
     stated = own.outputs if own is not None and limits else {}
     require_finite(outputs, inputs, base, {name: stated[name] for name in limits if name in stated})

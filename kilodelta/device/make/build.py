@@ -16,6 +16,7 @@ from kilodelta.device.update.trust import pins_from, provision
 from kilodelta.errors import InputError, require
 from kilodelta.export.manifest.facts import Sizes
 from kilodelta.export.options import SHORT, read_sizes
+from kilodelta.export.quantised.graph import settled
 from kilodelta.export.tensorrt.flavour import AUTO, RTX
 from kilodelta.files import staging
 from kilodelta.progress import Progress, silent
@@ -48,6 +49,7 @@ class Settings:
         probe: where golden inputs come from, or None to make them up.
         outputs: names or globs of the outputs to serve; empty for all.
         keep, ceiling, max_jump, max_work: as the bundle states them.
+        blocks: the operators that hold a quantised base's codes (`export.quantised.graph.FORMS`).
     """
 
     mode: str
@@ -71,6 +73,7 @@ class Settings:
     ceiling: float
     max_jump: int
     max_work: float | None
+    blocks: str = "auto"
 
 
 def bundle(
@@ -94,6 +97,7 @@ def bundle(
     name: str = "",
     probe: str | None = None,
     outputs: Sequence[str] = (),
+    blocks: str = "auto",
     keep: int = 1,
     ceiling: float | None = None,
     max_jump: int = MAX_JUMP,
@@ -134,6 +138,9 @@ def bundle(
         probe: golden inputs: `.npz`, `.jsonl`, `.txt` or `package.module:function`. Without any
             they are made up, where the model's kind is known.
         outputs: names or globs of the outputs to serve; by default all that the model declares.
+        blocks: of a quantised base, the operators that hold its codes: "matmulnbits", which ONNX
+            Runtime computes without unpacking a matrix; "qdq", which TensorRT takes alone; "auto",
+            the one that suits.
         keep: fine-tunes that stay on the device's disk to go back to.
         ceiling: the most that a `.kd` file's own probe may allow an output to be off, relative;
             by default 0.01 in fp32, 0.1 in fp16, 0.5 in bf16.
@@ -180,7 +187,9 @@ def bundle(
         ceiling=_ceiling(CEILINGS[precision] if ceiling is None else ceiling),
         max_jump=_from(max_jump, "max-jump", 1),
         max_work=_max_work(max_work),
+        blocks=blocks,
     )
+    settled(blocks, for_engines=bool(engine))
     _check_together(settings)
     pins = pins_from(trust, threshold=threshold, task=task, kind=kind)
     mirror_root = None if mirror is None else first_root(mirror)
@@ -192,7 +201,8 @@ def bundle(
     begin_work(Path(out), base=source, mode=f"{settings.mode}, {settings.dtype}")
     log.info("bundle %s: %s mode, %s", source, settings.mode, settings.dtype)
     with staging.new_folder(Path(out)) as stage:
-        made = BundleJob(source, settings, progress).run(stage)
+        with BundleJob(source, settings, progress, room=Path(out)) as job:
+            made = job.run(stage)
         provision(stage, pins, mirror_root)
     return made
 

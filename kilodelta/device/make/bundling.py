@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,7 +15,7 @@ from kilodelta.device.golden import golden, reference
 from kilodelta.device.make import engines
 from kilodelta.device.make.build import Settings
 from kilodelta.device.modes import patch, refit, runtime
-from kilodelta.errors import CheckpointError
+from kilodelta.errors import InputError
 from kilodelta.export.adapter.graph import with_adapter
 from kilodelta.export.architecture import open_headed
 from kilodelta.export.onnx.make import export_template
@@ -21,13 +23,19 @@ from kilodelta.export.onnx.save import save
 from kilodelta.export.onnx.template import Template, fill_template
 from kilodelta.export.patching.make_map import make_map, write_rest
 from kilodelta.export.patching.map_file import write_map
+from kilodelta.export.quantised import prove_codes, put_codes
+from kilodelta.export.quantised.checks import require_folder, require_grids
+from kilodelta.export.quantised.graph import settled
 from kilodelta.export.tensorrt import build
 from kilodelta.export.tensorrt.flavour import choose
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.model_digest import digest
 from kilodelta.files.safetensors import write_stream
 from kilodelta.format.targets import Patterns, select
-from kilodelta.grid.open import is_quantised
+from kilodelta.grid.dequantise import float_folder
+from kilodelta.grid.model import QuantisedModel
+from kilodelta.grid.open import is_quantised, open_quantised
+from kilodelta.merging.outline import outline_of
 from kilodelta.models import LoadedModel, locate
 from kilodelta.models.layers import layer_weights
 from kilodelta.progress import Event, Progress
@@ -40,23 +48,43 @@ class BundleJob:
         base: a folder, a `.safetensors` file or `hf:org/name`.
         settings: what to deploy.
         progress: called after each step.
+        room: a path beside which the values of a quantised base lie while this works.
 
     Raises:
         CheckpointError, InputError: the base cannot be opened.
-        ExportError: no engine can be built for these GPUs.
+        ExportError: no engine can be built for these GPUs, or the graph cannot hold a grid.
         MissingPackageError: TensorRT or transformers is needed.
     """
 
-    def __init__(self, base: str, settings: Settings, progress: Progress) -> None:
+    def __init__(
+        self, base: str, settings: Settings, progress: Progress, room: Path | None = None
+    ) -> None:
         self.settings, self.progress = settings, progress
         self.trt: Any = None
         if settings.capabilities:
             self.trt = choose(settings.flavour, settings.capabilities, (settings.dtype,))
         folder = locate(base)
-        _refuse_quantised(folder)
-        self.base = Checkpoint.open(folder)
-        self.headed = open_headed(self.base, config=settings.config, model=settings.model)
+        self._room = ExitStack()
+        self.quantised = open_quantised(folder) if is_quantised(folder) else None
+        if self.quantised is not None:
+            _check_quantised(self.quantised, settings)
+        self.base = self.values = Checkpoint.open(folder)
+        if self.quantised is not None:
+            copy = float_folder(self.quantised, beside=room)
+            self.values = Checkpoint.open(self._room.enter_context(copy))
+        headed = open_headed(self.values, config=settings.config, model=settings.model)
+        if self.quantised is not None:  # messages name the base, not the copy of its values
+            named = replace(headed.loaded, source=str(self.base.folder))
+            headed = replace(headed, loaded=named)
+        self.headed = headed
         self.loaded: LoadedModel = self.headed.loaded.choosing(settings.outputs)
+
+    def __enter__(self) -> BundleJob:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove the copy of a quantised base's values."""
+        self._room.close()
 
     def run(self, root: Path) -> Bundle:
         """Fill an empty folder, and return the bundle that it holds.
@@ -93,11 +121,27 @@ class BundleJob:
             max_work=settings.max_work,
         )
         infos = {name: self.base.info(name) for name in self.base.names}
-        return DeviceFolder.create(root, bundle, infos=infos, identity=identity).bundle
+        outline = None
+        if self.quantised is not None:
+            outline = outline_of(self.quantised, self.quantised.identity())
+        folder = DeviceFolder.create(root, bundle, infos=infos, identity=identity, outline=outline)
+        return folder.bundle
 
     def save(self, template: Template, folder: Path) -> Path:
-        """Write the filled template as a folder's ONNX file."""
-        return save(fill_template(template, self.headed.weights), folder / runtime.ONNX)[0]
+        """Write the filled template as a folder's ONNX file, with the codes of a quantised base."""
+        model, path = fill_template(template, self.headed.weights), folder / runtime.ONNX
+        if self.quantised is None:
+            return save(model, path)[0]
+        held = put_codes(
+            model,
+            self.quantised,
+            form=settled(self.settings.blocks, for_engines=self.trt is not None),
+            dtype=template.dtype,
+            leave=self.headed.heads,
+        )
+        save(model, path)
+        prove_codes(path, self.quantised, held)
+        return path
 
     def engine(self, template: Template, folder: Path, refittable: tuple[str, ...] = ()) -> None:
         """Build a folder's engine from its ONNX file, which then goes unless it is wanted."""
@@ -126,20 +170,28 @@ class BundleJob:
         self.progress(Event(stage=f"bundle: {what}", done=done, total=3, unit="steps"))
 
 
-def _refuse_quantised(base: Path) -> None:
-    if is_quantised(base):
-        raise CheckpointError(
-            f"{base} is a quantised model, and a device folder serves float ones",
-            fix="bundle the model before quantisation, in --mode adapter, patch or refit; a"
-            " quantised one takes a fine-tune by kilodelta merge BASE FILE -o FOLDER",
+def _check_quantised(base: QuantisedModel, settings: Settings) -> None:
+    """Refuse, before anything is made, what a device folder cannot do with a quantised base."""
+    require_folder(base, "a device folder")
+    if settings.mode == "refit":
+        raise InputError(
+            f"{base.path} is a quantised model, and TensorRT refits no codes",
+            fix="take --mode adapter, which leaves the codes alone",
         )
+    if settings.mode == "patch" and settings.capabilities:
+        raise InputError(
+            f"{base.path} is a quantised model, of whose engines no map is made",
+            fix="take --mode adapter for the engine, or --mode patch without --engine: ONNX Runtime"
+            " runs the graph",
+        )
+    require_grids(base, (settings.dtype,), settings.capabilities)
 
 
 def _adapter(job: BundleJob, template: Template, base: Path) -> None:
     settings = job.settings
     wide, layout = with_adapter(
         template,
-        job.base,
+        job.values,
         include=settings.include,
         exclude=settings.exclude,
         layers=layer_weights(job.loaded.module, job.loaded.names),
@@ -149,6 +201,7 @@ def _adapter(job: BundleJob, template: Template, base: Path) -> None:
         rank=settings.rank,
         slots=settings.slots,
         any_labels=job.trt is None,
+        quantised=job.quantised,
     )
     job.save(wide, base)
     layout.write(base)
@@ -164,9 +217,9 @@ def _patch(job: BundleJob, template: Template, base: Path) -> None:
             job.save(template, base)
     else:
         model = job.save(template, base)
-        places = make_map(model, job.base, heads=heads, unused=template.unused)
+        places = make_map(model, job.quantised or job.base, heads=heads, unused=template.unused)
     write_map(places, base / patch.MAP)
-    write_rest(places, job.base, base / patch.REST)
+    write_rest(places, job.quantised or job.base, base / patch.REST)
 
 
 def _refit(job: BundleJob, template: Template, base: Path) -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kilodelta.device.golden import golden
 from kilodelta.device.make.pedigree import pedigree as bill_of
 from kilodelta.device.make.pedigree import pedigree_path
 from kilodelta.device.make.signing import sign_release, signing_from
@@ -25,6 +24,7 @@ from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
+from kilodelta.merging.quantised import open_base, refuse_quantised, require_grid_base
 from kilodelta.models.hub import locate_delta
 from kilodelta.progress import Progress, silent
 from kilodelta.rehearsal import begin_work
@@ -154,13 +154,16 @@ def release(
     log.info("release %s as version %d", file, version)
     probes: Mapping[str, RawTensor] = {}
     dtypes: tuple[str, ...] = ()
+    if delta.manifest.grid is None:
+        refuse_quantised(base, delta.manifest)
     if inputs is None:
-        require_base(Checkpoint.open(Path(base)), delta.manifest.base, progress=progress)
+        _require_base(base, delta, progress)
     else:
         require("torch", extra="hf", why="compute golden outputs")
-        probes, dtypes = _probe(
-            base, delta, inputs, rows, (model, config, tuple(outputs)), place, progress
-        )
+        from kilodelta.device.make.probes import ProbeJob
+
+        job = ProbeJob(base, delta, inputs, rows, (model, config, tuple(outputs)), place, progress)
+        probes, dtypes = job.run()
     made = {**delta.manifest.made, "version": version}
     if engine:
         require("torch", extra="onnx", why="export models")
@@ -200,27 +203,9 @@ def release(
     )
 
 
-def _probe(
-    base: str | os.PathLike[str],
-    delta: Delta,
-    inputs: str,
-    rows: int,
-    architecture: tuple[str | None, str | None, tuple[str, ...]],
-    out: Path,
-    progress: Progress,
-) -> tuple[Mapping[str, RawTensor], tuple[str, ...]]:
-    """Return the probe's tensors, and the precisions in which it tells the two models apart."""
-    from kilodelta.device.golden import reference
-    from kilodelta.export.architecture import open_headed
-    from kilodelta.export.manifest.facts import DTYPES
-    from kilodelta.export.merged_model import merged_weights, open_merged
-    from kilodelta.models import locate
-
-    checkpoint = Checkpoint.open(locate(os.fspath(base)))
-    model, config, outputs = architecture
-    with merged_weights(checkpoint, delta, beside=out, progress=progress) as weights:
-        tuned = open_merged(checkpoint, weights, delta, model=model, config=config, outputs=outputs)
-        exact = reference.exact(tuned, reference.golden_inputs(tuned, inputs, rows))
-        plain = open_headed(checkpoint, config=config, delta=delta, model=model).loaded
-        limits = reference.telling_limits(tuned, plain, exact, DTYPES)
-    return golden.to_probes(exact, limits), tuple(limits)
+def _require_base(base: str | os.PathLike[str], delta: Delta, progress: Progress) -> None:
+    if delta.manifest.grid is None:
+        require_base(Checkpoint.open(Path(base)), delta.manifest.base, progress=progress)
+        return
+    model = open_base(base, delta.manifest)
+    require_grid_base(model, delta.manifest, progress=progress)

@@ -66,8 +66,12 @@ class PatchMode:
         return runtime.open_runner(self._bundle, folder or self._base)
 
     def trial(self, delta: Delta) -> Session:
-        """Open the base's ONNX file with the tuned weights in memory, or a patched engine."""
-        if runtime.is_engine(self._bundle):
+        """Open the base's ONNX file with the tuned weights in memory, or a patched copy for now.
+
+        Of an engine, and of codes in external data, which a session takes from no array.
+        """
+        places = self._source["places"]
+        if runtime.is_engine(self._bundle) or (places.outline and len(places.files) > 1):
             with staging.scratch() as stage:  # gone as soon as it is loaded
                 self.build(delta, stage)
                 return self.open(stage)

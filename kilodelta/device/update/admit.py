@@ -40,15 +40,17 @@ def bind(folder: DeviceFolder, delta: Delta) -> Delta:
     """
     require_good_kernels()
     base, bundle, grid = delta.manifest.base, folder.bundle, delta.manifest.grid
-    if grid is not None:  # its updates are exact for codes and steps that no folder serves
+    if folder.outline is not None:
+        folder.outline.require(delta.manifest, "the device folder")
+    elif grid is not None:  # its updates are exact for codes and steps that this folder lacks
         kinds = ", ".join(grid.kinds)
         raise BaseMismatchError(
-            f"the file was made for a quantised base ({kinds}), and a device folder serves a float"
-            f" model, in {bundle.mode} mode",
-            fix="apply the file for the float model, from which this one was rebased; a quantised"
-            " model takes a file by kilodelta merge BASE FILE -o FOLDER",
+            f"the file was made for a quantised base ({kinds}), and this device folder serves a"
+            f" float model, in {bundle.mode} mode",
+            fix="apply the file for the float model, from which this one was rebased, or bundle the"
+            " quantised model: kilodelta bundle BASE -o FOLDER",
         )
-    if base.root != bundle.base_root:
+    elif base.root != bundle.base_root:
         here, there = (printable(name, 80) or "unnamed" for name in (bundle.base_name, base.name))
         raise BaseMismatchError(
             "the device folder does not hold the base of this file\n"
@@ -58,7 +60,7 @@ def bind(folder: DeviceFolder, delta: Delta) -> Delta:
             fix="apply it to a device folder that was bundled from its own base",
         )
     limit = bundle.max_work if delta.max_work is None else delta.max_work
-    return replace(delta, max_work=limit).bind_to(folder.tensors.infos)
+    return replace(delta, max_work=limit).bind_to(folder.changeable)
 
 
 def version_of(delta: Delta) -> int:
@@ -189,18 +191,19 @@ def require_covered(
     return Signed(keys=statements.keys, seen=seen, note=statements.clock.note)
 
 
-def require_modest_probe(delta: Delta, own: Golden) -> None:
+def require_modest_probe(delta: Delta, own: Golden, way: str = golden.MERGED) -> None:
     """See that the file's own probe does not take far longer to compute than the bundle's.
 
     Args:
         delta: the file.
         own: the bundle's golden values.
+        way: how the bundle applies the file.
 
     Raises:
         ProofError: it does.
         FileError: the probe is damaged.
     """
-    given = golden.of_delta(delta)
+    given = golden.of_delta(delta, way)
     most = max(golden.FREE, golden.TIMES * golden.size_of(own.inputs))
     if given is not None and golden.size_of(given.inputs) > most:
         shapes = ", ".join(f"{n!r:.40} {a.shape}" for n, a in given.inputs.items())
@@ -218,7 +221,8 @@ def require_strict(delta: Delta, bundle: Bundle) -> None:
         ProofError: one is above it, such as an infinite one, which every output would meet.
         FileError: the probe is damaged.
     """
-    for name, limit in golden.limits_of(delta, bundle.dtype).items():
+    way = golden.way_of(delta, bundle.mode)
+    for name, limit in golden.limits_of(delta, bundle.dtype, way).items():
         loosest = max(limit.relative_l2, limit.relative_max)
         if loosest > bundle.ceiling:
             raise ProofError(

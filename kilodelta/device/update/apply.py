@@ -39,7 +39,8 @@ class Applied:
         state: what is served now.
         before: what was served.
         seen: what the probe saw.
-        result: the digest of the merged weights, as the file states it.
+        result: the digest of the merged weights, as the file states it; of the updates where they
+            stay beside a quantised base.
         result_proved: whether the device proved it. In adapter mode weights are never merged.
         signed_by: ids of the pinned keys that signed the release; empty on a device that takes
             unsigned ones.
@@ -137,11 +138,16 @@ def apply(
         state=after,
         before=change.before,
         seen=seen,
-        result=delta.manifest.result,
+        result=_result(delta, change.folder.bundle.mode),
         result_proved=mode.proves_result,
         signed_by=signed.keys,
         warnings=warnings,
     )
+
+
+def _result(delta: Delta, mode: str) -> str:
+    is_beside = golden.way_of(delta, mode) == golden.BESIDE
+    return delta.manifest.beside if is_beside else delta.manifest.result
 
 
 def _teller(progress: Progress) -> Callable[[str], None]:
@@ -195,7 +201,8 @@ def _admitted(
         allow_jump=allow_jump,
     )
     admit.require_strict(delta, folder.bundle)
-    admit.require_modest_probe(delta, golden.read(folder.base / golden.FILE))
+    way = golden.way_of(delta, folder.bundle.mode)
+    admit.require_modest_probe(delta, golden.read(folder.base / golden.FILE), way)
     # The sequence in the name: no other apply has used this folder, or will.
     name = f"{change.sequence:06}-{digest.removeprefix('sha256:')[:12]}"
     served = Served(folder=name, delta=digest, version=version)
@@ -213,4 +220,5 @@ def _digest(file: Path) -> str:
 def _probe(folder: DeviceFolder, mode: Mode, delta: Delta, session: Any) -> Seen:
     stored = golden.read(folder.base / golden.FILE)
     base = device_base(folder, mode, stored)
-    return probe(session.run, delta, stored.inputs, base, folder.bundle.dtype)
+    way = golden.way_of(delta, folder.bundle.mode)
+    return probe(session.run, delta, stored.inputs, base, folder.bundle.dtype, way)
