@@ -30,15 +30,16 @@ from kilodelta.compress.distill.merged import fill_merged
 from kilodelta.compress.distill.options import Options as Options
 from kilodelta.compress.distill.options import check
 from kilodelta.compress.distill.options import options_from as options_from
-from kilodelta.compress.distill.placement import choose_placement, on_threads, wants_shards
+from kilodelta.compress.distill.placement import on_threads
 from kilodelta.compress.distill.planning.room import rows_that_fit
 from kilodelta.compress.distill.precisions.fidelity import measure_each
 from kilodelta.compress.distill.precisions.grids import Grids
 from kilodelta.compress.distill.precisions.opened import float_copy, kinds_of
 from kilodelta.compress.distill.precisions.ways import train_for
 from kilodelta.compress.distill.precisions.wishes import IN_GRID, settled
-from kilodelta.compress.distill.processes.launch import check_share, device_of, joined
+from kilodelta.compress.distill.processes.launch import joined
 from kilodelta.compress.distill.processes.ranks import Ranks, one_voice
+from kilodelta.compress.distill.processes.settle import for_processes
 from kilodelta.compress.distill.processes.shards import shard_pair, sharded_by_layers
 from kilodelta.compress.distill.report import Report
 from kilodelta.compress.distill.request import as_given, check_outputs, find_models, open_inputs
@@ -48,11 +49,8 @@ from kilodelta.compress.distill.teacher.ask import Shelf
 from kilodelta.compress.distill.teacher.swap import as_tuned
 from kilodelta.compress.training import train
 from kilodelta.compress.training.activations import checkpointed
-from kilodelta.errors import InputError
 from kilodelta.files import staging
-from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.grid.model import QuantisedModel
-from kilodelta.grid.open import is_quantised
 from kilodelta.merging.build import Recipe, build
 from kilodelta.models import LoadedModel
 from kilodelta.models.inputs.sources import Source
@@ -170,34 +168,6 @@ def compress(
             write_report(report, "compress", made.to_json())
     check_quality(made, options)
     return made
-
-
-def for_processes(options: Options, base: Path, ranks: Ranks, *, learns: bool) -> Options:
-    """Settle which device a process among several computes on, and whether it holds a part.
-
-    Raises:
-        InputError: the options and the number of processes do not go together.
-    """
-    check_share(ranks, options.batch, quantised=ranks.count > 1 and is_quantised(base))
-    if ranks.count == 1:
-        if options.shard == "always":
-            raise InputError(
-                "--shard always needs several processes to divide the base among",
-                fix="start it by torchrun --standalone --nproc-per-node=N -m kilodelta ...",
-            )
-        return options
-    options = replace(options, device=device_of(ranks, options.device))
-    if options.shard == "auto" and learns and not options.precisions:
-        files = Checkpoint.open(base)
-        placement = choose_placement(options.device, options.dtype, files)
-        options = replace(options, shard="always" if wants_shards(files, placement) else "never")
-    if options.shard == "always" and options.precisions:
-        raise InputError(
-            f"--for {','.join(options.precisions)} rounds whole weights, which no process holds"
-            " where the base is sharded",
-            fix="leave --for away, or give --shard never",
-        )
-    return options
 
 
 def _for_base(

@@ -28,12 +28,12 @@ from kilodelta.cli import main
 from kilodelta.compress import Options, compress
 from kilodelta.compress.distill import compress as compressing
 from kilodelta.compress.distill import placement
-from kilodelta.compress.distill.compress import for_processes
 from kilodelta.compress.distill.learn.shared import backward_shared
 from kilodelta.compress.distill.placement import Placement, wants_shards
 from kilodelta.compress.distill.processes import shards
 from kilodelta.compress.distill.processes.launch import check_share, device_of, joined
 from kilodelta.compress.distill.processes.ranks import ALONE, Ranks, one_voice
+from kilodelta.compress.distill.processes.settle import for_processes
 from kilodelta.compress.distill.processes.shards import (
     Parts,
     require_parts,
