@@ -202,8 +202,11 @@ def _require_plain(place: Path) -> None:
             continue
         if not is_right(path):
             odd.append(path)
-        elif name != ".lock" and (entry := plain.unplain(path)) is not None:
-            odd.append(entry[0])
+        elif name != ".lock":
+            staging.sweep(path)  # of a publish that was killed; those of one that runs stay
+            with os.scandir(path) as entries:
+                others = [Path(e.path) for e in entries if not e.is_file(follow_symlinks=False)]
+            odd += [entry for entry in others if not staging.is_stage(entry)]
     if odd:
         raise OutputError(
             f"{odd[0]} {plain.kind(odd[0])}", fix="remove it; publish itself makes none"

@@ -12,9 +12,11 @@ from kilodelta.files.staging.publish import require_free as require_free
 from kilodelta.files.staging.publish import scratch as scratch
 from kilodelta.files.staging.publish import sync as sync
 from kilodelta.files.staging.publish import write as write
+from kilodelta.files.staging.stage import is_stage as is_stage
 from kilodelta.files.staging.stage import sweep as sweep
 
 __all__ = [
+    "is_stage",
     "new_file",
     "new_files",
     "new_folder",

@@ -77,6 +77,11 @@ def staged(path: Path, *, parents: bool = False) -> Iterator[Stage]:
         os.close(stage.lock)
 
 
+def is_stage(path: Path) -> bool:
+    """Return whether a path is a stage's folder, of a living process or a dead one."""
+    return _STAGE.match(path.name) is not None and path.is_dir() and not path.is_symlink()
+
+
 def sweep(folder: Path) -> list[str]:
     """Remove the stages that dead processes left in a folder; return their names.
 
