@@ -1,12 +1,15 @@
 """How fast a merge in the grid is, beside a plain copy of the same checkpoint, and its memory.
 
-    python benchmarks/grid_merge.py [--megabytes 500] [--work DIR] [--json FILE]
+    python benchmarks/grid_merge.py [--megabytes 500] [--work DIR] [--json FILE] [--before TREE]
 
 The checkpoint is synthetic: matrices of 4096 x 4096 in compressed-tensors' int4 g32, random codes
 and float16 scales; the file a LoRA of rank 4 over all of them. `kilodelta merge` proves the base,
-merges, writes, decodes what it wrote and proves the result; the copy is one of the same bytes with
-`fsync`. Both are timed in turn, in processes of their own, and the merge's anonymous memory is
-polled. Times of a busy machine are of little use: the processor seconds are printed as well.
+merges, writes, decodes what it packed and proves the result; the copy is one of the same bytes with
+`fsync`. Beside them a merge of as many bytes of float16 weights, and with `--before` the merge in
+the grid by another source tree. All are timed in turn, in processes of their own, and the anonymous
+memory is polled. Times of a busy machine are of little use: the processor seconds are printed as
+well, and `hash` is what one thread needs to compute the SHA-256 of as many bytes as the merge has
+to: the packed codes and scales, and the logical digest's (a byte per code, eight per scale).
 """
 
 from __future__ import annotations
@@ -25,11 +28,13 @@ from typing import Any
 import numpy as np
 from machine import describe
 
+import kilodelta
 from kilodelta.files import safetensors
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Patterns
 from kilodelta.grid import open_quantised
+from kilodelta.grid.open import is_quantised
 from kilodelta.merging.build import Recipe, build, quantise_target
 
 SIDE, GROUP, RANK = 4096, 32, 4
@@ -57,6 +62,12 @@ shutil.copyfile(sys.argv[1], sys.argv[2])
 with open(sys.argv[2], "rb") as file:
     os.fsync(file)
 """
+HASH = """
+import hashlib, sys
+state, part = hashlib.sha256(), bytes(1 << 20)
+for _ in range(int(sys.argv[1]) >> 20):
+    state.update(part)
+"""
 
 
 def main() -> None:
@@ -65,18 +76,63 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=500, help="of the checkpoint")
     parser.add_argument("--work", type=Path, default=Path("grid-merge"), help="checkpoint and copy")
     parser.add_argument("--json", type=Path, help="write all numbers here")
+    parser.add_argument("--before", type=Path, help="another source tree, to run beside this one")
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
+    count = max(1, options.megabytes * 10**6 // MATRIX)
     base, file = options.work / "base", options.work / "task.kd"
-    if not file.exists():
-        write_base(base, max(1, options.megabytes * 10**6 // MATRIX))
+    floats, float_file = options.work / "floats", options.work / "floats.kd"
+    if not float_file.exists():
+        write_base(base, count)
         write_file(base, file)
+        write_floats(floats, count * MATRIX // (2 * SIDE * SIDE))
+        write_file(floats, float_file)
     weights = base / "model.safetensors"
-    runs = [run(base, weights, file, options.work) for _ in range(options.runs)]
+    hashed = weights.stat().st_size + SIDE * SIDE * count + SIDE * SIDE // GROUP * 8 * count
+    trees = {"merge": Path(__file__).parents[1]}
+    if options.before:
+        trees["merge before"] = options.before
+    runs = []
+    for _ in range(options.runs):
+        done = {"copy": copy(weights, options.work / "copy")}
+        done |= {name: merge(tree, base, file, options.work) for name, tree in trees.items()}
+        done["copy of floats"] = copy(floats / "model.safetensors", options.work / "copy")
+        done["merge of floats"] = merge(trees["merge"], floats, float_file, options.work)
+        done["start"] = timed([sys.executable, "-m", "kilodelta", "digest", str(file)])
+        done["hash"] = timed([sys.executable, "-c", HASH, str(hashed)])
+        runs.append(done)
     report = {"machine": describe(), "bytes": weights.stat().st_size, "runs": runs}
+    report["times a copy"] = {
+        name: {key: ratio(runs, name, beside, key) for key in ("seconds", "processor seconds")}
+        for name, beside in (
+            *((name, "copy") for name in trees), ("merge of floats", "copy of floats"),
+        )
+    }  # fmt: skip
     print(json.dumps(report, indent=1))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def ratio(runs: list[dict[str, Any]], name: str, beside: str, key: str) -> float:
+    """Divide the median of one job by that of another."""
+    ours, theirs = (sorted(run[what][key] for run in runs) for what in (name, beside))
+    return float(round(ours[len(ours) // 2] / theirs[len(theirs) // 2], 2))
+
+
+def write_floats(place: Path, count: int) -> None:
+    """Write a checkpoint of `count` float16 matrices."""
+    rng = np.random.default_rng(2)
+    place.mkdir(parents=True)
+    safetensors.write(
+        place / "model.safetensors",
+        {
+            f"layers.{i}.proj.weight": RawTensor.of(
+                (rng.random((SIDE, SIDE), np.float32) * 0.1 - 0.05).astype(np.float16)
+            )
+            for i in range(max(1, count))
+        },
+    )
+    (place / "config.json").write_text("{}")
 
 
 def write_base(place: Path, count: int) -> None:
@@ -99,30 +155,38 @@ def write_file(base: Path, path: Path) -> None:
     """Write a LoRA of every matrix, whose update is about a step of the grid."""
     rng, lora = np.random.default_rng(1), Lora(rank=RANK)
     found = {}
-    for name in open_quantised(base).stored:
+    names = (
+        open_quantised(base).stored if is_quantised(base) else kilodelta.Checkpoint.open(base).names
+    )
+    for name in names:
         floats = {"A": rng.normal(size=(RANK, SIDE)), "B": rng.normal(size=(SIDE, RANK))}
         found[name] = quantise_target(lora, {k: v * 0.05 for k, v in floats.items()}, 4)
     recipe = Recipe(method=lora, patterns=Patterns(include=("*.weight",)), bits=4)
     build(base, recipe, found).save(path)
 
 
-def run(base: Path, weights: Path, file: Path, work: Path) -> dict[str, Any]:
-    """Time one copy and one merge."""
-    copied, merged = work / "copy", work / "merged"
-    shutil.rmtree(merged, ignore_errors=True)
+def copy(weights: Path, copied: Path) -> dict[str, float]:
+    """Time a plain copy."""
     copied.unlink(missing_ok=True)
-    copy = timed([sys.executable, "-c", COPY, str(weights), str(copied)])
-    merge = timed(
-        [sys.executable, "-m", "kilodelta", "merge", str(base), str(file), "-o", str(merged)]
-    )
-    start = timed([sys.executable, "-m", "kilodelta", "digest", str(file)])
-    return {"copy": copy, "merge": merge, "start": start}
+    return timed([sys.executable, "-c", COPY, str(weights), str(copied)])
 
 
-def timed(command: list[str]) -> dict[str, float]:
-    """Run a command: seconds, processor seconds, and the largest anonymous memory seen, in MB."""
+def merge(tree: Path, base: Path, file: Path, work: Path) -> dict[str, float]:
+    """Time a merge by the code of a source tree."""
+    merged = work / "merged"
+    shutil.rmtree(merged, ignore_errors=True)
+    places = [str(path.resolve()) for path in (base, file, merged)]
+    command = [sys.executable, "-m", "kilodelta", "merge", *places[:2], "-o", places[2]]
+    return timed(command, tree.resolve())
+
+
+def timed(command: list[str], tree: Path | None = None) -> dict[str, float]:
+    """Run a command, in a source tree's folder: seconds, processor seconds, most anonymous MB."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = {**os.environ, **({"PYTHONPATH": str(tree)} if tree else {})}
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=tree
+    )
     most = 0
     while process.poll() is None:
         most = max(most, anonymous(process.pid))

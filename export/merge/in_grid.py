@@ -141,6 +141,13 @@ def recoded(name: str, layout: Layout, parts: Parts, codes: Codes) -> tuple[RawT
     return packed, written
 
 
+def _are_equal(written: Codes, new: Codes) -> bool:
+    """Return whether codes of one byte are equal, eight at a time where their number allows."""
+    if written.flags.c_contiguous and new.flags.c_contiguous and not new.size % 8:
+        written, new = written.reshape(-1).view(np.uint64), new.reshape(-1).view(np.uint64)
+    return np.array_equal(written, new)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GridStream(MergeStream):
     """A merge stream that knows which stored tensors hold codes of targets."""
@@ -238,7 +245,7 @@ def require_same(name: str, layout: Layout, written: Codes, new: Codes) -> None:
     Raises:
         ProofError: they do not.
     """
-    if not np.array_equal(written, new):
+    if not _are_equal(written, new):
         raise ProofError(
             f"{name}: the codes that were packed do not decode to themselves",
             fix="this is a fault of kilodelta: please report it with the layout's name"

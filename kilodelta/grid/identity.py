@@ -82,8 +82,8 @@ def _state(values: npt.NDArray[Any] | None) -> bytes:
     return b"1" if values is not None and values.any() else b"0"
 
 
-def _bytes(values: npt.NDArray[Any], dtype: str) -> bytes:
-    return np.ascontiguousarray(values + 0, dtype=dtype).tobytes()  # -0.0 + 0 is 0.0
+def _bytes(values: npt.NDArray[Any], dtype: str) -> memoryview:
+    return np.ascontiguousarray(values + 0, dtype=dtype).reshape(-1).data  # -0.0 + 0 is 0.0
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
