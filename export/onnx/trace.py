@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kilodelta.errors import ExportError, require
+from kilodelta.export.onnx.translations import translations
 from kilodelta.models import Batch
 from kilodelta.models.quiet import quiet
 
@@ -86,6 +87,7 @@ def _export(
             dynamo=True,
             optimize=False,
             verbose=False,
+            custom_translation_table=translations(),
         )
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(

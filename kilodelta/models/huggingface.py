@@ -179,7 +179,9 @@ def _kind(module: Any) -> Kind:
         return "any"
     if main == "input_ids" and modalities == ("text",):
         return "text"
-    return "image" if main == "pixel_values" and modalities == ("image",) else "any"
+    has_frames = hasattr(module.config, "num_frames")  # some models of videos call them images
+    is_image = main == "pixel_values" and modalities == ("image",) and not has_frames
+    return "image" if is_image else "any"
 
 
 def _has_decoder_inputs(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from kilodelta.errors import InputError
 from kilodelta.export.manifest.facts import Profile
 from kilodelta.progress import Event
 from kilodelta.verify.parity import plan
+from kilodelta.verify.parity.cases import cases
 from kilodelta.verify.parity.plan import BYTES
 from kilodelta.verify.parity.traits import Trial, longest
 
@@ -106,6 +107,37 @@ def test_what_does_not_fit_at_all_is_refused() -> None:
 def test_a_model_that_cannot_compute_the_smallest_shape_says_so() -> None:
     with pytest.raises(InputError, match=r"cannot compute input_ids int64 \(1, 64\)"):
         planned(Decoder(positions=62), profile((1, 64), (8, 64), (32, 64)))
+
+
+class Places(Decoder):
+    """Takes rows with two places for pictures alone, as a vision-language model does."""
+
+    PLACE = WORDS - 1
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        if int((input_ids == self.PLACE).sum()) != 2 * len(input_ids):
+            raise ValueError("image features and image tokens do not match")
+        return super().forward(input_ids, attention_mask)
+
+
+def test_rows_that_cannot_be_cut_are_compared_whole() -> None:
+    given = batch()
+    given["input_ids"] = np.minimum(given["input_ids"], Places.PLACE - 1)
+    given["input_ids"][:, 1:3] = Places.PLACE
+    given["attention_mask"][1, 7:] = 0
+    chosen = plan.plan(Places().eval(), ["logits"], given, USUAL, limit=1 << 40)
+    assert chosen.whole
+    assert [shape for shape in chosen.profile["input_ids"]] == [(1, 10), (8, 10), (32, 10)]
+    assert chosen.notes[0].startswith("compared at the inputs' own lengths alone: ")
+    assert "do not match" in chosen.notes[0]
+    for case in cases(given, chosen.profile, whole=True):
+        rows = np.arange(len(case.batch["input_ids"])) % 2
+        assert all((case.batch[name] == array[rows]).all() for name, array in given.items())
+    # The only length that fits: a row is padded nowhere else than in the inputs.
+    assert plan.plan(Places().eval(), ["logits"], given, profile((2, 10), (2, 11), (2, 11))).whole
+    # What no shape of the profile has is refused as before.
+    with pytest.raises(InputError, match="do not match"):
+        plan.plan(Places().eval(), ["logits"], given, profile((1, 1), (2, 4), (4, 9)))
 
 
 def test_both_limits_are_told() -> None:

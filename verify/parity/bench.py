@@ -247,7 +247,8 @@ class Bench:
                 cases=cases(
                     self._batch,
                     chosen.profile,
-                    left=Trial(view, names, self._batch).reads_left_to_right(),
+                    left=not chosen.whole and Trial(view, names, self._batch).reads_left_to_right(),
+                    whole=chosen.whole,
                 ),
                 device=self._device,
                 rows=chosen.rows,

@@ -56,7 +56,11 @@ _PLAN: tuple[tuple[str, int, Padding], ...] = (
 
 
 def cases(
-    batch: Batch, profile: Mapping[str, Sequence[tuple[int, ...]]], *, left: bool = False
+    batch: Batch,
+    profile: Mapping[str, Sequence[tuple[int, ...]]],
+    *,
+    left: bool = False,
+    whole: bool = False,
 ) -> tuple[Case, ...]:
     """Return the cases of a profile; those that would be equal come once.
 
@@ -64,11 +68,14 @@ def cases(
         batch: real inputs by name.
         profile: by input its smallest, usual and largest shape.
         left: the model is a decoder, so add the left-padded case.
+        whole: rows stay as they are, without another padding than their own.
     """
     chosen: dict[object, Case] = {}
     for name, point, padding in _PLAN:
         shapes = {key: tuple(points[point]) for key, points in profile.items()}
         padded: Padding = padding if MASK in shapes and shapes[MASK][1] > 1 else "none"
+        if whole:
+            padded = "own"
         if padding == "left" and not (left and padded == "left"):
             continue
         key = (tuple(shapes.values()), padded)

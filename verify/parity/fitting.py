@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kilodelta.verify.runners.runner import Arrays, Batch
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
-Padding: TypeAlias = Literal["none", "right", "left"]
+Padding: TypeAlias = Literal["none", "right", "left", "own"]
 
 MASK = "attention_mask"
 """The input (rows, tokens) that is 1 where a token counts and 0 at padding."""
@@ -32,7 +32,8 @@ def fit(batch: Batch, shapes: Shapes, *, padding: Padding) -> Arrays:
         shapes: the wanted shape of each input, rows first.
         padding: which positions the mask leaves out. With "none" every position holds a token that
             counts. Otherwise rows are padded as far as they are short, and at least one row is;
-            padded positions hold other tokens, so that a model which ignores the mask is off.
+            padded positions hold other tokens, so that a model which ignores the mask is off. "own"
+            keeps every row as it is: only rows are repeated, and other axes stay.
 
     Example:
         >>> ids = np.array([[5, 6, 7, 0], [8, 9, 0, 0]])
@@ -41,6 +42,11 @@ def fit(batch: Batch, shapes: Shapes, *, padding: Padding) -> Arrays:
         >>> found["attention_mask"].tolist()
         [[1, 1, 1], [0, 1, 1]]
     """
+    if padding == "own":
+        return {
+            name: batch[name][np.arange(shape[0]) % len(batch[name])]
+            for name, shape in shapes.items()
+        }
     arrays = {name: batch[name] for name in shapes}
     if MASK not in arrays:
         return {name: _resized(array, shapes[name]) for name, array in arrays.items()}

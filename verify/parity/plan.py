@@ -17,7 +17,7 @@ from kilodelta import memory
 from kilodelta.errors import InputError
 from kilodelta.export.manifest.facts import Profile, Shape
 from kilodelta.progress import Event, Progress, silent
-from kilodelta.verify.parity.fitting import Shapes
+from kilodelta.verify.parity.fitting import MASK, Shapes
 from kilodelta.verify.parity.traits import Cost, Trial, longest
 from kilodelta.verify.runners import blockwise
 from kilodelta.verify.runners.runner import Batch
@@ -32,6 +32,8 @@ MOST = 2 << 30
 50,000. More rows are the same computation on other words, and minutes of float64."""
 PASS_ELEMENTS, PASS_SECONDS = 1 << 24, 5.0
 """Of one pass of the reference: beyond these, rows are computed a few at a time."""
+_BRIEF = 8
+"""Steps from the smallest shapes: enough to try what does not depend on the length."""
 WIDE = 2.5
 """How many times as long float64 takes as float32, at least."""
 
@@ -46,6 +48,7 @@ class ParityPlan:
         nbytes: memory for the outputs of the largest case.
         seconds: torch's time for the reference, estimated from one row.
         notes: sentences about shapes that were cut.
+        whole: rows have to stay as they are, neither cut nor padded: the model refuses others.
     """
 
     profile: Profile
@@ -53,6 +56,7 @@ class ParityPlan:
     nbytes: int
     seconds: float
     notes: tuple[str, ...]
+    whole: bool
 
 
 def plan(
@@ -118,6 +122,7 @@ class _Planner:
         limit: int,
     ) -> None:
         self._trial = Trial(module, outputs, batch)
+        self._batch = batch
         self._profile, self._limit = profile, limit
         self._costs: dict[int, Cost] = {}
         self._last = self._steps(2)
@@ -125,8 +130,9 @@ class _Planner:
         self._notes: list[str] = []
 
     def plan(self) -> ParityPlan:
+        if not (self._computes(0) and self._takes_padding()):
+            self._keep_rows()
         usual = self._steps(1)
-        self._cost(0)
         top = self._longest(usual, self._last)
         usual = min(usual, top)
         rows = {point: self._rows(point, step) for point, step in ((1, usual), (2, top))}
@@ -151,7 +157,53 @@ class _Planner:
             nbytes=self._nbytes(self._cost(top).elements) * rows[2] // self._least,
             seconds=(2 * WIDE + 1) * seconds,
             notes=tuple(self._notes),
+            whole=self._trial.padding == "own",
         )
+
+    def _takes_padding(self) -> bool:
+        """Return whether the model computes rows that are padded, if it knows padding."""
+        step = min(self._steps(1), _BRIEF)
+        if MASK not in self._profile:
+            return True
+        if not self._computes(step):
+            step = 0
+        if self._at(step)[MASK][1] < 2:
+            return True
+        self._trial.padding = "right"
+        try:
+            self._trial.cost(self._at(step))
+        except InputError as error:
+            self._reason = error.what
+            return False
+        finally:
+            self._trial.padding = "none"
+        return True
+
+    def _keep_rows(self) -> None:
+        """Let the number of rows alone vary: shorter rows are no inputs of this model.
+
+        A vision-language model wants as many places for a picture in the text as the picture has
+        patches, so that a text cannot be cut.
+
+        Raises:
+            InputError: the model cannot compute whole rows either, or the profile has none.
+        """
+        own = {name: self._batch[name].shape[1:] for name in self._profile}
+        inside = all(
+            low <= size <= high
+            for name, (least, _, most) in self._profile.items()
+            for low, size, high in zip(least[1:], own[name], most[1:], strict=True)
+        )
+        if not inside:
+            self._cost(0)
+        self._profile = {
+            name: tuple((point[0], *own[name]) for point in points)
+            for name, points in self._profile.items()
+        }
+        self._trial.padding, reason = "own", self._reason
+        self._last = self._steps(2)
+        self._cost(0)
+        self._notes.append(f"compared at the inputs' own lengths alone: {reason}")
 
     @property
     def _least(self) -> int:
@@ -255,7 +307,7 @@ class _Planner:
         cost = self._cost(step)
         each, seconds = cost.elements / self._least, WIDE * self._seconds(step)
         rows = int(max(1, min(PASS_ELEMENTS / max(each, 1), PASS_SECONDS / max(seconds, 1e-9))))
-        if rows >= most or not self._trial.rows_are_independent(self._at(min(step, 8))):
+        if rows >= most or not self._trial.rows_are_independent(self._at(min(step, _BRIEF))):
             return None
         return rows
 

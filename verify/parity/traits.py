@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from kilodelta.errors import InputError
-from kilodelta.verify.parity.fitting import MASK, Shapes, fit
+from kilodelta.verify.parity.fitting import MASK, Padding, Shapes, fit
 from kilodelta.verify.runners.runner import Batch
 from kilodelta.verify.runners.torch_runner import TorchRunner
 
@@ -47,11 +47,15 @@ class Trial:
     """A model and real inputs to try it on, in float32 on a CPU.
 
     On a GPU an index beyond a position table would end the process's CUDA context.
+
+    Attributes:
+        padding: how inputs are brought to a shape, as `fit` takes it.
     """
 
     def __init__(self, module: torch.nn.Module, outputs: Sequence[str], batch: Batch) -> None:
         self._runner = TorchRunner(module, outputs, precision="float32", device="cpu")
         self._batch = batch
+        self.padding: Padding = "none"
 
     def cost(self, shapes: Shapes) -> Cost:
         """Compute a batch of these shapes.
@@ -59,7 +63,7 @@ class Trial:
         Raises:
             InputError: the model cannot compute it.
         """
-        inputs = fit(self._batch, shapes, padding="none")
+        inputs = fit(self._batch, shapes, padding=self.padding)
         began = time.perf_counter()
         outputs = self._runner.run(inputs)
         seconds = time.perf_counter() - began
@@ -82,7 +86,7 @@ class Trial:
             shapes: by input; two rows of them are computed.
         """
         two = {name: (2, *shape[1:]) for name, shape in shapes.items()}
-        inputs = fit(self._batch, two, padding="none")
+        inputs = fit(self._batch, two, padding=self.padding)
         try:
             together = self._runner.run(inputs)
             apart = [

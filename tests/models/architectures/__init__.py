@@ -8,7 +8,15 @@ are as small as the architecture allows, never square where that could hide a tr
 
 from __future__ import annotations
 
-from tests.models.architectures import decoders, encoders, modules, several, speech, vision
+from tests.models.architectures import (
+    decoders,
+    encoders,
+    modules,
+    multimodal,
+    several,
+    speech,
+    vision,
+)
 from tests.models.architectures.architecture import Architecture as Architecture
 from tests.models.architectures.architecture import Batch as Batch
 
@@ -18,5 +26,6 @@ TABLE: tuple[Architecture, ...] = (
     *vision.ROWS,
     *speech.ROWS,
     *several.ROWS,
+    *multimodal.ROWS,
     *modules.ROWS,
 )
