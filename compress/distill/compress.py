@@ -142,7 +142,7 @@ def compress(
         options = agree(lambda: for_processes(options, models["the base"], ranks, learns=learns))
         ranks = replace(ranks, in_step=learns and ranks.any(options.shard == "always"))
         floats, stored = stack.enter_context(float_copy(models["the base"], Path(out)))
-        options = agree(lambda: _for_base(options, stored, models["the base"], learns=learns))
+        options = agree(lambda: for_base(options, stored, models["the base"], learns=learns))
         job = agree(
             lambda: prepare(
                 floats,
@@ -170,7 +170,7 @@ def compress(
     return made
 
 
-def _for_base(
+def for_base(
     options: Options, stored: QuantisedModel | None, base: Path, *, learns: bool
 ) -> Options:
     """Settle what a base decides of the options: its name, and what `--for` may name."""

@@ -216,3 +216,20 @@ def test_what_makes_no_sense_is_refused_before_models_are_opened(tmp_path: Path)
         plan("nowhere", "nowhere", inputs="none.txt", curve="4KB", out=tmp_path / "file")
     with pytest.raises(InputError, match=r"none\.txt is no file"):
         plan("nowhere", "nowhere", inputs="none.txt")
+
+
+def test_a_plan_of_a_quantised_base_is_of_its_values(here: Path) -> None:
+    from kilodelta.grid.quantise import quantise_folder
+
+    def is_query(name: str) -> bool:
+        return name.endswith("query.weight")
+
+    quantise_folder(here / "base", here / "base-fp8", "fp8", is_query)
+    options = Options(steps=8, batch=8, method=Lora(rank=2), extras="none")
+    planned = plan("base-fp8", "tuned", inputs="texts.txt", options=options).estimate
+    floats = plan("base", "tuned", inputs="texts.txt", options=options).estimate
+    assert planned.weights_bytes == floats.weights_bytes
+    assert planned.coefficients == floats.coefficients
+    assert sorted(path.name for path in here.iterdir()) == [
+        "base", "base-fp8", "texts.txt", "tuned",
+    ]  # fmt: skip

@@ -387,3 +387,28 @@ def test_what_does_not_fit_is_refused_and_nothing_written(place: Path, tmp_path:
         export(base, tmp_path / "small.kd", out)
     assert "changes 0 of" in caught.value.what
     assert not out.exists()
+
+
+def test_codes_lie_in_external_data_and_in_a_repository(place: Path, tmp_path: Path) -> None:
+    given = {"external_data": True, "triton": tmp_path / "repository"}
+    done = export(place / "int4", place / "task.kd", tmp_path / "out", **given)
+    (graph,) = done.manifest.artefacts
+    assert [file.file for file in graph.files] == ["model.fp32.onnx", "model.fp32.onnx.data"]
+    served = next((tmp_path / "repository").rglob("model.onnx"))
+    written = open_quantised(tmp_path / "out" / "model.fp32.onnx").identity()
+    assert open_quantised(served).identity().weights == written.weights
+
+
+@pytest.mark.slow
+def test_a_graph_with_a_cache_holds_the_codes(tmp_path: Path) -> None:
+    base = pico.llama(tmp_path / "base")
+    quantise_folder(base, tmp_path / "fp8", "fp8", lambda name: name.endswith("proj.weight"))
+    save_file(tmp_path / "fp8", tmp_path / "task.kd")
+    export(tmp_path / "fp8", tmp_path / "task.kd", tmp_path / "out", kv_cache=True)
+    graph = tmp_path / "out" / "model.fp32.onnx"
+    assert operators(graph).count("DequantizeLinear") == 14
+    call("merge", tmp_path / "fp8", tmp_path / "task.kd", "-o", tmp_path / "merged")
+    merged = open_quantised(tmp_path / "merged")
+    for name in merged.stored:  # the operator cuts its blocks otherwise: each number counts
+        ours, theirs = open_quantised(graph).matrix(name), merged.matrix(name)
+        assert np.array_equal(ours.values(), theirs.values())

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kilodelta.compress.distill.compress import baselines_of, plan_of, schedule_of
+from kilodelta.compress.distill.compress import baselines_of, for_base, plan_of, schedule_of
 from kilodelta.compress.distill.job import prepare
 from kilodelta.compress.distill.options import Options, check
 from kilodelta.compress.distill.placement import on_threads
 from kilodelta.compress.distill.planning.curve import Curve, check_folder, draw_curve, parse_budgets
 from kilodelta.compress.distill.planning.estimate import Estimate, estimate_job
+from kilodelta.compress.distill.precisions.grids import Grids
+from kilodelta.compress.distill.precisions.opened import float_copy
 from kilodelta.compress.distill.processes.launch import require_alone
 from kilodelta.compress.distill.request import as_given, find_models, open_inputs
 from kilodelta.errors import InputError, require
@@ -110,9 +112,17 @@ def plan(
     source, labels = open_inputs(inputs, options)
     assert source is not None  # inputs are given
     models = find_models(base, tuned)
-    place = Path(out) / "plan.kd"
-    with on_threads(options.threads):
-        job = prepare(models["the base"], models["the tuned model"], place, options, learns=True)
+    place, given = Path(out) / "plan.kd", models["the base"]
+    with on_threads(options.threads), float_copy(given, Path(out)) as (floats, stored):
+        job = prepare(
+            floats,
+            models["the tuned model"],
+            place,
+            for_base(options, stored, given, learns=True),
+            learns=True,
+            quantised=stored,
+        )
+        Grids(job).check()
         estimate = estimate_job(
             job, source, plan_of(job, labels), schedule_of(job), progress, processes
         )
