@@ -90,7 +90,7 @@ def plain(loaded: Any, path: Path) -> None:
 
     shown = example(loaded)
     axes = vary(loaded, shown, {}).axes()
-    module = Positional(loaded.view(), tuple(shown)).eval()
+    module = Positional(loaded.view(), tuple(shown), axes).eval()
     with quiet():
         program = torch.onnx.export(
             module,

@@ -34,16 +34,33 @@ class Trace:
 class Positional(nn.Module):
     """A view with positional inputs and a tuple of outputs, as exporters want it."""
 
-    def __init__(self, view: nn.Module, inputs: tuple[str, ...]) -> None:
+    def __init__(
+        self, view: nn.Module, inputs: tuple[str, ...], axes: Mapping[str, Mapping[int, str]]
+    ) -> None:
         super().__init__()
         self.view, self.inputs = view, inputs
+        self.axes = [axes[name] for name in inputs]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Compute the outputs, each a separate tensor."""
+        self._unite(tensors)
         named = self.view(**dict(zip(self.inputs, tensors, strict=True)))
         # One tensor under two names, or an input or weight that is passed on, would otherwise be
         # one value of the graph, whose last name alone stays.
         return tuple(tensor.clone() for tensor in named.values())
+
+    def _unite(self, tensors: tuple[Tensor, ...]) -> None:
+        """Say at once that axes of one name have one size.
+
+        torch gives every axis of every input a symbol. It would learn of their equality layer by
+        layer, and reason about all of them meanwhile, which takes longer with every cache input.
+        """
+        sizes: dict[str, int] = {}
+        for tensor, names in zip(tensors, self.axes, strict=True):
+            for index, name in names.items():
+                size = tensor.shape[index]
+                is_same = sizes.setdefault(name, size) == size
+                torch._check(is_same)  # type: ignore[no-untyped-call]
 
 
 def trace(view: nn.Module, batch: Batch, axes: Mapping[str, Mapping[int, str]]) -> Trace:
@@ -63,7 +80,7 @@ def trace(view: nn.Module, batch: Batch, axes: Mapping[str, Mapping[int, str]]) 
     shown = {name: tensor.clone() for name, tensor in batch.items()}
     with torch.inference_mode(False), torch.no_grad(), quiet():
         names = list(view(**shown))
-        program = _export(Positional(view, tuple(shown)), shown, axes, names)
+        program = _export(Positional(view, tuple(shown), axes), shown, axes, names)
     exported = program.exported_program
     assert exported is not None  # `_export` has seen to it
     prefix = "view.module."

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kilodelta.errors import ExportError, InputError
 from kilodelta.export.manifest.facts import Sizes
 from kilodelta.export.onnx.axes import LONGEST, vary
+from kilodelta.export.onnx.trace import Positional
 from kilodelta.models import LoadedModel, outputs
 
 Sized = Mapping[str, Sizes]
@@ -309,3 +310,15 @@ def test_a_graph_that_was_not_tried_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(make, "can_try", lambda dtype: False)
     template, _ = template_of(Features(), {"x": torch.randn(2, 4)})
     assert template.notes[0].startswith("float32 was not run at other sizes")
+
+
+def test_axes_of_one_name_are_declared_to_have_one_size() -> None:
+    class Sum(torch.nn.Module):
+        def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"y": batch["a"].sum() + batch["b"].sum()}
+
+    axes = {"a": {0: "batch"}, "b": {0: "batch", 1: "width"}}
+    view = Positional(Sum(), ("a", "b"), axes)
+    assert view(torch.ones(2), torch.ones(2, 3))[0] == 8
+    with pytest.raises(RuntimeError):
+        view(torch.ones(2), torch.ones(3, 3))
