@@ -173,7 +173,14 @@ def compress(
 def for_base(
     options: Options, stored: QuantisedModel | None, base: Path, *, learns: bool
 ) -> Options:
-    """Settle what a base decides of the options: its name, and what `--for` may name."""
+    """Settle what a base decides of the options: its name, and what `--for` may name.
+
+    Args:
+        options: as they were given.
+        stored: the quantised base; None of a float one.
+        base: where it lies.
+        learns: whether a training is to follow.
+    """
     kinds = None if stored is None else kinds_of(stored)
     precisions = settled(options.precisions, kinds, base) if learns else ()
     # A copy of a quantised base's values lies in a folder of another name.

@@ -242,6 +242,12 @@ def require_base_tensor(stored: Identity, place: str, digest: str) -> None:
 def require_same(name: str, layout: Layout, written: Codes, new: Codes) -> None:
     """Check that codes which were packed decode to themselves.
 
+    Args:
+        name: the weight's, for the error.
+        layout: of the weight.
+        written: what was packed decodes to.
+        new: what was packed.
+
     Raises:
         ProofError: they do not.
     """

@@ -101,7 +101,14 @@ def fill_ratios(steps, row, scale, groups, width, start, out):  # type: ignore[n
 
 @kernel
 def fill_zeros(zeros, row, groups, width, start, out):  # type: ignore[no-untyped-def]
-    """Repeat a row's zero points for each column of a tile; arguments are as `fill_ratios`'."""
+    """Repeat a row's zero points for each column of a tile.
+
+    Args:
+        zeros: of each block, int.
+        row: of `zeros`.
+        groups, width, start: as for `fill_ratios`.
+        out: gets one zero point per column of the tile.
+    """
     j = 0
     while j < out.size:
         g = groups[j]

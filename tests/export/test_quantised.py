@@ -390,8 +390,8 @@ def test_what_does_not_fit_is_refused_and_nothing_written(place: Path, tmp_path:
 
 
 def test_codes_lie_in_external_data_and_in_a_repository(place: Path, tmp_path: Path) -> None:
-    given = {"external_data": True, "triton": tmp_path / "repository"}
-    done = export(place / "int4", place / "task.kd", tmp_path / "out", **given)
+    base, repository = place / "int4", tmp_path / "repository"
+    done = export(base, place / "task.kd", tmp_path / "out", external_data=True, triton=repository)
     (graph,) = done.manifest.artefacts
     assert [file.file for file in graph.files] == ["model.fp32.onnx", "model.fp32.onnx.data"]
     served = next((tmp_path / "repository").rglob("model.onnx"))
