@@ -92,3 +92,22 @@ def test_what_needs_a_folder_says_so(
     if suffix == ".onnx":  # the other is damaged besides, which some say first
         assert fix in done.output
     assert not (here / "out.kd").exists()
+
+
+def test_a_graph_with_two_copies_of_a_weight_is_not_merged_by_halves(here: Path) -> None:
+    import onnx
+
+    model = onnx.load(here / "base.onnx")
+    (node,) = model.graph.node
+    second = onnx.NodeProto.FromString(node.SerializeToString())
+    second.input[1], second.output[0] = "w.weight_quantized", "again"
+    codes = next(t for t in model.graph.initializer if t.name == node.input[1])
+    copy = onnx.TensorProto.FromString(codes.SerializeToString())
+    copy.name = "w.weight_quantized"
+    model.graph.initializer.append(copy)
+    model.graph.node.append(second)
+    onnx.save(model, here / "two.onnx")
+    done = call("merge", here / "two.onnx", here / "f.kd", "-o", here / "merged.onnx")
+    assert done.exit_code == 9, done.output
+    assert "holds w.weight in 2 copies" in done.output
+    assert not (here / "merged.onnx").exists()
