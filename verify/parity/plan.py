@@ -197,8 +197,12 @@ class _Planner:
         if not inside:
             self._cost(0)
         self._profile = {
-            name: tuple((point[0], *own[name]) for point in points)
-            for name, points in self._profile.items()
+            name: (
+                (least[0], *own[name]),
+                (usual[0], *own[name]),
+                (most[0], *own[name]),
+            )
+            for name, (least, usual, most) in self._profile.items()
         }
         self._trial.padding, reason = "own", self._reason
         self._last = self._steps(2)
