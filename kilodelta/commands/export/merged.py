@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,11 @@ from kilodelta.commands.common import (
     with_dry_run,
     with_progress,
 )
+from kilodelta.commands.export.ports import describe_ports
 from kilodelta.errors import InputError, require
 
 if TYPE_CHECKING:
-    from kilodelta.export.manifest.facts import Artefact, Port
+    from kilodelta.export.manifest.facts import Artefact
     from kilodelta.export.merge.checkpoint import Merged
     from kilodelta.export.pipeline import Exported
 
@@ -222,7 +223,7 @@ def _show_export(done: Exported) -> None:
     terminal.print_table(str(done.path), columns, rows, right=(2, 3))
     graphs = {artefact.inputs: artefact for artefact in reversed(done.manifest.artefacts)}
     facts = [
-        (f"{kind}{f' of {one.file}' if len(graphs) > 1 else ''}", _ports(ports))
+        (f"{kind}{f' of {one.file}' if len(graphs) > 1 else ''}", describe_ports(ports))
         for one in reversed(graphs.values())
         for kind, ports in (("inputs", one.inputs), ("outputs", one.outputs))
     ]
@@ -237,10 +238,6 @@ def _show_export(done: Exported) -> None:
         facts.append((f"Triton, {done.triton.path}", models))
         facts += [("not for Triton", reason) for reason in done.triton.left_out]
     terminal.print_facts(facts)
-
-
-def _ports(ports: Sequence[Port]) -> str:
-    return ", ".join(f"{port.name} [{', '.join(map(str, port.shape))}]" for port in ports)
 
 
 def _made_for(artefact: Artefact) -> str:
