@@ -1,10 +1,11 @@
-"""What kilobytes keep of a fine-tune of a real model: DINOv2 ViT-S/14 on a few images.
+"""What kilobytes keep of a fine-tune of a real model: DINOv2 on a few images, Whisper on a voice.
 
     python benchmarks/models.py --bases DIR --data DIR [--work DIR] [--json FILE] [--minutes N]
-        [--tasks vision-16 vision-4 vision-1] [--seeds 0 1] [--cells base teacher ..]
+        [--tasks vision-16 vision-4 vision-1 speech] [--seeds 0 1] [--cells base teacher ..]
 
-`--bases` holds the folder `dinov2` that the converter beside this file writes; `--data` holds the
-data set. For each task and seed, all in one run:
+`--bases` holds the folders `dinov2` and `whisper` that the converters beside this file write;
+`--data` holds the data sets. `speech` needs espeakng-loader as well. For each task and seed, all in
+one run:
 
 - the base, and a full fine-tune of it on labelled examples (the teacher);
 - the `.kd` file of the task's budget, which `compress` makes from the teacher and inputs alone;
@@ -29,6 +30,7 @@ from typing import Any, Protocol
 import torch
 from fidelity_svd import merge_svd
 from machine import describe
+from tasks.speech import Speech
 from tasks.vision import Vision
 from torch import Tensor, nn
 
@@ -41,6 +43,7 @@ TASKS: Mapping[str, Callable[..., Task]] = {
     "vision-16": lambda **given: Vision(shots=16, **given),
     "vision-4": lambda **given: Vision(shots=4, **given),
     "vision-1": lambda **given: Vision(shots=1, **given),
+    "speech": Speech,
 }
 
 
@@ -78,7 +81,9 @@ class Task(Protocol):
 def main() -> None:
     """Compute the cells that are missing, and print one table for each task."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--bases", type=Path, default=Path(), help="folder that holds dinov2")
+    parser.add_argument(
+        "--bases", type=Path, default=Path(), help="folder that holds dinov2, whisper"
+    )
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the data sets")
     parser.add_argument("--work", type=Path, default=Path("models"), help="teachers and files")
     parser.add_argument("--json", type=Path, help="write all figures here")

