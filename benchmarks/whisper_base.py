@@ -24,6 +24,7 @@ import json
 import struct
 import wave
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -211,10 +212,12 @@ def write_tokenizer(file: Path, out: Path) -> Any:
     return tokenizer
 
 
-def speak(
-    out: Path, voice: str, sentences: Sequence[str] = SENTENCES, words_a_minute: int = 175
-) -> None:
-    """Write every sentence as 16-bit sound, and a list of sounds and texts beside the folder."""
+@cache
+def _espeak() -> tuple[Any, int, bytearray]:
+    """Start eSpeak NG: its library, samples a second, and where the 16-bit samples arrive.
+
+    Once in a process: a second `espeak_Initialize` waits for ever.
+    """
     package: Any = importlib.import_module("espeakng_loader")
     library = ctypes.CDLL(package.get_library_path())
     data = str(Path(package.get_data_path()).parent)
@@ -227,8 +230,16 @@ def speak(
         return 0
 
     kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
-    callback = kind(hear)
-    library.espeak_SetSynthCallback(callback)
+    library.kept = kind(hear)  # eSpeak NG calls it as long as the process lives
+    library.espeak_SetSynthCallback(library.kept)
+    return library, rate, heard
+
+
+def speak(
+    out: Path, voice: str, sentences: Sequence[str] = SENTENCES, words_a_minute: int = 175
+) -> None:
+    """Write every sentence as 16-bit sound, and a list of sounds and texts beside the folder."""
+    library, rate, heard = _espeak()
     if library.espeak_SetVoiceByName(voice.encode()):
         raise SystemExit(f"eSpeak NG has no voice {voice}")
     library.espeak_SetParameter(ESPEAK_RATE, words_a_minute, 0)
