@@ -219,7 +219,7 @@ def _espeak() -> tuple[Any, int, bytearray]:
     Once in a process: a second `espeak_Initialize` waits for ever.
     """
     package: Any = importlib.import_module("espeakng_loader")
-    library = ctypes.CDLL(package.get_library_path())
+    library: Any = ctypes.CDLL(package.get_library_path())
     data = str(Path(package.get_data_path()).parent)
     rate = library.espeak_Initialize(1, 0, data.encode(), 0)
     heard = bytearray()

@@ -29,7 +29,7 @@ VOICE, SPEED = "en-gb-scotland", 200
 SECONDS = 4
 POSITIONS = 50 * SECONDS
 TRAINS, TESTS = 240, 60
-BATCH, EPOCHS = 8, 3
+BATCH, EPOCHS = 8, 2
 RATE = 16_000
 START = 4
 """Tokens before a text: its beginning, English, transcribe, no time stamps."""
@@ -44,7 +44,7 @@ class Speech:
     steps = EPOCHS * TRAINS // BATCH
     rate, lora_rate = 2e-5, 1e-3
     options: Mapping[str, Any] = MappingProxyType(
-        {"steps": 120, "batch": BATCH, "held_out": 24, "rate": 3e-3}
+        {"steps": 100, "batch": BATCH, "held_out": 24, "rate": 3e-3}
     )
 
     def __init__(self, *, bases: Path, data: Path, place: Path, seed: int) -> None:
@@ -112,7 +112,8 @@ class Speech:
         written = []
         for part in torch.split(features, 15):
             encoded = model.get_encoder()(part)
-            ids, new, past = [], torch.tensor([begin] * len(part)), None
+            ids: list[Tensor] = []
+            new, past = torch.tensor([begin] * len(part)), None
             is_over = torch.zeros(len(part), dtype=torch.bool)
             while len(ids) < LONGEST and not is_over.all():
                 made = model(
@@ -153,7 +154,7 @@ class Speech:
         model = WhisperForConditionalGeneration.from_pretrained(self.whisper)
         encoder = model.get_encoder()
         table = encoder.embed_positions.weight[:POSITIONS].detach().clone()
-        encoder.embed_positions = nn.Embedding.from_pretrained(table)
+        encoder.embed_positions = nn.Embedding(*table.shape, _weight=table)
         model.config.max_source_positions = encoder.max_source_positions = POSITIONS
         model.save_pretrained(out)
         self._tokenizer().save_pretrained(out)

@@ -327,7 +327,7 @@ def test_sounds_that_cannot_be_heard(hearing: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is 1\.5 s long, and the model hears 1 s"):
         read_inputs(tmp_path / "long.wav", hearing)
     (tmp_path / "text.wav").write_text("no sound")
-    with pytest.raises(InputError, match=r"text\.wav is no sound that can be read"):
+    with pytest.raises(InputError, match=r"text\.wav is no sound that can be read: Format"):
         read_inputs(tmp_path / "text.wav", hearing)
 
 

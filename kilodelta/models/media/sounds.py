@@ -48,7 +48,8 @@ def read_sound(path: Path, rate: int, place: str) -> NDArray[np.float32]:
         raise
     except Exception as error:  # soundfile's errors share no base with what reading may raise
         raise InputError(
-            f"{place}: {path.name} is no sound that can be read: {error}",
+            f"{place}: {path.name} is no sound that can be read: "
+            f"{getattr(error, 'error_string', error)}",  # without the file as Python prints it
             fix="save it again as WAV or FLAC, or remove it",
         ) from None
     if not len(samples):
