@@ -12,7 +12,7 @@ from dataclasses import replace
 from kilodelta.compress.distill import svd
 from kilodelta.compress.distill.job import Job, as_dtype
 from kilodelta.compress.distill.learn.data import Data
-from kilodelta.compress.distill.learn.late_head import LateTopClasses, find_head, late
+from kilodelta.compress.distill.learn.late_head import LOGITS, LateTopClasses, find_head, late
 from kilodelta.compress.training import train
 from kilodelta.compress.training.conversion import quantised
 from kilodelta.format.delta import Delta
@@ -97,5 +97,9 @@ def late_logits(job: Job, student: LoadedModel, data: Data) -> Iterator[Data]:
         yield data
         return
     with late(head):
-        objective = replace(data.objective, comparisons=[LateTopClasses(head)])
-        yield replace(data, objective=objective)
+        plain = data.objective
+        comparisons = [
+            LateTopClasses(head) if output.name == LOGITS else comparison
+            for output, comparison in zip(plain.outputs, plain.comparisons, strict=True)
+        ]
+        yield replace(data, objective=replace(plain, comparisons=comparisons))

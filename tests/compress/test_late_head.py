@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("transformers")
@@ -24,7 +27,7 @@ from kilodelta.compress.distill.teacher import ask as asking
 from kilodelta.compress.distill.teacher.top_k import shorten
 from kilodelta.models import open_model
 from kilodelta.models.loaded import LoadedModel
-from tests.support import pico
+from tests.support import pico, seq2seq
 
 
 @pytest.mark.parametrize("cells", [1, 90, 1 << 20])
@@ -102,14 +105,33 @@ def test_a_head_is_itself_again_whatever_happens() -> None:
     assert head(torch.ones(1, 2)).shape == (1, 3)
 
 
-def test_a_decoder_learns_the_same_with_late_logits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = pico.llama(tmp_path / "base")
-    tuned = pico.tuned(base, tmp_path / "tuned", size=0.2)
+def llama(place: Path) -> tuple[Path, Path]:
+    """A decoder, and texts of several lengths."""
     some = pico.WORDS.split()
     lines = [" ".join(some[(i * j) % len(some)] for j in range(1, 4 + i % 5)) for i in range(48)]
-    (tmp_path / "texts.txt").write_text("\n".join(lines) + "\n")
+    (place / "texts.txt").write_text("\n".join(lines) + "\n")
+    return pico.llama(place / "base"), place / "texts.txt"
+
+
+def whisper(place: Path) -> tuple[Path, Path]:
+    """A model whose encoder puts out states beside the decoder's logits, and its inputs."""
+    base = seq2seq.whisper(place / "base")
+    config = json.loads((base / "config.json").read_text())
+    draws, frames = np.random.default_rng(0), 2 * config["max_source_positions"]
+    np.savez(
+        place / "calls.npz",
+        input_features=draws.normal(size=(48, config["num_mel_bins"], frames)).astype(np.float32),
+        decoder_input_ids=draws.integers(4, config["vocab_size"], (48, 6)),
+    )
+    return base, place / "calls.npz"
+
+
+@pytest.mark.parametrize("make", [llama, whisper])
+def test_a_model_learns_the_same_with_late_logits(
+    make: Callable[[Path], tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, inputs = make(tmp_path)
+    tuned = pico.tuned(base, tmp_path / "tuned", size=0.2)
     for name, value in (("ROOM", 100), ("TOP_K", 8)):  # as a large vocabulary would be
         monkeypatch.setattr(asking, name, value)
     used: list[Any] = []
@@ -120,10 +142,10 @@ def test_a_decoder_learns_the_same_with_late_logits(
 
     monkeypatch.setattr(students, "find_head", taken)
     options = Options(steps=12, batch=8, budget=4000)
-    short = compress(base, tuned, tmp_path / "a.kd", inputs=tmp_path / "texts.txt", options=options)
+    short = compress(base, tuned, tmp_path / "a.kd", inputs=inputs, options=options)
     assert isinstance(used[0], nn.Linear)
     monkeypatch.setattr(students, "find_head", lambda *given: None)
-    whole = compress(base, tuned, tmp_path / "b.kd", inputs=tmp_path / "texts.txt", options=options)
+    whole = compress(base, tuned, tmp_path / "b.kd", inputs=inputs, options=options)
     assert short.after is not None
     assert whole.after is not None
     assert short.before == whole.before

@@ -28,6 +28,8 @@ from kilodelta.compress.distill.learn.survey import Survey
 from kilodelta.compress.distill.teacher.top_k import kl_shortened
 from kilodelta.models import LoadedModel
 
+LOGITS = "logits"
+"""The output that is computed late; others (an encoder's states) are compared as ever."""
 CELLS = 1 << 23
 """Logits computed at a time: 32 MB in float32, and two to three tensors of that size."""
 
@@ -119,7 +121,7 @@ def find_head(
     """
     shortened = [output.name for output in survey.matched if output.kept]
     finder = getattr(loaded.module, "get_output_embeddings", None)
-    head = finder() if shortened == ["logits"] and callable(finder) else None
+    head = finder() if shortened == [LOGITS] and callable(finder) else None
     if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
         return None
     state = loaded.module.state_dict(keep_vars=True)
@@ -127,9 +129,9 @@ def find_head(
         return None
     batch = rows.batch([0])
     with torch.no_grad():
-        whole = run(loaded, batch)["logits"]
+        whole = run(loaded, batch)[LOGITS]
         with late(head):
-            hidden = run(loaded, batch)["logits"]
+            hidden = run(loaded, batch)[LOGITS]
         if hidden.shape[:-1] != whole.shape[:-1] or hidden.shape[-1] != head.in_features:
             return None
         return head if torch.equal(head(hidden), whole) else None
