@@ -67,6 +67,7 @@ QUANTISED = (
 )
 """In the order of the tables."""
 GUIDE = ROOT / "docs" / "quantised.md"
+BASES = ROOT / "docs" / "bases.md"
 
 
 @pytest.mark.parametrize(
@@ -93,8 +94,34 @@ def test_what_a_grid_keeps(page: Any, start: str, key: str, floats: str | None) 
     assert cells[1:] == shown
 
 
+SPEECH = result("models-speech-2026-11-29-epyc-busy")["tasks"]["speech"]["0"]
+
+
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        ("Whisper-base", "base"),
+        ("the full fine-tune, 60 steps of 8", "teacher"),
+        ("`--budget 50KB`", "kd"),
+        ("truncated SVD of its change, int4", "svd"),
+        ("LoRA r = 1 of PEFT, int8", "lora-r1-int8"),
+        ("LoRA r = 8 of PEFT, int8", "lora-r8-int8"),
+    ],
+)
+def test_what_is_heard(start: str, name: str) -> None:
+    points, low, high = SPEECH[name], SPEECH["base"]["score"], SPEECH["teacher"]["score"]
+    share = f"{100 * (points['score'] - low) / (high - low):.0f} %"
+    size = f"{points['bytes']:,}" if "bytes" in points else ""
+    rate = f"{points['word_error_rate']:.1f}"
+    cells = [cell.strip() for cell in row(BASES, start).strip("|").split("|")]
+    assert cells[1:] == [size, rate, "" if name == "base" else share]
+    if name == "kd":
+        assert f"{share} of the gain in 50 KB" in row(
+            README, "Whisper, T5 and other encoder-decoders"
+        )
+
+
 FEW = result("models-2026-11-29-epyc-busy")["tasks"]["vision-16"]["0"]
-BASES = ROOT / "docs" / "bases.md"
 
 
 @pytest.mark.parametrize(
