@@ -154,7 +154,7 @@ class Speech:
         model = WhisperForConditionalGeneration.from_pretrained(self.whisper)
         encoder = model.get_encoder()
         table = encoder.embed_positions.weight[:POSITIONS].detach().clone()
-        encoder.embed_positions = nn.Embedding.from_pretrained(table, freeze=False)
+        encoder.embed_positions = nn.Embedding(len(table), table.shape[1], _weight=table)
         model.config.max_source_positions = encoder.max_source_positions = POSITIONS
         model.save_pretrained(out)
         self._tokenizer().save_pretrained(out)
