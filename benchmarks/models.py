@@ -1,11 +1,11 @@
-"""What kilobytes keep of a fine-tune of a real model: DINOv2 on a few images, Whisper on a voice.
+"""What kilobytes keep of a fine-tune of a real model: DINOv2, Whisper and SmolLM2, a task each.
 
     python benchmarks/models.py --bases DIR --data DIR [--work DIR] [--json FILE] [--minutes N]
-        [--tasks vision-16 vision-4 vision-1 speech] [--seeds 0 1] [--cells base teacher ..]
+        [--tasks vision-16 vision-4 vision-1 speech decoder] [--seeds 0 1] [--cells base ..]
 
-`--bases` holds the folders `dinov2` and `whisper` that the converters beside this file write;
-`--data` holds the data sets. `speech` needs espeakng-loader as well. For each task and seed, all in
-one run:
+`--bases` holds the folders `dinov2`, `whisper` and `smollm2` that the converters beside this file
+write; `--data` holds the data sets. `speech` needs espeakng-loader as well. For each task and seed,
+all in one run:
 
 - the base, and a full fine-tune of it on labelled examples (the teacher);
 - the `.kd` file of the task's budget, which `compress` makes from the teacher and inputs alone;
@@ -30,6 +30,7 @@ from typing import Any, Protocol
 import torch
 from fidelity_svd import merge_svd
 from machine import describe
+from tasks.decoder import Decoder
 from tasks.speech import Speech
 from tasks.vision import Vision
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ TASKS: Mapping[str, Callable[..., Task]] = {
     "vision-4": lambda **given: Vision(shots=4, **given),
     "vision-1": lambda **given: Vision(shots=1, **given),
     "speech": Speech,
+    "decoder": Decoder,
 }
 
 
@@ -82,7 +84,7 @@ def main() -> None:
     """Compute the cells that are missing, and print one table for each task."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument(
-        "--bases", type=Path, default=Path(), help="folder that holds dinov2, whisper"
+        "--bases", type=Path, default=Path(), help="folder that holds dinov2, whisper, smollm2"
     )
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the data sets")
     parser.add_argument("--work", type=Path, default=Path("models"), help="teachers and files")
@@ -206,7 +208,14 @@ def _compress(task: Task, place: Path, seed: int) -> dict[str, Any]:
     file, merged = place / "kd.kd", place / "kd-merged"
     if not file.exists():
         options = Options(budget=task.budget, seed=seed, **task.options)
-        compress(task.base(), place / "teacher", file, inputs=task.inputs(), options=options)
+        compress(
+            task.base(),
+            place / "teacher",
+            file,
+            inputs=task.inputs(),
+            options=options,
+            resume=file.with_name(f"{file.name}.resume").exists(),  # stopped by a time limit
+        )
     shutil.rmtree(merged, ignore_errors=True)
     kilodelta.merge(task.base(), file, merged)
     figures = task.score(task.open(merged))

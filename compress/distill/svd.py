@@ -23,6 +23,7 @@ from kilodelta.format.methods import Lora, Method
 from kilodelta.format.quantise import Quantised
 from kilodelta.format.targets import Target
 from kilodelta.merging.build import quantise_target
+from kilodelta.merging.low_rank import truncated
 from kilodelta.models.weights import tensor
 from kilodelta.progress import Event, Progress
 
@@ -102,13 +103,9 @@ def factors(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         >>> (B @ A).round().tolist()
         [[0.0, 4.0], [0.0, 0.0]]
     """
-    kept = min(rank, *change.shape)
-    U, S, Vh = torch.linalg.svd(change, full_matrices=False)
-    root = S[:kept].sqrt()
-    left = torch.zeros(change.shape[0], rank)
-    right = torch.zeros(rank, change.shape[1])
-    left[:, :kept] = U[:, :kept] * root
-    right[:kept] = root[:, None] * Vh[:kept]
+    B, A = (torch.from_numpy(factor) for factor in truncated(change.numpy(), rank))
+    left, right = torch.zeros(change.shape[0], rank), torch.zeros(rank, change.shape[1])
+    left[:, : B.shape[1]], right[: A.shape[0]] = B, A
     return left, right
 
 

@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from kilodelta.errors import ExportError
 from kilodelta.exact.lowrank import product_error, product_norm
-from kilodelta.export.peft.svd import truncated
 from kilodelta.files.dtypes import FLOATS
 from kilodelta.format.delta import Delta
+from kilodelta.merging.low_rank import truncated
 
 Matrix = npt.NDArray[Any]
 
