@@ -11,6 +11,8 @@ all in one run:
 - the `.kd` file of the task's budget, which `compress` makes from the teacher and inputs alone;
 - PEFT LoRA of rank 1 and 8, trained as the teacher was, on the same labels, its factors then
   rounded to 8 bits;
+- NOLA and RandLoRA, trained as the teacher was, on the same labels, their coefficients rounded to 4
+  bits in the last fifth of the steps, saved and merged as a `.kd` file near the budget;
 - the truncated SVD of the teacher's change, of the same bytes as the `.kd` file.
 
 Every finished cell and every teacher is kept in the work folder. With `--minutes`, no cell is begun
@@ -36,10 +38,12 @@ from tasks.vision import Vision
 from torch import Tensor, nn
 
 import kilodelta
+from kilodelta import train as deltas
 from kilodelta.compress import Options, compress
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-CELLS = ("base", "teacher", "kd", "svd", "lora-r1-int8", "lora-r8-int8")
+TRAINED = ("nola-int4", "randlora-int4")
+CELLS = ("base", "teacher", "kd", "svd", *TRAINED, "lora-r1-int8", "lora-r8-int8")
 TASKS: Mapping[str, Callable[..., Task]] = {
     "vision-16": lambda **given: Vision(shots=16, **given),
     "vision-4": lambda **given: Vision(shots=4, **given),
@@ -142,6 +146,8 @@ def _cell(task: Task, place: Path, seed: int, name: str) -> dict[str, Any]:
         layers = set(task.layers(model))
         spent = merge_svd(model, task.open(teacher), task.budget, layers.__contains__)
         return {**task.score(model), "bytes": spent}
+    if name in TRAINED:
+        return _random_bases(task, place, seed, name)
     if name.startswith("lora-r"):
         return _lora(task, base, seed, rank=int(name.split("-")[1][1:]))
     return _compress(task, place, seed)
@@ -161,8 +167,13 @@ def train_teacher(task: Task, base: Path, out: Path, seed: int) -> None:
     unfinished.rename(out)
 
 
-def train(task: Task, model: nn.Module, rate: float) -> None:
-    """AdamW on what has gradients; a tenth of the steps warms up, then the rate falls to 0."""
+def train(
+    task: Task, model: nn.Module, rate: float, finish: Callable[[], object] = lambda: None
+) -> None:
+    """AdamW on what has gradients; a tenth of the steps warms up, then the rate falls to 0.
+
+    `finish` is called before the last fifth of the steps.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     warm, steps = max(1, task.steps // 10), task.steps
@@ -176,6 +187,8 @@ def train(task: Task, model: nn.Module, rate: float) -> None:
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         schedule.step()
+        if step + 1 == steps - steps // 5:
+            finish()
         if step % 10 == 9:
             seconds = time.monotonic() - began
             print(f"  step {step + 1} of {steps}: {loss.item():.3f}, {seconds:.0f} s", flush=True)
@@ -192,6 +205,42 @@ def _lora(task: Task, base: Path, seed: int, rank: int) -> dict[str, Any]:
     train(task, adapted, task.lora_rate)
     spent = sum(_round_to_int8(p) for n, p in adapted.named_parameters() if ".lora_" in n)
     return {**task.score(adapted.merge_and_unload().eval()), "bytes": spent}
+
+
+def _random_bases(task: Task, place: Path, seed: int, name: str) -> dict[str, Any]:
+    """Coefficients of random bases, trained on labels; the file's bytes, and its merge's figures.
+
+    Sources: Koohpayegani et al., NOLA, https://arxiv.org/abs/2310.02556; Albert et al., RandLoRA,
+    https://arxiv.org/abs/2502.00987.
+    """
+    torch.manual_seed(seed)
+    file, merged = place / f"{name}.kd", place / f"{name}-merged"
+    model = task.open(task.base())
+    targets = [f"{layer}.weight" for layer in task.layers(model)]
+    method = _of_budget(task.budget, [tuple(model.get_parameter(t).shape) for t in targets], name)
+    deltas.attach(model, method, targets, seed=seed)
+    train(task, model, method.rate, lambda: deltas.quantise(model, 4))
+    spent = deltas.save(model, file, base=task.base())
+    shutil.rmtree(merged, ignore_errors=True)
+    kilodelta.merge(task.base(), file, merged)
+    figures = task.score(task.open(merged))
+    shutil.rmtree(merged)
+    return {**figures, "bytes": spent, "method": repr(method)}
+
+
+def _of_budget(budget: int, shapes: list[tuple[int, ...]], name: str) -> Any:
+    """NOLA of rank 8, or RandLoRA of the least rank, with as many coefficients as fit into it.
+
+    A RandLoRA of full rank, its smallest, may still take more bytes than the budget.
+    """
+    coefficients = 2 * (budget - 2000)  # two in a byte, and 2 kB for the header
+    if name.startswith("nola"):
+        return deltas.Nola(rank=8, bases=coefficients // (2 * len(shapes)))
+    sides = [min(shape) for shape in shapes]
+    ranks = range(8, min(sides), 8)
+    sizes = (sum(side * (-(-side // rank)) + side for side in sides) for rank in ranks)
+    fitting = [rank for rank, size in zip(ranks, sizes, strict=True) if size <= coefficients]
+    return deltas.RandLora(rank=min(fitting, default=min(sides)))
 
 
 @torch.no_grad()
