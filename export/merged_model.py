@@ -70,7 +70,7 @@ def beside_weights(
         InputError: it is a single file.
     """
     changed = {
-        name: merged_tensor(delta, name, lambda plain: base.source.raw(plain).data)
+        name: merged_tensor(delta, name, lambda plain: base.plain_raw(plain).data)
         for name in changed_names(delta)
         if name not in base.stored
     }

@@ -24,7 +24,7 @@ from kilodelta.export.merged_model import merged_weights, open_merged
 from kilodelta.export.options import Options, listed, read_dtypes, read_sizes, short
 from kilodelta.export.out_folder import out_folder, require_out
 from kilodelta.export.precision import Maker
-from kilodelta.export.quantised.checks import check_quantised
+from kilodelta.export.quantised.checks import check_quantised, refuse_blocks
 from kilodelta.export.quantised.graph import settled
 from kilodelta.export.tensorrt.flavour import AUTO, choose
 from kilodelta.export.triton.repository import Repository, require_servable, write_repository
@@ -235,6 +235,8 @@ def _export(
         check_quantised(grid, tuned, options)
     checkpoint = Checkpoint.open(place)
     refuse_quantised(checkpoint, tuned.manifest)
+    if grid is None:
+        refuse_blocks(options.blocks, base)
     tuned = tuned.bind(checkpoint if grid is None else grid)
     require_out(out, force=options.force)
     files = ", ".join((*map(short, options.dtypes), *options.capabilities))

@@ -21,7 +21,7 @@ def refuse_foreign(path: Path, role: str) -> None:
     Raises:
         CheckpointError: naming the kind and what to give instead.
     """
-    kind = _kind(path)
+    kind = _kind(path, role)
     if kind is not None:
         fix = kind.fix
         if role == "BASE" and (path / "adapter_config.json").is_file():
@@ -29,13 +29,15 @@ def refuse_foreign(path: Path, role: str) -> None:
         raise CheckpointError(f"{role} {path} is {kind.what}", fix=fix)
 
 
-def _kind(path: Path) -> FileKind | None:
+def _kind(path: Path, role: str) -> FileKind | None:
     """Recognise a file or folder that holds no model; None where it may hold one."""
     if path.is_file():
         with path.open("rb") as file:
             head = file.read(512)
         if path.suffix.lower() == ".kd":
             return _DELTA  # it is a safetensors file as well, and would open as a tiny model
+        if role == "BASE" and path.suffix.lower() == ".gguf":
+            return None  # its values are distilled against
         # A header of 640 to 1,407 bytes begins like a pickle; the brace tells them apart.
         return None if head[8:9] == b"{" else kind_of_file(path, head)
     if not path.is_dir():

@@ -9,6 +9,7 @@ from typing import Any
 import numpy.typing as npt
 
 from kilodelta.errors import ExportError, require
+from kilodelta.grid.layouts.gguf_blocks import interleaved
 
 Matrix = npt.NDArray[Any]
 
@@ -97,14 +98,15 @@ class Naming:
         kind = name.split(".", 2)[2]
         if not self.architecture.rotated or kind not in self._heads:
             return B
-        out, rank = B.shape
+        out = B.shape[0]
         heads = self._heads[kind]
         if out % (2 * heads):
             raise ExportError(
                 f"{name} has {out} rows, which are not {heads} heads of an even width",
                 fix="config.json and weights are of different models",
             )
-        return B.reshape(heads, 2, out // heads // 2, rank).swapaxes(1, 2).reshape(out, rank)
+        ordered: Matrix = B[interleaved(out, heads)]
+        return ordered
 
 
 def _whole(config: Mapping[str, Any], *keys: str) -> int:

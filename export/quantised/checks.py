@@ -8,6 +8,7 @@ from kilodelta.errors import InputError
 from kilodelta.export.options import Options
 from kilodelta.export.quantised.constants import require_exact
 from kilodelta.export.quantised.engines import require_engine
+from kilodelta.export.quantised.graph import AUTO
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.grid.model import QuantisedModel
@@ -33,6 +34,24 @@ def check_quantised(base: QuantisedModel, delta: Delta, options: Options) -> Non
             fix="leave --refittable out",
         )
     require_grids(base, options.dtypes, options.capabilities)
+
+
+def refuse_blocks(blocks: str, base: object) -> None:
+    """Refuse operators for codes where the base has none.
+
+    Args:
+        blocks: what was asked for.
+        base: the float model, for the message.
+
+    Raises:
+        InputError: it is other than `auto`.
+    """
+    if blocks != AUTO:
+        raise InputError(
+            f"--blocks {blocks} chooses the operators for a quantised base's codes, and {base} is a"
+            " float model",
+            fix="leave --blocks out, or give the quantised model as BASE",
+        )
 
 
 def require_folder(base: QuantisedModel, what: str) -> None:

@@ -21,6 +21,7 @@ from kilodelta.format import container, cost
 from kilodelta.format.blob import Blob
 from kilodelta.format.fit import check_fit
 from kilodelta.format.form import Form
+from kilodelta.format.grid_names import named_for
 from kilodelta.format.manifest import Manifest
 from kilodelta.format.methods import Method
 from kilodelta.format.packing import Ints
@@ -109,7 +110,7 @@ class Delta:
                 more work than allowed.
         """
         if self.manifest.grid is not None:
-            return self.bind_to(_quantised(base).infos())
+            return self.bind_to(named_for(_quantised(base), self.manifest).infos())
         if isinstance(base, QuantisedModel):
             return self.bind_to(base.infos())
         checkpoint = Checkpoint.open(base)

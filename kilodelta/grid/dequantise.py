@@ -13,6 +13,8 @@ from kilodelta.files import safetensors, staging
 from kilodelta.files.checkpoint import SINGLE, Checkpoint, read_config
 from kilodelta.files.staging.sidecars import copy_sidecars
 from kilodelta.files.tensor import RawTensor
+from kilodelta.grid.gguf.configuration import describe
+from kilodelta.grid.gguf.file import GgufSource
 from kilodelta.grid.model import QuantisedModel
 from kilodelta.grid.open import CONFIG_FILES
 
@@ -35,7 +37,7 @@ def dequantised(model: QuantisedModel, dtype: str = "float32") -> dict[str, RawT
     floats = {name: model.matrix(name).values().astype(dtype) for name in model.stored}
     return {
         **{name: RawTensor.of(values) for name, values in floats.items()},
-        **{name: model.source.raw(name) for name in model.plain},
+        **{name: model.plain_raw(name) for name in model.plain},
     }
 
 
@@ -52,7 +54,7 @@ def float_folder(
     Its configuration does not say that the model is quantised.
 
     Args:
-        model: opened from a folder.
+        model: opened from a folder, or from a GGUF file by Hugging Face's names (`open_named`).
         beside: a path in the folder to use, such as the output's: the copy takes four bytes per
             weight, or eight. The system's folder of temporary files by default.
         dtype: as for `dequantised`.
@@ -60,11 +62,11 @@ def float_folder(
 
     Raises:
         CheckpointError: the model cannot be read.
-        InputError: it is a GGUF file or an ONNX graph, which has no configuration.
+        InputError: it is an ONNX graph, which has no configuration.
         OutputError: the copy cannot be written.
     """
     source = model.source
-    if not isinstance(source, Checkpoint):
+    if model.method == "onnx":
         raise InputError(
             f"{model.path} is one file without the config.json that says what its architecture is",
             fix="give the quantised model as a Hugging Face folder; into this file itself merges"
@@ -74,7 +76,10 @@ def float_folder(
         place = room / f"{model.path.name}-dequantised"
         place.mkdir()
         safetensors.write(place / SINGLE, {**dequantised(model, dtype), **changed})
-        _copy_config(source, place)
+        if isinstance(source, Checkpoint):
+            _copy_config(source, place)
+        elif isinstance(source, GgufSource):
+            describe(source, place)
         yield place
 
 

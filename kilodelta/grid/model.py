@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from kilodelta import parallel
 from kilodelta.errors import CheckpointError
@@ -53,6 +54,31 @@ class Stored:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Renamed:
+    """Where a tensor that is not quantised lies, if a model is read by other names than its file's.
+
+    Attributes:
+        place: its name in the file.
+        rows: of which of its rows each row of the file is, int64; None where the order is the same.
+    """
+
+    place: str
+    rows: npt.NDArray[np.int64] | None = None
+
+    def read(self, stored: RawTensor) -> RawTensor:
+        """Bring the rows of the stored tensor into this one's order."""
+        return stored if self.rows is None else self._moved(stored, np.argsort(self.rows))
+
+    def write(self, tensor: RawTensor) -> RawTensor:
+        """Undo `read`."""
+        return tensor if self.rows is None else self._moved(tensor, self.rows)
+
+    def _moved(self, tensor: RawTensor, order: npt.NDArray[np.int64]) -> RawTensor:
+        rows = tensor.data.reshape(len(order), -1)
+        return replace(tensor, data=rows[order].reshape(-1))
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogicalIdentity:
     """What a quantised model is, in any layout.
 
@@ -87,6 +113,7 @@ class QuantisedModel:
         stored: the quantised weights, by name, in name order.
         plain: the names of all tensors that are no part of one.
         source: the stored tensors.
+        renamed: where tensors of `plain` lie that the source has by other names.
     """
 
     path: Path
@@ -95,6 +122,24 @@ class QuantisedModel:
     stored: Mapping[str, Stored]
     plain: tuple[str, ...]
     source: Source
+    renamed: Mapping[str, Renamed] = field(default_factory=dict)
+
+    def place_of(self, name: str) -> Renamed:
+        """Say where a tensor that is not quantised lies."""
+        return self.renamed.get(name, Renamed(place=name))
+
+    def plain_raw(self, name: str) -> RawTensor:
+        """Read a tensor that is not quantised.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        where = self.place_of(name)
+        return where.read(self.source.raw(where.place))
+
+    def plain_info(self, name: str) -> TensorInfo:
+        """Return type and shape of a tensor that is not quantised."""
+        return replace(self.source.info(self.place_of(name).place), name=name)
 
     def parts(self, name: str) -> Parts:
         """Read the stored tensors of a weight, by role."""
@@ -166,7 +211,7 @@ class QuantisedModel:
         for name, stored in self.stored.items():
             yield TensorInfo(name=name, dtype=GRID, shape=stored.shape)
         for name in self.plain:
-            yield self.source.info(name)
+            yield self.plain_info(name)
 
     def stored_identity(
         self, *, cached: bool = False, threads: int | None = None, progress: Progress = silent
@@ -189,7 +234,7 @@ class QuantisedModel:
 
     def _plain_digests(self) -> Iterator[str]:
         for name in self.plain:
-            yield value_digest(name, self.source.raw(name))
+            yield value_digest(name, self.plain_raw(name))
 
 
 def value_digest(name: str, tensor: RawTensor) -> str:

@@ -51,7 +51,7 @@ def open_quantised(path: str | os.PathLike[str] | Checkpoint | QuantisedModel) -
         return path
     place = path.path if isinstance(path, Checkpoint) else Path(path)
     if place.suffix.lower() == ".gguf":
-        from kilodelta.grid.gguf_file import open_gguf
+        from kilodelta.grid.gguf.file import open_gguf
 
         return open_gguf(place)
     if place.suffix.lower() == ".onnx":
@@ -68,6 +68,24 @@ def open_quantised(path: str | os.PathLike[str] | Checkpoint | QuantisedModel) -
         )
     method, stored = weights(config, checkpoint)
     return described(checkpoint.path, method, config, stored, checkpoint)
+
+
+def open_named(path: str | os.PathLike[str] | Checkpoint | QuantisedModel) -> QuantisedModel:
+    """Open a quantised model by the names that Hugging Face's tools give its tensors.
+
+    Only of a GGUF file they differ from those of `open_quantised`.
+
+    Raises:
+        CheckpointError: as `open_quantised`, or a GGUF file is of an architecture of which these
+            names are not known.
+        MissingPackageError: as `open_quantised`.
+    """
+    model = open_quantised(path)
+    if model.method != "gguf" or model.renamed:
+        return model
+    from kilodelta.grid.gguf.names import by_hugging_face
+
+    return by_hugging_face(model)
 
 
 def _folder(place: Path) -> Path:

@@ -103,7 +103,7 @@ def _size(target: Target) -> int:
 
 def _plain_digest(delta: Delta, target: Target, model: QuantisedModel) -> str:
     state = tensor_hash(target.name, target.dtype, target.shape)
-    for part in cpu.merged(delta, target, model.source.raw(target.name).data):
+    for part in cpu.merged(delta, target, model.plain_raw(target.name).data):
         state.update(part.data)
     return "sha256:" + state.hexdigest()
 

@@ -8,6 +8,7 @@ from kilodelta.errors import BaseMismatchError
 from kilodelta.files.baseline import explain
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.identity import Identity
+from kilodelta.format.grid_names import named_for
 from kilodelta.format.manifest import Grid, Manifest
 from kilodelta.grid.identity import config_digest
 from kilodelta.grid.model import LogicalIdentity, QuantisedModel
@@ -33,7 +34,7 @@ def grid_of(identity: LogicalIdentity) -> Grid:
 def open_base(
     base: str | os.PathLike[str] | Checkpoint | QuantisedModel, manifest: Manifest
 ) -> QuantisedModel:
-    """Open the quantised base of a file.
+    """Open the quantised base of a file, by the names of tensors that the file has.
 
     Raises:
         BaseMismatchError: it is a float model.
@@ -45,7 +46,7 @@ def open_base(
             f"the file was made for a quantised base, and {place} is none",
             fix=f"give {manifest.base.name or 'the quantised model'} that it was made for",
         )
-    return open_quantised(base)
+    return named_for(open_quantised(base), manifest)
 
 
 def refuse_quantised(base: str | os.PathLike[str] | Checkpoint, manifest: Manifest) -> None:

@@ -11,6 +11,7 @@ from kilodelta.errors import OutputError
 from kilodelta.exact.selftest import require_good_kernels
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
+from kilodelta.format.grid_names import named_for
 from kilodelta.grid.model import QuantisedModel
 from kilodelta.grid.open import open_quantised
 from kilodelta.merging.grid_results import GridResult, bound_to, with_results
@@ -58,7 +59,8 @@ def rebase(
     """Write a file with the same coefficients for a quantised copy of its base.
 
     Nothing is trained, and nothing is measured but how many codes its merge changes. Weights are
-    found by name, so the copy has to keep the names of the float model.
+    found by name, so the copy has to keep the names of the float model; of a GGUF file of the
+    llama, qwen2 and qwen3 architectures Hugging Face's names are used.
 
     Args:
         base: the quantised model: a folder, a `.gguf` or an `.onnx` file.
@@ -79,7 +81,8 @@ def rebase(
     place = Path(out)
     if place.exists() and not force:
         raise OutputError(f"{place} exists already", fix="give a new name, or --force")
-    delta, model = load(file), open_quantised(base)
+    delta = load(file)
+    model = named_for(open_quantised(base), delta.manifest)
     if is_dry_run():
         bound_to(delta, model, threads=threads, progress=progress)
         begin_work(place, base=model.path, weights=len(model.stored))

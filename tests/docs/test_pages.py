@@ -71,6 +71,7 @@ NOT_RUN = {
         "runs in official NOLA's own code, which is not here: tests/compress/test_import_nola.py"
     ),
     ("import.md", "kilodelta import model.5000.pt"): "tests/compress/test_import_nola.py",
+    ("quantised.md", "kilodelta compress base.gguf"): "tests/grid/test_gguf_names.py",
     ("quantised.md", "kilodelta merge  base-w4a16/"): _SMALL,
     ("quantised.md", "kilodelta merge    base-w4a16/"): _SMALL,
     ("quantised.md", "kilodelta verify base-w4a16/"): _SMALL,

@@ -412,3 +412,19 @@ def test_a_graph_with_a_cache_holds_the_codes(tmp_path: Path) -> None:
     for name in merged.stored:  # the operator cuts its blocks otherwise: each number counts
         ours, theirs = open_quantised(graph).matrix(name), merged.matrix(name)
         assert np.array_equal(ours.values(), theirs.values())
+
+
+def test_blocks_of_a_float_base_are_refused(tmp_path: Path) -> None:
+    golden, out = Path("tests/golden/0.1.0"), tmp_path / "out"
+    with pytest.raises(InputError, match=r"--blocks qdq chooses .* is a float model"):
+        export(golden / "base.safetensors", golden / "nola-8.kd", out, blocks="qdq")
+    assert not out.exists()
+
+
+def test_blocks_of_a_float_base_have_no_place_in_a_bundle(tmp_path: Path) -> None:
+    from kilodelta.device import bundle
+
+    base = Path("tests/golden/0.1.0/base.safetensors")
+    with pytest.raises(InputError, match=r"--blocks matmulnbits chooses .* is a float model"):
+        bundle(base, tmp_path / "out", mode="patch", blocks="matmulnbits")
+    assert not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ from kilodelta.export.merge.tensor import merged_tensor
 from kilodelta.files import identity
 from kilodelta.files.checkpoint import Checkpoint, in_name_order
 from kilodelta.format.delta import Delta
+from kilodelta.format.grid_names import named_for
 from kilodelta.grid.model import QuantisedModel, value_digest
 from kilodelta.grid.open import open_quantised
 from kilodelta.merging.grid_results import beside_digests, grid_result
@@ -58,7 +59,8 @@ def prove_grid(
             raise ProofError(f"the {what} have root {found}, the file says {wanted}", fix=_FETCH)
     other = ""
     if merged is not None:
-        other = _prove_merged(open_quantised(merged), model, bound, result.targets, threads)
+        other_model = named_for(open_quantised(merged), delta.manifest)
+        other = _prove_merged(other_model, model, bound, result.targets, threads)
     return Proof(
         base=stored.root,
         result=root,
@@ -79,11 +81,11 @@ def _prove_merged(
     in_grid = {name: targets[name] for name in delta.grid_targets}
     found = merged.identity(threads=threads)
     wanted = {**base.identity(threads=threads).weights, **in_grid}
-    plain = {name: value_digest(name, base.source.raw(name)) for name in base.plain}
+    plain = {name: value_digest(name, base.plain_raw(name)) for name in base.plain}
     for name in (*delta.extras, *(n for n in delta.targets if n not in in_grid)):
-        new = merged_tensor(delta, name, lambda n: base.source.raw(n).data)
+        new = merged_tensor(delta, name, lambda n: base.plain_raw(n).data)
         plain[name] = value_digest(name, new)
-    ours = {name: value_digest(name, merged.source.raw(name)) for name in merged.plain}
+    ours = {name: value_digest(name, merged.plain_raw(name)) for name in merged.plain}
     lines = _differences(dict(found.weights), wanted)
     if merged.method != "onnx" or base.method == "onnx":  # a graph names its others itself
         lines += _differences(ours, plain)

@@ -99,14 +99,19 @@ def _check_grid(model: QuantisedModel, targets: tuple[Target, ...], parts: Split
     """Check that what is to change in quantised weights are codes.
 
     Raises:
-        InputError: an extra would replace a quantised weight, no target is one, or one is stored
-            the other way round than the layer has it.
+        InputError: an extra would replace a quantised weight, or is new where a file is changed in
+            place; no target is quantised, or one is stored the other way round than its layer.
     """
     for change in parts.extras:
         if change.name in model.stored:
             raise InputError(
                 f"{change.name} is stored as codes, so it cannot be stored whole beside them",
                 fix="leave it to the coefficients (--targets), or out of --extras",
+            )
+        if model.method == "gguf" and change.is_new:
+            raise InputError(
+                f"{change.name} is new, and a GGUF file is only changed in place",
+                fix="leave it out: --extras none, or --exclude",
             )
     codes = [target for target in targets if target.name in model.stored]
     if not codes:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kilodelta.grid.dequantise import float_folder
 from kilodelta.grid.model import QuantisedModel
-from kilodelta.grid.open import is_quantised, open_quantised
+from kilodelta.grid.open import is_quantised, open_named
 
 
 @contextmanager
@@ -19,7 +19,7 @@ def float_copy(base: Path, out: Path) -> Iterator[tuple[Path, QuantisedModel | N
     else as it is stored; it lies beside `out` and takes four bytes per weight.
 
     Args:
-        base: a folder or file.
+        base: a folder, or a file: of floats, or a GGUF file.
         out: the file that is to be written.
 
     Yields:
@@ -32,7 +32,7 @@ def float_copy(base: Path, out: Path) -> Iterator[tuple[Path, QuantisedModel | N
     if not is_quantised(base):
         yield base, None
         return
-    model = open_quantised(base)
+    model = open_named(base)
     with float_folder(model, beside=out) as place:
         yield place, model
 

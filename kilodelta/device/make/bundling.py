@@ -24,7 +24,7 @@ from kilodelta.export.onnx.template import Template, fill_template
 from kilodelta.export.patching.make_map import make_map, write_rest
 from kilodelta.export.patching.map_file import write_map
 from kilodelta.export.quantised import prove_codes, put_codes
-from kilodelta.export.quantised.checks import require_folder, require_grids
+from kilodelta.export.quantised.checks import refuse_blocks, require_folder, require_grids
 from kilodelta.export.quantised.graph import settled
 from kilodelta.export.tensorrt import build
 from kilodelta.export.tensorrt.flavour import choose
@@ -68,6 +68,8 @@ class BundleJob:
         self.quantised = open_quantised(folder) if is_quantised(folder) else None
         if self.quantised is not None:
             _check_quantised(self.quantised, settings)
+        else:
+            refuse_blocks(settings.blocks, folder)
         self.base = self.values = Checkpoint.open(folder)
         if self.quantised is not None:
             copy = float_folder(self.quantised, beside=room)

@@ -21,6 +21,7 @@ from kilodelta.grid.matrix import Floats, Matrix
 
 Blocks = npt.NDArray[np.uint8]
 """uint8 (blocks, bytes of a block)."""
+Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,14 +147,42 @@ TYPES: Mapping[str, BlockType] = MappingProxyType(
 """The types that are read, by GGUF's name."""
 
 
+def interleaved(rows: int, heads: int) -> Rows:
+    """Return which row of a matrix, as Hugging Face has it, is each row of llama.cpp's.
+
+    The llama architecture interleaves the two halves of each head's rotary dimensions, so the rows
+    of queries and keys stand in another order there (`permute` of `convert_hf_to_gguf.py`).
+
+    Args:
+        rows: a multiple of twice `heads`.
+        heads: of the queries, or of the keys.
+
+    Returns:
+        int64 (rows,).
+
+    Example:
+        >>> interleaved(8, heads=2).tolist()
+        [0, 2, 1, 3, 4, 6, 5, 7]
+    """
+    order: Rows = np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
+    return order
+
+
 @dataclass(frozen=True, kw_only=True)
 class GgufBlocks(Layout):
-    """Rows of blocks, U8 (out, bytes of a row)."""
+    """Rows of blocks, U8 (out, bytes of a row).
+
+    Attributes:
+        type: of the blocks.
+        heads: where rows are read in Hugging Face's order and stored `interleaved`, of how many
+            heads they are; 0 where they are read as they are stored.
+    """
 
     name: ClassVar[str] = "GGUF"
     codes_in: ClassVar[str] = "blocks"
 
     type: str
+    heads: int = 0
 
     def unpack(self, parts: Parts) -> Matrix:
         kind = TYPES[self.type]
@@ -166,12 +195,20 @@ class GgufBlocks(Layout):
         zeros = np.full(grid, -(1 << (kind.bits - 1)), np.int16) if kind.has_minimum else None
         return Matrix(
             kind=integer_kind(kind.bits),
-            codes=codes.reshape(rows, columns),
-            steps=steps.reshape(grid),
+            codes=self._read(codes.reshape(rows, columns)),
+            steps=self._read(steps.reshape(grid)),
             block=(1, kind.group),
             zeros=zeros,
-            minima=None if minima is None else minima.reshape(grid),
+            minima=None if minima is None else self._read(minima.reshape(grid)),
         )
+
+    def _read(self, stored: Any) -> Any:
+        """Bring rows from the order of the file into that of the weight."""
+        if not self.heads:
+            return stored
+        rows = np.empty_like(stored)
+        rows[interleaved(len(stored), self.heads)] = stored
+        return rows
 
     def _blocks(self, parts: Parts) -> Blocks:
         kind = TYPES[self.type]
@@ -183,6 +220,8 @@ class GgufBlocks(Layout):
     def recode(self, parts: Parts, codes: Codes) -> RawTensor:
         kind = TYPES[self.type]
         blocks = self._blocks(parts).copy()
+        if self.heads:
+            codes = codes[interleaved(len(codes), self.heads)]
         stored = codes if self.type in ("Q8_0", "Q6_K") else uncentred(codes, kind.bits)
         kind.write(blocks, stored.reshape(-1, kind.weights))
         return RawTensor(dtype="U8", shape=parts[self.codes_in].shape, data=blocks.reshape(-1))

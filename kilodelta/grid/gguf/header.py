@@ -1,8 +1,8 @@
-"""Read a GGUF file's header: what its tensors are and where they lie.
+"""Read a GGUF file's header: what its tensors are, where they lie, and what describes the model.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 The `gguf` package's own reader is for files that one trusts: it maps the file, and takes a file's
-counts at their word. Here values are skipped by arithmetic, and every count must fit into the bytes
+counts at their word. Here lists are skipped by arithmetic, and every count must fit into the bytes
 that follow it.
 """
 
@@ -23,6 +23,10 @@ _SCALARS: Mapping[int, int] = {
     0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8
 }  # fmt: skip
 """Bytes of the types of single values by GGUF's numbers."""
+_INTEGERS: Mapping[int, str] = {
+    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 10: "<Q", 11: "<q"
+}  # fmt: skip
+"""Those that are integers, and `struct`'s codes of them."""
 _UINT32, _STRING, _ARRAY = 4, 8, 9
 _MAX_DIMENSIONS = 4
 _FIX = "fetch it again; types that were repacked for one CPU are not portable"
@@ -40,8 +44,21 @@ class GgufTensor:
     begin: int
 
 
-def read_header(file: SourceFile) -> dict[str, GgufTensor]:
-    """Return the tensors of a file by name, in file order.
+@dataclass(frozen=True, kw_only=True)
+class GgufHeader:
+    """What a file's header says.
+
+    Attributes:
+        tensors: by name, in file order.
+        values: the metadata that are one integer or one text; floats and arrays are passed over.
+    """
+
+    tensors: Mapping[str, GgufTensor]
+    values: Mapping[str, int | str]
+
+
+def read_header(file: SourceFile) -> GgufHeader:
+    """Read a file's header.
 
     Args:
         file: an open file; at most `INDEX_LIMIT` bytes of it are read.
@@ -57,12 +74,15 @@ def read_header(file: SourceFile) -> dict[str, GgufTensor]:
         raise reader.fault(f"is of version {version}; little-endian 2 and 3 are read")
     count, pairs = reader.number("<Q"), reader.number("<Q")
     alignment = 32
+    values: dict[str, int | str] = {}
     for _ in range(pairs):
         name, kind = reader.text(), reader.number("<I")
+        value = reader.value(kind)
+        if value is not None:
+            values[name] = value
         if name == "general.alignment" and kind == _UINT32:
-            alignment = reader.number("<I")
-        else:
-            reader.skip(kind)
+            assert isinstance(value, int)  # so its type says
+            alignment = value
     infos: dict[str, GgufTensor] = {}
     for _ in range(count):
         name = reader.text()
@@ -72,10 +92,11 @@ def read_header(file: SourceFile) -> dict[str, GgufTensor]:
     if alignment == 0 or alignment & (alignment - 1):
         raise reader.fault(f"has an alignment of {alignment}, which is no power of two")
     start = math.ceil(reader.place / alignment) * alignment
-    return {
+    tensors = {
         name: GgufTensor(type=t.type, shape=t.shape, begin=start + t.begin)
         for name, t in infos.items()
     }
+    return GgufHeader(tensors=tensors, values=values)
 
 
 class _Reader:
@@ -108,12 +129,14 @@ class _Reader:
         except UnicodeDecodeError:
             raise self.fault(f"has a name at byte {self.place} that is not UTF-8") from None
 
-    def skip(self, kind: int) -> None:
-        """Pass over a value of a type."""
+    def value(self, kind: int) -> int | str | None:
+        """Read an integer or a text; pass over a value of any other type, and return None."""
+        if kind in _INTEGERS:
+            return self.number(_INTEGERS[kind])
+        if kind == _STRING:
+            return self.take(self.number("<Q")).decode("utf-8", errors="replace")
         if kind in _SCALARS:
             self.take(_SCALARS[kind])
-        elif kind == _STRING:
-            self.take(self.number("<Q"))
         elif kind == _ARRAY:
             inner, count = self.number("<I"), self.number("<Q")
             if inner in _SCALARS:
@@ -125,6 +148,7 @@ class _Reader:
                 raise self.fault(f"has an array of type {inner}, which is not read")
         else:
             raise self.fault(f"has a value of type {kind}, which is not read")
+        return None
 
     def tensor(self) -> GgufTensor:
         dimensions = self.number("<I")

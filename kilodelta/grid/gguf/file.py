@@ -1,7 +1,8 @@
 """Find the quantised weights of a GGUF file, whose types are those that the `gguf` package names.
 
 Names are the file's own (`blk.0.attn_q.weight`); of Llama's queries and keys the rows are in the
-order in which llama.cpp wants them, and stay so.
+order in which llama.cpp wants them, and stay so. `gguf_names` gives the same file the names and
+rows that Hugging Face's tools use.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from kilodelta.errors import CheckpointError, require
 from kilodelta.files.checkpoint import in_name_order
 from kilodelta.files.source import SourceFile
 from kilodelta.files.tensor import RawTensor, TensorInfo
-from kilodelta.grid.gguf_header import GgufTensor, read_header
+from kilodelta.grid.gguf.header import GgufTensor, read_header
 from kilodelta.grid.layouts.gguf_blocks import TYPES, GgufBlocks
 from kilodelta.grid.model import QuantisedModel, Stored, described
 
@@ -28,6 +29,8 @@ FIX = "convert it to Q4_0, Q4_1, Q8_0, Q4_K or Q6_K with llama.cpp's llama-quant
 class GgufSource:
     """The tensors of a GGUF file; blocks come as U8 (rows, bytes of a row).
 
+    `values` are the integers and texts of its metadata.
+
     Raises:
         CheckpointError: the file is damaged, or of types that the `gguf` package does not know.
         MissingPackageError: `gguf` is not installed.
@@ -36,7 +39,8 @@ class GgufSource:
     def __init__(self, path: Path) -> None:
         gguf = require("gguf", extra="gguf", why=f"read {path}")
         self.file = SourceFile(path)
-        self._tensors = read_header(self.file)
+        header = read_header(self.file)
+        self._tensors, self.values = header.tensors, header.values
         self._types: dict[int, tuple[str, int, int]] = {
             kind.value: (kind.name, *gguf.GGML_QUANT_SIZES[kind])
             for kind in gguf.GGMLQuantizationType

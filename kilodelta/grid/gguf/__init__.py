@@ -1,0 +1,1 @@
+"""Read GGUF files: the header, the tensors, their Hugging Face names, and the configuration."""
