@@ -1,16 +1,21 @@
 """Compress before and now: memory, seconds per step, and time to equal agreement.
 
     python benchmarks/compress.py [--parts decoder sets] [--old COMMIT] [--threads N] [--json FILE]
-        [--trees old new] [--layers 30] [--dtypes fp32 bf16] [--sets trec6 banking77]
-        [--tried 800 400 267]
+        [--trees old new] [--layers 30] [--dtypes fp32 bf16] [--kinds compress peft]
+        [--sets trec6 banking77] [--seeds 0 1] [--tried 800 400 267]
 
 `decoder`: a Llama-shaped decoder of 135M random weights in bfloat16 (30 layers, 49,152 words), on
 4 x 128 tokens: the build of `--old` from a git worktree, this one in float32 and in bfloat16, and
-PEFT's LoRA r = 8 in both types. Each runs in a process of its own, whose peak of resident memory is
-what the system counted, before the first step and in all.
+PEFT's LoRA r = 8 in both types. Each runs in a separate process, whose peak of resident memory is
+what the system counted, before the first step and in all. That holds the pages of mapped files,
+which the system takes back where memory is short; `peak_anonymous_gb` is the peak without them, of
+samples 20 ms apart.
 
-`sets`: all-MiniLM-L6-v2 on the sets of `--data` at 12 KB: agreement and seconds of the old build's
-800 steps, and of this one's at the numbers of steps that `--tried` names.
+`sets`: all-MiniLM-L6-v2 on the sets of `--data` at 12 KB: agreement on held-out inputs and seconds
+of the old build's 800 steps, and of this one's at the numbers of steps that `--tried` names, for
+each seed of teacher and compression.
+
+Runs that `--json` holds already are not run again, so that an interrupted benchmark goes on.
 
 Beside seconds stands the processor time of a step, all threads together: on a machine that does
 other work, it says more.
@@ -28,10 +33,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from importlib import import_module
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +52,9 @@ ROWS, TOKENS, WORDS = 4, 128, 49_152
 SETS = ("trec6", "banking77")
 DTYPES = ("fp32", "bf16")
 TREES = ("old", "new")
+KINDS = ("compress", "peft")
+SAMPLED_S = 0.02
+"""Seconds between two samples of a child's anonymous memory."""
 
 
 def main() -> None:
@@ -64,7 +72,11 @@ def main() -> None:
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of the decoder"
     )
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=KINDS, help="trainings of the decoder"
+    )
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0,), help="of the sets")
     parser.add_argument("--tried", nargs="+", type=int, default=(800, 400, 267), help="steps")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--work", type=Path, default=Path("compress-benchmark"))
@@ -76,14 +88,27 @@ def main() -> None:
         return
     options.work.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"machine": describe(), "threads": options.threads, "runs": []}
-    with _worktree(options.old) as old:
+    if options.json is not None and options.json.exists():
+        found["runs"] = json.loads(options.json.read_text())["runs"]
+    found["runs"] = [run for run in found["runs"] if "error" not in run]
+    done = {_key(run) for run in found["runs"]}
+    with _worktree(options.old) if "old" in options.trees else nullcontext(ROOT) as old:
         for part in options.parts:
             for job in (_decoder if part == "decoder" else _sets)(options):
+                if _key(job) in done:
+                    continue
                 tree = old if job.get("tree") == "old" else ROOT
                 result = {**job, **_run(job, tree, options.threads)}
                 print(json.dumps({k: v for k, v in result.items() if k != "options"}), flush=True)
                 found["runs"].append(result)
                 _write(options.json, found)  # after each run: a whole one takes an hour
+
+
+def _key(job: Mapping[str, Any]) -> str:
+    """Return what tells one run from another, wherever its files lie."""
+    named = {name: job.get(name) for name in ("part", "kind", "tree", "steps", "seed")}
+    chosen = {name: v for name, v in job["options"].items() if name != "labels"}
+    return json.dumps({**named, **chosen}, sort_keys=True)
 
 
 def _write(path: Path | None, found: Mapping[str, Any]) -> None:
@@ -107,17 +132,21 @@ def _worktree(commit: str) -> Iterator[Path]:
 
 def _run(job: Mapping[str, Any], tree: Path, threads: int) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(job)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1:]}
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    command = [sys.executable, __file__, "--child", json.dumps(job)]
+    with (
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=out, stderr=errors, env=environment) as child,
+    ):
+        anonymous = 0.0
+        while child.poll() is None:
+            anonymous = max(anonymous, _memory("RssAnon", child.pid))
+            time.sleep(SAMPLED_S)
+        out.seek(0), errors.seek(0)
+        if child.returncode:
+            return {"error": errors.read().strip().splitlines()[-1:]}
+        result: dict[str, Any] = json.loads(out.read().splitlines()[-1])
+    return {**result, "peak_anonymous_gb": round(anonymous, 3)}
 
 
 def _decoder(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -133,7 +162,7 @@ def _decoder(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     chosen = {"budget": 50_000, "steps": steps, "batch": ROWS, "held_out": ROWS}
     # Of old and new in turns, so that a machine that slows down slows both.
     old = [("compress", "old", "fp32")]  # it knew no other type
-    now = [(kind, "new", dtype) for kind in ("compress", "peft") for dtype in options.dtypes]
+    now = [(kind, "new", dtype) for kind in options.kinds for dtype in options.dtypes]
     for kind, tree, dtype in [*old, *now]:
         if tree not in options.trees:
             continue
@@ -168,26 +197,29 @@ def _sets(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the runs on the shared sets, each teacher trained first."""
     from fidelity_task import base_folder, read_task, train_teacher
 
-    for name in options.sets[:1] if options.quick else options.sets:
-        task, place = read_task(options.data / f"{name}.jsonl.gz"), options.work.resolve() / name
+    sets = options.sets[:1] if options.quick else options.sets
+    for seed, name in product(options.seeds, sets):
+        task = read_task(options.data / f"{name}.jsonl.gz")
+        place = options.work.resolve() / f"{name}-{seed}"
         place.mkdir(exist_ok=True)
         (place / "inputs.txt").write_text("\n".join(task.train.texts) + "\n")
         (place / "labels.txt").write_text("\n".join(task.names) + "\n")
         if not (place / "teacher").exists():
-            train_teacher(task, place / "teacher", 0)
+            train_teacher(task, place / "teacher", seed)
         common = {
             "base": str(base_folder()),
             "tuned": str(place / "teacher"),
             "inputs": str(place / "inputs.txt"),
             "out": str(place),
         }
-        fixed = {"labels": str(place / "labels.txt"), "max_length": 48, "budget": 12_000}
+        labels = str(place / "labels.txt")
+        fixed = {"labels": labels, "max_length": 48, "budget": 12_000, "seed": seed}
         runs = [("old", 800), *(("new", steps) for steps in options.tried)]
         for tree, steps in (("old", 2), ("new", 2)) if options.quick else runs:
             if tree not in options.trees:
                 continue
             job = {**common, "kind": "compress", "tree": tree, "part": name}
-            yield {**job, "steps": steps, "options": {**fixed, "steps": steps}}
+            yield {**job, "seed": seed, "steps": steps, "options": {**fixed, "steps": steps}}
 
 
 def _child(job: Mapping[str, Any]) -> None:
@@ -200,8 +232,13 @@ def _child(job: Mapping[str, Any]) -> None:
 
 def _peak() -> float:
     """Return this process's peak of resident memory so far, GB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e9
+    return _memory("VmHWM", "self")
+
+
+def _memory(name: str, process: int | str) -> float:
+    """Return a figure of a process's memory, GB; 0 of one that has just ended."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return 1024 * next((int(x.split()[1]) for x in lines if x.startswith(name)), 0) / 1e9
 
 
 def _compress_of_build() -> tuple[Any, Any]:
@@ -231,7 +268,7 @@ def _compress(job: Mapping[str, Any]) -> dict[str, Any]:
         elif not times:
             before[:] = [_peak()]
 
-    out, began = Path(job["out"]) / f"{job['tree']}.kd", time.monotonic()
+    out, began = Path(job["out"]) / f"{job['tree']}-{os.getpid()}.kd", time.monotonic()
     out.unlink(missing_ok=True)  # replacing one is asked for in different ways
     report = compress(
         job["base"], job["tuned"], out, inputs=job["inputs"], options=options, progress=watch

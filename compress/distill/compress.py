@@ -51,6 +51,7 @@ from kilodelta.compress.training import train
 from kilodelta.compress.training.activations import checkpointed
 from kilodelta.files import staging
 from kilodelta.grid.model import QuantisedModel
+from kilodelta.memory import give_back
 from kilodelta.merging.build import Recipe, build
 from kilodelta.models import LoadedModel
 from kilodelta.models.inputs.sources import Source
@@ -154,6 +155,7 @@ def compress(
                 sharded=ranks.in_step,
             )
         )
+        give_back()  # what opening and comparing took
         grids = Grids(job)
         agree(grids.check)
         _announce(job, learns=learns)
@@ -244,6 +246,7 @@ def _distil(
             source, student, as_tuned(pair, job.changes), plan_of(job, labels), progress, shelf
         )
         data = ending.enter_context(late_logits(job, student, data))
+        give_back()  # the teacher's activations and logits
         if options.gradient_checkpointing:
             ending.enter_context(checkpointed(student.module))
         report = _learn(job, grids, student, data, labels, resume, progress)
@@ -302,9 +305,11 @@ def _learn(
     before = measure(student, data, data.held_out)
     attach_student(job)
     train_for(job, grids)
+    give_back()  # what measuring, and decomposing every change, took
     schedule = schedule_of(job)
     facts = run_facts(job, data, schedule, labels)
     fitting = data.ranks.least(rows_that_fit(student, data, schedule.batch))
+    give_back()
     searched: Tuned | None = None
     if job.options.tune is not None:
         searched = tune(
@@ -321,6 +326,7 @@ def _learn(
         done = replace(done, rate=searched.rate, trials=searched.trials)
     delta = build_delta(job, progress)
     train.detach(student.module)
+    give_back()  # the training's activations, before merged weights take the base's place
     after: tuple[Measures, ...] | None = None
     if job.quantised is None:
         fill_merged(student.module, delta, pair.base, pair.names)

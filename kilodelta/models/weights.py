@@ -101,11 +101,13 @@ def place(
     for name, state_name in names.items():
         places = holders[state_name]
         _check_shape(checkpoint, name, state_name, places[0])
-        values = None if mapped is None else mapped.tensor(name)
-        values = tensor(checkpoint, name) if values is None else values
-        values = values.to(places[0].device, places[0].dtype)
+        read = None if mapped is None else mapped.tensor(name)
+        read = tensor(checkpoint, name) if read is None else read
+        values = read.to(places[0].device, places[0].dtype)
         for holder in places:
             holder.data = values
+        if mapped is not None and values is not read:  # a copy: the file's pages are done with
+            mapped.release([name])
 
 
 def _holders(module: nn.Module) -> dict[str, list[Tensor]]:

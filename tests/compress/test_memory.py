@@ -12,13 +12,20 @@ pytest.importorskip("transformers")
 import torch
 from torch import Tensor, nn
 
+from kilodelta import memory
 from kilodelta.compress import Options, Report, compress, plan
 from kilodelta.compress.distill import placement as placing
+from kilodelta.compress.distill.learn import late_head
+from kilodelta.compress.distill.learn.outputs import Wanted
+from kilodelta.compress.distill.learn.rows import to_rows
+from kilodelta.compress.distill.learn.survey import survey
 from kilodelta.compress.distill.pair import open_pair
 from kilodelta.compress.distill.placement import Placement, require_weights_fit
 from kilodelta.compress.distill.planning import estimate as estimating
 from kilodelta.compress.distill.planning import room
-from kilodelta.compress.distill.planning.memory import counting_kept
+from kilodelta.compress.distill.planning.memory import counting_kept, resident
+from kilodelta.compress.distill.teacher import ask as asking
+from kilodelta.compress.distill.teacher.ask import batch_rows
 from kilodelta.compress.distill.teacher.swap import as_tuned
 from kilodelta.compress.training import train
 from kilodelta.compress.training.activations import blocks_of, checkpointed
@@ -29,6 +36,7 @@ from kilodelta.models.weights import tensor
 from tests.support import pico
 
 CPU = torch.device("cpu")
+SMAPS = Path("/proc/self/smaps")
 IDS = torch.arange(4 * 20).view(4, 20) % pico.VOCABULARY
 
 
@@ -50,6 +58,17 @@ def texts(tmp_path: Path) -> Path:
 def make(models: tuple[Path, Path], texts: Path, out: Path, **options: Any) -> Report:
     chosen = Options(**{"steps": 4, "batch": 8, "held_out": 8, "budget": 3000, **options})
     return compress(*models, out, inputs=texts, options=chosen)
+
+
+def resident_of_file(folder: Path) -> int:
+    """Bytes of a model's file that this process holds in memory."""
+    found, counts = 0, False
+    for line in SMAPS.read_text().splitlines():
+        if "-" in line.split()[0]:
+            counts = line.endswith(str(folder / "model.safetensors"))
+        elif counts and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
 
 
 def gradients(module: nn.Module) -> tuple[dict[str, Tensor], int]:
@@ -114,6 +133,65 @@ def test_the_tuned_model_takes_the_base_s_place_without_a_copy(models: tuple[Pat
         mapped = pair.student.mapped.tensor(name) if pair.student.mapped else None
         assert mapped is not None
         assert state()[place].data_ptr() == mapped.data_ptr(), name
+
+
+@pytest.mark.skipif(not SMAPS.exists(), reason="the system does not say what of a file is resident")
+def test_a_base_that_is_copied_leaves_no_pages_of_its_file_resident(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    base = tmp_path / "base"
+    sizes = {"vocab_size": 8192, "hidden_size": 128, "intermediate_size": 256}
+    config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=4)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(base)
+    before = resident_of_file(base)
+    opened = open_model(base, dtype=torch.float32, mapped=True)
+    size = (base / "model.safetensors").stat().st_size
+    assert size > 2_000_000
+    assert before == 0
+    # The pages at a tensor's ends stay, as its neighbours' bytes may lie in them.
+    assert 0 < resident_of_file(base) < 0.2 * size
+    checkpoint = Checkpoint.open(base)
+    for name, place in opened.names.items():
+        assert torch.equal(opened.module.state_dict()[place], tensor(checkpoint, name).float())
+
+
+def test_rows_without_a_mask_are_as_long_as_their_outputs_are(
+    models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = open_model(models[0])
+    bare, whole = {"input_ids": IDS}, {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    for batch in (bare, whole):
+        rows = to_rows([batch], 0)
+        seen = survey(loaded, rows, Wanted())
+        assert seen.cells == 20 * pico.VOCABULARY
+        monkeypatch.setattr(asking, "CELLS", 3 * 20 * pico.VOCABULARY + 1)
+        assert batch_rows(rows, seen) == 3
+
+
+def test_smaller_pieces_of_logits_and_less_free_memory_make_the_same_file(
+    models: tuple[Path, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("ROOM", 100), ("TOP_K", 8)):  # as a large vocabulary would be
+        monkeypatch.setattr(asking, name, value)
+    files = []
+    for cells in (1 << 22, 300):
+        monkeypatch.setattr(late_head, "CELLS", cells)
+        make(models, texts, tmp_path / f"{cells}.kd")
+        monkeypatch.setattr(memory, "_trim", lambda: None)
+        files.append((tmp_path / f"{cells}.kd").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_free_memory_goes_back_to_the_system() -> None:
+    if memory._trim() is None:
+        pytest.skip("the C library keeps what is free")
+    kept = [bytearray(60_000) for _ in range(1000)]  # below what malloc maps by itself
+    pin = bytearray(60_000)
+    held = resident()
+    del kept
+    memory.give_back()
+    assert held - resident() > 40_000_000
+    assert len(pin) == 60_000
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_loaded(

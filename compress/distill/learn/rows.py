@@ -45,6 +45,12 @@ class Rows:
         """Count the tokens of a row; 1 where rows have no length."""
         return len(self.rows[index][MASK]) if self.pad else 1
 
+    def extent(self, index: int) -> int:
+        """Measure a row for comparison with others: its tokens, or numbers where it has none."""
+        if self.pad:
+            return self.length(index)
+        return max(1, sum(values.numel() for values in self.rows[index].values()))
+
     def key(self, index: int) -> Key:
         """Return what a row must share with the others of its batch."""
         return tuple(

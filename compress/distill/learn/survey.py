@@ -37,12 +37,14 @@ class Survey:
         padded: whether rows of several lengths may share a batch. Not where an output has an axis
             that follows the tokens at another rate (frames of audio): nothing says how many of
             its positions are padding.
+        cells: numbers of the widest matched output of the longest row.
     """
 
     matched: tuple[Output, ...]
     ignored: Mapping[str, str]
     one_row: bool
     padded: bool
+    cells: int = 1
 
 
 def survey(loaded: LoadedModel, rows: Rows, wanted: Wanted) -> Survey:
@@ -85,7 +87,14 @@ def survey(loaded: LoadedModel, rows: Rows, wanted: Wanted) -> Survey:
         ignored={name: reason for name, reason in reasons.items() if reason},
         one_row=both is None,
         padded=padded,
+        cells=_cells(matched, alone, rows),
     )
+
+
+def _cells(matched: Sequence[Output], alone: Outputs, rows: Rows) -> int:
+    """Judge by the first row how many numbers the longest row has in its widest output."""
+    widest = max((alone[output.name].numel() for output in matched), default=1)
+    return -(-widest * max(map(rows.extent, range(len(rows)))) // rows.extent(0))
 
 
 def _two_rows(loaded: LoadedModel, rows: Rows) -> Outputs | None:

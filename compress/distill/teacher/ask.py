@@ -211,7 +211,8 @@ def batch_rows(rows: Rows, survey: Survey) -> int:
     """Choose how many rows are computed at a time, so that no output is too large for memory."""
     longest = max(map(rows.length, range(len(rows))))
     widest = max((output.size for output in survey.matched), default=1)
-    return max(1, min(BATCH, CELLS // max(1, longest * widest)))
+    # Rows without a mask have no length, but outputs as long as others' (`Survey.cells`).
+    return max(1, min(BATCH, CELLS // max(1, longest * widest, survey.cells)))
 
 
 @torch.no_grad()
