@@ -18,6 +18,7 @@ from kilodelta.errors import KiloDeltaError, ProofError
 from kilodelta.progress import Event, Progress, silent
 from kilodelta.verify.parity.cases import LEFT, Case, live, refilled, token_axis
 from kilodelta.verify.parity.metrics import BLOCK, Float64, Metrics, compare, finite
+from kilodelta.verify.runners.rounding_noise import noisy_runs
 from kilodelta.verify.runners.runner import UNIT_ROUNDOFF, Arrays
 from kilodelta.verify.runners.torch_runner import TorchRunner
 
@@ -98,6 +99,30 @@ class Reference:
             results = self._run(self._module, precision, "merged model", in_order=in_order)
             self._plain[key] = self.errors(results)
         return self._plain[key]
+
+    def spread(self, case: Case, precision: str) -> dict[str, tuple[Metrics, ...]]:
+        """Return what rounding noise does to each output in a case: one error per noisy run.
+
+        Integers are left out: they have no rounding (`_clear` says which of them count).
+
+        Args:
+            case: one of `cases`.
+            precision: whose rounding is imitated.
+        """
+        at = next(i for i, other in enumerate(self.cases) if other is case)
+        named = [name for name in self.outputs if not self._is_discrete(name)]
+        runner = TorchRunner(self._module, named, precision="float64", device=self._device)
+        runs = noisy_runs(runner, case.batch, precision, rows=self._rows)
+
+        def errors(name: str) -> Iterator[Metrics]:
+            exact, axis = (
+                live(self.merged[at][name], case.batch, self._axes[name]),
+                self._axes[name],
+            )
+            for run in runs:
+                yield compare(live(run[name], case.batch, axis), exact)
+
+        return {name: tuple(errors(name)) for name in named}
 
     def errors(self, results: Sequence[Arrays]) -> dict[str, tuple[Metrics, ...]]:
         """Return by output the errors of an artefact's results, one per case."""

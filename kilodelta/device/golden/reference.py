@@ -15,8 +15,9 @@ from kilodelta.device.golden.golden import Golden
 from kilodelta.errors import InputError, KiloDeltaError
 from kilodelta.models import Batch, LoadedModel, example, outputs, read_inputs
 from kilodelta.verify.parity.cases import live
-from kilodelta.verify.parity.gate import MULTIPLE, Limit, limit
+from kilodelta.verify.parity.gate import MULTIPLE, Limit, limit, widened
 from kilodelta.verify.parity.metrics import Metrics, compare
+from kilodelta.verify.runners.rounding_noise import noisy_runs
 from kilodelta.verify.runners.runner import Arrays
 from kilodelta.verify.runners.torch_runner import TorchRunner
 
@@ -67,8 +68,8 @@ def exact(loaded: LoadedModel, batch: Batch) -> Golden:
 def limits(loaded: LoadedModel, known: Golden, dtype: str) -> dict[str, Limit]:
     """Return by output how far an artefact in `dtype` may be from the golden values.
 
-    As in a verification, the larger error counts of torch as it is, and of torch that adds the
-    terms of long sums one after another, as runtimes do.
+    As in a verification, the largest error counts of torch as it is, of torch that adds the terms
+    of long sums one after another, as runtimes do, and of rounding noise in the golden values.
     """
     names = list(known.outputs)
     errors = [
@@ -80,7 +81,15 @@ def limits(loaded: LoadedModel, known: Golden, dtype: str) -> dict[str, Limit]:
         )
         for in_order in (False, True)
     ]
-    return {name: limit([each[name] for each in errors], dtype) for name in names}
+    runner = TorchRunner(loaded.view(), names, precision="float64", device="cpu")
+    noisy = [distances(run, known) for run in noisy_runs(runner, known.inputs, dtype)]
+    return {
+        name: widened(
+            limit([each[name] for each in errors], dtype),
+            [each[name] for each in noisy if known.outputs[name].dtype.kind == "f"],
+        )
+        for name in names
+    }
 
 
 def distances(outputs: Arrays, known: Golden) -> dict[str, Metrics]:
