@@ -126,7 +126,7 @@ def test_two_matrices_swapped_are_caught_where_norms_magnify() -> None:
 
     nudged = copy.deepcopy(merged)
     with torch.no_grad():
-        nudged[0].weight[1, 2] += 1e-5
+        nudged.get_parameter("0.weight")[1, 2] += 1e-5
     assert [checked(module) for module in (merged, swapped, nudged)] == [
         "passed",
         "failed",

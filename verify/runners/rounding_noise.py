@@ -58,7 +58,7 @@ one rounding is no rounding that another program makes (a mask `1 - ones` is exa
 """
 
 
-class RoundingNoise(TorchDispatchMode):
+class RoundingNoise(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Multiply operands by 1 + `ROUNDINGS` u e, with e uniform in [-1, 1].
 
     Whole numbers stay: zeros of ReLU, masks, counts and one-hot rows are exact in every program.
@@ -74,7 +74,7 @@ class RoundingNoise(TorchDispatchMode):
         return False
 
     def __init__(self, unit_roundoff: float, seed: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._size, self._seed = ROUNDINGS * unit_roundoff, seed
         self._generators: dict[torch.device, torch.Generator] = {}
 

@@ -13,6 +13,7 @@ from kilodelta.errors import InputError, KiloDeltaError, one_line
 from kilodelta.files.npz import ArrayHeader
 from kilodelta.models.inputs.chance import repeatable_outputs
 from kilodelta.models.loaded import Batch, LoadedModel
+from kilodelta.models.media.processor_fit import stated_side
 from kilodelta.models.quiet import quiet
 
 TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
@@ -100,6 +101,14 @@ def _cannot_compute(row: Batch, loaded: LoadedModel, origin: str, problem: Excep
             f"{' x '.join(map(str, row[others[0]].shape[1:])) or 'none'}",
             fix=f"give {others[0]} for the same tokens; what generation keeps between steps is no "
             "input here",
+        )
+    side, pixels = stated_side(loaded), row.get("pixel_values")
+    if side is not None and pixels is not None and tuple(pixels.shape[-2:]) != side:
+        return InputError(
+            f"{origin}: pixel_values are {pixels.shape[-2]} x {pixels.shape[-1]}, and "
+            f"{loaded.source} takes images of {side[0]} x {side[1]}: {one_line(problem):.200}",
+            fix="save the processor that the model was trained with into its folder, or give "
+            "arrays of that size",
         )
     given = ", ".join(
         f"{name} {str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in row.items()

@@ -17,6 +17,7 @@ from torch import Tensor
 from kilodelta.errors import InputError, one_line, require
 from kilodelta.models.loaded import Batch, LoadedModel
 from kilodelta.models.media.images import read_image
+from kilodelta.models.media.processor_fit import check_made, check_stated
 from kilodelta.models.media.processor_limits import check_processor_limits
 from kilodelta.models.media.records import Record, RecordSource
 from kilodelta.models.media.sounds import read_sound
@@ -115,7 +116,7 @@ def _images(loaded: LoadedModel) -> Callable[[Record], Batch]:
         image = read_image(record.image, record.place)
         return _processed(record, lambda: processor(images=[image], return_tensors="pt"))
 
-    return read
+    return _fitting(read, processor, loaded)
 
 
 def _images_and_texts(loaded: LoadedModel) -> Callable[[Record], Batch]:
@@ -129,7 +130,7 @@ def _images_and_texts(loaded: LoadedModel) -> Callable[[Record], Batch]:
             lambda: processor(images=[image], text=[record.text], return_tensors="pt"),
         )
 
-    return read
+    return _fitting(read, processor, loaded)
 
 
 def _sounds(loaded: LoadedModel) -> Callable[[Record], Batch]:
@@ -156,7 +157,23 @@ def _sounds(loaded: LoadedModel) -> Callable[[Record], Batch]:
             record, lambda: extractor(samples, sampling_rate=rate, return_tensors="pt")
         )
 
-    return read
+    return _fitting(read, extractor, loaded)
+
+
+def _fitting(
+    read: Callable[[Record], Batch], processor: Any, loaded: LoadedModel
+) -> Callable[[Record], Batch]:
+    """Hold the first row that is read against what the model takes."""
+    unchecked = [True]
+
+    def checked(record: Record) -> Batch:
+        row = read(record)
+        if unchecked:
+            check_made(row, processor, loaded)
+            unchecked.clear()
+        return row
+
+    return checked
 
 
 def _texts(loaded: LoadedModel) -> Callable[[Record], Batch]:
@@ -249,11 +266,14 @@ def _processor(name: str, kind: str, loaded: LoadedModel) -> Any:
     check_processor_limits(Path(folder))
     try:
         with quiet():
-            return getattr(transformers, name).from_pretrained(folder, trust_remote_code=False)
+            processor = getattr(transformers, name).from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # strangers' files: anything may be wrong with them
         raise InputError(
             f"{loaded.source} has no processor for {kind}: {one_line(error):.200}", fix=fix
         ) from None
+    part = getattr(processor, "image_processor", processor)
+    check_stated(Path(folder), part, "sounds" if kind == "sounds" else "images")
+    return processor
 
 
 def _processed(record: Record, work: Callable[[], Mapping[str, Any]]) -> Batch:
