@@ -1,23 +1,31 @@
 """Whether a TensorRT-RTX engine keeps the codes of quantised weights: INT4, INT8 and FP8.
 
     nice python benchmarks/rtx_codes.py [--json FILE]
+    nice python benchmarks/rtx_codes.py --survey [--only NAME,NAME] [--dtypes float16] [--json FILE]
 
-Two matrices of random codes behind `DequantizeLinear` and `MatMul` are built into an engine, and
-their packed bytes are looked for in it: as they are, or transposed. No GPU is needed. kilodelta
-maps and patches engines of float models only, so nothing of it depends on the answer yet.
+The first form builds two matrices of random codes behind `DequantizeLinear` and `MatMul` into an
+engine, and looks for their packed bytes in it: as they are, or transposed.
+
+The survey quantises all linear layers of small models of many architectures, to INT4 in groups of
+32 and to FP8, maps their engines for sm89 as `bundle --mode patch --engine` does, and patches a
+fine-tune of all weights that have a place: how many have one, and in how many bytes the patched
+engine differs from a build of the fine-tune. Each row is a process of its own. No GPU is needed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from machine import describe
+from rtx_patch import MODELS, example, in_a_process, make_model, write_results
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -25,6 +33,10 @@ SIZE, BLOCK = 256, 64
 KINDS = ("int4", "int8", "fp8")
 CAPABILITIES = ("sm86", "sm89")
 DTYPES = ("float16", "float32")
+PRECISIONS = ("int4-g32", "fp8")
+SURVEYED = "sm89"
+SIZES = {"intermediate_size": 64, "hidden_dim": 64, "ffn_dim": 64, "hidden_sizes": [32, 64]}
+"""In place of what `rtx_patch.py` takes: multiples of the 32 columns that share a scale."""
 
 
 def packed(codes: Any, kind: str) -> bytes:
@@ -101,10 +113,196 @@ def measure(kind: str, dtype: str, capability: str) -> dict[str, Any]:
     return {**row, "found": found}
 
 
+def quantised(kind: str, precision: str, dtype: str, folder: Path) -> Path:
+    """Write a small model of an architecture, its linear layers quantised.
+
+    Args:
+        kind: the architecture.
+        precision: one of `PRECISIONS`.
+        dtype: what its engine computes in, of which the scales have to be numbers.
+        folder: for the models.
+    """
+    from kilodelta.files import safetensors
+    from kilodelta.files.checkpoint import Checkpoint
+    from kilodelta.files.tensor import RawTensor
+    from kilodelta.grid.quantise import quantise_folder
+    from kilodelta.models import open_model
+    from kilodelta.models.layers import layer_weights
+
+    own = {name: SIZES.get(name, value) for name, value in MODELS[kind].items()}
+    base = make_model(kind, folder / "floats", own)
+    loaded = open_model(str(base))
+    shapes = loaded.module.state_dict()
+    chosen = {
+        name
+        for name in layer_weights(loaded.module, loaded.names)
+        if shapes[loaded.names[name]].dim() == 2
+    }
+    quantise_folder(base, folder / "float32-scales", precision, chosen.__contains__)
+    if dtype == "float32":
+        return folder / "float32-scales"
+    held = Checkpoint.open(folder / "float32-scales")
+    tensors = {name: held.raw(name) for name in held.names}
+    for name, tensor in tensors.items():
+        if name.endswith("weight_scale"):
+            scales = tensor.data.view(np.float32).reshape(tensor.shape)
+            tensors[name] = RawTensor.of(scales.astype(dtype))
+    (folder / "base").mkdir()
+    config = (folder / "float32-scales" / "config.json").read_text()
+    (folder / "base" / "config.json").write_text(config)
+    safetensors.write(folder / "base" / "model.safetensors", tensors)
+    return folder / "base"
+
+
+def tune(base: Path, names: list[str], file: Path) -> Any:
+    """Write a fine-tune of these quantised weights, and return it."""
+    from kilodelta.format.file import load
+    from kilodelta.format.methods import Lora
+    from kilodelta.format.targets import Patterns
+    from kilodelta.grid.open import open_quantised
+    from kilodelta.merging.build import Recipe, build, quantise_target
+
+    random, lora, model = np.random.default_rng(1), Lora(rank=2), open_quantised(base)
+    own = {}
+    for name in names:
+        rows, columns = model.of(name).shape
+        factors = {"A": random.normal(size=(2, columns)), "B": random.normal(size=(rows, 2)) * 0.1}
+        own[name] = quantise_target(lora, factors, 8)
+    recipe = Recipe(method=lora, patterns=Patterns(include=tuple(own), exclude=()), bits=8)
+    build(base, recipe, own).save(file)
+    return load(file)
+
+
+def survey_one(kind: str, precision: str, dtype: str) -> dict[str, Any]:
+    """Map the engine of one small model, and patch a fine-tune of all weights with a place."""
+    from kilodelta.errors import KiloDeltaError
+    from kilodelta.export.merge.checkpoint import merge
+    from kilodelta.export.onnx.make import export_template
+    from kilodelta.export.patching.engine.build import engine_builder
+    from kilodelta.export.patching.engine.map import EngineBuilds, make_engine_map
+    from kilodelta.export.patching.make_map import write_rest
+    from kilodelta.export.patching.rewrite import patch
+    from kilodelta.export.quantised.checks import require_grids
+    from kilodelta.export.tensorrt.flavour import RTX, choose
+    from kilodelta.files.checkpoint import Checkpoint
+    from kilodelta.files.dtypes import named
+    from kilodelta.grid.dequantise import float_folder
+    from kilodelta.grid.open import open_quantised
+    from kilodelta.models import open_model
+
+    row: dict[str, Any] = {"model": kind, "codes": precision, "dtype": dtype}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        base = quantised(kind, precision, dtype, folder)
+        model, began, builds = open_quantised(base), time.perf_counter(), 0
+
+        def count(event: Any) -> None:
+            nonlocal builds
+            builds = event.done
+
+        with float_folder(model, beside=folder / "values") as values:
+            template = export_template(open_model(str(values)), example(kind), dtype=dtype)
+            values_held = Checkpoint.open(values)
+        trt = choose(RTX, (SURVEYED,), (dtype,))
+
+        def builder(own: Any) -> Any:
+            return engine_builder(
+                trt, template, values_held, capabilities=(SURVEYED,), quantised=own
+            )
+
+        engine = folder / "model.engine"
+        try:
+            require_grids(model, (dtype,), (SURVEYED,))
+            places = make_engine_map(
+                engine,
+                model,
+                builder(model),
+                dtype=named(dtype).name,
+                weights=template.weights,
+                unused=template.unused,
+                progress=count,
+            )
+        except KiloDeltaError as error:
+            return {**row, "refused": " ".join(error.what.split())[:160]}
+        weights = [name for name in model.stored if name in template.weights]
+        placed = [name for name in weights if name in places.codes]
+        copies = [copy for name in placed for copy in places.codes[name]]
+        row |= {
+            "weights": len(weights),
+            "weights_placed": len(placed),
+            "copies": len(copies),
+            "transposed": sum(getattr(copy.layout, "transposed", False) for copy in copies),
+            "scales_in_the_engine": sum(not copy.needs_rest for copy in copies),
+            "others": len(template.weights) - len(weights),
+            "others_placed": len(places.places),
+            "builds": builds,
+            "seconds": round(time.perf_counter() - began, 1),
+            "why_not": sorted({places.refused[name] for name in weights if name not in placed}),
+        }
+        if placed:
+            delta = tune(base, placed, folder / "task.kd")
+            rest = write_rest(places, model, folder / "rest.safetensors")
+            out = folder / "patched.engine"
+            patch(engine, delta, out, places=places, base=rest)
+            merge(base, delta, folder / "merged")
+            merged, patched = open_quantised(folder / "merged"), out.read_bytes()
+            pairs = [(merged.matrix(n).codes, model.matrix(n).codes) for n in placed]
+            changed = sum(int((a != b).sum()) for a, b in pairs)
+            row["codes_changed"] = round(changed / sum(a.size for a, _ in pairs), 4)
+            try:
+                (folder / "work").mkdir()
+                EngineBuilds(builder(merged), folder / "work").require_build({}, patched, "it")
+                row["bytes_that_differ"] = 0
+            except KiloDeltaError as error:
+                row["bytes_that_differ"] = error.what.splitlines()[0]
+            row["engine_bytes"] = len(patched)
+    return row
+
+
+def survey(
+    kinds: list[str], dtypes: list[str], results: Path | None, until: float
+) -> list[dict[str, Any]]:
+    """Map each model, grid and precision in a process of its own, which may fail alone.
+
+    Args:
+        kinds: architectures.
+        dtypes: what engines compute in.
+        results: a file that is written after each row; rows that it holds are not made again.
+        until: by `time.monotonic`, after which no row is begun.
+    """
+    rows: list[dict[str, Any]] = []
+    if results is not None and results.exists():
+        rows = json.loads(results.read_text())["rows"]
+    done = {(row["model"], row["codes"], row["dtype"]) for row in rows}
+    for dtype, precision, kind in itertools.product(dtypes, PRECISIONS, kinds):
+        if (kind, precision, dtype) in done or time.monotonic() > until:
+            continue
+        one = ["--one", kind, "--codes", precision, "--dtypes", dtype]
+        row = {"model": kind, "codes": precision, "dtype": dtype}
+        rows.append(row | in_a_process([sys.executable, __file__, *one]))
+        print(json.dumps(rows[-1]), flush=True)
+        if results is not None:
+            write_results(results, {"for": SURVEYED, "rows": rows})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--survey", action="store_true")
+    parser.add_argument("--only", default=",".join(kind for kind in MODELS if kind != "resnet"))
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--one", choices=MODELS)
+    parser.add_argument("--codes", choices=PRECISIONS)
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin no row after these")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    if given.one:
+        print(json.dumps(survey_one(given.one, given.codes, given.dtypes)))
+        return
+    if given.survey:
+        until = time.monotonic() + 60 * given.minutes
+        survey(given.only.split(","), given.dtypes.split(","), given.json, until)
+        return
     rows = [measure(k, d, c) for k in KINDS for d in DTYPES for c in CAPABILITIES]
     for row in rows:
         print(json.dumps(row))

@@ -272,28 +272,28 @@ def survey(kinds: list[str], results: Path | None) -> list[dict[str, Any]]:
     for kind, dtype in itertools.product(kinds, DTYPES):
         if (kind, dtype) in done:
             continue
-        rows.append(in_a_process(kind, dtype))
+        arguments = [sys.executable, __file__, "--one", kind, "--dtype", dtype]
+        rows.append({"model": kind, "dtype": dtype} | in_a_process(arguments))
         print(json.dumps(rows[-1]), flush=True)
         if results is not None:
             write_results(results, {"rows": rows})
     return rows
 
 
-def in_a_process(kind: str, dtype: str) -> dict[str, Any]:
-    """Map one model in a process of its own; an end of it is a row that says so."""
-    arguments = [sys.executable, __file__, "--one", kind, "--dtype", dtype]
+def in_a_process(arguments: list[str]) -> dict[str, Any]:
+    """Run what prints a row, in a process of its own; an end of it is a row that says so."""
     try:
         done = subprocess.run(
             arguments, capture_output=True, text=True, check=False, timeout=ROW_SECONDS
         )
     except subprocess.TimeoutExpired:
-        return {"model": kind, "dtype": dtype, "failed": f"not done after {ROW_SECONDS} s"}
+        return {"failed": f"not done after {ROW_SECONDS} s"}
     lines = done.stdout.strip().splitlines()
     if done.returncode == 0 and lines:
         row: dict[str, Any] = json.loads(lines[-1])
         return row
     failed = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200]
-    return {"model": kind, "dtype": dtype, "failed": failed}
+    return {"failed": failed}
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:

@@ -81,7 +81,7 @@ def _in_orientation(
     """Find the places of a tensor, upright or transposed; None where they cover a part only."""
     data = transposed(values, shape) if blank.transposed else values
     whole = data.tobytes()
-    contiguous = [replace(blank, begin=begin) for begin in _occurrences(held, whole)]
+    contiguous = [replace(blank, begin=begin) for begin in occurrences(held, whole)]
     if contiguous:
         return contiguous
     rows, columns = in_file(shape, transposed=blank.transposed)
@@ -114,8 +114,8 @@ def _blocks(held: bytes, matrix: Bytes, size: int) -> Iterator[tuple[int, int, i
     run = min(RUN, length)
     if run < RUN:
         return
-    seconds = [] if rows == 1 else _occurrences(held, matrix[1, :run].tobytes())
-    for begin in _occurrences(held, matrix[0, :run].tobytes()):
+    seconds = [] if rows == 1 else occurrences(held, matrix[1, :run].tobytes())
+    for begin in occurrences(held, matrix[0, :run].tobytes()):
         strides = [length] if rows == 1 else [s - begin for s in seconds if s >= begin + run]
         for stride in strides:
             width = _width(held, matrix, begin, stride) // size
@@ -137,8 +137,8 @@ def _width(held: bytes, matrix: Bytes, begin: int, stride: int) -> int:
     return length if equal.all() else int(equal.argmin())
 
 
-def _occurrences(held: bytes, run: bytes) -> list[int]:
-    """Offsets of a run of bytes."""
+def occurrences(held: bytes, run: bytes) -> list[int]:
+    """Return the offsets of a run of bytes, the first `CANDIDATES` of them."""
     begins: list[int] = []
     begin = held.find(run)
     while begin >= 0 and len(begins) < CANDIDATES:

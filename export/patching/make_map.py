@@ -17,8 +17,8 @@ from kilodelta.export.manifest.artefacts import file_fact
 from kilodelta.export.manifest.facts import FileFact
 from kilodelta.export.onnx.file import OnnxFile, read_onnx
 from kilodelta.export.onnx.tensors import PackedWeight, Stored
-from kilodelta.export.patching.codes.find import ExactValues, find_codes, in_rest
-from kilodelta.export.patching.codes.places import REST
+from kilodelta.export.patching.codes.find import ExactValues, find_codes
+from kilodelta.export.patching.codes.streams import in_rest, parts_in_rest
 from kilodelta.export.patching.derived import Values, find_derived
 from kilodelta.export.patching.map import FilePlace, PatchMap
 from kilodelta.export.patching.match import Match, match_all
@@ -127,7 +127,7 @@ def _codes_map(
         unused=tuple(name for name in (*base.stored, *wanted) if name in set(unused)),
         outline=outline,
         codes={name: own for name, own in codes.items() if name not in copies}
-        | {name: (in_rest(name, base.matrix(name))[0],) for name in idle},
+        | {name: (in_rest(name, base.matrix(name)),) for name in idle},
     )
 
 
@@ -190,8 +190,9 @@ def _write_codes_rest(
 ) -> Path | None:
     tensors = {info.name: base.source.raw(info.name) for info in lacking}
     for name, own in patch_map.codes.items():
-        if any(part.file == REST for copy in own for part in copy.parts.values()):
-            tensors |= in_rest(name, base.matrix(name))[1]
+        for copy in own:
+            if copy.needs_rest:
+                tensors |= parts_in_rest(copy, base.matrix(name))
     if not tensors:
         return None
     write_safetensors(path, tensors)

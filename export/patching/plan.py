@@ -131,15 +131,22 @@ def _require_base(model: Path, delta: Delta, patch_map: PatchMap) -> None:
 WAY_OUT = "take a device folder in refit or adapter mode for it: kilodelta bundle --mode refit"
 """For what an engine cannot be patched with."""
 
+WAY_OUT_OF_CODES = (
+    "take a device folder in adapter mode, which leaves the codes alone: kilodelta bundle --mode"
+    " adapter --engine; or patch the graph for ONNX Runtime: bundle --mode patch without --engine"
+)
+"""The same for an engine of a quantised base, of which TensorRT refits no codes."""
+
 
 def _refuse(plan: PatchPlan, reasons: list[str], what: str, fix: str = "") -> None:
     if reasons:
+        way_out = WAY_OUT if plan.patch_map.outline is None else WAY_OUT_OF_CODES
         is_engine = plan.patch_map.kind == "engine"
         listed = "\n  ".join(reasons[:SHOWN])
         more = f"\n  and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
         raise ExportError(
             f"what the delta changes {what} in the {plan.patch_map.kind}\n  {listed}{more}",
-            fix=fix or (WAY_OUT if is_engine else "export the base with `kilodelta export`"),
+            fix=fix or (way_out if is_engine else "export the base with `kilodelta export`"),
         )
 
 

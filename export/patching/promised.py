@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Condition
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -31,7 +32,11 @@ from kilodelta.export.patching.strided import put_place
 from kilodelta.files import system
 from kilodelta.files.copying import clone, copy_range, pread, pwrite
 from kilodelta.files.tensor import Bytes
+from kilodelta.merging.quantised import MIN_CHANGED
 from kilodelta.progress import Meter, Progress, StoppedError, silent
+
+if TYPE_CHECKING:
+    from kilodelta.export.merge.in_grid import Tally
 
 
 @dataclass(kw_only=True, eq=False)
@@ -55,7 +60,13 @@ class Stretch:
 
 
 def write_promised(
-    plan: PatchPlan, target: int, promised: str, *, threads: int | None, progress: Progress
+    plan: PatchPlan,
+    target: int,
+    promised: str,
+    *,
+    min_changed: float = MIN_CHANGED,
+    threads: int | None,
+    progress: Progress,
 ) -> None:
     """Write the fine-tune's file, and compare its digest with the one that was stated.
 
@@ -63,6 +74,7 @@ def write_promised(
         plan: what changes where; of a map with one file.
         target: a descriptor of the new file, empty.
         promised: `sha256:<hex>` of the whole file, as it was built.
+        min_changed: the share of a quantised base's codes that has to change.
         threads: cores to compute with; all by default.
         progress: called with how far the work is, in bytes.
 
@@ -71,13 +83,26 @@ def write_promised(
             read.
         ExportError: a value does not fit into the file's dtype.
         ProofError: the new file has another digest.
+        QualityError: fewer codes change.
     """
+    # These load the kernels, which a device that only looks at a folder does without.
+    from kilodelta.export.merge.in_grid import Tally
+    from kilodelta.export.patching.codes.rewrite import ALMOST_NOTHING
+
+    tally = Tally()
     with opened(plan.path(plan.patch_map.files[0].file)) as source:
-        digest = _written(_Writer(plan, source, target), plan, threads, progress)
+        digest = _written(_Writer(plan, source, target), plan, tally, threads, progress)
     if digest == promised:
+        tally.require(min_changed, ALMOST_NOTHING)
         return
     # Raises where the base's file or the delta is the cause.
-    run(plan, lambda place, data: None, threads=threads, progress=silent)
+    run(
+        plan,
+        lambda place, data: None,
+        min_changed=min_changed,
+        threads=threads,
+        progress=silent,
+    )
     require_promised(plan, digest, promised)
 
 
@@ -103,18 +128,28 @@ def digest_of(descriptor: int) -> str:
     return f"sha256:{state.hexdigest()}"
 
 
-def _written(writer: _Writer, plan: PatchPlan, threads: int | None, progress: Progress) -> str:
+def _written(
+    writer: _Writer, plan: PatchPlan, tally: Tally, threads: int | None, progress: Progress
+) -> str:
     """Write everything, and return the new file's digest."""
+    from kilodelta.export.merge.in_grid import at_once
+    from kilodelta.export.patching.codes.rewrite import place_codes
+
     names = sorted((n for n in changed_names(plan.delta) if plan.places(n)), key=writer.first)
     meter = Meter("patch", sum(map(plan.size, names)), "B", progress)
 
     memory = Reused()
 
     def work(name: str) -> None:
-        memory.begin()
-        place_tensor(plan, name, writer.write, memory=memory)
+        if name in plan.patch_map.codes:
+            place_codes(plan, name, writer.write, tally)
+        else:
+            memory.begin()
+            place_tensor(plan, name, writer.write, memory=memory)
         meter.add(plan.size(name))
 
+    if plan.delta.grid_targets:
+        threads = at_once([plan.size(name) for name in plan.delta.grid_targets], threads)
     with ThreadPoolExecutor(1) as pool:
         digest = pool.submit(writer.hash_all)
         try:

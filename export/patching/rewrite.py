@@ -95,7 +95,14 @@ def patch(
     with _copies(plan, Path(out), empty=whole) as (files, paths):
         main = files[places.files[0].file]
         if promised is not None and whole:
-            write_promised(plan, main, promised, threads=threads, progress=progress)
+            write_promised(
+                plan,
+                main,
+                promised,
+                min_changed=min_changed,
+                threads=threads,
+                progress=progress,
+            )
         else:
 
             def write(place: FilePlace, data: Bytes) -> None:

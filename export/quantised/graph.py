@@ -12,8 +12,8 @@ int8. It does not where a `Transpose` stands between them (1.32), as it does in 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
-from typing import Any
+from collections.abc import Container, Iterator, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,7 +27,6 @@ from kilodelta.export.quantised.constants import (
     require_exact,
 )
 from kilodelta.grid.matrix import Matrix
-from kilodelta.grid.model import QuantisedModel
 
 AUTO, QDQ, NBITS = "auto", "qdq", "matmulnbits"
 FORMS = (AUTO, QDQ, NBITS)
@@ -58,9 +57,18 @@ def settled(form: str, *, for_engines: bool) -> str:
     return (QDQ if for_engines else NBITS) if form == AUTO else form
 
 
+class Weights(Protocol):
+    """Quantised weights by name, such as a `QuantisedModel`."""
+
+    @property
+    def stored(self) -> Mapping[str, object]: ...
+
+    def matrix(self, name: str) -> Matrix: ...
+
+
 def put_codes(
     model: Any,
-    merged: QuantisedModel,
+    merged: Weights,
     *,
     form: str,
     dtype: str,

@@ -247,15 +247,14 @@ class _Maker:
         """Make the device folder of one kind of device, once for all fine-tunes of a base.
 
         Raises:
-            InputError: the base is quantised, and the folder is to change its codes in an engine.
+            InputError: the base is quantised, and its engine is to be refitted.
         """
         wanted = target.options["bundle"]
-        in_engine = wanted.get("engine") and wanted.get("mode") in ("patch", "refit")
-        if in_engine and is_quantised(base.path):
+        if wanted.get("mode") == "refit" and is_quantised(base.path):
             raise InputError(
-                f"target {target.name} changes weights of an engine, and base {base.name} is a "
-                "quantised model, whose codes in an engine have no map",
-                fix="give mode = 'adapter', or mode = 'patch' without engine",
+                f"target {target.name} refits an engine, and base {base.name} is a quantised "
+                "model, whose codes TensorRT does not refit",
+                fix="give mode = 'patch' or mode = 'adapter'",
             )
         options = {"options": dict(target.options["bundle"])}
         named = {"name": base.name}

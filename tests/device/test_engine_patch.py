@@ -31,9 +31,13 @@ from kilodelta.export.manifest.artefacts import file_fact
 from kilodelta.export.onnx.make import export_template
 from kilodelta.export.onnx.save import save
 from kilodelta.export.onnx.template import fill_template
+from kilodelta.export.patching.map_file import read_map
 from kilodelta.format.file import load
 from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Patterns
+from kilodelta.grid import open_quantised
+from kilodelta.grid.quantise import quantise_folder
+from kilodelta.merging.build import Recipe, build, quantise_target
 from kilodelta.models import open_model
 from tests.support import making, pico
 from tests.support.devices import Bench
@@ -127,6 +131,46 @@ def test_a_release_builds_images_in_the_sizes_of_the_bundle(
         for number, one in enumerate((template, again))
     ]
     assert files[0] == files[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "gpu"), [("int4-g32", "sm86"), ("fp8", "sm89")])
+def test_an_engine_of_a_quantised_base_is_bundled_released_and_patched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, gpu: str
+) -> None:
+    """Its codes are written in place, of a file that was made for these codes in any layout."""
+    base, floats = tmp_path / "base", pico.sentence_bert(tmp_path / "floats", width=32, layers=1)
+    linear = [f"encoder.layer.0.attention.self.{part}.weight" for part in ("query", "value")]
+    linear += ["encoder.layer.0.intermediate.dense.weight", "pooler.dense.weight"]
+    quantise_folder(floats, base, precision, linear.__contains__)
+    device = tmp_path / "device"
+    made = bundle(base, device, mode="patch", engine=[gpu])
+    assert (made.mode, made.runtime) == ("patch", "tensorrt_rtx")
+    places = read_map(device / "base" / "model.map.json")
+    assert set(linear) == places.codes.keys()
+    held = {one.codes.file for name in linear[:3] for one in places.codes[name]}
+    assert held == {"model.engine"}  # the pooler feeds nothing: its codes lie beside the engine
+
+    random, lora, own = np.random.default_rng(1), Lora(rank=2), {}
+    for name in linear:
+        rows, columns = open_quantised(base).of(name).shape
+        factors = {"A": random.normal(size=(2, columns)), "B": 0.1 * random.normal(size=(rows, 2))}
+        own[name] = quantise_target(lora, factors, 8)
+    recipe = Recipe(method=lora, patterns=Patterns(include=tuple(own)), bits=8)
+    build(base, recipe, own).save(tmp_path / "task.kd")
+    done = release(base, tmp_path / "task.kd", tmp_path / "t1.kd", version=1, engine=[device])
+    engine = file_fact(device / "base" / "model.engine")
+    stated = load(done.path).manifest.made[f"engine {engine.sha256}"]
+
+    monkeypatch.setattr(runtime, "open_runner", lambda b, folder: Running(folder / "model.engine"))
+    (tmp_path / "stage").mkdir()
+    mode = patch_mode.PatchMode(DeviceFolder.open(device))
+    mode.build(load(done.path), tmp_path / "stage")
+    patched = tmp_path / "stage" / "model.engine"
+    assert file_fact(patched).sha256 == stated != engine.sha256
+    assert patched.stat().st_size == engine.nbytes
+    with pytest.raises(ExportError, match="was not released for this device's engine"):
+        Device(device).run({}, tmp_path / "task.kd")
 
 
 def test_a_folder_without_a_patched_engine_is_refused(bench: Bench, tmp_path: Path) -> None:

@@ -309,7 +309,7 @@ def device_copy(tmp_path: Path) -> Path:
     ("options", "text"),
     [
         ({"mode": "refit", "engine": ["sm89"]}, "TensorRT refits no codes"),
-        ({"mode": "patch", "engine": ["sm89"]}, "of whose engines no map is made"),
+        ({"mode": "patch", "engine": ["sm75"], "dtype": "fp16"}, "no numbers of float16"),
         ({"mode": "patch", "dtype": "fp16"}, "no numbers of float16"),
     ],
 )
@@ -321,6 +321,27 @@ def test_what_a_folder_cannot_do_is_refused_by_name(
     with pytest.raises((InputError, ExportError), match=text):
         bundle(root / "base", tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "text"),
+    [
+        (64, {"zeros": True}, r"w\.weight has zero points .*TensorRT takes none"),
+        (48, {}, r"w\.weight has 48 columns in blocks of 32, the last one partial"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["patch", "adapter"])
+def test_grids_that_no_engine_holds_are_refused_before_anything(
+    tmp_path: Path, columns: int, options: dict[str, Any], text: str, mode: str
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    config = grids.ct_config(num_bits=4, symmetric=not options)
+    numbers = grids.Numbers(8, columns, 32, **options)
+    base = grids.folder(tmp_path / "base", config, grids.pack_quantized("w", numbers, **options))
+    with pytest.raises(ExportError, match=text) as caught:
+        bundle(base, tmp_path / "device", mode=mode, engine=["sm89"])
+    assert "quantise to FP8 (symmetric), export a float16 model" in caught.value.fix
+    assert not (tmp_path / "device").exists()
 
 
 def test_a_base_without_codes_is_refused_before_anything(tmp_path: Path) -> None:

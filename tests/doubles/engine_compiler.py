@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kilodelta.files.dtypes import FLOATS
 from kilodelta.files.floats import cast
-from kilodelta.files.tensor import RawTensor
 
 Values = NDArray[np.float32]
 SHAPES: Mapping[str, tuple[int, ...]] = {
@@ -89,7 +89,7 @@ class Compiler:
     ) -> None:
         self._base, self._dtype, self._spoil, self.builds = base, dtype, spoil, 0
 
-    def __call__(self, changed: Mapping[str, RawTensor], out: Path) -> None:
+    def __call__(self, changed: Mapping[str, Any], out: Path) -> None:
         held = {
             name: FLOATS[changed[name].dtype].widen(changed[name].data).reshape(array.shape)
             if name in changed

@@ -22,7 +22,6 @@ from kilodelta.export.patching.rewrite import patch
 from kilodelta.export.tensorrt.build import build
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import FLOATS
-from kilodelta.files.tensor import RawTensor
 from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Patterns
 from tests.support import making
@@ -74,7 +73,7 @@ def test_a_patched_engine_is_a_built_one(dtype: str, tmp_path: Path) -> None:
     base = making.write(tmp_path / "base.safetensors", weights())
     checkpoint = Checkpoint.open(base)
 
-    def built(changed: Mapping[str, RawTensor], out: Path) -> None:
+    def built(changed: Mapping[str, Any], out: Path) -> None:
         tensors = {n: changed.get(n) or checkpoint.raw(n) for n in checkpoint.names}
         held = {
             n: FLOATS[t.dtype].widen(t.data).reshape(t.shape).copy() for n, t in tensors.items()

@@ -183,7 +183,7 @@ def test_a_status_of_a_folder_whose_file_has_gone(folder: Path) -> None:
     assert "does not say which fleet" in refused("status", str(folder / "empty"))
 
 
-def test_codes_of_a_quantised_base_are_not_changed_in_an_engine(folder: Path) -> None:
+def test_engines_of_a_quantised_base_are_patched_and_not_refitted(folder: Path) -> None:
     """It is said by `plan`, before anything is exported."""
     grids.folder(folder / "int4", grids.CT, {"a.weight": np.zeros((2, 2), np.float32)})
     text = (
@@ -193,14 +193,15 @@ def test_codes_of_a_quantised_base_are_not_changed_in_an_engine(folder: Path) ->
 kind = "release"
 version = 1
 probe = false
-bundle = { mode = "patch", engine = ["sm86"] }
+bundle = { mode = "refit", engine = ["sm86"] }
 """
     )
     (folder / "fleet.toml").write_text(text)
     said = refused("plan", str(folder / "fleet.toml"), "-o", str(folder / "out"))
-    assert "target pc changes weights of an engine, and base mini is a quantised model" in said
-    (folder / "fleet.toml").write_text(text.replace(', engine = ["sm86"]', ""))
-    assert "bundle" in {task.kind for task in plan_of(folder).tasks}
+    assert "target pc refits an engine, and base mini is a quantised model" in said
+    for bundle in ('"patch", engine = ["sm86"]', '"patch"', '"adapter", engine = ["sm86"]'):
+        (folder / "fleet.toml").write_text(text.replace('"refit", engine = ["sm86"]', bundle))
+        assert "bundle" in {task.kind for task in plan_of(folder).tasks}
 
 
 def test_fine_tunes_of_a_quantised_base_share_no_graph(folder: Path) -> None:

@@ -18,10 +18,9 @@ from kilodelta.export.onnx.file import OnnxFile
 from kilodelta.export.onnx.tensors import PackedWeight
 from kilodelta.export.onnx.tensors import Stored as StoredBytes
 from kilodelta.export.patching.codes.json_text import TYPES
-from kilodelta.export.patching.codes.places import REST, CodePlaces
+from kilodelta.export.patching.codes.places import CodePlaces
 from kilodelta.export.patching.map import FilePlace
-from kilodelta.export.quantised.constants import Constant, dequantize_linear
-from kilodelta.files.tensor import Bytes, RawTensor, TensorInfo
+from kilodelta.files.tensor import Bytes, TensorInfo
 from kilodelta.grid.identity import matrix_digest
 from kilodelta.grid.layouts import DequantizeLinear
 from kilodelta.grid.matrix import Matrix
@@ -125,48 +124,6 @@ def _place(source: OnnxSource, tensor: Piece) -> FilePlace:
         begin=tensor.begin,
         transposed=False,
         top=isinstance(tensor, StoredBytes) and tensor.top and raw.shape == tensor.shape,
-    )
-
-
-def in_rest(name: str, matrix: Matrix) -> tuple[CodePlaces, dict[str, RawTensor]]:
-    """Lay out a weight that no output depends on, for the rest of the base.
-
-    Args:
-        name: the weight's.
-        matrix: the weight, which `require_exact` takes in float32.
-
-    Returns:
-        its places there, and the tensors that they name.
-    """
-    made = dequantize_linear(matrix, "float32")
-    type_ = made.codes.type
-    axis, wide = made.attributes.get("axis"), made.attributes.get("block_size")
-    block = (1, wide) if wide else (1, matrix.shape[1]) if axis == 0 else matrix.shape
-    layout = DequantizeLinear(shape=matrix.shape, type=type_, transposed=False, block=block)
-    roles: dict[str, Constant] = {"x": made.codes, "x_scale": made.scales}
-    if made.zeros is not None:
-        roles["x_zero_point"] = made.zeros
-    tensors = {f"{name}:{role}": _raw(constant) for role, constant in roles.items()}
-    parts = {role: _in_rest(f"{name}:{role}", tensors[f"{name}:{role}"]) for role in roles}
-    return CodePlaces(layout=layout, block=matrix.block, parts=parts), tensors
-
-
-def _raw(constant: Constant) -> RawTensor:
-    if constant.type == "FLOAT":
-        return RawTensor(dtype="F32", shape=constant.shape, data=constant.data)
-    dtype = "F8_E4M3" if constant.type == "FLOAT8E4M3FN" else "U8"
-    return RawTensor(dtype=dtype, shape=(constant.data.size,), data=constant.data)
-
-
-def _in_rest(name: str, tensor: RawTensor) -> FilePlace:
-    return FilePlace(
-        name=name,
-        dtype=tensor.dtype,
-        shape=tensor.shape,
-        file=REST,
-        begin=0,
-        transposed=False,
-        top=False,
     )
 
 

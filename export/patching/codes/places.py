@@ -36,3 +36,8 @@ class CodePlaces:
     def is_held(self) -> bool:
         """Whether the model itself holds the codes, so that new ones are written there."""
         return self.codes.file != REST
+
+    @property
+    def needs_rest(self) -> bool:
+        """Whether the model lacks a part, which is then read from the rest of the base."""
+        return any(part.file == REST for part in self.parts.values())

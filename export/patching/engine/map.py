@@ -5,18 +5,22 @@ until two builds are equal, for TensorRT numbers its internal values anew in som
 twin is built, whose weights are random values that no other weight has, and each weight is looked
 for in its bytes (`locate.py`). At last one further fine-tune, of other values, is built, and must
 be, byte for byte, what the map makes of the base's engine. A weight that was folded, quantised or
-reordered has no place, and a fine-tune that changes it is refused by name.
+reordered has no place, and a fine-tune that changes it is refused by name. Of a quantised base the
+twin's codes are random, and scales stay the base's.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
 from kilodelta.errors import ExportError
 from kilodelta.export.manifest.artefacts import file_fact
+from kilodelta.export.patching.codes.streams import in_rest
+from kilodelta.export.patching.engine.codes import code_places
 from kilodelta.export.patching.engine.places import (
     OTHERWISE,
     difference,
@@ -24,17 +28,22 @@ from kilodelta.export.patching.engine.places import (
     located,
     written,
 )
-from kilodelta.export.patching.engine.twin import perturbed, twin_of, unsearchable
+from kilodelta.export.patching.engine.twin import Value, perturbed, twin_of, unsearchable
 from kilodelta.export.patching.map import FilePlace, PatchMap
-from kilodelta.export.patching.plan import WAY_OUT
+from kilodelta.export.patching.plan import WAY_OUT, WAY_OUT_OF_CODES
 from kilodelta.files import staging
 from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.dtypes import DTYPES
 from kilodelta.files.model_digest import digest
 from kilodelta.files.tensor import RawTensor
+from kilodelta.grid.model import QuantisedModel
+from kilodelta.merging.outline import outline_of
 from kilodelta.progress import Event, Progress, silent
 
-Build = Callable[[Mapping[str, RawTensor], Path], object]
-"""Builds the base's engine with some of its tensors replaced, into a new file."""
+Build = Callable[[Mapping[str, Value], Path], object]
+"""Builds the base's engine with some of its weights replaced, into a new file."""
+
+Places = dict[str, tuple[FilePlace, ...]]
 
 TRIES = 8
 """Builds of the same weights. Measured with TensorRT-RTX 1.7: five or six in ten are the usual one,
@@ -55,7 +64,7 @@ NOTHING: Mapping[str, RawTensor] = MappingProxyType({})
 
 def make_engine_map(
     engine: Path,
-    base: Checkpoint,
+    base: Checkpoint | QuantisedModel,
     build: Build,
     *,
     dtype: str,
@@ -68,8 +77,8 @@ def make_engine_map(
 
     Args:
         engine: the new engine's path.
-        base: the checkpoint.
-        build: builds the engine of the base with some tensors replaced.
+        base: the checkpoint, or the quantised model.
+        build: builds the engine of the base with some weights replaced.
         dtype: the network's precision: "F32", "F16" or "BF16".
         weights: the tensors that the network holds.
         heads: tensors that the network has and the base lacks, with their values.
@@ -81,10 +90,11 @@ def make_engine_map(
             not what the map says.
         OutputError: a file cannot be written.
     """
-    identity = digest(base)
-    tensors = {n: heads[n] if n in heads else base.raw(n) for n in weights}
+    source = base.source if isinstance(base, QuantisedModel) else base
+    tensors = {name: heads.get(name) or _own(base, name) for name in weights}
+    way_out = WAY_OUT_OF_CODES if isinstance(base, QuantisedModel) else WAY_OUT
     with staging.scratch(engine) as work:
-        builder = EngineBuilds(build, work, progress)
+        builder = EngineBuilds(build, work, progress, way_out=way_out)
         held = builder.reproducible()
         engine.write_bytes(held)
         refused = {name: why for name, tensor in tensors.items() if (why := unsearchable(tensor))}
@@ -96,21 +106,47 @@ def make_engine_map(
         refused |= why_not
         if not places:
             raise ExportError(
-                f"none of {len(tensors)} weights stands in the engine as it is", fix=WAY_OUT
+                f"none of {len(tensors)} weights stands in the engine as it is", fix=way_out
             )
         kept = builder.proved(held, places, searched)
         refused |= dict.fromkeys(places.keys() - kept, ELSEWHERE)
         places = {name: own for name, own in places.items() if name in kept}
-    return PatchMap(
+    identity = base.stored_identity() if isinstance(base, QuantisedModel) else digest(base)
+    floats = PatchMap(
         files=(file_fact(engine),),
         root=identity.root,
-        tensors={name: base.info(name) for name in base.names},
+        tensors={name: source.info(name) for name in identity.tensors},
         digests=identity.tensors,
-        places=places,
+        places={name: own for name, own in places.items() if isinstance(tensors[name], RawTensor)},
         refused=refused,
         heads={name: tensor.info(name) for name, tensor in heads.items()},
         unused=tuple(unused),
     )
+    if isinstance(base, QuantisedModel):
+        return _with_codes(floats, base, held, places, dtype)
+    return floats
+
+
+def _own(base: Checkpoint | QuantisedModel, name: str) -> Value:
+    if isinstance(base, QuantisedModel):
+        return base.matrix(name) if name in base.stored else base.source.raw(name)
+    return base.raw(name)
+
+
+def _with_codes(
+    floats: PatchMap, base: QuantisedModel, held: bytes, places: Places, dtype: str
+) -> PatchMap:
+    """Add the places of a quantised base's codes to the map of its other tensors."""
+    codes = {}
+    for name in base.stored:
+        if name in places and name not in floats.heads:
+            matrix = base.matrix(name)
+            long = DTYPES[dtype].long
+            codes[name] = tuple(code_places(held, matrix, one, long) for one in places[name])
+        elif name in floats.unused:
+            codes[name] = (in_rest(name, base.matrix(name)),)
+    outline = outline_of(base, base.identity())
+    return replace(floats, outline=outline, codes=codes)
 
 
 class EngineBuilds:
@@ -120,13 +156,17 @@ class EngineBuilds:
         build: builds one.
         work: a folder for them; each is removed when it was read.
         progress: called after each build.
+        way_out: what to do where the engine cannot be patched.
     """
 
-    def __init__(self, build: Build, work: Path, progress: Progress = silent) -> None:
+    def __init__(
+        self, build: Build, work: Path, progress: Progress = silent, *, way_out: str = WAY_OUT
+    ) -> None:
         self._build, self._work, self._progress, self._count = build, work, progress, 0
+        self._way_out = way_out
 
-    def build(self, changed: Mapping[str, RawTensor]) -> bytes:
-        """Build an engine with some tensors replaced, and return its bytes."""
+    def build(self, changed: Mapping[str, Value]) -> bytes:
+        """Build an engine with some weights replaced, and return its bytes."""
         path = self._work / "trial.engine"
         self._build(changed, path)
         self._count += 1
@@ -156,17 +196,17 @@ class EngineBuilds:
             return data
         raise ExportError(
             f"{TRIES} builds of the base gave {TRIES} different engines, so none can be patched",
-            fix=WAY_OUT,
+            fix=self._way_out,
         )
 
-    def stated(self, twin: Mapping[str, RawTensor]) -> set[str]:
+    def stated(self, twin: Mapping[str, Value]) -> set[str]:
         """Return the tensors whose first values the engine's texts state."""
         data = self.build(twin)
         return {name for name, tensor in twin.items() if is_stated(data, tensor)}
 
     def located(
-        self, held: bytes, own: Mapping[str, RawTensor], dtype: str, file: str
-    ) -> tuple[dict[str, tuple[FilePlace, ...]], dict[str, str]]:
+        self, held: bytes, own: Mapping[str, Value], dtype: str, file: str
+    ) -> tuple[Places, dict[str, str]]:
         """Return the places of all tensors, and why some have none.
 
         A twin of another layout than the base's engine is built again, for the layout may be one
@@ -179,7 +219,7 @@ class EngineBuilds:
             file: the engine's name.
         """
         matrices = {name: tensor for name, tensor in own.items() if len(tensor.shape) > 1}
-        best: tuple[dict[str, tuple[FilePlace, ...]], dict[str, str]] = ({}, {})
+        best: tuple[Places, dict[str, str]] = ({}, {})
         for asked in (own, matrices):
             twin = twin_of(asked)
             for _ in range(TRIES):
@@ -193,7 +233,7 @@ class EngineBuilds:
         self,
         held: bytes,
         places: Mapping[str, tuple[FilePlace, ...]],
-        own: Mapping[str, RawTensor],
+        own: Mapping[str, Value],
     ) -> set[str]:
         """Build one further fine-tune, and return the tensors that patching gets right in it.
 
@@ -215,7 +255,7 @@ class EngineBuilds:
             return kept
         raise AssertionError("the last attempt returns or raises")
 
-    def require_build(self, changed: Mapping[str, RawTensor], wanted: bytes, what: str) -> None:
+    def require_build(self, changed: Mapping[str, Value], wanted: bytes, what: str) -> None:
         """See that a build with these tensors replaced is, in every byte, what is wanted.
 
         Args:
@@ -234,5 +274,5 @@ class EngineBuilds:
             last = difference(data, wanted)
         raise ExportError(
             f"the map is refuted: of {PROOFS} builds of {what} none is the patched engine; {last}",
-            fix=WAY_OUT,
+            fix=self._way_out,
         )

@@ -7,26 +7,33 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from kilodelta.export.merge.tensor import rounded
+from kilodelta.export.patching.engine.codes import find_codes, packed
+from kilodelta.export.patching.engine.twin import Value
 from kilodelta.export.patching.locate import find_places, holds
 from kilodelta.export.patching.map import FilePlace, in_file
 from kilodelta.export.patching.strided import columns, put_place
 from kilodelta.files.dtypes import FLOATS
 from kilodelta.files.floats import cast, transposed
-from kilodelta.files.tensor import Bytes, RawTensor
+from kilodelta.files.tensor import Bytes
+from kilodelta.grid.matrix import Matrix
 
+NO_VALUES = "its values are nowhere: TensorRT folded, quantised or reordered them"
+NO_CODES = "its codes are nowhere: TensorRT unpacked or reordered them"
 OTHERWISE = "TensorRT lays it out otherwise where its values are others"
 
 STATED_VALUES = 3
 """Values that are looked for in an engine's texts."""
 
 
-def is_stated(engine: bytes, tensor: RawTensor) -> bool:
-    """Return whether an engine's texts state the first values of a tensor.
+def is_stated(engine: bytes, tensor: Value) -> bool:
+    """Return whether an engine's texts state the first values of a tensor; of codes they do not.
 
     TensorRT-RTX 1.7 keeps the sources of its kernels, with comments such as
     `__mye39274_dconst-{1.16406, 1.23926, 1.43359, 0.653809, ...}` on constants that were fused into
     them. The length of such a text, and with it every offset behind it, follows the values.
     """
+    if isinstance(tensor, Matrix):
+        return False
     values = (
         FLOATS[tensor.dtype].widen(tensor.data).reshape(in_file(tensor.shape, transposed=False))
     )
@@ -52,7 +59,7 @@ def difference(built: bytes, patched: bytes) -> str:
 
 
 def written(
-    held: bytes, places: Mapping[str, tuple[FilePlace, ...]], tensors: Mapping[str, RawTensor]
+    held: bytes, places: Mapping[str, tuple[FilePlace, ...]], tensors: Mapping[str, Value]
 ) -> bytes:
     """Return an engine's bytes with these tensors in their places."""
     data = np.frombuffer(held, np.uint8).copy()
@@ -63,9 +70,12 @@ def written(
 
 
 def _as_placed(
-    name: str, tensor: RawTensor, places: tuple[FilePlace, ...]
+    name: str, tensor: Value, places: tuple[FilePlace, ...]
 ) -> Iterator[tuple[FilePlace, Bytes]]:
     for place in places:
+        if isinstance(tensor, Matrix):
+            yield place, packed(tensor, transposed=place.transposed)
+            continue
         values = cast(rounded(name, tensor, place.rounding), place.rounding, place.dtype)
         turned = transposed(values, tensor.shape) if place.transposed else values
         yield place, columns(place, turned, tensor.shape)
@@ -74,8 +84,8 @@ def _as_placed(
 def located(
     held: bytes,
     twin_engine: bytes,
-    twin: Mapping[str, RawTensor],
-    own: Mapping[str, RawTensor],
+    twin: Mapping[str, Value],
+    own: Mapping[str, Value],
     dtype: str,
     file: str,
 ) -> tuple[dict[str, tuple[FilePlace, ...]], dict[str, str]]:
@@ -94,11 +104,15 @@ def located(
     places: dict[str, tuple[FilePlace, ...]] = {}
     refused: dict[str, str] = {}
     for name, tensor in twin.items():
-        found = find_places(twin_engine, name, tensor, dtype, file)
+        found: tuple[FilePlace, ...] | None
+        if isinstance(tensor, Matrix):
+            found = find_codes(twin_engine, name, tensor, file)
+        else:
+            found = find_places(twin_engine, name, tensor, dtype, file)
         if found is None:
             refused[name] = "only some of its columns stand in the engine as they are"
         elif not found:
-            refused[name] = "its values are nowhere: TensorRT folded, quantised or reordered them"
+            refused[name] = NO_CODES if isinstance(tensor, Matrix) else NO_VALUES
         elif not all(holds(held, p, v) for p, v in _as_placed(name, own[name], found)):
             refused[name] = OTHERWISE
         else:

@@ -180,12 +180,6 @@ def _check_quantised(base: QuantisedModel, settings: Settings) -> None:
             f"{base.path} is a quantised model, and TensorRT refits no codes",
             fix="take --mode adapter, which leaves the codes alone",
         )
-    if settings.mode == "patch" and settings.capabilities:
-        raise InputError(
-            f"{base.path} is a quantised model, of whose engines no map is made",
-            fix="take --mode adapter for the engine, or --mode patch without --engine: ONNX Runtime"
-            " runs the graph",
-        )
     require_grids(base, (settings.dtype,), settings.capabilities)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,12 +31,16 @@ from kilodelta.export.patching.engine.build import engine_builder
 from kilodelta.export.patching.engine.map import Build, EngineBuilds, make_engine_map
 from kilodelta.export.patching.map import PatchMap
 from kilodelta.export.patching.map_file import read_map
+from kilodelta.export.patching.plan import WAY_OUT, WAY_OUT_OF_CODES
+from kilodelta.export.quantised.graph import settled
 from kilodelta.export.tensorrt.flavour import RTX, choose
 from kilodelta.files import canonical, staging, untrusted
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import named
 from kilodelta.files.untrusted import FieldError
 from kilodelta.format.delta import Delta
+from kilodelta.grid.dequantise import float_folder
+from kilodelta.grid.open import is_quantised, open_quantised
 from kilodelta.models import LoadedModel
 from kilodelta.progress import Progress, silent
 
@@ -117,20 +122,25 @@ def map_engine(job: BundleJob, template: Template, base: Path) -> PatchMap:
         tensorrt=job.trt.__version__,
     )
     recipe.write(base)
+    settled(settings.blocks, for_engines=True)
+    build = engine_builder(
+        job.trt,
+        template,
+        job.headed.weights,
+        capabilities=recipe.capabilities,
+        quantised=job.quantised,
+        leave=job.headed.heads,
+    )
     return make_engine_map(
         base / runtime.ENGINE,
-        job.base,
-        _builder(job.trt, template, job.headed.weights, recipe),
+        job.quantised or job.base,
+        build,
         dtype=named(settings.dtype).name,
         weights=template.weights,
         heads=job.headed.heads,
         unused=template.unused,
         progress=job.progress,
     )
-
-
-def _builder(trt: Any, template: Template, weights: Checkpoint, recipe: EngineRecipe) -> Build:
-    return engine_builder(trt, template, weights, capabilities=recipe.capabilities)
 
 
 def built_digests(
@@ -164,24 +174,43 @@ def built_digests(
     made: dict[str, str] = {}
     for folder in folders:
         device = DeviceFolder.open(folder)
-        _require_patched(device, delta)
+        places = _require_patched(device, delta)
         with staging.scratch() as work:
             patched = work / runtime.ENGINE
-            places = read_map(device.base / patch.MAP)
             engine = device.base / runtime.ENGINE
-            rewrite.patch(engine, delta, patched, places=places, base=base)
+            rest = base if places.outline is None else _rest(device)
+            rewrite.patch(engine, delta, patched, places=places, base=rest)
             fact = file_fact(patched)
-            loaded = open_headed(base, config=config, model=model).loaded.choosing(outputs)
-            template = _template(device, loaded)
             merged = work / ("merged" if base.path.is_dir() else "merged.safetensors")
             merge(base, delta, merged)
-            builds = EngineBuilds(_again(device, template, Checkpoint.open(merged)), work, progress)
-            builds.require_build({}, patched.read_bytes(), "this fine-tune")
+            with ExitStack() as room:
+                values = _values(base, work, room)
+                loaded = open_headed(values, config=config, model=model).loaded.choosing(outputs)
+                template = _template(device, loaded)
+                build = _again(device, template, merged, work, room)
+                way_out = WAY_OUT if places.outline is None else WAY_OUT_OF_CODES
+                builds = EngineBuilds(build, work, progress, way_out=way_out)
+                builds.require_build({}, patched.read_bytes(), "this fine-tune")
         made[f"{patch.BUILT}{places.files[0].sha256}"] = fact.sha256
     return made
 
 
-def _require_patched(device: DeviceFolder, delta: Delta) -> None:
+def _rest(device: DeviceFolder) -> Path | None:
+    """Return what the engine of a quantised base does not hold, if there is any."""
+    path = device.base / patch.REST
+    return path if path.exists() else None
+
+
+def _values(model: Checkpoint, beside: Path, room: ExitStack) -> Checkpoint:
+    """Return a model's values: its own, or of a quantised one a copy that lives in this room."""
+    if not is_quantised(model):
+        return model
+    copy = float_folder(open_quantised(model), beside=beside / "values")
+    return Checkpoint.open(room.enter_context(copy))
+
+
+def _require_patched(device: DeviceFolder, delta: Delta) -> PatchMap:
+    """Return the map of a folder's engine, which has to be of the fine-tune's base."""
     bundle: Bundle = device.bundle
     if bundle.mode != "patch" or not runtime.is_engine(bundle):
         raise InputError(
@@ -189,15 +218,29 @@ def _require_patched(device: DeviceFolder, delta: Delta) -> None:
             f"for {bundle.runtime}",
             fix="leave --engine out for it, or give a folder of bundle --mode patch --engine",
         )
-    if bundle.base_root != delta.manifest.base.root:
+    places = read_map(device.base / patch.MAP)
+    if places.outline is not None:
+        places.outline.require(delta.manifest, str(device.root))
+    elif bundle.base_root != delta.manifest.base.root:
         raise BaseMismatchError(
             f"{device.root} is of another base: {bundle.base_root}, not {delta.manifest.base.root}",
             fix="give the device folder that was bundled from this base",
         )
+    return places
 
 
-def _again(device: DeviceFolder, template: Template, weights: Checkpoint) -> Build:
-    """Make a builder of this folder's engine, by the same TensorRT."""
+def _again(
+    device: DeviceFolder, template: Template, merged: Path, work: Path, room: ExitStack
+) -> Build:
+    """Make a builder of the engine of a merged fine-tune, as this folder's, by the same TensorRT.
+
+    Args:
+        device: the folder.
+        template: the architecture.
+        merged: the fine-tune, a float model or a quantised one.
+        work: a folder for a copy of its values.
+        room: where that copy lives.
+    """
     recipe = read_recipe(device.base)
     trt = choose(device.bundle.runtime, recipe.capabilities, (device.bundle.dtype,))
     if trt.__version__ != recipe.tensorrt:
@@ -206,7 +249,13 @@ def _again(device: DeviceFolder, template: Template, weights: Checkpoint) -> Bui
             f"{trt.__version__}",
             fix=f"install {trt.__name__} {recipe.tensorrt}, or bundle again",
         )
-    return _builder(trt, template, weights, recipe)
+    return engine_builder(
+        trt,
+        template,
+        _values(Checkpoint.open(merged), work, room),
+        capabilities=recipe.capabilities,
+        quantised=open_quantised(merged) if is_quantised(merged) else None,
+    )
 
 
 def _template(device: DeviceFolder, loaded: LoadedModel) -> Template:
