@@ -16,6 +16,7 @@ from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.merging.cpu import merged
+from kilodelta.merging.tensors import merged_whole
 from kilodelta.models.weights import values, write
 
 
@@ -34,13 +35,14 @@ def fill_merged(
         delta: bound to the base.
         base: the base's files.
         names: checkpoint name to state name.
-        chosen: the targets to merge; all by default.
+        chosen: the changed tensors to merge; all by default.
     """
     state = module.state_dict()
-    for name, target in delta.targets.items():
+    for name in delta.tensors:
         if name in names and (chosen is None or name in chosen):
-            data = np.concatenate([part.copy() for part in merged(delta, target, base.data(name))])
-            raw = RawTensor(dtype=target.dtype, shape=target.shape, data=data)
+            info, before = base.info(name), base.data(name)
+            parts = [part.copy() for part in merged_whole(delta, name, before, merged)]
+            raw = RawTensor(dtype=info.dtype, shape=info.shape, data=np.concatenate(parts))
             write(state[names[name]], values(raw))
     for name, raw in delta.extras.items():
         if name in names:

@@ -48,9 +48,15 @@ def refuse_without_inputs(method: Method, targets: Sequence[Target]) -> Lora:
 
 def change_of(base: Checkpoint, tuned: Checkpoint, target: Target) -> Tensor:
     """Return what the fine-tune added to a target, float32 (out, in)."""
-    change = tensor(tuned, target.name).float() - tensor(base, target.name).float()
+    change = matrix_of(tuned, target).float() - matrix_of(base, target).float()
     matrix = change.reshape(target.stored)
     return matrix.T if target.transposed else matrix
+
+
+def matrix_of(checkpoint: Checkpoint, target: Target) -> Tensor:
+    """Return a target as the files store it: a tensor, or one matrix of a stack."""
+    whole = tensor(checkpoint, target.tensor)
+    return whole if target.part is None else whole[target.part]
 
 
 def fit(
@@ -140,14 +146,14 @@ def compare_weights(
         ||what is missed|| / ||the whole change||, over all tensors that both models have: 0 where
         all of it is kept, 1 where nothing is; and each target's own figures.
     """
-    carried = {*delta.targets, *delta.extras}
+    carried = {*delta.tensors, *delta.extras}
     missed = energy([change for change in changes if change.name not in carried])
     layers = []
     for name, target in delta.targets.items():
         update, change = torch.from_numpy(delta.update(name)), change_of(base, tuned, target)
         error, whole = _energy(update - change), _energy(change)
         missed += error
-        size = _energy(tensor(base, name))
+        size = _energy(matrix_of(base, target))
         layers.append(
             Layer(
                 name=name,

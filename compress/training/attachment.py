@@ -18,7 +18,7 @@ from kilodelta.compress.training import encoders, layers
 from kilodelta.compress.training.factors import CoefficientValues, factors_of
 from kilodelta.compress.training.frozen import Frozen
 from kilodelta.compress.training.precision import Precision, choose, from_numbers, to_numbers
-from kilodelta.compress.training.sites import AttachedTarget
+from kilodelta.compress.training.sites import AttachedTarget, by_parameter
 from kilodelta.compress.training.through_grid import TargetGrid, Ways
 from kilodelta.compress.training.trainables import GroupSet, submodule_name
 from kilodelta.compress.training.update import FactoredUpdate
@@ -127,8 +127,8 @@ class Attachment(nn.Module):
     def install(self, model: nn.Module) -> None:
         """Hook into a model, whose tensors stop training."""
         self._handles = [*self.frozen.install(model)]
-        for place in self.places:
-            self._handles += layers.install(self, place)
+        for places in by_parameter(self.places):
+            self._handles += layers.install(self, places)
         self._handles += encoders.install(model)
         self._handles.append(model.register_forward_pre_hook(self._on_forward))
         model.add_module(NAME, self)

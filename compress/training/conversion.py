@@ -113,7 +113,7 @@ def _write(place: Path, tensors: dict[str, Tensor]) -> None:
 
 def _check_names(attachment: Attachment, checkpoint: Checkpoint) -> None:
     for place in attachment.places:
-        if place.target.name not in checkpoint:
+        if place.target.tensor not in checkpoint:
             there = [alias for alias in place.aliases if alias in checkpoint]
             advice = (
                 f"the base calls it {there[0]}: use that in `targets`"
@@ -124,7 +124,7 @@ def _check_names(attachment: Attachment, checkpoint: Checkpoint) -> None:
                 )
             )
             raise BaseMismatchError(
-                f"the base {checkpoint.path} has no tensor {place.target.name}", fix=advice
+                f"the base {checkpoint.path} has no tensor {place.target.tensor}", fix=advice
             )
 
 

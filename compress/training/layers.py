@@ -3,15 +3,15 @@
 The base module keeps its class, its names and its tensors. For layers whose output is linear in the
 weight, the update is applied to the activations, x right left^T, without the matrix dW unless that
 is cheaper; a linear layer in training may run with W + dW in place of W, where that is cheapest.
-Every other layer (grouped and transposed convolutions, attention's packed projections, parameters
-that a module uses by hand, subclasses with another forward pass) always runs with W + dW in place
-of W.
+Every other layer (grouped and transposed convolutions, attention's packed projections, experts that
+one parameter stacks, parameters that a module uses by hand, subclasses with another forward pass)
+always runs with W + dW in place of W.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,8 +68,7 @@ class LayerHook(ABC):
         """
         owner, attribute = self.site.owner, self.site.attribute
         weight: Any = owner._parameters[attribute]
-        update = self.source.update(self.index).map(lambda t: t.to(weight.device)).matrix()
-        change = (update.t() if self.transposed else update).view_as(weight)
+        change = self._change(weight.device).view_as(weight)
         grid = self.source.grid(self.index)
         # Add in the wider type and round once: a half-precision sum would lose small updates.
         wide = torch.promote_types(weight.dtype, change.dtype)
@@ -77,6 +76,11 @@ class LayerHook(ABC):
         merged: Tensor = total.to(weight.dtype)
         owner.__dict__[attribute] = merged
         return merged
+
+    def _change(self, device: torch.device) -> Tensor:
+        """Compute dW as the parameter is stored."""
+        update = self.source.update(self.index).map(lambda t: t.to(device)).matrix()
+        return update.t() if self.transposed else update
 
     def show_weight(self) -> bool:
         """Let the site compute with W again; return whether W was hidden."""
@@ -183,6 +187,26 @@ class SwapWeight(LayerHook):
         self.show_weight()
 
 
+@dataclass(frozen=True, eq=False)
+class SwapStack(SwapWeight):
+    """A parameter (n, rows, columns) whose every matrix is a target: it runs with W + dW.
+
+    Attributes:
+        count: n; the targets' indices begin with `index`.
+    """
+
+    count: int
+
+    def _change(self, device: torch.device) -> Tensor:
+        """Compute dW (n, rows, columns), all matrices in one batched product."""
+        each = map(self.source.update, range(self.index, self.index + self.count))
+        updates = [update.map(lambda t: t.to(device)).pair() for update in each]
+        left, right = (torch.stack(factors) for factors in zip(*updates, strict=True))
+        if self.transposed:
+            left, right = right, left
+        return left @ right.transpose(1, 2)
+
+
 def mark_sharded(block: nn.Module) -> None:
     """Note that the layers of a block have their whole weights only while it computes."""
     for layer in block.modules():
@@ -273,10 +297,17 @@ def takes_grid(site: Site) -> bool:
     return _kind(site) in (AddLinear, SwapWeight)
 
 
-def install(source: UpdateSource, place: AttachedTarget) -> list[RemovableHandle]:
-    """Let all sites of a target compute with its update; the handles undo it."""
-    target = place.target
+def install(source: UpdateSource, places: Sequence[AttachedTarget]) -> list[RemovableHandle]:
+    """Let all sites of a parameter compute with its update; the handles undo it.
+
+    Args:
+        source: knows the updates.
+        places: the parameter as a target, or all matrices of a stack in order.
+    """
+    target = places[0].target
     handles: list[RemovableHandle] = []
-    for site in place.sites:
-        handles += _kind(site)(source, target.index, site, target.transposed).install()
+    for site in places[0].sites:
+        place = source, target.index, site, target.transposed
+        hook = _kind(site)(*place) if target.part is None else SwapStack(*place, len(places))
+        handles += hook.install()
     return handles

@@ -19,7 +19,7 @@ from kilodelta.files import dtypes
 from kilodelta.files.tensor import TensorInfo
 from kilodelta.files.tying import file_order
 from kilodelta.format.targets import Patterns, Target, matches, select
-from kilodelta.models.layers import is_conv1d
+from kilodelta.models.layers import READ_FROM_OUTSIDE, is_stack, stores_in_out
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +41,10 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttachedTarget:
-    """A target in a module: all its names (as checkpoints have them) and all its sites."""
+    """A target in a module: all its names (as checkpoints have them) and all its sites.
+
+    The matrices of a stack are a target each, with the same names and sites.
+    """
 
     target: Target
     aliases: tuple[str, ...]
@@ -49,10 +52,18 @@ class AttachedTarget:
 
     @property
     def parameter(self) -> Tensor:
-        """The target's weight."""
+        """The target's weight; of a matrix of a stack, a view."""
         site = self.sites[0]
         weight: Tensor = site.owner._parameters[site.attribute]  # type: ignore[assignment]
-        return weight
+        return weight if self.target.part is None else weight[self.target.part]
+
+
+def by_parameter(places: Iterable[AttachedTarget]) -> list[list[AttachedTarget]]:
+    """Group targets by the parameter that holds them: the matrices of a stack, in order."""
+    found: dict[str, list[AttachedTarget]] = {}
+    for place in places:
+        found.setdefault(place.target.tensor, []).append(place)
+    return list(found.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +73,11 @@ class _Use:
     name: str
     parameter: Tensor
     site: Site
+
+    @property
+    def held(self) -> tuple[nn.Module, str, tuple[int, ...]]:
+        """The module that holds it, as what, and its shape."""
+        return self.site.owner, self.site.attribute, tuple(self.parameter.shape)
 
 
 def find(
@@ -83,13 +99,15 @@ def find(
     """
     chosen = _choose(_uses(model, names), include, exclude)
     turned = [name for name, same in chosen.items() if _is_transposed(name, same)]
+    stacks = [name for name, same in chosen.items() if _is_stack(same)]
     patterns = Patterns(
         include=tuple(include),
         exclude=tuple(exclude),
         transposed=globs_for(turned, [name for name in chosen if name not in turned]),
+        stacked=globs_for(stacks, [name for name in chosen if name not in stacks]),
     )
     infos = [_info(name, same[0].parameter) for name, same in chosen.items()]
-    places = tuple(_place(target, chosen[target.name]) for target in select(infos, patterns))
+    places = tuple(_place(target, chosen[target.tensor]) for target in select(infos, patterns))
     return patterns, places
 
 
@@ -122,9 +140,9 @@ def _host(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
 
 def _computes(module: nn.Module) -> bool:
     """Return whether a module's forward pass is what uses its parameters."""
-    return type(module).forward is not nn.Module.forward and not isinstance(
-        module, NonDynamicallyQuantizableLinear
-    )
+    is_read = type(module).__name__ in READ_FROM_OUTSIDE
+    has_forward = type(module).forward is not nn.Module.forward
+    return has_forward and not is_read and not isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def _choose(
@@ -179,13 +197,17 @@ def _place(target: Target, same: Sequence[_Use]) -> AttachedTarget:
     sites = {(id(use.site.owner), use.site.attribute): use.site for use in same}
     return AttachedTarget(
         target=target,
-        aliases=tuple(dict.fromkeys((target.name, *(use.name for use in same)))),
+        aliases=tuple(dict.fromkeys((target.tensor, *(use.name for use in same)))),
         sites=tuple(sites.values()),
     )
 
 
+def _is_stack(same: Sequence[_Use]) -> bool:
+    return any(is_stack(*use.held) for use in same)
+
+
 def _is_transposed(name: str, same: Sequence[_Use]) -> bool:
-    kinds = {is_conv1d(use.site.owner) for use in same}
+    kinds = {stores_in_out(*use.held) for use in same}
     if len(kinds) == 2:
         raise InputError(
             f"{name} is the weight of a Conv1D and, tied, of a layer that stores it the other way",

@@ -107,7 +107,7 @@ def attach(
     patterns, places = find(model, _globs(targets), _globs(exclude), names)
     for place in places:
         check_place(place, method)
-    chosen = [place.target.name for place in places]
+    chosen = [place.target.tensor for place in places]
     frozen = Frozen(checkpoint_names(model, names), _globs(extras), chosen)
     Attachment(method, patterns, places, frozen, seed).install(model)
     return model

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from kilodelta import parallel
 from kilodelta.errors import InputError
 from kilodelta.export.adapter.fit import fit, too_high
-from kilodelta.export.adapter.layout import AdapterLayout, Exposed
+from kilodelta.export.adapter.layout import AdapterLayout, Use
 from kilodelta.export.merge.tensor import rounded
 from kilodelta.export.peft.factors import float_factors, scales
 from kilodelta.files.dtypes import PRECISIONS, TARGETS
@@ -82,14 +82,19 @@ def expand(
     bound = fit(delta, layout)
     exposed = {t.info.name: t for t in layout.exposed if t.use != "unused"}
     made = _zeros(layout, ())
-    names = [name for name in bound.targets if name in exposed]
+    names = [name for name, target in bound.targets.items() if target.tensor in exposed]
     meter = Meter("expand", len(names), "tensors", progress)
     for name, (left, right) in _float_factors(bound, names, meter, threads).items():
         if left.shape[1] > layout.rank:  # a compatibility form of a fused layer adds its ranks up
             raise too_high(left.shape[1], layout)
-        A, B = (made[port] for port in exposed[name].names)
-        stored = (right.T, left.T) if bound.targets[name].transposed else (left, right)
-        _fill(A, B, exposed[name], *stored)
+        target = bound.targets[name]
+        tensor = exposed[target.tensor]
+        A, B = (made[port] for port in tensor.names)
+        stored = (right.T, left.T) if target.transposed else (left, right)
+        if target.part is not None:
+            _fill(A[target.part], B[target.part], "straight", *stored)
+        else:
+            _fill(A, B, tensor.use, *stored)
     for name, default in layout.defaults.items():
         made[name] = _stored_value(name, bound.extras.get(name, default), layout)
     return made
@@ -169,15 +174,15 @@ def _tops(stack: together.Stack) -> dict[str, Matrix]:
     return dict(zip(stack.names, tops, strict=True))
 
 
-def _fill(A: Matrix, B: Matrix, tensor: Exposed, rows: Matrix, columns: Matrix) -> None:
+def _fill(A: Matrix, B: Matrix, use: Use, rows: Matrix, columns: Matrix) -> None:
     """Write a target's two inputs from its update as stored, (rows, k) @ (k, columns).
 
     Each entry is rounded once; components beyond k stay zero.
     """
     k = rows.shape[1]
-    if tensor.use == "turned":
+    if use == "turned":
         A[:, :k], B[:k] = columns.T, rows.T
-    elif tensor.use == "straight":
+    elif use == "straight":
         A[:, :k], B[:k] = rows, columns
     else:
         A[:k] = columns.reshape(k, *A.shape[1:])

@@ -43,6 +43,7 @@ def fit(delta: Delta, layout: AdapterLayout) -> Delta:
     _require_stored(delta, layout)
     exposed = [tensor.info for tensor in layout.exposed]
     targets = _require_exposed(delta, exposed)
+    _require_alike(targets, layout)
     return delta if delta.layout == targets else delta.bind_to(exposed)
 
 
@@ -116,6 +117,21 @@ def _require_exposed(delta: Delta, exposed: list[TensorInfo]) -> tuple[Target, .
             "all of them, or apply in patch or refit mode",
         )
     return matched
+
+
+def _require_alike(targets: Sequence[Target], layout: AdapterLayout) -> None:
+    """See that a stack of matrices is one to the file and to the graph, or to neither."""
+    stacks = {tensor.info.name for tensor in layout.exposed if tensor.use == "stack"}
+    unused = {tensor.info.name for tensor in layout.exposed if tensor.use == "unused"}
+    for target in targets:
+        if target.tensor in unused or (target.part is None) == (target.tensor not in stacks):
+            continue
+        each, whole = "a matrix for each expert", "one matrix"
+        ours, theirs = (whole, each) if target.part is None else (each, whole)
+        raise InputError(
+            f"{target.tensor} is {ours} to the file, and {theirs} to the graph",
+            fix="apply the file in patch or refit mode, or merge it",
+        )
 
 
 def _options(name: str, values: Sequence[str]) -> str:

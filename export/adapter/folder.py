@@ -164,7 +164,7 @@ def _write_graph(
     from kilodelta.export.onnx.save import save
     from kilodelta.export.onnx.template import fill_template
     from kilodelta.models import read_inputs
-    from kilodelta.models.layers import layer_weights
+    from kilodelta.models.layers import layer_weights, stacked_weights
 
     checkpoint = Checkpoint.open(locate(os.fspath(base)))
     require_base(checkpoint, delta.manifest.base, progress=progress)
@@ -175,6 +175,7 @@ def _write_graph(
         checkpoint,
         include=options.include,
         layers=layer_weights(headed.loaded.module, headed.loaded.names),
+        stacks=stacked_weights(headed.loaded.module, headed.loaded.names),
         heads=headed.heads,
         whole=options.whole,
         name=delta.manifest.base.name,

@@ -40,6 +40,7 @@ def with_adapter(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     layers: Container[str] = (),
+    stacks: Container[str] = (),
     heads: Mapping[str, RawTensor] = NOTHING,
     whole: Sequence[str] = (),
     name: str = "",
@@ -59,6 +60,7 @@ def with_adapter(
         layers: further weights that are exposed where no globs are given: those of layers whose
             products the graph does not show as such (experts that it stacks, packed projections
             that it cuts). Each is updated as a whole at every request, so not with slots.
+        stacks: tensors (experts, rows, columns) that fine-tunes change matrix by matrix.
         heads: tensors of the architecture that the base lacks, with values to start from
             (`kilodelta.export.open_headed`). They are inputs that every fine-tune brings.
         whole: globs of tensors of the base that fine-tunes may store whole, such as `*.bias`.
@@ -115,7 +117,10 @@ def with_adapter(
         slots=slots,
         dtype=template.dtype,
         optional=optional,
-        exposed=tuple(Exposed(info=info, use=use_of(uses)) for info, uses in chosen),
+        exposed=tuple(
+            Exposed(info=info, use="stack" if uses and info.name in stacks else use_of(uses))
+            for info, uses in chosen
+        ),
         stored=tuple(replace(one, is_free=one.info.name in free) for one in stored),
         defaults=defaults,
     )

@@ -6,6 +6,8 @@ An exposed tensor W, stored as a matrix of (rows, columns), has two inputs, `<na
 - `turned`, where the graph uses W transposed (a linear layer): A (columns, rank), B (rank, rows);
 - `straight`, where it uses W as stored (Conv1D, an embedding): A (rows, rank), B (rank, columns);
 - `conv`, a convolution: A (rank, in, *kernel), B (rows, rank, 1...), two convolutions in a row;
+- `stack`, matrices of several experts in one tensor (n, rows, columns), each with its own update:
+  A (n, rows, rank), B (n, rank, columns);
 - `unused`, where the outputs do not depend on it: no inputs, and a delta may change it freely.
 
 A stored tensor, such as a new head's weight, is an input itself, under its own name; its values
@@ -47,8 +49,8 @@ INDEX = "adapter"
 """The input that chooses a slot for each row."""
 
 Shape: TypeAlias = tuple[int, ...]
-Use = Literal["turned", "straight", "conv", "unused"]
-USES: tuple[Use, ...] = ("turned", "straight", "conv", "unused")
+Use = Literal["turned", "straight", "conv", "stack", "unused"]
+USES: tuple[Use, ...] = ("turned", "straight", "conv", "stack", "unused")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,9 @@ class Exposed:
             return (columns, rank), (rank, rows)
         if self.use == "straight":
             return (rows, rank), (rank, columns)
+        if self.use == "stack":
+            count, rows, columns = self.info.shape
+            return (count, rows, rank), (count, rank, columns)
         return (rank, *others), (rows, rank, *[1] * (len(others) - 1))
 
 
@@ -243,6 +248,8 @@ def _exposed(value: Any, where: str) -> Exposed:
         raise untrusted.FieldError(f"{where}.shape is {list(info.shape)}, not that of a matrix")
     use = row["use"]
     untrusted.choice(use, f"{where}.use", USES)
+    if use == "stack" and len(info.shape) != 3:
+        raise untrusted.FieldError(f"{where}.shape is {list(info.shape)}, not that of a stack")
     return Exposed(info=info, use=use)
 
 

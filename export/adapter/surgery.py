@@ -45,7 +45,8 @@ class Surgery:
                 _require_rows(tensor.info.name, site)
         A, B = (self._factor(name) for name in tensor.names)
         for site in uses:
-            kind = "whole" if site.kind == "conv" and tensor.use != "conv" else site.kind
+            is_whole = tensor.use == "stack" or (site.kind == "conv" and tensor.use != "conv")
+            kind = "whole" if is_whole else site.kind
             _JOIN[kind](self, tensor, site, A, B)
 
     def store(self, stored: Sequence[StoredInput]) -> None:
@@ -186,7 +187,7 @@ class Surgery:
             B: that of the second.
         """
         update = self._node(site, "MatMul", [A, B])
-        if len(tensor.info.shape) > 2:
+        if len(tensor.info.shape) > 2 and tensor.use != "stack":
             sizes = self._whole_numbers(*tensor.info.shape)
             update = self._node(site, "Reshape", [update, sizes])
         total = self._node(site, "Add", [site.node.inputs[site.index], update])

@@ -228,7 +228,7 @@ def _merge_one_file(
         result=bound.manifest.result,
         targets=len(bound.targets),
         extras=0,
-        copied=len(stored.tensors) - len(bound.targets),
+        copied=len(stored.tensors) - len(bound.tensors),
         nbytes=place.stat().st_size,
         config="",
         left_out={},

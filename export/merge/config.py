@@ -126,9 +126,9 @@ def _is_in_a_layer(name: str) -> bool:
 
 def _differ(base: Checkpoint, delta: Delta, one: str, other: str) -> bool:
     """Return whether the merged values of two tensors of one shape differ because of the delta."""
-    if not {one, other} & {*delta.extras, *delta.targets}:
+    if not {one, other} & {*delta.extras, *delta.tensors}:
         return False
-    if {one, other} & set(delta.targets):
+    if {one, other} & set(delta.tensors):
         return True  # two updates, or an update and none, are never the same
     chunks = (_chunks(base, delta, name) for name in (one, other))
     return any(

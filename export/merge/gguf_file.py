@@ -43,7 +43,7 @@ def write_gguf(
     tally, digests = Tally(), {}
     with model.path.open("rb") as base, stage.open("w+b") as out:
         _copy(base.fileno(), out.fileno(), source.file.size, meter)
-        for name, target in delta.targets.items():
+        for name in delta.tensors:
             if name in model.stored:
                 place = model.of(name).codes
                 parts = proved_parts(model, stored, name)
@@ -51,9 +51,7 @@ def write_gguf(
             else:
                 where = model.place_of(name)
                 merged = merged_tensor(delta, name, lambda n: model.plain_raw(n).data)
-                digests[name] = identity.tensor_digest(
-                    name, target.dtype, target.shape, merged.data
-                )
+                digests[name] = identity.raw_digest(name, merged)
                 place, packed = where.place, where.write(merged)
             pwrite(out.fileno(), packed.data.data, source.offset(place))
         for name, tensor in delta.extras.items():

@@ -9,7 +9,7 @@ made for is left as it was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from kilodelta.errors import BaseMismatchError, InputError, ProofError
+from kilodelta.export.merge.tensor import merged_info
 from kilodelta.files import identity
+from kilodelta.files.tensor import TensorInfo
 from kilodelta.format.delta import Delta
 from kilodelta.format.targets import Target
 from kilodelta.merging.gpu.choose import unit_for
@@ -49,8 +51,8 @@ def merge_into(
     """
     state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     tensors = {
-        name: _tensor(state, names.get(name, name), target)
-        for name, target in delta.targets.items()
+        name: _tensor(state, names.get(name, name), merged_info(delta, name))
+        for name in delta.tensors
     }
     extras = {name: _room(state, names.get(name, name), delta, name) for name in delta.extras}
     values = {name: _extra(delta, name) for name in extras}
@@ -58,18 +60,19 @@ def merge_into(
         if prove:
             _prove(delta, tensors)
         for name, tensor in tensors.items():
-            _local(tensor).copy_(_merged(delta, delta.target(name), tensor))
+            for target, part in _matrices(delta, name, tensor):
+                _local(part).copy_(_merged(delta, target, part))
         for name, tensor in extras.items():
             _fill(tensor, values[name])
     return delta.manifest.result
 
 
-def _tensor(state: Mapping[str, Any], name: str, target: Target) -> Tensor:
+def _tensor(state: Mapping[str, Any], name: str, info: TensorInfo) -> Tensor:
     tensor = _known(state, name)
-    if tuple(tensor.shape) != target.shape or DTYPES.get(tensor.dtype) != target.dtype:
+    if tuple(tensor.shape) != info.shape or DTYPES.get(tensor.dtype) != info.dtype:
         raise BaseMismatchError(
             f"{name} is {tensor.dtype} {tuple(tensor.shape)}, "
-            f"the delta wants {target.dtype} {target.shape}",
+            f"the delta wants {info.dtype} {info.shape}",
             fix="load the base in the type of its files: its digest is over those bytes",
         )
     if tensor.is_meta:
@@ -100,17 +103,36 @@ def _room(state: Mapping[str, Any], name: str, delta: Delta, extra: str) -> Tens
 def _prove(delta: Delta, tensors: Mapping[str, Tensor]) -> None:
     digests = []
     for name, tensor in tensors.items():
-        target = delta.target(name)
-        # The digest is over the whole tensor; one at a time is gathered, so memory grows by one.
-        whole = _gathered(tensor, _merged(delta, target, tensor))
-        raw = whole.cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        digests.append(identity.tensor_digest(target.name, target.dtype, target.shape, raw.data))
+        info = merged_info(delta, name)
+        state = identity.tensor_hash(name, info.dtype, info.shape)
+        # The digest is over the whole tensor; a matrix at a time is gathered, so memory grows by
+        # one.
+        for target, part in _matrices(delta, name, tensor):
+            whole = _gathered(part, _merged(delta, target, part))
+            raw = whole.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            state.update(raw.data)
+        digests.append("sha256:" + state.hexdigest())
     root = identity.root(digests)
     if root != delta.manifest.result:
         raise ProofError(
             f"the merged targets have root {root}, the file says {delta.manifest.result}",
             fix="the model is not the base, or was changed: load the base anew; nothing was merged",
         )
+
+
+def _matrices(delta: Delta, name: str, tensor: Tensor) -> Iterator[tuple[Target, Tensor]]:
+    """Yield a tensor's targets, each with the tensor or its matrix of the stack, a view.
+
+    Raises:
+        InputError: the tensor is a stack, and distributed.
+    """
+    for target in delta.tensors[name]:
+        if target.part is not None and _is_distributed(tensor):
+            raise InputError(
+                f"{name} holds {len(tensor)} matrices in one distributed tensor",
+                fix="merge into files (kilodelta merge), and load the merged model",
+            )
+        yield target, tensor if target.part is None else tensor[target.part]
 
 
 def _merged(delta: Delta, target: Target, tensor: Tensor) -> Tensor:

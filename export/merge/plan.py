@@ -79,7 +79,7 @@ def _plan_file(shard: Shard, delta: Delta, path: Path, added: Mapping[str, RawTe
         kind: Literal["merge", "store", "copy"] = "copy"
         if info.name in delta.extras:
             kind = "store"
-        elif info.name in delta.targets:
+        elif info.name in delta.tensors:
             kind = "merge"
         pieces.append(Piece(kind=kind, name=info.name, begin=begin, nbytes=info.nbytes))
         begin += info.nbytes

@@ -23,6 +23,7 @@ from kilodelta.files.copying import pwrite
 from kilodelta.files.identity import Identity
 from kilodelta.format.delta import Delta
 from kilodelta.merging.devices import Merge
+from kilodelta.merging.tensors import merged_whole
 from kilodelta.progress import Meter, Progress
 
 
@@ -77,7 +78,7 @@ class MergeStream:
         state = identity.tensor_hash(piece.name, info.dtype, info.shape)
         source = self.checkpoint.tensor(piece.name)
         parts = (
-            self.merge(self.delta, self.delta.target(piece.name), source)
+            merged_whole(self.delta, piece.name, source, self.merge)
             if piece.kind == "merge"
             else source.chunks()
         )

@@ -11,22 +11,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kilodelta.errors import CheckpointError, ExportError, ProofError
-from kilodelta.files import dtypes, identity
+from kilodelta.files import identity
 from kilodelta.files.floats import cast, overflows
-from kilodelta.files.tensor import Bytes, RawTensor
+from kilodelta.files.tensor import Bytes, RawTensor, TensorInfo
 from kilodelta.format.delta import Delta
+from kilodelta.merging.tensors import merged_whole
 
 if TYPE_CHECKING:
     from kilodelta.merging.cpu import ByteSource
 
 
 def changed_names(delta: Delta) -> tuple[str, ...]:
-    """Return the names of a bound delta's targets, then of its extras."""
-    return (*delta.targets, *delta.extras)
+    """Return the names of the tensors that a bound delta's targets are, then of its extras."""
+    return (*delta.tensors, *delta.extras)
 
 
 def merged_tensor(delta: Delta, name: str, base: Callable[[str], Bytes]) -> RawTensor:
-    """Merge a target, or take an extra as it is stored.
+    """Merge a tensor, or take an extra as it is stored.
 
     Args:
         delta: bound to its base.
@@ -39,20 +40,28 @@ def merged_tensor(delta: Delta, name: str, base: Callable[[str], Bytes]) -> RawT
     """
     if name in delta.extras:
         return delta.extras[name]
-    target, position = delta.target(name), 0
-    data = np.empty(dtypes.nbytes(target.dtype, target.shape), np.uint8)
+    info, position = merged_info(delta, name), 0
+    data = np.empty(info.nbytes, np.uint8)
     for part in merged_parts(delta, name, base(name)):
         data[position : position + part.size] = part
         position += part.size
-    return RawTensor(dtype=target.dtype, shape=target.shape, data=data)
+    return RawTensor(dtype=info.dtype, shape=info.shape, data=data)
+
+
+def merged_info(delta: Delta, name: str) -> TensorInfo:
+    """Describe a tensor of `delta.tensors`: it keeps the base's type and shape."""
+    targets = delta.tensors[name]
+    first = targets[0]
+    shape = first.shape if first.part is None else (len(targets), *first.shape)
+    return TensorInfo(name=name, dtype=first.dtype, shape=shape)
 
 
 def merged_parts(delta: Delta, name: str, base: ByteSource) -> Iterator[Bytes]:
-    """Merge a target piece by piece: whole rows, uint8 `(n,)`, each overwritten by the next.
+    """Merge a tensor piece by piece: whole rows, uint8 `(n,)`, each overwritten by the next.
 
     Args:
         delta: bound to its base.
-        name: one of its targets.
+        name: one of `delta.tensors`.
         base: the base tensor's raw bytes, or a file that is read as it is sliced.
 
     Raises:
@@ -61,14 +70,13 @@ def merged_parts(delta: Delta, name: str, base: ByteSource) -> Iterator[Bytes]:
     """
     from kilodelta.merging import cpu  # loads the kernels
 
-    target = delta.target(name)
-    size = dtypes.nbytes(target.dtype, target.shape)
-    if base.size != size:
+    info = merged_info(delta, name)
+    if base.size != info.nbytes:
         raise CheckpointError(
-            f"{name} has {base.size} bytes, but {target.dtype} {target.shape} takes {size}",
+            f"{name} has {base.size} bytes, but {info.dtype} {info.shape} takes {info.nbytes}",
             fix="give the exact base, or the part of it that was kept for this use",
         )
-    yield from cpu.merged(delta, target, base)
+    yield from merged_whole(delta, name, base, cpu.merged)
 
 
 def rounded(name: str, tensor: RawTensor, dtype: str) -> Bytes:
@@ -101,12 +109,12 @@ def require_result(delta: Delta, digests: Mapping[str, str]) -> None:
 
     Args:
         delta: bound to its base.
-        digests: of every merged target, by name.
+        digests: of every merged tensor, by name.
 
     Raises:
         ProofError: they are not.
     """
-    root = identity.root(digests[name] for name in delta.targets)
+    root = identity.root(digests[name] for name in delta.tensors)
     if root != delta.manifest.result:
         raise ProofError(
             f"the merged targets have root {root}, the file says {delta.manifest.result}",

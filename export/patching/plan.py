@@ -110,7 +110,7 @@ def make_plan(
         plan, [f"{n}: {why}" for n in bound.extras if (why := _misfit(plan, n))], "does not fit"
     )
     _require_heads(plan)
-    plain = [n for n in bound.targets if n not in patch_map.codes]
+    plain = [n for n in bound.tensors if n not in patch_map.codes]
     lacking = [n for n in plain if patch_map.exact(n) is None and n not in (rest or ())]
     _refuse(
         plan, lacking, "is not held exactly", fix="give the base checkpoint too, or `write_rest`'s"
@@ -155,7 +155,7 @@ def _no_place(plan: PatchPlan, name: str) -> str:
     patch_map = plan.patch_map
     if name in patch_map.codes and name in plan.delta.extras:
         return "it is stored as codes, and the file brings it whole"
-    if name in patch_map.heads and name in plan.delta.targets:
+    if name in patch_map.heads and name in plan.delta.tensors:
         return "the file was exported with a new head in its place"
     if patch_map.info(name) is None:
         return "the base has no tensor of that name, and the file was exported without it"

@@ -73,7 +73,7 @@ def run(
         def look(part: Bytes) -> None:
             state.update(part.data)
 
-        place_tensor(plan, job, write, look if job in plan.delta.targets else None)
+        place_tensor(plan, job, write, look if job in plan.delta.tensors else None)
         digests[job] = f"sha256:{state.hexdigest()}"
         meter.add(plan.size(job))
 

@@ -40,7 +40,7 @@ class TunedWeights:
         self, delta: Delta, base: Checkpoint, *, threads: int | None, progress: Progress
     ) -> None:
         names = changed_names(delta)
-        sizes = {n: base.info(n).nbytes for n in delta.targets}
+        sizes = {n: base.info(n).nbytes for n in delta.tensors}
         sizes |= {n: extra.data.size for n, extra in delta.extras.items()}
         meter = Meter("expand", sum(sizes.values()), "B", progress)
 
@@ -51,7 +51,7 @@ class TunedWeights:
 
         made = parallel.run(work, names, meter, weight=lambda n: sizes[n], threads=threads)
         self._base, self._tuned = base, dict(zip(names, made, strict=True))
-        require_result(delta, {n: raw_digest(n, self._tuned[n]) for n in delta.targets})
+        require_result(delta, {n: raw_digest(n, self._tuned[n]) for n in delta.tensors})
 
     def get(self, name: str, dtype: str, count: int) -> Bytes:
         """Return a weight's raw bytes, uint8 `(n,)`, as an engine holds it.

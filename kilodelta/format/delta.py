@@ -25,7 +25,7 @@ from kilodelta.format.grid_names import named_for
 from kilodelta.format.manifest import Manifest
 from kilodelta.format.methods import Method
 from kilodelta.format.packing import Ints
-from kilodelta.format.targets import Target, select
+from kilodelta.format.targets import Target, by_tensor, select
 from kilodelta.grid.model import QuantisedModel
 from kilodelta.grid.open import is_quantised, open_quantised
 
@@ -155,12 +155,22 @@ class Delta:
 
     @cached_property
     def targets(self) -> Mapping[str, Target]:
-        """The targets by name, in target order.
+        """The targets by name, in target order; each matrix of a stack is one.
 
         Raises:
             InputError: the delta is not bound to a base.
         """
         return {target.name: target for target in self._packed.targets}
+
+    @cached_property
+    def tensors(self) -> Mapping[str, tuple[Target, ...]]:
+        """The base's tensors that coefficients change, by name in target order, each with the
+        targets that it holds: itself, or the matrices of a stack.
+
+        Raises:
+            InputError: the delta is not bound to a base.
+        """
+        return by_tensor(self._packed.targets)
 
     def target(self, name: str) -> Target:
         """Return one target.

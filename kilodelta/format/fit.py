@@ -44,8 +44,9 @@ def check_fit(blob: Blob, extras: Collection[str]) -> None:
 
 def _check_targets(manifest: Manifest, targets: Sequence[Target], extras: Collection[str]) -> None:
     if len(targets) != manifest.count:
+        what = "matrices" if manifest.patterns.stacked else "tensors"
         raise BaseMismatchError(
-            f"the patterns match {len(targets)} tensors of this model, not {manifest.count}",
+            f"the patterns match {len(targets)} {what} of this model, not {manifest.count}",
             fix=f"the file was made for {manifest.base.name!r}: give that model",
         )
     for target in targets:
@@ -55,8 +56,8 @@ def _check_targets(manifest: Manifest, targets: Sequence[Target], extras: Collec
                 f" {target.shape}",
                 fix="the file is damaged or for another model: fetch it again",
             )
-        if target.name in extras:
-            raise FileError(f"{target.name} is a target and an extra as well", fix=_FETCH)
+        if target.tensor in extras:
+            raise FileError(f"{target.tensor} is a target and an extra as well", fix=_FETCH)
     problem = "" if manifest.compat is None else manifest.compat.problem(tuple(targets))
     if problem:
         raise BaseMismatchError(

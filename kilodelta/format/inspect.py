@@ -102,6 +102,7 @@ def inspect(path: str | os.PathLike[str]) -> Contents:
             "include": patterns.include,
             "exclude": patterns.exclude,
             "transposed": patterns.transposed,
+            **({"stacked": patterns.stacked} if patterns.stacked else {}),
         },
         bits=manifest.bits,
         exact=manifest.compat is None,

@@ -74,7 +74,7 @@ class Manifest:
     seed: int
     patterns: Patterns
     count: int
-    """How many tensors the patterns choose in the base."""
+    """How many targets the patterns choose in the base."""
     bits: int
     """Bits of an integer coefficient; of a float one, 32 or 16, in a compatibility form."""
     scales: tuple[Scale, ...]
@@ -111,6 +111,7 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
             "include": list(patterns.include),
             "exclude": list(patterns.exclude),
             "transposed": list(patterns.transposed),
+            **({"stacked": list(patterns.stacked)} if patterns.stacked else {}),
             "count": manifest.count,
         },
         "coefficients": _coefficients_to_json(manifest),
@@ -169,8 +170,8 @@ def _parse(fields: Any, text: str) -> Manifest:
     top = table(fields, "manifest", _TOP, optional=("config", "grid"))
     if canonical.dumps(fields) != text:
         raise FieldError("it is not in canonical form")
-    targets = table(top["targets"], "targets", ("include", "exclude", "transposed", "count"))
     method = parse_method(top["method"])
+    patterns, count = _targets(top["targets"], method)
     bits, scales = _coefficients(top["coefficients"], method)
     grid = parse_grid(top["grid"]) if "grid" in top else None
     if grid and not isinstance(method, Method):
@@ -180,10 +181,8 @@ def _parse(fields: Any, text: str) -> Manifest:
         base=_base(top["base"]),
         method=method,
         seed=_seed(top["seed"]),
-        patterns=Patterns(
-            **{k: _globs(targets[k], f"targets.{k}") for k in ("include", "exclude", "transposed")}
-        ),
-        count=whole(targets["count"], "targets.count", 1, MAX_TARGETS),
+        patterns=patterns,
+        count=count,
         bits=bits,
         scales=scales,
         extras=_extras(top["extras"]),
@@ -246,6 +245,19 @@ def parse_grid(value: Any) -> Grid:
         weights=whole(given["weights"], "grid.weights", 1, 1 << 24),
         kinds=tuple(kinds),
     )
+
+
+def _targets(value: Any, method: Form) -> tuple[Patterns, int]:
+    """Read the patterns, and how many targets they choose."""
+    lists = ("include", "exclude", "transposed")
+    given = table(value, "targets", (*lists, "count"), optional=("stacked",))
+    if "stacked" in given:
+        if not given["stacked"]:
+            raise FieldError("targets.stacked is empty, and is left out where nothing is stacked")
+        if not isinstance(method, Method):
+            raise FieldError(f"{method.name} is no exact method, so it changes no stacked tensor")
+    patterns = {key: _globs(given[key], f"targets.{key}") for key in given if key != "count"}
+    return Patterns(**patterns), whole(given["count"], "targets.count", 1, MAX_TARGETS)
 
 
 def _globs(value: Any, where: str) -> tuple[str, ...]:

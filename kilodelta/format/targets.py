@@ -18,24 +18,55 @@ Shape = tuple[int, int]
 class Patterns:
     """Case-sensitive shell globs over tensor names; `*` matches dots as well.
 
-    A target is a tensor that matches a glob of `include` and none of `exclude`; one that matches
-    a glob of `transposed` is stored (in, out).
+    A tensor that matches a glob of `include` and none of `exclude` is a target; one that matches
+    a glob of `transposed` is stored (in, out). A three-dimensional one that matches a glob of
+    `stacked`, such as the experts of a mixture in one tensor, is as many targets as its first
+    dimension is long.
     """
 
     include: tuple[str, ...]
     exclude: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
+    stacked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One tensor that a delta changes; `index` is its position among the targets."""
+    """One matrix that a delta changes: a tensor of the base, or one matrix of a stack.
+
+    Attributes:
+        name: the tensor's; of matrix `i` of a stack, that name and `[i]`.
+        dtype: the tensor's.
+        shape: the matrix's as it is stored; a convolution has more than two dimensions.
+        transposed: whether it is stored (in, out).
+        index: its position among the targets.
+        part: its place in a stack; None where it is a whole tensor.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     transposed: bool
     index: int
+    part: int | None = None
+
+    @property
+    def tensor(self) -> str:
+        """The name of the base's tensor that holds it.
+
+        Example:
+            >>> shape, turned = (8, 4), False
+            >>> Target(
+            ...     name="w[3]", dtype="F32", shape=shape, transposed=turned, index=3, part=3
+            ... ).tensor
+            'w'
+        """
+        return self.name if self.part is None else self.name.removesuffix(f"[{self.part}]")
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that it takes in the base."""
+        return dtypes.nbytes(self.dtype, self.shape)
 
     @property
     def stored(self) -> Shape:
@@ -59,19 +90,42 @@ def matches(name: str, globs: Iterable[str]) -> bool:
 
 
 def select(tensors: Iterable[TensorInfo], patterns: Patterns) -> tuple[Target, ...]:
-    """Choose the targets in a model, in name order: float tensors of two or more dimensions, and
-    quantised weights, which come as (out, in) of dtype `GRID` and are never transposed."""
+    """Choose the targets in a model, in name order, the matrices of a stack in their own.
+
+    They are float tensors of two or more dimensions, and quantised weights, which come as
+    (out, in) of dtype `GRID` and are neither stacked nor transposed.
+
+    Example:
+        >>> experts = TensorInfo(name="experts", dtype="F32", shape=(2, 8, 4))
+        >>> chosen = select([experts], Patterns(include=("*",), stacked=("experts",)))
+        >>> [(target.name, target.matrix) for target in chosen]
+        [('experts[0]', (8, 4)), ('experts[1]', (8, 4))]
+    """
     chosen = {info.name: info for info in tensors if _is_target(info, patterns)}
-    return tuple(
-        Target(
-            name=name,
-            dtype=chosen[name].dtype,
-            shape=chosen[name].shape,
-            transposed=chosen[name].dtype != GRID and matches(name, patterns.transposed),
-            index=index,
-        )
-        for index, name in enumerate(in_name_order(chosen))
-    )
+    targets: list[Target] = []
+    for name in in_name_order(chosen):
+        info = chosen[name]
+        is_stack = len(info.shape) == 3 and matches(name, patterns.stacked)
+        for part in range(info.shape[0]) if is_stack else (None,):
+            targets.append(
+                Target(
+                    name=name if part is None else f"{name}[{part}]",
+                    dtype=info.dtype,
+                    shape=info.shape if part is None else info.shape[1:],
+                    transposed=info.dtype != GRID and matches(name, patterns.transposed),
+                    index=len(targets),
+                    part=part,
+                )
+            )
+    return tuple(targets)
+
+
+def by_tensor(targets: Iterable[Target]) -> dict[str, tuple[Target, ...]]:
+    """Group targets by the base's tensors that hold them, in target order."""
+    found: dict[str, list[Target]] = {}
+    for target in targets:
+        found.setdefault(target.tensor, []).append(target)
+    return {name: tuple(parts) for name, parts in found.items()}
 
 
 def _is_target(info: TensorInfo, patterns: Patterns) -> bool:

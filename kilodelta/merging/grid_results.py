@@ -23,6 +23,7 @@ from kilodelta.grid.model import QuantisedModel
 from kilodelta.merging import cpu
 from kilodelta.merging.in_grid import BAND, regridded
 from kilodelta.merging.quantised import grid_of
+from kilodelta.merging.tensors import merged_whole
 from kilodelta.progress import Meter, Progress, silent
 
 DOMAIN = b"kilodelta update 1"
@@ -74,22 +75,22 @@ def grid_result(
         CheckpointError: the base cannot be read, or a plain target holds NaN or infinity.
         ProofError: an update takes a plain weight out of its type's range.
     """
-    targets = list(delta.targets.values())
-    meter = Meter("expand", sum(_size(target) for target in targets), "weights", progress)
+    sizes = {name: sum(map(_size, parts)) for name, parts in delta.tensors.items()}
+    meter = Meter("expand", sum(sizes.values()), "weights", progress)
 
-    def one(target: Target) -> tuple[str, int, int, float, int]:
-        if target.name not in model.stored:
-            return _plain_digest(delta, target, model), 0, 0, 0.0, 0
-        base = model.matrix(target.name)
-        new = regridded(delta, target, base)
-        meter.add(_size(target))
+    def one(name: str) -> tuple[str, int, int, float, int]:
+        if name not in model.stored:
+            return _plain_digest(delta, name, model), 0, 0, 0.0, 0
+        base = model.matrix(name)
+        new = regridded(delta, delta.target(name), base)
+        meter.add(sizes[name])
         weights = base.codes.size
-        return matrix_digest(target.name, new.matrix), new.changed, weights, new.steps, new.still
+        return matrix_digest(name, new.matrix), new.changed, weights, new.steps, new.still
 
-    done = parallel.run(one, targets, meter, weight=_size, threads=threads)
+    done = parallel.run(one, list(sizes), meter, weight=sizes.__getitem__, threads=threads)
     digests, changed, weights, steps, still = zip(*done, strict=True)
     return GridResult(
-        targets=dict(zip(delta.targets, digests, strict=True)),
+        targets=dict(zip(delta.tensors, digests, strict=True)),
         changed=sum(changed),
         weights=sum(weights),
         steps=sum(steps) / max(sum(weights), 1),
@@ -101,9 +102,10 @@ def _size(target: Target) -> int:
     return target.matrix[0] * target.matrix[1]
 
 
-def _plain_digest(delta: Delta, target: Target, model: QuantisedModel) -> str:
-    state = tensor_hash(target.name, target.dtype, target.shape)
-    for part in cpu.merged(delta, target, model.plain_raw(target.name).data):
+def _plain_digest(delta: Delta, name: str, model: QuantisedModel) -> str:
+    base = model.plain_raw(name)
+    state = tensor_hash(name, base.dtype, base.shape)
+    for part in merged_whole(delta, name, base.data, cpu.merged):
         state.update(part.data)
     return "sha256:" + state.hexdigest()
 

@@ -6,9 +6,10 @@ from kilodelta import parallel
 from kilodelta.files import identity
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.source import TensorBytes
+from kilodelta.files.tensor import TensorInfo
 from kilodelta.format.delta import Delta
-from kilodelta.format.targets import Target
 from kilodelta.merging import cpu
+from kilodelta.merging.tensors import merged_whole
 from kilodelta.progress import Meter, Progress, silent
 
 
@@ -19,7 +20,7 @@ def target_digests(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> dict[str, str]:
-    """Compute the digests of a bound delta's merged targets, in target order.
+    """Compute the digests of a bound delta's merged targets, in target order; of a stack one.
 
     Args:
         delta: bound to the base.
@@ -31,22 +32,21 @@ def target_digests(
         CheckpointError: a base tensor holds NaN or infinity.
         ProofError: an update takes a finite weight out of its type's range.
     """
-    targets = list(delta.targets.values())
-    total = sum(checkpoint.info(target.name).nbytes for target in targets)
-    meter = Meter("expand", total, "B", progress)
+    tensors = [checkpoint.info(name) for name in delta.tensors]
+    meter = Meter("expand", sum(info.nbytes for info in tensors), "B", progress)
     digests = parallel.run(
-        lambda target: _merged_digest(delta, target, checkpoint.tensor(target.name), meter),
-        targets,
+        lambda info: _merged_digest(delta, info, checkpoint.tensor(info.name), meter),
+        tensors,
         meter,
-        weight=lambda target: checkpoint.info(target.name).nbytes,
+        weight=lambda info: info.nbytes,
         threads=threads,
     )
-    return dict(zip(delta.targets, digests, strict=True))
+    return dict(zip(delta.tensors, digests, strict=True))
 
 
-def _merged_digest(delta: Delta, target: Target, base: TensorBytes, meter: Meter) -> str:
-    state = identity.tensor_hash(target.name, target.dtype, target.shape)
-    for part in cpu.merged(delta, target, base):
+def _merged_digest(delta: Delta, info: TensorInfo, base: TensorBytes, meter: Meter) -> str:
+    state = identity.tensor_hash(info.name, info.dtype, info.shape)
+    for part in merged_whole(delta, info.name, base, cpu.merged):
         state.update(part.data)
         meter.add(part.nbytes)
     return "sha256:" + state.hexdigest()

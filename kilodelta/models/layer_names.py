@@ -30,6 +30,16 @@ def is_embedding(name: str) -> bool:
     return last in TABLES or ("embed" in last and not last.endswith(("_out", "proj")))
 
 
+def is_of_experts(name: str) -> bool:
+    """Return whether a tensor is by its name one of a mixture's experts.
+
+    Example:
+        >>> is_of_experts("layers.0.mlp.experts.down_proj"), is_of_experts("layers.0.conv.weight")
+        (True, False)
+    """
+    return any(word in name.lower() for word in ("expert", "moe"))
+
+
 def is_conv1d(name: str, config: Mapping[str, Any]) -> bool:
     """Return whether a weight is by its name the (in, out) matrix of a Conv1D."""
     last = owner(name).rpartition(".")[2]

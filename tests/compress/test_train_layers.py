@@ -114,7 +114,9 @@ def merged(base: nn.Module, attached: nn.Module) -> nn.Module:
     for name, target in delta.targets.items():
         update = torch.from_numpy(delta.update(name))
         change = update.t() if target.transposed else update
-        state[name] = state[name] + change.reshape(state[name].shape)
+        place = state[target.tensor]
+        place = place if target.part is None else place[target.part]
+        place += change.reshape(place.shape)
     base.load_state_dict(state)
     return base
 

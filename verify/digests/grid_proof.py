@@ -82,7 +82,7 @@ def _prove_merged(
     found = merged.identity(threads=threads)
     wanted = {**base.identity(threads=threads).weights, **in_grid}
     plain = {name: value_digest(name, base.plain_raw(name)) for name in base.plain}
-    for name in (*delta.extras, *(n for n in delta.targets if n not in in_grid)):
+    for name in (*delta.extras, *(n for n in delta.tensors if n not in in_grid)):
         new = merged_tensor(delta, name, lambda n: base.plain_raw(n).data)
         plain[name] = value_digest(name, new)
     ours = {name: value_digest(name, merged.plain_raw(name)) for name in merged.plain}

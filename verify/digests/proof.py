@@ -72,7 +72,7 @@ def prove(
     return Proof(
         base=identified.root,
         result=root,
-        targets=len(targets),
+        targets=len(bound.targets),
         extras=len(bound.extras),
         merged=other,
     )

@@ -24,9 +24,10 @@ class Structure:
     """Names of tensors by what they are; all are names of the base's files.
 
     Attributes:
-        layers: weights of linear and convolution layers, of attention's packed projections and of
-            routers: the targets where nobody names others.
+        layers: weights of linear and convolution layers, of attention's packed projections, of
+            routers and of experts: the targets where nobody names others.
         transposed: weights that are stored (in, out), as GPT-2's Conv1D does.
+        stacked: tensors (experts, rows, columns) of which every matrix is a target.
         buffers: what is no parameter, such as running statistics.
         placed: parameters of the module; None where there is no module, and none is needed.
         aliases: further names of tied parameters, which files leave out. A pattern that matched
@@ -35,6 +36,7 @@ class Structure:
 
     layers: frozenset[str]
     transposed: frozenset[str] = frozenset()
+    stacked: frozenset[str] = frozenset()
     buffers: frozenset[str] = frozenset()
     placed: frozenset[str] | None = None
     aliases: frozenset[str] = frozenset()
@@ -49,10 +51,15 @@ def from_module(student: LoadedModel, names: Mapping[str, str]) -> Structure:
     """
     stored = {state: name for name, state in names.items()}
     parameters = dict(student.module.named_parameters(remove_duplicate=False))
-    turned = (state for state, kind in kinds(student.module) if kind == "conv1d")
+
+    def of(*chosen: str) -> frozenset[str]:
+        states = (state for state, kind in kinds(student.module) if kind in chosen)
+        return frozenset(stored[state] for state in states if state in stored)
+
     return Structure(
         layers=layer_weights(student.module, names),
-        transposed=frozenset(stored[state] for state in turned if state in stored),
+        transposed=of("conv1d", "experts_in_out"),
+        stacked=of("experts", "experts_in_out"),
         buffers=frozenset(name for name, state in names.items() if state not in parameters),
         placed=frozenset(name for name, state in names.items() if state in parameters),
         aliases=frozenset(name for name in parameters if name not in stored),
@@ -62,7 +69,8 @@ def from_module(student: LoadedModel, names: Mapping[str, str]) -> Structure:
 def by_names(base: Checkpoint) -> Structure:
     """Guess the structure from names and `config.json`; the module cannot be built.
 
-    Every matrix is a layer's but the tables of embeddings and what has a side of 1.
+    Every matrix is a layer's but the tables of embeddings and what has a side of 1; a tensor of
+    three dimensions that is named after experts is a stack of them.
     """
     config = read_config(base)
     matrices = [
@@ -70,12 +78,15 @@ def by_names(base: Checkpoint) -> Structure:
         for name in base.names
         if len(base.info(name).shape) >= 2 and _is_matrix(base.info(name).shape)
     ]
+    stacked = frozenset(
+        name
+        for name in matrices
+        if len(base.info(name).shape) == 3 and layer_names.is_of_experts(name)
+    )
+    weights = (n for n in matrices if n.endswith("weight") and not layer_names.is_embedding(n))
     return Structure(
-        layers=frozenset(
-            name
-            for name in matrices
-            if name.endswith("weight") and not layer_names.is_embedding(name)
-        ),
+        layers=frozenset(weights) | stacked,
+        stacked=stacked,
         transposed=frozenset(name for name in matrices if layer_names.is_conv1d(name, config)),
         buffers=frozenset(name for name in base.names if name.endswith(_BUFFERS)),
     )

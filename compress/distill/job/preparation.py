@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,12 +166,17 @@ def _patterns(pair: Pair, parts: Split) -> Patterns:
     matrices = [target.name for target in select(infos, Patterns(include=("*",)))]
     chosen = [change.name for change in parts.targets]
     others = {*matrices, *pair.structure.aliases, *pair.repeats} - set(chosen)
-    turned = [name for name in chosen if name in pair.structure.transposed]
-    straight = [name for name in chosen if name not in set(turned)]
     return Patterns(
         include=patterns_for(chosen, sorted(others)),
-        transposed=patterns_for(turned, straight) if turned else (),
+        transposed=_globs_of(chosen, pair.structure.transposed),
+        stacked=_globs_of(chosen, pair.structure.stacked),
     )
+
+
+def _globs_of(chosen: Sequence[str], marked: Collection[str]) -> tuple[str, ...]:
+    """Return globs that match those of the chosen names that are marked, and no other of them."""
+    ours = [name for name in chosen if name in marked]
+    return patterns_for(ours, [name for name in chosen if name not in marked]) if ours else ()
 
 
 def _configuration(

@@ -104,7 +104,7 @@ class _Filled:
         """Name the tensors that any precision changes: of a large model as few as possible."""
         if "fp16" in self.job.precisions:
             return set(self.state)
-        weights = {*self.delta.targets, *self.delta.extras}
+        weights = {*self.delta.tensors, *self.delta.extras}
         for name in self.job.precisions:
             if name in PRECISIONS or name in WAYS:
                 weights.update(self.grids.matrices(name))
@@ -143,7 +143,7 @@ class _Filled:
         for state, tensor in self._before.items():
             self.state[state].copy_(tensor)
         matrices = {} if name is None else self.grids.matrices(name)
-        plain = [n for n in self.delta.targets if n not in matrices]
+        plain = [n for n in self.delta.tensors if n not in matrices]
         fill_merged(self.module, self.delta, self.job.pair.base, self.job.pair.names, plain)
         return matrices
 

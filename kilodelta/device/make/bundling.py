@@ -37,7 +37,7 @@ from kilodelta.grid.model import QuantisedModel
 from kilodelta.grid.open import is_quantised, open_quantised
 from kilodelta.merging.outline import outline_of
 from kilodelta.models import LoadedModel, locate
-from kilodelta.models.layers import layer_weights
+from kilodelta.models.layers import layer_weights, stacked_weights
 from kilodelta.progress import Event, Progress
 
 
@@ -191,6 +191,7 @@ def _adapter(job: BundleJob, template: Template, base: Path) -> None:
         include=settings.include,
         exclude=settings.exclude,
         layers=layer_weights(job.loaded.module, job.loaded.names),
+        stacks=stacked_weights(job.loaded.module, job.loaded.names),
         heads=job.headed.heads,
         whole=settings.whole,
         name=settings.name,
