@@ -1,7 +1,8 @@
-"""`target_parameters`: experts that are stacked in memory and lie one by one in the files."""
+"""`target_parameters`: experts stacked in memory, which lie one by one or stacked in the files."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import (
     AutoModelForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen3MoeConfig,
@@ -45,9 +48,16 @@ def qwen(folder: Path) -> Path:
     return made(Qwen3MoeForCausalLM, Qwen3MoeConfig(**SMALL, **more), folder)
 
 
+GPT = {"num_local_experts": 2, "head_dim": 8}
+SQUARE = {"intermediate_size": 16, "num_hidden_layers": 1}
+
+
 def gptoss(folder: Path) -> Path:
-    more = {"num_local_experts": 2, "head_dim": 8}
-    return made(GptOssForCausalLM, GptOssConfig(**SMALL, **more), folder)
+    return made(GptOssForCausalLM, GptOssConfig(**SMALL, **GPT), folder)
+
+
+def granite(folder: Path) -> Path:
+    return made(GraniteMoeForCausalLM, GraniteMoeConfig(**SMALL, num_local_experts=3), folder)
 
 
 def made(kind: Any, config: Any, folder: Path) -> Path:
@@ -83,6 +93,16 @@ CASES: dict[str, tuple[Any, dict[str, Any], int]] = {
         },
         2 + 12,
     ),
+    # files that hold all experts in one tensor, as (in, out) and as (out, in)
+    "gpt-oss": (
+        gptoss,
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"],
+        },
+        2 + 8,
+    ),
+    "granite": (granite, {"target_parameters": ["experts.down_proj"], "target_modules": []}, 6),
     # experts by number, not by name: 10 comes behind 9
     "qwen": (qwen, {"target_modules": ["gate_proj", "up_proj", "down_proj"]}, 66),
 }
@@ -121,13 +141,15 @@ def test_gate_and_up_are_not_padded_with_each_other_s_ranks(tmp_path: Path) -> N
     assert done.error < 1e-3
 
 
-def test_experts_that_the_files_hold_as_one_tensor_are_refused(tmp_path: Path) -> None:
-    base = gptoss(tmp_path / "base")
-    config = lora(target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+def test_square_experts_need_the_model_s_code(tmp_path: Path) -> None:
+    """Which side of a square matrix is its input, the module says; a bare file does not."""
+    base = made(GptOssForCausalLM, GptOssConfig(**{**SMALL, **GPT, **SQUARE}), tmp_path / "base")
+    config = lora(target_parameters=["mlp.experts.down_proj"], target_modules=[])
     adapter_of(base, config, tmp_path / "adapter")
-    text = r"layers\.0\.mlp\.experts\.down_proj \(2, 24, 16\) holds all experts in one tensor"
-    with pytest.raises(InputError, match=text):
-        import_adapter(tmp_path / "adapter", base, tmp_path / "task.kd")
+    import_adapter(tmp_path / "adapter", base, tmp_path / "task.kd")
+    bare = shutil.copy(base / "model.safetensors", tmp_path / "bare.safetensors")
+    with pytest.raises(InputError, match="holds square matrices, and nothing tells"):
+        import_adapter(tmp_path / "adapter", bare, tmp_path / "b.kd")
 
 
 def test_a_part_of_the_experts_is_refused_by_name(tmp_path: Path) -> None:

@@ -92,19 +92,27 @@ class Adapter:
                 )
         return {site.tensor: site for site in self.sites}
 
-    def patterns(self, chosen: Sequence[str], transposed: Sequence[str]) -> Patterns:
+    def patterns(
+        self, chosen: Sequence[str], transposed: Sequence[str], stacked: Sequence[str] = ()
+    ) -> Patterns:
         """Make few globs that choose exactly some of the base's tensors.
 
         Args:
             chosen: the tensors to change.
             transposed: those of them that are stored (in, out).
+            stacked: those of them of which every matrix has its own update.
         """
         wanted = set(chosen)
         others = [name for name in self._matrices if name not in wanted]
-        straight = [name for name in sorted(wanted) if name not in set(transposed)]
+
+        def those(marked: Sequence[str]) -> tuple[str, ...]:
+            unmarked = sorted(wanted - set(marked))
+            return patterns_for(sorted(marked), unmarked) if marked else ()
+
         return Patterns(
             include=patterns_for(sorted(wanted), others),
-            transposed=patterns_for(sorted(transposed), straight) if transposed else (),
+            transposed=those(transposed),
+            stacked=those(stacked),
         )
 
     @property

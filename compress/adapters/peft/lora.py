@@ -40,26 +40,35 @@ def read(adapter: Adapter, options: ReadOptions) -> ParsedAdapter:
         InputError: a shape is not the one that base and configuration imply, or tied layers part.
     """
     whole = read_whole(adapter)
-    single = {s.name: _product(adapter, s) for s in adapter.sites if s.stack is None}
+    held = {s.tensor: s for s in adapter.sites if s.stack is None and _is_held_stacked(adapter, s)}
+    alone = [s for s in adapter.sites if s.stack is None and s.tensor not in held]
+    single = {s.name: _product(adapter, s) for s in alone}
     settled = settle_ties(
         adapter, single, whole.tensors, lambda first, second: single[first].equals(single[second])
     )
     names = adapter.architecture.names
     kept = {names[n]: product for n, product in single.items() if n not in settled.dropped}
-    stacked = [_experts(adapter, site) for site in adapter.sites if site.stack is not None]
-    products = {**kept, **{tensor: product for pairs in stacked for tensor, product in pairs}}
+    parted = [_experts(adapter, site) for site in adapter.sites if site.stack is not None]
+    products = {**kept, **{tensor: product for pairs in parted for tensor, product in pairs}}
+    stacks = {tensor: _matrices(adapter, site) for tensor, site in held.items()}
+    turned = [name for name, product in products.items() if product.transposed]
+    turned += [tensor for tensor, matrices in stacks.items() if matrices[0].transposed]
     extras = {**settled.extras, **_biases(adapter, settled.extras)}
     recipe = Recipe(
         method=Lora(rank=1),
-        patterns=adapter.patterns(
-            list(products), [name for name, product in products.items() if product.transposed]
-        ),
+        patterns=adapter.patterns([*products, *stacks], turned, list(stacks)),
         bits=options.bits,
         name=options.name,
         extras=extras,
         config={**whole.config, **settled.config},
     )
-    return low_rank_adapter("PEFT LoRA", products, recipe, whole.notes)
+    each = {f"{n}[{part}]": p for n, matrices in stacks.items() for part, p in enumerate(matrices)}
+    return low_rank_adapter("PEFT LoRA", {**products, **each}, recipe, whole.notes)
+
+
+def _is_held_stacked(adapter: Adapter, site: AdapterSite) -> bool:
+    """Return whether a site is a bare parameter that the files hold with all experts in it."""
+    return site.is_parameter and len(adapter.base.info(site.tensor).shape) == 3
 
 
 def _product(adapter: Adapter, site: AdapterSite) -> Product:
@@ -70,12 +79,6 @@ def _product(adapter: Adapter, site: AdapterSite) -> Product:
         A = adapter.shaped(module.key(TABLE_KEYS[0]), (rank, shape[0]))
         B = adapter.shaped(module.key(TABLE_KEYS[1]), (shape[1], rank))
         return _scaled(A.T, B.T, scaling)
-    if len(shape) > 2 and site.is_parameter:
-        raise InputError(
-            f"{site.name} {shape} holds all experts in one tensor, and their updates, one product"
-            " for each, are together no product of two small factors",
-            fix="merge it with PEFT (merge_and_unload, save_pretrained) and run kilodelta compress",
-        )
     if len(shape) > 2:
         return _convolution(adapter, site, rank, scaling)
     rows = adapter.tensors.info(module.key(B_KEY)).shape[:1]
@@ -122,6 +125,31 @@ def _experts(adapter: Adapter, site: AdapterSite) -> Iterator[tuple[str, Product
         for expert, tensor in enumerate(part):
             yield tensor, _scaled(B[begin : begin + height, :, expert], A[expert], scaling)
         begin += height
+
+
+def _matrices(adapter: Adapter, site: AdapterSite) -> list[Product]:
+    """Return the update of every matrix of a tensor (experts, rows, columns).
+
+    Raises:
+        InputError: the shapes do not tell whether the matrices are stored (in, out).
+    """
+    experts, rows, columns = adapter.base.info(site.tensor).shape
+    rank, scaling = rank_of(adapter.config, site), scaling_of(adapter.config, site)
+    layer = adapter.architecture.layer(site.name.rpartition(".")[0])
+    inputs = adapter.tensors.info(site.module.key(A_KEY)).shape[1:]
+    # PEFT 0.21 takes rows for inputs where the module says `is_transposed`, older ones always.
+    turned = inputs == (rows,) if rows != columns else getattr(layer, "is_transposed", None)
+    if turned is None:
+        raise InputError(
+            f"{site.name} holds square matrices, and nothing tells which side is their inputs",
+            fix="give the base as a folder with its config.json, and install transformers",
+        )
+    in_, out = (rows, columns) if turned else (columns, rows)
+    A = adapter.shaped(site.module.key(A_KEY), (experts * rank, in_))
+    B = adapter.shaped(site.module.key(B_KEY), (out, rank * experts))
+    A, B = A.reshape(experts, rank, in_), B.reshape(out, rank, experts)
+    pairs = ((B[:, :, expert], A[expert]) for expert in range(experts))
+    return [_scaled(*pair, scaling, transposed=bool(turned)) for pair in pairs]
 
 
 def _scaled(B: Floats, A: Floats, scaling: float, *, transposed: bool = False) -> Product:
