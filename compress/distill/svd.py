@@ -17,14 +17,16 @@ from torch import Tensor
 from kilodelta.compress.distill.changes.compare import Change, energy
 from kilodelta.compress.training.attachment import Attachment
 from kilodelta.errors import InputError
+from kilodelta.files import dtypes
 from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.format.methods import Lora, Method
 from kilodelta.format.quantise import Quantised
 from kilodelta.format.targets import Target
 from kilodelta.merging.build import quantise_target
 from kilodelta.merging.low_rank import truncated
-from kilodelta.models.weights import tensor
+from kilodelta.models.weights import tensor, values
 from kilodelta.progress import Event, Progress
 
 
@@ -55,8 +57,12 @@ def change_of(base: Checkpoint, tuned: Checkpoint, target: Target) -> Tensor:
 
 def matrix_of(checkpoint: Checkpoint, target: Target) -> Tensor:
     """Return a target as the files store it: a tensor, or one matrix of a stack."""
-    whole = tensor(checkpoint, target.tensor)
-    return whole if target.part is None else whole[target.part]
+    if target.part is None:
+        return tensor(checkpoint, target.tensor)
+    kind = checkpoint.info(target.tensor).dtype
+    size = dtypes.nbytes(kind, target.shape)  # a stack may take gigabytes: read this one alone
+    data = checkpoint.tensor(target.tensor)[target.part * size : (target.part + 1) * size]
+    return values(RawTensor(dtype=kind, shape=target.shape, data=data.copy()))
 
 
 def fit(

@@ -146,7 +146,7 @@ def merge(
     _begin(place, bound, stream.identity.root, device)
     log.info(
         "merge %d tensors, by %s, into %s on %s",
-        len(bound.targets),
+        len(bound.tensors),
         opened.form.name,
         checkpoint.path,
         device,
@@ -197,7 +197,7 @@ def _stream(
 
 def _begin(place: Path, delta: Delta, base: str, device: str) -> None:
     """End the checks: a rehearsal goes no further."""
-    what = f"{len(delta.targets)} tensors, by {delta.form.name}"
+    what = f"{len(delta.tensors)} tensors, by {delta.form.name}"
     begin_work(place, base=base, targets=what, device=device)
 
 
@@ -226,7 +226,7 @@ def _merge_one_file(
     done = Merged(
         path=place,
         result=bound.manifest.result,
-        targets=len(bound.targets),
+        targets=len(bound.tensors),
         extras=0,
         copied=len(stored.tensors) - len(bound.tensors),
         nbytes=place.stat().st_size,
