@@ -26,7 +26,7 @@ from kilodelta.progress import Progress, silent
 
 @contextmanager
 def merged_weights(
-    base: Checkpoint,
+    base: Checkpoint | Path,
     delta: Delta,
     *,
     beside: Path | None = None,
@@ -36,7 +36,7 @@ def merged_weights(
     """Merge into a private place that vanishes with the block, and yield its path.
 
     Args:
-        base: the model that the delta was made for.
+        base: the model that the delta was made for; the path of a GGUF file.
         delta: the fine-tune.
         beside: a path in the folder to use, such as the output's; the system's folder of
             temporary files by default, which may be too small for a model.
@@ -47,7 +47,10 @@ def merged_weights(
         BaseMismatchError, ProofError, OutputError: as `kilodelta.merge`.
     """
     with staging.scratch(beside) as folder:
-        place = folder / ("merged" if base.path.is_dir() else "merged.safetensors")
+        if isinstance(base, Checkpoint):
+            place = folder / ("merged" if base.path.is_dir() else "merged.safetensors")
+        else:
+            place = folder / f"merged{base.suffix}"
         merge(base, delta, place, min_changed=min_changed, progress=progress)
         yield place
 

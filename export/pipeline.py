@@ -32,7 +32,8 @@ from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.grid.dequantise import float_folder
-from kilodelta.grid.open import open_quantised
+from kilodelta.grid.model import QuantisedModel
+from kilodelta.grid.open import open_named
 from kilodelta.merging.in_grid import MIN_CHANGED
 from kilodelta.merging.quantised import open_base, refuse_quantised
 from kilodelta.models import locate, read_inputs
@@ -110,7 +111,8 @@ def export(
     """Merge, prove and export a fine-tune.
 
     Args:
-        base: the model the delta was made for: a folder, a `.safetensors` file or `hf:org/name`.
+        base: the model the delta was made for: a folder, a `.safetensors` or `.gguf` file, or
+            `hf:org/name`.
         delta: the `.kd` file.
         out: a new folder.
         onnx: keep the ONNX files; without `tensorrt` they are always kept.
@@ -233,11 +235,11 @@ def _export(
     grid = None if tuned.manifest.grid is None else open_base(place, tuned.manifest)
     if grid is not None:
         check_quantised(grid, tuned, options)
-    checkpoint = Checkpoint.open(place)
-    refuse_quantised(checkpoint, tuned.manifest)
-    if grid is None:
+        tuned = tuned.bind(grid)
+    else:
+        refuse_quantised(Checkpoint.open(place), tuned.manifest)
         refuse_blocks(options.blocks, base)
-    tuned = tuned.bind(checkpoint if grid is None else grid)
+        tuned = tuned.bind(place)
     require_out(out, force=options.force)
     files = ", ".join((*map(short, options.dtypes), *options.capabilities))
     begin_work(out, targets=f"{len(tuned.targets)} tensors, by {tuned.method.name}", files=files)
@@ -250,8 +252,10 @@ def _export(
             stage=stage,
             progress=progress,
         )
-        make = _make if grid is None else _make_quantised
-        made = make(checkpoint, tuned, maker, out)
+        if grid is None:
+            made = _make(Checkpoint.open(place), tuned, maker, out)
+        else:
+            made = _make_quantised(grid, tuned, maker, out)
         manifest = export_manifest(tuned, delta, options.model, made)
         artefacts.write(manifest, stage)
     return Exported(
@@ -274,24 +278,27 @@ def _make(base: Checkpoint, delta: Delta, maker: Maker, out: Path) -> list[Artef
         return _artefacts(base, weights, delta, maker)
 
 
-def _make_quantised(base: Checkpoint, delta: Delta, maker: Maker, out: Path) -> list[Artefact]:
+def _make_quantised(base: QuantisedModel, delta: Delta, maker: Maker, out: Path) -> list[Artefact]:
     """Merge in the grid, open the result's values, and make what is asked for with its codes."""
+    checkpoint = base.source if isinstance(base.source, Checkpoint) else None
     with ExitStack() as stack:
         with maker.timed("merge"):
             weights = stack.enter_context(
                 merged_weights(
-                    base,
+                    checkpoint or base.path,
                     delta,
                     beside=out,
                     min_changed=maker.options.min_changed,
                     progress=maker.progress,
                 )
             )
-            merged = open_quantised(weights)
+            merged = open_named(weights)
             floats = stack.enter_context(float_folder(merged, beside=weights))
         # The copy's configuration is the merged one, and does not call for a quantised model.
         maker = replace(maker, merged=merged)
-        return _artefacts(Checkpoint.open(floats), floats, delta, maker, source=base.folder)
+        # Of a GGUF file the copy alone has a tokenizer.
+        source = floats if checkpoint is None else checkpoint.folder
+        return _artefacts(Checkpoint.open(floats), floats, delta, maker, source=source)
 
 
 def _artefacts(

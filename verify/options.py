@@ -51,15 +51,20 @@ class Subject:
     """A base and a delta whose digests are proved, and what was made of them.
 
     Attributes:
-        base: the base's checkpoint.
+        base: the base's checkpoint; the path of a GGUF file or an ONNX graph.
         delta: the `.kd` file.
         merged: a merged model, proved as well; None if none was given.
         folder: an export folder; None if none was given.
         export: what it holds, its digests proved.
     """
 
-    base: Checkpoint
+    base: Checkpoint | Path
     delta: Path
     merged: Path | None = None
     folder: Path | None = None
     export: ExportManifest | None = None
+
+    @property
+    def place(self) -> Path:
+        """The base's folder, or the one file that it is."""
+        return self.base.folder if isinstance(self.base, Checkpoint) else self.base

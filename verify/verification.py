@@ -102,8 +102,8 @@ def verify(
     Outputs that are wrong do not raise: see `Verification.failure`.
 
     Args:
-        base: the model that the delta was made for: a folder, a `.safetensors` file or
-            `hf:org/name`.
+        base: the model that the delta was made for: a folder, a `.safetensors` file, a quantised
+            `.gguf` or `.onnx` file, or `hf:org/name`.
         delta: the `.kd` file.
         places: a merged model, an export folder, both or neither, in any order.
         inputs: real inputs to run everything on: `.jsonl`, `.txt`, `.npz`, or
@@ -161,15 +161,16 @@ def verify(
     merged, out = _sorted_out(places)
     _check(options, out)
     delta = locate_delta(delta)
-    checkpoint = Checkpoint.open(_located(base))
     loaded = load(delta, max_work=max_work)
-    proof = prove(checkpoint, loaded, merged, threads=threads, progress=progress)
+    located = Path(_located(base))
+    # A quantised model may be one file that is no checkpoint.
+    single = loaded.manifest.grid is not None and located.suffix.lower() in (".gguf", ".onnx")
+    model = located if single else Checkpoint.open(located)
+    proof = prove(model, loaded, merged, threads=threads, progress=progress)
     export = None if out is None else check_export(out, Path(delta), proof, progress=progress)
     outputs = None
     if options.inputs is not None:
-        subject = Subject(
-            base=checkpoint, delta=Path(delta), merged=merged, folder=out, export=export
-        )
+        subject = Subject(base=model, delta=Path(delta), merged=merged, folder=out, export=export)
         outputs = _compare(subject, options, progress)
     verification = Verification(proof=proof, export=export, report=outputs)
     if options.report is not None:

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 
 from kilodelta.errors import InputError
 from kilodelta.export.options import Options
-from kilodelta.export.quantised.constants import require_exact
+from kilodelta.export.quantised.constants import (
+    fits_nbits,
+    require_exact,
+    require_no_minima,
+)
 from kilodelta.export.quantised.engines import require_engine
-from kilodelta.export.quantised.graph import AUTO
+from kilodelta.export.quantised.graph import AUTO, NBITS, settled
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.grid.model import QuantisedModel
@@ -23,17 +27,27 @@ def check_quantised(base: QuantisedModel, delta: Delta, options: Options) -> Non
         options: what is asked for.
 
     Raises:
-        InputError: the base is a single file, or an engine is to be refittable.
+        InputError: the base is an ONNX graph, or a GGUF file that is read by its own names; or an
+            engine is to be refittable.
         ExportError: a weight cannot be held exactly, or no engine be built of it.
     """
-    require_folder(base, "an export")
+    if base.method != "gguf":
+        require_folder(base, "an export")
+    elif not base.renamed:
+        raise InputError(
+            f"{base.path} is a GGUF file, and the .kd file names tensors as it does, by which no"
+            " model of transformers is built",
+            fix="merge into it: kilodelta merge BASE FILE -o OUT.gguf; what is compressed against"
+            " it, or rebased to it from the float model, can be exported",
+        )
     if options.refittable:
         raise InputError(
             "an engine of a quantised base is asked for with weights that can be exchanged, and"
             " TensorRT refits no codes",
             fix="leave --refittable out",
         )
-    require_grids(base, options.dtypes, options.capabilities)
+    form = settled(options.blocks, for_engines=bool(options.capabilities))
+    require_grids(base, options.dtypes, options.capabilities, form=form)
 
 
 def refuse_blocks(blocks: str, base: object) -> None:
@@ -74,7 +88,11 @@ def require_folder(base: QuantisedModel, what: str) -> None:
 
 
 def require_grids(
-    base: QuantisedModel, dtypes: Sequence[str], capabilities: Sequence[str] = ()
+    base: QuantisedModel,
+    dtypes: Sequence[str],
+    capabilities: Sequence[str] = (),
+    *,
+    form: str = NBITS,
 ) -> None:
     """Check that graphs, and engines where there are any, can hold each weight's grid.
 
@@ -82,6 +100,7 @@ def require_grids(
         base: the quantised base.
         dtypes: what the graphs compute in.
         capabilities: GPUs to build engines for, such as "sm89".
+        form: the operators, `matmulnbits` or `qdq`.
 
     Raises:
         ExportError: a weight cannot be held exactly, or no engine be built of it.
@@ -90,5 +109,7 @@ def require_grids(
         matrix = base.matrix(name)
         for dtype in dtypes:
             require_exact(name, matrix, dtype)
+            if form != NBITS or dtype == "bfloat16" or not fits_nbits(matrix):
+                require_no_minima(name, matrix)
         if capabilities:
             require_engine(name, matrix, capabilities)

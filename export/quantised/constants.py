@@ -21,6 +21,7 @@ Bytes = npt.NDArray[np.uint8]
 
 TYPES = {"int4": "INT4", "int8": "INT8", "e4m3": "FLOAT8E4M3FN"}
 """Kinds of codes, and ONNX's names of the types that DequantizeLinear takes them in."""
+_ONNX = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
 NBITS = (4, 8)
 """Bits that MatMulNBits is written for; ONNX Runtime 1.32 also runs 2."""
 _BLOCK = 16
@@ -44,12 +45,15 @@ class Constants:
         codes: `B` of MatMulNBits, `x` of DequantizeLinear.
         scales: in the type that the graph computes in.
         zeros: zero points; None where all are zero.
+        minima: (blocks, out), what each weight of a block has beside its scaled code; None if it
+            is nothing. No operator takes them: products of theirs are added.
         attributes: of the node.
     """
 
     codes: Constant
     scales: Constant
     zeros: Constant | None = None
+    minima: Constant | None = None
     attributes: dict[str, int] = field(default_factory=dict)
 
 
@@ -79,22 +83,47 @@ def require_exact(name: str, matrix: Matrix, dtype: str) -> None:
             " take consecutive columns",
             fix="quantise without act-order (desc_act), or merge into the checkpoint",
         )
-    if matrix.minima is not None:
+    if matrix.minima is not None and not are_floats(matrix.minima, dtype):
         raise ExportError(
-            f"{name} has zero points that are no integers, which ONNX operators do not take",
-            fix="quantise with integer zero points, or merge into the file itself",
+            f"{name} has minima that are no numbers of {dtype}, so the graph would compute with"
+            " other weights",
+            fix="export with --dtype fp32",
         )
     if zeros is not None and (zeros.min() < kind.low or zeros.max() > kind.high):
         raise ExportError(
             f"{name} has zero points from {zeros.min()} to {zeros.max()}, outside {kind.name}",
             fix="quantise anew: its writer let zero points leave the range of the codes",
         )
-    if not np.array_equal(_floats(matrix.steps, dtype).astype(np.float64), matrix.steps):
+    if not are_floats(matrix.steps, dtype):
         raise ExportError(
             f"{name} has scales that are no numbers of {dtype}, so the graph would compute with"
             " other weights",
             fix="export with --dtype fp32, or quantise with scales in that type",
         )
+
+
+def require_no_minima(name: str, matrix: Matrix) -> None:
+    """Check that a weight which is to be dequantised whole has no minima.
+
+    Args:
+        name: the weight's, for the error.
+        matrix: the weight.
+
+    Raises:
+        ExportError: it has, and DequantizeLinear takes zero points alone.
+    """
+    if matrix.minima is not None and matrix.minima.any():
+        raise ExportError(
+            f"{name} has blocks with minima (as Q4_1 and Q4_K have), of which only products by"
+            " MatMulNBits in float32 and float16 are made, not DequantizeLinear",
+            fix="leave --blocks, --tensorrt and --dtype bf16 out; a weight that is looked up, such"
+            " as an embedding, has to be of another type (Q8_0)",
+        )
+
+
+def are_floats(values: Floats, dtype: str) -> bool:
+    """Return whether a type of floats holds all values exactly."""
+    return np.array_equal(_floats(values, dtype).astype(np.float64), values)
 
 
 def fits_nbits(matrix: Matrix) -> bool:
@@ -128,21 +157,38 @@ def matmul_nbits(matrix: Matrix, dtype: str) -> Constants:
         unsigned = uncentred(matrix.zeros.astype(np.int8), bits)
         nbytes = -(-groups * bits // 8)
         zeros = _constant("UINT8", (rows, nbytes), pack_bits(unsigned, bits, nbytes))
+    minima = None
+    if matrix.minima is not None and matrix.minima.any():
+        minima = _scales(np.ascontiguousarray(matrix.minima.T), dtype)
     return Constants(
         codes=_constant("UINT8", (rows, groups, group * bits // 8), stream),
         scales=_scales(matrix.steps, dtype),
         zeros=zeros,
+        minima=minima,
         # 1: products in float32; 0 and 4 may let a runtime round the activations to int8.
         attributes={"K": columns, "N": rows, "bits": bits, "block_size": group,
                     "accuracy_level": 1},
     )  # fmt: skip
 
 
+def block_sums(columns: int, group: int, type_: str) -> Constant:
+    """Make the matrix (columns, blocks) by which x (..., columns) becomes its sum over each block.
+
+    Args:
+        columns: of the weight.
+        group: of a block; the last one may be cut.
+        type_: ONNX's name of the type that the graph computes in.
+    """
+    ones = np.arange(columns)[:, None] // group == np.arange(-(-columns // group))
+    dtype = next(name for name, found in _ONNX.items() if found == type_)
+    return _constant(type_, ones.shape, _floats(ones.astype(np.float64), dtype))
+
+
 def dequantize_linear(matrix: Matrix, dtype: str) -> Constants:
     """Pack a weight (out, in) for `DequantizeLinear`, in the shape that it has.
 
     Args:
-        matrix: for which `require_exact` holds.
+        matrix: for which `require_exact` and `require_no_minima` hold.
         dtype: of the scales, and so of what comes out.
     """
     kind, type_ = matrix.kind, TYPES[matrix.kind.name]
@@ -186,8 +232,7 @@ def _packed(type_: str, values: npt.NDArray[Any], bits: int) -> Constant:
 
 
 def _scales(steps: Floats, dtype: str) -> Constant:
-    type_ = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}[dtype]
-    return _constant(type_, steps.shape, _floats(steps, dtype))
+    return _constant(_ONNX[dtype], steps.shape, _floats(steps, dtype))
 
 
 def _floats(steps: Floats, dtype: str) -> npt.NDArray[Any]:

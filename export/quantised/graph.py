@@ -21,10 +21,12 @@ from kilodelta.errors import InputError
 from kilodelta.export.quantised.constants import (
     Constant,
     Constants,
+    block_sums,
     dequantize_linear,
     fits_nbits,
     matmul_nbits,
     require_exact,
+    require_no_minima,
 )
 from kilodelta.grid.matrix import Matrix
 
@@ -100,6 +102,7 @@ def put_codes(
         if products and None not in products and fits_nbits(matrix):
             _multiply(model, name, matrix, products, dtype)
         else:
+            require_no_minima(name, matrix)
             _dequantise(model, value, dequantize_linear(matrix, dtype), matrix)
         _drop(model.graph, value)
     return names
@@ -150,17 +153,36 @@ def _multiply(model: Any, name: str, matrix: Matrix, products: list[Any], dtype:
     model.opset_imports.setdefault(_DOMAIN, 1)
     inputs = _register(model.graph, f"{name}_Q{matrix.kind.bits}", name, made)
     for node in products:
-        old = node.outputs[0]
-        result = ir.Value(name=old.name, shape=old.shape, type=old.type)
-        bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
-        product = result if bias is None else ir.Value(
-            name=f"{old.name}_product", shape=old.shape, type=old.type
-        )  # fmt: skip
-        nodes = [ir.node("MatMulNBits", [node.inputs[0], *inputs], made.attributes,
-                         domain=_DOMAIN, outputs=[product])]  # fmt: skip
-        if bias is not None:
-            nodes.append(ir.node("Add", [product, bias], outputs=[result]))
+        old, x = node.outputs[0], node.inputs[0]
+        nodes = [ir.node("MatMulNBits", [x, *inputs], made.attributes, domain=_DOMAIN)]
+        if made.minima is not None:
+            product = nodes[0].outputs[0]
+            nodes += _minima(model.graph, name, made, x, matrix)
+            nodes.append(ir.node("Add", [product, nodes[-1].outputs[0]]))
+        if node.op_type == "Gemm" and len(node.inputs) > 2:
+            nodes.append(ir.node("Add", [nodes[-1].outputs[0], node.inputs[2]]))
+        result = nodes[-1].outputs[0]
+        result.name, result.shape, result.type = old.name, old.shape, old.type
         ir.convenience.replace_nodes_and_values(node.graph, node, [node], nodes, [old], [result])
+
+
+def _minima(graph: Any, name: str, made: Constants, x: Any, matrix: Matrix) -> list[Any]:
+    """Return the nodes of what minima add to a product: the sum of x over each block, times them.
+
+    With m the minimum of block b, the sum over its columns of m x is m times the sum of x there.
+    """
+    import onnx_ir as ir
+
+    assert made.minima is not None  # the caller looked
+    columns, group = matrix.shape[1], min(matrix.block[1], matrix.shape[1])
+    label = f"kilodelta_blocks_{columns}_{group}_{made.minima.type}"
+    if label not in graph.initializers:  # shared by all weights of so many columns
+        graph.register_initializer(_value(label, block_sums(columns, group, made.minima.type)))
+    if f"{name}_minima" not in graph.initializers:
+        graph.register_initializer(_value(f"{name}_minima", made.minima))
+    sums = ir.node("MatMul", [x, graph.initializers[label]])
+    minima = graph.initializers[f"{name}_minima"]
+    return [sums, ir.node("MatMul", [sums.outputs[0], minima])]
 
 
 def _dequantise(model: Any, value: Any, made: Constants, matrix: Matrix) -> None:

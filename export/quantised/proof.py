@@ -46,11 +46,12 @@ def _difference(ours: Matrix, theirs: Matrix) -> str:
         return "has other codes"
     if not np.array_equal(ours.spread(ours.steps), theirs.spread(theirs.steps)):
         return "has other scales"
-    return "" if np.array_equal(_zeros(ours), _zeros(theirs)) else "has other zero points"
+    if not np.array_equal(_spread(ours, ours.minima), _spread(theirs, theirs.minima)):
+        return "has other minima"
+    same = np.array_equal(_spread(ours, ours.zeros), _spread(theirs, theirs.zeros))
+    return "" if same else "has other zero points"
 
 
-def _zeros(matrix: Matrix) -> npt.NDArray[Any]:
-    """Return the zero point of each weight."""
-    if matrix.zeros is None:
-        return np.zeros(matrix.shape, np.int16)
-    return matrix.spread(matrix.zeros)
+def _spread(matrix: Matrix, values: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+    """Return the zero point, or minimum, of each weight."""
+    return np.zeros(matrix.shape) if values is None else matrix.spread(values)

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +130,13 @@ def every_copy(source: OnnxSource) -> list[Stored]:
     graph = source.model.graph
     stored: dict[str, Stored] = {}
     readers = _readers(graph)
+    makers = {output: node for node in graph.node for output in node.output}
     for node in graph.node:
         weight = None
         if node.op_type == "MatMulNBits":
             weight = _matmul(node, source)
+            if weight is not None:
+                weight = _with_minima(weight, node, source, readers, makers)
         elif node.op_type == "DequantizeLinear":
             weight = _dequantised(node, source, readers)
         if weight is not None:
@@ -208,6 +212,33 @@ def _matmul(node: Any, source: OnnxSource) -> Stored | None:
         )
     layout = MatMulNBits(shape=(given["N"], given["K"]), bits=bits, group=given["block_size"])
     return _named(name, layout, node, {"B": 1, "scales": 2, "zero_points": 3}, source)
+
+
+def _with_minima(
+    weight: Stored,
+    node: Any,
+    source: OnnxSource,
+    readers: dict[str, list[tuple[Any, int]]],
+    makers: dict[str, Any],
+) -> Stored:
+    """Find the minima of a weight: what is added to its product, if `export` wrote it so.
+
+    That is the sum of x over each block (a product by zeros and ones), times constants.
+    """
+    layout = weight.layout
+    assert isinstance(layout, MatMulNBits)  # the caller has just made it
+    for reader, index in readers.get(node.output[0], ()):
+        if reader.op_type != "Add" or len(reader.input) != 2:
+            continue
+        added = makers.get(reader.input[1 - index])
+        if added is None or added.op_type != "MatMul" or added.input[1] not in source.tensors:
+            continue
+        sums = makers.get(added.input[0])
+        if sums is None or sums.op_type != "MatMul" or sums.input[0] != node.input[0]:
+            continue
+        if sums.input[1] in source.tensors and layout.are_sums(source.raw(sums.input[1])):
+            return replace(weight, parts={**weight.parts, "minima": added.input[1]})
+    return weight
 
 
 def _readers(graph: Any) -> dict[str, list[tuple[Any, int]]]:

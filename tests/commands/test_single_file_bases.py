@@ -44,6 +44,7 @@ def test_what_takes_a_graph_as_base(here: Path) -> None:
     for words in (
         ("digest", base),
         ("merge", base, file, "-o", here / "merged.onnx"),
+        ("verify", base, file, here / "merged.onnx"),
         ("rebase", base, file, "-o", here / "rebased.kd"),
         ("release", base, file, "-o", here / "released.kd", "--version", 1),
     ):
@@ -64,7 +65,6 @@ def test_what_takes_a_graph_as_base(here: Path) -> None:
         (("export-adapter", "BASE", "f.kd", "-o", "OUT"), CHECKPOINT),
         (("export-peft", "BASE", "f.kd", "-o", "OUT"), CHECKPOINT),
         (("export-gguf", "BASE", "f.kd", "-o", "OUT"), CHECKPOINT),
-        (("verify", "BASE", "f.kd", "tuned"), CHECKPOINT),
         (("import", "tuned", "--base", "BASE", "-o", "OUT"), CHECKPOINT),
         (("bundle", "BASE", "-o", "OUT", "--mode", "patch"), "kilodelta merge"),
         (("bundle", "BASE", "-o", "OUT", "--mode", "adapter"), "kilodelta merge"),

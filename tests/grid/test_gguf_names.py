@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import kilodelta
 from kilodelta.errors import CheckpointError, InputError
+from kilodelta.export import export
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Patterns
@@ -27,6 +28,7 @@ from kilodelta.grid.dequantise import float_folder
 from kilodelta.grid.open import open_named
 from kilodelta.merging import build
 from kilodelta.merging.rebase import rebase
+from kilodelta.verify import verify
 from kilodelta.verify.digests.proof import prove
 from tests.support import gguf_models
 
@@ -162,3 +164,27 @@ def test_an_architecture_that_is_not_known_is_refused(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(CheckpointError, match="of the architecture 'gemma3'"):
         open_named(tmp_path / "m.gguf")
+
+
+@pytest.fixture(scope="module")
+def exported(base: Path, made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnxruntime")
+    out = tmp_path_factory.mktemp("export") / "out"
+    export(base, made[1], out, min_changed=0)
+    return out
+
+
+def test_an_export_holds_the_codes_and_minima_of_the_merge(
+    base: Path, made: tuple[Path, Path], exported: Path, tmp_path: Path
+) -> None:
+    kilodelta.merge(base, made[1], tmp_path / "m.gguf", min_changed=0)
+    merged, graph = open_named(tmp_path / "m.gguf"), open_quantised(exported / "model.fp32.onnx")
+    assert set(graph.stored) == set(merged.stored)
+    assert graph.identity().root == merged.identity().root
+    assert all(graph.matrix(name).minima is not None for name in graph.stored)
+
+
+def test_verify_runs_the_export(base: Path, made: tuple[Path, Path], exported: Path) -> None:
+    inputs = made[1].parent / "ids.npz"
+    found = verify(base, made[1], [exported], inputs=inputs, require=["ort"])
+    assert found.failure is None, found.failure

@@ -74,7 +74,7 @@ def compare_generation(subject: Subject, options: VerifyOptions, progress: Progr
     if not any(isinstance(a, Halves) for a in writing) and not spec.endswith((".jsonl", ".txt")):
         raise InputError(f"{spec} is no file of prompts", fix="give a .jsonl or .txt file")
     pair = open_pair(subject, options, progress)
-    end = special_tokens(pair.merged, subject.base.folder).end
+    end = special_tokens(pair.merged, subject.place).end
     prompts = _prompts(pair.merged, options, end)
     bench = _Bench(pair, prompts, options.generate or 1, end, options, progress)
     results = [

@@ -19,7 +19,7 @@ from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.grid.dequantise import float_folder
-from kilodelta.grid.open import open_quantised
+from kilodelta.grid.open import open_named
 from kilodelta.merging.quantised import open_base
 from kilodelta.models import LoadedModel, fill, open_model, outputs, read_texts, tokenize
 from kilodelta.models.heads import EMBEDDING
@@ -47,6 +47,7 @@ def open_pair(subject: Subject, options: VerifyOptions, progress: Progress) -> M
     delta = load(subject.delta, max_work=options.max_work)
     if delta.manifest.grid is not None:
         return _open_quantised_pair(subject, delta, options, progress)
+    assert isinstance(subject.base, Checkpoint)  # a float model is no other file
     with _weights(subject, delta, progress) as weights:
         merged = open_merged(
             subject.base, weights, delta, model=options.model, config=options.config
@@ -68,13 +69,13 @@ def _open_quantised_pair(
     """Open both of a quantised base in float64, which holds the exact value of every code.
 
     Raises:
-        InputError, ExportError: as `open_pair`; or the base is a single file.
+        InputError, ExportError: as `open_pair`; or the base is an ONNX graph.
     """
     base = open_base(subject.base, delta.manifest)
     with ExitStack() as stack:
         before = stack.enter_context(float_folder(base, dtype="float64"))
         weights = stack.enter_context(_weights(subject, delta, progress))
-        after = stack.enter_context(float_folder(open_quantised(weights), dtype="float64"))
+        after = stack.enter_context(float_folder(open_named(weights), dtype="float64"))
         opened = Checkpoint.open(after)
         merged = open_merged(
             opened,
@@ -82,7 +83,7 @@ def _open_quantised_pair(
             delta,
             model=options.model,
             config=options.config,
-            source=subject.base.folder,
+            source=subject.place,
         )
         exact = copy.deepcopy(merged.module).double()
         fill(exact, opened, merged.names)  # opening has rounded to float32

@@ -56,6 +56,8 @@ class MatMulNBits(Layout):
         sized(scales, "scales", self.name, (grid, (rows * self._groups,), (*grid, 1)))
         steps = float_values(scales).reshape(grid)
         zeros, minima = self._zeros(parts, steps)
+        if "minima" in parts:
+            minima = self._minima(parts)
         return Matrix(
             kind=integer_kind(self.bits),
             codes=unpack_signed(self._stream(parts), self.bits, columns),
@@ -64,6 +66,25 @@ class MatMulNBits(Layout):
             zeros=zeros,
             minima=minima,
         )
+
+    def are_sums(self, tensor: RawTensor) -> bool:
+        """Return whether a product by a constant (in, blocks) is the sum over each block."""
+        columns = self.shape[1]
+        if tensor.shape != (columns, self._groups) or tensor.dtype not in SCALES:
+            return False
+        blocks = np.arange(columns)[:, None] // self.group == np.arange(self._groups)
+        return bool(np.array_equal(float_values(tensor), blocks))
+
+    def _minima(self, parts: Parts) -> npt.NDArray[np.float64]:
+        """Read the minima, stored (blocks, out)."""
+        minima = part(parts, "minima", self.name, SCALES)
+        sized(minima, "minima", self.name, ((self._groups, self.shape[0]),))
+        if "zero_points" in parts and parts["zero_points"].dtype != "U8":
+            raise CheckpointError(
+                f"{self.name}: a weight has minima and zero points in a float type",
+                fix="export the graph anew",
+            )
+        return np.ascontiguousarray(float_values(minima).T)
 
     def _stream(self, parts: Parts) -> npt.NDArray[np.uint8]:
         rows = self.shape[0]
