@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from kilodelta.cli import main
 from kilodelta.errors import BaseMismatchError, ExportError, InputError, ProofError, QualityError
+from kilodelta.export.merge.checkpoint import merge
 from kilodelta.export.onnx.save import save
 from kilodelta.export.pipeline import export
 from kilodelta.export.quantised.constants import require_exact
@@ -34,7 +36,9 @@ from kilodelta.grid.codes import E2M1, E4M3, integer_kind
 from kilodelta.grid.identity import matrix_digest
 from kilodelta.grid.quantise import quantise_folder
 from kilodelta.merging.build import Recipe, build, quantise_target
-from tests.support import grids, making, pico
+from kilodelta.verify import verify
+from kilodelta.verify.digests.proof import prove
+from tests.support import grids, making, pico, seq2seq
 from tests.support.grids import Numbers
 
 ROWS, COLUMNS = 48, 64
@@ -428,3 +432,47 @@ def test_blocks_of_a_float_base_have_no_place_in_a_bundle(tmp_path: Path) -> Non
     with pytest.raises(InputError, match=r"--blocks matmulnbits chooses .* is a float model"):
         bundle(base, tmp_path / "out", mode="patch", blocks="matmulnbits")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["t5", "whisper"])
+def test_an_encoder_decoder_with_a_quantised_base(tmp_path: Path, kind: str) -> None:
+    """Whisper, and T5 with its embedding quantised: distilled, merged, exported, and run."""
+    from kilodelta.compress import Options, compress
+
+    base = getattr(seq2seq, kind)(tmp_path / "base", width=32)
+    tuned = pico.tuned(base, tmp_path / "tuned", size=0.3)
+    quantise_folder(base, tmp_path / "q", "int4-g32", is_product)
+    inputs = pairs(tmp_path) if kind == "t5" else sounds(tmp_path)
+    options = Options(method=Lora(rank=2), steps=4, batch=4, held_out=4)
+    compress(tmp_path / "q", tuned, tmp_path / "f.kd", inputs=inputs, options=options)
+    merge(tmp_path / "q", tmp_path / "f.kd", tmp_path / "merged")
+    prove(tmp_path / "q", tmp_path / "f.kd", tmp_path / "merged")
+    for cached in (False, True):
+        out = tmp_path / f"out-{cached}"
+        export(tmp_path / "q", tmp_path / "f.kd", out, kv_cache=cached)
+        done = verify(tmp_path / "q", tmp_path / "f.kd", [out], inputs=inputs, generate=4)
+        assert done.failure is None
+
+
+def is_product(name: str) -> bool:
+    """Whether a tensor of a T5 or a Whisper is multiplied by, or is T5's embedding."""
+    parts = ("q", "k", "v", "o", "wi", "wo", "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    return name == "shared.weight" or (name.endswith(".weight") and name.split(".")[-2] in parts)
+
+
+def pairs(place: Path) -> Path:
+    """Texts with targets, no two alike."""
+    words = ("rain", "a", "the", "river")
+    rows = [{"text": f"{a} {b} runs", "target": c} for a in words for b in words for c in words[:2]]
+    (place / "in.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return place / "in.jsonl"
+
+
+def sounds(place: Path) -> Path:
+    """Features of a second of sound, and what is said."""
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((20, 8, 100), dtype=np.float32)
+    ids = rng.integers(4, pico.VOCABULARY, (20, 6))
+    np.savez(place / "in.npz", input_features=features, decoder_input_ids=ids)
+    return place / "in.npz"

@@ -7,15 +7,18 @@ from pathlib import Path
 from tests.support import pico
 
 
-def t5(folder: Path, *, layers: int = 1) -> Path:
-    """An encoder-decoder with a tokenizer, relative positions and a tied embedding."""
+def t5(folder: Path, *, layers: int = 1, width: int = 16) -> Path:
+    """An encoder-decoder with a tokenizer, relative positions and a tied embedding.
+
+    Of width 32 all its products can be quantised in groups of 32.
+    """
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
         vocab_size=pico.VOCABULARY,
-        d_model=16,
-        d_kv=8,
-        d_ff=24,
+        d_model=width,
+        d_kv=width // 2,
+        d_ff=24 if width == 16 else 2 * width,
         num_layers=layers,
         num_heads=2,
         pad_token_id=0,
@@ -25,19 +28,19 @@ def t5(folder: Path, *, layers: int = 1) -> Path:
     return pico.save(lambda: T5ForConditionalGeneration(config), folder, tokens=True)
 
 
-def whisper(folder: Path, *, layers: int = 1) -> Path:
+def whisper(folder: Path, *, layers: int = 1, width: int = 16) -> Path:
     """A Whisper that hears one second, with its feature extractor and a tokenizer."""
     from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
     config = WhisperConfig(
         vocab_size=pico.VOCABULARY,
-        d_model=16,
+        d_model=width,
         encoder_layers=layers,
         decoder_layers=layers,
         encoder_attention_heads=2,
         decoder_attention_heads=2,
-        encoder_ffn_dim=24,
-        decoder_ffn_dim=24,
+        encoder_ffn_dim=24 if width == 16 else 2 * width,
+        decoder_ffn_dim=24 if width == 16 else 2 * width,
         num_mel_bins=8,
         max_source_positions=50,
         max_target_positions=20,
