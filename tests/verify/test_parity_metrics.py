@@ -88,6 +88,11 @@ def test_values_that_are_not_finite(actual: float, reference: float, error: floa
     assert not any(value is None or math.isnan(value) for value in vars(got).values())
 
 
+def test_the_largest_value_is_infinite_beside_nan() -> None:
+    """NaN has no size, so the largest of all magnitudes does not tell whether one is beyond."""
+    assert metrics([NAN, 65504.0], [NAN, INF]).max_abs == 0.0
+
+
 LARGEST = [float(np.finfo(t).max) for t in (np.float16, np.float32, np.float64)]
 BFLOAT16_LARGEST = 2.0**127 * (2 - 2.0**-7)
 

@@ -120,6 +120,8 @@ def absolute_error(a: Float64, r: Float64) -> Float64:
 
 def _unbounded(x: Float64) -> Float64:
     """Replace the largest finite values of the float types by infinity, sign kept."""
+    if np.abs(x).max(initial=0.0) < min(_LARGEST):  # one pass; not so where one is NaN
+        return x
     return np.where(np.isin(np.abs(x), _LARGEST), np.copysign(np.inf, x), x)
 
 
