@@ -40,7 +40,9 @@ class Decoder:
     budget = 50_000
     steps = 50
     rate, lora_rate = 5e-5, 1e-3
-    options: Mapping[str, Any] = MappingProxyType({"steps": 60, "batch": BATCH, "held_out": 40})
+    options: Mapping[str, Any] = MappingProxyType(
+        {"steps": 120, "batch": BATCH, "held_out": 40, "rate": 3e-3}
+    )
 
     def __init__(self, *, bases: Path, data: Path, place: Path, seed: int) -> None:
         from transformers import AutoTokenizer
