@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -62,12 +63,16 @@ class Decoder:
         return ids
 
     def base(self) -> Path:
-        """The converted base itself; the examples are written beside, to compress and verify."""
+        """The converted base itself; the examples are written beside, for the commands."""
         for name, rows in (("train", self.train), ("test", self.test)):
             lines = [
                 {"prompt": row["text"] + ENDING, "completion": NAMES[row["label"]]} for row in rows
             ]
             (self.place / f"{name}.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
+        prompts = [row["text"] + ENDING for row in self.test[:BATCH]]
+        tokens = self.tokenizer(prompts, padding=True, padding_side="right", return_tensors="np")
+        names = ("input_ids", "attention_mask")
+        np.savez(self.place / "prompts.npz", **{name: tokens[name] for name in names})
         return self.folder
 
     def inputs(self) -> Path:
