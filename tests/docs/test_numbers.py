@@ -122,6 +122,39 @@ def test_what_is_heard(start: str, name: str) -> None:
         )
 
 
+DECODER = result("models-decoder-2026-11-29-epyc-busy")["tasks"]["decoder"]
+
+
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        ("SmolLM2", "base"),
+        ("its full fine-tune, 50 steps of 8", "teacher"),
+        ("`--budget 50KB`, 120 steps of 8", "kd"),
+        ("truncated SVD of its change, 4 bits", "svd"),
+        ("PEFT's LoRA r = 1, int8", "lora-r1-int8"),
+        ("PEFT's LoRA r = 8, int8", "lora-r8-int8"),
+    ],
+)
+def test_what_questions_ask_for(start: str, name: str) -> None:
+    seeds = [cells for cells in DECODER.values() if name in cells]
+    if not seeds:
+        assert f"| {start} |" not in BASES.read_text()
+        return
+    scores = [cells[name]["score"] for cells in seeds]
+    ends = [(cells["base"]["score"], cells["teacher"]["score"]) for cells in seeds]
+    pairs = zip(scores, ends, strict=True)
+    shares = " / ".join(f"{100 * (at - low) / (high - low):.0f} %" for at, (low, high) in pairs)
+    sizes = {f"{cells[name]['bytes']:,}": None for cells in seeds if "bytes" in cells[name]}
+    shown = " / ".join(f"{score:.1f}" for score in scores)
+    cells = [cell.strip() for cell in row(BASES, start).strip("|").split("|")]
+    assert cells[1:] == [" / ".join(sizes), shown, "" if name == "base" else shares]
+    if name == "kd":
+        line = row(README, "decoders such as GPT-2, Llama, Qwen")
+        assert f"{shares} of the gain in 50 KB" in line
+        assert f"to {shown} %" in line
+
+
 FEW = result("models-2026-11-29-epyc-busy")["tasks"]["vision-16"]["0"]
 
 
