@@ -40,6 +40,7 @@ from torch import Tensor, nn
 import kilodelta
 from kilodelta import train as deltas
 from kilodelta.compress import Options, compress
+from kilodelta.models import open_model
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TRAINED = ("nola-int4", "randlora-int4")
@@ -216,9 +217,11 @@ def _random_bases(task: Task, place: Path, seed: int, name: str) -> dict[str, An
     torch.manual_seed(seed)
     file, merged = place / f"{name}.kd", place / f"{name}-merged"
     model = task.open(task.base())
-    targets = [f"{layer}.weight" for layer in task.layers(model)]
-    method = _of_budget(task.budget, [tuple(model.get_parameter(t).shape) for t in targets], name)
-    deltas.attach(model, method, targets, seed=seed)
+    weights = [f"{layer}.weight" for layer in task.layers(model)]
+    method = _of_budget(task.budget, [tuple(model.get_parameter(w).shape) for w in weights], name)
+    names = open_model(task.base()).names
+    stored = {state: stored for stored, state in names.items()}
+    deltas.attach(model, method, [stored[w] for w in weights], seed=seed, names=names)
     train(task, model, method.rate, lambda: deltas.quantise(model, 4))
     spent = deltas.save(model, file, base=task.base())
     shutil.rmtree(merged, ignore_errors=True)

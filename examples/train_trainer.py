@@ -66,16 +66,13 @@ def main(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(INTENTS))
-    names = {
-        name.removeprefix("bert."): name for name in model.state_dict() if name.startswith("bert.")
-    }
     train.attach(
         model,
         train.Nola(rank=4, bases=128),
         "encoder.*.weight",
         exclude=["*LayerNorm*"],
         extras=["classifier.*"],
-        names=names,  # the base's files call the encoder's tensors by shorter names
+        base=base,  # its files call the encoder's tensors by shorter names
     )
     rows = [{**tokenizer(text), "labels": label} for text, label in texts()]
     trainer = Trainer(

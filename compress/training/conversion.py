@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kilodelta.compress.training.attachment import Attachment
 from kilodelta.compress.training.precision import Precision
+from kilodelta.compress.training.sites import AttachedTarget
 from kilodelta.errors import BaseMismatchError, InputError
 from kilodelta.files import safetensors, staging
 from kilodelta.files.checkpoint import Checkpoint
@@ -53,7 +54,7 @@ def convert(
     """
     _check_buffers(model, attachment)
     with _checkpoint(model, attachment, base) as checkpoint:
-        _check_names(attachment, checkpoint)
+        check_names(attachment.places, checkpoint)
         _check_frozen(model, attachment, checkpoint)
         recipe = Recipe(
             method=precision.method,
@@ -83,6 +84,28 @@ def quantised(
     return own, attachment.file.quantised(precision, "the whole file")
 
 
+def check_names(places: Iterable[AttachedTarget], checkpoint: Checkpoint) -> None:
+    """Check that the base has a tensor of every target's name.
+
+    Raises:
+        BaseMismatchError: it lacks one.
+    """
+    for place in places:
+        if place.target.tensor not in checkpoint:
+            present = [alias for alias in place.aliases if alias in checkpoint]
+            advice = (
+                f"the base calls it {present[0]}: use that in `targets`"
+                if present
+                else (
+                    "give the base that the model was made from; where its files name tensors"
+                    " otherwise, attach with `base=` (or `names=`) and patterns over their names"
+                )
+            )
+            raise BaseMismatchError(
+                f"the base {checkpoint.path} has no tensor {place.target.tensor}", fix=advice
+            )
+
+
 def _check_buffers(model: nn.Module, attachment: Attachment) -> None:
     drifted = attachment.frozen.drifted(model)
     if drifted:
@@ -109,23 +132,6 @@ def _checkpoint(
 def _write(place: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors as a safetensors file, tied ones once."""
     safetensors.write(place, {name: RawTensor.of(value) for name, value in untied(tensors).items()})
-
-
-def _check_names(attachment: Attachment, checkpoint: Checkpoint) -> None:
-    for place in attachment.places:
-        if place.target.tensor not in checkpoint:
-            there = [alias for alias in place.aliases if alias in checkpoint]
-            advice = (
-                f"the base calls it {there[0]}: use that in `targets`"
-                if there
-                else (
-                    "give the base that the model was made from; where it names its tensors"
-                    " otherwise, give `names` to attach"
-                )
-            )
-            raise BaseMismatchError(
-                f"the base {checkpoint.path} has no tensor {place.target.tensor}", fix=advice
-            )
 
 
 def _check_frozen(model: nn.Module, attachment: Attachment, checkpoint: Checkpoint) -> None:

@@ -26,7 +26,7 @@ from torch import nn
 
 from kilodelta.compress.training.attachment import NAME, Attachment
 from kilodelta.compress.training.checks import check_free, check_options, check_place
-from kilodelta.compress.training.conversion import Made, convert
+from kilodelta.compress.training.conversion import Made, check_names, convert
 from kilodelta.compress.training.frozen import Frozen
 from kilodelta.compress.training.sites import checkpoint_names, find
 from kilodelta.errors import InputError
@@ -38,6 +38,7 @@ from kilodelta.format.methods import Nola as Nola
 from kilodelta.format.methods import RandLora as RandLora
 from kilodelta.format.methods import UniLora as UniLora
 from kilodelta.format.methods import Vera as Vera
+from kilodelta.models.huggingface import names_by_twin
 from kilodelta.progress import Progress, silent
 
 __all__ = [
@@ -71,6 +72,7 @@ def attach(
     exclude: str | Sequence[str] = (),
     extras: str | Sequence[str] = (),
     names: Mapping[str, str] = NONE,
+    base: str | os.PathLike[str] | Checkpoint | None = None,
 ) -> M:
     """Freeze a model and let it compute with base plus update; only coefficients get gradients.
 
@@ -92,8 +94,12 @@ def attach(
         extras: globs of tensors that are trained, and stored, whole: a new head, biases, norms.
         names: checkpoint name to state name where they differ, as `LoadedModel.names`; all
             patterns are over checkpoint names.
+        base: the model on disk. Names are then read from it (transformers renames many tensors
+            while loading), and a target that it lacks is refused here rather than by `save`.
 
     Raises:
+        BaseMismatchError: the base has no tensor of a target's name.
+        CheckpointError: transformers makes a tensor of the model out of several of the base's.
         InputError: a pattern chooses nothing, a layer cannot be attached, the model has a delta
             attached, or an option or the seed is out of range.
 
@@ -104,9 +110,14 @@ def attach(
     """
     check_free(model, NAME, Attachment)
     check_options(method, seed)
+    checkpoint = None if base is None else Checkpoint.open(base)
+    if checkpoint is not None and not names:
+        names = names_by_twin(model, checkpoint) or NONE
     patterns, places = find(model, _globs(targets), _globs(exclude), names)
     for place in places:
         check_place(place, method)
+    if checkpoint is not None:
+        check_names(places, checkpoint)
     chosen = [place.target.tensor for place in places]
     frozen = Frozen(checkpoint_names(model, names), _globs(extras), chosen)
     Attachment(method, patterns, places, frozen, seed).install(model)

@@ -311,3 +311,49 @@ def test_a_name_of_no_method() -> None:
     assert train.Nola is kilodelta.train.Nola
     with pytest.raises(AttributeError, match="no attribute 'Dora'"):
         train.Dora  # noqa: B018
+
+
+@pytest.fixture
+def vision(tmp_path: Path) -> Path:
+    """A DINOv2 whose files hold the names of before transformers 5: it renames them on loading."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, mlp_ratio=2
+    )
+    transformers.Dinov2Model(config).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_names_are_the_base_files(vision: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    stored = [name for name in load_file(vision / "model.safetensors") if "query.weight" in name]
+    model = transformers.Dinov2Model.from_pretrained(vision).eval()
+    assert stored
+    assert not set(stored) & set(model.state_dict())
+    train.attach(model, train.Lora(rank=1), "*.query.weight", base=vision)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05)
+    train.save(model, tmp_path / "task.kd", base=vision)
+    kilodelta.merge(vision, tmp_path / "task.kd", tmp_path / "merged")
+    merged = transformers.Dinov2Model.from_pretrained(tmp_path / "merged").eval()
+    plain = transformers.Dinov2Model.from_pretrained(vision).eval()
+    pixels = torch.randn(1, 3, 28, 28)
+    with torch.no_grad():
+        seen, wanted, before = (m(pixels).last_hidden_state for m in (model, merged, plain))
+    assert float((seen - wanted).norm()) < 2e-2 * float((before - wanted).norm())
+
+
+def test_a_base_without_the_targets_is_refused_before_training(
+    vision: Path, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.Dinov2Model.from_pretrained(vision)
+    with pytest.raises(InputError, match="q_proj"):  # its name in memory, not in the files
+        train.attach(model, train.Lora(rank=1), "*.q_proj.weight", base=vision)
+    other = tmp_path / "other.safetensors"
+    save_file({"tall.weight": torch.zeros(15, 8)}, other)
+    with pytest.raises(BaseMismatchError, match=r"no tensor wide\.weight"):
+        train.attach(make(), train.Lora(rank=1), ["tall.weight", "wide.weight"], base=other)
