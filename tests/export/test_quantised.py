@@ -25,7 +25,7 @@ from kilodelta.errors import BaseMismatchError, ExportError, InputError, ProofEr
 from kilodelta.export.merge.checkpoint import merge
 from kilodelta.export.onnx.save import save
 from kilodelta.export.pipeline import export
-from kilodelta.export.quantised.constants import require_exact
+from kilodelta.export.quantised.constants import require_exact, require_no_minima
 from kilodelta.export.quantised.engines import require_engine
 from kilodelta.export.quantised.graph import put_codes, settled
 from kilodelta.export.quantised.proof import prove_codes
@@ -229,7 +229,7 @@ FLAT = Matrix(
         ({"kind": integer_kind(3)}, "float32", "holds int3 codes"),
         ({"kind": E2M1}, "float32", "holds e2m1 codes"),
         ({"order": np.zeros(64, np.int32)}, "float32", "act-order"),
-        ({"minima": np.ones((4, 2))}, "float32", "zero points that are no integers"),
+        ({"minima": np.full((4, 2), 0.1)}, "float32", "minima that are no numbers of float32"),
         ({"zeros": np.full((4, 2), 8, np.int16)}, "float32", "from 8 to 8, outside int4"),
         ({"zeros": np.full((4, 2), -9, np.int16)}, "float32", "from -9 to -9"),
         ({"steps": np.full((4, 2), 0.1)}, "float32", "no numbers of float32"),
@@ -243,6 +243,12 @@ def test_what_a_graph_cannot_hold_is_refused(change: dict[str, Any], dtype: str,
     with pytest.raises(ExportError, match=text) as caught:
         require_exact("w", replace(FLAT, **change), dtype)
     assert caught.value.what.startswith("w ")
+
+
+def test_minima_have_no_place_in_dequantize_linear() -> None:
+    require_no_minima("w", replace(FLAT, minima=np.zeros((4, 2))))
+    with pytest.raises(ExportError, match="w has blocks with minima"):
+        require_no_minima("w", replace(FLAT, minima=np.ones((4, 2))))
 
 
 @pytest.mark.parametrize(
