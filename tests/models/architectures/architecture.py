@@ -89,6 +89,25 @@ def features(rows: int, size: int) -> Batch:
     }
 
 
+def spectra(rows: int, size: int) -> Batch:
+    """Frames of eight mel features, four for each unit of size, and target tokens."""
+    chance = torch.Generator().manual_seed(rows + size)
+    return {
+        "input_features": torch.randn(rows, 4 * size, 8, generator=chance),
+        "decoder_input_ids": tokens(rows, max(2, size // 2))["input_ids"],
+    }
+
+
+def patches_and_words(rows: int, size: int) -> Batch:
+    """Texts, and the embeddings of an image's nine patches after that of its class token."""
+    chance = torch.Generator().manual_seed(rows + size)
+    return {
+        **tokens(rows, size),
+        "image_embeds": torch.randn(rows, 10, WIDTH, generator=chance),
+        "pixel_mask": torch.ones(rows, 1, 10, dtype=torch.int64),
+    }
+
+
 def pictures_and_words(side: int) -> Callable[[int, int], Batch]:
     """Images and texts."""
 

@@ -213,6 +213,28 @@ ROWS: tuple[Architecture, ...] = (
         },
         ids_alone,
     ),
+    Architecture(
+        "falcon-mamba",
+        "FalconMambaForCausalLM",
+        "FalconMambaConfig",
+        {"vocab_size": WORDS, "hidden_size": 8, "state_size": 4, "num_hidden_layers": 2},
+        ids_alone,
+    ),
+    Architecture(
+        "jamba",
+        "JambaForCausalLM",
+        "JambaConfig",
+        {
+            **TEXT,
+            "num_hidden_layers": 2,
+            "num_key_value_heads": 1,
+            "num_experts": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 4,
+        },
+        tokens,
+    ),
     # Experts
     _experts("mixtral", "MixtralForCausalLM", "MixtralConfig", num_local_experts=4, quick=True),
     _experts("qwen3-moe", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", head_dim=8),

@@ -17,6 +17,7 @@ from tests.models.architectures.architecture import (
     Batch,
     boxes,
     images,
+    patches_and_words,
     pictures_and_words,
     tokens,
 )
@@ -130,6 +131,14 @@ ROWS: tuple[Architecture, ...] = (
         "ViltConfig",
         {**TEXT, **VISION, "num_images": 1},
         pictures_and_words(24),
+    ),
+    # The way on that ViLT's refusal names: it draws which patches it sees, unless it is given them.
+    Architecture(
+        "vilt-embeds",
+        "ViltForQuestionAnswering",
+        "ViltConfig",
+        {**TEXT, **VISION},
+        patches_and_words,
     ),
     Architecture(
         "git",

@@ -14,6 +14,7 @@ from tests.models.architectures.architecture import (
     features,
     pairs,
     pictures_and_words,
+    spectra,
 )
 
 _SEQ2SEQ: dict[str, Any] = {
@@ -32,6 +33,14 @@ _SEQ2SEQ: dict[str, Any] = {
     "decoder_start_token_id": 2,
     "forced_eos_token_id": None,
 }
+_TOKENS = (
+    "vocab_size",
+    "max_position_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "decoder_start_token_id",
+)
 _T5: dict[str, Any] = {
     "vocab_size": WORDS,
     "d_model": WIDTH,
@@ -64,6 +73,59 @@ ROWS: tuple[Architecture, ...] = (
     _seq2seq("pegasus", "PegasusForConditionalGeneration", "PegasusConfig", whole=_BIAS),
     _seq2seq("m2m100", "M2M100ForConditionalGeneration", "M2M100Config"),
     _seq2seq("blenderbot", "BlenderbotForConditionalGeneration", "BlenderbotConfig", whole=_BIAS),
+    _seq2seq("plbart", "PLBartForConditionalGeneration", "PLBartConfig", whole=_BIAS),
+    _seq2seq(
+        "blenderbot-small",
+        "BlenderbotSmallForConditionalGeneration",
+        "BlenderbotSmallConfig",
+        whole=_BIAS,
+    ),
+    _seq2seq(
+        "led",
+        "LEDForConditionalGeneration",
+        "LEDConfig",
+        whole=_BIAS,
+        attention_window=4,
+        max_encoder_position_embeddings=LENGTH,
+        max_decoder_position_embeddings=LENGTH,
+    ),
+    _seq2seq(
+        "nllb-moe",
+        "NllbMoeForConditionalGeneration",
+        "NllbMoeConfig",
+        num_experts=4,
+        encoder_sparse_step=1,
+        decoder_sparse_step=1,
+    ),
+    Architecture(
+        "prophetnet",
+        "ProphetNetForConditionalGeneration",
+        "ProphetNetConfig",
+        {
+            **{k: _SEQ2SEQ[k] for k in _TOKENS},
+            "hidden_size": WIDTH,
+            "encoder_ffn_dim": 24,
+            "decoder_ffn_dim": 24,
+            "num_encoder_layers": 1,
+            "num_decoder_layers": 1,
+            "num_encoder_attention_heads": 2,
+            "num_decoder_attention_heads": 2,
+        },
+        pairs,
+    ),
+    Architecture(
+        "speech-to-text",
+        "Speech2TextForConditionalGeneration",
+        "Speech2TextConfig",
+        {
+            **_SEQ2SEQ,
+            "input_feat_per_channel": 8,
+            "conv_channels": 12,
+            "max_source_positions": 60,
+            "max_target_positions": LENGTH,
+        },
+        spectra,
+    ),
     Architecture(
         "whisper",
         "WhisperForConditionalGeneration",
