@@ -66,7 +66,7 @@ def run(architecture: Architecture, folder: Path, steps: Container[str] = USUAL)
         By step `right` (`right: <remark>`), `refused: <sentence>`, `WRONG: <what>` or
         `TRACEBACK: <error>`; what was not tried is missing.
     """
-    case = (_Case if architecture.config else _ModuleCase)(architecture, folder)
+    case = (Case if architecture.config else _ModuleCase)(architecture, folder)
     outcomes: dict[str, str] = {}
     with _traces_shared():
         for step, need in NEEDS.items():
@@ -122,7 +122,7 @@ def _plain(text: str, folder: Path) -> str:
     return " ".join(text.replace(f"{folder}/", "").split())[:400]
 
 
-class _Case:
+class Case:
     """One architecture's folders, and the steps between them."""
 
     def __init__(self, architecture: Architecture, folder: Path) -> None:
@@ -249,7 +249,7 @@ class _Case:
         ]
 
 
-class _ModuleCase(_Case):
+class _ModuleCase(Case):
     """A plain module: its folders hold bare weights, and a function builds it."""
 
     def _build(self) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from kilodelta.errors import InputError
 from kilodelta.models.entry import call_entry, find_entry, is_entry
@@ -187,10 +190,49 @@ def test_a_model_that_draws_random_numbers_is_refused(tmp_path: Path) -> None:
     """ViT-MAE chooses the patches that it sees at random; with its `noise` it is a function."""
     x = np.ones((4, 3), np.float32)
     found = error(lambda: read_inputs(saved(tmp_path / "a.npz", x=x), loaded(Masks())))
-    assert "Masks draws random numbers while it computes: y differs each time" in found.what
+    assert "Masks draws random numbers while it computes (rand, rand_like): y differs" in found.what
     assert "as an input, if it is one of noise, or" in found.fix
     [batch] = read_inputs(saved(tmp_path / "b.npz", x=x, noise=x), loaded(Masks()))
     assert set(batch) == {"x", "noise"}
+
+
+class Draws(nn.Module):
+    """Adds a number that is drawn by a function, and by none of torch's own."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"y": functional.dropout(x, training=False) * (1 + self.draw())}
+
+
+_OWN = torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize(
+    ("draw", "by"),
+    [
+        (np.random.rand, " (numpy.random): "),
+        (random.random, " (random): "),
+        (lambda: torch.rand((), generator=_OWN).item(), " (rand): "),
+        (itertools.count().__next__, ": "),
+    ],
+    ids=["numpy", "random", "its own generator", "a counter"],
+)
+def test_numbers_are_drawn_by_any_generator(
+    draw: Callable[[], float], by: str, tmp_path: Path
+) -> None:
+    path = saved(tmp_path / "a.npz", x=np.ones((4, 3), np.float32))
+    found = error(lambda: read_inputs(path, loaded(Draws(draw))))
+    assert f"Draws draws random numbers while it computes{by}y differs each time" in found.what
+
+
+def test_a_model_that_only_rounds_otherwise_draws_nothing(tmp_path: Path) -> None:
+    """Sums in another order, as libraries take them where memory lies otherwise."""
+    path = saved(tmp_path / "a.npz", x=np.ones((4, 3), np.float32))
+    steps = itertools.cycle([0.0, 2.0**-22])
+    assert read_inputs(path, loaded(Draws(steps.__next__)))
 
 
 def test_large_arrays_are_refused_before_they_are_read(tmp_path: Path) -> None:
