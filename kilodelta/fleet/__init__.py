@@ -3,9 +3,10 @@
 `schema.py` reads the file, field by field with `fields.py`, into what `definition.py` describes.
 `graph.py` makes tasks whose names are digests of everything that they depend on, and `record.py`
 sees which results are whole. `work.py` does one task with the library's own functions, `child.py`
-gives it a folder that takes its name when it is whole, `processes.py` gives it a process, and
-`local.py`, `shard` in it, and `on_ray.py` run all of them. There is no scheduler here beyond a pool
-of threads: resuming is running again, because what is whole is not redone.
+gives it a folder that takes its name when it is whole, `processes.py` gives it a process, forked
+from the one that `server/` prepares, and `local.py`, `shard` in it, and `on_ray.py` run all of
+them. There is no scheduler here beyond a pool of threads: resuming is running again, because what
+is whole is not redone.
 """
 
 from __future__ import annotations

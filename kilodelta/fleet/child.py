@@ -104,11 +104,8 @@ def _resolved(params: Mapping[str, Any], out: Path) -> dict[str, Any]:
 
 def _files(folder: Path) -> dict[str, int]:
     """Sizes of all files, by their path in the folder."""
-    return {
-        str(path.relative_to(folder)): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    paths = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names]
+    return {os.path.relpath(path, folder): os.stat(path).st_size for path in paths}
 
 
 def main() -> int:

@@ -36,7 +36,9 @@ COLLECT = (20_000, 20, 100)
 """Thresholds of a child's garbage collector. Loading torch and tracing a model make millions of
 objects that stay; Python's own thresholds, (700, 10, 10), look through them 1,500 times, which was
 a tenth of an export's time, and others wait for the export of their base."""
-WAIT = 0.05
+MANY = 30
+"""Children from which on joining the server's memory into huge pages, a tenth of a second, pays."""
+WAIT = 0.2
 """Seconds after which a thread that waits for an answer sees whether the run was stopped."""
 
 
@@ -55,10 +57,8 @@ class Children:
         self._anew: Any = multiprocessing.get_context("spawn")
         self._alone = kinds_alone(tasks, workers)
         kinds = {task.kind for task in tasks} - self._alone
-        # A child runs the parent's script again, which imports the first one, and finds its
-        # function in the second; the last one keeps what all have loaded where children share it.
-        loaded = ["kilodelta.cli", __name__, *preload(kinds), "kilodelta.fleet.warm"]
-        self._forking.set_forkserver_preload(loaded)
+        self._to_fork = sum(task.kind not in self._alone for task in tasks)
+        self._forking.set_forkserver_preload(modules_to_load(kinds, self._to_fork))
         self._threads = child.thread_environment(max(1, (os.cpu_count() or 1) // workers))
         gpus = gpus_for(tasks)
         self._gpus = queue.SimpleQueue[str]()
@@ -66,7 +66,6 @@ class Children:
             self._gpus.put(gpus[number % len(gpus)])
         self._slots = threading.Semaphore(workers)
         self._lock = threading.Lock()
-        self._to_fork = sum(task.kind not in self._alone for task in tasks)
         self._ready: list[_Child] = []
         self._ending: list[_Child] = []
 
@@ -230,6 +229,21 @@ class _Child:
         self._ours.close()
 
 
+def modules_to_load(kinds: set[str], children: int) -> list[str]:
+    """Return what the server process imports, in order, before the first child is forked.
+
+    A child runs the parent's script again, which imports `kilodelta.cli`, and finds its function in
+    this module; what follows the libraries keeps what all have loaded where children share it.
+
+    Args:
+        kinds: of the tasks that children will do.
+        children: how many will be forked.
+    """
+    server = "kilodelta.fleet.server"
+    last = [f"{server}.warm", *([f"{server}.joined"] if children >= MANY else [])]
+    return [f"{server}.loading", "kilodelta.cli", __name__, *preload(kinds), *last]
+
+
 def kinds_alone(tasks: Sequence[Task], workers: int) -> frozenset[str]:
     """Return the kinds whose libraries are not worth loading for all children.
 
@@ -265,6 +279,7 @@ def _run(do: Do, out: str, pipe: Any) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    gc.enable()  # the server does not collect: `server/loading.py`
     gc.set_threshold(*COLLECT)
     try:
         task = pipe.recv()

@@ -14,6 +14,7 @@ from kilodelta.files.staging.publish import sync as sync
 from kilodelta.files.staging.publish import write as write
 from kilodelta.files.staging.stage import is_stage as is_stage
 from kilodelta.files.staging.stage import sweep as sweep
+from kilodelta.files.staging.stage import sweep_temporary as sweep_temporary
 
 __all__ = [
     "is_stage",
@@ -23,6 +24,7 @@ __all__ = [
     "require_free",
     "scratch",
     "sweep",
+    "sweep_temporary",
     "sync",
     "write",
 ]

@@ -64,7 +64,7 @@ def staged(path: Path, *, parents: bool = False) -> Iterator[Stage]:
         if parents:
             path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
-        _sweep_temporary()
+        sweep_temporary()
         stage = _make(path.parent)
     try:
         yield stage
@@ -97,7 +97,7 @@ def sweep(folder: Path) -> list[str]:
 
 
 @functools.cache
-def _sweep_temporary() -> None:
+def sweep_temporary() -> None:
     """Sweep the system's folder of temporary files, once per process.
 
     A killed process may have left data of a model's size there, and no later command may need

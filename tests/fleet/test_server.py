@@ -1,0 +1,80 @@
+"""The process that children are forked from: what it loads, and in which order."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import mmap
+import subprocess
+import sys
+
+import pytest
+
+from kilodelta.fleet.processes import MANY, _run, modules_to_load
+from kilodelta.fleet.server import huge_pages
+
+KINDS = {"merge"}
+SIZE = 0x200000
+
+
+def test_libraries_load_without_collecting_and_are_kept_afterwards() -> None:
+    few, many = modules_to_load(KINDS, MANY - 1), modules_to_load(KINDS, MANY)
+    assert few[0] == "kilodelta.fleet.server.loading"
+    assert few[-1] == "kilodelta.fleet.server.warm"
+    assert "kilodelta.export.merge.checkpoint" in few[1:-1]
+    assert many == [*few, "kilodelta.fleet.server.joined"]
+
+
+def test_loading_stops_the_collector() -> None:
+    code = "import kilodelta.fleet.server.loading, gc; raise SystemExit(gc.isenabled())"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_child_collects_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class HungUp:
+        def recv(self) -> None:
+            raise EOFError
+
+    for name in ("os.dup2", "os.open", "signal.signal", "gc.set_threshold"):
+        monkeypatch.setattr(name, lambda *_: None)
+    gc.disable()
+    try:
+        _run(lambda *_: {}, "out", HungUp())
+        assert gc.isenabled()
+    finally:
+        gc.enable()
+
+
+MAPS = """\
+00400000-00800000 r--p 00000000 fe:00 3389    /usr/bin/python
+00a00000-01200000 rw-p 00000000 fe:00 3389    /usr/bin/python
+021ff000-02a01000 rw-p 00000000 00:00 0       [heap]
+03000000-03200000 rw-p 00000000 00:00 0
+03200000-03400000 rw-s 00000000 00:00 0
+03400000-03600000 ---p 00000000 00:00 0
+03600000-037ff000 rw-p 00000000 00:00 0
+03a00000-03c00000 rw-p 00000000 00:00 0       [stack]
+03c00000-03e00000 rw-p 00000000 00:01 77      /memfd:a name (deleted)
+"""
+
+
+def test_only_whole_pages_of_private_memory_are_joined() -> None:
+    found = list(huge_pages.private_ranges(MAPS, SIZE))
+    assert found == [(0x2200000, 0x800000), (0x3000000, SIZE)]
+
+
+def test_joined_memory_holds_what_it_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the rest of this process stays as it is."""
+    with mmap.mmap(-1, 4 * SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory[:] = bytes(range(256)) * (len(memory) // 256)
+        view = (ctypes.c_char * len(memory)).from_buffer(memory)
+        piece = [(-(-ctypes.addressof(view) // SIZE) * SIZE, 3 * SIZE)]
+        monkeypatch.setattr(huge_pages, "private_ranges", lambda *_: piece)
+        assert huge_pages.join_pages() in (0, 1)  # 0 before Linux 6.1
+        assert memory[:] == bytes(range(256)) * (len(memory) // 256)
+        del view
+
+
+def test_a_system_without_huge_pages_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huge_pages, "_SIZE", huge_pages._SIZE.with_name("nowhere"))
+    assert huge_pages.join_pages() == 0
