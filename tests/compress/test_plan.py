@@ -23,6 +23,7 @@ from kilodelta.compress.distill.planning import estimate as estimating
 from kilodelta.compress.distill.planning.curve import parse_budgets
 from kilodelta.compress.distill.planning.estimate import Estimate
 from kilodelta.compress.distill.planning.memory import available, counting_kept, resident
+from kilodelta.compress.distill.processes import settle as settling
 from kilodelta.errors import InputError, OutputError
 from kilodelta.format.methods import Lora
 from tests.support import pico
@@ -117,6 +118,12 @@ def test_a_plan_for_processes_that_cannot_be_is_refused(
 ) -> None:
     assert "9 processes share batches of 8 inputs" in typed("--processes", "9").stderr
     assert "drawn by one process, not by 2" in typed("--processes", "2", "--curve", "3KB").stderr
+    shared = typed("--shard", "always")
+    assert "--shard always needs several processes" in shared.stderr
+    assert "give --processes N" in shared.stderr
+    monkeypatch.setattr(settling, "is_quantised", lambda base: True)
+    assert "a quantised base is compressed by one" in typed("--processes", "2").stderr
+    monkeypatch.setattr(settling, "is_quantised", lambda base: False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert "a plan is made by one process, and torchrun started 2" in typed().stderr

@@ -309,6 +309,7 @@ def device_copy(tmp_path: Path) -> Path:
     ("options", "text"),
     [
         ({"mode": "refit", "engine": ["sm89"]}, "TensorRT refits no codes"),
+        ({"mode": "refit"}, "TensorRT refits no codes"),  # not: give --engine
         ({"mode": "patch", "engine": ["sm75"], "dtype": "fp16"}, "no numbers of float16"),
         ({"mode": "patch", "dtype": "fp16"}, "no numbers of float16"),
     ],

@@ -16,6 +16,8 @@ from kilodelta.compress.distill.planning.estimate import Estimate, estimate_job
 from kilodelta.compress.distill.precisions.grids import Grids
 from kilodelta.compress.distill.precisions.opened import float_copy
 from kilodelta.compress.distill.processes.launch import require_alone
+from kilodelta.compress.distill.processes.ranks import Ranks
+from kilodelta.compress.distill.processes.settle import check_together
 from kilodelta.compress.distill.request import as_given, find_models, open_inputs
 from kilodelta.errors import InputError, require
 from kilodelta.progress import Progress, silent
@@ -113,6 +115,8 @@ def plan(
     assert source is not None  # inputs are given
     models = find_models(base, tuned)
     place, given = Path(out) / "plan.kd", models["the base"]
+    planned_ranks = Ranks(rank=0, count=processes)
+    check_together(options, given, planned_ranks, fix="give --processes N, or leave --shard out")
     with on_threads(options.threads), float_copy(given, Path(out)) as (floats, stored):
         job = prepare(
             floats,

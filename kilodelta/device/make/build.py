@@ -19,6 +19,7 @@ from kilodelta.export.options import SHORT, read_sizes
 from kilodelta.export.quantised.graph import settled
 from kilodelta.export.tensorrt.flavour import AUTO, RTX
 from kilodelta.files import staging
+from kilodelta.grid.open import is_quantised
 from kilodelta.progress import Progress, silent
 from kilodelta.rehearsal import begin_work
 from kilodelta.trust.tuf_repository import first_root
@@ -190,6 +191,8 @@ def bundle(
         blocks=blocks,
     )
     settled(blocks, for_engines=bool(engine))
+    if is_quantised(source):  # before an engine is asked for; one of a hub is looked at later
+        refuse_refit(settings.mode, source)
     _check_together(settings)
     pins = pins_from(trust, threshold=threshold, task=task, kind=kind)
     mirror_root = None if mirror is None else first_root(mirror)
@@ -232,6 +235,19 @@ def _max_work(value: float | None) -> float | None:
     if value is not None and not 0 < value < 1e300:
         raise InputError(f"--max-work is {value}", fix="give a number of operations, such as 1e12")
     return value
+
+
+def refuse_refit(mode: str, base: object) -> None:
+    """Refuse refit mode for a quantised base.
+
+    Raises:
+        InputError: the mode is refit.
+    """
+    if mode == "refit":
+        raise InputError(
+            f"{base} is a quantised model, and TensorRT refits no codes",
+            fix="take --mode adapter, which leaves the codes alone",
+        )
 
 
 def _check_together(settings: Settings) -> None:

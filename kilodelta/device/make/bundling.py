@@ -13,9 +13,8 @@ from kilodelta.device.folder.bundle import Bundle
 from kilodelta.device.folder.device_folder import DeviceFolder
 from kilodelta.device.golden import golden, reference
 from kilodelta.device.make import engines
-from kilodelta.device.make.build import Settings
+from kilodelta.device.make.build import Settings, refuse_refit
 from kilodelta.device.modes import patch, refit, runtime
-from kilodelta.errors import InputError
 from kilodelta.export.adapter.graph import with_adapter
 from kilodelta.export.architecture import open_headed
 from kilodelta.export.onnx.make import export_template
@@ -175,11 +174,7 @@ class BundleJob:
 def _check_quantised(base: QuantisedModel, settings: Settings) -> None:
     """Refuse, before anything is made, what a device folder cannot do with a quantised base."""
     require_folder(base, "a device folder")
-    if settings.mode == "refit":
-        raise InputError(
-            f"{base.path} is a quantised model, and TensorRT refits no codes",
-            fix="take --mode adapter, which leaves the codes alone",
-        )
+    refuse_refit(settings.mode, base.path)
     require_grids(base, (settings.dtype,), settings.capabilities)
 
 
