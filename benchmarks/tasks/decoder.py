@@ -94,7 +94,7 @@ class Decoder:
     def losses(self, model: nn.Module) -> Iterator[Tensor]:
         """Cross entropy of answer and end token."""
         while True:
-            for rows in torch.randperm(len(self.train)).split(BATCH):
+            for rows in torch.split(torch.randperm(len(self.train)), BATCH):
                 scores, wanted = self._answers(model, [self.train[n] for n in rows.tolist()])
                 yield nn.functional.cross_entropy(scores[wanted >= 0], wanted[wanted >= 0])
 
@@ -133,7 +133,8 @@ class Decoder:
             mask[n, :count] = 1
             at[n, : len(answer)] = len(prompt) - 1 + torch.arange(len(answer))
             wanted[n, : len(answer)] = torch.tensor(answer)
-        decoder: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        unwrapped: Any = getattr(model, "get_base_model", lambda: model)  # PEFT's wrapper has one
+        decoder = unwrapped()
         states = decoder.model(input_ids=ids, attention_mask=mask).last_hidden_state
         chosen = states[torch.arange(len(rows))[:, None], at]
         return decoder.lm_head(chosen), wanted
