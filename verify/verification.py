@@ -165,12 +165,12 @@ def verify(
     located = Path(_located(base))
     # A quantised model may be one file that is no checkpoint.
     single = loaded.manifest.grid is not None and located.suffix.lower() in (".gguf", ".onnx")
-    model = located if single else Checkpoint.open(located)
-    proof = prove(model, loaded, merged, threads=threads, progress=progress)
+    opened = located if single else Checkpoint.open(located)
+    proof = prove(opened, loaded, merged, threads=threads, progress=progress)
     export = None if out is None else check_export(out, Path(delta), proof, progress=progress)
     outputs = None
     if options.inputs is not None:
-        subject = Subject(base=model, delta=Path(delta), merged=merged, folder=out, export=export)
+        subject = Subject(base=opened, delta=Path(delta), merged=merged, folder=out, export=export)
         outputs = _compare(subject, options, progress)
     verification = Verification(proof=proof, export=export, report=outputs)
     if options.report is not None:
