@@ -1,6 +1,7 @@
 """What a fine-tune keeps on a quantised base: all-MiniLM-L6-v2 on TREC-6 and Banking77.
 
     python benchmarks/quantised.py [--data DIR] [--work DIR] [--json FILE] [--sets ..] [--seeds ..]
+    python benchmarks/quantised.py --sets smollm2 --bases DIR --gguf FILE    # quantised_decoder.py
 
 For each set and seed a teacher is fine-tuned in full, and `compress --for fp32,<the precisions>`
 makes one 12 KB file of it on texts without labels, against the float base and through the grids'
@@ -48,6 +49,7 @@ from kilodelta.merging.rebase import rebased
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SETS = ("trec6", "banking77")
+DECODER = "smollm2"
 AGAIN = 75
 """The exit code where `--minutes` ended the training: EX_TEMPFAIL of sysexits.h."""
 ROWS = (
@@ -66,7 +68,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the two sets")
     parser.add_argument("--work", type=Path, default=Path("quantised"), help="teachers and files")
     parser.add_argument("--json", type=Path, help="write all numbers here")
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
+    parser.add_argument("--sets", nargs="+", choices=(*SETS, DECODER), default=SETS)
+    parser.add_argument("--bases", type=Path, help="for smollm2: the folder of its float folder")
+    parser.add_argument("--gguf", type=Path, help="for smollm2: the packaged file")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1))
     parser.add_argument(
         "--precisions", nargs="+", choices=PRECISIONS, default=("int4-g32", "nvfp4")
@@ -79,13 +83,26 @@ def main() -> None:
     report: dict[str, Any] = {"machine": describe(), "threads": torch.get_num_threads(), "sets": {}}
     for seed in options.seeds:  # all sets once first, so that an early end leaves whole columns
         for name in options.sets:
-            bench = Bench(read_task(options.data / f"{name}.jsonl.gz"), options.work, seed)
-            cells = bench.run(options.precisions, options.steps)
+            cells = _cells(name, seed, options)
             report["sets"].setdefault(name, {})[str(seed)] = cells
             if options.json:
                 options.json.parent.mkdir(parents=True, exist_ok=True)
                 options.json.write_text(json.dumps(report, indent=1) + "\n")
     _print(report)
+
+
+def _cells(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Compute one set and seed; ends the run where the training was interrupted."""
+    if name != DECODER:
+        bench = Bench(read_task(options.data / f"{name}.jsonl.gz"), options.work, seed)
+        return bench.run(options.precisions, options.steps)
+    from quantised_decoder import DecoderBench
+
+    decoder = DecoderBench(options.bases, options.gguf, options.data, options.work, seed)
+    cells = decoder.run(options.steps)
+    if cells is None:
+        sys.exit(AGAIN)
+    return cells
 
 
 def _interrupt_after(minutes: float) -> None:
@@ -225,6 +242,11 @@ def exact(model: QuantisedModel) -> Weights:
 def _print(report: Mapping[str, Any]) -> None:
     print(f"\n{report['machine']}, {report['threads']} threads; accuracy in %, by seed")
     for name, seeds in report["sets"].items():
+        if name == DECODER:
+            from quantised_decoder import print_table
+
+            print_table(seeds)
+            continue
         cells = list(seeds.values())
         print(f"\n## {name}\n")
         for row, label in (("base", "base"), ("12KB", "12 KB merged"), ("teacher", "full")):

@@ -95,6 +95,45 @@ def test_what_a_grid_keeps(page: Any, start: str, key: str, floats: str | None) 
     assert cells[1:] == shown
 
 
+SMOLLM2 = result("quantised-smollm2-2026-11-29-epyc-busy")["sets"]["smollm2"]["0"]
+
+
+def gain(name: str, key: str) -> str:
+    """The share of the full fine-tune's gain."""
+    low, high = SMOLLM2["base"][key], SMOLLM2["teacher"][key]
+    return f"{(SMOLLM2[name][key] - low) / (high - low):.2f}"
+
+
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        ("SmolLM2-135M-Instruct, Q4_1", "base"),
+        ("merged in the grid", "in-grid"),
+        ("beside the quantised base", "beside"),
+        ("merged into the base's values as floats", "float"),
+        ("the full fine-tune, floats", "teacher"),
+        ("the full fine-tune merged in the grid, scales kept", "full-in-grid"),
+    ],
+)
+def test_what_a_packaged_decoder_keeps(start: str, name: str) -> None:
+    shares = ["" if name == "base" else gain(name, key) for key in ("score", "loss")]
+    figures = SMOLLM2[name]
+    shown = [f"{figures['score']:.1f}", shares[0], f"{figures['loss']:.2f}", shares[1]]
+    cells = [cell.strip() for cell in row(GUIDE, start).strip("|").split("|")]
+    assert cells[1:] == shown
+
+
+def test_the_triple_of_a_packaged_decoder() -> None:
+    ways = ("in-grid", "beside", "float")
+    for key, unit in (("loss", "loss"), ("score", "exact match")):
+        assert f"{' / '.join(gain(name, key) for name in ways)} by {unit}" in GUIDE.read_text()
+    assert f"{SMOLLM2['codes changed']:.1f} % of the codes change" in GUIDE.read_text()
+    start = f"SmolLM2-135M as packaged (GGUF, Q4_1), {SMOLLM2['bytes']:,} bytes"
+    cells = [cell.strip() for cell in row(README, start).strip("|").split("|")]
+    assert cells[1:] == [gain(name, "loss") for name in ways]
+    assert "by exact match " + " / ".join(gain(n, "score") for n in ways) in README.read_text()
+
+
 SPEECH = result("models-speech-2026-11-29-epyc-busy")["tasks"]["speech"]["0"]
 
 
