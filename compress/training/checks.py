@@ -43,8 +43,6 @@ def check_place(place: AttachedTarget, method: Method) -> None:
             fix="choose a smaller rank, or exclude it",
         )
     for site in place.sites:
-        if isinstance(site.owner, nn.RNNBase):
-            raise _refused(place, site, "hands its weights to a fused kernel that sees no update")
         if getattr(site.owner, "max_norm", None) is not None:
             raise _refused(place, site, "rewrites its weights as it runs (max_norm)")
 

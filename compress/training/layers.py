@@ -187,6 +187,23 @@ class SwapWeight(LayerHook):
         self.show_weight()
 
 
+class SwapRecurrent(SwapWeight):
+    """`nn.RNN`, `nn.LSTM` and `nn.GRU`: their kernels take the weights from a list beside them."""
+
+    def hide_weight(self) -> Tensor:
+        merged = super().hide_weight()
+        self._put(merged)
+        return merged
+
+    def show_weight(self) -> bool:
+        self._put(self.site.owner._parameters[self.site.attribute])
+        return super().show_weight()
+
+    def _put(self, weight: Tensor | None) -> None:
+        owner: Any = self.site.owner
+        owner._flat_weights[owner._flat_weights_names.index(self.site.attribute)] = weight
+
+
 @dataclass(frozen=True, eq=False)
 class SwapStack(SwapWeight):
     """A parameter (n, rows, columns) whose every matrix is a target: it runs with W + dW.
@@ -271,6 +288,7 @@ def dense_is_cheaper(rows: int, left: Tensor, right: Tensor) -> bool:
 
 
 _Kind = type[AddLinear] | type[AddEmbedding] | type[AddConv2d] | type[SwapWeight]
+"""`SwapRecurrent` is a `SwapWeight`."""
 _BY_FORWARD: dict[Callable[..., Any], _Kind] = {
     nn.Linear.forward: AddLinear,
     nn.Embedding.forward: AddEmbedding,
@@ -281,6 +299,8 @@ _BY_FORWARD: dict[Callable[..., Any], _Kind] = {
 
 def _kind(site: Site) -> _Kind:
     owner: Any = site.owner
+    if isinstance(owner, nn.RNNBase):
+        return SwapRecurrent
     if site.attribute != "weight" or site.host is not owner:
         return SwapWeight
     forward: Any = type(owner).forward
@@ -294,7 +314,7 @@ def _kind(site: Site) -> _Kind:
 
 def takes_grid(site: Site) -> bool:
     """Return whether a site can compute with a merged weight that is rounded to a grid."""
-    return _kind(site) in (AddLinear, SwapWeight)
+    return _kind(site) in (AddLinear, SwapWeight, SwapRecurrent)
 
 
 def install(source: UpdateSource, places: Sequence[AttachedTarget]) -> list[RemovableHandle]:

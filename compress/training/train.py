@@ -88,7 +88,7 @@ def attach(
         model: any module; it is changed in place, and returned.
         method: such as `Nola(rank=8, bases=256)`.
         targets: globs over tensor names, one or several, `*` matching dots too; every float tensor
-            of two or more dimensions that matches is a target.
+            of two or more dimensions that matches is a target, of stacked experts every matrix.
         seed: of the random bases, 0 .. 2^64 - 1, and of the start.
         exclude: globs of what is no target after all.
         extras: globs of tensors that are trained, and stored, whole: a new head, biases, norms.

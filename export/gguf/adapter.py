@@ -131,6 +131,13 @@ def _names(delta: Delta, naming: Naming) -> dict[str, str]:
             f"a GGUF adapter holds no whole tensors, and the file stores {first}",
             fix="kilodelta compress --extras none, or merge and convert the model",
         )
+    stacks = [name for name, parts in delta.tensors.items() if parts[0].part is not None]
+    if stacks:
+        raise ExportError(
+            f"{stacks[0]} stacks the matrices of several experts, for which no GGUF adapter is"
+            " written",
+            fix="leave it out: kilodelta compress --exclude, or merge and convert the model",
+        )
     transposed = [name for name, target in delta.targets.items() if target.transposed]
     if transposed:
         raise ExportError(

@@ -54,6 +54,12 @@ class ModuleNaming:
         Raises:
             ExportError: PEFT has no LoRA for it.
         """
+        if target.part is not None:
+            raise refused(
+                target.tensor,
+                "stacks the matrices of several experts, which PEFT takes as `target_parameters`,"
+                " and those are read but not written",
+            )
         if not target.name.endswith(WEIGHT):
             raise refused(target.name, "is not the `weight` of a module, and LoRA adapts modules")
         if len(target.shape) > 5:

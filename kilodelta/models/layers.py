@@ -16,8 +16,8 @@ from kilodelta.models.stacked import is_stacked
 
 
 def layer_weights(module: nn.Module, names: Mapping[str, str]) -> frozenset[str]:
-    """Return the checkpoint names of the weights of layers: linear ones, convolutions, routers,
-    attention's packed projections, and experts, which files hold one by one or stacked.
+    """Return the checkpoint names of the weights of layers: linear and recurrent ones,
+    convolutions, routers, attention's packed projections, and experts, one by one or stacked.
 
     Args:
         module: any.
@@ -56,6 +56,8 @@ def kinds(module: nn.Module) -> Iterator[tuple[str, str]]:
 def _kind(owner: nn.Module, attribute: str, shape: tuple[int, ...]) -> str:
     if isinstance(owner, nn.MultiheadAttention):  # it holds its projections as bare parameters
         return "linear" if attribute.endswith("proj_weight") else "other"
+    if isinstance(owner, (nn.RNNBase, nn.RNNCellBase)):
+        return "linear" if attribute.startswith("weight") else "other"
     if is_stacked(owner):  # matrices of experts, as linear layers store them
         return "linear"
     if is_stack(owner, attribute, shape):

@@ -67,6 +67,34 @@ class Decoder(nn.Module):
         return output
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer, of whose outputs the sequence is taken."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layer(x)[0]
+        return output
+
+
+class Cells(nn.Module):
+    """Recurrent cells, called for each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.gru = nn.LSTMCell(8, 6), nn.GRUCell(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, hidden = None, None
+        for step in x.unbind(1):
+            state = self.lstm(step, state)
+            hidden = self.gru(state[0], hidden)
+        assert hidden is not None
+        return torch.as_tensor(hidden)
+
+
 def normed(norm: Any) -> nn.Module:
     module: nn.Module = norm(nn.Linear(8, 6))
     return module
@@ -90,6 +118,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "attention": (Self, (2, 3, 8)),
     "attention-cross": (Cross, (2, 3, 8)),
     "decoder": (Decoder, (2, 3, 8)),
+    "rnn": (lambda: Recurrent(nn.RNN(8, 6)), (3, 2, 8)),
+    "lstm": (lambda: Recurrent(nn.LSTM(8, 6, num_layers=2, batch_first=True)), (2, 3, 8)),
+    "lstm-projected": (lambda: Recurrent(nn.LSTM(8, 6, proj_size=4)), (3, 2, 8)),
+    "gru-both-ways": (lambda: Recurrent(nn.GRU(8, 6, bidirectional=True)), (3, 2, 8)),
+    "cells": (Cells, (2, 3, 8)),
     "weight-norm": (lambda: normed(nn.utils.parametrizations.weight_norm), (2, 8)),
     "spectral-norm": (lambda: normed(nn.utils.spectral_norm), (2, 8)),
 }
@@ -130,6 +163,7 @@ def agree(attached: nn.Module, wanted: nn.Module, base: nn.Module, call: Call) -
     assert float((found - expected).detach().norm()) < 1e-4 * effect
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("mode", ["train", "eval", "no_grad"])
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 @pytest.mark.parametrize("name", LAYERS)

@@ -24,8 +24,8 @@ class Structure:
     """Names of tensors by what they are; all are names of the base's files.
 
     Attributes:
-        layers: weights of linear and convolution layers, of attention's packed projections, of
-            routers and of experts: the targets where nobody names others.
+        layers: weights of linear, convolution and recurrent layers, of attention's packed
+            projections, of routers and of experts: the targets where nobody names others.
         transposed: weights that are stored (in, out), as GPT-2's Conv1D does.
         stacked: tensors (experts, rows, columns) of which every matrix is a target.
         buffers: what is no parameter, such as running statistics.
