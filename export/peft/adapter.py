@@ -134,9 +134,10 @@ def export_peft(
         plan, pairs, PRECISIONS[chosen.dtype].name, own_ranks=chosen.own_ranks
     )
     tensors |= stored_tensors(plan.whole, bound, checkpoint)
-    config = adapter_config(plan, ranks, bound.manifest.base.name)
+    rank = max(1, *(pair.rank for pair in pairs.values()))
+    config = adapter_config(plan, ranks, rank, bound.manifest.base.name)
     nbytes = write_folder(Path(out), config, tensors)
-    return _summary(Path(out), pairs, plan, max(ranks.values()), chosen, nbytes)
+    return _summary(Path(out), pairs, plan, rank, chosen, nbytes)
 
 
 def _check(options: PeftOptions) -> None:

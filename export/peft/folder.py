@@ -9,14 +9,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kilodelta.export.peft.factors import FactorPair, padded
-from kilodelta.export.peft.modules import ModuleKind, ModuleNaming, StoredModules, sort_extras
+from kilodelta.export.peft.modules import (
+    ModuleKind,
+    ModuleNaming,
+    StackedParameter,
+    StoredModules,
+    sort_extras,
+)
 from kilodelta.files import safetensors, staging
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import RawTensor
@@ -35,6 +41,7 @@ class AdapterPlan:
         targets: the delta's, by name.
         whole: where the extras go.
         modules: all modules of the base that own a tensor, adapted or not.
+        stacks: tensors that hold the matrices of several experts, by name.
     """
 
     paths: Mapping[str, str]
@@ -42,7 +49,7 @@ class AdapterPlan:
     targets: Mapping[str, Target]
     whole: StoredModules
     modules: Sequence[str]
-    """All modules of the base that own a tensor, adapted or not."""
+    stacks: Mapping[str, StackedParameter] = field(default_factory=dict)
 
 
 def make_plan(delta: Delta, checkpoint: Checkpoint, naming: ModuleNaming) -> AdapterPlan:
@@ -61,6 +68,11 @@ def make_plan(delta: Delta, checkpoint: Checkpoint, naming: ModuleNaming) -> Ada
         targets=delta.targets,
         whole=sort_extras(list(delta.extras), list(kinds), checkpoint, naming),
         modules=sorted({naming.path(name) for name in checkpoint.names if owner(name)}),
+        stacks={
+            name: naming.stack(name)
+            for name, parts in delta.tensors.items()
+            if parts[0].part is not None
+        },
     )
 
 
@@ -81,7 +93,11 @@ def adapter_tensors(
     top = max(1, *(pair.rank for pair in pairs.values()))
     tensors: dict[str, RawTensor] = {}
     ranks = {}
+    for name in plan.stacks:
+        tensors |= _keyed_stack(plan, name, pairs, top, dtype)
     for name, pair in pairs.items():
+        if plan.kinds[name] is ModuleKind.STACK:
+            continue
         rank = max(1, pair.rank) if own_ranks else top
         ranks[plan.paths[name]] = rank
         tensors |= _keyed(plan, name, padded(pair, rank), dtype)
@@ -109,6 +125,29 @@ def _keyed(plan: AdapterPlan, name: str, pair: FactorPair, dtype: str) -> dict[s
     return {key: _raw(dtype, values) for key, values in zip(keys, (A, B), strict=True)}
 
 
+def _keyed_stack(
+    plan: AdapterPlan, name: str, pairs: Mapping[str, FactorPair], rank: int, dtype: str
+) -> dict[str, RawTensor]:
+    """Name and shape the factors of all experts of one tensor as PEFT's `ParamWrapper` has them.
+
+    `lora_A` (experts * r, in) is by expert, then rank; `lora_B` (out, r * experts) by rank, then
+    expert. PEFT wraps a module once for every parameter, in the order in which it holds them, so
+    the first one's wrapper lies innermost.
+    """
+    place = plan.stacks[name]
+    targets = [target for target in plan.targets.values() if target.tensor == name]
+    factors = [padded(pairs[target.name], rank) for target in targets]
+    A, B = [f.A for f in factors], [f.B for f in factors]
+    if targets[0].transposed != place.in_out:
+        A, B = [b.T for b in B], [a.T for a in A]
+    outer = [s for s in plan.stacks.values() if s.path == place.path and s.order > place.order]
+    start = ".".join(("base_model.model", place.path, *("base_layer" for _ in outer)))
+    return {
+        f"{start}.lora_A.weight": _raw(dtype, np.concatenate(A)),
+        f"{start}.lora_B.weight": _raw(dtype, np.stack(B, axis=2).reshape(len(B[0]), -1)),
+    }
+
+
 def _raw(dtype: str, values: Any) -> RawTensor:
     data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     return RawTensor(dtype=dtype, shape=values.shape, data=data)
@@ -127,27 +166,31 @@ def stored_tensors(
     return tensors
 
 
-def adapter_config(plan: AdapterPlan, ranks: Mapping[str, int], base: str) -> dict[str, Any]:
+def adapter_config(
+    plan: AdapterPlan, ranks: Mapping[str, int], rank: int, base: str
+) -> dict[str, Any]:
     """Return the contents of `adapter_config.json`.
 
     Args:
         plan: where everything goes.
         ranks: of each module, by path.
+        rank: the highest of them, and that of stacked experts.
         base: the base's name, or nothing.
     """
-    top = max(ranks.values())
-    own = {f"^{re.escape(path)}": rank for path, rank in sorted(ranks.items()) if rank != top}
+    parameters = sorted(f"{one.path}.{one.attribute}" for one in plan.stacks.values())
+    own = {f"^{re.escape(path)}": r for path, r in sorted(ranks.items()) if r != rank}
     return {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": base or None,
         "inference_mode": True,
-        "r": top,
-        "lora_alpha": top,
+        "r": rank,
+        "lora_alpha": rank,
         "rank_pattern": own,
         "alpha_pattern": own,
         "lora_dropout": 0.0,
         "target_modules": _target_modules(sorted(ranks), plan.modules),
+        **({"target_parameters": parameters} if parameters else {}),
         "fan_in_fan_out": ModuleKind.CONV1D in plan.kinds.values(),
         "modules_to_save": list(plan.whole.modules) or None,
         "bias": "lora_only" if plan.whole.biases else "none",

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from kilodelta.errors import require
-from kilodelta.export.peft.modules import ModuleKind, ModuleNaming, refused
+from kilodelta.export.peft.modules import ModuleKind, ModuleNaming, StackedParameter, refused
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tying import tied
 from kilodelta.format.targets import Target
@@ -33,6 +34,8 @@ class LoadedNaming(ModuleNaming):
     """Module path to its class, the nearest that torch or transformers defines."""
     shared: frozenset[str]
     """The base's tensors that more than one module of the model holds."""
+    stacks: Mapping[str, StackedParameter]
+    """The base's tensors that are bare parameters with the matrices of several experts."""
 
     def path(self, name: str) -> str:
         return owner(self.names.get(name, name))
@@ -42,6 +45,11 @@ class LoadedNaming(ModuleNaming):
         if layer not in _KINDS:
             raise refused(target.name, f"belongs to a {layer}, which PEFT cannot adapt")
         return _KINDS[layer]
+
+    def stack(self, name: str) -> StackedParameter:
+        if name not in self.stacks:
+            raise refused(name, "is no parameter of the loaded model")
+        return self.stacks[name]
 
     def is_tied(self, name: str, checkpoint: Checkpoint) -> bool:
         return name in self.shared
@@ -55,6 +63,7 @@ def naming_as_loaded(checkpoint: Checkpoint) -> LoadedNaming:
         MissingPackageError: torch or transformers is not installed.
     """
     require("torch", extra="hf", why="see what transformers calls the base's modules")
+    from kilodelta.models.layers import stacked_weights
     from kilodelta.models.load import open_model
 
     loaded = open_model(checkpoint.path)
@@ -63,6 +72,21 @@ def naming_as_loaded(checkpoint: Checkpoint) -> LoadedNaming:
         names=loaded.names,
         layers={path: _class(type(m)) for path, m in loaded.module.named_modules()},
         shared=frozenset(name for name, at in loaded.names.items() if at in shared),
+        stacks={
+            name: _parameter(loaded.module, loaded.names[name])
+            for name in stacked_weights(loaded.module, loaded.names)
+        },
+    )
+
+
+def _parameter(module: Any, state: str) -> StackedParameter:
+    path, _, attribute = state.rpartition(".")
+    layer = module.get_submodule(path)
+    return StackedParameter(
+        path=path,
+        attribute=attribute,
+        order=list(layer._parameters).index(attribute),
+        in_out=bool(getattr(layer, "is_transposed", False)),
     )
 
 

@@ -28,6 +28,24 @@ class ModuleKind(Enum):
     CONV1D = "conv1d"
     CONV = "conv"
     EMBEDDING = "embedding"
+    STACK = "stack"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackedParameter:
+    """A bare parameter that holds the matrices of several experts, as PEFT's wrapper finds it.
+
+    Attributes:
+        path: the module that holds it.
+        attribute: its name there.
+        order: its place among the module's parameters, in which PEFT wraps them.
+        in_out: whether PEFT takes its rows for inputs, as the module's `is_transposed` says.
+    """
+
+    path: str
+    attribute: str
+    order: int
+    in_out: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +73,8 @@ class ModuleNaming:
             ExportError: PEFT has no LoRA for it.
         """
         if target.part is not None:
-            raise refused(
-                target.tensor,
-                "stacks the matrices of several experts, which PEFT takes as `target_parameters`,"
-                " and those are read but not written",
-            )
+            self.stack(target.tensor)
+            return ModuleKind.STACK
         if not target.name.endswith(WEIGHT):
             raise refused(target.name, "is not the `weight` of a module, and LoRA adapts modules")
         if len(target.shape) > 5:
@@ -69,6 +84,18 @@ class ModuleNaming:
                 raise refused(target.name, "is a transposed convolution, which PEFT cannot adapt")
             return ModuleKind.CONV
         return self.matrix_kind(target)
+
+    def stack(self, name: str) -> StackedParameter:
+        """Return where PEFT finds a tensor that stacks the matrices of several experts.
+
+        Raises:
+            ExportError: only the model's code tells.
+        """
+        raise ExportError(
+            f"{name} stacks the matrices of several experts, and only the model's code tells how"
+            " PEFT names them",
+            fix="--as-loaded loads the model and asks it",
+        )
 
     def matrix_kind(self, target: Target) -> ModuleKind:
         """Decide what the module of a two-dimensional weight is."""
