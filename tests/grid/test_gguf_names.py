@@ -188,3 +188,25 @@ def test_verify_runs_the_export(base: Path, made: tuple[Path, Path], exported: P
     inputs = made[1].parent / "ids.npz"
     found = verify(base, made[1], [exported], inputs=inputs, require=["ort"])
     assert found.failure is None, found.failure
+
+
+@pytest.mark.slow
+def test_an_export_with_a_cache_writes_what_the_merge_writes(
+    base: Path, made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from kilodelta.verify.generation.writers import OnnxWriter
+
+    export(base, made[1], tmp_path / "out", kv_cache=True, min_changed=0)
+    kilodelta.merge(base, made[1], tmp_path / "m.gguf", min_changed=0)
+    with float_folder(open_named(tmp_path / "m.gguf"), beside=tmp_path / "x") as folder:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    writer = OnnxWriter(tmp_path / "out" / "model.fp32.onnx")
+    assert writer.available() is None
+    for prompt in ([1, 5, 9], [1, 30, 7, 7, 12]):
+        wanted = model.generate(
+            torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=2
+        )
+        written = [*prompt, *map(int, writer.write(prompt, 6, (2,)).chosen)]
+        assert written == wanted[0].tolist()
