@@ -35,8 +35,12 @@ CAPABILITIES = ("sm86", "sm89")
 DTYPES = ("float16", "float32")
 PRECISIONS = ("int4-g32", "fp8")
 SURVEYED = "sm89"
-SIZES = {"intermediate_size": 64, "hidden_dim": 64, "ffn_dim": 64, "hidden_sizes": [32, 64]}
-"""In place of what `rtx_patch.py` takes: multiples of the 32 columns that share a scale."""
+SIZES = {
+    **{"intermediate_size": 64, "hidden_dim": 64, "ffn_dim": 64, "hidden_sizes": [32, 64]},
+    **{"num_hidden_layers": 1, "n_layers": 1, "n_layer": 1},
+}
+"""In place of what `rtx_patch.py` takes: multiples of the 32 columns that share a scale, and one
+layer, for every row is built seven times or more."""
 
 
 def packed(codes: Any, kind: str) -> bytes:

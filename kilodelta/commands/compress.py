@@ -23,7 +23,7 @@ _COUNTS = {
     "mixed": "agreement",
 }
 """What the agreement counts, as the terminal names it."""
-_NO_DEVICE = "no: a device folder serves float models; merge the file into the quantised base"
+_NO_REFIT = "no: TensorRT refits no codes"
 INTERRUPTED = 130
 """The exit code of a run that Ctrl-C stopped: 128 and the signal's number, as shells have it."""
 
@@ -211,8 +211,6 @@ def _fidelity(report: Report) -> list[str]:
 
 def modes(report: Report) -> dict[str, str]:
     """Say which device modes accept the file: the mode's name to `yes ...` or `no: ...`."""
-    if report.quantised:
-        return dict.fromkeys(("adapter", "patch", "refit"), _NO_DEVICE)
     head = f", bundled with --config TUNED for {', '.join(report.new[:3])}" if report.new else ""
     whole = [name for name in report.extras if name not in report.new]
     if report.method["name"] == "randlora":
@@ -221,4 +219,5 @@ def modes(report: Report) -> dict[str, str]:
         adapter = f"no: it stores {', '.join(whole[:3])} whole"
     else:
         adapter = f"yes, in a bundle of rank {report.method['rank']} or more{head}"
-    return {"adapter": adapter, "patch": f"yes{head}", "refit": f"yes{head}"}
+    refit = _NO_REFIT if report.quantised else f"yes{head}"
+    return {"adapter": adapter, "patch": f"yes{head}", "refit": refit}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -297,6 +298,8 @@ def test_the_device_modes_that_accept_a_file(here: Path) -> None:
     assert json.loads(learnt.stdout)["modes"]["adapter"] == "no: the update has full rank"
     report = learn(force=True)
     assert modes(report)["patch"] == "yes"
+    quantised = modes(dataclasses.replace(report, quantised=True))
+    assert quantised == {**modes(report), "refit": "no: TensorRT refits no codes"}
 
 
 def test_what_is_printed(here: Path) -> None:

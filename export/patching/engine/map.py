@@ -105,8 +105,9 @@ def make_engine_map(
         places, why_not = builder.located(held, searched, dtype, engine.name)
         refused |= why_not
         if not places:
+            [(why, _)] = Counter(refused.values()).most_common(1)
             raise ExportError(
-                f"none of {len(tensors)} weights stands in the engine as it is", fix=way_out
+                f"none of {len(tensors)} weights stands in the engine as it is: {why}", fix=way_out
             )
         kept = builder.proved(held, places, searched)
         refused |= dict.fromkeys(places.keys() - kept, ELSEWHERE)
