@@ -194,6 +194,15 @@ def test_what_questions_ask_for(start: str, name: str) -> None:
         assert f"to {shown} %" in line
 
 
+def test_what_llama_cpp_writes() -> None:
+    found = result("llama-cpp-2026-11-29-epyc-busy")
+    count = found["prompts"]
+    assert found["quantised"]["equal"] == found["float32"]["equal"] == count
+    text = " ".join(BASES.read_text().split())
+    assert f"wrote the merged model's text for {count} of {count} prompts" in text
+    assert f"without the LoRA for {found['float32 without the LoRA']['equal']} (" in text
+
+
 FEW = result("models-2026-11-29-epyc-busy")["tasks"]["vision-16"]["0"]
 
 

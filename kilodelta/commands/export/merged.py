@@ -107,8 +107,8 @@ def _show_merge(done: Merged) -> None:
         )
 
 
-_MOVED = {"--peft": "export-peft", "--adapter": "export-adapter"}
-"""Flags of `export` in version 0.1 that are commands now."""
+_MOVED = {"--peft": "export-peft", "--adapter": "export-adapter", "--gguf": "export-gguf"}
+"""Flags of `export` in version 0.1 that are commands now, and one that is written like them."""
 
 
 class _Export(Command):
@@ -117,7 +117,7 @@ class _Export(Command):
         for flag, command in _MOVED.items():
             if flag in args:
                 raise InputError(
-                    f"export {flag} is a command now", fix=f"kilodelta {command} BASE FILE -o OUT"
+                    f"export {flag} is a command", fix=f"kilodelta {command} BASE FILE -o OUT"
                 )
         return super().parse_args(ctx, args)
 
