@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kilodelta
+from kilodelta.device import release
 from kilodelta.errors import CheckpointError, InputError
 from kilodelta.export import export
 from kilodelta.files.tensor import RawTensor
@@ -210,3 +211,12 @@ def test_an_export_with_a_cache_writes_what_the_merge_writes(
         )
         written = [*prompt, *map(int, writer.write(prompt, 6, (2,)).chosen)]
         assert written == wanted[0].tolist()
+
+
+def test_a_release_states_probes_of_both_ways(
+    base: Path, made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    inputs = made[1].parent / "ids.npz"
+    release(base, made[1], tmp_path / "r.kd", version=1, inputs=inputs)
+    probes = kilodelta.load(tmp_path / "r.kd").probes
+    assert {"output.logits", "beside.output.logits"} <= set(probes)

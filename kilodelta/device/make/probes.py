@@ -22,7 +22,7 @@ from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.grid.dequantise import float_folder
 from kilodelta.grid.model import QuantisedModel
-from kilodelta.grid.open import open_quantised
+from kilodelta.grid.open import open_named
 from kilodelta.merging.quantised import open_base, require_grid_base
 from kilodelta.models import LoadedModel, locate
 from kilodelta.progress import Progress
@@ -89,13 +89,13 @@ class ProbeJob:
         tuned = self._opened(Checkpoint.open(floats), beside)
         probes, dtypes = self._told(tuned, plain, golden.BESIDE)
         try:
-            checkpoint = Checkpoint.open(self._base)
+            files = base.source if isinstance(base.source, Checkpoint) else base.path
             weights = stack.enter_context(
-                merged_weights(checkpoint, self._delta, beside=self._out, progress=self._progress)
+                merged_weights(files, self._delta, beside=self._out, progress=self._progress)
             )
         except QualityError:  # such a file is for devices that apply it beside the base
             return probes, dtypes
-        merged = stack.enter_context(float_folder(open_quantised(weights), beside=self._out))
+        merged = stack.enter_context(float_folder(open_named(weights), beside=self._out))
         tuned = self._opened(Checkpoint.open(merged), merged)
         in_grid, both = self._told(tuned, plain, golden.MERGED)
         return {**probes, **in_grid}, tuple(dtype for dtype in dtypes if dtype in both)
