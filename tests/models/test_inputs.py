@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from kilodelta.errors import InputError
 from kilodelta.models.entry import call_entry, find_entry, is_entry
+from kilodelta.models.inputs.check import try_one
 from kilodelta.models.inputs.read import read_inputs, tokenize
 from kilodelta.models.inputs.sources import ArraySource, CalledSource, TextSource, open_source
 from kilodelta.models.inputs.texts import read_texts
@@ -137,6 +138,27 @@ def test_float_ids_of_any_module_are_a_sentence(tmp_path: Path) -> None:
 def test_a_model_may_need_more_than_one_row(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.npz", x=np.zeros((4, 3), np.float32))
     assert len(read_inputs(path, loaded(Pairs()))) == 1
+
+
+class Hears(nn.Module):
+    """Computes with sounds; as a class of transformers, it asks for none in its signature."""
+
+    config, main_input_name = None, "input_features"
+
+    def forward(
+        self, input_features: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        assert input_features is not None, "'NoneType' object has no attribute 'shape'"
+        return input_features
+
+
+def test_texts_for_a_model_that_hears_are_named() -> None:
+    """The module's own complaint, of an attribute of None, says nothing to a user."""
+    row = {"attention_mask": torch.ones(1, 4)}
+    found = error(lambda: try_one(row, loaded(Hears()), "texts.jsonl"))
+    assert found.what == "texts.jsonl makes attention_mask, and Hears wants input_features"
+    assert found.fix.startswith("give sounds for input_features")
+    try_one({**row, "input_features": torch.ones(1, 2)}, loaded(Hears()), "calls.jsonl")
 
 
 class Reads(nn.Module):

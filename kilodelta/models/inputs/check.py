@@ -110,6 +110,13 @@ def _cannot_compute(row: Batch, loaded: LoadedModel, origin: str, problem: Excep
             fix="save the processor that the model was trained with into its folder, or give "
             "arrays of that size",
         )
+    lacking = ", ".join(name for name in loaded.required if name not in row)
+    if lacking:  # texts for a model that hears, images for one that reads
+        return InputError(
+            f"{origin} makes {', '.join(row) or 'no inputs'}, and {loaded.source} wants {lacking}",
+            fix="give sounds for input_features or input_values, images for pixel_values, texts for"
+            f" input_ids; or a .npz file that holds {lacking}",
+        )
     given = ", ".join(
         f"{name} {str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in row.items()
     )
