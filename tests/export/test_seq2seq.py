@@ -331,6 +331,15 @@ def test_what_a_text_begins_with(tmp_path: Path) -> None:
         read_sources(spec, loaded, end=(3,))
 
 
+def test_texts_for_an_encoder_that_hears_are_named(tmp_path: Path) -> None:
+    """Not said by ONNX Runtime, after a merge, with the advice to export again."""
+    loaded = open_model(seq2seq.whisper(tmp_path / "base"))
+    spec = tmp_path / "texts.txt"
+    spec.write_text("rain\n")
+    with pytest.raises(InputError, match=r"texts\.txt:1 makes .*, and .* wants input_features"):
+        read_sources(spec, loaded, end=(3,))
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

@@ -169,8 +169,9 @@ def test_records_that_differ(seeing: Any, tmp_path: Path) -> None:
 
 def test_a_model_without_a_processor(tmp_path: Path) -> None:
     picture(tmp_path / "photos" / "a.png")
-    with pytest.raises(InputError, match="has no processor for images"):
+    with pytest.raises(InputError, match="has no processor for images") as caught:
         read_inputs(tmp_path / "photos", open_model(pico.vit(tmp_path / "vit")))
+    assert "If you were trying to load" not in caught.value.what  # from a hub, which nobody was
 
 
 def test_a_processor_for_something_else(seeing: Any, tmp_path: Path) -> None:

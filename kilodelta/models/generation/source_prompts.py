@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kilodelta.errors import InputError
 from kilodelta.models.generation.prompts import Prompt
+from kilodelta.models.inputs.check import require_inputs
 from kilodelta.models.inputs.read import read_inputs, tokenize
 from kilodelta.models.inputs.sources import ChatSource, TextSource, open_source
 from kilodelta.models.loaded import Batch, LoadedModel
@@ -32,12 +33,15 @@ def read_sources(
         limit: read at most so many.
 
     Raises:
-        InputError: the inputs cannot be read, hold conversations, or the model does not say how a
-            text begins.
+        InputError: the inputs cannot be read, hold conversations, are not what the encoder reads,
+            or the model does not say how a text begins.
     """
     ids = text_prefix(loaded, end)
     rows = _rows(spec, loaded, field, limit)
-    prompts = [Prompt(place=place, ids=ids, source=source) for place, source in rows]
+    prompts = []
+    for place, source in rows:
+        require_inputs(source, loaded, place)
+        prompts.append(Prompt(place=place, ids=ids, source=source))
     if not prompts:
         raise InputError(f"{spec} holds no inputs", fix="give at least one")
     return prompts

@@ -84,6 +84,26 @@ def try_one(batch: Batch, loaded: LoadedModel, origin: str) -> None:
         raise _cannot_compute(first, loaded, origin, problem)
 
 
+def require_inputs(row: Batch, loaded: LoadedModel, origin: str) -> None:
+    """Require the inputs without which a model computes nothing.
+
+    Args:
+        row: inputs by their names.
+        loaded: the model.
+        origin: where they come from, for the message.
+
+    Raises:
+        InputError: naming those that are not there, and what makes them.
+    """
+    lacking = ", ".join(name for name in loaded.required if name not in row)
+    if lacking:
+        raise InputError(
+            f"{origin} makes {', '.join(row) or 'no inputs'}, and {loaded.source} wants {lacking}",
+            fix="give sounds for input_features or input_values, images for pixel_values, texts for"
+            f" input_ids; or a .npz file that holds {lacking}",
+        )
+
+
 def _cannot_compute(row: Batch, loaded: LoadedModel, origin: str, problem: Exception) -> InputError:
     """Name the cause where it shows in the inputs' lengths, else quote the model's complaint."""
     ids = row.get("input_ids")
@@ -110,13 +130,7 @@ def _cannot_compute(row: Batch, loaded: LoadedModel, origin: str, problem: Excep
             fix="save the processor that the model was trained with into its folder, or give "
             "arrays of that size",
         )
-    lacking = ", ".join(name for name in loaded.required if name not in row)
-    if lacking:  # texts for a model that hears, images for one that reads
-        return InputError(
-            f"{origin} makes {', '.join(row) or 'no inputs'}, and {loaded.source} wants {lacking}",
-            fix="give sounds for input_features or input_values, images for pixel_values, texts for"
-            f" input_ids; or a .npz file that holds {lacking}",
-        )
+    require_inputs(row, loaded, origin)  # texts for a model that hears, images for one that reads
     given = ", ".join(
         f"{name} {str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in row.items()
     )

@@ -268,8 +268,10 @@ def _processor(name: str, kind: str, loaded: LoadedModel) -> Any:
         with quiet():
             processor = getattr(transformers, name).from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # strangers' files: anything may be wrong with them
+        # What transformers adds is advice about its hub, where this folder is not.
+        why = one_line(error).partition(" If you were trying to load")[0]
         raise InputError(
-            f"{loaded.source} has no processor for {kind}: {one_line(error):.200}", fix=fix
+            f"{loaded.source} has no processor for {kind}: {why:.200}", fix=fix
         ) from None
     part = getattr(processor, "image_processor", processor)
     check_stated(Path(folder), part, "sounds" if kind == "sounds" else "images")
