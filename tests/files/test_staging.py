@@ -345,3 +345,16 @@ def test_two_writers_never_mix(tmp_path: Path) -> None:
     assert all(writer.returncode == 0 for writer in writers)
     assert seen | {out.read_text()} <= {"A" * 1000, "B" * 1000}
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_error_inside_a_stage_names_what_the_user_will_find(tmp_path: Path) -> None:
+    """A fleet's task makes results in results; its report named two private folders, then gone."""
+    place = tmp_path / "merged"
+    with (
+        pytest.raises(OutputError) as caught,
+        staging.new_folder(place) as outer,
+        staging.new_folder(outer / "adapter") as inner,
+        staging.new_file(inner / "a.bin"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left")
+    assert caught.value.what == f"{place}/adapter/a.bin cannot be written: No space left"

@@ -28,6 +28,7 @@ from kilodelta.files.system import is_own, try_lock
 _STAGE = re.compile(r"\.kilodelta\.[0-9a-f]{16}\.tmp\Z")
 _LOCK = "lock"
 _CONTENT = "content"
+_INSIDE = re.compile(r"\.kilodelta\.[0-9a-f]{16}\.tmp[/\\]content[/\\]")
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 """What a write says that has no room; such an error names no file."""
@@ -205,11 +206,18 @@ def explained(path: Path, *, publishing: bool = False) -> Iterator[None]:
 
 def present(path: Path) -> OutputError:
     """Make the error of an output whose name is taken."""
-    return OutputError(f"{path} exists already", fix="give a new name, or remove what is there")
+    return OutputError(
+        f"{_finally(path)} exists already", fix="give a new name, or remove what is there"
+    )
 
 
 def _unwritable(path: Path, problem: OSError) -> OutputError:
     return OutputError(
-        f"{path} cannot be written: {problem.strerror or problem}",
+        f"{_finally(path)} cannot be written: {problem.strerror or problem}",
         fix="check the folder, its permissions and the free space",
     )
+
+
+def _finally(path: Path) -> str:
+    """Name what is made inside other stages as it would be called outside: those do not stay."""
+    return _INSIDE.sub("", str(path))
