@@ -89,6 +89,10 @@ def trace(view: nn.Module, batch: Batch, axes: Mapping[str, Mapping[int, str]]) 
     return Trace(model=program.model, used=frozenset(used), frozen=frozen)
 
 
+_PLACE = re.compile(r"Caused by: \((\S+:\d+) in ")
+"""Where torch says that a decision is, such as `transformers/models/led/modeling_led.py:193`."""
+
+
 def _export(
     module: Positional, batch: Batch, axes: Mapping[str, Mapping[int, str]], outputs: list[str]
 ) -> torch.onnx.ONNXProgram:
@@ -109,7 +113,8 @@ def _export(
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(
             f"torch cannot export {type(module.view.module).__name__}: {_reason(error)}",
-            fix="rewrite what the message names, without control flow that depends on the data",
+            fix="give a module without it by --model, or use the checkpoint that `kilodelta merge` "
+            "writes",
         ) from error
     if program is None or program.exported_program is None:
         raise ExportError("torch exported nothing", fix="upgrade torch")
@@ -117,10 +122,16 @@ def _export(
 
 
 def _reason(error: BaseException) -> str:
-    """Return the innermost cause's message: the outer ones describe the exporter's own steps."""
+    """Say what torch cannot trace, by the innermost cause: outer ones are the exporter's steps."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip() or type(error).__name__
+    text = str(error).strip()
+    place = _PLACE.search(text)
+    if "data-dependent" in text and place is not None:
+        return f"its forward decides by what its inputs hold, at {place[1]}"
+    if text.startswith("Cannot swap"):
+        return "its forward converts weights of its own (a module's .to)"
+    return text or type(error).__name__
 
 
 def _single(program: torch.export.ExportedProgram) -> set[str]:
