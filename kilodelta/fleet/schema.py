@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from kilodelta.errors import InputError
+from kilodelta.export.quantised.graph import FORMS
 from kilodelta.files import plain
 from kilodelta.files.dtypes import PRECISIONS
 from kilodelta.files.untrusted import FieldError
@@ -89,6 +90,7 @@ BUNDLE = {
     "exclude": list,
     "profile": list,
     "outputs": list,
+    "blocks": str,
 }
 """Options of `kilodelta bundle` for the device folder that a target's releases go to."""
 NEEDS_INPUTS = {"release"}
@@ -195,6 +197,10 @@ def _target(name: str, table: dict[str, Any]) -> FleetTarget:
                 f"{where}.bundle.mode is {inner.get('mode')!r:.40}, not one of {', '.join(MODES)}"
             )
         _require_precision(inner, f"{where}.bundle", PRECISIONS)
+        if inner.get("blocks", FORMS[0]) not in FORMS:
+            raise FieldError(
+                f"{where}.bundle.blocks is {inner['blocks']!r:.40}, not one of {', '.join(FORMS)}"
+            )
         if "engine" in inner:
             _require_capabilities(inner["engine"], f"{where}.bundle.engine")
     if kind == "release" and not checked.get("version", 0) > 0:

@@ -63,6 +63,6 @@ def refusal(source: str, sign: str) -> InputError:
     """Return the error for a quantised model, known by `found`."""
     return InputError(
         f"{source} holds a quantised model: {sign}",
-        fix="give the model before quantisation; a quantised one is taken by compress (as BASE),"
-        " rebase, merge, export and verify",
+        fix="give the model before quantisation; the folder of a quantised one is taken by compress"
+        " (as BASE), rebase, merge, export, verify, bundle and release",
     )

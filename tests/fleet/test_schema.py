@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 
 import pytest
 
+from kilodelta.device import bundle
 from kilodelta.errors import InputError
+from kilodelta.fleet import Fleet, schema
 from kilodelta.fleet.schema import read_fleet
 from kilodelta.fleet.sources import file_digest
 
@@ -47,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read(folder: Path, text: str) -> object:
+def read(folder: Path, text: str) -> Fleet:
     (folder / "fleet.toml").write_text(text)
     return read_fleet(folder / "fleet.toml")
 
@@ -114,6 +117,11 @@ def test_a_fleet_is_read(folder: Path) -> None:
             f"{ORIN}mode = 'patch', dtype = 'fp8' }}",
             "bundle.dtype is 'fp8'",
         ),
+        (
+            'kind = "onnx"\ndtype = "fp16"',
+            f"{ORIN}mode = 'patch', blocks = 'rows' }}",
+            "bundle.blocks is 'rows', not one of auto, qdq, matmulnbits",
+        ),
     ],
 )
 def test_faults_are_named(folder: Path, old: str, new: str, words: str) -> None:
@@ -148,3 +156,11 @@ def test_an_input_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "texts.jsonl")
     with pytest.raises(InputError, match=r"texts\.jsonl cannot be read: is a pipe"):
         file_digest(tmp_path / "texts.jsonl")
+
+
+def test_a_release_says_how_its_folder_holds_codes(folder: Path) -> None:
+    """As `kilodelta bundle` takes it: each option of a bundle here is a parameter of `bundle`."""
+    table = f"{ORIN}mode = 'patch', blocks = 'qdq' }}"
+    target = read(folder, GOOD.replace('kind = "onnx"\ndtype = "fp16"', table, 1)).targets[0]
+    assert target.options["bundle"] == {"mode": "patch", "blocks": "qdq"}
+    assert set(schema.BUNDLE) <= set(inspect.signature(bundle).parameters)
