@@ -217,6 +217,6 @@ def test_a_release_states_probes_of_both_ways(
     base: Path, made: tuple[Path, Path], tmp_path: Path
 ) -> None:
     inputs = made[1].parent / "ids.npz"
-    release(base, made[1], tmp_path / "r.kd", version=1, inputs=inputs)
+    release(base, made[1], tmp_path / "r.kd", version=1, inputs=str(inputs))
     probes = kilodelta.load(tmp_path / "r.kd").probes
     assert {"output.logits", "beside.output.logits"} <= set(probes)
