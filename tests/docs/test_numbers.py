@@ -273,3 +273,32 @@ def test_on_a_device() -> None:
     assert f"{times[0]:.2f}x and {times[1]:.2f}x the merged model's time" in text
     what = "adapter: switch to a new .kd, 36 matrices, NOLA rank 8, k = 256"
     assert f"{first[what]['measured']:.1f} and {second[what]['measured']:.1f} ms" in text
+
+
+PATCH = ROOT / "docs" / "patch.md"
+CODES = result("rtx-codes-survey-2026-11-29-epyc-busy")["rows"]
+
+
+@pytest.mark.parametrize("model", sorted({row["model"] for row in CODES}))
+def test_which_codes_of_an_engine_have_a_place(model: str) -> None:
+    rows = {row["codes"]: row for row in CODES if row["model"] == model}
+    shown = [placed_of(rows.get(codes)) for codes in ("int4-g32", "fp8")]
+    cells = [cell.strip() for cell in row(PATCH, f"`{model}`").strip("|").split("|")]
+    differ = max(row.get("bytes_that_differ", 0) for row in rows.values())
+    assert cells[1:] == [*shown, str(differ)]
+
+
+def placed_of(one: Any) -> str:
+    """The weights of an engine that have a place, of all."""
+    if one is None or "refused" in one:
+        return "not measured" if one is None else "refused"
+    return f"{one['weights_placed']} of {one['weights']}"
+
+
+def test_how_often_an_engine_of_codes_has_a_map() -> None:
+    mapped = [row for row in CODES if "refused" not in row]
+    every, placed = (sum(row[key] for row in mapped) for key in ("weights", "weights_placed"))
+    page = PATCH.read_text()
+    assert f"{len(mapped)} of {len(CODES)} engines have a map, {placed} of their {every}" in page
+    models = {row["model"] for row in CODES}
+    assert f"linear layers, {len(models)} were measured" in page
