@@ -98,17 +98,23 @@ def main() -> None:
                 if _key(job) in done:
                     continue
                 tree = old if job.get("tree") == "old" else ROOT
-                result = {**job, **_run(job, tree, options.threads)}
+                result = {**_without_paths(job), **_run(job, tree, options.threads)}
                 print(json.dumps({k: v for k, v in result.items() if k != "options"}), flush=True)
                 found["runs"].append(result)
                 _write(options.json, found)  # after each run: a whole one takes an hour
 
 
+def _without_paths(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a job as it is reported: where its files lie says nothing elsewhere."""
+    paths = ("base", "tuned", "inputs", "out", "labels")
+    options = {name: value for name, value in job["options"].items() if name not in paths}
+    return {**{name: v for name, v in job.items() if name not in paths}, "options": options}
+
+
 def _key(job: Mapping[str, Any]) -> str:
     """Return what tells one run from another, wherever its files lie."""
-    named = {name: job.get(name) for name in ("part", "kind", "tree", "steps", "seed")}
-    chosen = {name: v for name, v in job["options"].items() if name != "labels"}
-    return json.dumps({**named, **chosen}, sort_keys=True)
+    named = {name: job.get(name) for name in ("part", "kind", "tree", "layers", "steps", "seed")}
+    return json.dumps({**named, **_without_paths(job)["options"]}, sort_keys=True)
 
 
 def _write(path: Path | None, found: Mapping[str, Any]) -> None:
@@ -167,7 +173,7 @@ def _decoder(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if tree not in options.trees:
             continue
         job = {**common, "kind": kind, "tree": tree, "options": {**chosen, "dtype": dtype}}
-        yield {**job, "dtype": dtype, "part": "decoder"}
+        yield {**job, "dtype": dtype, "part": "decoder", "layers": options.layers}
 
 
 def _make_decoder(base: Path, tuned: Path, layers: int) -> None:

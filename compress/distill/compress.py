@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,7 +51,7 @@ from kilodelta.compress.training import train
 from kilodelta.compress.training.activations import checkpointed
 from kilodelta.files import staging
 from kilodelta.grid.model import QuantisedModel
-from kilodelta.memory import give_back
+from kilodelta.memory import give_back, mapped_apart
 from kilodelta.merging.build import Recipe, build
 from kilodelta.models import LoadedModel
 from kilodelta.models.inputs.sources import Source
@@ -308,20 +308,23 @@ def _learn(
     give_back()  # what measuring, and decomposing every change, took
     schedule = schedule_of(job)
     facts = run_facts(job, data, schedule, labels)
-    fitting = data.ranks.least(rows_that_fit(student, data, schedule.batch))
-    give_back()
     searched: Tuned | None = None
-    if job.options.tune is not None:
-        searched = tune(
-            student, data, schedule, job.options.tune, _of_trials(progress),
-            kept=trials, facts=facts, resume=resume, piece=fitting,
-        )  # fmt: skip
-        schedule = replace(schedule, rate=searched.rate)
-        facts = run_facts(job, data, schedule, labels)
-        resume = resume and kept.exists()  # the search may have been interrupted
-    done = distill(
-        student, data, schedule, progress, kept=kept, facts=facts, resume=resume, piece=fitting
-    )
+    room = data.ranks.least(rows_that_fit(student, data, 2 * schedule.batch))
+    give_back()
+    fitting = min(room, schedule.batch)
+    # The rows are counted by what is in use; holes in the heap may take as much again.
+    with mapped_apart() if room < 2 * schedule.batch else nullcontext():
+        if job.options.tune is not None:
+            searched = tune(
+                student, data, schedule, job.options.tune, _of_trials(progress),
+                kept=trials, facts=facts, resume=resume, piece=fitting,
+            )  # fmt: skip
+            schedule = replace(schedule, rate=searched.rate)
+            facts = run_facts(job, data, schedule, labels)
+            resume = resume and kept.exists()  # the search may have been interrupted
+        done = distill(
+            student, data, schedule, progress, kept=kept, facts=facts, resume=resume, piece=fitting
+        )
     if searched is not None:
         done = replace(done, rate=searched.rate, trials=searched.trials)
     delta = build_delta(job, progress)

@@ -177,6 +177,7 @@ def test_smaller_pieces_of_logits_and_less_free_memory_make_the_same_file(
     for cells in (1 << 22, 300):
         monkeypatch.setattr(late_head, "CELLS", cells)
         make(models, texts, tmp_path / f"{cells}.kd")
+        monkeypatch.setattr(asking, "CHUNK", 300)
         monkeypatch.setattr(memory, "_trim", lambda: None)
         files.append((tmp_path / f"{cells}.kd").read_bytes())
     assert files[0] == files[1]
@@ -192,6 +193,35 @@ def test_free_memory_goes_back_to_the_system() -> None:
     memory.give_back()
     assert held - resident() > 40_000_000
     assert len(pin) == 60_000
+
+
+def test_large_blocks_are_mapped_apart_where_memory_is_short(
+    models: tuple[Path, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, ...]] = []
+    real = memory._options() or (lambda *given: 1)
+
+    def options(*given: int) -> Any:
+        asked.append(given)
+        return real(*given)
+
+    monkeypatch.setattr(memory, "_options", lambda: options)
+    needs: list[int] = []
+    measured = room._needed
+
+    def needed(*args: Any) -> int:
+        needs.append(measured(*args))
+        return needs[-1]
+
+    monkeypatch.setattr(room, "_needed", needed)
+    make(models, texts, tmp_path / "a.kd")
+    assert not asked
+    one, two = needs
+    monkeypatch.setattr(room, "available", lambda device: one + 11 * (two - one) + 7)
+    tight = make(models, texts, tmp_path / "b.kd")  # 12 rows fit, and a batch has 8
+    assert asked == [(-3, memory.APART), (-3, 32 << 20)]
+    assert not any("memory is short" in warning for warning in tight.warnings)
+    assert (tmp_path / "a.kd").read_bytes() == (tmp_path / "b.kd").read_bytes()
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_loaded(

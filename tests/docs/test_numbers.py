@@ -302,3 +302,20 @@ def test_how_often_an_engine_of_codes_has_a_map() -> None:
     assert f"{len(mapped)} of {len(CODES)} engines have a map, {placed} of their {every}" in page
     models = {row["model"] for row in CODES}
     assert f"linear layers, {len(models)} were measured" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("memory", "`--dtype fp32` (`compress-decoder-2026-11-29-epyc-memory.json`)"),
+        ("memory-apart", "`--dtype fp32`, blocks mapped apart (`...-memory-apart.json`)"),
+    ],
+)
+def test_memory_of_a_decoder_beside_peft(name: str, start: str) -> None:
+    ours, peft = result(f"compress-decoder-2026-11-29-epyc-{name}")["runs"]
+    line = row(NUMBERS, start)
+    times = ours["step_processor_s"] / peft["step_processor_s"]
+    assert f"{ours['step_processor_s']:.1f} s, {times:.2f} times PEFT's" in line
+    share = ours["peak_gb"] / peft["peak_gb"]
+    assert f"{ours['peak_gb']:.2f} GB, {share:.2f} times PEFT's" in line
+    assert line.endswith(f"| {ours['peak_anonymous_gb']:.2f} GB |")

@@ -34,7 +34,7 @@ over many classes are shortened, and everything lies on disk."""
 BATCH = 64
 CELLS = 1 << 25
 """Numbers of one output of one batch: 64 MB in bfloat16."""
-CHUNK = 1 << 23
+CHUNK = 1 << 22
 """Logits that are shortened at a time."""
 
 
