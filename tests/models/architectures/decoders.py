@@ -272,7 +272,7 @@ ROWS: tuple[Architecture, ...] = (
             "n_heads": 2,
             "n_layers": 1,
             "max_seq_len": LENGTH,
-            "attn_config": {"kv_n_heads": 1, "clip_qkv": 8.0},
+            "attn_config": {"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 1e4},
             "ffn_config": {"ffn_hidden_size": 12, "moe_num_experts": 4, "moe_top_k": 2},
             "pad_token_id": 0,
         },
