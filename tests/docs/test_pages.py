@@ -77,6 +77,8 @@ NOT_RUN = {
     ("quantised.md", "kilodelta verify base-w4a16/"): _SMALL,
     ("quantised.md", "kilodelta export base-w4a16/"): _SMALL,
     ("quantised.md", "kilodelta apply   codes/"): _SMALL,
+    ("quantised.md", "kilodelta release base-w4a16/ task-w4a16.kd -o task-8.kd"): _SMALL,
+    ("quantised.md", "kilodelta apply   rtx/"): _SMALL,
     ("quantised.md", "kilodelta compress base/ tuned/ -o task.kd"): (
         "the desk's layers are narrower than a group: tests/compress/test_precisions.py"
     ),
