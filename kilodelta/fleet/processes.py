@@ -259,13 +259,23 @@ def kinds_alone(tasks: Sequence[Task], workers: int) -> frozenset[str]:
 
 
 def _killed(task: Task, code: int) -> dict[str, Any]:
+    """Say how a child ended that has sent no answer: below 0 by a signal, else by itself."""
+    if code == -signal.SIGKILL:  # what the kernel sends where memory is short
+        fix = "give it more memory (--jobs 1), then run the fleet again"
+    elif code < 0:
+        fix = "run the fleet again with --jobs 1; if it ends so once more, report it"
+    else:
+        fix = (
+            "a script that runs a fleet needs it under `if __name__ == '__main__':`, since every"
+            " child imports the script; else run the fleet again with --jobs 1"
+        )
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return {
         "id": task.id,
         "name": task.name,
         "status": "failed",
         "error": f"its process ended by {how} without an answer",
-        "fix": "give it more memory (--jobs 1), then run the fleet again",
+        "fix": fix,
         "exit_code": 1,
         "seconds": 0.0,
     }

@@ -52,7 +52,7 @@ from kilodelta.fleet.task import Task, memory_of
 from kilodelta.format.file import load
 from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Patterns
-from tests.doubles.child_work import DyingOnce, seen, slow_disk
+from tests.doubles.child_work import DyingOnce, ending, seen, slow_disk
 from tests.support import making, pico
 
 COUNT = 3
@@ -298,6 +298,26 @@ def test_a_killed_child_costs_its_own_task(
     assert mark.exists()
     assert done.failed == ()
     assert digests(tmp_path / "out") == digests(finished)
+
+
+@pytest.mark.parametrize(
+    ("how", "what", "fix"),
+    [
+        (-signal.SIGKILL, "signal SIGKILL", "give it more memory"),
+        (-signal.SIGABRT, "signal SIGABRT", "if it ends so once more, report it"),
+        (1, "exit code 1", "if __name__ == '__main__'"),
+    ],
+)
+def test_a_child_without_an_answer_says_how_it_ended(
+    how: int, what: str, fix: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "do", ending)
+    (tmp_path / "how").write_text(str(how))
+    [task, *_] = plan_of(world, tmp_path / "out").tasks
+    with Children([task], tmp_path, 1) as children:
+        answer = children.do(task, threading.Event())
+    assert what in answer["error"]
+    assert fix in answer["fix"]
 
 
 def test_shards_together_make_the_whole(world: Path, finished: Path, tmp_path: Path) -> None:
