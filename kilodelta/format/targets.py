@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
 
+from kilodelta.errors import InputError
 from kilodelta.files import dtypes
 from kilodelta.files.checkpoint import in_name_order
 from kilodelta.files.tensor import GRID, TensorInfo
@@ -100,6 +101,9 @@ def select(tensors: Iterable[TensorInfo], patterns: Patterns) -> tuple[Target, .
         >>> chosen = select([experts], Patterns(include=("*",), stacked=("experts",)))
         >>> [(target.name, target.matrix) for target in chosen]
         [('experts[0]', (8, 4)), ('experts[1]', (8, 4))]
+
+    Raises:
+        InputError: a tensor has the name of a matrix of a stack.
     """
     chosen = {info.name: info for info in tensors if _is_target(info, patterns)}
     targets: list[Target] = []
@@ -117,7 +121,22 @@ def select(tensors: Iterable[TensorInfo], patterns: Patterns) -> tuple[Target, .
                     part=part,
                 )
             )
+    if patterns.stacked:
+        _check_names(targets)
     return tuple(targets)
+
+
+def _check_names(targets: Iterable[Target]) -> None:
+    """Refuse two targets of one name, of which programs would see one only."""
+    names: set[str] = set()
+    for target in targets:
+        if target.name in names:
+            raise InputError(
+                f"{target.name} is both a tensor of the base and a matrix of the stack"
+                f" {target.name.rpartition('[')[0]}",
+                fix="exclude one of the two from the targets",
+            )
+        names.add(target.name)
 
 
 def by_tensor(targets: Iterable[Target]) -> dict[str, tuple[Target, ...]]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import kilodelta
-from kilodelta.errors import BaseMismatchError, FileError
+from kilodelta.errors import BaseMismatchError, FileError, InputError
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import RawTensor, TensorInfo
 from kilodelta.format.delta import Delta
@@ -116,6 +116,16 @@ def test_a_name_that_ends_like_a_matrix_of_a_stack_is_itself() -> None:
     infos = [TensorInfo(name=name, dtype="F32", shape=(2, 3)) for name in ("e[0]", "e[1]")]
     chosen = select(infos, Patterns(include=("*",), stacked=("*",)))  # no stacks: two dimensions
     assert [target.tensor for target in chosen] == ["e[0]", "e[1]"]
+
+
+def test_a_tensor_named_like_a_matrix_of_the_stack_is_refused() -> None:
+    infos = [
+        TensorInfo(name="e", dtype="F32", shape=(2, 2, 3)),
+        TensorInfo(name="e[1]", dtype="F32", shape=(2, 3)),
+    ]
+    with pytest.raises(InputError, match=r"e\[1\] is both a tensor .* of the stack e\n"):
+        select(infos, Patterns(include=("*",), stacked=("e",)))
+    assert len(select(infos, Patterns(include=("*",), exclude=("e[[]1]",), stacked=("e",)))) == 2
 
 
 def test_a_file_without_stacks_is_spelled_as_before(base: Path) -> None:
