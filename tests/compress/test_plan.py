@@ -97,15 +97,15 @@ def test_what_does_not_fit_is_said_before_the_first_step(
 def test_an_estimate_for_several_processes_divides_the_base(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    whole = Options(steps=8, batch=8, budget=3000)  # auto: on a CPU all processes map one base
     options = Options(steps=8, batch=8, budget=3000, shard="always")
-    alone = plan("base", "tuned", inputs="texts.txt", options=options).estimate
+    alone = plan("base", "tuned", inputs="texts.txt", options=whole).estimate
     four = plan("base", "tuned", inputs="texts.txt", options=options, processes=4).estimate
     # 2 layers: 4 matrices 16 x 16 and 2 of 16 x 24, biases of 4 x 16, 24 and 16, 2 norms of 2 x 16.
     layer = 4 * (4 * 16 * 16 + 2 * 16 * 24 + 4 * 16 + 24 + 16 + 4 * 16)
     assert four.weights_bytes == alone.weights_bytes - 2 * layer + 2 * layer // 4 + 2 * layer
     assert four.activations_bytes == -(-alone.activations_bytes // 4)
     assert (alone.sharded, four.sharded, four.processes) == (False, True, 4)
-    whole = Options(steps=8, batch=8, budget=3000)  # auto: on a CPU all processes map one base
     found = plan("base", "tuned", inputs="texts.txt", options=whole, processes=4).estimate
     assert (found.weights_bytes, found.sharded) == (alone.weights_bytes, False)
     assert "in each of 2 processes" in typed("--processes", "2", "--shard", "always").stdout
