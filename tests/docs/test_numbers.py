@@ -134,7 +134,19 @@ def test_the_triple_of_a_packaged_decoder() -> None:
     assert "by exact match " + " / ".join(gain(n, "score") for n in ways) in README.read_text()
 
 
-SPEECH = result("models-speech-2026-11-29-epyc-busy")["tasks"]["speech"]["0"]
+def kept(seeds: Any, name: str, figure: str = "score") -> list[str]:
+    """Bytes, figures and shares of the fine-tune's gain as a table shows them: one per seed."""
+    runs = [cells for cells in seeds.values() if name in cells]
+    sizes = dict.fromkeys(f"{cells[name]['bytes']:,}" for cells in runs if "bytes" in cells[name])
+    shares = []
+    for cells in runs:
+        low, high = cells["base"]["score"], cells["teacher"]["score"]
+        shares.append(f"{100 * (cells[name]['score'] - low) / (high - low):.0f} %")
+    shown = [f"{cells[name][figure]:.1f}" for cells in runs]
+    return [" / ".join(part) for part in (sizes, shown, [] if name == "base" else shares)]
+
+
+SPEECH = result("models-speech-2026-11-29-epyc-busy")["tasks"]["speech"]
 
 
 @pytest.mark.parametrize(
@@ -149,16 +161,12 @@ SPEECH = result("models-speech-2026-11-29-epyc-busy")["tasks"]["speech"]["0"]
     ],
 )
 def test_what_is_heard(start: str, name: str) -> None:
-    points, low, high = SPEECH[name], SPEECH["base"]["score"], SPEECH["teacher"]["score"]
-    share = f"{100 * (points['score'] - low) / (high - low):.0f} %"
-    size = f"{points['bytes']:,}" if "bytes" in points else ""
-    rate = f"{points['word_error_rate']:.1f}"
-    cells = [cell.strip() for cell in row(BASES, start).strip("|").split("|")]
-    assert cells[1:] == [size, rate, "" if name == "base" else share]
+    shown = kept(SPEECH, name, "word_error_rate")
+    assert [cell.strip() for cell in row(BASES, start).strip("|").split("|")][1:] == shown
     if name == "kd":
-        assert f"{share} of the gain in 50 KB" in row(
-            README, "Whisper, T5 and other encoder-decoders"
-        )
+        line = row(README, "Whisper, T5 and other encoder-decoders")
+        assert f"{shown[2]} of the gain in 50 KB" in line
+        assert f"to {shown[1]} %" in line
 
 
 DECODER = result("models-decoder-2026-11-29-epyc-busy")["tasks"]["decoder"]
@@ -176,22 +184,12 @@ DECODER = result("models-decoder-2026-11-29-epyc-busy")["tasks"]["decoder"]
     ],
 )
 def test_what_questions_ask_for(start: str, name: str) -> None:
-    seeds = [cells for cells in DECODER.values() if name in cells]
-    if not seeds:
-        assert f"| {start} |" not in BASES.read_text()
-        return
-    scores = [cells[name]["score"] for cells in seeds]
-    ends = [(cells["base"]["score"], cells["teacher"]["score"]) for cells in seeds]
-    pairs = zip(scores, ends, strict=True)
-    shares = " / ".join(f"{100 * (at - low) / (high - low):.0f} %" for at, (low, high) in pairs)
-    sizes = {f"{cells[name]['bytes']:,}": None for cells in seeds if "bytes" in cells[name]}
-    shown = " / ".join(f"{score:.1f}" for score in scores)
-    cells = [cell.strip() for cell in row(BASES, start).strip("|").split("|")]
-    assert cells[1:] == [" / ".join(sizes), shown, "" if name == "base" else shares]
+    shown = kept(DECODER, name)
+    assert [cell.strip() for cell in row(BASES, start).strip("|").split("|")][1:] == shown
     if name == "kd":
         line = row(README, "decoders such as GPT-2, Llama, Qwen")
-        assert f"{shares} of the gain in 50 KB" in line
-        assert f"to {shown} %" in line
+        assert f"{shown[2]} of the gain in 50 KB" in line
+        assert f"to {shown[1]} %" in line
 
 
 def test_what_llama_cpp_writes() -> None:
@@ -203,7 +201,7 @@ def test_what_llama_cpp_writes() -> None:
     assert f"without the LoRA for {found['float32 without the LoRA']['equal']} (" in text
 
 
-FEW = result("models-2026-11-29-epyc-busy")["tasks"]["vision-16"]["0"]
+VISION = result("models-vision-2026-11-29-epyc-busy")["tasks"]
 
 
 @pytest.mark.parametrize(
@@ -213,21 +211,20 @@ FEW = result("models-2026-11-29-epyc-busy")["tasks"]["vision-16"]["0"]
         ("the full fine-tune", "teacher"),
         ("`--budget 25KB`", "kd"),
         ("truncated SVD of the change, int4", "svd"),
+        ("NOLA r = 8, int4, on the labels", "nola-int4"),
+        ("RandLoRA r = 384, int4, on the labels", "randlora-int4"),
         ("PEFT LoRA r = 1, int8", "lora-r1-int8"),
         ("PEFT LoRA r = 8, int8", "lora-r8-int8"),
     ],
 )
 def test_what_a_few_images_teach(start: str, name: str) -> None:
-    if name not in FEW:
-        assert f"| {start} |" not in BASES.read_text()
-        return
-    points, low, high = FEW[name], FEW["base"]["score"], FEW["teacher"]["score"]
-    share = f"{100 * (points['score'] - low) / (high - low):.0f} %"
-    shown = [f"{points['bytes']:,}" if "bytes" in points else "", f"{points['score']:.1f}"]
+    columns = [kept(VISION[f"vision-{shots}"], name) for shots in (16, 4, 1)]
+    shown = [f"{at} ({share})" if share else at for _, at, share in columns]
+    sizes = dict.fromkeys(size for sizes, _, _ in columns for size in sizes.split(" / "))
     cells = [cell.strip() for cell in row(BASES, start).strip("|").split("|")]
-    assert cells[1:] == [*shown, "" if name == "base" else share]
+    assert cells[1:] == [" to ".join(sorted(sizes)[:: max(1, len(sizes) - 1)]), *shown]
     if name == "kd":
-        assert f"{share} of the gain in 25 KB" in row(README, "ViT, ResNet")
+        assert f"{columns[0][2]} of the gain in 25 KB" in row(README, "ViT, ResNet")
 
 
 @pytest.mark.parametrize(

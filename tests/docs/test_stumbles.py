@@ -50,7 +50,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "kilodelta import",
         ),
         ("run device --inputs texts.txt", "holds texts; arrays are wanted", "numpy.savez"),
-        ("export base.safetensors task.kd -o x --peft", "a command now", "kilodelta export-peft"),
+        ("export base.safetensors task.kd -o x --peft", "is a command", "kilodelta export-peft"),
         ("status texts.txt", "is not a device folder", "kilodelta bundle BASE"),
     ],
 )

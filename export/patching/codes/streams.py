@@ -86,7 +86,14 @@ def in_rest(name: str, matrix: Matrix) -> CodePlaces:
 
 
 def rest_place(name: str, role: str, part: RawTensor, *, transposed: bool = False) -> FilePlace:
-    """Name a part that the model does not hold, in the rest of the base."""
+    """Name a part that the model does not hold, in the rest of the base.
+
+    Args:
+        name: of the weight.
+        role: of the part in its layout, such as its scales.
+        part: gives dtype and shape.
+        transposed: whether the rest holds it in the other order.
+    """
     return FilePlace(
         name=f"{name}:{role}" + (":transposed" if transposed else ""),
         dtype=part.dtype,
