@@ -33,7 +33,7 @@ class Vision:
     budget = 25_000
     rate, lora_rate = 5e-5, 2e-3
     options: Mapping[str, Any] = MappingProxyType(
-        {"steps": 100, "batch": 16, "held_out": 50, "rate": 3e-3}
+        {"steps": 300, "batch": 16, "held_out": 50, "rate": 3e-3}
     )
 
     def __init__(self, *, bases: Path, data: Path, place: Path, seed: int, shots: int) -> None:
