@@ -15,6 +15,7 @@ import numpy.typing as npt
 from kilodelta.errors import ExportError
 from kilodelta.grid.bits import pack_bits
 from kilodelta.grid.layouts.base import nibbles, uncentred
+from kilodelta.grid.layouts.onnx_blocks import in_blocks
 from kilodelta.grid.matrix import Floats, Matrix
 
 Bytes = npt.NDArray[np.uint8]
@@ -171,17 +172,15 @@ def matmul_nbits(matrix: Matrix, dtype: str) -> Constants:
     )  # fmt: skip
 
 
-def block_sums(columns: int, group: int, type_: str) -> Constant:
+def block_sums(columns: int, group: int, dtype: str) -> Constant:
     """Make the matrix (columns, blocks) by which x (..., columns) becomes its sum over each block.
 
     Args:
         columns: of the weight.
         group: of a block; the last one may be cut.
-        type_: ONNX's name of the type that the graph computes in.
+        dtype: what the graph computes in.
     """
-    ones = np.arange(columns)[:, None] // group == np.arange(-(-columns // group))
-    dtype = next(name for name, found in _ONNX.items() if found == type_)
-    return _constant(type_, ones.shape, _floats(ones.astype(np.float64), dtype))
+    return _scales(in_blocks(columns, group).astype(np.float64), dtype)
 
 
 def dequantize_linear(matrix: Matrix, dtype: str) -> Constants:

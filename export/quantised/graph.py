@@ -157,7 +157,7 @@ def _multiply(model: Any, name: str, matrix: Matrix, products: list[Any], dtype:
         nodes = [ir.node("MatMulNBits", [x, *inputs], made.attributes, domain=_DOMAIN)]
         if made.minima is not None:
             product = nodes[0].outputs[0]
-            nodes += _minima(model.graph, name, made, x, matrix)
+            nodes += _minima(model.graph, name, made.minima, x, matrix, dtype)
             nodes.append(ir.node("Add", [product, nodes[-1].outputs[0]]))
         if node.op_type == "Gemm" and len(node.inputs) > 2:
             nodes.append(ir.node("Add", [nodes[-1].outputs[0], node.inputs[2]]))
@@ -166,23 +166,32 @@ def _multiply(model: Any, name: str, matrix: Matrix, products: list[Any], dtype:
         ir.convenience.replace_nodes_and_values(node.graph, node, [node], nodes, [old], [result])
 
 
-def _minima(graph: Any, name: str, made: Constants, x: Any, matrix: Matrix) -> list[Any]:
+def _minima(
+    graph: Any, name: str, minima: Constant, x: Any, matrix: Matrix, dtype: str
+) -> list[Any]:
     """Return the nodes of what minima add to a product: the sum of x over each block, times them.
 
     With m the minimum of block b, the sum over its columns of m x is m times the sum of x there.
+
+    Args:
+        graph: which gets the constants.
+        name: the weight's.
+        minima: (blocks, out).
+        x: the product's other factor.
+        matrix: the weight.
+        dtype: what the graph computes in.
     """
     import onnx_ir as ir
 
-    assert made.minima is not None  # the caller looked
     columns, group = matrix.shape[1], min(matrix.block[1], matrix.shape[1])
-    label = f"kilodelta_blocks_{columns}_{group}_{made.minima.type}"
+    label = f"kilodelta_blocks_{columns}_{group}_{minima.type}"
     if label not in graph.initializers:  # shared by all weights of so many columns
-        graph.register_initializer(_value(label, block_sums(columns, group, made.minima.type)))
+        graph.register_initializer(_value(label, block_sums(columns, group, dtype)))
     if f"{name}_minima" not in graph.initializers:
-        graph.register_initializer(_value(f"{name}_minima", made.minima))
+        graph.register_initializer(_value(f"{name}_minima", minima))
     sums = ir.node("MatMul", [x, graph.initializers[label]])
-    minima = graph.initializers[f"{name}_minima"]
-    return [sums, ir.node("MatMul", [sums.outputs[0], minima])]
+    held = graph.initializers[f"{name}_minima"]
+    return [sums, ir.node("MatMul", [sums.outputs[0], held])]
 
 
 def _dequantise(model: Any, value: Any, made: Constants, matrix: Matrix) -> None:

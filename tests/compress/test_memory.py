@@ -81,6 +81,19 @@ def gradients(module: nn.Module) -> tuple[dict[str, Tensor], int]:
     return found, kept.nbytes
 
 
+def recorded_needs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Note how many bytes each trial step is found to need."""
+    needs: list[int] = []
+    measured = room._needed
+
+    def needed(*args: Any) -> int:
+        needs.append(measured(*args))
+        return needs[-1]
+
+    monkeypatch.setattr(room, "_needed", needed)
+    return needs
+
+
 @pytest.mark.parametrize("method", [train.Nola(rank=2, bases=8), train.Lora(rank=2)])
 def test_checkpointed_activations_have_the_same_gradient(
     models: tuple[Path, Path], method: Any
@@ -206,14 +219,7 @@ def test_large_blocks_are_mapped_apart_where_memory_is_short(
         return real(*given)
 
     monkeypatch.setattr(memory, "_options", lambda: options)
-    needs: list[int] = []
-    measured = room._needed
-
-    def needed(*args: Any) -> int:
-        needs.append(measured(*args))
-        return needs[-1]
-
-    monkeypatch.setattr(room, "_needed", needed)
+    needs = recorded_needs(monkeypatch)
     make(models, texts, tmp_path / "a.kd")
     assert not asked
     one, two = needs
@@ -241,14 +247,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_loaded(
 def test_a_batch_that_memory_does_not_hold_is_computed_in_pieces_from_the_start(
     models: tuple[Path, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needs: list[int] = []
-    measured = room._needed
-
-    def needed(*args: Any) -> int:
-        needs.append(measured(*args))
-        return needs[-1]
-
-    monkeypatch.setattr(room, "_needed", needed)
+    needs = recorded_needs(monkeypatch)
     whole = make(models, texts, tmp_path / "a.kd")
     one, two = needs
     assert two - one > 20_000

@@ -35,6 +35,22 @@ FINEST_ZERO = 2.0**-16
 """Zero points in a float type are multiples of this, so that every value is exact in float64."""
 
 
+def in_blocks(columns: int, group: int) -> npt.NDArray[np.bool_]:
+    """Return which columns of a weight are in which block, bool (columns, blocks).
+
+    As a matrix of ones it makes of x (..., columns) the sum over each block.
+
+    Args:
+        columns: of the weight.
+        group: of a block; the last one may be cut.
+
+    Example:
+        >>> in_blocks(3, group=2).astype(int).tolist()
+        [[1, 0], [1, 0], [0, 1]]
+    """
+    return np.arange(columns)[:, None] // group == np.arange(-(-columns // group))
+
+
 @dataclass(frozen=True, kw_only=True)
 class MatMulNBits(Layout):
     """`B` U8 (N, blocks, bytes of a block): unsigned codes, low bits first; N is `out`, K `in`."""
@@ -72,8 +88,7 @@ class MatMulNBits(Layout):
         columns = self.shape[1]
         if tensor.shape != (columns, self._groups) or tensor.dtype not in SCALES:
             return False
-        blocks = np.arange(columns)[:, None] // self.group == np.arange(self._groups)
-        return bool(np.array_equal(float_values(tensor), blocks))
+        return bool(np.array_equal(float_values(tensor), in_blocks(columns, self.group)))
 
     def _minima(self, parts: Parts) -> npt.NDArray[np.float64]:
         """Read the minima, stored (blocks, out)."""
