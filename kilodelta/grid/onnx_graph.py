@@ -38,10 +38,11 @@ class OnnxSource:
     """
 
     def __init__(self, path: Path) -> None:
-        self._onnx: Any = require("onnx", extra="onnx", why=f"read {path}")
         self.path = path
         with plain.explained(path, CheckpointError):
             os.close(plain.open_file(path, follow=True))
+        # Once there is something to read.
+        self._onnx: Any = require("onnx", extra="onnx", why=f"read {path}")
         with _explained(path):
             self.model = self._onnx.load(path, load_external_data=False)
             tensors = self.model.graph.initializer

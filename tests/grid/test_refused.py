@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kilodelta.errors import CheckpointError
+from kilodelta.errors import CheckpointError, MissingPackageError
 from kilodelta.grid import is_quantised, open_quantised
 from tests.support import grids
 from tests.support.grids import Numbers
@@ -316,6 +317,19 @@ def test_a_damaged_gguf_file_is_a_sentence(tmp_path: Path, data: bytes, words: s
     (tmp_path / "m.gguf").write_bytes(data)
     with pytest.raises(CheckpointError, match=words):
         open_quantised(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("package", ["gguf", "onnx"])
+def test_a_package_is_asked_for_once_there_is_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    place = tmp_path / f"m.{package}"
+    with pytest.raises(CheckpointError, match="cannot be opened"):
+        open_quantised(place)
+    place.write_bytes(gguf_bytes())
+    with pytest.raises(MissingPackageError, match=f"{package} is not installed"):
+        open_quantised(place)
 
 
 def _external_pipe(place: Path) -> None:

@@ -37,9 +37,9 @@ class GgufSource:
     """
 
     def __init__(self, path: Path) -> None:
-        gguf = require("gguf", extra="gguf", why=f"read {path}")
         self.file = SourceFile(path)
         header = read_header(self.file)
+        gguf = require("gguf", extra="gguf", why=f"read {path}")  # once there is something to read
         self._tensors, self.values = header.tensors, header.values
         self._types: dict[int, tuple[str, int, int]] = {
             kind.value: (kind.name, *gguf.GGML_QUANT_SIZES[kind])

@@ -48,7 +48,9 @@ def in_blocks(columns: int, group: int) -> npt.NDArray[np.bool_]:
         >>> in_blocks(3, group=2).astype(int).tolist()
         [[1, 0], [1, 0], [0, 1]]
     """
-    return np.arange(columns)[:, None] // group == np.arange(-(-columns // group))
+    blocks = np.arange(-(-columns // group))
+    held: npt.NDArray[np.bool_] = np.arange(columns)[:, None] // group == blocks
+    return held
 
 
 @dataclass(frozen=True, kw_only=True)
