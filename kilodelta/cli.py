@@ -44,6 +44,7 @@ SECTIONS = {
         export.export_peft,
         export.export_adapter,
         export.export_gguf,
+        export.export_edge_llm,
         compare.card,
     ),
     "Look and prove": (

@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kilodelta import parallel
 from kilodelta.errors import ExportError, InputError, OutputError, require
 from kilodelta.export.gguf.names import Naming
-from kilodelta.export.peft.factors import FactorPair, exact_pair, padded, require_low_rank, svd_pair
+from kilodelta.export.peft.factors import (
+    FactorPair,
+    factor_pairs,
+    padded,
+    relative_error,
+    require_low_rank,
+    top_rank,
+)
 from kilodelta.files import staging
 from kilodelta.files.baseline import require_base
 from kilodelta.files.checkpoint import Checkpoint, read_config
@@ -27,7 +32,7 @@ from kilodelta.files.dtypes import PRECISIONS
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.models.hub import locate, locate_delta
-from kilodelta.progress import Meter, Progress, silent
+from kilodelta.progress import Progress, silent
 from kilodelta.rehearsal import begin_work
 
 DTYPES = ("float32", "float16")
@@ -106,19 +111,18 @@ def export_gguf(
     if svd is None:
         require_low_rank(bound)
     begin_work(place, targets=f"{len(bound.targets)} tensors", rank=svd or "exact")
-    pairs = _pairs(bound, PRECISIONS[dtype].name, svd, threads, progress)
-    rank = max(1, *(pair.rank for pair in pairs.values()))
+    name = PRECISIONS[dtype].name
+    pairs = factor_pairs(bound, name, svd, threads=threads, progress=progress)
+    rank = top_rank(pairs)
     with staging.new_file(place) as stage:
         _write(stage, naming, {names[n]: padded(p, rank) for n, p in pairs.items()}, rank, bound)
         nbytes = stage.stat().st_size
-    lost = sum(p.error**2 for p in pairs.values())
-    norm = sum(p.norm**2 for p in pairs.values())
     return GgufAdapter(
         path=place,
         architecture=naming.architecture.name,
         targets=len(pairs),
         rank=rank,
-        error=float(np.sqrt(lost / norm)) if norm else 0.0,
+        error=relative_error(pairs.values()),
         nbytes=nbytes,
     )
 
@@ -145,22 +149,6 @@ def _names(delta: Delta, naming: Naming) -> dict[str, str]:
             fix="merge and convert the model",
         )
     return {name: naming.name(name) for name in delta.targets}
-
-
-def _pairs(
-    delta: Delta, dtype: str, svd: int | None, threads: int | None, progress: Progress
-) -> dict[str, FactorPair]:
-    meter = Meter("factors", len(delta.targets), "tensors", progress)
-
-    def pair(name: str) -> FactorPair:
-        made = exact_pair(delta, name, dtype) if svd is None else svd_pair(delta, name, svd, dtype)
-        meter.add(1)
-        return made
-
-    names = list(delta.targets)
-    sizes = {name: prod(delta.targets[name].matrix) for name in names}
-    made = parallel.run(pair, names, meter, weight=sizes.__getitem__, threads=threads)
-    return dict(zip(names, made, strict=True))
 
 
 def _write(

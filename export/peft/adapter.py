@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from kilodelta import parallel
 from kilodelta.errors import InputError
-from kilodelta.export.peft.factors import FactorPair, exact_pair, require_low_rank, svd_pair
+from kilodelta.export.peft.factors import (
+    FactorPair,
+    factor_pairs,
+    relative_error,
+    require_low_rank,
+    top_rank,
+)
 from kilodelta.export.peft.folder import (
     AdapterPlan,
     adapter_config,
@@ -34,7 +36,7 @@ from kilodelta.files.dtypes import PRECISIONS
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.models.hub import locate, locate_delta
-from kilodelta.progress import Meter, Progress, silent
+from kilodelta.progress import Progress, silent
 from kilodelta.rehearsal import begin_work
 
 MAX_SVD = 4096
@@ -106,6 +108,7 @@ def export_peft(
 
     Example:
         >>> import tempfile
+        >>> import numpy as np
         >>> from kilodelta.format.methods import Lora
         >>> from kilodelta.format.targets import Patterns
         >>> from kilodelta.merging.build import Recipe, build, quantise_target
@@ -129,12 +132,11 @@ def export_peft(
         require_low_rank(bound)
     staging.require_free(Path(out))
     begin_work(Path(out), targets=f"{len(bound.targets)} tensors", rank=chosen.svd or "exact")
-    pairs = _pairs(bound, chosen, threads, progress)
-    tensors, ranks = adapter_tensors(
-        plan, pairs, PRECISIONS[chosen.dtype].name, own_ranks=chosen.own_ranks
-    )
+    dtype = PRECISIONS[chosen.dtype].name
+    pairs = factor_pairs(bound, dtype, chosen.svd, threads=threads, progress=progress)
+    tensors, ranks = adapter_tensors(plan, pairs, dtype, own_ranks=chosen.own_ranks)
     tensors |= stored_tensors(plan.whole, bound, checkpoint)
-    rank = max(1, *(pair.rank for pair in pairs.values()))
+    rank = top_rank(pairs)
     config = adapter_config(plan, ranks, rank, bound.manifest.base.name)
     nbytes = write_folder(Path(out), config, tensors)
     return _summary(Path(out), pairs, plan, rank, chosen, nbytes)
@@ -167,28 +169,6 @@ def _naming(options: PeftOptions, checkpoint: Checkpoint) -> ModuleNaming:
     )
 
 
-def _pairs(
-    delta: Delta, options: PeftOptions, threads: int | None, progress: Progress
-) -> dict[str, FactorPair]:
-    names, dtype = list(delta.targets), PRECISIONS[options.dtype].name
-    make = (
-        partial(exact_pair, dtype=dtype)
-        if options.svd is None
-        else partial(svd_pair, rank=options.svd, dtype=dtype)
-    )
-    meter = Meter("factors", len(names), "tensors", progress)
-
-    def one(name: str) -> FactorPair:
-        pair = make(delta, name)
-        meter.add(1)
-        return pair
-
-    pairs = parallel.run(
-        one, names, meter, weight=lambda name: delta.target(name).stored[1], threads=threads
-    )
-    return dict(zip(names, pairs, strict=True))
-
-
 def _summary(
     out: Path,
     pairs: Mapping[str, FactorPair],
@@ -199,14 +179,12 @@ def _summary(
 ) -> PeftAdapter:
     relative = {name: pair.error / pair.norm if pair.norm else 0.0 for name, pair in pairs.items()}
     worst = max(relative, key=lambda name: relative[name])
-    norm = np.sqrt(sum(pair.norm**2 for pair in pairs.values()))
-    error = np.sqrt(sum(pair.error**2 for pair in pairs.values()))
     return PeftAdapter(
         path=out,
         targets=len(pairs),
         rank=rank,
         dtype=options.dtype,
-        error=float(error / norm) if norm else 0.0,
+        error=relative_error(pairs.values()),
         worst=worst,
         worst_error=relative[worst],
         modules_to_save=plan.whole.modules,

@@ -8,17 +8,21 @@ overflows nor underflows sooner than it must.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from kilodelta import parallel
 from kilodelta.errors import ExportError
 from kilodelta.exact.lowrank import product_error, product_norm
 from kilodelta.files.dtypes import FLOATS
 from kilodelta.format.delta import Delta
 from kilodelta.merging.low_rank import truncated
+from kilodelta.progress import Meter, Progress
 
 Matrix = npt.NDArray[Any]
 
@@ -127,6 +131,52 @@ def svd_pair(delta: Delta, name: str, rank: int, dtype: str) -> FactorPair:
     return FactorPair(B=B_bits, A=A_bits, error=float(np.linalg.norm(update)), norm=norm)
 
 
+def factor_pairs(
+    delta: Delta, dtype: str, svd: int | None, *, threads: int | None, progress: Progress
+) -> dict[str, FactorPair]:
+    """Compute the factors of every target, in parallel.
+
+    Args:
+        delta: bound to its base.
+        dtype: F32, F16 or BF16.
+        svd: truncate every update to this rank; None for exact factors.
+        threads: cores to use; None for all.
+        progress: called with how many targets are done.
+
+    Raises:
+        ExportError: a factor is beyond the dtype's range.
+    """
+    names = list(delta.targets)
+    make = (
+        partial(exact_pair, dtype=dtype)
+        if svd is None
+        else partial(svd_pair, rank=svd, dtype=dtype)
+    )
+    meter = Meter("factors", len(names), "tensors", progress)
+
+    def one(name: str) -> FactorPair:
+        pair = make(delta, name)
+        meter.add(1)
+        return pair
+
+    pairs = parallel.run(
+        one, names, meter, weight=lambda name: delta.target(name).stored[1], threads=threads
+    )
+    return dict(zip(names, pairs, strict=True))
+
+
+def relative_error(pairs: Iterable[FactorPair]) -> float:
+    """Return the Frobenius norm of all that was lost, over that of all updates; 0 for none."""
+    kept = list(pairs)
+    norm = float(np.sqrt(sum(pair.norm**2 for pair in kept)))
+    return float(np.sqrt(sum(pair.error**2 for pair in kept))) / norm if norm else 0.0
+
+
+def top_rank(pairs: Mapping[str, FactorPair]) -> int:
+    """Return the highest rank of any target, at least 1."""
+    return max(1, *(pair.rank for pair in pairs.values()))
+
+
 def padded(pair: FactorPair, rank: int) -> FactorPair:
     """Add components of zero up to a rank; the update stays the same."""
     more = rank - pair.rank
@@ -169,6 +219,7 @@ def _rounded(values: Matrix, dtype: str, name: str) -> tuple[Matrix, Matrix]:
     wide = FLOATS[dtype].widen(bits).reshape(values.shape).astype(np.float64)
     if not np.isfinite(wide).all():
         raise ExportError(
-            f"the update of {name} is too large for {dtype}", fix="--dtype bf16 (bfloat16)"
+            f"the update of {name} is too large for {dtype}",
+            fix="choose a wider --dtype where the command has one, or kilodelta merge",
         )
     return bits, wide

@@ -65,6 +65,7 @@ def test_what_takes_a_graph_as_base(here: Path) -> None:
         (("export-adapter", "BASE", "f.kd", "-o", "OUT"), CHECKPOINT),
         (("export-peft", "BASE", "f.kd", "-o", "OUT"), CHECKPOINT),
         (("export-gguf", "BASE", "f.kd", "-o", "OUT"), CHECKPOINT),
+        (("export-edge-llm", "BASE", "f.kd", "-o", "OUT"), CHECKPOINT),
         (("import", "tuned", "--base", "BASE", "-o", "OUT"), CHECKPOINT),
         (("bundle", "BASE", "-o", "OUT", "--mode", "patch"), "kilodelta merge"),
         (("bundle", "BASE", "-o", "OUT", "--mode", "adapter"), "kilodelta merge"),

@@ -28,6 +28,7 @@ FUNCTIONS = {
     "export-peft": "kilodelta.export.export_peft",
     "export-adapter": "kilodelta.export.export_adapter",
     "export-gguf": "kilodelta.export.gguf.export_gguf",
+    "export-edge-llm": "kilodelta.export.edge_llm.export_edge_llm",
     "card": "kilodelta.report.card.card",
     "inspect": "kilodelta.inspect",
     "digest": "kilodelta.digest",
