@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,8 @@ from kilodelta.export.onnx.template import Template, fill_template
 from kilodelta.export.options import Options, short
 from kilodelta.export.quantised.graph import put_codes, settled
 from kilodelta.export.quantised.proof import prove_codes
-from kilodelta.export.seq2seq.halves import half_templates
+from kilodelta.export.seq2seq.genai import why_no_genai, write_whisper_config
+from kilodelta.export.seq2seq.halves import ENCODER_FILE, half_templates
 from kilodelta.export.tensorrt import build
 from kilodelta.files import staging
 from kilodelta.grid.model import QuantisedModel
@@ -73,22 +74,41 @@ class Maker:
             ExportError: the model cannot be exported, or an engine not be built.
             InputError: a profile does not fit the model.
         """
-        return [
-            artefact
-            for name, template in self._trace(loaded, batch, dtype).items()
-            for artefact in self._made(loaded, template, weights, f"{name}.{short(dtype)}.onnx")
-        ]
+        templates = self._trace(loaded, batch, dtype)
+        names = {key: f"{key}.{short(dtype)}.onnx" for key in templates}
+        artefacts = []
+        for key, template in templates.items():
+            made = self._made(template, weights, names[key])
+            if key == next(reversed(templates)):  # the decoder, which the configuration is of
+                beside = self._beside(loaded, templates, names, weights)
+                made[0] = replace(made[0], files=(*made[0].files, *map(file_fact, beside)))
+            artefacts += made
+        return artefacts
 
-    def _made(
-        self, loaded: LoadedModel, template: Template, weights: Path, name: str
-    ) -> list[Artefact]:
+    def _beside(
+        self,
+        loaded: LoadedModel,
+        templates: Mapping[str, Template],
+        names: Mapping[str, str],
+        weights: Path,
+    ) -> tuple[Path, ...]:
+        """Write what ONNX Runtime GenAI reads beside graphs with a cache, where it runs them."""
+        if not (self.options.kv_cache and self.options.onnx):
+            return ()
+        if not is_seq2seq(loaded):
+            ((key, template),) = templates.items()
+            return write_genai(self.stage / names[key], template, loaded, weights)
+        reason = why_no_genai(loaded, templates[ENCODER_FILE].inputs)
+        if reason is not None:
+            self.notes.append(reason)
+            return ()
+        return write_whisper_config(templates, names, loaded, weights, self.stage)
+
+    def _made(self, template: Template, weights: Path, name: str) -> list[Artefact]:
         """Write one graph with its weights, and build its engine."""
         self.notes.extend(template.notes)
         if self.options.onnx:
             onnx = self._write(template, weights, self.stage / name)
-            if self.options.kv_cache and not is_seq2seq(loaded):
-                beside = write_genai(self.stage / name, template, loaded, weights)
-                onnx = replace(onnx, files=(*onnx.files, *map(file_fact, beside)))
             engines = [self._build(template, self.stage / name, onnx)] if self.trt else []
             return [onnx, *engines]
         self.dropped.append(name)

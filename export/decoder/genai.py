@@ -55,9 +55,23 @@ def write_genai(
         InputError: the model does not say which token ends a text.
     """
     config = genai_config(graph.name, template, loaded, special_tokens(loaded, source))
+    return write_config(config, source, graph.parent)
+
+
+def write_config(config: dict[str, Any], source: Path, out: Path) -> tuple[Path, ...]:
+    """Write a `genai_config.json`, and copies of a model's tokenizer files beside it.
+
+    Args:
+        config: what it says.
+        source: the model; a single file has no tokenizer.
+        out: the folder.
+
+    Returns:
+        The files written.
+    """
     text = json.dumps(config, indent=2, ensure_ascii=False)
-    staging.write(graph.parent / CONFIG, text.encode("utf-8") + b"\n")
-    return (graph.parent / CONFIG, *_copy_tokenizer(source, graph.parent))
+    staging.write(out / CONFIG, text.encode("utf-8") + b"\n")
+    return (out / CONFIG, *_copy_tokenizer(source, out))
 
 
 def genai_config(
@@ -112,12 +126,17 @@ def genai_config(
                 },
             },
         },
-        "search": {
-            "do_sample": False,
-            "max_length": context,
-            # The graph returns a longer cache each step; a shared buffer would need one in place.
-            "past_present_share_buffer": False,
-        },
+        "search": search_settings(context),
+    }
+
+
+def search_settings(context: int) -> dict[str, Any]:
+    """Return how texts are written unless the caller says otherwise: greedily, up to `context`."""
+    return {
+        "do_sample": False,
+        "max_length": context,
+        # The graph returns a longer cache each step; a shared buffer would need one in place.
+        "past_present_share_buffer": False,
     }
 
 

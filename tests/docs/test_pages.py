@@ -45,6 +45,7 @@ NOT_RUN = {
     ("encoder-decoders.md", "kilodelta "): "a real Whisper: tests/export/test_seq2seq.py, tiny",
     ("encoder-decoders.md", "pip install"): "real bases of 150 MB, by hand",
     ("encoder-decoders.md", "import numpy"): "the same test, by HalvesWriter",
+    ("encoder-decoders.md", "import onnxruntime_genai"): "the same test, by GenaiWriter",
     ("compress.md", "kilodelta plan BASE TUNED"): "minutes; tests/compress/test_plan.py",
     ("compress.md", "torchrun"): "several processes: tests/compress/test_ranks.py",
     ("demo.md", ""): "minutes, on a real model: tests/demo/test_demo.py holds its commands",

@@ -15,11 +15,13 @@ import torch
 from kilodelta.compress import Options, compress
 from kilodelta.errors import ExportError, InputError
 from kilodelta.export import export
+from kilodelta.export.decoder.genai import CONFIG
 from kilodelta.export.manifest import artefacts
 from kilodelta.export.manifest.facts import Artefact, FileFact, Port
 from kilodelta.export.merged_model import merged_weights, open_merged
 from kilodelta.export.onnx.save import save
 from kilodelta.export.onnx.template import fill_template
+from kilodelta.export.seq2seq.genai import why_no_genai
 from kilodelta.export.seq2seq.halves import half_templates
 from kilodelta.export.seq2seq.trial import try_halves
 from kilodelta.files.checkpoint import Checkpoint
@@ -42,7 +44,7 @@ from kilodelta.models.generation.special_tokens import special_tokens
 from kilodelta.verify import verify
 from kilodelta.verify.generation.compare import TEXT
 from kilodelta.verify.generation.halves_writer import HalvesWriter
-from kilodelta.verify.generation.writers import Written
+from kilodelta.verify.generation.writers import GenaiWriter, Written
 from kilodelta.verify.parity.halves import joined
 from tests.support import pico, seq2seq
 
@@ -66,12 +68,12 @@ class Case:
             return open_merged(base, weights, delta)
 
 
-def fine_tune(base: Path, folder: Path, *, cached: bool) -> Case:
+def fine_tune(base: Path, folder: Path, *, cached: bool, dtype: str = "fp32") -> Case:
     """A large change of a base in a file, and the export."""
     tuned = pico.tuned(base, folder / "tuned", size=0.3)
     delta = folder / "task.kd"
     compress(base, tuned, delta, options=Options(method=Lora(rank=4)))
-    export(base, delta, folder / "out", kv_cache=cached)
+    export(base, delta, folder / "out", kv_cache=cached, dtype=[dtype])
     return Case(base=base, delta=delta, out=folder / "out")
 
 
@@ -153,7 +155,19 @@ def test_a_cache_has_names_and_axes(t5: Case) -> None:
     ]
     # A text begins with an empty cache.
     assert decoder.profile["past_key_values.0.decoder.key"][0] == (1, 2, 0, 8)
-    assert not (t5.out / "genai_config.json").exists()
+    assert not (t5.out / CONFIG).exists()
+
+
+def test_why_genai_does_not_run_others(tmp_path: Path) -> None:
+    whisper = open_model(seq2seq.whisper(tmp_path / "whisper"))
+
+    def heard(frames: int) -> tuple[Port, ...]:
+        return (Port(name="input_features", dtype="float32", shape=("batch", 80, frames)),)
+
+    assert "3000 frames, and this one hears 100" in str(why_no_genai(whisper, heard(100)))
+    assert why_no_genai(whisper, heard(3000)) is None
+    t5 = open_model(seq2seq.t5(tmp_path / "t5"))
+    assert why_no_genai(t5, ()) == "no genai_config.json: ONNX Runtime GenAI knows no t5"
 
 
 @pytest.mark.slow
@@ -191,6 +205,45 @@ def test_verify_generates_of_texts(t5: Case, tmp_path: Path) -> None:
     assert result.update["logits"] == pytest.approx(1, abs=1e-3)
     with pytest.raises(InputError, match="has a cache, so it is compared by what it writes"):
         verify(t5.base, t5.delta, [t5.out], inputs=inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_genai_writes_what_transformers_writes_of_a_sound(dtype: str, tmp_path: Path) -> None:
+    """ONNX Runtime GenAI itself, over several steps; it feeds a Whisper 3000 frames."""
+    pytest.importorskip("onnxruntime_genai")
+    base = seq2seq.whisper(tmp_path / "base", layers=2, seconds=30)
+    case = fine_tune(base, tmp_path, cached=True, dtype=dtype)
+    encoder, decoder = artefacts.read(case.out).artefacts
+    config = json.loads((case.out / CONFIG).read_text())
+    assert [config["model"][half]["filename"] for half in ("encoder", "decoder")] == [
+        encoder.file,
+        decoder.file,
+    ]
+    assert CONFIG in {file.file for file in decoder.files}
+    model = case.merged()
+    ids = text_prefix(model, special_tokens(model, base).end)
+    row = source_example(model, rows=1, tokens=1)
+    if dtype == "fp32":
+        written = GenaiWriter(case.out)
+        assert written.available() is None
+        text = written.write(ids, MOST, (3,), row)
+        assert list(text.chosen) == greedy(model, row, ids)
+        assert len(text.chosen) > 2
+        assert list(text.chosen) != greedy(open_model(base), row, ids)
+        with torch.no_grad():
+            whole = model.module(**row, decoder_input_ids=torch.tensor([text.fed])).logits[0]
+        np.testing.assert_allclose(text.logits, whole.numpy(), atol=1e-4)
+    np.savez(
+        tmp_path / "in.npz",
+        input_features=row["input_features"].numpy(),
+        decoder_input_ids=np.array([[4, 5]]),
+    )
+    done = verify(base, case.delta, [case.out], inputs=tmp_path / "in.npz", generate=4)
+    assert done.failure is None
+    assert done.report is not None
+    runners = {result.runner: result.error for result in done.report.results}
+    assert runners == {"onnxruntime-cpu": None, "onnxruntime-genai": None}
 
 
 @pytest.mark.slow

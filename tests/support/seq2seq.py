@@ -28,8 +28,9 @@ def t5(folder: Path, *, layers: int = 1, width: int = 16) -> Path:
     return pico.save(lambda: T5ForConditionalGeneration(config), folder, tokens=True)
 
 
-def whisper(folder: Path, *, layers: int = 1, width: int = 16) -> Path:
-    """A Whisper that hears one second, with its feature extractor and a tokenizer."""
+def whisper(folder: Path, *, layers: int = 1, width: int = 16, seconds: int = 1) -> Path:
+    """A Whisper that hears one second (OpenAI's hear 30), with its feature extractor and a
+    tokenizer."""
     from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
     config = WhisperConfig(
@@ -42,7 +43,7 @@ def whisper(folder: Path, *, layers: int = 1, width: int = 16) -> Path:
         encoder_ffn_dim=24 if width == 16 else 2 * width,
         decoder_ffn_dim=24 if width == 16 else 2 * width,
         num_mel_bins=8,
-        max_source_positions=50,
+        max_source_positions=50 * seconds,
         max_target_positions=20,
         pad_token_id=0,
         bos_token_id=2,
@@ -52,7 +53,7 @@ def whisper(folder: Path, *, layers: int = 1, width: int = 16) -> Path:
         suppress_tokens=None,
     )
     pico.save(lambda: WhisperForConditionalGeneration(config), folder, tokens=True)
-    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=8, chunk_length=seconds).save_pretrained(folder)
     return folder
 
 

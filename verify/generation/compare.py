@@ -102,13 +102,17 @@ def _prompts(merged: LoadedModel, options: VerifyOptions, end: Sequence[int]) ->
     return read_prompts(spec, merged, field=options.field, limit=limit)
 
 
-def _writers(folder: Path, artefact: Artefact) -> list[Writer | HalvesWriter]:
+def _writers(folder: Path, artefact: Artefact) -> list[Writer | HalvesWriter | GenaiWriter]:
     if isinstance(artefact, Halves):
-        return [HalvesWriter(folder / artefact.encoder.file, folder / artefact.decoder.file)]
-    writers: list[Writer | HalvesWriter] = [OnnxWriter(folder / artefact.file)]
-    if any(file.file == CONFIG for file in artefact.files):
-        writers.append(GenaiWriter(folder))
-    return writers
+        halves = HalvesWriter(folder / artefact.encoder.file, folder / artefact.decoder.file)
+        return [halves, *_genai(folder, artefact.decoder)]
+    return [OnnxWriter(folder / artefact.file), *_genai(folder, artefact)]
+
+
+def _genai(folder: Path, artefact: Artefact) -> list[GenaiWriter]:
+    """Return ONNX Runtime GenAI, where the artefact brings its configuration."""
+    stated = any(file.file == CONFIG for file in artefact.files)
+    return [GenaiWriter(folder, half=artefact.dtype == "float16")] if stated else []
 
 
 class _Bench:
@@ -127,7 +131,7 @@ class _Bench:
         self._options, self._progress = options, progress
         self._references: dict[tuple[tuple[int, ...], ...], Reference] = {}
 
-    def judge(self, writer: Writer | HalvesWriter, artefact: Artefact) -> Result:
+    def judge(self, writer: Writer | HalvesWriter | GenaiWriter, artefact: Artefact) -> Result:
         """Let one runtime write all texts, and judge them."""
         precision = precision_of(artefact)
         failed = Result(artefact=artefact.file, runner=writer.name, precision=precision)
@@ -147,7 +151,7 @@ class _Bench:
         )
         return replace(result, checks=(*result.checks, *self._texts(written, reference, result)))
 
-    def _write(self, writer: Writer | HalvesWriter, prompt: Prompt) -> Written:
+    def _write(self, writer: Writer | HalvesWriter | GenaiWriter, prompt: Prompt) -> Written:
         self._progress(
             Event(
                 stage="write",
@@ -159,7 +163,7 @@ class _Bench:
         )
         room = _room(self._pair.merged, len(prompt.ids))
         most = min(self._most, room)
-        if isinstance(writer, HalvesWriter):
+        if isinstance(writer, (HalvesWriter, GenaiWriter)):
             return writer.write(prompt.ids, most, self._end, prompt.source)
         return writer.write(prompt.ids, most, self._end)
 

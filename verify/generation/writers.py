@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kilodelta.errors import KiloDeltaError, MissingPackageError, ProofError, one_line
 from kilodelta.export.decoder.genai import CONFIG
+from kilodelta.models import Batch
 from kilodelta.models.generation.cache import PAST, POSITIONS, as_past
 from kilodelta.verify.runners.runner import UnavailableError
 
@@ -183,12 +184,13 @@ class GenaiWriter:
 
     Args:
         folder: holds `genai_config.json`.
+        half: whether an encoder there takes float16 instead of float32.
     """
 
     name = "onnxruntime-genai"
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, half: bool = False) -> None:
+        self._folder, self._floats = folder, np.float16 if half else np.float32
         self._model: Any = None
         self._package: Any = None
 
@@ -205,9 +207,22 @@ class GenaiWriter:
         self._model = self._started(lambda: onnxruntime_genai.Model(str(self._folder)), "load")
         return None
 
-    def write(self, ids: Sequence[int], most: int, end: Sequence[int]) -> Written:
-        """Continue a prompt; see `Writer`."""
-        text: Written = self._started(lambda: self._write(ids, most, end), "run")
+    def write(
+        self, ids: Sequence[int], most: int, end: Sequence[int], source: Batch | None = None
+    ) -> Written:
+        """Continue a prompt, or write of what an encoder reads; see `Writer`.
+
+        Args:
+            ids: the prompt, or the tokens that a text begins with.
+            most: how many tokens to write at most.
+            end: tokens that end a text.
+            source: what the encoder reads, one row.
+
+        Raises:
+            ProofError: the runtime stops.
+        """
+        read = {name: tensor.numpy() for name, tensor in (source or {}).items()}
+        text: Written = self._started(lambda: self._write(ids, most, end, read), "run")
         return text
 
     def _started(self, work: Callable[[], Any], verb: str) -> Any:
@@ -219,10 +234,17 @@ class GenaiWriter:
                 fix="export again with --kv-cache",
             ) from error
 
-    def _write(self, ids: Sequence[int], most: int, end: Sequence[int]) -> Written:
+    def _write(
+        self, ids: Sequence[int], most: int, end: Sequence[int], read: Mapping[str, NDArray[Any]]
+    ) -> Written:
         settings = self._package.GeneratorParams(self._model)
         settings.set_search_options(do_sample=False, max_length=len(ids) + most)
         generator = self._package.Generator(self._model, settings)
+        if read:
+            encoded = self._package.NamedTensors()
+            for name, array in read.items():
+                encoded[name] = np.ascontiguousarray(array, self._floats)
+            generator.set_inputs(encoded)
         generator.append_tokens(np.array(ids, np.int32))
         rows = [np.array(generator.get_output("logits"))[0]]
         chosen: list[int] = []
