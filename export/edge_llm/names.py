@@ -28,7 +28,7 @@ _FLOAT16 = 10  # TensorProto.FLOAT16
 Shape = tuple[int, int]
 
 
-def naming(checkpoint: Checkpoint) -> ModuleNaming:
+def engine_naming(checkpoint: Checkpoint) -> ModuleNaming:
     """Return how a base's modules are called in an engine: as in its files, under `model.`."""
     bare = not any(name.startswith(f"{ROOT}.") for name in checkpoint.names)
     return ModuleNaming(prefix=ROOT if bare else "", config=read_config(checkpoint))

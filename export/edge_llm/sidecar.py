@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from kilodelta.errors import ExportError, InputError
-from kilodelta.export.edge_llm import names as edge_names
+from kilodelta.export.edge_llm.names import check_inputs, check_places, engine_naming
 from kilodelta.export.peft.factors import (
     FactorPair,
     factor_pairs,
@@ -109,11 +109,11 @@ def export_edge_llm(
     given = delta if isinstance(delta, Delta) else load(locate_delta(delta))
     require_base(checkpoint, given.manifest.base, threads=threads, progress=progress)
     bound = given.bind(checkpoint)
-    naming = edge_names.naming(checkpoint)
-    edge_names.check_places(bound, naming)
+    naming = engine_naming(checkpoint)
+    check_places(bound, naming)
     plan = make_plan(bound, checkpoint, naming)
     if graph is not None:
-        edge_names.check_inputs(bound, plan.paths, Path(graph))
+        check_inputs(bound, plan.paths, Path(graph))
     if svd is None:
         require_low_rank(bound)
     staging.require_free(place)
