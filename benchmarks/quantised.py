@@ -76,6 +76,7 @@ def main() -> None:
         "--precisions", nargs="+", choices=PRECISIONS, default=("int4-g32", "nvfp4")
     )
     parser.add_argument("--steps", type=int, help="of the distillation; fewer to try the script")
+    parser.add_argument("--rate", type=float, help="of the distillation of smollm2")
     parser.add_argument("--minutes", type=float, help="interrupt the training then, to go on later")
     options = parser.parse_args()
     if options.minutes:
@@ -99,7 +100,7 @@ def _cells(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     from quantised_decoder import DecoderBench
 
     decoder = DecoderBench(options.bases, options.gguf, options.data, options.work, seed)
-    cells = decoder.run(options.steps)
+    cells = decoder.run(options.steps, options.rate)
     if cells is None:
         sys.exit(AGAIN)
     return cells

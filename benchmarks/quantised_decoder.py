@@ -58,11 +58,11 @@ class DecoderBench:
         self.base, self.teacher = self.task.base(), self.place / "teacher"
         self.file, self.merged = self.place / "50KB.kd", self.place / "merged.gguf"
 
-    def run(self, steps: int | None) -> dict[str, Any] | None:
+    def run(self, steps: int | None, rate: float | None) -> dict[str, Any] | None:
         """Compute all cells; None if the training was interrupted."""
         if not self.teacher.exists():
             train_teacher(self.task, self.base, self.teacher, self.seed)
-        seconds = self._seconds(steps)
+        seconds = self._seconds(steps, rate)
         if seconds is None:
             return None
         cells: dict[str, Any] = {
@@ -74,7 +74,7 @@ class DecoderBench:
             cells[name] = self._cell(name, values)
         return {**cells, **json.loads((self.place / "changed.json").read_text())}
 
-    def _seconds(self, steps: int | None) -> float | None:
+    def _seconds(self, steps: int | None, rate: float | None) -> float | None:
         """Compress, or go on with it; return the seconds that this run of it took."""
         kept, began = self.place / "seconds.json", time.monotonic()
         resume = self.file.with_name(f"{self.file.name}.resume").exists()
@@ -91,6 +91,8 @@ class DecoderBench:
             )
             if steps is not None:
                 options = replace(options, steps=steps)
+            if rate is not None:
+                options = replace(options, rate=rate)
             made = compress(
                 self.gguf, self.teacher, self.file,
                 inputs=self.task.inputs(), options=options, resume=resume,

@@ -95,13 +95,14 @@ def test_what_a_grid_keeps(page: Any, start: str, key: str, floats: str | None) 
     assert cells[1:] == shown
 
 
-SMOLLM2 = result("quantised-smollm2-2026-11-29-epyc-busy")["sets"]["smollm2"]["0"]
+SMOLLM2 = list(result("quantised-smollm2-2026-11-29-epyc-busy")["sets"]["smollm2"].values())
+"""One seed after the other."""
 
 
-def gain(name: str, key: str) -> str:
+def gain(cells: Any, name: str, key: str) -> str:
     """The share of the full fine-tune's gain."""
-    low, high = SMOLLM2["base"][key], SMOLLM2["teacher"][key]
-    return f"{(SMOLLM2[name][key] - low) / (high - low):.2f}"
+    low, high = cells["base"][key], cells["teacher"][key]
+    return f"{(cells[name][key] - low) / (high - low):.2f}"
 
 
 @pytest.mark.parametrize(
@@ -116,22 +117,30 @@ def gain(name: str, key: str) -> str:
     ],
 )
 def test_what_a_packaged_decoder_keeps(start: str, name: str) -> None:
-    shares = ["" if name == "base" else gain(name, key) for key in ("score", "loss")]
-    figures = SMOLLM2[name]
-    shown = [f"{figures['score']:.1f}", shares[0], f"{figures['loss']:.2f}", shares[1]]
+    shown = []
+    for key, form in (("score", ".1f"), ("loss", ".2f")):
+        shown.append(" / ".join(f"{cells[name][key]:{form}}" for cells in SMOLLM2))
+        shares = [] if name == "base" else [gain(cells, name, key) for cells in SMOLLM2]
+        shown.append(" / ".join(shares))
     cells = [cell.strip() for cell in row(GUIDE, start).strip("|").split("|")]
     assert cells[1:] == shown
 
 
 def test_the_triple_of_a_packaged_decoder() -> None:
     ways = ("in-grid", "beside", "float")
+    page = " ".join(GUIDE.read_text().split())
     for key, unit in (("loss", "loss"), ("score", "exact match")):
-        assert f"{' / '.join(gain(name, key) for name in ways)} by {unit}" in GUIDE.read_text()
-    assert f"{SMOLLM2['codes changed']:.1f} % of the codes change" in GUIDE.read_text()
-    start = f"SmolLM2-135M as packaged (GGUF, Q4_1), {SMOLLM2['bytes']:,} bytes"
-    cells = [cell.strip() for cell in row(README, start).strip("|").split("|")]
-    assert cells[1:] == [gain(name, "loss") for name in ways]
-    assert "by exact match " + " / ".join(gain(n, "score") for n in ways) in README.read_text()
+        triples = [" / ".join(gain(cells, name, key) for name in ways) for cells in SMOLLM2]
+        assert f"{' and '.join(triples)} by {unit}" in page
+        cells = [cell.strip() for cell in row(README, f"by {unit}").strip("|").split("|")]
+        assert cells[1:] == [" / ".join(gain(c, name, key) for c in SMOLLM2) for name in ways]
+    (fast,) = result("quantised-smollm2-80-steps-2026-11-29-epyc-busy")["sets"]["smollm2"].values()
+    assert f"{' / '.join(gain(fast, name, 'score') for name in ways)} of the gain" in page
+    changed = " / ".join(f"{cells['codes changed']:.1f}" for cells in SMOLLM2)
+    assert f"{changed} % of the codes change" in page
+    sizes = dict.fromkeys(f"{cells['bytes']:,}" for cells in SMOLLM2)
+    packaged = f"SmolLM2-135M as packaged (GGUF, Q4_1), {' / '.join(sizes)} bytes"
+    assert packaged in " ".join(README.read_text().split())
 
 
 def kept(seeds: Any, name: str, figure: str = "score") -> list[str]:
