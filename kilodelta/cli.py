@@ -88,15 +88,24 @@ class _Commands(click.Group):
                 formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
+        arguments = list(ctx.args)  # click takes them out of the context
         try:
             with _signals_as_interrupts():
                 return super().invoke(ctx)
         except KiloDeltaError as error:
             _refuse(ctx, error)
+        except click.UsageError as error:
+            if _asks_for_json(arguments) and terminal.speaks():
+                where = error.ctx.command_path if error.ctx else "kilodelta"
+                terminal.print_json({"error": error.format_message(), "fix": f"see {where} --help"})
+            raise  # click prints it to stderr, with the command's usage, and exits with 2
         except KeyboardInterrupt as stop:
             number = getattr(stop, "signal", signal.SIGINT)
             if terminal.speaks():
-                terminal.print_error(*_ended_by(number))
+                what, fix = _ended_by(number)
+                if ctx.meta.get(JSON):
+                    terminal.print_json({"error": what, "fix": fix})
+                terminal.print_error(what, fix)
             raise SystemExit(128 + number) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -107,6 +116,11 @@ class _Commands(click.Group):
             # Any look at such a path fails, so that no command need ask for it in each place.
             what = f"{error.filename!s:.80}... is too long for a path"
             _refuse(ctx, InputError(what, fix="check the path"))
+
+
+def _asks_for_json(arguments: list[str]) -> bool:
+    """Tell whether `--json` is among arguments that click could not read, before any `--`."""
+    return "--json" in arguments[: (*arguments, "--").index("--")]
 
 
 def _refuse(ctx: click.Context, error: KiloDeltaError) -> NoReturn:

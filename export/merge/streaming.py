@@ -48,6 +48,7 @@ class MergeStream:
         """
         meter = Meter("merge", sum(plan.size for plan in plans), "B", progress)
         with _opened(plans) as files:
+            meter.add(sum(len(plan.header) for plan in plans))
             jobs = [(files[plan.path], piece) for plan in plans for piece in plan.pieces]
             digests = parallel.run(
                 lambda job: self._write_piece(*job, meter),

@@ -141,15 +141,20 @@ def show(report: Report, *, as_json: bool) -> None:
         rows.append(("config", f"{', '.join(report.config)}: merge puts them into config.json"))
     if report.dropped:
         names = ", ".join(change.name for change in report.dropped[:3])
+        names += ", ..." if len(report.dropped) > 3 else ""
         rows.append(
             (
                 "not stored",
-                f"{len(report.dropped)} changed tensors with "
-                f"{report.dropped_energy:.1%} of the change ({names}, ...); see --extras",
+                f"{_tensors(len(report.dropped))} with "
+                f"{report.dropped_energy:.1%} of the change ({names}); see --extras",
             )
         )
     rows += [("mode", f"{mode}: {answer}") for mode, answer in modes(report).items()]
     terminal.print_facts([*rows, ("result", report.result)])
+
+
+def _tensors(count: int) -> str:
+    return "1 changed tensor" if count == 1 else f"{count} changed tensors"
 
 
 def _verdict(report: Report) -> str:

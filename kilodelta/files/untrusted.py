@@ -166,6 +166,19 @@ def short(value: Any) -> str:
     return f"{value!r:.40}"
 
 
+def kind(value: Any) -> str:
+    """Say in JSON's words what a parsed value is.
+
+    Example:
+        >>> kind(None), kind([1]), kind(2.5), kind(True)
+        ('null', 'a list', 'a number', 'true')
+    """
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    names = {str: "text", list: "a list", dict: "an object", int: "a number", float: "a number"}
+    return names[type(value)]
+
+
 def flag(value: Any, where: str) -> bool:
     """Check true or false.
 

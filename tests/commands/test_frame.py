@@ -184,6 +184,23 @@ class TestEnds:
         assert json.loads(result.stdout) == {"error": r"it \x1b[31mbroke", "fix": "mend it"}
         assert "error: it" in result.stderr
 
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["merge", "--json"],
+            ["merge", "a", "b", "-o", "c", "--threads", "none", "--json"],
+            ["inspect", "--json", "--no-such-option"],
+            ["fleet", "run", "--jobs", "-1", "--json"],
+            ["aply", "--json"],
+        ],
+    )
+    def test_with_json_misspelt_arguments_are_a_document(self, arguments: list[str]) -> None:
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 2
+        document = json.loads(result.stdout)
+        assert document["error"] in result.stderr.replace("\n", " ")
+        assert document["fix"].endswith(" --help")
+
     def test_a_file_called_json_does_not_ask_for_json(self, tmp_path: Path) -> None:
         result = CliRunner().invoke(main, ["inspect", "--", "--json"])
         assert (result.exit_code, result.stdout) == (3, "")
@@ -192,9 +209,10 @@ class TestEnds:
         def stop() -> None:
             raise KeyboardInterrupt
 
-        result = ending(stop)
+        result = ending(stop, "--json")
         assert result.exit_code == 130
         assert "error: interrupted" in result.stderr
+        assert json.loads(result.stdout)["error"] == "interrupted"
 
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
     def test_a_signal_ends_a_command_as_ctrl_c_does(

@@ -133,10 +133,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "empty": ({"messages": []}, "messages is no list"),
     "parts": (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-        "is list, not text",
+        "is a list, not text",
     ),
-    "tools": ({"messages": [{"role": "assistant", "content": None}]}, "is NoneType, not text"),
-    "number": ({"prompt": "x", "completion": 3}, "completion is int, not text"),
+    "tools": ({"messages": [{"role": "assistant", "content": None}]}, "is null, not text"),
+    "number": ({"prompt": "x", "completion": 3}, "completion is a number, not text"),
     "half": ({"prompt": "x", "completion": "\ud800"}, "half of a surrogate pair"),
 }
 

@@ -110,6 +110,12 @@ def test_arrays_that_a_module_cannot_take(
         ({"input_ids": np.array([[1, -2]])}, "holds -2, which is no token of Tokens"),
         ({"input_ids": np.zeros((2, 3), int), "attention_mask": np.ones((3, 3), int)}, "differ"),
         ({"attention_mask": np.ones((3, 3), int)}, "lacks input_ids"),
+        ({"input_ids": np.zeros((2, 0), int)}, "input_ids has shape (2, 0)"),
+        ({"input_ids": np.full((2, 3), 2**64 - 1, np.uint64)}, "holds 18446744073709551615"),
+        (
+            {"input_ids": np.ones((2, 4), int), "attention_mask": np.ones((2, 3), int)},
+            "input_ids has 4 tokens a row, attention_mask has 3",  # Tokens would not look at it
+        ),
     ],
 )
 def test_arrays_that_are_no_texts(arrays: dict[str, Any], expected: str, tmp_path: Path) -> None:
@@ -275,11 +281,29 @@ def test_texts_that_no_tokenizer_takes(tmp_path: Path) -> None:
     assert ":2 holds half of a surrogate pair" in error(lambda: read_texts(path)).what
     os.mkfifo(tmp_path / "pipe.txt")
     assert "not a regular file" in error(lambda: read_texts(tmp_path / "pipe.txt")).what
-    path.write_text("[1]\n")
-    assert ":1 is a list, not an object" in error(lambda: read_texts(path)).what
     path.write_text('{"words": "a"}\n')
     assert "it holds words" in error(lambda: read_texts(path)).what
     assert read_texts(path, field="words") == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("[1]", ":1 is a list, not an object"),
+        ("null", ":1 is null, not an object"),
+        ("3", ":1 is a number, not an object"),
+        ('{"text": 3}', ":1: 'text' is a number, not text"),
+        ('{"text": null}', ":1: 'text' is null, not text"),
+        ('{"text": [true]}', ":1: 'text' is a list, not text"),
+        ("[" * 100_000, ":1 is nested too deeply"),
+        ("{", ":1 is not JSON: "),
+    ],
+)
+def test_lines_that_hold_no_text(line: str, expected: str, tmp_path: Path) -> None:
+    """In JSON's words, not in Python's."""
+    path = tmp_path / "A.JSONL"  # records, as of a suffix in small letters
+    path.write_text(line + "\n")
+    assert expected in error(lambda: open_source(path)).what
 
 
 def test_a_tokenizer_s_own_complaint_is_a_sentence() -> None:
@@ -348,6 +372,7 @@ def test_sources_are_judged_without_a_model(tmp_path: Path) -> None:
     assert "rows differ: x float64 (4, 2), y" in error(lambda: open_source(uneven)).what
     assert "is no kind of input" in error(lambda: open_source("a.csv")).what
     assert "is no file" in error(lambda: open_source("absent.txt")).what
+    assert "empty text" in error(lambda: open_source("")).what  # not the working directory
     assert not is_entry("a:b:c")
 
 

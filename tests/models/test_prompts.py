@@ -68,10 +68,10 @@ def test_lines_of_text(model: Any, tmp_path: Path) -> None:
         ('{"messages": "rain"}', "messages is no list of messages"),
         ('{"prompt": []}', "prompt is no list of messages"),
         ('{"messages": [{"content": "rain"}]}', "message 1 has no role"),
-        ('{"messages": [{"role": "user"}]}', "content of message 1 is NoneType, not text"),
+        ('{"messages": [{"role": "user"}]}', "content of message 1 is null, not text"),
         (
             '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
-            "content of message 1 is list, not text",
+            "content of message 1 is a list, not text",
         ),
         ('{"messages": [{"role": "assistant", "content": "rain"}]}', "begins with the assistant"),
         ('{"text": "' + "rain " * 40 + '"}', "is a prompt of 4. tokens"),

@@ -160,8 +160,9 @@ def check_count(count: int, spec: str, held_out: int | None, batch: int) -> int:
         100
     """
     if count < FEWEST:
+        present = "1 input" if count == 1 else f"{count} inputs"
         raise InputError(
-            f"{spec} holds {count} inputs; distillation needs at least {FEWEST}, better thousands",
+            f"{spec} holds {present}; distillation needs at least {FEWEST}, better thousands",
             fix="give more inputs; they need no labels",
         )
     wanted = min(HELD_OUT_MOST, max(1, round(HELD_OUT * count))) if held_out is None else held_out

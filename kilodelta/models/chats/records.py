@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from kilodelta.errors import InputError
-from kilodelta.models.inputs.texts import check_encodable, read_lines
+from kilodelta.files import untrusted
+from kilodelta.models.inputs.texts import check_encodable, parse_record, read_lines
 
 ASSISTANT = "assistant"
-_FORMATS = 'write {"messages": [{"role": "user", "content": "..."}, ...]} or {"prompt": "...", "completion": "..."}'  # noqa: E501
+_EXAMPLE = '{"messages": [{"role": "user", "content": "..."}, ...]}'
+_FORMATS = f'write {_EXAMPLE} or {{"prompt": "...", "completion": "..."}}'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +95,10 @@ def read_chats(path: Path, *, limit: int | None = None) -> list[Chat]:
 
 
 def _chat(line: str, place: str) -> Chat:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place} is not JSON: {error}", fix="write one object per line") from None
-    if isinstance(record, dict) and "messages" in record:
+    record = parse_record(line, place, _EXAMPLE)
+    if "messages" in record:
         return Chat(place=place, messages=read_messages(record["messages"], "messages", place))
-    if isinstance(record, dict) and {"prompt", "completion"} <= record.keys():
+    if {"prompt", "completion"} <= record.keys():
         prompt, completion = record["prompt"], record["completion"]
         if isinstance(prompt, list) and isinstance(completion, list):
             both = (read_messages(part, name, place) for name, part in
@@ -110,7 +109,7 @@ def _chat(line: str, place: str) -> Chat:
             prompt=_text(prompt, "prompt", place),
             completion=_text(completion, "completion", place),
         )
-    what = ", ".join(record) or "nothing" if isinstance(record, dict) else type(record).__name__
+    what = ", ".join(record) or "nothing"
     raise InputError(f"{place} holds {what}, and the records before are chats", fix=_FORMATS)
 
 
@@ -139,7 +138,7 @@ def read_messages(value: Any, name: str, place: str) -> tuple[Message, ...]:
 def _text(value: Any, name: str, place: str) -> str:
     if not isinstance(value, str):
         raise InputError(
-            f"{place}: {name} is {type(value).__name__}, not text",
+            f"{place}: {name} is {untrusted.kind(value)}, not text",
             fix="give texts: images, tool calls and other parts of messages are not read",
         )
     check_encodable(value, place)

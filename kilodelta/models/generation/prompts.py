@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +19,10 @@ from typing import Any
 from kilodelta.errors import InputError
 from kilodelta.models.chats.records import ASSISTANT, Message, read_messages
 from kilodelta.models.chats.tokens import render
-from kilodelta.models.inputs.texts import read_lines
+from kilodelta.models.inputs.texts import parse_record, read_lines
 from kilodelta.models.loaded import Batch, LoadedModel
+
+_EXAMPLE = '{"messages": [{"role": "user", "content": "..."}]}'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,21 +79,10 @@ def _records(path: Path) -> Iterator[tuple[str, str | dict[str, Any]]]:
         place = f"{path}:{number}"
         if not line.strip():
             continue
-        if path.suffix != ".jsonl":
+        if path.suffix.lower() != ".jsonl":
             yield place, line.strip()
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{place} is not JSON: {error}", fix="write one object per line"
-            ) from None
-        if not isinstance(record, dict):
-            raise InputError(
-                f"{place} is a {type(record).__name__}, not an object",
-                fix='write lines like {"messages": [{"role": "user", "content": "..."}]}',
-            )
-        yield place, record
+        else:
+            yield place, parse_record(line, place, _EXAMPLE)
 
 
 def _ids(

@@ -19,6 +19,7 @@ from kilodelta.models.quiet import quiet
 TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 """Inputs of text models: integers of shape (batch, tokens)."""
 IMAGES = "pixel_values"
+_LARGEST = 2**63 - 1
 _PLAIN = {"f": np.float32, "i": np.int64, "u": np.int64}
 """By the kind of numpy's dtype: what a model computes with."""
 
@@ -46,6 +47,7 @@ def check(named: Mapping[str, Any], loaded: LoadedModel, origin: str) -> Batch:
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise InputError(f"{origin}: rows differ: {listed}", fix="give as many of each")
+    _check_lengths(batch, origin)
     for name, tensor in batch.items():
         _check_values(name, tensor, loaded, origin)
     return batch
@@ -114,14 +116,6 @@ def _cannot_compute(row: Batch, loaded: LoadedModel, origin: str, problem: Excep
             f"{loaded.max_length}",
             fix=f"cut the rows to {loaded.max_length} tokens",
         )
-    others = [name for name in TOKENS[1:] if name in row and row[name].shape[1:] != (tokens,)]
-    if tokens and others:
-        return InputError(
-            f"{origin}: input_ids has {tokens} tokens a row, {others[0]} has "
-            f"{' x '.join(map(str, row[others[0]].shape[1:])) or 'none'}",
-            fix=f"give {others[0]} for the same tokens; what generation keeps between steps is no "
-            "input here",
-        )
     side, pixels = stated_side(loaded), row.get("pixel_values")
     if side is not None and pixels is not None and tuple(pixels.shape[-2:]) != side:
         return InputError(
@@ -139,6 +133,25 @@ def _cannot_compute(row: Batch, loaded: LoadedModel, origin: str, problem: Excep
         fix="give what the model was trained on: floats as float32 (pixels scaled and"
         " normalised), token ids as integers, within the sizes that it takes",
     )
+
+
+def _check_lengths(batch: Batch, origin: str) -> None:
+    """Require as many numbers for the tokens as tokens.
+
+    Left to itself, transformers fills a mask up with zeros that is shorter than the tokens, and
+    cuts a longer one, without a word.
+    """
+    ids = batch.get("input_ids")
+    if ids is None or ids.dim() != 2:
+        return
+    for name in TOKENS[1:]:
+        if name in batch and batch[name].dim() == 2 and batch[name].shape[1] != ids.shape[1]:
+            raise InputError(
+                f"{origin}: input_ids has {ids.shape[1]} tokens a row, {name} has "
+                f"{batch[name].shape[1]}",
+                fix=f"give {name} for the same tokens; what generation keeps between steps is no "
+                "input here",
+            )
 
 
 def _failure(batch: Batch, loaded: LoadedModel) -> Exception | None:
@@ -174,6 +187,11 @@ def _array(name: str, value: Any, origin: str) -> Any:
     array = np.asarray(value)
     if array.dtype.kind not in "fiub":
         raise _no_array(name, array.dtype, origin)
+    if array.dtype.kind == "u" and array.size and int(array.max()) > _LARGEST:
+        raise InputError(
+            f"{origin}: {name} holds {int(array.max())}, and models compute with int64",
+            fix=f"give numbers up to {_LARGEST}",
+        )
     return array
 
 
@@ -203,6 +221,8 @@ def _check_kind(
     wanted = _wanted(name, dtype, shape, loaded)
     if not shape or shape[0] == 0:
         wanted = wanted or "(batch, ...) with at least one row"
+    elif 0 in shape and name in (*TOKENS, IMAGES):
+        wanted = wanted or "rows of at least one number"
     if wanted is not None:
         raise InputError(f"{origin}: {name} has shape {shape} of {dtype}", fix=f"give {wanted}")
 

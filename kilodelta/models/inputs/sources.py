@@ -93,9 +93,11 @@ def check_spec(spec: str | Path) -> None:
         InputError: they are not.
     """
     path = Path(spec)
+    if not str(spec):  # a path of nothing would be the working directory
+        raise InputError("the inputs are named by an empty text", fix=f"give {KINDS}")
     if path.is_dir():
         return
-    if path.suffix in (*TEXTS, ARRAYS) or is_media(path):
+    if path.suffix.lower() in (*TEXTS, ARRAYS) or is_media(path):
         if not path.is_file():
             raise InputError(f"{spec} is no file", fix="check the path")
     elif not is_entry(str(spec)):
@@ -116,7 +118,7 @@ def open_source(spec: str | Path, *, field: str = "text", limit: int | None = No
     """
     check_spec(spec)
     text = str(spec)
-    suffix = Path(spec).suffix
+    suffix = Path(spec).suffix.lower()
     if is_media(Path(spec)):
         return read_media(Path(spec), limit)
     if suffix == ".jsonl" and lists_media(Path(spec)):

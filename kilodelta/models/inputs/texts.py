@@ -8,9 +8,10 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from kilodelta.errors import InputError
-from kilodelta.files import plain
+from kilodelta.files import plain, untrusted
 
 
 def read_texts(path: str | Path, *, field: str = "text", limit: int | None = None) -> list[str]:
@@ -41,7 +42,7 @@ def read_texts(path: str | Path, *, field: str = "text", limit: int | None = Non
 def _texts(path: Path, field: str) -> Iterator[str]:
     for number, line in enumerate(read_lines(path), 1):
         if line.strip():
-            is_record = path.suffix == ".jsonl"
+            is_record = path.suffix.lower() == ".jsonl"
             yield _text(line, field, f"{path}:{number}") if is_record else line.strip()
 
 
@@ -73,24 +74,44 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def _text(line: str, field: str, place: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place} is not JSON: {error}", fix="write one object per line") from None
-    if not isinstance(record, dict):
+    record = parse_record(line, place, f'{{"{field}": "..."}}')
+    if field not in record:
         raise InputError(
-            f"{place} is a {type(record).__name__}, not an object",
-            fix=f'write lines like {{"{field}": "..."}}',
+            f"{place} has no field {field!r}; it holds {', '.join(record) or 'nothing'}",
+            fix="give every line that field, or name another one by --field",
         )
-    text = record.get(field)
+    text = record[field]
     if not isinstance(text, str):
-        present = ", ".join(record) or "nothing"
-        what = "has no" if field not in record else "has no text in its"
         raise InputError(
-            f"{place} {what} field {field!r}; it holds {present}", fix="name the field of the text"
+            f"{place}: {field!r:.80} is {untrusted.kind(text)}, not text",
+            fix="write texts there, or name the field of the text by --field",
         )
     check_encodable(text, place)
     return text
+
+
+def parse_record(line: str, place: str, example: str) -> dict[str, Any]:
+    """Parse one line of a `.jsonl` file.
+
+    Args:
+        line: the line.
+        place: file and line, for errors.
+        example: such a line, for errors.
+
+    Raises:
+        InputError: it is no JSON object.
+    """
+    try:
+        record = json.loads(line)
+    except RecursionError:
+        raise InputError(f"{place} is nested too deeply", fix=f"write {example}") from None
+    except ValueError as error:
+        raise InputError(f"{place} is not JSON: {error}", fix="write one object per line") from None
+    if not isinstance(record, dict):
+        raise InputError(
+            f"{place} is {untrusted.kind(record)}, not an object", fix=f"write lines like {example}"
+        )
+    return record
 
 
 def check_encodable(text: str, place: str) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 from kilodelta.errors import InputError
 from kilodelta.files import plain
-from kilodelta.models.inputs.texts import read_lines
+from kilodelta.models.inputs.texts import parse_record, read_lines
 
 IMAGES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 SOUNDS = frozenset({".flac", ".ogg", ".wav"})
@@ -163,12 +163,7 @@ def _held(record: Record) -> str:
 
 
 def _record(line: str, path: Path, place: str, field: str) -> Record:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place} is not JSON: {error}", fix="write one object per line") from None
-    if not isinstance(record, dict):
-        raise InputError(f"{place} is no object", fix='write lines like {"image": "a.jpg"}')
+    record = parse_record(line, place, '{"image": "a.jpg"}')
     image, sound = (_path(record, key, path, place) for key in ("image", "audio"))
     text = _text(record, field, place)
     if image is not None and sound is not None:
