@@ -96,6 +96,25 @@ def logits(folder: Path, kind: str = "AutoModelForCausalLM") -> Tensor:
 # ---- values across types
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_tuned_tensor_that_holds_no_numbers_is_refused(value: float, tmp_path: Path) -> None:
+    """A truncated SVD runs nothing, so no output would show it."""
+    numbers = {"a": torch.ones(4), "n": torch.tensor([1.0, -torch.inf])}
+    wrong = torch.tensor([1.0, 2.0, value, 3.0])
+    base = saved(tmp_path / "b", numbers)
+    tuned = saved(tmp_path / "t", {**numbers, "a": wrong})
+    with pytest.raises(CheckpointError, match="t: a holds NaN or infinity"):
+        compare(base, tuned)
+    moved = {"a": torch.zeros(4), "n": torch.tensor([2.0, -torch.inf])}
+    assert len(compare(base, saved(tmp_path / "m", moved))) == 2  # a mask's infinity may stay
+    new = saved(tmp_path / "h", {**numbers, "head": wrong})
+    if value != value:
+        with pytest.raises(CheckpointError, match="h: head holds NaN"):
+            compare(base, new)
+    else:
+        assert [change.name for change in compare(base, new)] == ["head"]
+
+
 @pytest.mark.parametrize(("narrow", "name"), [(torch.bfloat16, "BF16"), (torch.float16, "F16")])
 def test_another_float_type_alone_is_no_change(
     narrow: torch.dtype, name: str, tmp_path: Path

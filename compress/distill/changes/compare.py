@@ -13,7 +13,7 @@ from math import hypot, inf, prod
 import numpy as np
 import torch
 
-from kilodelta.errors import BaseMismatchError
+from kilodelta.errors import BaseMismatchError, CheckpointError
 from kilodelta.files import dtypes
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.models.weights import dtype_of
@@ -80,6 +80,7 @@ def compare(
 
     Raises:
         BaseMismatchError: the two have no tensor in common, or none differs.
+        CheckpointError: a tensor that differs holds NaN, or infinity where the base has a number.
     """
     if not any(name in base for name in tuned.names):
         raise BaseMismatchError(
@@ -145,6 +146,8 @@ def _varies(checkpoint: Checkpoint, name: str) -> bool:
 def _change(base: Checkpoint, tuned: Checkpoint, name: str) -> Change | None:
     info = tuned.info(name)
     if name not in base or base.info(name).shape != info.shape:
+        if info.dtype in _FLOATS and any(bool(part.isnan().any()) for part in _parts(tuned, name)):
+            raise _no_numbers(tuned, name, "NaN")
         return Change(name=name, dtype=info.dtype, shape=info.shape, norm=inf, relative=inf)
     if _equal(base, name, tuned, name):
         return None
@@ -212,10 +215,19 @@ def _norms(base: Checkpoint, tuned: Checkpoint, name: str) -> tuple[float, float
     """Return the norm of the change, and over the norm of the base's tensor, in float64."""
     change, size = 0.0, 0.0
     for old, new in zip(_parts(base, name), _parts(tuned, name), strict=True):
+        if bool((old.isfinite() & ~new.isfinite()).any()):
+            raise _no_numbers(tuned, name, "NaN or infinity")
         before = old.double()
         change = hypot(change, _norm(new.double() - before))
         size = hypot(size, _norm(before))
     return change, change / max(size, 1e-30)
+
+
+def _no_numbers(tuned: Checkpoint, name: str, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{tuned.path}: {name} holds {what}",
+        fix="the fine-tune diverged, or the file is damaged: give another checkpoint of it",
+    )
 
 
 def _norm(values: torch.Tensor) -> float:
