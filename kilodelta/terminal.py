@@ -94,6 +94,11 @@ def print_line(text: str) -> None:
     print(printable(text))
 
 
+def print_text(text: str) -> None:
+    """Print a text of many lines to stdout, whole."""
+    print(printable(text, len(text), keep="\n"))
+
+
 def print_error(what: str, fix: str) -> None:
     """Print an error and the way out to stderr."""
     print(

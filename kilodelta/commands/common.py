@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from kilodelta import terminal
 
@@ -31,6 +32,21 @@ class Command(click.Command):
         for option in self.params:
             if isinstance(option, click.Option) and option.default == "":
                 option.show_default = False  # its help says what nothing stands for
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse, and refuse empty paths: "$UNSET" in a script would mean the working directory.
+
+        Raises:
+            click.BadParameter: a path that was given is an empty text.
+        """
+        rest = super().parse_args(ctx, args)
+        for parameter in self.params:
+            given = ctx.params.get(parameter.name or "")
+            paths = given if isinstance(given, tuple) else (given,)
+            is_typed = ctx.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+            if isinstance(parameter.type, click.Path) and is_typed and "" in paths:
+                raise click.BadParameter("an empty text is no path", ctx=ctx, param=parameter)
+        return rest
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples, unwrapped: a command line is copied whole or not at all."""

@@ -92,8 +92,11 @@ def _show(found: Difference, every: bool) -> None:
 @click.option("--licence", default="", help="The base's licence, such as apache-2.0.")
 @click.option("--title", default="", help="The heading; the file's name by default.")
 @click.option("--force", is_flag=True, help="Replace OUT.")
+@as_json
 @with_spinner
-def card(file: str, out: str | None, force: bool, **given: str) -> Callable[[], None]:
+def card(
+    file: str, out: str | None, force: bool, as_json: bool, **given: str
+) -> Callable[[], None]:
     """Write a model card for a .kd FILE: what it is, how good, and how to apply it.
 
     The front matter is what the Hugging Face hub reads.
@@ -106,9 +109,12 @@ def card(file: str, out: str | None, force: bool, **given: str) -> Callable[[], 
 
     text = card(inspect(locate_delta(file)).to_json(), **given)
     if out is None:
-        return lambda: terminal.print_line(text)
+        show = terminal.print_json if as_json else terminal.print_text
+        return lambda: show({"card": text} if as_json else text.rstrip("\n"))
     place = Path(out)
     if place.exists() and not force:
         raise OutputError(f"{place} exists already", fix="give a new name, or --force")
     staging.write(place, text.encode("utf-8"))
+    if as_json:
+        return lambda: terminal.print_json({"out": str(place), "card": text})
     return lambda: terminal.print_facts([("card", str(place))])

@@ -123,6 +123,7 @@ def diff(
     """
     deltas = [Path(path).suffix == ".kd" for path in (first, second)]
     if deltas[0] != deltas[1]:
+        Checkpoint.open(Path(first if deltas[1] else second))  # says if that is no model at all
         raise InputError(
             f"{os.fspath(first)} and {os.fspath(second)} are a model and a delta",
             fix="merge the delta first, or give two models, or two .kd files",

@@ -148,6 +148,25 @@ def test_a_command_that_is_not_there_is_refused() -> None:
     assert "apply" in result.output
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["digest", ""],
+        ["merge", "a", "", "-o", "b"],
+        ["merge", "a", "b", "-o", ""],
+        ["verify", "a", "b", "c", ""],
+        ["status", ""],
+        ["fleet", "status", ""],
+        ["trust", "a", "--add", "b", "--add", ""],
+    ],
+)
+def test_an_empty_path_is_not_the_working_directory(arguments: list[str]) -> None:
+    """As a script gives it whose variable is not set."""
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert "an empty text is no path" in result.output
+
+
 class TestEnds:
     """What ends a command: an error, Ctrl-C, or a signal."""
 

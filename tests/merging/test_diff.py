@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kilodelta.errors import InputError
+from kilodelta.errors import CheckpointError, InputError
 from kilodelta.files import safetensors
 from kilodelta.files.dtypes import FLOATS
 from kilodelta.files.tensor import RawTensor
@@ -125,6 +125,12 @@ def test_deltas_by_manifest_and_by_update() -> None:
     assert len(found.rows) + found.same == len({*a.targets, *b.targets})
     assert sum(row.share or 0 for row in found.rows) == pytest.approx(1.0)
     assert diff(one, one, base=base).equal
+
+
+def test_what_is_no_model_is_said_beside_a_delta() -> None:
+    for absent in (GOLDEN / "absent.safetensors", GOLDEN / "make.py", GOLDEN.parent):
+        with pytest.raises(CheckpointError):
+            diff(GOLDEN / "lora-4.kd", absent)
 
 
 def test_a_model_is_not_compared_with_a_delta() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import kilodelta
+from kilodelta.cli import main
 from kilodelta.errors import InputError
 from kilodelta.report.card import card
 from tests.support.processes import GOLDEN
@@ -56,3 +60,14 @@ def test_texts_of_a_file_stay_texts() -> None:
 def test_odd_names_are_refused(given: dict[str, str]) -> None:
     with pytest.raises(InputError, match="is no"):
         card(contents(), **given)
+
+
+def test_the_command_prints_the_card_as_it_is_written(tmp_path: Path) -> None:
+    file, place = str(GOLDEN / "nola-8.kd"), tmp_path / "README.md"
+    printed = CliRunner().invoke(main, ["card", file]).stdout
+    written = CliRunner().invoke(main, ["card", file, "-o", str(place), "--json"]).stdout
+    assert printed == place.read_text() == card(contents(path=file))
+    assert json.loads(written) == {"out": str(place), "card": printed}
+    assert json.loads(CliRunner().invoke(main, ["card", file, "--json"]).stdout) == {
+        "card": printed
+    }

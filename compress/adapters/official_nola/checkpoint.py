@@ -120,8 +120,13 @@ def _unpickled(path: Path) -> tuple[dict[str, RawTensor], str | None]:
     try:
         loaded = torch.load(path, map_location=here, weights_only=True)
     except Exception as problem:  # torch has no class for what may be wrong with a pickle
+        why = "it is damaged, or no checkpoint of torch"
+        if type(problem).__name__ == "UnpicklingError":  # whose text advises to run the code in it
+            why = "it holds other Python objects than tensors, or is damaged"
+        elif isinstance(problem, ValueError):
+            why = one_line(problem)[:200]
         raise CheckpointError(
-            f"{path} cannot be read as weights: {one_line(problem)[:200]}",
+            f"{path} cannot be read as weights: {why}",
             fix="give the checkpoint as the official code saved it, or as .safetensors",
         ) from None
     state = loaded.get("model_state_dict", loaded) if isinstance(loaded, dict) else loaded
