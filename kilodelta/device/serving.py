@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kilodelta.device.folder.device_folder import DeviceFolder
 from kilodelta.device.folder.state import State
 from kilodelta.device.modes import Mode, Session, open_mode
+from kilodelta.device.request import check_request, read_known
 from kilodelta.device.update import admit
 from kilodelta.errors import InputError, KiloDeltaError
 from kilodelta.files import npz
@@ -54,6 +55,7 @@ class Device:
         self.folder = DeviceFolder.open(folder)
         self._mode: Mode = open_mode(self.folder)
         self._sessions = _Sessions(self._mode.held)
+        self._known = read_known(self.folder.base)
 
     @property
     def state(self) -> State:
@@ -75,16 +77,18 @@ class Device:
 
         Args:
             batch: the inputs by name. Their values must fit the model's types: token ids that are
-                no whole numbers are refused, never rounded.
+                negative or no whole numbers are refused, never rounded. An input that the model
+                lacks may hold zeros only.
             delta: a `.kd` file to compute this request with, or "base"; by default what is served.
             deltas: the same for each row of the batch, where the folder was bundled with slots.
 
         Raises:
             FileError, BaseMismatchError, InputError: the file is damaged, for another base, or of a
                 kind that this folder's mode cannot take; or there are more fine-tunes than slots,
-                or not as many as rows.
+                or not as many as rows; or an input is missing, or does not fit the others.
             ProofError: the model does not take these inputs.
         """
+        check_request(batch, self._known)
         if deltas is None:
             return self.session(delta).run(batch)
         _check_rows(batch, delta, deltas)

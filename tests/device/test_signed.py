@@ -418,6 +418,9 @@ def test_metrics_are_printed_and_escaped(team: Team) -> None:
     from kilodelta.cli import main
     from kilodelta.device.folder import metrics
 
+    both = CliRunner().invoke(main, ["status", str(team.device), "--prometheus", "--json"])
+    assert both.exit_code == 2
+    assert "name a file for the metrics" in json.loads(both.stdout)["error"]
     done = CliRunner().invoke(main, ["status", str(team.device), "--prometheus"])
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()

@@ -79,7 +79,7 @@ class OnnxRunner:
         except Exception as error:
             raise ProofError(
                 f"{self.name} cannot compute these inputs: {one_line(error)}",
-                fix="export with a profile that covers these shapes",
+                fix="give ids of the model's own vocabulary, and shapes that its profile covers",
             ) from error
         return {name: _array(value) for name, value in zip(names, values, strict=True)}
 

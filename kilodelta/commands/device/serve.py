@@ -133,6 +133,8 @@ def status(folder: str, check: bool, prometheus: str | None, as_json: bool) -> C
     """Say what a device FOLDER is, what it serves, and what was done to it."""
     from kilodelta.device import status
 
+    if prometheus == STDOUT and as_json:
+        raise click.UsageError("--prometheus and --json both print: name a file for the metrics")
     done = status(folder, check=check, prometheus=None if prometheus == STDOUT else prometheus)
     if prometheus == STDOUT:
         from kilodelta.device.folder.metrics import metrics

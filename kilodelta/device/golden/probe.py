@@ -23,7 +23,10 @@ from kilodelta.verify.parity.gate import Limit
 from kilodelta.verify.parity.metrics import Metrics, compare
 from kilodelta.verify.runners.runner import Arrays, Batch
 
-_FIX = "what was served before goes on; send the file's maker this message"
+_FIX = (
+    "what was served before goes on; where kilodelta status FOLDER --check finds the folder whole,"
+    " send the file's maker this message"
+)
 
 Run = Callable[[Batch], Arrays]
 
