@@ -108,9 +108,10 @@ def card(
     from kilodelta.report.card import card
 
     text = card(inspect(locate_delta(file)).to_json(), **given)
+    if out is None and as_json:
+        return lambda: terminal.print_json({"card": text})
     if out is None:
-        show = terminal.print_json if as_json else terminal.print_text
-        return lambda: show({"card": text} if as_json else text.rstrip("\n"))
+        return lambda: terminal.print_text(text.rstrip("\n"))
     place = Path(out)
     if place.exists() and not force:
         raise OutputError(f"{place} exists already", fix="give a new name, or --force")
