@@ -42,6 +42,7 @@ from kilodelta.format.methods import Nola
 from kilodelta.format.targets import Patterns
 from tests.support import pico
 from tests.support.adapting import run
+from tests.support.lasting import lasting_folder
 from tests.support.making import delta
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -72,7 +73,7 @@ def settings(kind: str, labels: int) -> dict[str, Any]:
 
 @functools.cache
 def case(kind: str = "BertForSequenceClassification", model: str = "bert") -> Case:
-    folder = Path(tempfile.mkdtemp(prefix="heads-"))
+    folder = lasting_folder("heads")
     base = pico.MODELS[model](folder / "base")
     config = json.loads((base / "config.json").read_bytes()) | settings(kind, 5)
     config["pad_token_id"] = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from kilodelta.format.delta import Delta
 from kilodelta.format.methods import Nola
 from kilodelta.format.targets import Patterns
 from tests.support import making, pico
+from tests.support.lasting import lasting_folder
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -53,7 +53,7 @@ class Case:
 
 @functools.cache
 def case(name: str = "bert", dtype: str = "float32") -> Case:
-    folder = Path(tempfile.mkdtemp(prefix="patch-heads-"))
+    folder = lasting_folder("patch-heads")
     base = pico.MODELS[name](folder / "base")
     config = json.loads((base / "config.json").read_bytes())
     config |= {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from kilodelta.models import LoadedModel, View, example, open_model
 from kilodelta.verify.parity.gate import limit
 from kilodelta.verify.parity.metrics import compare
 from tests.support import pico
+from tests.support.lasting import lasting_folder
 from tests.support.making import delta
 
 Feeds = dict[str, np.ndarray[Any, Any]]
@@ -48,7 +48,7 @@ class Base:
 @functools.cache
 def base(name: str) -> Base:
     """A pico model, exported once; of the bare encoder without its pooler, which then is idle."""
-    folder = Path(tempfile.mkdtemp(prefix="adapting-"))
+    folder = lasting_folder("adapting")
     path = pico.MODELS[name](folder / "base")
     loaded = open_model(path).choosing(["last_hidden_state"] if name == "bert" else [])
     template = export_template(loaded)
