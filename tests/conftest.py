@@ -52,18 +52,30 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("KILODELTA_CACHE", str(cache))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _traces_of_a_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Equal models are traced once (`support.traces`), by fixtures of a whole module as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        _remember_traces(tmp_path_factory, patch)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def _remembered_traces(
+def _traces_of_a_test(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Equal models are traced once (`support.traces`), where the exporter is in memory at all."""
+    """The same where a test before this one, of the same module, has loaded the exporter."""
+    _remember_traces(tmp_path_factory, monkeypatch)
+
+
+def _remember_traces(factory: pytest.TempPathFactory, patch: pytest.MonkeyPatch) -> None:
     named = sys.modules.get("kilodelta.export.onnx.named")
     if named is None or importlib.util.find_spec("onnxscript") is None:
         return
     from tests.support.traces import remembered, shared_folder
 
-    shared = shared_folder(tmp_path_factory.getbasetemp())
-    monkeypatch.setattr(named, "trace", remembered(named.trace, shared))
+    if named.trace.__name__ == "trace":
+        patch.setattr(named, "trace", remembered(named.trace, shared_folder(factory.getbasetemp())))
 
 
 @pytest.fixture
