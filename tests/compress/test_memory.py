@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from kilodelta.compress.distill.pair import open_pair
 from kilodelta.compress.distill.placement import Placement, require_weights_fit
 from kilodelta.compress.distill.planning import estimate as estimating
 from kilodelta.compress.distill.planning import room
-from kilodelta.compress.distill.planning.memory import counting_kept, resident
+from kilodelta.compress.distill.planning.memory import counting_kept
 from kilodelta.compress.distill.teacher import ask as asking
 from kilodelta.compress.distill.teacher.ask import batch_rows
 from kilodelta.compress.distill.teacher.swap import as_tuned
@@ -31,6 +32,7 @@ from kilodelta.compress.training import train
 from kilodelta.compress.training.activations import blocks_of, checkpointed
 from kilodelta.errors import InputError
 from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.memory import resident
 from kilodelta.models import open_model
 from kilodelta.models.weights import tensor
 from tests.support import pico
@@ -206,6 +208,21 @@ def test_free_memory_goes_back_to_the_system() -> None:
     memory.give_back()
     assert held - resident() > 40_000_000
     assert len(pin) == 60_000
+
+
+def test_garbage_is_collected_where_the_process_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection takes a second where many libraries are loaded; most calls have none to do."""
+    held, times = [1 << 30], []
+    monkeypatch.setattr(memory, "_after_collection", 1 << 30)
+    monkeypatch.setattr(memory, "resident", lambda: held[-1])
+    monkeypatch.setattr(gc, "collect", lambda: times.append(held[-1]))
+    for grown in (0, memory.GROWN - 1, memory.GROWN, memory.GROWN, 2 * memory.GROWN):
+        held.append((1 << 30) + grown)
+        memory.give_back()
+    assert times == [(1 << 30) + memory.GROWN, (1 << 30) + 2 * memory.GROWN]
+    held.append(0)  # a system that does not say
+    memory.give_back()
+    assert times[-1] == 0
 
 
 def test_large_blocks_are_mapped_apart_where_memory_is_short(

@@ -22,10 +22,11 @@ from kilodelta.compress.distill.planning import curve as curves
 from kilodelta.compress.distill.planning import estimate as estimating
 from kilodelta.compress.distill.planning.curve import parse_budgets
 from kilodelta.compress.distill.planning.estimate import Estimate
-from kilodelta.compress.distill.planning.memory import available, counting_kept, resident
+from kilodelta.compress.distill.planning.memory import available, counting_kept
 from kilodelta.compress.distill.processes import settle as settling
 from kilodelta.errors import InputError, OutputError
 from kilodelta.format.methods import Lora
+from kilodelta.memory import resident
 from tests.support import pico
 
 OPTIONS = ("--steps", "8", "--batch", "8", "-q")

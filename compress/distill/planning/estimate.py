@@ -23,13 +23,14 @@ from kilodelta.compress.distill.learn.schedule import Schedule
 from kilodelta.compress.distill.learn.steps import EVALUATIONS, LOOKED_AT, Run
 from kilodelta.compress.distill.learn.survey import survey
 from kilodelta.compress.distill.placement import choose_placement, wants_shards
-from kilodelta.compress.distill.planning.memory import available, counting_kept, resident
+from kilodelta.compress.distill.planning.memory import available, counting_kept
 from kilodelta.compress.distill.processes.shards import Parts, require_parts
 from kilodelta.compress.distill.student import attach_student, late_logits
 from kilodelta.compress.distill.teacher.ask import compute, estimate
 from kilodelta.compress.distill.teacher.swap import as_tuned
 from kilodelta.compress.training import train
 from kilodelta.compress.training.activations import checkpointed
+from kilodelta.memory import resident
 from kilodelta.models import LoadedModel
 from kilodelta.models.inputs.sources import Source
 from kilodelta.progress import Event, Progress

@@ -1,11 +1,10 @@
-"""Measure memory: what this process holds, what the machine has left, what a pass keeps."""
+"""Measure memory: what a device or the machine has left, and what a pass keeps."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -50,17 +49,6 @@ def counting_kept(module: torch.nn.Module) -> Iterator[Kept]:
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         yield kept
-
-
-def resident() -> int:
-    """Return the bytes of memory that this process holds now; 0 where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
-    import resource
-
-    return pages * resource.getpagesize()
 
 
 def available(device: torch.device | None = None) -> int | None:
