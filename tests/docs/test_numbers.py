@@ -212,6 +212,8 @@ def test_what_llama_cpp_writes() -> None:
 
 VISION = result("models-vision-2026-11-29-epyc-busy")["tasks"]
 LONGER = result("models-vision-300-steps-2026-11-29-epyc-busy")["tasks"]
+SECOND = result("models-vision-second-seed-2026-11-29-epyc-busy")["tasks"]
+"""Seed 1 of few images, whose file was made in 300 steps."""
 
 
 @pytest.mark.parametrize(
@@ -230,7 +232,9 @@ LONGER = result("models-vision-300-steps-2026-11-29-epyc-busy")["tasks"]
 )
 def test_what_a_few_images_teach(start: str, name: str) -> None:
     run = LONGER if "300 steps" in start else VISION
-    columns = [kept(run.get(f"vision-{shots}", {}), name) for shots in (16, 4, 1)]
+    beside = {} if run is VISION and name == "kd" else SECOND
+    tasks = [f"vision-{shots}" for shots in (16, 4, 1)]
+    columns = [kept({**run.get(task, {}), **beside.get(task, {})}, name) for task in tasks]
     shown = [f"{at} ({share})" if share else at for _, at, share in columns]
     sizes = {size for sizes, _, _ in columns for size in sizes.split(" / ")}
     if name not in ("base", "teacher"):
