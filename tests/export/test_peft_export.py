@@ -15,6 +15,7 @@ import kilodelta
 from kilodelta.errors import BaseMismatchError, ExportError, InputError, OutputError
 from kilodelta.export.peft.adapter import PeftOptions, export_peft
 from kilodelta.export.peft.factors import float_factors
+from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.format.methods import Lora, Method, Nola, RandLora, UniLora, Vera
@@ -270,6 +271,27 @@ def test_targets_and_settings_are_those_that_vllm_takes(tmp_path: Path) -> None:
         assert shapes.pop(f"{start}.lora_A.weight") == (6, target.matrix[1])
         assert shapes.pop(f"{start}.lora_B.weight") == (target.matrix[0], 6)
     assert not shapes
+
+
+def test_olive_reads_the_update_from_ranks_that_differ(tmp_path: Path) -> None:
+    """Olive's `convert-adapters` turns every factor round, multiplies B by lora_alpha / r of the
+    whole adapter, and passes over patterns: `x A B` has to be the update all the same."""
+    from safetensors.numpy import load_file
+
+    base = pico.llama(tmp_path / "base")
+    layers = Patterns(include=("*_proj.weight",))
+    made = with_zeros(base, layers, lambda name, k: ".1." in name and k != 2)
+    export_peft(base, made, tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    bound = made.bind(Checkpoint.open(base))
+    for name in bound.targets:
+        start = "base_model.model." + name.removesuffix(".weight")
+        A, B = (tensors[f"{start}.lora_{side}.weight"].T.astype(float) for side in "AB")
+        update = bound.update(name)
+        product = A @ B * config["lora_alpha"] / config["r"]
+        # Each factor is rounded once, to float32's 24 bits.
+        assert np.linalg.norm(product - update.T) <= 2**-22 * np.linalg.norm(update)
 
 
 def test_a_path_that_ends_another_is_targeted_alone(tmp_path: Path) -> None:
