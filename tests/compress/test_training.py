@@ -23,10 +23,10 @@ from kilodelta.format.methods import Lora, Method, Nola
 from tests.support.training import EVERY, LAYERS, batch, classifier, rows
 
 COMPILED = [
-    pytest.param(method, id=method.name, marks=[] if number < 2 else pytest.mark.slow)
+    pytest.param(method, id=method.name, marks=pytest.mark.slow if number else [])
     for number, method in enumerate(EVERY)
 ]
-"""Compiling takes ten seconds each: all but two are for `--slow`."""
+"""Compiling takes ten seconds each: all but one are for `--slow`."""
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

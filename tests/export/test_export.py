@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,18 +210,29 @@ def test_an_engine_is_built_from_every_architecture(case: Case, tmp_path: Path) 
     assert size == (tmp_path / "model.engine").stat().st_size > 10_000
 
 
-def test_engines_without_onnx_in_two_precisions(bert: Bert, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        pytest.param({"fp16": "float16"}, id="fp16"),
+        pytest.param(
+            {"fp16": "float16", "bf16": "bfloat16"}, id="fp16 and bf16", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_engines_without_onnx_in_precisions(
+    dtypes: Mapping[str, str], bert: Bert, tmp_path: Path
+) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     profile = ("--profile", "batch=1,2,4", "--profile", "sequence=3,8,16")
-    asked = ("--tensorrt", "sm80,sm89", "--dtype", "fp16", "--dtype", "bf16", *profile)
-    result = bert(tmp_path / "out", *asked, "--json")
+    chosen = [word for short in dtypes for word in ("--dtype", short)]
+    result = bert(tmp_path / "out", "--tensorrt", "sm80,sm89", *chosen, *profile, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert found["not_kept"] == ["model.fp16.onnx", "model.bf16.onnx"]
+    assert found["not_kept"] == [f"model.{short}.onnx" for short in dtypes]
     manifest = artefacts.read(tmp_path / "out")
     artefacts.check_files(tmp_path / "out", manifest)
-    assert [a.file for a in manifest.artefacts] == ["model.fp16.engine", "model.bf16.engine"]
-    assert [a.dtype for a in manifest.artefacts] == ["float16", "bfloat16"]
+    assert [a.file for a in manifest.artefacts] == [f"model.{short}.engine" for short in dtypes]
+    assert [a.dtype for a in manifest.artefacts] == list(dtypes.values())
     for artefact in manifest.artefacts:
         engine = artefact.engine
         assert engine is not None

@@ -262,11 +262,16 @@ def test_a_graph_runs_at_every_size_that_it_declares(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "batch", "shape"),
     [
-        (Late, {"x": torch.randn(2, 6, 4)}, ("batch", 6, 4)),
-        (Recurrent, {"x": torch.randn(2, 5, 4)}, ("batch", 5, 4)),
-        (OneRow, {"x": torch.randn(1, 5, 4)}, (1, 5, 4)),
+        pytest.param(Late, {"x": torch.randn(2, 6, 4)}, ("batch", 6, 4), id="a branch"),
+        pytest.param(
+            Recurrent,
+            {"x": torch.randn(2, 5, 4)},
+            ("batch", 5, 4),
+            id="a frozen length",
+            marks=pytest.mark.slow,  # torch unrolls the GRU for 20 seconds
+        ),
+        pytest.param(OneRow, {"x": torch.randn(1, 5, 4)}, (1, 5, 4), id="one row"),
     ],
-    ids=["a branch", "a frozen length", "one row"],
 )
 def test_what_cannot_vary_in_the_graph_is_fixed_and_said(
     make: Callable[[], nn.Module], batch: dict[str, Tensor], shape: Any, tmp_path: Path

