@@ -52,7 +52,8 @@ code, pre { font: .85rem/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, mon
 td code { overflow-wrap: anywhere; } td:has(> code) { min-width: 9rem; }
 pre { background: var(--box); padding: .7rem .9rem; border-radius: .3rem; overflow-x: auto; }
 figure { margin: .8rem 0; } figure svg { width: 100%; height: auto; display: block; }
-figure.small { max-width: 38rem; } figure.map svg { min-width: 34rem; }
+figure.small { max-width: 38rem; } figure.small svg { min-width: 27rem; }
+figure.map svg { min-width: 34rem; }
 """
 )
 
