@@ -120,7 +120,7 @@ def check(options: Options, *, learns: bool) -> None:
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
             raise InputError(f"{name} is {value}", fix=f"give {_range(low, high)}")
-    if options.rate is not None and options.rate <= 0:
+    if options.rate is not None and not 0 < options.rate < math.inf:
         raise InputError(f"rate is {options.rate}", fix="give a learning rate above 0")
     if options.tune is not None and not 0 < options.tune < math.inf:
         raise InputError(f"tune is {options.tune}", fix="give minutes above 0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -34,17 +35,22 @@ class Command(click.Command):
                 option.show_default = False  # its help says what nothing stands for
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse, and refuse empty paths: "$UNSET" in a script would mean the working directory.
+        """Parse, and refuse what click takes: "$UNSET" as a path would be the working directory,
+        and NaN is in no range and out of none.
 
         Raises:
-            click.BadParameter: a path that was given is an empty text.
+            click.BadParameter: a path that was given is an empty text, or a number is NaN.
         """
         rest = super().parse_args(ctx, args)
         for parameter in self.params:
             given = ctx.params.get(parameter.name or "")
             paths = given if isinstance(given, tuple) else (given,)
             is_typed = ctx.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
-            if isinstance(parameter.type, click.Path) and is_typed and "" in paths:
+            if isinstance(given, float) and math.isnan(given):
+                raise click.BadParameter("NaN is no number", ctx=ctx, param=parameter)
+            is_flag = getattr(parameter, "flag_value", None) == ""  # --html without a value
+            is_path = isinstance(parameter.type, click.Path) and not is_flag
+            if is_path and is_typed and "" in paths:
                 raise click.BadParameter("an empty text is no path", ctx=ctx, param=parameter)
         return rest
 

@@ -91,8 +91,10 @@ def globbed(root: Path, where: str, patterns: list[str]) -> list[Path]:
     """Return the paths of all patterns in name order.
 
     Raises:
-        FieldError: a pattern matches nothing.
+        FieldError: there are no patterns, or one matches nothing.
     """
+    if not patterns:
+        raise FieldError(f"{where} is an empty list")
     out: dict[Path, None] = {}
     for pattern in patterns:
         hits = sorted(glob.glob(str(root / pattern)))

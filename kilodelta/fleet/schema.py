@@ -33,7 +33,8 @@ from kilodelta.errors import InputError
 from kilodelta.export.quantised.graph import FORMS
 from kilodelta.files import plain
 from kilodelta.files.dtypes import PRECISIONS
-from kilodelta.files.untrusted import FieldError
+from kilodelta.files.untrusted import FieldError, short
+from kilodelta.fleet.compression import compression_options
 from kilodelta.fleet.definition import FineTune, Fleet, FleetBase, FleetTarget
 from kilodelta.fleet.fields import (
     NAME,
@@ -188,6 +189,7 @@ def _target(name: str, table: dict[str, Any]) -> FleetTarget:
     options = {k: v for k, v in table.items() if k not in ("kind", "resources")}
     checked = typed_fields(options, where, KINDS[kind])
     _require_precision(checked, where)
+    _require_counts(checked, where)
     if kind == "tensorrt":
         _require_capabilities(checked.get("for"), f"{where}.for")
     if "bundle" in checked:
@@ -197,6 +199,7 @@ def _target(name: str, table: dict[str, Any]) -> FleetTarget:
                 f"{where}.bundle.mode is {inner.get('mode')!r:.40}, not one of {', '.join(MODES)}"
             )
         _require_precision(inner, f"{where}.bundle", PRECISIONS)
+        _require_counts(inner, f"{where}.bundle")
         if inner.get("blocks", FORMS[0]) not in FORMS:
             raise FieldError(
                 f"{where}.bundle.blocks is {inner['blocks']!r:.40}, not one of {', '.join(FORMS)}"
@@ -214,12 +217,27 @@ def _require_precision(options: Mapping[str, Any], where: str, long: Collection[
         raise FieldError(f"{where}.dtype is {dtype!r:.40}, not one of {', '.join(DTYPES)}")
 
 
+def _require_counts(options: Mapping[str, Any], where: str) -> None:
+    for key in ("rank", "svd", "version"):
+        if key in options and not 0 < options[key] < 1 << 63:
+            raise FieldError(
+                f"{where}.{key} is {short(options[key])}, not a whole number from 1 to 2^63 - 1"
+            )
+
+
 def _require_capabilities(names: Any, where: str) -> None:
     if not names:
         raise FieldError(f"{where} is missing: for example ['sm86', 'sm89']")
     for name in names:
         if not _CAPABILITY.match(name):
             raise FieldError(f"{where} names {name!r:.40}, which is not like sm86")
+
+
+def _require_options(table: Mapping[str, Any], where: str, *, learns: bool) -> None:
+    try:
+        compression_options(table, learns=learns)
+    except InputError as error:
+        raise FieldError(f"{where}: {error.what}; {error.fix}") from None
 
 
 def _group(root: Path, where: str, table: Any, bases: Mapping[str, FleetBase]) -> list[FineTune]:
@@ -240,6 +258,9 @@ def _group(root: Path, where: str, table: Any, bases: Mapping[str, FleetBase]) -
         typed(table, where, "compress", dict, {}), f"{where}.compress", COMPRESS
     )
     texts = {n: typed(table, where, n, str, None) for n in ("inputs", "labels")}
+    if key == "tuned":
+        learns = texts["inputs"] is not None or bases[base].inputs is not None
+        _require_options(compress, f"{where}.compress", learns=learns)
 
     def named(name: str, which: str, default: Path | None) -> Path | None:
         text = texts[which]

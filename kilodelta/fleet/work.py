@@ -39,23 +39,10 @@ def preload(kinds: set[str]) -> list[str]:
 def compress(p: Params, out: Path) -> dict[str, Any]:
     """Distil a tuned model; the record holds what `kilodelta compress --json` prints."""
     from kilodelta.compress.distill.compress import compress
-    from kilodelta.compress.distill.options import options_from
+    from kilodelta.fleet.compression import compression_options
 
-    given: dict[str, Any] = {
-        "budget": None,
-        "method": None,
-        "rank": None,
-        "bases": None,
-        "lr": None,
-    }
-    given |= p["options"]
-    bits = given.pop("bits", None)
-    for name in ("targets", "exclude"):
-        if name in given:
-            given[name] = tuple(given[name])
-    options = options_from(
-        bits=None if bits is None else str(bits), labels=p["labels"], model=p["model"], **given
-    )
+    learns = p["inputs"] is not None
+    options = compression_options(p["options"], learns=learns, labels=p["labels"], model=p["model"])
     report = compress(
         p["base"], p["tuned"], out / f"{p['name']}.kd", inputs=p["inputs"], options=options
     )

@@ -167,6 +167,22 @@ def test_an_empty_path_is_not_the_working_directory(arguments: list[str]) -> Non
     assert "an empty text is no path" in result.output
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compress", "a", "b", "-o", "c", "--min-agreement", "nan"],
+        ["compress", "a", "b", "-o", "c", "--lr", "nan"],
+        ["merge", "a", "b", "-o", "c", "--min-changed", "nan"],
+        ["bundle", "a", "-o", "b", "--mode", "patch", "--ceiling", "nan"],
+    ],
+)
+def test_nan_is_no_limit(arguments: list[str]) -> None:
+    """Nothing is below it, so nothing would be refused."""
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert "NaN is no number" in result.output
+
+
 class TestEnds:
     """What ends a command: an error, Ctrl-C, or a signal."""
 
