@@ -44,7 +44,12 @@ from kilodelta.compress.distill.processes.shards import shard_pair, sharded_by_l
 from kilodelta.compress.distill.report import Report
 from kilodelta.compress.distill.request import as_given, check_outputs, find_models, open_inputs
 from kilodelta.compress.distill.results import check_quality, finish
-from kilodelta.compress.distill.student import attach_student, build_delta, late_logits
+from kilodelta.compress.distill.student import (
+    attach_student,
+    build_delta,
+    late_logits,
+    weights_as_stored,
+)
 from kilodelta.compress.distill.teacher.ask import Shelf
 from kilodelta.compress.distill.teacher.swap import as_tuned
 from kilodelta.compress.training import train
@@ -309,22 +314,24 @@ def _learn(
     schedule = schedule_of(job)
     facts = run_facts(job, data, schedule, labels)
     searched: Tuned | None = None
-    room = data.ranks.least(rows_that_fit(student, data, 2 * schedule.batch))
-    give_back()
-    fitting = min(room, schedule.batch)
-    # The rows are counted by what is in use; holes in the heap may take as much again.
-    with mapped_apart() if room < 2 * schedule.batch else nullcontext():
-        if job.options.tune is not None:
-            searched = tune(
-                student, data, schedule, job.options.tune, _of_trials(progress),
-                kept=trials, facts=facts, resume=resume, piece=fitting,
+    with weights_as_stored(job, student, data):
+        room = data.ranks.least(rows_that_fit(student, data, 2 * schedule.batch))
+        give_back()
+        fitting = min(room, schedule.batch)
+        # The rows are counted by what is in use; holes in the heap may take as much again.
+        with mapped_apart() if room < 2 * schedule.batch else nullcontext():
+            if job.options.tune is not None:
+                searched = tune(
+                    student, data, schedule, job.options.tune, _of_trials(progress),
+                    kept=trials, facts=facts, resume=resume, piece=fitting,
+                )  # fmt: skip
+                schedule = replace(schedule, rate=searched.rate)
+                facts = run_facts(job, data, schedule, labels)
+                resume = resume and kept.exists()  # the search may have been interrupted
+            done = distill(
+                student, data, schedule, progress,
+                kept=kept, facts=facts, resume=resume, piece=fitting,
             )  # fmt: skip
-            schedule = replace(schedule, rate=searched.rate)
-            facts = run_facts(job, data, schedule, labels)
-            resume = resume and kept.exists()  # the search may have been interrupted
-        done = distill(
-            student, data, schedule, progress, kept=kept, facts=facts, resume=resume, piece=fitting
-        )
     if searched is not None:
         done = replace(done, rate=searched.rate, trials=searched.trials)
     delta = build_delta(job, progress)

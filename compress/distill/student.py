@@ -1,26 +1,35 @@
 """Attach a delta to the student, and make a file's delta of what it was trained to.
 
-A decoder puts out hidden states for as long as it learns, where its logits can be computed late.
+A decoder puts out hidden states for as long as it learns, where its logits can be computed late,
+and weights that the base stores in a narrower type stay in its files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+
+import torch
+from torch import Tensor
 
 from kilodelta.compress.distill import svd
 from kilodelta.compress.distill.job import Job, as_dtype
 from kilodelta.compress.distill.learn.data import Data
 from kilodelta.compress.distill.learn.late_head import LOGITS, LateTopClasses, find_head, late
+from kilodelta.compress.distill.learn.outputs import run
 from kilodelta.compress.training import train
 from kilodelta.compress.training.conversion import quantised
+from kilodelta.compress.training.widening import can_widen, widened
 from kilodelta.format.delta import Delta
 from kilodelta.format.methods import Lora
+from kilodelta.memory import give_back
 from kilodelta.merging.build import Recipe, build
 from kilodelta.models import LoadedModel
-from kilodelta.models.weights import fill
+from kilodelta.models.weights import TORCH, MappedCheckpoint, fill
 from kilodelta.progress import Progress
+
+NARROW = (torch.bfloat16, torch.float16)
 
 
 def attach_student(job: Job) -> None:
@@ -103,3 +112,59 @@ def late_logits(job: Job, student: LoadedModel, data: Data) -> Iterator[Data]:
             for output, comparison in zip(plain.outputs, plain.comparisons, strict=True)
         ]
         yield replace(data, objective=replace(plain, comparisons=comparisons))
+
+
+@contextmanager
+def weights_as_stored(job: Job, student: LoadedModel, data: Data) -> Iterator[None]:
+    """Map the frozen weights of linear layers in this block where float32 would copy them.
+
+    What a model's code does with a layer's weight beside the layer's product is not known. So the
+    outputs on a row of the inputs must stay what they were, bit for bit; otherwise the copies
+    remain.
+
+    Args:
+        job: what is trained; rounding to a grid takes whole weights, which then stay copies.
+        student: the delta attached.
+        data: what it learns from, of which one row is tried.
+    """
+    stored = {} if job.precisions or data.ranks.in_step else _stored(job, student)
+    with ExitStack() as stack:
+        if stored:
+            before = _outputs(student, data)
+            layers = can_widen(student.module)
+            stack.enter_context(widened(layers, stored))
+            give_back()
+            after = _outputs(student, data)
+            if not all(map(torch.equal, before, after)):
+                stack.close()
+            del before, after
+        yield
+
+
+def _stored(job: Job, student: LoadedModel) -> dict[str, Tensor]:
+    """Return the weights that the base's files hold in a narrower type, by state name."""
+    pair = job.pair
+    extras = {pair.names[c.name] for c in job.split.extras if c.name in pair.names}
+    layers = can_widen(student.module, extras)
+    files = MappedCheckpoint(pair.base)
+    places = {pair.names[n]: n for n in pair.base.names if n in pair.names}
+    narrow = {
+        state: name
+        for state, name in places.items()
+        if state in layers
+        and TORCH.get(pair.base.info(name).dtype) in NARROW
+        and pair.base.info(name).shape == tuple(layers[state].weight.shape)
+    }
+    found = {state: files.tensor(name) for state, name in narrow.items()}
+    return {state: values for state, values in found.items() if values is not None}
+
+
+def _outputs(student: LoadedModel, data: Data) -> list[Tensor]:
+    """Compute a row as a step does, and as a measurement does."""
+    batch = data.rows.batch([data.learned[0]])
+    found = []
+    for grown in (True, False):
+        with torch.set_grad_enabled(grown):
+            outputs = run(student, batch, one_row=data.survey.one_row)
+        found += [values.detach() for values in outputs.values()]
+    return found

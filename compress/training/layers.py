@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from kilodelta.compress.training.sites import AttachedTarget, Site
 from kilodelta.compress.training.through_grid import TargetGrid
 from kilodelta.compress.training.update import FactoredUpdate
+from kilodelta.compress.training.widening import weight_of
 from kilodelta.models.layers import is_conv1d
 
 _SHARDED = "_kilodelta_sharded"
@@ -116,7 +117,7 @@ class AddLinear(LayerHook):
         if sum_is_cheaper(given.numel() // given.shape[-1], update):
             left, right = reversed(update.pair()) if self.transposed else update.pair()
             # One fused product, W + left right^T: dW alone is never held.
-            module.__dict__["weight"] = weight.addmm(left, right.t())
+            module.__dict__["weight"] = weight_of(module).addmm(left, right.t())
         else:
             module.__dict__[_UPDATE] = update
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -58,6 +60,16 @@ def test_kept_activations_are_counted_once_and_without_the_weights() -> None:
         (y * y).sum()
     assert kept.nbytes == 4 * (3 * 10 + 3 * 20)  # the layer keeps x, exp and the product keep y
     assert kept.largest == 4 * 3 * 20
+
+
+def test_what_was_counted_is_not_held() -> None:
+    x = torch.randn(3, 10, requires_grad=True)
+    with counting_kept(torch.nn.Linear(1, 1)):
+        y = x.exp()  # keeps its own output
+    held = weakref.ref(y)
+    del y
+    gc.collect()
+    assert held() is None
 
 
 def test_an_estimate_leaves_the_models_and_the_disk_alone(here: Path) -> None:

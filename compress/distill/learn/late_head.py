@@ -107,7 +107,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _same(tensor: Tensor) -> Tensor:
-    return tensor
+    return tensor.detach()  # a node that keeps its own output would hold itself otherwise
 
 
 def find_head(

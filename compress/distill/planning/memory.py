@@ -45,7 +45,9 @@ def counting_kept(module: torch.nn.Module) -> Iterator[Kept]:
             size = tensor.untyped_storage().nbytes()
             kept.nbytes += size
             kept.largest = max(kept.largest, size)
-        return tensor
+        # A node that keeps its own output (exp, softmax, attention) would hold itself through the
+        # tensor as it is, and no collector sees such a cycle: the graph would stay for ever.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         yield kept
