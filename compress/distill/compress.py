@@ -42,7 +42,13 @@ from kilodelta.compress.distill.processes.ranks import Ranks, one_voice
 from kilodelta.compress.distill.processes.settle import for_processes
 from kilodelta.compress.distill.processes.shards import shard_pair, sharded_by_layers
 from kilodelta.compress.distill.report import Report
-from kilodelta.compress.distill.request import as_given, check_outputs, find_models, open_inputs
+from kilodelta.compress.distill.request import (
+    as_given,
+    check_cache,
+    check_outputs,
+    find_models,
+    open_inputs,
+)
 from kilodelta.compress.distill.results import check_quality, finish
 from kilodelta.compress.distill.student import (
     attach_student,
@@ -144,6 +150,7 @@ def compress(
         agree = ranks.agree
         models = agree(lambda: find_models(base, tuned))
         agree(lambda: check_outputs(Path(out), models, force=force, resume=resume, learns=learns))
+        agree(lambda: check_cache(options, models))
         source, labels = agree(lambda: open_inputs(inputs, options))
         options = agree(lambda: for_processes(options, models["the base"], ranks, learns=learns))
         ranks = replace(ranks, in_step=learns and ranks.any(options.shard == "always"))

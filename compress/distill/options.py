@@ -128,8 +128,11 @@ def check(options: Options, *, learns: bool) -> None:
         raise InputError(
             "--tune searches for a rate, and --lr gives one", fix="give one of the two"
         )
-    if wrong := [name for name, weight in options.outputs.items() if not weight > 0]:
-        raise InputError(f"output {wrong[0]} has the weight 0", fix="give one above 0, or omit it")
+    for name, weight in options.outputs.items():
+        if not 0 < weight < math.inf:
+            raise InputError(
+                f"output {name} has the weight {weight:g}", fix="give one above 0, or omit it"
+            )
     if isinstance(options.method, str) and options.method not in METHODS:
         raise InputError(
             f"{options.method!r} is no method", fix=f"choose one of {', '.join(METHODS)}"

@@ -148,7 +148,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
+    is_numbered = device is not None and device.index is not None
+    if device is None or device.type not in (("cuda",) if is_numbered else ("cpu", "cuda", "mps")):
         raise InputError(f"{name!r} is no device", fix="give auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(

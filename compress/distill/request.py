@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +68,29 @@ def check_outputs(
                 f"{left} holds an interrupted run",
                 fix="go on with it by --resume, or begin anew by --force",
             )
+
+
+def check_cache(options: Options, models: Mapping[str, Path]) -> None:
+    """Check that the tuned model's outputs may be kept where the user wants them.
+
+    Args:
+        options: name the folder, or none.
+        models: by what each is called, the models that are read.
+
+    Raises:
+        OutputError: it is a file, lies in one, or is a model's own folder.
+    """
+    if options.teacher_cache is None:
+        return
+    cache, fix = Path(options.teacher_cache), "give another folder with --teacher-cache"
+    if not options.teacher_cache:
+        raise OutputError("--teacher-cache names no folder", fix=fix)
+    present = next(p for p in (cache, *cache.absolute().parents) if os.path.lexists(p))
+    if not present.is_dir():
+        raise OutputError(f"{present} is no folder, so no teacher cache can lie there", fix=fix)
+    for what, path in models.items():
+        if path.is_dir() and cache.is_dir() and os.path.samefile(cache, path):
+            raise OutputError(f"{cache} is {what}, which is read and never written", fix=fix)
 
 
 def open_inputs(

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from kilodelta.files.tying import memory_of
+
 _STORED = "_kilodelta_stored"
 """The attribute in which a layer holds its weight as the file stores it."""
 
@@ -37,14 +39,15 @@ def can_widen(module: nn.Module, trained: Collection[str] = ()) -> dict[str, nn.
         >>> list(can_widen(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
         ['0.weight']
     """
-    uses = Counter(id(p) for owner in module.modules() for p in owner._parameters.values())
+    held = (p for owner in module.modules() for p in owner._parameters.values())
+    uses = Counter(memory_of(parameter) for parameter in held if parameter is not None)
     return {
         name: owner
         for name, owner in ((f"{path}.weight", owner) for path, owner in module.named_modules())
         if type(owner) is nn.Linear
         and "forward" not in owner.__dict__  # a head that is computed late
         and type(owner.weight) is nn.Parameter
-        and uses[id(owner.weight)] == 1
+        and uses[memory_of(owner.weight)] == 1
         and owner.weight.dtype == torch.float32
         and owner.weight.device.type == "cpu"
         and not owner.weight.requires_grad

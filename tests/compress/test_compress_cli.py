@@ -124,10 +124,13 @@ def test_slips_are_answered_before_a_model_is_opened(
         (Options(budget=0), "budget is 0"),
         (Options(steps=1), "steps is 1"),
         (Options(rate=0.0), "rate is 0"),
+        (Options(rate=float("nan")), "rate is nan"),
+        (Options(rate=float("inf")), "rate is inf"),
         (Options(held_out=0), "held_out is 0"),
         (Options(seed=-1), "seed is -1"),
         (Options(min_agreement=2.0), "min_agreement is 2"),
         (Options(outputs={"logits": 0.0}), "output logits has the weight 0"),
+        (Options(outputs={"logits": float("inf")}), "output logits has the weight inf"),
         (Options(method="dora"), "'dora' is no method"),
         (Options(bits=5), "coefficients cannot have 5 bits"),
         (Options(method=RandLora(), bits=16), "randlora coefficients cannot have 16 bits"),
@@ -136,6 +139,25 @@ def test_slips_are_answered_before_a_model_is_opened(
 def test_options_out_of_range(options: Options, expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         check(options, learns=True)
+
+
+@pytest.mark.parametrize(
+    ("cache", "expected"),
+    [
+        ("", "names no folder"),
+        ("ids.npz/below", "ids.npz is no folder, so no teacher cache"),
+        ("dangling", "dangling is no folder"),
+        ("models", "models is the base, which is read and never written"),
+    ],
+)
+def test_places_that_are_no_teacher_cache(cache: str, expected: str, here: Path) -> None:
+    os.symlink("nowhere", "dangling")
+    (here / "models").mkdir()
+    os.link("base.safetensors", "models/model.safetensors")
+    result = typed(*LEARN, "--teacher-cache", cache, models=("models", "tuned.safetensors"))
+    assert result.exit_code == OutputError.exit_code
+    assert expected in result.stderr
+    assert not (here / "task.kd").exists()
 
 
 def test_options_as_they_are_typed() -> None:

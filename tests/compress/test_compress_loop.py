@@ -201,7 +201,7 @@ def test_a_loss_that_is_not_finite_says_what_to_do() -> None:
     student, data = task()
     with torch.no_grad():
         next(student.module.parameters()).fill_(torch.nan)
-    with pytest.raises(InputError, match="the loss is nan after 0 steps"):
+    with pytest.raises(InputError, match="the loss is nan before the first step: the base's own"):
         distill(student, data, SCHEDULE, silent)
 
 

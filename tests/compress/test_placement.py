@@ -96,7 +96,7 @@ def test_auto_is_the_base_s_type_where_it_is_fast(
         choose_placement("cuda", "bf16", bf16)
 
 
-@pytest.mark.parametrize("name", ["graphics", "meta", "cuda:x", "tpu:0", ""])
+@pytest.mark.parametrize("name", ["graphics", "meta", "cuda:x", "tpu:0", "cpu:1", ""])
 def test_what_is_no_device_is_refused(name: str, models: tuple[Path, Path]) -> None:
     with pytest.raises(InputError, match="is no device"):
         choose_placement(name, "auto", Checkpoint.open(models[0]))

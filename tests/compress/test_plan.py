@@ -227,6 +227,14 @@ def test_budgets_as_a_user_types_them() -> None:
             parse_budgets(wrong)
 
 
+def test_a_budget_that_holds_nothing_is_refused_before_the_estimate(here: Path) -> None:
+    said: list[Any] = []
+    with pytest.raises(InputError, match="a budget of 100 bytes leaves 0 for coefficients"):
+        plan("base", "tuned", inputs="texts.txt", curve="4KB,100", announce=said.append)
+    assert not said
+    assert not (here / "curve").exists()
+
+
 def test_what_makes_no_sense_is_refused_before_models_are_opened(tmp_path: Path) -> None:
     for options in (Options(budget=3000), Options(method=Lora(rank=2))):
         with pytest.raises(InputError, match="a curve has its own budgets"):

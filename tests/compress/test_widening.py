@@ -95,12 +95,13 @@ def test_updates_of_widened_layers_have_the_same_gradients(rank: int, is_sum: bo
 
 
 def test_layers_that_share_a_weight_or_train_keep_their_copies() -> None:
-    module = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
-    module.requires_grad_(False)
-    module[1].weight = module[0].weight  # a tied head
-    module[2].weight.requires_grad_()
-    assert list(can_widen(module)) == ["3.weight"]
-    assert not can_widen(module, trained=["3.weight"])
+    layers = [nn.Linear(4, 4).requires_grad_(False) for _ in range(5)]
+    module = nn.Sequential(nn.Embedding(4, 4).requires_grad_(False), *layers)
+    layers[0].weight = module[0].weight  # a tied head
+    layers[1].weight.requires_grad_()
+    layers[2].weight.data = layers[3].weight.data
+    assert list(can_widen(module)) == ["5.weight"]
+    assert not can_widen(module, trained=["5.weight"])
 
 
 @pytest.mark.parametrize("by_hand", [False, True])

@@ -7,7 +7,7 @@ header that is as long as any that can come of the job.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from kilodelta import __version__
 from kilodelta.compress.distill import budget as budgets
 from kilodelta.compress.distill.changes.split import Split
-from kilodelta.compress.distill.job.job import groups_of
+from kilodelta.compress.distill.job.job import Job, groups_of
 from kilodelta.compress.distill.options import Options
 from kilodelta.compress.distill.precisions.wishes import longest_fidelity
 from kilodelta.files.checkpoint import Checkpoint, in_name_order
@@ -92,6 +92,17 @@ def choose_method(
     if options.budget is not None:
         budgets.check_fits(choice, options.budget, overhead, targets)
     return choice
+
+
+def require_budget(job: Job, budget: int) -> None:
+    """Check that another budget than the job's buys a file as well.
+
+    Raises:
+        InputError: it does not.
+    """
+    options = replace(job.options, budget=budget)
+    parts = job.pair.base, job.targets, job.patterns, job.split, job.config
+    choose_method(*parts, options, quantised=job.quantised)
 
 
 @dataclass(frozen=True, kw_only=True)

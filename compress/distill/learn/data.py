@@ -163,7 +163,7 @@ def check_count(count: int, spec: str, held_out: int | None, batch: int) -> int:
         present = "1 input" if count == 1 else f"{count} inputs"
         raise InputError(
             f"{spec} holds {present}; distillation needs at least {FEWEST}, better thousands",
-            fix="give more inputs; they need no labels",
+            fix=f"give more inputs, which need no labels, and no --limit below {FEWEST}",
         )
     wanted = min(HELD_OUT_MOST, max(1, round(HELD_OUT * count))) if held_out is None else held_out
     if not 1 <= wanted <= count - max(1, batch // 8):

@@ -194,6 +194,11 @@ class Run:
         """
         # Without an update the loss is the base's: no lower rate makes that one finite.
         hopeless = self.watch.seen == 0 and not math.isfinite(loss)
+        if hopeless and self.step == 0:  # the tuned model's outputs are known to be finite
+            raise InputError(
+                f"the loss is {loss} before the first step: the base's own outputs are not finite",
+                fix="check the base's weights; after --dtype fp16 or bf16, try fp32",
+            )
         if not hopeless and self.watch.begin_again():
             self._go_back()
             return True

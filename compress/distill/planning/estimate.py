@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from kilodelta.compress.distill.learn.survey import survey
 from kilodelta.compress.distill.placement import choose_placement, wants_shards
 from kilodelta.compress.distill.planning.memory import available, counting_kept
 from kilodelta.compress.distill.processes.shards import Parts, require_parts
-from kilodelta.compress.distill.student import attach_student, late_logits
+from kilodelta.compress.distill.student import attach_student, late_logits, weights_as_stored
 from kilodelta.compress.distill.teacher.ask import compute, estimate
 from kilodelta.compress.distill.teacher.swap import as_tuned
 from kilodelta.compress.training import train
@@ -159,9 +159,11 @@ def estimate_job(
             stack.enter_context(checkpointed(student.module))
         attach_student(job)
         try:
-            held, kept, step, look = _probe(
-                student, data, schedule, usual, longest, places, progress
-            )
+            whole = resident()  # before weights are mapped in place of their copies
+            with weights_as_stored(job, student, data) if parts is None else nullcontext():
+                held, kept, step, look = _probe(
+                    student, data, schedule, usual, longest, places, progress
+                )
         finally:
             train.detach(student.module)
     held_out = plan.held_out or min(512, max(1, len(rows) // 10))
@@ -177,7 +179,7 @@ def estimate_job(
     each = weights if parts is None else parts.per_process(processes)
     kept_by_each = -(-kept.nbytes // processes)
     peak = held - weights + each + kept_by_each + 2 * -(-kept.largest // processes)
-    peak += 4 * OPTIMISER * coefficients + teacher_memory
+    peak = max(peak + 4 * OPTIMISER * coefficients, whole - weights + each) + teacher_memory
     return Estimate(
         peak_bytes=peak,
         available_bytes=None if free is None else resident() + free,

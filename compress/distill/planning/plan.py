@@ -9,6 +9,7 @@ from typing import Any
 
 from kilodelta.compress.distill.compress import baselines_of, for_base, plan_of, schedule_of
 from kilodelta.compress.distill.job import prepare
+from kilodelta.compress.distill.job.choice import require_budget
 from kilodelta.compress.distill.options import Options, check
 from kilodelta.compress.distill.placement import on_threads
 from kilodelta.compress.distill.planning.curve import Curve, check_folder, draw_curve, parse_budgets
@@ -18,7 +19,7 @@ from kilodelta.compress.distill.precisions.opened import float_copy
 from kilodelta.compress.distill.processes.launch import require_alone
 from kilodelta.compress.distill.processes.ranks import Ranks
 from kilodelta.compress.distill.processes.settle import check_together
-from kilodelta.compress.distill.request import as_given, find_models, open_inputs
+from kilodelta.compress.distill.request import as_given, check_cache, find_models, open_inputs
 from kilodelta.errors import InputError, require
 from kilodelta.progress import Progress, silent
 
@@ -114,6 +115,7 @@ def plan(
     source, labels = open_inputs(inputs, options)
     assert source is not None  # inputs are given
     models = find_models(base, tuned)
+    check_cache(options, models)
     place, given = Path(out) / "plan.kd", models["the base"]
     planned_ranks = Ranks(rank=0, count=processes)
     check_together(options, given, planned_ranks, fix="give --processes N, or leave --shard out")
@@ -127,6 +129,8 @@ def plan(
             quantised=stored,
         )
         Grids(job).check()
+        if sizes:  # the smallest is the first to be made, after the estimate of the largest
+            require_budget(job, sizes[0])
         estimate = estimate_job(
             job, source, plan_of(job, labels), schedule_of(job), progress, processes
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -213,9 +214,14 @@ def require_disk(folder: Path, needed: int) -> None:
         needed: bytes.
 
     Raises:
-        OutputError: it has less.
+        OutputError: it has less, or the folder is read-only.
     """
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if needed and not os.access(place, os.W_OK):
+        raise OutputError(
+            f"{place} cannot be written to, and lacks outputs of the teacher",
+            fix="give another folder with --teacher-cache",
+        )
     free = shutil.disk_usage(place).free
     if needed > free:
         raise OutputError(
