@@ -113,7 +113,7 @@ class _Widened(torch.autograd.Function):
         return linear(given, stored.to(given.dtype), bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grown: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         back = grown @ ctx.stored.to(grown.dtype) if ctx.needs_input_grad[0] else None
         over = tuple(range(grown.dim() - 1))

@@ -254,7 +254,7 @@ def test_a_disk_without_room_is_said_before_work(
 def test_a_cache_that_cannot_be_written_to_is_said_before_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stores.os, "access", lambda path, mode: False)  # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     require_disk(tmp_path, 0)  # nothing is missing in it
     with pytest.raises(OutputError, match="cannot be written to, and lacks outputs"):
         require_disk(tmp_path, 1)

@@ -96,8 +96,9 @@ def test_updates_of_widened_layers_have_the_same_gradients(rank: int, is_sum: bo
 
 def test_layers_that_share_a_weight_or_train_keep_their_copies() -> None:
     layers = [nn.Linear(4, 4).requires_grad_(False) for _ in range(5)]
-    module = nn.Sequential(nn.Embedding(4, 4).requires_grad_(False), *layers)
-    layers[0].weight = module[0].weight  # a tied head
+    embedding = nn.Embedding(4, 4).requires_grad_(False)
+    module = nn.Sequential(embedding, *layers)
+    layers[0].weight = embedding.weight  # a tied head
     layers[1].weight.requires_grad_()
     layers[2].weight.data = layers[3].weight.data
     assert list(can_widen(module)) == ["5.weight"]
