@@ -133,10 +133,8 @@ def check(options: Options, *, learns: bool) -> None:
             raise InputError(
                 f"output {name} has the weight {weight:g}", fix="give one above 0, or omit it"
             )
-    if isinstance(options.method, str) and options.method not in METHODS:
-        raise InputError(
-            f"{options.method!r} is no method", fix=f"choose one of {', '.join(METHODS)}"
-        )
+    if isinstance(options.method, str):
+        _require_method(options.method)
     if options.dtype not in DTYPES:
         raise InputError(f"{options.dtype!r} is no type", fix=f"give one of {', '.join(DTYPES)}")
     if options.shard not in SHARD:
@@ -235,6 +233,9 @@ def options_from(
         raise InputError(
             "--rank and --bases belong to a method", fix="add --method, or give --budget alone"
         )
+    for what, number in (("rank", rank), ("bases", bases)):
+        if number is not None and number < 1:
+            raise InputError(f"{what} is {number}", fix="give 1 or more")
     sized = method is None or not (rank or bases or budget is None)
     return Options(
         budget=None if budget is None else budgets.parse_bytes(budget),
@@ -264,7 +265,13 @@ def _pair(text: str, otherwise: str, kind: Any) -> tuple[str, Any]:
         raise InputError(f"{text!r} does not say which output", fix=f"give {wanted}") from None
 
 
+def _require_method(name: str) -> None:
+    if name not in METHODS:
+        raise InputError(f"{name!r:.60} is no method", fix=f"choose one of {', '.join(METHODS)}")
+
+
 def _method(name: str, **wanted: int | None) -> Method:
+    _require_method(name)
     kind: Any = METHODS[name]
     given = {key: value for key, value in wanted.items() if value is not None}
     options = {option.name for option in fields(kind)}

@@ -51,12 +51,20 @@ def diff(
     return lambda: _show(found, every)
 
 
+def _shown(fact: Any) -> str:
+    """Write a fact of a file as `kilodelta inspect` does."""
+    if isinstance(fact, dict):
+        parts = (v if k == "name" else f"{k} {v}" for k, v in fact.items())
+        return ", ".join(map(str, parts))
+    return " ".join(map(str, fact)) if isinstance(fact, (list, tuple)) else str(fact)
+
+
 def _show(found: Difference, every: bool) -> None:
     if found.equal:
         terminal.print_line("equal")
         return
     if found.facts:
-        facts = [(name, a, b) for name, (a, b) in found.facts.items()]
+        facts = [(name, _shown(a), _shown(b)) for name, (a, b) in found.facts.items()]
         terminal.print_table("The files say", ("field", "first", "second"), facts)
     shown = found.rows if every else found.rows[:SHOWN]
     if shown:

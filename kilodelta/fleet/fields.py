@@ -14,6 +14,16 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 """What a base, fine-tune or target may be called: names become folders of results."""
 
 
+_KINDS = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list of texts",
+    dict: "a table",
+}
+
+
 def named_tables(table: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
     """Return the tables `[key.NAME]` by their names.
 
@@ -60,7 +70,7 @@ def typed(table: Mapping[str, Any], where: str, key: str, kind: type, default: A
     value = table[key]
     fits = isinstance(value, kind) or (kind is float and type(value) is int)
     if not fits or (isinstance(value, bool) and kind is not bool):
-        raise FieldError(f"{where}.{key} is {value!r:.60}, not of type {kind.__name__}")
+        raise FieldError(f"{where}.{key} is {value!r:.60}, not {_KINDS[kind]}")
     if kind is list and not all(isinstance(item, str) for item in value):
         raise FieldError(f"{where}.{key} is not a list of texts")
     return value

@@ -165,6 +165,7 @@ def test_results_need_a_folder(folder: Path) -> None:
         ("1/0", "there is no shard 1 of 0"),
         ("3", "write 3/8"),
         ("3/", "write 3/8"),
+        ("/3", "write 3/8"),
         ("-1/8", "write 3/8"),
         ("1/²", "write 3/8"),
         (f"1/{'9' * 5000}", "write 3/8"),

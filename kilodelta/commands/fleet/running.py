@@ -30,7 +30,8 @@ def _shard(ctx: click.Context, option: click.Parameter, value: str | None) -> An
         return None
     first, slash, second = value.partition("/")
     digits = first + second
-    if not (slash and second and digits.isascii() and digits.isdigit() and len(digits) < 20):
+    is_pair = bool(first and slash and second) and len(digits) < 20
+    if not (is_pair and digits.isascii() and digits.isdigit()):
         raise click.BadParameter("write 3/8 for the third of eight")
     return int(first), int(second)
 
