@@ -28,7 +28,9 @@ def compression_options(table: Mapping[str, Any], *, learns: bool, **more: Any) 
     """
     given: dict[str, Any] = {**dict.fromkeys(_ALONE), **table}
     bits = given.pop("bits", None)
-    globs = {name: tuple(given[name]) for name in ("targets", "exclude") if name in given}
+    globs: dict[str, Any] = {
+        name: tuple(given[name]) for name in ("targets", "exclude") if name in given
+    }
     given |= globs
     options = options_from(bits=None if bits is None else str(bits), **given, **more)
     check(options, learns=learns)

@@ -30,8 +30,11 @@ def weights(config: Config, source: Source) -> tuple[str, list[Stored]]:
     method = config.get("quant_method")
     reader = READERS.get(method) if isinstance(method, str) else None
     if reader is None:
+        what = (
+            "no quant_method" if method is None else f"quant_method {method!r:.80}, not read here"
+        )
         raise CheckpointError(
-            f"quant_method {method!r:.80} is not read; these are: {', '.join(READERS)}",
+            f"the quantisation configuration states {what}; these are read: {', '.join(READERS)}",
             fix="give the model before quantisation, or quantised by one of them",
         )
     found = []
