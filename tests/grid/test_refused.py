@@ -36,9 +36,9 @@ def without(tensors: dict[str, Any], role: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "torchao", "hqq", None, 7])
 def test_an_unknown_method(tmp_path: Path, method: Any) -> None:
-    with pytest.raises(CheckpointError, match="not read here; these are read: compressed-tensors") as e:
+    with pytest.raises(CheckpointError, match="these are read: compressed-tensors") as e:
         read(tmp_path / "m", {"quant_method": method}, PACKED)
-    assert repr(method) in e.value.what
+    assert (repr(method) if method else "states no quant_method") in e.value.what
 
 
 @pytest.mark.parametrize(
