@@ -8,8 +8,9 @@ merges, writes, decodes what it packed and proves the result; the copy is one of
 `fsync`. Beside them a merge of as many bytes of float16 weights, and with `--before` the merge in
 the grid by another source tree. All are timed in turn, in processes of their own, and the anonymous
 memory is polled. Times of a busy machine are of little use: the processor seconds are printed as
-well, and `hash` is what one thread needs to compute the SHA-256 of as many bytes as the merge has
-to: the packed codes and scales, and the logical digest's (a byte per code, eight per scale).
+well. `hash` is what one thread needs for the SHA-256 of as many bytes as the result's root is over:
+one per code, eight per scale. `floor` is a copy that does this as well, part by part: what no merge
+that proves its result can be below on one core, start aside. `start` is a command that only starts.
 """
 
 from __future__ import annotations
@@ -68,6 +69,21 @@ state, part = hashlib.sha256(), bytes(1 << 20)
 for _ in range(int(sys.argv[1]) >> 20):
     state.update(part)
 """
+FLOOR = """
+import hashlib, os, sys
+state, extra = hashlib.sha256(), bytes(1 << 20)
+hashed, size = int(sys.argv[3]), os.path.getsize(sys.argv[1])
+with open(sys.argv[1], "rb") as source, open(sys.argv[2], "wb") as target:
+    done, due = 0, 0
+    while part := source.read(1 << 20):
+        target.write(part)
+        due += len(part) * hashed // size
+        while done < due:
+            state.update(extra)
+            done += len(extra)
+    target.flush()
+    os.fsync(target)
+"""
 
 
 def main() -> None:
@@ -88,7 +104,7 @@ def main() -> None:
         write_floats(floats, count * MATRIX // (2 * SIDE * SIDE))
         write_file(floats, float_file)
     weights = base / "model.safetensors"
-    hashed = weights.stat().st_size + SIDE * SIDE * count + SIDE * SIDE // GROUP * 8 * count
+    hashed = SIDE * SIDE * count + SIDE * SIDE // GROUP * 8 * count
     trees = {"merge": Path(__file__).parents[1]}
     if options.before:
         trees["merge before"] = options.before
@@ -99,13 +115,18 @@ def main() -> None:
         done["copy of floats"] = copy(floats / "model.safetensors", options.work / "copy")
         done["merge of floats"] = merge(trees["merge"], floats, float_file, options.work)
         done["start"] = timed([sys.executable, "-m", "kilodelta", "digest", str(file)])
+        copied = options.work / "copy"
+        copied.unlink(missing_ok=True)
+        places = [str(weights), str(copied), str(hashed)]
+        done["floor"] = timed([sys.executable, "-c", FLOOR, *places])
         done["hash"] = timed([sys.executable, "-c", HASH, str(hashed)])
         runs.append(done)
     report = {"machine": describe(), "bytes": weights.stat().st_size, "runs": runs}
     report["times a copy"] = {
         name: {key: ratio(runs, name, beside, key) for key in ("seconds", "processor seconds")}
         for name, beside in (
-            *((name, "copy") for name in trees), ("merge of floats", "copy of floats"),
+            *((name, "copy") for name in (*trees, "floor", "hash")),
+            ("merge of floats", "copy of floats"),
         )
     }  # fmt: skip
     print(json.dumps(report, indent=1))

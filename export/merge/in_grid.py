@@ -1,17 +1,19 @@
 """Write the tensors of a merge into the grid of a quantised base, each proved on its way.
 
 Codes are read some rows at a time where their layout allows (`RowLayout`), else whole, given new
-codes, packed, and decoded again from the packed bytes; that decoding gives the digest. Every other
-tensor goes the way of any merge (`streaming`).
+codes, packed, and decoded again from the packed bytes; that decoding gives the digest. Rows that
+are nothing but nibbles stay packed meanwhile (`exact.in_bytes`). Every other tensor goes the way of
+any merge (`streaming`).
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -25,16 +27,16 @@ from kilodelta.files.identity import Identity
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.grid.identity import matrix_digest, matrix_hash
-from kilodelta.grid.layouts.base import Codes, Layout, Parts, RowLayout
+from kilodelta.grid.layouts.base import Codes, Layout, Parts, RowLayout, Stream
 from kilodelta.grid.matrix import Matrix
 from kilodelta.grid.model import QuantisedModel
 from kilodelta.merging.devices import Merge
-from kilodelta.merging.in_grid import Regridder, regridded
+from kilodelta.merging.in_grid import BAND, BYTES_BAND, Regridder, fits_bytes, regridded
 from kilodelta.progress import Meter
 
 AT_ONCE = 1 << 26
 """Weights of layouts without rows that are merged at a time, some six bytes each."""
-MEASURED = 16
+MEASURED = 64
 """The update's size is measured in every so many rows: it is for the reader of an error only."""
 BESIDE = (
     "apply the file beside the base (its update is exact there), compress anew with a larger"
@@ -179,47 +181,119 @@ class GridStream(MergeStream):
     ) -> str:
         """Merge a weight some rows at a time; return the logical digest of what was written."""
         info, source = self.checkpoint.info(piece.name), self.checkpoint.tensor(piece.name)
-        parts = proved_parts(self.model, self.identity, name, without=layout.codes_in)
         codes = RawTensor(dtype=info.dtype, shape=info.shape, data=np.empty(0, np.uint8))
-        grid = layout.grid({**parts, layout.codes_in: codes}).checked_grid(name)
-        regridder = Regridder(self.delta, self.delta.target(name), grid, every=MEASURED)
-        base = identity.tensor_hash(piece.name, info.dtype, info.shape)
-        state = matrix_hash(name, grid)
-        nbytes, changed, steps = piece.nbytes // grid.shape[0], 0, 0.0
-        for rows, left in regridder.bands():
+        parts = {**self._read_parts(name, layout.codes_in), layout.codes_in: codes}
+        grid = layout.grid(parts).checked_grid(name)
+        packed_rows = fits_bytes(grid, layout.nibble_offset)
+        regridder = Regridder(
+            self.delta, self.delta.target(name), grid, every=MEASURED, packed=packed_rows
+        )
+        recode: _InBytes | _ByCodes = (
+            _InBytes(regridder) if packed_rows else _ByCodes(regridder, layout, name, grid)
+        )
+        # Where all that is read shows in the logical digest, the result's root proves it as well.
+        base = None
+        if not (packed_rows and _shows_all(grid)):
+            base = identity.tensor_hash(piece.name, info.dtype, info.shape)
+        state, nbytes, changed, steps = (
+            matrix_hash(name, grid),
+            piece.nbytes // grid.shape[0],
+            0,
+            0.0,
+        )
+        for rows, left in regridder.bands(recode.BAND):
             begin, stop = rows.start * nbytes, rows.stop * nbytes
             stream = source[begin:stop].reshape(len(rows), nbytes)
-            base.update(stream.data)
-            old = grid.checked_codes(name, layout.decode(stream))
-            new = np.empty_like(old, order="C")
-            count, sum_ = regridder.round(rows, left, np.ascontiguousarray(old), new)
-            packed = layout.encode(stream, new)
-            written = layout.decode(packed)
-            require_same(name, layout, written, new)
+            if base is not None:
+                base.update(stream.data)
+            packed, written, count, sum_ = recode(rows, left, stream)
             state.update(np.ascontiguousarray(grid.kind.plus_zero(written)).data)
             pwrite(descriptor, packed.reshape(-1).data, piece.begin + begin)
             meter.add(packed.size)
             changed, steps = changed + count, steps + sum_ * 2.0**grid.kind.unit
-        require_base_tensor(self.identity, piece.name, "sha256:" + base.hexdigest())
+        if base is not None:
+            self._require_known(piece.name, "sha256:" + base.hexdigest())
         weights, still = grid.shape[0] * grid.shape[1], grid.still_weights
         self.tally.add(changed=changed, weights=weights, steps=steps, still=still)
         return "sha256:" + state.hexdigest()
 
+    def _read_parts(self, name: str, without: str) -> Parts:
+        """Read a weight's scales and the like, whose values are in its logical digest."""
+        places = {role: at for role, at in self.model.of(name).parts.items() if role != without}
+        return {role: self.model.source.raw(place) for role, place in places.items()}
 
-def proved_parts(model: QuantisedModel, stored: Identity, name: str, *, without: str = "") -> Parts:
+    def _require_unchanged(self, names: Iterable[str]) -> None:
+        stored = (
+            self.model.stored[self.weights[n]].parts.values() for n in names if n in self.weights
+        )
+        super()._require_unchanged(
+            [*(n for n in names if n not in self.weights), *(p for parts in stored for p in parts)]
+        )
+
+
+class _InBytes:
+    """Merge rows in bytes of two codes."""
+
+    BAND = BYTES_BAND
+
+    def __init__(self, regridder: Regridder) -> None:
+        self._regridder = regridder
+        self._packed, self._codes = np.empty(0, np.uint8), np.empty(0, np.uint8)
+
+    def __call__(self, rows: range, left: Any, stream: Stream) -> tuple[Stream, Codes, int, float]:
+        """Return new bytes, what they decode to, the codes that changed, and the update's size.
+
+        Both arrays are overwritten by the next call.
+        """
+        if self._packed.size < stream.size:  # memory that is new each time would be cleared first
+            self._packed = np.empty(stream.size, np.uint8)
+            self._codes = np.empty(2 * stream.size, np.uint8)
+        packed = self._packed[: stream.size].reshape(stream.shape)
+        codes = self._codes[: 2 * stream.size].reshape(len(rows), -1)
+        count, size = self._regridder.round_bytes(rows, left, stream, packed, codes)
+        return packed, codes, count, size
+
+
+class _ByCodes:
+    """Merge rows of any layout: decode, round, encode, and decode once more."""
+
+    BAND = BAND
+
+    def __init__(self, regridder: Regridder, layout: RowLayout, name: str, grid: Matrix) -> None:
+        self._regridder, self._layout, self._name, self._grid = regridder, layout, name, grid
+
+    def __call__(self, rows: range, left: Any, stream: Stream) -> tuple[Stream, Codes, int, float]:
+        old = self._grid.checked_codes(self._name, self._layout.decode(stream))
+        new = np.empty_like(old, order="C")
+        count, size = self._regridder.round(rows, left, np.ascontiguousarray(old), new)
+        packed = self._layout.encode(stream, new)
+        written = self._layout.decode(packed)
+        require_same(self._name, self._layout, written, new)
+        return packed, written, count, size
+
+
+def _shows_all(grid: Matrix) -> bool:
+    """Return whether no two rows of nibbles have one logical digest once they are merged.
+
+    A merge makes every zero of a float kind +0, but for a block with a step of zero, whose codes
+    stay: there the digest would not tell -0 from +0.
+    """
+    return not (grid.kind.is_float and grid.still)
+
+
+def proved_parts(model: QuantisedModel, stored: Identity, name: str) -> Parts:
     """Read the stored tensors of a weight, and see that they are still the base's.
 
     Args:
         model: the base.
         stored: the identity over its stored tensors.
         name: the weight.
-        without: the role of a tensor that is not read.
 
     Raises:
         BaseMismatchError: one has another digest than when the base was proved.
         CheckpointError: one cannot be read.
     """
-    places = {role: place for role, place in model.of(name).parts.items() if role != without}
+    places = model.of(name).parts
     parts = {role: model.source.raw(place) for role, place in places.items()}
     for role, place in places.items():
         require_base_tensor(stored, place, identity.raw_digest(place, parts[role]))

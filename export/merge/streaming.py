@@ -8,7 +8,7 @@ nothing gets a name that was not proved, even where the base changes while it is
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +93,7 @@ class MergeStream:
             self._require_known(piece.name, digest)
         return digest
 
-    def _require_unchanged(self, names: Mapping[str, str]) -> None:
+    def _require_unchanged(self, names: Iterable[str]) -> None:
         for name in names:
             info = self.checkpoint.info(name)
             state = identity.tensor_hash(name, info.dtype, info.shape)

@@ -1,8 +1,8 @@
 """Merge low-rank updates in one pass: product, addition and rounding of one tile after the other,
 which stays in the nearest cache.
 
-Products and sums are integers below 2^53 in float64, so they are exact in any order, and fused
-multiply-adds change nothing.
+Products and sums are integers below 2^53 in float64, or below 2^24 in float32, so they are exact in
+any order, and fused multiply-adds change nothing.
 """
 
 from __future__ import annotations
@@ -18,20 +18,36 @@ FEW = 32
 TILE = 512
 """Columns of a tile; with eight rows of the right factor it takes 36 KiB."""
 
+SMALL = 1 << 24
+"""The bound of all sums below which float32 holds every one exactly."""
+
+
+def narrowest(bound: int) -> type[np.float32 | np.float64]:
+    """Return the fastest type in which a product below this bound is exact."""
+    return np.float32 if bound < SMALL else np.float64
+
 
 @kernel(fastmath={"contract"})
 def multiply_row(left, right, start, acc):  # type: ignore[no-untyped-def]
     """Compute one piece of a row of a product.
 
     Args:
-        left: one row of the left factor, float64 (K,).
-        right: float64 (K, d).
+        left: one row of the left factor, float64 or float32 (K,).
+        right: of the same type (K, d).
         start: the first column.
-        acc: float64 (n,), becomes left @ right[:, start : start + n].
+        acc: of the same type (n,), becomes left @ right[:, start : start + n].
     """
     stop = start + acc.size
-    acc[:] = 0.0
     k = 0
+    if left.size >= 4:  # what needs no zeros first
+        r0, r1 = right[0, start:stop], right[1, start:stop]
+        r2, r3 = right[2, start:stop], right[3, start:stop]
+        l0, l1, l2, l3 = left[0], left[1], left[2], left[3]
+        for j in range(acc.size):
+            acc[j] = l0 * r0[j] + l1 * r1[j] + l2 * r2[j] + l3 * r3[j]
+        k = 4
+    else:
+        acc[:] = 0.0
     while k + 4 <= left.size:
         r0, r1 = right[k, start:stop], right[k + 1, start:stop]
         r2, r3 = right[k + 2, start:stop], right[k + 3, start:stop]
@@ -51,14 +67,14 @@ def merge_f32(left, right, weights, factor, scale, out):  # type: ignore[no-unty
     """Compute `out` (rows, d) = weights + 2^e C left @ right; return whether any is not finite.
 
     Args:
-        left: float64 (rows, K), integers.
-        right: float64 (K, d), integers, contiguous.
+        left: float64 or float32 (rows, K), integers.
+        right: of the same type (K, d), integers, contiguous.
         weights: float32 (rows, d).
         factor: C, float64.
         scale: 2^e, float32.
         out: float32 (rows, d).
     """
-    bad, buffer = np.uint32(0), np.empty(TILE)
+    bad, buffer = np.uint32(0), np.empty(TILE, right.dtype)
     for start in range(0, right.shape[1], TILE):
         stop = min(right.shape[1], start + TILE)
         acc = buffer[: stop - start]
@@ -73,14 +89,14 @@ def merge_bf16(left, right, weights, factor, scale, out):  # type: ignore[no-unt
     """Compute what `merge_f32` computes, for bfloat16 as uint16.
 
     Args:
-        left: float64 (rows, K), integers.
-        right: float64 (K, d), integers, contiguous.
+        left: float64 or float32 (rows, K), integers.
+        right: of the same type (K, d), integers, contiguous.
         weights: bfloat16 bits, uint16 (rows, d).
         factor: C, float64.
         scale: 2^e, float32.
         out: uint16 (rows, d).
     """
-    bad, buffer = np.uint32(0), np.empty(TILE)
+    bad, buffer = np.uint32(0), np.empty(TILE, right.dtype)
     for start in range(0, right.shape[1], TILE):
         stop = min(right.shape[1], start + TILE)
         acc = buffer[: stop - start]
@@ -95,14 +111,14 @@ def merge_f16(left, right, weights, factor, scale, out):  # type: ignore[no-unty
     """Compute what `merge_f32` computes, for float16 as uint16.
 
     Args:
-        left: float64 (rows, K), integers.
-        right: float64 (K, d), integers, contiguous.
+        left: float64 or float32 (rows, K), integers.
+        right: of the same type (K, d), integers, contiguous.
         weights: float16 bits, uint16 (rows, d).
         factor: C, float64.
         scale: 2^e, float32.
         out: uint16 (rows, d).
     """
-    bad, buffer = np.uint32(0), np.empty(TILE)
+    bad, buffer = np.uint32(0), np.empty(TILE, right.dtype)
     for start in range(0, right.shape[1], TILE):
         stop = min(right.shape[1], start + TILE)
         acc = buffer[: stop - start]

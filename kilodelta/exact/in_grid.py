@@ -1,4 +1,4 @@
-"""Merge updates into a grid tile by tile, and read and write the nibbles that its codes lie in.
+"""Merge updates into a grid tile by tile, one code per byte; `exact.in_bytes` has two.
 
 A tile of a row of the update is computed, as `exact.fused` does, and rounded while it is in the
 nearest cache: no array holds the update.
@@ -182,38 +182,3 @@ ROUND = (round_integers, round_floats)
 """The kernels for integers and for small floats, from an update that is at hand."""
 MERGE = (merge_integers, merge_floats)
 """The same, from the two factors of an update."""
-
-
-@kernel
-def read_nibbles(stream, offset, out):  # type: ignore[no-untyped-def]
-    """Unpack nibbles, the low one of each byte first, less an offset modulo 256.
-
-    Args:
-        stream: uint8 (rows, nbytes).
-        offset: uint8, such as 8 for codes that are stored plus 8.
-        out: uint8 (rows, count), count at most 2 nbytes; nibbles behind are left out.
-    """
-    rows, count = out.shape
-    for i in range(rows):
-        packed, codes = stream[i], out[i]
-        for j in range(count // 2):
-            codes[2 * j] = (packed[j] & np.uint8(15)) - offset
-            codes[2 * j + 1] = (packed[j] >> np.uint8(4)) - offset
-        if count % 2:
-            codes[count - 1] = (packed[count // 2] & np.uint8(15)) - offset
-
-
-@kernel
-def write_nibbles(codes, offset, out):  # type: ignore[no-untyped-def]
-    """Pack codes as `read_nibbles` reads them; only the last four bits of the sums count.
-
-    Args:
-        codes: uint8 (rows, count), count even.
-        offset: uint8, added to each code modulo 256.
-        out: uint8 (rows, count / 2).
-    """
-    for i in range(codes.shape[0]):
-        row, packed = codes[i], out[i]
-        for j in range(packed.size):
-            low = (row[2 * j] + offset) & np.uint8(15)
-            packed[j] = low | ((row[2 * j + 1] + offset) << np.uint8(4))

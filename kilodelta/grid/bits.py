@@ -69,7 +69,7 @@ def unpack_signed(stream: Bytes, bits: int, count: int) -> npt.NDArray[np.int8]:
     half = np.uint8(1 << (bits - 1))
     if bits != 4:
         return (unpack_bits(stream, bits)[:, :count] - half).view(np.int8)  # modulo 256
-    from kilodelta.exact.in_grid import read_nibbles  # loads numba, which takes a while
+    from kilodelta.exact.nibbles import read_nibbles  # loads numba, which takes a while
 
     codes = np.empty((stream.shape[0], count), np.uint8)
     read_nibbles(np.ascontiguousarray(stream), half, codes)
@@ -96,7 +96,7 @@ def pack_bits(codes: npt.NDArray[Any], bits: int, nbytes: int, *, offset: int = 
     if codes.dtype == np.int8:
         codes = codes.view(np.uint8)
     if bits == 4:
-        from kilodelta.exact.in_grid import write_nibbles  # loads numba, which takes a while
+        from kilodelta.exact.nibbles import write_nibbles  # loads numba, which takes a while
 
         # A code of -offset is stored as 0, as are the bits behind the last one.
         even = _padded(codes, 2 * nbytes, -offset & 255)

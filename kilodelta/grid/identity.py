@@ -19,6 +19,8 @@ from kilodelta.files import canonical
 from kilodelta.grid.matrix import Matrix
 
 DOMAIN = b"kilodelta grid 1"
+_PIECE = 1 << 14
+"""Steps hashed at a time: they stay in the second cache."""
 
 
 def matrix_digest(name: str, matrix: Matrix, state: hashlib._Hash | None = None) -> str:
@@ -56,7 +58,9 @@ def matrix_hash(name: str, matrix: Matrix) -> hashlib._Hash:
         _state(matrix.zeros) + _state(matrix.minima) + (b"0" if order is None else b"1"), b"",
     )  # fmt: skip
     state = hashlib.sha256(b"\0".join(head))
-    state.update(_bytes(matrix.steps, "<f8"))
+    steps = matrix.steps.reshape(-1)
+    for start in range(0, steps.size, _PIECE):  # a copy of all of them would take new memory
+        state.update(_bytes(steps[start : start + _PIECE], "<f8"))
     for values, dtype in ((matrix.zeros, "<i2"), (matrix.minima, "<f8")):
         if values is not None and values.any():
             state.update(_bytes(values, dtype))

@@ -36,6 +36,10 @@ class Steps(NamedTuple):
     base: int
     tall: int
 
+    def of_bytes(self) -> Steps:
+        """Return the same for `exact.in_bytes`, whose groups and width are those of bytes."""
+        return self._replace(groups=np.ascontiguousarray(self.groups[::2]), width=self.width // 2)
+
 
 class FloatGrid(NamedTuple):
     """A small float type.

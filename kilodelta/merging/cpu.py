@@ -99,10 +99,9 @@ def _adder(delta: Delta, target: Target, right: Any) -> Add:
     factor, scale = np.float64(c), np.float32(unit(bound, e))
     if right.shape[0] > fused.FEW:
         return _after(products.multiplier(right, bound), target.dtype, factor, scale)
-    floats, merge = np.ascontiguousarray(right, dtype=np.float64), fused.MERGE[target.dtype]
-    return lambda left, weights, out: merge(
-        left.astype(np.float64), floats, weights, factor, scale, out
-    )
+    dtype, merge = fused.narrowest(bound), fused.MERGE[target.dtype]
+    floats = np.ascontiguousarray(right, dtype=dtype)
+    return lambda left, weights, out: merge(left.astype(dtype), floats, weights, factor, scale, out)
 
 
 def _after(

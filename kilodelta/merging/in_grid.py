@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kilodelta.exact import fused, in_grid, products
+from kilodelta.exact import fused, in_bytes, in_grid, nibbles, products
 from kilodelta.format.delta import Delta
 from kilodelta.format.targets import Target
 from kilodelta.grid.matrix import Matrix
@@ -18,8 +18,8 @@ from kilodelta.merging.quantised import MIN_CHANGED as MIN_CHANGED
 
 BAND = 1 << 20
 """Elements whose update is in memory at a time."""
-SMALL = 1 << 24
-"""The bound of all sums up to which a fused product is computed in float32, exactly."""
+BYTES_BAND = 1 << 18
+"""As many where two codes share a byte: they stay near until they are hashed and written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,37 +47,48 @@ class Regridder:
         target: one of its targets.
         grid: the weight; its codes do not matter.
         every: measure the update in every so many rows only, which is faster; 1 for all.
+        packed: rows are given and taken as bytes of two codes (`round_bytes`), which
+            `fits_bytes`.
 
     Raises:
         CheckpointError: a step is none that a layout can store.
     """
 
-    def __init__(self, delta: Delta, target: Target, grid: Matrix, *, every: int = 1) -> None:
+    def __init__(
+        self, delta: Delta, target: Target, grid: Matrix, *, every: int = 1, packed: bool = False
+    ) -> None:
         c, e = delta.scale(target.name)
         bound = delta.bound(target.name)
         e = e if bound else 0  # an update of zero may have any exponent
         self._factor = np.float64(c)
         steps = steps_of(grid, c, e)
+        zeros = np.zeros((0, 0), np.int16) if grid.zeros is None else grid.zeros
+        self._grid: tuple[Any, ...]
         if grid.kind.is_float:
-            self._grid: tuple[Any, ...] = (float_grid(grid.kind), steps, every)
+            self._grid = (float_grid(grid.kind), steps.of_bytes() if packed else steps, every)
+        elif packed:
+            self._grid = (np.ascontiguousarray(zeros), steps.of_bytes(), every)
         else:
-            zeros = np.zeros((0, 0), np.int16) if grid.zeros is None else grid.zeros
             self._grid = (np.ascontiguousarray(zeros), steps, limits_of(grid), every)
         self._left, right = cpu.stored_factors(delta, target)
+        right = nibbles.halves(right) if packed else right
         self._inner, self._shape = right.shape[0], grid.shape
-        self._dtype: Any = np.float32 if bound < SMALL else np.float64
+        self._dtype = fused.narrowest(bound)
         is_fused = self._inner <= fused.FEW
-        self._kernel = (in_grid.MERGE if is_fused else in_grid.ROUND)[grid.kind.is_float]
+        if packed:
+            self._kernel = in_bytes.MERGE[grid.kind.is_float]
+        else:
+            self._kernel = (in_grid.MERGE if is_fused else in_grid.ROUND)[grid.kind.is_float]
         if is_fused:
             self._right = np.ascontiguousarray(right, dtype=self._dtype)
         else:
             self._multiply = products.multiplier(right, bound)
         self._is_fused = is_fused
 
-    def bands(self) -> Iterator[tuple[range, Any]]:
-        """Yield rows, `BAND` elements at a time, with their part of the update's left factor."""
+    def bands(self, elements: int = BAND) -> Iterator[tuple[range, Any]]:
+        """Yield rows, `elements` at a time, with their part of the update's left factor."""
         rows, columns = self._shape
-        return cpu.bands(self._left, rows, min(rows, max(1, BAND // columns)), self._inner)
+        return cpu.bands(self._left, rows, min(rows, max(1, elements // columns)), self._inner)
 
     def round(self, rows: range, left: Any, codes: Any, out: Any) -> tuple[int, float]:
         """Round some rows.
@@ -96,9 +107,48 @@ class Regridder:
         if self._is_fused:
             update = (left.astype(self._dtype), self._right)
         else:
-            update = (np.ascontiguousarray(self._multiply(left)).reshape(codes.shape),)
+            update = (self._product(left).reshape(codes.shape),)
         changed, size = self._kernel(*update, self._factor, codes, rows.start, *self._grid, out)
         return int(changed), float(size)
+
+    def round_bytes(
+        self, rows: range, left: Any, stream: Any, out: Any, codes: Any
+    ) -> tuple[int, float]:
+        """Round some rows in the bytes that hold two codes each.
+
+        Args:
+            rows: which rows of the weight.
+            left: their part of the left factor, as `bands` yields it.
+            stream: their bytes, uint8 (rows, in / 2), contiguous.
+            out: the new bytes.
+            codes: becomes what the new bytes decode to, uint8 (rows, in), as `Matrix.codes`.
+
+        Returns:
+            as `round`.
+        """
+        if self._is_fused:
+            left, right = left.astype(self._dtype), self._right
+        else:
+            left = self._product(left)
+            right = np.empty((0, self._shape[1]), left.dtype)
+        changed, size = self._kernel(
+            left, right, self._factor, stream, rows.start, *self._grid, out, codes
+        )
+        return int(changed), float(size)
+
+    def _product(self, left: Any) -> Any:
+        return np.ascontiguousarray(self._multiply(left))
+
+
+def fits_bytes(grid: Matrix, offset: int | None) -> bool:
+    """Return whether rows of a weight can be merged in their bytes: both codes share a step.
+
+    Args:
+        grid: the weight; its codes do not matter.
+        offset: what is added to a code for the nibble that is stored; None if no nibble is.
+    """
+    kind = (grid.kind.bits, offset) in ((4, 8), (4, 0)) and grid.kind.is_float == (offset == 0)
+    return kind and grid.order is None and grid.block[1] % 2 == 0
 
 
 def regridded(delta: Delta, target: Target, base: Matrix) -> Regridded:

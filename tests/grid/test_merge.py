@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shutil
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -26,7 +28,7 @@ from kilodelta.errors import (
     ProofError,
     QualityError,
 )
-from kilodelta.export.merge.in_grid import Tally, merge_weight
+from kilodelta.export.merge.in_grid import Tally, grid_stream, merge_weight
 from kilodelta.files import canonical
 from kilodelta.format import manifest as manifests
 from kilodelta.format.delta import Delta
@@ -467,6 +469,28 @@ def test_threads_and_shards_change_nothing(base: Path, file: Path, tmp_path: Pat
         kilodelta.merge(base, file, tmp_path / str(threads), threads=threads)
     one, three = (tmp_path / n / "model.safetensors" for n in ("1", "3"))
     assert one.read_bytes() == three.read_bytes()
+
+
+@pytest.mark.parametrize("tensor", ["b.weight_packed", "b.weight_scale", "norm.weight"])
+def test_a_base_that_changes_while_it_is_merged_is_named(
+    base: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensor: str
+) -> None:
+    """Codes and scales are not hashed as they are stored: the result's root tells."""
+    place = shutil.copytree(base, tmp_path / "base")
+
+    def changing(checkpoint: kilodelta.Checkpoint, *rest: Any) -> Any:
+        _, entry = checkpoint.entry(tensor)
+        with (place / "model.safetensors").open("r+b") as weights:
+            weights.seek(entry.begin + 3)
+            byte = weights.read(1)[0]
+            weights.seek(entry.begin + 3)
+            weights.write(bytes([byte ^ 1]))
+        return grid_stream(checkpoint, *rest)
+
+    monkeypatch.setattr("kilodelta.export.merge.checkpoint.grid_stream", changing)
+    with pytest.raises(BaseMismatchError, match=rf"{re.escape(tensor)} .* is not the base's"):
+        kilodelta.merge(place, file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_plain_weights_and_extras_of_a_quantised_base(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -11,7 +12,8 @@ import numpy.typing as npt
 import pytest
 
 from kilodelta.errors import CheckpointError
-from kilodelta.exact import in_grid, quotients
+from kilodelta.exact import in_bytes, in_grid, nibbles, quotients
+from kilodelta.grid.bits import pack_bits
 from kilodelta.grid.codes import E2M1, E4M3, Kind, integer_kind
 from kilodelta.grid.matrix import Matrix
 from kilodelta.grid.reference import new_code
@@ -28,6 +30,7 @@ def rounded(
     steps_, out, factor = steps_of(matrix, c, e), np.empty_like(codes), np.float64(c)
     if kind.is_float:
         found = in_grid.round_floats(numbers, factor, codes, 0, float_grid(kind), steps_, 1, out)
+        require_bytes_alike(matrix, numbers, c, e, out, found[0])
         return out, found[0]
     limits = limits_of(matrix)
     found = in_grid.round_integers(numbers, factor, codes, 0, zeros, steps_, limits, 1, out)
@@ -36,7 +39,28 @@ def rounded(
     other = in_grid.round_integers(numbers, factor, codes, 0, zeros, single, limits, 1, again)
     assert np.array_equal(out, again)
     assert found == other
+    require_bytes_alike(matrix, numbers, c, e, out, found[0])
     return out, found[0]
+
+
+def require_bytes_alike(
+    matrix: Matrix, numbers: Any, c: int, e: int, wanted: Any, changed: int, first: int = 0
+) -> None:
+    """Merge the same in bytes of two codes, whose new bytes and codes must be `wanted`."""
+    kind, codes = matrix.kind, matrix.codes
+    if kind.bits != 4 or codes.shape[1] % 2:
+        return
+    offset, zeros = (0 if kind.is_float else 8), matrix.zeros
+    zeros = np.zeros((0, 0), np.int16) if zeros is None else zeros
+    stream = pack_bits(codes, 4, codes.shape[1] // 2, offset=offset)
+    packed, found = np.empty_like(stream), np.empty(codes.shape, np.uint8)
+    left, right = nibbles.halves(numbers), np.empty((0, codes.shape[1]), numbers.dtype)
+    grid = float_grid(kind) if kind.is_float else zeros
+    rest = (stream, first, grid, steps_of(matrix, c, e).of_bytes(), 1, packed, found)
+    moved, _ = in_bytes.MERGE[kind.is_float](left, right, np.float64(c), *rest)
+    assert np.array_equal(found.view(codes.dtype), wanted)
+    assert np.array_equal(packed, pack_bits(wanted, 4, codes.shape[1] // 2, offset=offset))
+    assert moved == changed
 
 
 def by_fractions(
@@ -236,3 +260,37 @@ def test_a_fused_merge_equals_the_product_that_is_rounded(kind: Kind) -> None:
         assert merging(left.astype(dtype), right.astype(dtype), factor, *rest, fused) == found
         assert np.array_equal(fused, once)
     assert 0 < found[0] < codes.size
+
+
+@pytest.mark.parametrize("kind", [integer_kind(4), E2M1], ids=lambda kind: str(kind.name))
+@pytest.mark.parametrize("group", [2, 16, 48, 96, 128, 2 * in_bytes.TILE + 96])
+def test_bytes_of_wide_rows_round_as_single_codes_do(kind: Kind, group: int) -> None:
+    """Rows that end within a tile, groups that end at its edges and within it, and odd counts."""
+    rng, columns = np.random.default_rng(group), 2 * in_bytes.TILE + 96
+    shape = (7, -(-columns // group))
+    codes: npt.NDArray[Any] = rng.integers(0, 16, (7, columns)).astype(np.uint8)
+    codes = codes if kind.is_float else codes.view(np.int8) - np.int8(8)
+    zeros = None if kind.is_float else rng.integers(-8, 8, shape).astype(np.int16)
+    steps = np.round(rng.normal(size=shape) * 4) / 4  # ties, signs and steps of zero
+    matrix = Matrix(kind=kind, codes=codes, steps=steps, block=(1, group), zeros=zeros)
+    left, right = (rng.integers(-7, 8, s).astype(np.float32) for s in ((5, 6), (6, columns)))
+    wanted, numbers = np.empty_like(codes[2:]), (left @ right).astype(np.float64)
+    rest: tuple[Any, ...] = (codes[2:], 2, float_grid(kind), steps_of(matrix, 3, -5), 1, wanted)
+    if not kind.is_float:
+        rest = (codes[2:], 2, zeros, steps_of(matrix, 3, -5), limits_of(matrix), 1, wanted)
+    changed, size = in_grid.ROUND[kind.is_float](numbers, np.float64(3), *rest)
+    assert 0 < changed < wanted.size
+    rows = replace(matrix, codes=codes[2:])
+    require_bytes_alike(rows, numbers, 3, -5, wanted, changed, first=2)
+    # the same from factors
+    offset = 0 if kind.is_float else 8
+    stream = pack_bits(codes[2:], 4, columns // 2, offset=offset)
+    packed, found = np.empty_like(stream), np.empty(wanted.shape, np.uint8)
+    halved = np.ascontiguousarray(nibbles.halves(right))
+    grid, steps_ = float_grid(kind) if kind.is_float else zeros, steps_of(matrix, 3, -5).of_bytes()
+    merged = in_bytes.MERGE[kind.is_float](
+        left, halved, np.float64(3), stream, 2, grid, steps_, 1, packed, found
+    )
+    assert np.array_equal(found.view(codes.dtype), wanted)
+    assert merged[0] == changed
+    assert merged[1] == pytest.approx(size, rel=1e-6)

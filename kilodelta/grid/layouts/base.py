@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -59,6 +60,15 @@ class RowLayout(Layout):
 
     So a weight can be merged some rows at a time: `grid` once, then `decode` and `encode`.
     """
+
+    @property
+    def nibble_offset(self) -> int | None:
+        """What is added to a code for the nibble that is stored; None unless rows are only nibbles.
+
+        Then a row is `in / 2` bytes with the code of column 2 j in the low half of byte j, and
+        no bit of it is anything but a code.
+        """
+        return None
 
     @abstractmethod
     def grid(self, parts: Parts) -> Matrix:
@@ -143,7 +153,15 @@ def float_values(tensor: RawTensor) -> Floats:
     """Return the values of a tensor of floats, exactly, float64 in its shape."""
     if tensor.dtype == "F8_E4M3":
         return e4m3_values(tensor.data).reshape(tensor.shape)
+    if tensor.dtype == "F16" and tensor.data.size > 1 << 16:  # looked up is faster than converted
+        return _halves()[tensor.data.view(np.uint16)].reshape(tensor.shape)
     return FLOATS[tensor.dtype].widen(tensor.data).astype(np.float64).reshape(tensor.shape)
+
+
+@lru_cache(maxsize=1)
+def _halves() -> Floats:
+    """List every float16's value by its bits, float64 (65536,)."""
+    return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
 
 
 SCALES = ("F32", "F16", "BF16")

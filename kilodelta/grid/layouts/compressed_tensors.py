@@ -39,6 +39,10 @@ class PackQuantized(RowLayout):
     group: int
     """Columns that share a scale; `in` for one scale per row."""
 
+    @property
+    def nibble_offset(self) -> int | None:
+        return 8 if self.bits == 4 and self.shape[1] % 8 == 0 else None  # whole words
+
     def grid(self, parts: Parts) -> Matrix:
         rows, columns = self.shape
         groups = -(-columns // self.group)
@@ -96,6 +100,10 @@ class Nvfp4Packed(RowLayout):
     name: ClassVar[str] = "compressed-tensors nvfp4-pack-quantized"
     codes_in: ClassVar[str] = "weight_packed"
     GROUP: ClassVar[int] = 16
+
+    @property
+    def nibble_offset(self) -> int | None:
+        return None if self.shape[1] % 2 else 0
 
     def grid(self, parts: Parts) -> Matrix:
         rows, columns = self.shape

@@ -38,6 +38,10 @@ class ModelOptNvfp4(RowLayout):
     codes_in: ClassVar[str] = "weight"
     GROUP: ClassVar[int] = 16
 
+    @property
+    def nibble_offset(self) -> int | None:
+        return None if self.shape[1] % 2 else 0
+
     def grid(self, parts: Parts) -> Matrix:
         rows, columns = self.shape
         self.packed(parts)
