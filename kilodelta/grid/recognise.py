@@ -11,7 +11,7 @@ from kilodelta.expressions import Expressions
 from kilodelta.files.tensor import TensorInfo
 from kilodelta.grid.model import Source, Stored
 from kilodelta.grid.readers import READERS
-from kilodelta.grid.readers.common import EXPRESSIONS, Config, Module, Roles, bound_to_kernel
+from kilodelta.grid.readers.common import AGAIN, EXPRESSIONS, Config, Module, Roles, bound_to_kernel
 
 
 def weights(config: Config, source: Source) -> tuple[str, list[Stored]]:
@@ -42,9 +42,40 @@ def weights(config: Config, source: Source) -> tuple[str, list[Stored]]:
     for module, roles in _modules(source).items():
         _refuse_prepacked(module, roles)
         weight = reader(Module(name=module, roles=roles, config=config, source=source))
-        if weight is not None:
-            found.append(weight)
+        if weight is None:
+            _refuse_left_parts(module, roles, str(method))
+            continue
+        if "weight" in roles and roles["weight"].name not in weight.parts.values():
+            raise CheckpointError(
+                f"{roles['weight'].name} is stored twice: as {roles['weight'].dtype}, and quantised"
+                f" as {weight.codes}",
+                fix=AGAIN,
+            )
+        found.append(weight)
     return str(method), found
+
+
+_PARTS = (
+    *("weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2"),
+    *("weight_global_scale", "weight_zero_point", "weight_g_idx", "weight_shape"),
+    *("qweight", "qzeros"),
+)
+"""Tensors that belong to a quantised weight and to nothing else."""
+
+
+def _refuse_left_parts(module: str, roles: Roles, method: str) -> None:
+    """Refuse scales without codes: as plain tensors they would be targets of an update."""
+    left = [role for role in _PARTS if role in roles]
+    if not left:
+        return
+    stored = next((roles[name] for name in ("weight", "qweight") if name in roles), None)
+    what = "no codes" if stored is None else f"{stored.dtype} {list(stored.shape)} for codes"
+    raise CheckpointError(
+        f"{module or 'the root'} has {', '.join(left)} and {what}: no weight that {method} stores"
+        " and that is read here",
+        fix="fetch the checkpoint again, all shards; if it is whole, quantise to a layout of"
+        " docs/quantised.md",
+    )
 
 
 def _modules(source: Source) -> dict[str, dict[str, TensorInfo]]:

@@ -54,6 +54,26 @@ def test_an_unknown_method(tmp_path: Path, method: Any) -> None:
         (grids.FP8, {"a.weight": FP8}, "a.weight is F8_E4M3 without weight_scale"),
         (grids.MODELOPT, {"a.weight": np.zeros((4, 8), np.uint8)}, "U8 without weight_scale"),
         (grids.CT, {"b.weight": np.zeros((4, 8), np.float32)}, "no weight is stored quantised"),
+        (
+            ASYMMETRIC,
+            {**PACKED, **without(grids.pack_quantized("b", N, zeros=True), "weight_packed")},
+            "b has weight_scale, weight_zero_point, weight_shape and no codes",
+        ),
+        (
+            grids.GPTQ,
+            {**grids.gptq("a", N), **without(grids.gptq("b", N), "qweight")},
+            "b has qzeros and no codes",
+        ),
+        (
+            ASYMMETRIC,
+            {**PACKED, "b.weight": FP8.astype(np.int8), "b.weight_scale": np.ones((4, 1), "f4")},
+            r"b has weight_scale and I8 \[4, 8\] for codes",
+        ),
+        (
+            ASYMMETRIC,
+            {**PACKED, "a.weight": np.zeros((16, 64), np.float32)},
+            "a.weight is stored twice: as F32, and quantised as a.weight_packed",
+        ),
     ],
 )
 def test_a_missing_part(tmp_path: Path, config: Any, tensors: dict[str, Any], said: str) -> None:
