@@ -158,10 +158,12 @@ def _combined(module: nn.Module, names: Mapping[str, str], report: Mapping[str, 
     reached = {memory_of(state[place]) for place in names.values()}
     absent = {_name(entry) for key in ("missing_keys", "mismatched_keys") for entry in report[key]}
     absent |= set(computed(module, names))
+    # What is tied to a tensor of another shape (a head, to the words) is as absent as that is.
+    reached |= {memory_of(state[place]) for place in absent if place in state}
     return [
         place
         for place, tensor in state.items()
-        if place not in absent and tensor.numel() and memory_of(tensor) not in reached
+        if tensor.numel() and memory_of(tensor) not in reached
     ]
 
 

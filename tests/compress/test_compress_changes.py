@@ -107,6 +107,9 @@ def test_a_tuned_tensor_that_holds_no_numbers_is_refused(value: float, tmp_path:
         compare(base, tuned)
     moved = {"a": torch.zeros(4), "n": torch.tensor([2.0, -torch.inf])}
     assert len(compare(base, saved(tmp_path / "m", moved))) == 2  # a mask's infinity may stay
+    broken = saved(tmp_path / "x", {**numbers, "w": wrong.view(2, 2)})
+    with pytest.raises(CheckpointError, match=r"x: w holds NaN or infinity where .*y has a number"):
+        compare(broken, saved(tmp_path / "y", {**numbers, "w": torch.ones(2, 2)}))
     new = saved(tmp_path / "h", {**numbers, "head": wrong})
     if value != value:
         with pytest.raises(CheckpointError, match="h: head holds NaN"):

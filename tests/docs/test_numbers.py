@@ -322,8 +322,16 @@ def test_how_often_an_engine_of_codes_has_a_map() -> None:
 @pytest.mark.parametrize(
     ("name", "start"),
     [
-        ("memory", "`--dtype fp32` (`compress-decoder-2026-11-29-epyc-memory.json`)"),
-        ("memory-apart", "`--dtype fp32`, blocks mapped apart (`...-memory-apart.json`)"),
+        (
+            "mapped",
+            "`--dtype fp32`, weights in the mapped file"
+            " (`compress-decoder-2026-11-29-epyc-mapped.json`)",
+        ),
+        ("memory", "`--dtype fp32`, weights copied, before (`...-memory.json`)"),
+        (
+            "memory-apart",
+            "`--dtype fp32`, weights copied, blocks mapped apart, before (`...-memory-apart.json`)",
+        ),
     ],
 )
 def test_memory_of_a_decoder_beside_peft(name: str, start: str) -> None:

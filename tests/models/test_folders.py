@@ -331,6 +331,15 @@ def test_a_module_of_a_transformers_class_finds_renamed_tensors(
     assert torch.equal(loaded.module.state_dict()["bert.pooler.dense.weight"], held)
 
 
+def test_a_model_of_more_words_opens_with_tied_weights_of_fewer(tmp_path: Path) -> None:
+    base, more = pico.llama(tmp_path / "base"), pico.llama(tmp_path / "more")
+    config = json.loads((more / "config.json").read_text())
+    (more / "config.json").write_text(json.dumps({**config, "vocab_size": pico.VOCABULARY + 3}))
+    loaded = open_model(more, weights=base)  # a fine-tune that added tokens, over its base
+    assert loaded.missing == ("model.embed_tokens.weight", "lm_head.weight")
+    assert loaded.unused == ("model.embed_tokens.weight",)
+
+
 def test_a_module_of_other_names_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

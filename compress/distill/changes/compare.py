@@ -80,7 +80,8 @@ def compare(
 
     Raises:
         BaseMismatchError: the two have no tensor in common, or none differs.
-        CheckpointError: a tensor that differs holds NaN, or infinity where the base has a number.
+        CheckpointError: a tensor that differs holds NaN, or infinity where the base has a number;
+            or a matrix of the base does, where the tuned model has a number.
     """
     if not any(name in base for name in tuned.names):
         raise BaseMismatchError(
@@ -217,6 +218,12 @@ def _norms(base: Checkpoint, tuned: Checkpoint, name: str) -> tuple[float, float
     for old, new in zip(_parts(base, name), _parts(tuned, name), strict=True):
         if bool((old.isfinite() & ~new.isfinite()).any()):
             raise _no_numbers(tuned, name, "NaN or infinity")
+        # A statistic may begin at infinity and be stored whole; to a matrix an update is added.
+        if len(tuned.info(name).shape) >= 2 and bool((~old.isfinite() & new.isfinite()).any()):
+            raise CheckpointError(
+                f"{base.path}: {name} holds NaN or infinity where {tuned.path} has a number",
+                fix="give the base that the fine-tune began from; this file may be damaged",
+            )
         before = old.double()
         change = hypot(change, _norm(new.double() - before))
         size = hypot(size, _norm(before))
