@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kilodelta.errors import ExportError, require
+from kilodelta.export.onnx.rewritten import Rewritten
 from kilodelta.export.onnx.translations import translations
 from kilodelta.models import Batch
 from kilodelta.models.quiet import quiet
@@ -80,7 +81,8 @@ def trace(view: nn.Module, batch: Batch, axes: Mapping[str, Mapping[int, str]]) 
     shown = {name: tensor.clone() for name, tensor in batch.items()}
     with torch.inference_mode(False), torch.no_grad(), quiet():
         names = list(view(**shown))
-        program = _export(Positional(view, tuple(shown), axes), shown, axes, names)
+        with Rewritten():
+            program = _export(Positional(view, tuple(shown), axes), shown, axes, names)
     exported = program.exported_program
     assert exported is not None  # `_export` has seen to it
     prefix = "view.module."
