@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kilodelta.errors import InputError
+from kilodelta.errors import InputError, OutputError
 from kilodelta.files import canonical, plain, staging, untrusted
 from kilodelta.files.staging.stage import explained
 from kilodelta.fleet.graph import Plan
@@ -30,9 +30,16 @@ def remember(out: Path, file: str | Path) -> None:
     Raises:
         InputError: it holds the results of another file, which this one's would replace where
             they have one name.
-        OutputError: it cannot be written.
+        OutputError: it cannot be written, or is the folder of a model or of a device.
     """
     earlier = _made_from(out)
+    with explained(out):
+        other = next(filter(_is_foreign, _names(out)), "")
+    if earlier is None and other:
+        raise OutputError(
+            f"{out} holds {other}: it is the folder of a model or of a device, not of results",
+            fix="give a new folder by -o",
+        )
     if earlier is not None and earlier.exists() and not earlier.samefile(file):
         raise InputError(
             f"{out} holds results of {earlier}, and is to hold those of {file}",
@@ -42,6 +49,22 @@ def remember(out: Path, file: str | Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     text = canonical.dumps({"file": str(Path(file).resolve())})
     staging.write(out / PLANNED, text.encode("utf-8", "surrogateescape"))
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+
+
+def _is_foreign(name: str) -> bool:
+    return name in ("config.json", "adapter_config.json", "bundle.json") or name.endswith(
+        (".safetensors", ".gguf")
+    )
+
+
+def _why(problem: Exception) -> str:
+    if isinstance(problem, FileNotFoundError):
+        return f"it has no {PLANNED}"
+    return str(problem.strerror if isinstance(problem, OSError) else problem)
 
 
 def located(given: str | Path, out: str | Path) -> tuple[Path, Path]:
@@ -61,7 +84,7 @@ def located(given: str | Path, out: str | Path) -> tuple[Path, Path]:
         return _read(place), place
     except (OSError, ValueError) as problem:
         raise InputError(
-            f"{place} does not say which fleet it is of: {problem}",
+            f"{place} does not say which fleet it is of: {_why(problem)}",
             fix="give the fleet's file, and the folder by -o",
         ) from None
 

@@ -157,6 +157,16 @@ def test_results_need_a_folder(folder: Path) -> None:
         run(plan_of(folder))
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "bundle.json"])
+def test_results_do_not_go_into_a_model(folder: Path, name: str) -> None:
+    """The folder of a base, given by mistake, would hold them beside its weights."""
+    (folder / "other").mkdir()
+    (folder / "other" / name).touch()
+    said = refused("run", str(folder / "fleet.toml"), "-o", str(folder / "other"))
+    assert f"holds {name}: it is the folder of a model or of a device" in said
+    assert [place.name for place in (folder / "other").iterdir()] == [name]
+
+
 @pytest.mark.parametrize(
     ("shard", "words"),
     [
@@ -181,7 +191,9 @@ def test_a_status_of_a_folder_whose_file_has_gone(folder: Path) -> None:
     (folder / "fleet.toml").unlink()
     assert "cannot be read" in refused("status", str(folder / "out"))
     (folder / "empty").mkdir()
-    assert "does not say which fleet" in refused("status", str(folder / "empty"))
+    assert f"does not say which fleet it is of: it has no {PLANNED}" in refused(
+        "status", str(folder / "empty")
+    )
 
 
 def test_engines_of_a_quantised_base_are_patched_and_not_refitted(folder: Path) -> None:
