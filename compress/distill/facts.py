@@ -13,6 +13,8 @@ from dataclasses import asdict
 from kilodelta.compress.distill.job import Job
 from kilodelta.compress.distill.learn.data import Data
 from kilodelta.compress.distill.learn.schedule import Schedule
+from kilodelta.compress.distill.precisions.ways import START
+from kilodelta.compress.distill.precisions.wishes import IN_GRID
 from kilodelta.files.checkpoint import read_config
 from kilodelta.files.model_digest import digest
 
@@ -60,6 +62,7 @@ def run_facts(
         "--extras": json.dumps([change.name for change in job.split.extras]),
         "outputs": json.dumps(outputs),
         **({"--for": ",".join(job.precisions)} if job.precisions else {}),
+        **({"start in the grid": str(START)} if IN_GRID in job.precisions else {}),
         **{f"--{key}": str(value) for key, value in asdict(schedule).items()},
     }
 

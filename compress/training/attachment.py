@@ -99,6 +99,26 @@ class Attachment(nn.Module):
         """Return the grid that target `index` is rounded to in the present way, if to any."""
         return None if self.ways.now is None else self.ways.now.grids.get(index)
 
+    def start_on_grid(self, share: float) -> None:
+        """Let updates begin as large as a share of the steps of the grids that they train through.
+
+        An update that is far below half a step changes no code of a merge in the grid, however well
+        it fits beside the base. One of random signs changes a code now and then, here and there,
+        and each further change of it then changes codes in proportion, as dither lets a quantiser
+        follow a small signal (Roberts, https://doi.org/10.1109/TIT.1962.1057702). A target on no
+        grid begins with the mean of the others' sizes. Call it before the first step.
+
+        Args:
+            share: the root mean square of an update, over the mean step of its grid.
+        """
+        steps = {i: grid.spacing for way in self.ways.all for i, grid in way.grids.items()}
+        if not steps:
+            return
+        mean = sum(steps.values()) / len(steps)
+        sizes = [share * steps.get(place.target.index, mean) for place in self.places]
+        self.factors.start_wide(self.file, self.own, sizes)
+        self._cache.clear()
+
     def quantise(self, bits: int | None) -> None:
         """Compute, from now on, with what a file of so many bits holds; None: with exact values.
 

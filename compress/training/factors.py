@@ -81,6 +81,19 @@ class TrainableFactors(ABC):
     def start(self, target: Target, generator: torch.Generator) -> Mapping[str, Start]:
         """Return how a target's groups begin: with an update of zero, or nearly so."""
 
+    def start_wide(self, shared: GroupSet, own: Sequence[GroupSet], sizes: Sequence[float]) -> bool:
+        """Begin with updates of given sizes, where the method's updates do not begin at zero.
+
+        Args:
+            shared: the groups that the file has once, as they begin; changed.
+            own: those of each target, likewise.
+            sizes: the root mean square of each target's update.
+
+        Returns:
+            Whether they begin so.
+        """
+        return False
+
     def prepare(self, values: CoefficientValues) -> tuple[Tensor, ...]:
         """Compute what all targets share in one forward pass."""
         return ()

@@ -78,6 +78,12 @@ class TargetGrid:
             still=bool(matrix.still),
         )
 
+    @property
+    def spacing(self) -> float:
+        """The mean distance of two neighbouring numbers near zero."""
+        apart = {"e4m3": 2.0**-9, "e2m1": 0.5}.get(self.kind, 1.0)
+        return apart * float(self.steps.abs().mean())
+
     def merged(self, weight: Tensor, change: Tensor) -> Tensor:
         """Add a change to the weight and round to the grid; the gradient goes to `change` as it is.
 

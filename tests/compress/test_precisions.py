@@ -17,20 +17,23 @@ import numpy as np
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import kilodelta
 from kilodelta.cli import main
 from kilodelta.compress import Options, compress
 from kilodelta.compress.distill.precisions.wishes import CHOICES
-from kilodelta.compress.training.through_grid import TargetGrid
+from kilodelta.compress.training import train
+from kilodelta.compress.training.attachment import Attachment
+from kilodelta.compress.training.through_grid import TargetGrid, Way, Ways
 from kilodelta.errors import CheckpointError, InputError, QualityError
 from kilodelta.files import safetensors
 from kilodelta.files.tensor import RawTensor
-from kilodelta.format.methods import Lora
+from kilodelta.format.methods import Lora, UniLora
 from kilodelta.grid import Matrix, open_quantised
 from kilodelta.grid.codes import E2M1, E4M3, Kind, integer_kind
 from kilodelta.grid.dequantise import dequantised
-from kilodelta.grid.quantise import quantise_folder
+from kilodelta.grid.quantise import PRECISIONS, quantise_folder
 from kilodelta.grid.reference import new_code
 from kilodelta.merging.rebase import rebase
 from kilodelta.progress import Event
@@ -324,3 +327,34 @@ def test_an_interrupted_run_goes_on_with_its_ways(place: Path, tmp_path: Path) -
         resume(replace(OPTIONS, precisions=("beside",)))
     resume(OPTIONS)
     assert (tmp_path / "cut.kd").read_bytes() == (tmp_path / "whole.kd").read_bytes()
+
+
+def test_updates_begin_at_a_share_of_the_grids_steps() -> None:
+    """Far below half a step, updates change no code, and what they learn is lost in the grid."""
+    attachment = on_grids(UniLora(rank=4, bases=4000))
+    attachment.start_on_grid(0.25)
+    steps = [float(grid.steps.mean()) for grid in attachment.ways.all[0].grids.values()]
+    assert steps[0] > 2 * steps[1]  # of 0.06 and 0.02, the mean of which the third begins with
+    for index, step in enumerate((*steps, sum(steps) / 2)):
+        size = attachment.update(index).matrix().square().mean().sqrt().item()
+        assert size == pytest.approx(0.25 * step, rel=1e-5)
+
+
+def test_updates_that_begin_at_zero_do_so_in_a_grid() -> None:
+    attachment = on_grids(Lora(rank=2))
+    attachment.start_on_grid(0.25)
+    assert not any(attachment.update(index).matrix().any() for index in range(3))
+
+
+def on_grids(method: Any) -> Attachment:
+    """Attach a method to three layers, the first two of which train through a grid as well."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 96), nn.Linear(96, 32), nn.Linear(32, 48)]
+    with torch.no_grad():
+        layers[0].weight.mul_(3)
+    weights = [layer.weight.detach().double().numpy() for layer in layers[:2]]
+    attachment = train.attached(train.attach(nn.Sequential(*layers), method, "*.weight"))
+    matrices = [PRECISIONS["int4-g32"].make(weight) for weight in weights]
+    grids = {index: TargetGrid.of(matrix) for index, matrix in enumerate(matrices)}
+    attachment.ways = Ways((Way(name="in-grid", grids=grids), Way(name="beside")))
+    return attachment

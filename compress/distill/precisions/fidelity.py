@@ -164,18 +164,29 @@ def made_of(fidelities: Sequence[Fidelity]) -> dict[str, float]:
 
 
 def few_codes(made: Mapping[str, Any], fidelities: Sequence[Fidelity]) -> list[str]:
-    """Warn of each grid in which a merge changes almost nothing.
+    """Warn of each grid in which a merge changes so few codes that `merge` refuses it.
+
+    A handful of codes may still be all that a task needs, so the warning says what was measured.
 
     Args:
         made: what the file says of itself; of a quantised base, `grid_codes_changed` as well.
         fidelities: what was measured.
+
+    Example:
+        >>> one = Fidelity(
+        ...     name="in-grid", agreement=0.825, divergence=0.2, codes_changed=0.004, outputs=()
+        ... )
+        >>> few_codes({}, [one])[0].partition(";")[0]
+        'merged in the grid (in-grid), 0.40% of the codes change, and the result agrees by 0.825'
     """
     shares = {f.name: f.codes_changed for f in fidelities if f.codes_changed is not None}
-    if "grid_codes_changed" in made:
+    agreements = {f.name: f", and the result agrees by {f.agreement:.3g}" for f in fidelities}
+    if "grid_codes_changed" in made:  # also where a merge in the grid was not asked for
         shares[IN_GRID] = made["grid_codes_changed"]
     return [
-        f"merged in the grid ({name}), {share:.2%} of the codes change, so it gives back the base:"
-        " apply the file beside it, or give more --steps or a larger --budget"
+        f"merged in the grid ({name}), {share:.2%} of the codes change{agreements.get(name, '')};"
+        f" `merge` refuses less than {MIN_CHANGED:.0%} without --min-changed: apply the file beside"
+        " it, or give more --steps or a larger --budget"
         for name, share in shares.items()
         if share < MIN_CHANGED
     ]

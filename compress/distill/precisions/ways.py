@@ -16,6 +16,9 @@ from kilodelta.files.tensor import RawTensor
 from kilodelta.grid.quantise import PRECISIONS
 from kilodelta.models.weights import values
 
+START = 0.15
+"""The size of the updates at the start of a training for a merge in the grid, in its steps."""
+
 
 def train_for(job: Job, grids: Grids) -> None:
     """Give the attached student the ways that it trains for: one step in each, by turns.
@@ -46,6 +49,8 @@ def train_for(job: Job, grids: Grids) -> None:
         elif not any(way.name == "float" for way in ways):
             ways.append(Way(name="float"))
     attachment.ways = Ways(tuple(ways))
+    if IN_GRID in job.precisions:
+        attachment.start_on_grid(START)
 
 
 def _grids(attachment: Attachment, grids: Grids, name: str) -> dict[int, TargetGrid]:

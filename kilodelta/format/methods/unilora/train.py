@@ -29,6 +29,9 @@ UNIT = 2.0**-10
 """The step of which the anchor is a multiple before theta has a scale."""
 SMALL = 0.02
 """Largest entry of theta at the start without an anchor, as in the paper's code."""
+WIDE = 0.1
+"""The same where updates begin with a given size: what a step of the usual rate changes then is a
+few percent of theta, so that the updates keep their size while they learn."""
 
 
 class UniLoraFactors(TrainableFactors):
@@ -88,6 +91,18 @@ class UniLoraFactors(TrainableFactors):
         anchor = abs(self.method.anchor) * UNIT
         size = 1 / (anchor * sqrt(3 * target.matrix[1])) if anchor else 1.0
         return {"size": Start(values=torch.zeros(()), gain=size)}
+
+    def start_wide(self, shared: GroupSet, own: Sequence[GroupSet], sizes: Sequence[float]) -> bool:
+        if self.method.anchor:  # beside it, theta begins at zero
+            return False
+        values = CoefficientValues(shared=shared, own=own, precision=None)
+        with torch.no_grad():
+            shared.get_parameter("theta").mul_(WIDE / SMALL)
+            prepared = self.prepare(values)
+            for index, (groups, size) in enumerate(zip(own, sizes, strict=True)):
+                present = self.update(prepared, values, index).matrix().pow(2).mean().sqrt()
+                groups.gains = {**groups.gains, "size": size / present.item()}
+        return True
 
     def prepare(self, values: CoefficientValues) -> tuple[Tensor, ...]:
         """Gather all factors at once: one flat tensor, and a view of it per factor.
