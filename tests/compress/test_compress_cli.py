@@ -102,6 +102,7 @@ def test_places_that_take_no_file(out: str, expected: str, here: Path) -> None:
         (("--inputs", "absent.npz"), "absent.npz is no file"),
         (("--inputs", "few.npz"), "few.npz holds 5 inputs; distillation needs at least 8"),
         (("--inputs", "ids.npz", "--held-out", "40"), "40 of 40 inputs cannot be held out"),
+        (("--inputs", "ids.npz", "--batch", "296"), "40 inputs are too few for batches of 296"),
         (("--inputs", "ids.npz", "--labels", "no.txt"), "no.txt cannot be read"),
     ],
 )

@@ -166,7 +166,13 @@ def check_count(count: int, spec: str, held_out: int | None, batch: int) -> int:
             fix=f"give more inputs, which need no labels, and no --limit below {FEWEST}",
         )
     wanted = min(HELD_OUT_MOST, max(1, round(HELD_OUT * count))) if held_out is None else held_out
-    if not 1 <= wanted <= count - max(1, batch // 8):
+    left = count - max(1, batch // 8)  # of a batch, an eighth at least are different inputs
+    if wanted < count and (left < 1 or (held_out is None and wanted > left)):
+        raise InputError(
+            f"{count} inputs are too few for batches of {batch}",
+            fix=f"give more inputs, or a --batch of up to {8 * (count - wanted)}",
+        )
+    if not 1 <= wanted <= left:
         raise InputError(
             f"{wanted} of {count} inputs cannot be held out", fix="give a smaller --held-out"
         )
