@@ -330,6 +330,7 @@ def test_how_often_an_engine_of_codes_has_a_map() -> None:
             "`--dtype fp32`, weights in the mapped file"
             " (`compress-decoder-2026-11-29-epyc-mapped.json`)",
         ),
+        ("mapped-again", "the same, run again (`...-mapped-again.json`)"),
         ("memory", "`--dtype fp32`, weights copied, before (`...-memory.json`)"),
         (
             "memory-apart",
