@@ -220,6 +220,19 @@ def test_rounding_noise_is_no_effect() -> None:
         reference(merged, base, "share")
 
 
+def masked_twice(model: Model, x: Tensor) -> Outputs:
+    """ProphetNet's masks: in float64 the least number, added twice, leaves a softmax of NaN."""
+    least = torch.finfo(x.dtype).min if x.dtype == torch.float64 else -1e30
+    scores = model.hidden(x) + least + least
+    return {"y": model.head(torch.softmax(scores, -1))}
+
+
+def test_a_reference_of_nan_alone_is_said_to_be_none() -> None:
+    base = Model(masked_twice)
+    with pytest.raises(ProofError, match="nothing but NaN in float64"):
+        reference(tuned(base, 0.5), base, "y")
+
+
 def plain(model: Model, x: Tensor) -> Outputs:
     return {"y": model.head(model.hidden(x))}
 

@@ -15,7 +15,7 @@ two equal.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -72,6 +72,24 @@ class Metrics:
 def jsonable(value: float | None) -> Number:
     """Return a number as strict JSON can hold it."""
     return value if value is None or np.isfinite(value) else str(value)
+
+
+def are_all_nan(outputs: Iterable[Mapping[str, NDArray[Any]]]) -> bool:
+    """Return whether no number at all was computed: every float of every output is NaN.
+
+    Args:
+        outputs: arrays by name, one mapping for each case.
+    """
+    floats = [a for arrays in outputs for a in arrays.values() if a.dtype.kind == "f" and a.size]
+    return bool(floats) and all(np.isnan(array).all() for array in floats)
+
+
+NO_REFERENCE = (
+    "the model computes nothing but NaN in float64, which artefacts are compared with",
+    "its code overflows there, as where it adds the least number of a type twice; give a module "
+    "without it by --model",
+)
+"""What is wrong with a model whose outputs are all NaN, and how to go on."""
 
 
 def compare(actual: NDArray[Any], reference: NDArray[Any], *, classes: bool = False) -> Metrics:

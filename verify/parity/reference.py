@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 from kilodelta.errors import KiloDeltaError, ProofError
 from kilodelta.progress import Event, Progress, silent
 from kilodelta.verify.parity.cases import LEFT, Case, live, refilled, token_axis
-from kilodelta.verify.parity.metrics import BLOCK, Float64, Metrics, compare, finite
+from kilodelta.verify.parity.metrics import (
+    BLOCK,
+    NO_REFERENCE,
+    Float64,
+    Metrics,
+    are_all_nan,
+    compare,
+    finite,
+)
 from kilodelta.verify.runners.rounding_noise import noisy_runs
 from kilodelta.verify.runners.runner import UNIT_ROUNDOFF, Arrays
 from kilodelta.verify.runners.torch_runner import TorchRunner
@@ -48,7 +56,8 @@ class Reference:
             left, so that they are not compared there.
 
     Raises:
-        ProofError: merged and base give the same outputs, so no artefact could show the update.
+        ProofError: merged and base give the same outputs, so no artefact could show the update; or
+            nothing but NaN.
         InputError: the model cannot compute a case.
     """
 
@@ -70,6 +79,8 @@ class Reference:
         self._plain: dict[tuple[str, bool], dict[str, tuple[Metrics, ...]]] = {}
         self._clear_places: dict[str, list[NDArray[np.bool_]]] = {}
         self.merged = self._run(merged, "float64", "merged model")
+        if are_all_nan(self.merged):
+            raise ProofError(NO_REFERENCE[0], fix=NO_REFERENCE[1])
         self.base = self._run(base, "float64", "base")
         lengths = [case.length for case in self.cases]
         self._axes = {

@@ -16,7 +16,7 @@ from kilodelta.errors import InputError, KiloDeltaError
 from kilodelta.models import Batch, LoadedModel, example, outputs, read_inputs
 from kilodelta.verify.parity.cases import live
 from kilodelta.verify.parity.gate import MULTIPLE, Limit, limit, widened
-from kilodelta.verify.parity.metrics import Metrics, compare
+from kilodelta.verify.parity.metrics import NO_REFERENCE, Metrics, are_all_nan, compare
 from kilodelta.verify.runners.rounding_noise import noisy_runs
 from kilodelta.verify.runners.runner import Arrays
 from kilodelta.verify.runners.torch_runner import TorchRunner
@@ -56,12 +56,19 @@ def _filled(
 
 
 def exact(loaded: LoadedModel, batch: Batch) -> Golden:
-    """Compute a model's outputs on a batch in float64, and return both, outputs in float32."""
+    """Compute a model's outputs on a batch in float64, and return both, outputs in float32.
+
+    Raises:
+        InputError: all of them are NaN.
+    """
     arrays = {name: tensor.numpy() for name, tensor in batch.items()}
     with torch.inference_mode():
         names = list(outputs(loaded, batch))
     runner = TorchRunner(loaded.view(), names, precision="float64", device="cpu")
-    narrow = {name: array.astype(np.float32) for name, array in runner.run(arrays).items()}
+    made = runner.run(arrays)
+    if are_all_nan([made]):
+        raise InputError(NO_REFERENCE[0], fix=NO_REFERENCE[1])
+    narrow = {name: array.astype(np.float32) for name, array in made.items()}
     return Golden(inputs=arrays, outputs=narrow)
 
 
