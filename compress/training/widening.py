@@ -36,7 +36,7 @@ def can_widen(module: nn.Module, trained: Collection[str] = ()) -> dict[str, nn.
         trained: state names of weights whose values are not the file's.
 
     Example:
-        >>> list(can_widen(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
+        >>> list(can_widen(nn.Sequential(nn.Linear(2, 2), nn.ReLU()).requires_grad_(False)))
         ['0.weight']
     """
     held = (p for owner in module.modules() for p in owner._parameters.values())
