@@ -75,7 +75,14 @@ def whisper_config(
     loaded: LoadedModel,
     tokens: SpecialTokens,
 ) -> dict[str, Any]:
-    """Describe a Whisper's graphs with a cache; see `write_whisper_config` for the arguments."""
+    """Describe a Whisper's graphs with a cache.
+
+    Args:
+        templates: both graphs by file name, as they were exported.
+        files: by the same names, what the files are called in the folder.
+        loaded: the merged model.
+        tokens: those that begin, end and pad its texts.
+    """
     encoder, decoder = templates[ENCODER_FILE], templates[CACHED_FILE]
     config: Any = loaded.module.config
     return {
