@@ -113,7 +113,9 @@ def test_what_is_no_image_is_named(seeing: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cut\.png is no image that Pillow reads"):
         read_inputs(tmp_path / "cut.png", seeing)
     (tmp_path / "text.jpg").write_text("no image")
-    with pytest.raises(InputError, match=r"text\.jpg is no image that Pillow reads"):
+    with pytest.raises(
+        InputError, match=r"text\.jpg is no image that Pillow reads: its bytes are of none of"
+    ):
         read_inputs(tmp_path / "text.jpg", seeing)
 
 

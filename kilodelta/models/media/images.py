@@ -39,8 +39,11 @@ def read_image(path: Path, place: str) -> Any:
             image.load()
             upright = ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow's plug-ins raise whatever their formats make them raise
+        # Of a file of another kind Pillow says the open file, as Python prints it.
+        is_other = isinstance(error, pillow.UnidentifiedImageError)
+        why = f"its bytes are of none of {', '.join(FORMATS)}" if is_other else error
         raise InputError(
-            f"{place}: {path.name} is no image that Pillow reads: {error}",
+            f"{place}: {path.name} is no image that Pillow reads: {why}",
             fix="save it again as PNG or JPEG, or remove it",
         ) from None
     if image.mode.startswith(_DEEP):
