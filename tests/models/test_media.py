@@ -281,7 +281,7 @@ def test_no_program_is_started_for_an_image(
     monkeypatch.setattr("PIL.EpsImagePlugin.has_ghostscript", lambda: True)
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
     (tmp_path / "a.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
-    with pytest.raises(InputError, match="cannot identify image file"):
+    with pytest.raises(InputError, match="its bytes are of none of BMP, GIF"):
         read_inputs(tmp_path / "a.jpg", seeing)
 
 
