@@ -30,8 +30,8 @@ UNIT = 2.0**-10
 SMALL = 0.02
 """Largest entry of theta at the start without an anchor, as in the paper's code."""
 WIDE = 0.1
-"""The same where updates begin with a given size: what a step of the usual rate changes then is a
-few percent of theta, so that the updates keep their size while they learn."""
+"""The same where updates begin with a given size. Theta is then large beside the steps of training,
+so that an update changes in proportion to them and not with their square."""
 
 
 class UniLoraFactors(TrainableFactors):
