@@ -60,6 +60,6 @@ def _show(done: Any) -> None:
 
     if share < MIN_CHANGED:
         terminal.print_warning(
-            "almost no code changes, so a merge in the grid gives back the base: apply the file"
-            " beside it"
+            "almost no code changes: merge refuses this file without --min-changed; apply it"
+            " beside the base"
         )
