@@ -145,7 +145,6 @@ def test_options_out_of_range(options: Options, expected: str) -> None:
 @pytest.mark.parametrize(
     ("cache", "expected"),
     [
-        ("", "names no folder"),
         ("ids.npz/below", "ids.npz is no folder, so no teacher cache"),
         ("dangling", "dangling is no folder"),
         ("models", "models is the base, which is read and never written"),
@@ -158,6 +157,12 @@ def test_places_that_are_no_teacher_cache(cache: str, expected: str, here: Path)
     result = typed(*LEARN, "--teacher-cache", cache, models=("models", "tuned.safetensors"))
     assert result.exit_code == OutputError.exit_code
     assert expected in result.stderr
+    assert not (here / "task.kd").exists()
+
+
+def test_an_empty_teacher_cache_is_no_folder(here: Path) -> None:
+    with pytest.raises(OutputError, match="--teacher-cache names no folder"):
+        learn(options={"teacher_cache": ""})
     assert not (here / "task.kd").exists()
 
 

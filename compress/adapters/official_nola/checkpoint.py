@@ -6,6 +6,7 @@ Each adapted layer is two factors, `lora_A` and `lora_B`, with `weight`, `seed`,
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,7 +119,9 @@ def _unpickled(path: Path) -> tuple[dict[str, RawTensor], str | None]:
         return storage
 
     try:
-        loaded = torch.load(path, map_location=here, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of the protocol that a pickle is written in
+            loaded = torch.load(path, map_location=here, weights_only=True)
     except Exception as problem:  # torch has no class for what may be wrong with a pickle
         why = "it is damaged, or no checkpoint of torch"
         if type(problem).__name__ == "UnpicklingError":  # whose text advises to run the code in it
