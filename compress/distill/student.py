@@ -6,12 +6,12 @@ and weights that the base stores in a narrower type stay in its files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kilodelta.compress.distill import svd
 from kilodelta.compress.distill.job import Job, as_dtype
@@ -127,11 +127,12 @@ def weights_as_stored(job: Job, student: LoadedModel, data: Data) -> Iterator[No
         student: the delta attached.
         data: what it learns from, of which one row is tried.
     """
-    stored = {} if job.precisions or data.ranks.in_step else _stored(job, student)
+    takes_copies = bool(job.precisions) or data.ranks.in_step
+    layers = {} if takes_copies else can_widen(student.module, _stored_whole(job))
+    stored = _stored(job, layers) if layers else {}
     with ExitStack() as stack:
         if stored:
             before = _outputs(student, data)
-            layers = can_widen(student.module)
             stack.enter_context(widened(layers, stored))
             give_back()
             after = _outputs(student, data)
@@ -141,11 +142,15 @@ def weights_as_stored(job: Job, student: LoadedModel, data: Data) -> Iterator[No
         yield
 
 
-def _stored(job: Job, student: LoadedModel) -> dict[str, Tensor]:
-    """Return the weights that the base's files hold in a narrower type, by state name."""
+def _stored_whole(job: Job) -> set[str]:
+    """Return the state names of tensors that the file holds whole."""
+    names = job.pair.names
+    return {names[change.name] for change in job.split.extras if change.name in names}
+
+
+def _stored(job: Job, layers: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+    """Return the weights of layers that the base's files hold in a narrower type, by state name."""
     pair = job.pair
-    extras = {pair.names[c.name] for c in job.split.extras if c.name in pair.names}
-    layers = can_widen(student.module, extras)
     files = MappedCheckpoint(pair.base)
     places = {pair.names[n]: n for n in pair.base.names if n in pair.names}
     narrow = {

@@ -195,12 +195,8 @@ class GridStream(MergeStream):
         base = None
         if not (packed_rows and _shows_all(grid)):
             base = identity.tensor_hash(piece.name, info.dtype, info.shape)
-        state, nbytes, changed, steps = (
-            matrix_hash(name, grid),
-            piece.nbytes // grid.shape[0],
-            0,
-            0.0,
-        )
+        state, nbytes = matrix_hash(name, grid), piece.nbytes // grid.shape[0]
+        changed, steps = 0, 0.0
         for rows, left in regridder.bands(recode.BAND):
             begin, stop = rows.start * nbytes, rows.stop * nbytes
             stream = source[begin:stop].reshape(len(rows), nbytes)

@@ -51,11 +51,14 @@ def diff(
     return lambda: _show(found, every)
 
 
-def _shown(fact: Any) -> str:
+def _shown(field: str, fact: Any) -> str:
     """Write a fact of a file as `kilodelta inspect` does."""
+    from kilodelta.format.method_options import options_in_words
+
+    if field == "method":
+        return f"{fact['name']}: {options_in_words(fact)}"
     if isinstance(fact, dict):
-        parts = (v if k == "name" else f"{k} {v}" for k, v in fact.items())
-        return ", ".join(map(str, parts))
+        return ", ".join(f"{key} {value}" for key, value in fact.items())
     return " ".join(map(str, fact)) if isinstance(fact, (list, tuple)) else str(fact)
 
 
@@ -64,7 +67,7 @@ def _show(found: Difference, every: bool) -> None:
         terminal.print_line("equal")
         return
     if found.facts:
-        facts = [(name, _shown(a), _shown(b)) for name, (a, b) in found.facts.items()]
+        facts = [(name, _shown(name, a), _shown(name, b)) for name, (a, b) in found.facts.items()]
         terminal.print_table("The files say", ("field", "first", "second"), facts)
     shown = found.rows if every else found.rows[:SHOWN]
     if shown:

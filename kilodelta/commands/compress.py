@@ -116,12 +116,14 @@ def _end(report: Report, *, as_json: bool) -> None:
 
 def show(report: Report, *, as_json: bool) -> None:
     """Print what a compression kept and what it cost; warnings go to stderr."""
+    from kilodelta.format.method_options import options_in_words
+
     for warning in report.warnings:
         terminal.print_warning(warning)
     if as_json:
         terminal.print_json({**report.to_json(), "modes": modes(report)})
         return
-    options = ", ".join(f"{k} {v}" for k, v in report.method.items() if k != "name")
+    options = options_in_words(report.method)
     whole = report.nbytes["file"]
     times = report.tuned_bytes / whole
     rows: list[tuple[str, object]] = [

@@ -28,12 +28,13 @@ _COMPATIBILITY = "a compatibility form: floats, its result by the ordered sum of
 def inspect(file: str, as_json: bool) -> Callable[[], None]:
     """Say what a .kd FILE is, what it needs, and where its bytes go."""
     from kilodelta.format.inspect import inspect
+    from kilodelta.format.method_options import options_in_words
     from kilodelta.models import locate_delta
 
     found = inspect(locate_delta(file))
     if as_json:
         return lambda: terminal.print_json(found.to_json())
-    options = ", ".join(f"{k} {v}" for k, v in found.method.items() if k != "name")
+    options = options_in_words(found.method)
     return lambda: terminal.print_facts(
         [
             ("file", f"{found.path}, {terminal.size(found.nbytes['file'])}"),

@@ -1,10 +1,11 @@
-"""Read the manifest's field `method`: the name of an exact method or a form, and its options.
+"""Read the manifest's field `method`, the name of an exact method or a form, and write it in words.
 
 docs/format.md, sections 3 and 9.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from kilodelta.files.untrusted import FieldError, table
@@ -36,3 +37,16 @@ def parse_method(value: Any) -> Form:
         kind.checks[option](given, f"method.{option}")
     method: Form = kind(**options)
     return method
+
+
+def options_in_words(method: Mapping[str, Any]) -> str:
+    """Write a method's options in one line, for people.
+
+    Args:
+        method: the field, as a file or a report holds it.
+
+    Example:
+        >>> options_in_words({"name": "nola", "rank": 2, "bases": 9})
+        'rank 2, bases 9'
+    """
+    return ", ".join(f"{key} {value}" for key, value in method.items() if key != "name")

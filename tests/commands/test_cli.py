@@ -51,6 +51,10 @@ def test_diff_of_files_says_whether_updates_were_compared() -> None:
     assert alone.exit_code == 0
     assert "updates were not compared; give --base for that" in alone.stdout
     assert "0 are equal" not in alone.stdout
+    assert "nola: rank 2, bases 131, basis sign" in run("inspect", files[0]).stdout
+    other = run("diff", files[0], GOLDEN / "lora-8.kd").stdout
+    assert "nola: rank 2, bases 131, basis sign" in other
+    assert "lora: rank 3" in other
     beside = run("diff", *files, "--base", GOLDEN / "base.safetensors")
     assert "differ, " in beside.stdout
     assert "not compared" not in beside.stdout
