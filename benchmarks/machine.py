@@ -12,7 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PACKAGES = ("kilodelta", "numpy", "numba", "torch", "peft", "transformers", "onnxruntime")
-UNITS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+UNITS = (
+    "avx2",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_vnni",
+    "avx_vnni",
+    "amx_bf16",
+    "amx_int8",
+    "sha_ni",
+    "asimddp",
+    "i8mm",
+)
 
 
 def describe() -> dict[str, str]:
