@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from kilodelta.compress.adapters.belonging import check_options
 from kilodelta.compress.adapters.conversion import Imported, convert_adapter
 from kilodelta.compress.adapters.reader import ReadOptions
 from kilodelta.errors import InputError
+from kilodelta.models import locate
+from kilodelta.models.hub import name_of
 from kilodelta.progress import Progress, silent
 
 
@@ -39,8 +42,9 @@ def import_adapter(
     Every tensor of the adapter is used, or the import is refused by that tensor's name.
 
     Args:
-        adapter: a PEFT folder (LoRA, RandLora, VeRA, Uni-LoRA), or a checkpoint of official NOLA.
-        base: the model that it was trained on: a folder or a `.safetensors` file.
+        adapter: a PEFT folder (LoRA, RandLora, VeRA, Uni-LoRA), a checkpoint of official NOLA, or
+            `hf:org/name` for a folder on the hub.
+        base: the model that it was trained on: a folder, a `.safetensors` file or `hf:org/name`.
         out: the file to write.
         bits: of an integer coefficient: 4, 8 or 16.
         dtype: the type of the coefficients of a compatibility form.
@@ -66,10 +70,11 @@ def import_adapter(
         What the file holds and what was lost; with `requantise`, the report of `compress` in it.
 
     Raises:
-        CheckpointError: the adapter's or the base's files are missing or damaged.
+        CheckpointError: the adapter's or the base's files are missing or damaged, or the hub does
+            not give them.
         BaseMismatchError: the adapter was not made for this base.
         InputError: what the adapter does is not clear, no delta can hold it, or an option belongs
-            to `requantise`.
+            to `requantise`, to `inputs` or to adapters of another kind.
         OutputError: `out` may not be replaced, or cannot be written.
 
     Example:
@@ -89,6 +94,8 @@ def import_adapter(
         >>> got.source, got.targets, got.error < 1e-4
         ('PEFT LoRA', 1, True)
     """
+    name = name or name_of(base)
+    adapter, base = locate(adapter), locate(base)
     options = ReadOptions(
         bits=bits,
         dtype=dtype,
@@ -107,9 +114,9 @@ def import_adapter(
         "steps": steps,
         "model": model,
     }
+    _check_requantise(how, requantise=requantise)
+    check_options(adapter, options, requantise=requantise)
     if not requantise:
-        if wrong := next((key for key, value in how.items() if value is not None), None):
-            raise InputError(f"--{wrong} belongs to --requantise", fix="add --requantise")
         return convert_adapter(adapter, base, out, options=options, force=force, progress=progress)
     from kilodelta.compress.adapters.requantise import requantise as run
     from kilodelta.compress.adapters.requantise import settings
@@ -124,3 +131,16 @@ def import_adapter(
         force=force,
         progress=progress,
     )
+
+
+def _check_requantise(how: dict[str, Any], *, requantise: bool) -> None:
+    """Refuse options of a way that is not gone."""
+    given = [key for key, value in how.items() if value is not None]
+    if given and not requantise:
+        raise InputError(f"--{given[0]} belongs to --requantise", fix="add --requantise")
+    of_inputs = [key for key in ("steps", "model") if key in given]
+    if of_inputs and "inputs" not in given:
+        raise InputError(
+            f"--{of_inputs[0]} belongs to --inputs: without them nothing is run",
+            fix=f"add --inputs, or leave --{of_inputs[0]} out",
+        )

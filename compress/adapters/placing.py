@@ -65,7 +65,15 @@ def parse_prefix(text: str) -> Place:
     Example:
         >>> parse_prefix("bert=encoder.bert")
         Place(cut='bert.', added='encoder.bert.')
+
+    Raises:
+        InputError: there is more than one `=`.
     """
+    if text.count("=") > 1:
+        raise InputError(
+            f"--prefix {text!r:.80} has more than one =",
+            fix="give a module path to put before the adapter's, or OLD=NEW",
+        )
     cut, _, added = text.rpartition("=")
     return Place(cut=_with_dot(cut), added=_with_dot(added))
 
@@ -129,10 +137,17 @@ def _told(
         if weight(path, place) is None:
             raise BaseMismatchError(
                 f"{architecture.base.path} has no tensor for {path} of {where} with --prefix"
-                f" {place.option!r}: looked for {place.to_model(path)}.weight",
+                f" {place.option!r}: {_looked(path, place)}",
                 fix="list the base's tensors: kilodelta digest --tensors",
             )
     return place
+
+
+def _looked(path: str, place: Place) -> str:
+    moved = place.to_model(path)
+    if moved is None:
+        return f"it does not begin with {place.cut.rstrip('.')}"
+    return f"looked for {moved}.weight"
 
 
 def _moves(paths: tuple[str, ...], architecture: AdaptedArchitecture) -> Iterator[Place]:

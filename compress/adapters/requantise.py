@@ -86,9 +86,9 @@ def requantise(
     inputs_of = {"the adapter": Path(adapter), "the base": Path(base)}
     check_place(Path(out), inputs_of, force=force)
     with staging.scratch(beside=Path(out)) as folder:
-        first = convert_adapter(
-            adapter, base, folder / "first.kd", options=options, progress=progress
-        )
+        # fine, so that `bits` are spent once, on the fit, and its error is of the adapter itself
+        fine = replace(options, bits=16)
+        first = convert_adapter(adapter, base, folder / "first.kd", options=fine, progress=progress)
         tuned = folder / ("tuned" if Path(base).is_dir() else "tuned.safetensors")
         # the package's own public function: its room lies beside this one, not below it
         kilodelta.merge(base, folder / "first.kd", tuned, progress=progress)

@@ -65,6 +65,7 @@ from kilodelta.grid.model import QuantisedModel
 from kilodelta.memory import give_back, mapped_apart
 from kilodelta.merging.build import Recipe, build
 from kilodelta.models import LoadedModel
+from kilodelta.models.hub import name_of
 from kilodelta.models.inputs.sources import Source
 from kilodelta.progress import Event, Progress, silent
 from kilodelta.rehearsal import begin_work
@@ -141,6 +142,7 @@ def compress(
     if report is not None:
         require_page(Path(report))
     options = as_given(options)
+    options = replace(options, name=options.name or name_of(base))
     learns = inputs is not None
     check(options, learns=learns)
     with ExitStack() as stack:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kilodelta.compress.distill.changes.compare import Change, energy
 from kilodelta.compress.training.attachment import Attachment
+from kilodelta.compress.training.checks import check_rank
 from kilodelta.errors import InputError
 from kilodelta.files import dtypes
 from kilodelta.files.checkpoint import Checkpoint
@@ -34,9 +35,12 @@ def refuse_without_inputs(method: Method, targets: Sequence[Target]) -> Lora:
     """Return the method if weights alone can fit it.
 
     Raises:
-        InputError: the method's coefficients need inputs to be trained on.
+        InputError: the method's coefficients need inputs to be trained on, or its rank is larger
+            than a target.
     """
     if isinstance(method, Lora):
+        for target in targets:
+            check_rank(target, method)
         return method
     groups = [group for target in targets for group in method.groups(target)]
     count = sum(group.size for group in (*method.shared(), *groups))

@@ -8,6 +8,7 @@ from kilodelta.compress.training.sites import AttachedTarget, Site
 from kilodelta.errors import InputError
 from kilodelta.files.untrusted import FieldError
 from kilodelta.format.methods import METHODS, Method
+from kilodelta.format.targets import Target
 
 
 def check_options(method: Method, seed: int) -> None:
@@ -36,15 +37,23 @@ def check_place(place: AttachedTarget, method: Method) -> None:
     Raises:
         InputError: it cannot; the message names the target and the layer.
     """
-    if method.rank > max(place.target.matrix):
-        raise InputError(
-            f"rank {method.rank} is larger than both sides of {place.target.name}"
-            f" {place.target.shape}",
-            fix="choose a smaller rank, or exclude it",
-        )
+    check_rank(place.target, method)
     for site in place.sites:
         if getattr(site.owner, "max_norm", None) is not None:
             raise _refused(place, site, "rewrites its weights as it runs (max_norm)")
+
+
+def check_rank(target: Target, method: Method) -> None:
+    """Check that a target takes a method's rank, as whoever reads the file will.
+
+    Raises:
+        InputError: the rank is larger than both of its sides.
+    """
+    if method.rank > max(target.matrix):
+        raise InputError(
+            f"rank {method.rank} is larger than both sides of {target.name} {target.shape}",
+            fix="choose a smaller rank, or exclude it",
+        )
 
 
 def _refused(place: AttachedTarget, site: Site, why: str) -> InputError:

@@ -30,6 +30,19 @@ def is_hub_name(source: str) -> bool:
     return source.startswith(PREFIX)
 
 
+def name_of(source: str | os.PathLike[str]) -> str:
+    """Return what a model on the hub is called, such as `org/name`; nothing for a path.
+
+    The folder that it is fetched to is named after a commit, which tells people nothing.
+
+    Example:
+        >>> name_of("hf:org/name"), name_of("models/base")
+        ('org/name', '')
+    """
+    text = os.fspath(source)
+    return text.removeprefix(PREFIX) if is_hub_name(text) else ""
+
+
 def locate(source: str | Path) -> Path:
     """Return where a model's files lie: the path itself, or what a hub name was fetched to.
 

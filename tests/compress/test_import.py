@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import torch
 from click.testing import CliRunner
 
 import kilodelta
 from kilodelta.cli import main
+from kilodelta.compress.adapters import import_adapter
 from kilodelta.compress.adapters.conversion import convert_adapter
 from kilodelta.compress.adapters.peft.config import AdapterConfig
 from kilodelta.compress.adapters.peft.targeting import is_targeted
@@ -140,6 +143,65 @@ def test_options_of_requantising_alone_are_refused(case: tuple[Path, Path], tmp_
     done = run(case[1], "--base", case[0], "-o", tmp_path / "task.kd", "--rank", 4)
     assert done.exit_code == InputError.exit_code
     assert "--rank belongs to --requantise" in done.output
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ("--alpha 8", "--alpha does nothing for .*: that is an option of official NOLA"),
+        ("--drawn-on cpu", "--drawn-on does nothing for"),
+        ("--factors x.safetensors --requantise", "--factors does nothing for"),
+        ("--bits 4", "--bits does nothing for .*: its coefficients stay floats, of --dtype"),
+        ("--requantise --steps 9", "--steps belongs to --inputs"),
+        ("--requantise --model a:b", "--model belongs to --inputs"),
+        ("--requantise --rank 999", "rank 999 is larger than both sides of encoder"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(
+    case: tuple[Path, Path], tmp_path: Path, options: str, why: str
+) -> None:
+    done = run(case[1], "--base", case[0], "-o", tmp_path / "task.kd", *options.split())
+    assert done.exit_code == InputError.exit_code
+    assert re.search(why, " ".join(done.stderr.split()))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float16"}, {"basis_dtype": "float16"}])
+def test_a_lora_has_no_floats_and_no_basis(tmp_path: Path, options: dict[str, Any]) -> None:
+    base, folder, _ = adapted_by_lora(tmp_path)
+    with pytest.raises(InputError, match=r"does nothing for .* peft_type LORA"):
+        import_adapter(folder, base, tmp_path / "task.kd", **options)
+
+
+def adapted_by_lora(place: Path) -> tuple[Path, Path, dict[str, torch.Tensor]]:
+    """A pico base, a LoRA of it, and the updates that PEFT makes."""
+    base = pico.bert(place / "base")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"])
+    model = adapters.wrap(base, "bert", config)
+    updates = {
+        name.removeprefix("base_model.model.") + ".weight": layer.get_delta_weight("default")
+        for name, layer in model.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+    updates = {name: update.detach() for name, update in updates.items()}
+    return base, adapters.save(model, place / "adapter"), updates
+
+
+def test_what_requantising_loses_is_told_of_the_adapter_itself(tmp_path: Path) -> None:
+    """Not of a copy that `bits` had rounded before: 4 bits are spent once."""
+    base, folder, updates = adapted_by_lora(tmp_path)
+    done = import_adapter(
+        folder, base, tmp_path / "task.kd", requantise=True, method="lora", rank=4, bits=4
+    )
+    delta = kilodelta.load(tmp_path / "task.kd", base=base)
+    assert sorted(updates) == sorted(delta.targets)
+    missed = sum(
+        float((torch.from_numpy(delta.update(name)) - update.double()).square().sum())
+        for name, update in updates.items()
+    )
+    whole = sum(float(update.double().square().sum()) for update in updates.values())
+    # the copy has 16 bits: what it loses is a thousandth of what 4 bits do
+    assert done.error == pytest.approx((missed / whole) ** 0.5, rel=0.01)
 
 
 @pytest.mark.parametrize("rank", [4, 16])

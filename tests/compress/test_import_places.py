@@ -146,6 +146,25 @@ def test_prefixes_are_read_as_written(text: str, place: Place) -> None:
     assert parse_prefix(text) == place
 
 
+@pytest.mark.parametrize(
+    ("prefix", "error", "why"),
+    [
+        ("a=b=c", InputError, "--prefix 'a=b=c' has more than one ="),
+        ("tower=bert", BaseMismatchError, "it does not begin with tower"),
+    ],
+)
+def test_a_prefix_that_no_module_has_is_said_so(
+    prefix: str, error: type[Exception], why: str, tmp_path: Path
+) -> None:
+    base = pico.bert(tmp_path / "base")
+    folder = adapters.save(
+        adapters.wrap(base, "bert", lora(target_modules=["query"])), tmp_path / "adapter"
+    )
+    with pytest.raises(error, match=why) as refused:
+        import_adapter(folder, base, tmp_path / "a.kd", prefix=prefix)
+    assert "None" not in str(refused.value)
+
+
 @pytest.mark.parametrize("target", [r".*language_model.*q_proj", ["q_proj"]])
 def test_names_that_transformers_changes_while_loading(target: Any, tmp_path: Path) -> None:
     """Files say language_model.model.layers, the model in memory model.language_model.layers."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -12,7 +15,12 @@ from click.testing import CliRunner
 import kilodelta
 from kilodelta.cli import main
 from kilodelta.errors import InputError
+from kilodelta.export import export_peft
+from kilodelta.format.methods import Lora
+from kilodelta.format.targets import Patterns
 from kilodelta.models.hub import locate_delta
+from kilodelta.trust import keygen
+from tests.support import making
 from tests.support.processes import GOLDEN
 
 hub = pytest.importorskip("huggingface_hub")
@@ -96,6 +104,39 @@ def test_a_name_is_taken_wherever_a_file_is(
     line = line.format(device=tmp_path / "device", inputs=tmp_path / "x.npz")
     result = CliRunner().invoke(main, line.split())
     assert shown in result.output, result.output
+
+
+def test_what_is_made_of_a_base_is_called_as_the_hub_calls_it(cache: Path, tmp_path: Path) -> None:
+    """Its folder is named after a commit, which tells people nothing."""
+    pytest.importorskip("torch")
+    base, task = GOLDEN / "base.safetensors", tmp_path / "made.kd"
+    making.delta(base, Lora(rank=1), patterns=Patterns(include=("tall.weight",))).save(task)
+    kilodelta.merge(base, task, tmp_path / "m.safetensors")
+    export_peft(base, task, tmp_path / "lora")
+    folder, out = cache / "models--org--none" / "snapshots" / COMMIT, tmp_path / "task.kd"
+    for file in (tmp_path / "lora").iterdir():
+        shutil.copy(file, folder / file.name)
+    for line in (
+        f"import hf:org/none --base hf:org/base -o {out}",
+        f"compress hf:org/base {tmp_path}/m.safetensors -o {out} --method lora --rank 1 --force",
+    ):
+        result = CliRunner().invoke(main, line.split())
+        assert result.exit_code == 0, result.output
+        assert kilodelta.inspect(out).base["name"] == "org/base"
+
+
+def test_a_release_signs_the_tokenizer_of_a_base_on_the_hub(cache: Path, tmp_path: Path) -> None:
+    keygen(tmp_path / "team")
+    snapshot = cache / "models--org--base" / "snapshots" / COMMIT
+    (snapshot / "tokenizer.json").write_text("{}")
+    signed = tmp_path / "task-1.kd"
+    line = f"release hf:org/base hf:org/one -o {signed} --version 1 --sign {tmp_path}/team.key"
+    result = CliRunner().invoke(main, [*line.split(), "--task", "intents"])
+    assert result.exit_code == 0, result.output
+    envelope = json.loads(signed.with_name("task-1.kd.sig").read_text())
+    stated = json.loads(base64.b64decode(envelope["payload"]))
+    digest = f"sha256:{hashlib.sha256(b'{}').hexdigest()}"
+    assert digest in json.dumps(stated)
 
 
 def test_a_signature_comes_with_its_file(cache: Path) -> None:

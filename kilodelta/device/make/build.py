@@ -20,6 +20,7 @@ from kilodelta.export.quantised.graph import settled
 from kilodelta.export.tensorrt.flavour import AUTO, RTX
 from kilodelta.files import staging
 from kilodelta.grid.open import is_quantised
+from kilodelta.models.hub import name_of
 from kilodelta.progress import Progress, silent
 from kilodelta.rehearsal import begin_work
 from kilodelta.trust.tuf_repository import first_root
@@ -181,7 +182,7 @@ def bundle(
         config=config,
         sizes=read_sizes(profile),
         model=model,
-        name=name or Path(source).name,
+        name=name or name_of(source) or Path(source).name,
         probe=probe,
         outputs=tuple(outputs),
         keep=_from(keep, "keep", 1, MAX_KEEP),

@@ -25,7 +25,7 @@ from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.merging.quantised import open_base, refuse_quantised, require_grid_base
-from kilodelta.models.hub import locate_delta
+from kilodelta.models.hub import locate, locate_delta
 from kilodelta.progress import Progress, silent
 from kilodelta.rehearsal import begin_work
 from kilodelta.trust.statement import MAX_VERSION
@@ -150,6 +150,7 @@ def release(
     if os.path.lexists(place):
         raise OutputError(f"{place} exists already", fix="give a new name, or remove this file")
     delta = load(locate_delta(file))
+    base = locate(os.fspath(base))  # its tokenizer is signed, and no hub name has one
     begin_work(place, version=version, probe=inputs or "none", signed=signing is not None)
     log.info("release %s as version %d", file, version)
     probes: Mapping[str, RawTensor] = {}
@@ -168,9 +169,8 @@ def release(
     if engine:
         require("torch", extra="onnx", why="export models")
         from kilodelta.device.make.engines import built_digests
-        from kilodelta.models import locate
 
-        checkpoint = Checkpoint.open(locate(os.fspath(base)))
+        checkpoint = Checkpoint.open(base)
         made |= built_digests(
             engine,
             checkpoint,
@@ -192,7 +192,7 @@ def release(
             data = bill_of(fine_tune, fresh.manifest, version, signing.task if signing else "")
             staging.write(stage / bill.name, data)
         if signing is not None:
-            sign_release(fine_tune, fresh, version, Path(base), signing)
+            sign_release(fine_tune, fresh, version, base, signing)
     return Released(
         path=place,
         nbytes=nbytes,
@@ -203,9 +203,9 @@ def release(
     )
 
 
-def _require_base(base: str | os.PathLike[str], delta: Delta, progress: Progress) -> None:
+def _require_base(base: Path, delta: Delta, progress: Progress) -> None:
     if delta.manifest.grid is None:
-        require_base(Checkpoint.open(Path(base)), delta.manifest.base, progress=progress)
+        require_base(Checkpoint.open(base), delta.manifest.base, progress=progress)
         return
     model = open_base(base, delta.manifest)
     require_grid_base(model, delta.manifest, progress=progress)
