@@ -105,6 +105,12 @@ max_work = click.option(
     metavar="OPERATIONS",
     help="The most that a file may ask for, such as 1e12; by default what suits the base's size.",
 )
+config = click.option(
+    "--config",
+    type=click.Path(),
+    help="The architecture: the tuned model's folder, its config.json, or a .kd file; by default"
+    " what FILE says of it.",
+)
 outputs = click.option(
     "--outputs",
     multiple=True,

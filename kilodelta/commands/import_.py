@@ -62,12 +62,14 @@ from kilodelta.format.methods import TABLE
     is_flag=True,
     help="Into an exact integer method: a LoRA by truncated SVD, or with --inputs by distillation.",
 )
-@click.option("--method", type=click.Choice(tuple(TABLE)), help="Of --requantise.")
-@click.option("--rank", type=click.IntRange(1), help="Of --requantise.")
-@click.option("--bases", type=click.IntRange(1), help="Of --requantise.")
+@click.option("--method", type=click.Choice(tuple(TABLE)), help="Of --requantise: what it becomes.")
+@click.option("--rank", type=click.IntRange(1), help="Of --requantise: rank of the method.")
+@click.option("--bases", type=click.IntRange(1), help="Of --requantise: as for kilodelta compress.")
 @click.option("--inputs", help="Of --requantise: unlabelled inputs, as for kilodelta compress.")
-@click.option("--steps", type=click.IntRange(2), help="Of --requantise.")
-@click.option("--model", help="Of --requantise: package.module:function that builds the model.")
+@click.option("--steps", type=click.IntRange(2), help="Of --requantise --inputs: training steps.")
+@click.option(
+    "--model", help="Of --requantise --inputs: package.module:function that builds the model."
+)
 @click.option("--force", is_flag=True, help="Replace a .kd file that is there.")
 @as_json
 @with_progress

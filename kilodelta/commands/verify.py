@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilodelta import terminal
-from kilodelta.commands.common import Command, as_json, max_work, threads, with_progress
+from kilodelta.commands.common import Command, as_json, config, max_work, threads, with_progress
 
 if TYPE_CHECKING:
     from kilodelta.verify import Verification
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 @click.option("--field", default="text", help="The text's key in .jsonl.")
 @click.option("--labels", help="Labels, one a line, that two models' embeddings agree about.")
 @click.option("--model", help="package.module:function that builds the module.")
-@click.option("--config", type=click.Path(), help="Folder with the tuned model's config.json.")
+@config
 @click.option(
     "--generate",
     type=click.IntRange(1),

@@ -34,7 +34,8 @@ shell's own file:
 
 def page() -> str:
     """Return the page's text."""
-    context = click.Context(root, info_name="kilodelta")
+    # with the settings of the command line itself, so that defaults are shown as --help shows them
+    context = click.Context(root, info_name="kilodelta", **root.context_settings)
     parts = [HEAD]
     for name in root.list_commands(context):
         command = root.get_command(context, name)

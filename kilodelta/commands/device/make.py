@@ -11,6 +11,7 @@ from kilodelta import terminal
 from kilodelta.commands.common import (
     Command,
     as_json,
+    config,
     flavour,
     max_work,
     outputs,
@@ -74,7 +75,7 @@ if TYPE_CHECKING:
     multiple=True,
     help="Glob of tensors that fine-tunes may change; repeat. All layers by default.",
 )
-@click.option("--exclude", multiple=True, help="Glob of tensors that they may not; repeat.")
+@click.option("--exclude", multiple=True, help="Glob of tensors that they may not change; repeat.")
 @click.option(
     "--whole",
     multiple=True,
@@ -82,7 +83,8 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--config",
-    help="A fine-tune with a new head: its folder, config.json or .kd file. The base's head.",
+    help="For fine-tunes with a new head: the folder, config.json or .kd file of one of them; by"
+    " default the base's own head.",
 )
 @click.option(
     "--profile",
@@ -188,7 +190,7 @@ def _show_bundle(out: str, done: Bundle) -> None:
     "--rows", default=2, type=click.IntRange(1), help="Rows of the inputs that become the probe."
 )
 @click.option("--model", help="package.module:function that builds the module.")
-@click.option("--config", type=click.Path(), help="Folder with the tuned model's config.json.")
+@config
 @click.option(
     "--engine",
     multiple=True,

@@ -39,13 +39,16 @@ if TYPE_CHECKING:
     help="Precision of the graph and the factors.",
 )
 @click.option("--rank", type=click.IntRange(1), default=8, help="Highest rank of a file.")
-@click.option("--targets", multiple=True, help="Glob of weights to expose; repeat. All layers.")
+@click.option(
+    "--targets", multiple=True, help="Glob of weights to expose; repeat. All layers by default."
+)
 @click.option(
     "--whole", multiple=True, help="Glob of base tensors that files may store whole; repeat."
 )
 @click.option(
     "--config",
-    help="The tuned model's folder, its config.json, or a .kd: the head to export. FILE's own.",
+    help="The tuned model's folder, its config.json, or a .kd file: the head to export; by default"
+    " FILE's own.",
 )
 @click.option("--model", help="package.module:function that builds the module.")
 @click.option("--inputs", help="A batch to trace with: .npz, .jsonl, .txt or module:function.")

@@ -12,6 +12,7 @@ from kilodelta import terminal
 from kilodelta.commands.common import (
     Command,
     as_json,
+    config,
     flavour,
     max_work,
     outputs,
@@ -156,7 +157,7 @@ class _Export(Command):
 @click.option("--tf32", is_flag=True, help="Let engines take float32 products in TF32.")
 @click.option("--refittable", is_flag=True, help="Engines whose changed weights can be exchanged.")
 @click.option("--model", help="package.module:function that builds the module.")
-@click.option("--config", type=click.Path(), help="Folder with the tuned model's config.json.")
+@config
 @click.option("--inputs", help="A batch to trace with: .npz, .jsonl, .txt or module:function.")
 @outputs
 @click.option(

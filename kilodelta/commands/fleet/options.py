@@ -20,9 +20,11 @@ engine_option = click.option(
     "--on", "engine", default="local", type=click.Choice(["local", "ray"]), help="Where to run."
 )
 address_option = click.option(
-    "--address", help="Of the Ray cluster; by default one is started here."
+    "--address", help="The Ray cluster's address, or auto; by default one is started here."
 )
-cpus_option = click.option("--cpus", default=1, type=click.IntRange(1), help="Of one task on Ray.")
+cpus_option = click.option(
+    "--cpus", default=1, type=click.IntRange(1), help="Cores of a task on Ray."
+)
 
 
 def require_engine(engine: str, address: str | None) -> None:

@@ -47,7 +47,9 @@ def _shard(ctx: click.Context, option: click.Parameter, value: str | None) -> An
 )
 @click.argument("file", type=click.Path())
 @out_option
-@click.option("--jobs", type=click.IntRange(1), help="Tasks at once; by cores and memory.")
+@click.option(
+    "--jobs", type=click.IntRange(1), help="Tasks at once; by default what cores and memory allow."
+)
 @click.option("--shard", callback=_shard, metavar="K/N", help="Do the k-th of n parts.")
 @engine_option
 @address_option
