@@ -8,34 +8,23 @@ waits for the end of a child that has answered. So the processors are not idle m
 
 from __future__ import annotations
 
-import atexit
-import gc
-import multiprocessing
 import os
 import queue
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from kilodelta.fleet import child
-from kilodelta.fleet.gpus import VISIBLE, gpus_for
+from kilodelta.fleet.gpus import gpus_for
+from kilodelta.fleet.server.start import Process, Server, start_anew
 from kilodelta.fleet.task import LIBRARIES, Task
 from kilodelta.fleet.work import preload
 
-Do = Callable[[Mapping[str, Any], Path, Callable[[], None]], Mapping[str, Any]]
-"""Does a task, says when it has computed its result, and returns its answer."""
-
 RETRIES = 1
 """How often a task whose process was killed is tried again; an error is never tried again."""
-YIELDS = 10
-"""Added to the niceness of light tasks beside few that load libraries, for which others wait: the
-one export of a base would share its core with them, and be alone at the end."""
-COLLECT = (20_000, 20, 100)
-"""Thresholds of a child's garbage collector. Loading torch and tracing a model make millions of
-objects that stay; Python's own thresholds, (700, 10, 10), look through them 1,500 times, which was
-a tenth of an export's time, and others wait for the export of their base."""
 MANY = 30
 """Children from which on joining the server's memory into huge pages, a tenth of a second, pays."""
 WAIT = 0.2
@@ -53,19 +42,17 @@ class Children:
 
     def __init__(self, tasks: Sequence[Task], out: Path, workers: int) -> None:
         self._out = str(out)
-        self._forking: Any = multiprocessing.get_context("forkserver")
-        self._anew: Any = multiprocessing.get_context("spawn")
         self._alone = kinds_alone(tasks, workers)
         kinds = {task.kind for task in tasks} - self._alone
         self._to_fork = sum(task.kind not in self._alone for task in tasks)
-        self._forking.set_forkserver_preload(modules_to_load(kinds, self._to_fork))
+        self._server = Server(modules_to_load(kinds, self._to_fork))
         self._threads = child.thread_environment(max(1, (os.cpu_count() or 1) // workers))
         gpus = gpus_for(tasks)
         self._gpus = queue.SimpleQueue[str]()
         for number in range(workers if gpus else 0):
             self._gpus.put(gpus[number % len(gpus)])
         self._slots = threading.Semaphore(workers)
-        self._lock = threading.Lock()
+        self._lock, self._forking = threading.Lock(), threading.Lock()
         self._ready: list[_Child] = []
         self._ending: list[_Child] = []
 
@@ -73,13 +60,16 @@ class Children:
         # The server, and each child that is started anew, has its threads fixed from the start.
         self._before = {name: os.environ.get(name) for name in self._threads}
         os.environ.update(self._threads)
+        if self._to_fork:
+            self._server.start()  # it loads while the first export is started
         return self
 
     def __exit__(self, *_: object) -> None:
         for one in self._ready:
             one.close()
         for one in (*self._ready, *self._ending):
-            one.process.join()
+            one.process.exit_code(patient=True)
+        self._server.close()
         for name, value in self._before.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -112,22 +102,22 @@ class Children:
                         return answer
                     if stop.is_set():
                         break
-                return _killed(task, one.process.exitcode or 0)
+                return _killed(task, one.process.exit_code(patient=True) or 0)
             finally:
                 if gpu is not None:
                     self._gpus.put(gpu)
 
     def _leave_to_end(self, one: _Child, *, wait: bool) -> None:
         """Forget a child that has answered once it has ended, or wait for that."""
-        if wait:
-            one.process.join()
+        one.process.exit_code(patient=wait)
         with self._lock:
-            self._ending = [other for other in (*self._ending, one) if other.process.is_alive()]
+            both = (*self._ending, one)
+            self._ending = [o for o in both if o.process.exit_code(patient=False) is None]
 
     def _given(self, task: Task, given: Mapping[str, Any]) -> _Child:
         """Give a task to a child, and have another one forked for the next task."""
         if task.kind in self._alone:
-            one = _Child(self._anew, self._out)
+            one = _Child(start_anew(), self._out)
             one.give(given)
             return one
         with self._lock:
@@ -137,13 +127,17 @@ class Children:
         if waiting is not None and waiting.give(given):
             one = waiting
         else:  # there was none, or it was killed while it waited
-            one = _Child(self._forking, self._out)
+            one = self._forked()
             one.give(given)
         if more:
-            ready = _Child(self._forking, self._out)
+            ready = self._forked()
             with self._lock:
                 self._ready.append(ready)
         return one
+
+    def _forked(self) -> _Child:
+        with self._forking:
+            return _Child(self._server.fork(), self._out)
 
 
 class _Slot:
@@ -179,20 +173,18 @@ class _Child:
     """A process that waits for one task, answers and ends.
 
     Args:
-        context: of `multiprocessing`, which says how it is started.
+        started: the pipe to it, and the process.
         out: the fleet's output folder.
     """
 
-    def __init__(self, context: Any, out: str) -> None:
-        self._ours, theirs = context.Pipe()
-        self.process = context.Process(target=_run, args=(child.do, out, theirs))
-        self.process.start()
-        theirs.close()
+    def __init__(self, started: tuple[Connection, Process], out: str) -> None:
+        self._ours, self.process = started
+        self._out = out
 
     def give(self, task: Mapping[str, Any]) -> bool:
         """Hand over the task; return whether the child was alive to take it."""
         try:
-            self._ours.send(task)
+            self._ours.send((child.do, self._out, task))
         except OSError:
             self.close()
             return False
@@ -220,7 +212,7 @@ class _Child:
         else:
             self.process.terminate()
         if answer is None:
-            self.process.join()
+            self.process.exit_code(patient=True)
         self.close()
         return answer
 
@@ -232,16 +224,17 @@ class _Child:
 def modules_to_load(kinds: set[str], children: int) -> list[str]:
     """Return what the server process imports, in order, before the first child is forked.
 
-    A child runs the parent's script again, which imports `kilodelta.cli`, and finds its function in
-    this module; what follows the libraries keeps what all have loaded where children share it.
+    A child finds its function in `child`; what follows the libraries keeps what all have loaded
+    where children share it.
 
     Args:
         kinds: of the tasks that children will do.
         children: how many will be forked.
     """
     server = "kilodelta.fleet.server"
+    first = [f"{server}.loading", *([] if kinds & LIBRARIES else [f"{server}.lean"])]
     last = [f"{server}.warm", *([f"{server}.joined"] if children >= MANY else [])]
-    return [f"{server}.loading", "kilodelta.cli", __name__, *preload(kinds), *last]
+    return [*first, child.__name__, *preload(kinds), *last]
 
 
 def kinds_alone(tasks: Sequence[Task], workers: int) -> frozenset[str]:
@@ -262,13 +255,8 @@ def _killed(task: Task, code: int) -> dict[str, Any]:
     """Say how a child ended that has sent no answer: below 0 by a signal, else by itself."""
     if code == -signal.SIGKILL:  # what the kernel sends where memory is short
         fix = "give it more memory (--jobs 1), then run the fleet again"
-    elif code < 0:
-        fix = "run the fleet again with --jobs 1; if it ends so once more, report it"
     else:
-        fix = (
-            "a script that runs a fleet needs it under `if __name__ == '__main__':`, since every"
-            " child imports the script; else run the fleet again with --jobs 1"
-        )
+        fix = "run the fleet again with --jobs 1; if it ends so once more, report it"
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return {
         "id": task.id,
@@ -279,28 +267,3 @@ def _killed(task: Task, code: int) -> dict[str, Any]:
         "exit_code": 1,
         "seconds": 0.0,
     }
-
-
-def _run(do: Do, out: str, pipe: Any) -> None:
-    """Wait for a task and do it, in the child; Ctrl-C reaches it by its parent alone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # Libraries' talk would break into the parent's progress.
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
-    gc.enable()  # the server does not collect: `server/loading.py`
-    gc.set_threshold(*COLLECT)
-    try:
-        task = pipe.recv()
-    except (EOFError, OSError):  # no task was left, or the parent has ended
-        return
-    if task["yields"]:
-        os.nice(YIELDS)
-    if task.get("gpu") is not None:  # before the first call of CUDA, which reads it
-        os.environ[VISIBLE] = task["gpu"]
-    # None says that the result is computed.
-    pipe.send(do(task, Path(out), lambda: pipe.send(None)))
-    # All files are closed and named. What an interpreter does at its end takes torch a second;
-    # `multiprocessing` has tidied up when this is called.
-    atexit.register(os._exit, 0)

@@ -9,8 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from kilodelta.errors import CheckpointError
-from kilodelta.exact.nearest import are_short
-from kilodelta.exact.quotients import integer_limits
 from kilodelta.grid.codes import NOT_A_NUMBER, Kind
 from kilodelta.grid.matrix import Matrix
 
@@ -70,6 +68,8 @@ def steps_of(matrix: Matrix, c: int, e: int) -> Steps:
     Raises:
         CheckpointError: a step has more than 32 significant bits, which no layout stores.
     """
+    from kilodelta.exact.nearest import are_short  # numba, which no plan of a fleet needs
+
     values = np.ascontiguousarray(matrix.steps)
     if not are_short(values.view(np.int64)):
         raise CheckpointError(
@@ -89,6 +89,8 @@ def steps_of(matrix: Matrix, c: int, e: int) -> Steps:
 
 def limits_of(matrix: Matrix) -> npt.NDArray[Any]:
     """Return the `integer_limits` of a weight with integer codes."""
+    from kilodelta.exact.quotients import integer_limits
+
     kind, zeros = matrix.kind, matrix.zeros
     least, most = (0, 0) if zeros is None else (int(zeros.min()), int(zeros.max()))
     return integer_limits(kind.low, kind.high, max(kind.high - least, most - kind.low))

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 import signal
 import threading
@@ -47,6 +46,7 @@ from kilodelta.fleet.local import choose_jobs, shard_of
 from kilodelta.fleet.on_ray import _started
 from kilodelta.fleet.processes import Children
 from kilodelta.fleet.record import AGAIN, DONE, NEW, RECORD
+from kilodelta.fleet.server import serve
 from kilodelta.fleet.status import status_of
 from kilodelta.fleet.task import Task, memory_of
 from kilodelta.format.file import load
@@ -305,7 +305,7 @@ def test_a_killed_child_costs_its_own_task(
     [
         (-signal.SIGKILL, "signal SIGKILL", "give it more memory"),
         (-signal.SIGABRT, "signal SIGABRT", "if it ends so once more, report it"),
-        (1, "exit code 1", "if __name__ == '__main__'"),
+        (1, "exit code 1", "if it ends so once more, report it"),
     ],
 )
 def test_a_child_without_an_answer_says_how_it_ended(
@@ -492,7 +492,7 @@ def test_a_child_sees_its_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     with Children([GPU_TASK], Path("out"), 1) as children:
         answer = children.do(GPU_TASK, threading.Event())
         assert answer["gpu"] == "3"
-        assert answer["collects"] == processes.COLLECT
+        assert answer["collects"] == serve.COLLECT
         assert children._gpus.get() == "3"
 
 
@@ -513,13 +513,15 @@ def test_each_task_has_a_process_and_the_next_one_is_ready(
         assert used[1] == waiting.process.pid
         [waiting] = children._ready
         os.kill(waiting.process.pid, signal.SIGKILL)
-        waiting.process.join()
+        assert waiting.process.exit_code(patient=True) == -signal.SIGKILL
         answer = children.do(tasks[2], stop)
         used.append(answer["process"])
         assert children._ready == []
     assert len({*used, waiting.process.pid}) == 4
     assert os.getpid() not in used
-    assert not multiprocessing.active_children()
+    for one in {*used, waiting.process.pid}:
+        with pytest.raises(ProcessLookupError):
+            os.kill(one, 0)
 
 
 def test_light_tasks_let_the_export_that_others_wait_for_go_first(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from kilodelta.errors import InputError
 from kilodelta.fleet import Fleet, schema
 from kilodelta.fleet.schema import read_fleet
 from kilodelta.fleet.sources import file_digest
+from tests.support import processes
+from tests.support.processes import GOLDEN
 
 pytest.importorskip("tomllib")
 GOOD = """
@@ -175,3 +178,20 @@ def test_a_release_says_how_its_folder_holds_codes(folder: Path) -> None:
     target = read(folder, GOOD.replace('kind = "onnx"\ndtype = "fp16"', table, 1)).targets[0]
     assert target.options["bundle"] == {"mode": "patch", "blocks": "qdq"}
     assert set(schema.BUNDLE) <= set(inspect.signature(bundle).parameters)
+
+
+def test_a_plan_needs_no_kernels(tmp_path: Path) -> None:
+    """Loading numba takes longer than planning a hundred fine-tunes, and no task begins before."""
+    shutil.copy(GOLDEN / "base.safetensors", tmp_path)
+    shutil.copy(GOLDEN / "nola-8.kd", tmp_path)
+    (tmp_path / "fleet.toml").write_text(
+        "version = 1\n[base.one]\npath = 'base.safetensors'\n[[fine-tunes]]\n"
+        "deltas = ['*.kd']\n[target.merged]\nkind = 'merge'\n"
+    )
+    out = processes.run(
+        "import sys\nfrom kilodelta.fleet import local, make_plan, read_fleet\n"
+        f"fleet = read_fleet({str(tmp_path / 'fleet.toml')!r})\n"
+        f"plan = make_plan(fleet, {str(tmp_path / 'out')!r})\n"
+        "print(len(plan.tasks), {'numba', 'torch', 'scipy'} & set(sys.modules))"
+    )
+    assert out == "1 set()\n"
