@@ -191,6 +191,10 @@ def _check_alone(options: Options) -> None:
         "--labels cannot be compared with": options.labels is not None,
         "--outputs cannot be matched": bool(options.outputs),
         "--classes cannot be matched": bool(options.classes),
+        "--lr trains nothing": options.rate is not None,
+        "--teacher-cache keeps nothing": options.teacher_cache is not None,
+        "--held-out keeps nothing back": options.held_out is not None,
+        "--limit and --max-length cut nothing": (options.limit or options.max_length) is not None,
     }
     for what, given in needs.items():
         if given:

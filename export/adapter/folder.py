@@ -124,6 +124,7 @@ def export_adapter(
     else:
         layout = read_layout(place)
         _require_dtype(place, layout, chosen.dtype)
+        _require_rank(place, layout, chosen.rank)
         if (place / name).exists():
             raise OutputError(
                 f"{place / name} exists already", fix="remove it, or rename the .kd file"
@@ -145,6 +146,15 @@ def _require_dtype(folder: Path, layout: AdapterLayout, dtype: str) -> None:
         raise InputError(
             f"the graph in {folder} is of {layout.dtype}, not of {dtype}",
             fix=f"--dtype {short(layout.dtype)}, or a new folder",
+        )
+
+
+def _require_rank(folder: Path, layout: AdapterLayout, rank: int) -> None:
+    if rank not in (layout.rank, AdapterOptions.rank):
+        raise InputError(
+            f"the graph in {folder} takes ranks up to {layout.rank}, and --rank {rank} describes"
+            " another one",
+            fix="leave --rank out, or give a new folder",
         )
 
 

@@ -112,7 +112,7 @@ def merge(
         CheckpointError: the base cannot be read, is cut meanwhile, or a target holds NaN.
         ProofError: the result's digest is not the file's; nothing is left behind.
         OutputError: `out` exists or cannot be written.
-        InputError: there is no such device or configuration.
+        InputError: there is no such device or configuration, or `min_changed` of a float base.
         SelfTestError: the CPU or the device computes wrongly.
 
     Example:
@@ -128,6 +128,8 @@ def merge(
     merge_target, at_once = merger(device)
     place = Path(out)
     opened = delta if isinstance(delta, Delta) else load(locate_delta(delta), max_work=max_work)
+    if not isinstance(base, Checkpoint):
+        base = locate(os.fspath(base))
     if opened.manifest.grid is not None:
         model = open_base(base, opened.manifest)
         if not isinstance(model.source, Checkpoint):
@@ -135,7 +137,12 @@ def merge(
             return _merge_one_file(model, opened, place, min_changed, threads, progress)
     else:
         model = None
-    checkpoint = Checkpoint.open(base if isinstance(base, Checkpoint) else locate(os.fspath(base)))
+        if min_changed != MIN_CHANGED:
+            raise InputError(
+                f"--min-changed {min_changed:g} is a share of codes, and a float base has none",
+                fix="leave --min-changed out",
+            )
+    checkpoint = Checkpoint.open(base)
     single = place.suffix == ".safetensors"
     _require_place(checkpoint, place, single)
     given = None if config is None else _read_config(Path(config), single)

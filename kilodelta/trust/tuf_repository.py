@@ -129,6 +129,8 @@ def _release(file: Path, public: PublicKey) -> tuple[Path, Statement]:
             f"{file.name!r:.200} is no name for a device to write",
             fix="rename it: printable, at most 200 characters, no dot in front",
         )
+    if not os.path.lexists(file):
+        raise InputError(f"{file} does not exist", fix="check the path")
     data = read_signature(file)
     if data is None:
         raise SignatureError(
@@ -211,6 +213,15 @@ def _require_plain(place: Path) -> None:
         raise OutputError(
             f"{odd[0]} {plain.kind(odd[0])}", fix="remove it; publish itself makes none"
         )
+    if place.is_dir() and not (place / "metadata" / "1.root.json").exists():
+        others = sorted(
+            {entry.name for entry in place.iterdir()} - {"metadata", "targets", ".lock"}
+        )
+        if others:
+            raise OutputError(
+                f"{place} is no repository and holds {others[0]}",
+                fix="give the repository's folder, or a new one",
+            )
 
 
 def _require_own(metadata: Path, public: PublicKey) -> None:

@@ -177,6 +177,8 @@ def test_a_dry_run_says_what_it_would_write_and_writes_nothing(
         ("keygen team", 8),
         ("trust device --add second.pub --by second.key", 16),
         ("publish raw.kd --repository out --key team.key", 16),
+        ("publish nothing.kd --repository out --key team.key", 9),
+        ("bundle base -o out --mode patch --blocks qdq", 9),
     ],
 )
 def test_a_dry_run_fails_as_the_command_would(

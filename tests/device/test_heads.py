@@ -129,6 +129,8 @@ def test_rows_of_one_batch_take_heads_of_their_own(root: Path, tmp_path: Path) -
     [
         ({"mode": "refit", "engine": ["sm89"], "config": "x"}, "keeps the base's own head"),
         ({"mode": "patch", "whole": ["*"]}, "--whole is an option of adapter mode"),
+        ({"mode": "adapter", "flavour": "tensorrt"}, "--flavour is of an engine"),
+        ({"mode": "patch", "onnx": True}, "--onnx is of an engine"),
         ({"mode": "patch", "model": "a:b", "config": "x"}, "both name an architecture"),
         ({"mode": "patch", "config": "nowhere"}, "nowhere is not a configuration file"),
     ],

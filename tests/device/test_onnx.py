@@ -376,6 +376,8 @@ def test_a_release_goes_over_no_link(root: Path, tmp_path: Path) -> None:
         release(root / "base", root / "a.kd", tmp_path / "out.kd", version=1)
     with pytest.raises(InputError, match="probes nothing"):
         release(root / "base", root / "a.kd", tmp_path / "new.kd", version=1, rows=0)
+    with pytest.raises(InputError, match="counts rows of a probe"):
+        release(root / "base", root / "a.kd", tmp_path / "new.kd", version=1, rows=4)
 
 
 PIXELS = """

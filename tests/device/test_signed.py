@@ -21,7 +21,7 @@ from kilodelta.cli import main
 from kilodelta.device import apply, pull, release, status, trust
 from kilodelta.device.make.signing import Signing, sign_release
 from kilodelta.device.update.trust import pins_from, write_pins
-from kilodelta.errors import DeviceError, DowngradeError, InputError, SignatureError
+from kilodelta.errors import DeviceError, DowngradeError, FileError, InputError, SignatureError
 from kilodelta.format.file import load
 from kilodelta.format.manifest import Grid
 from kilodelta.trust import keygen, publish, read_public, verify
@@ -108,6 +108,17 @@ def test_anything_else_is_refused_and_nothing_changes(
         apply(team.device, file)
     assert (team.device / "current").read_bytes() == before
     assert list((team.device / "deltas").iterdir()) == []
+
+
+def test_what_is_not_there_or_no_change_is_called_that(team: Team) -> None:
+    with pytest.raises(FileError, match=r"nothing\.kd cannot be opened: No such file"):
+        apply(team.device, team.device.parent / "nothing.kd")
+    texts = team.device.parent / "texts.txt"
+    with pytest.raises(InputError, match=r"texts\.txt cannot be read: No such file"):
+        trust(team.device, signed=texts)
+    texts.write_text("a text\n")
+    with pytest.raises(SignatureError, match=r"texts\.txt is no signed change of pins"):
+        trust(team.device, signed=texts)
 
 
 def test_nothing_of_an_unsigned_file_is_parsed(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:

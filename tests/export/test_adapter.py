@@ -257,6 +257,8 @@ def test_the_command_writes_one_graph_and_an_adapter_for_each_file(tmp_path: Pat
         assert within_gate(of, tune, tmp_path / name, run(graph_file, of.feeds, options=options))
     assert np.array_equal(run(graph_file, of.feeds), run(plain_file(of, tmp_path), of.feeds))
     again, half = invoke("b.kd"), invoke("high.kd", "--dtype", "fp16")
+    wide = invoke("high.kd", "--rank", "5")
+    assert (wide.exit_code, "takes ranks up to 4, and --rank 5" in wide.output) == (9, True)
     assert (again.exit_code, "b.onnx_adapter exists already" in again.output) == (8, True)
     assert (half.exit_code, "is of float32, not of float16" in half.output) == (9, True)
     assert {place.name for place in out.iterdir()} == {

@@ -20,7 +20,7 @@ from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Patterns
 from kilodelta.models.hub import locate_delta
 from kilodelta.trust import keygen
-from tests.support import making
+from tests.support import grids, making
 from tests.support.processes import GOLDEN
 
 hub = pytest.importorskip("huggingface_hub")
@@ -123,6 +123,22 @@ def test_what_is_made_of_a_base_is_called_as_the_hub_calls_it(cache: Path, tmp_p
         result = CliRunner().invoke(main, line.split())
         assert result.exit_code == 0, result.output
         assert kilodelta.inspect(out).base["name"] == "org/base"
+
+
+def test_a_quantised_base_on_the_hub_is_merged(cache: Path, tmp_path: Path) -> None:
+    snapshot = cache / "models--org--base" / "snapshots" / COMMIT
+    (snapshot / "model.safetensors").unlink()
+    numbers = grids.Numbers(16, 64, 32)
+    config = grids.ct_config(symmetric=True)
+    made = grids.folder(tmp_path / "q", config, grids.pack_quantized("a", numbers))
+    shutil.copytree(made, snapshot, dirs_exist_ok=True)
+    delta = making.delta(made, Lora(rank=4), patterns=Patterns(include=("a.weight",)))
+    delta.save(tmp_path / "task.kd")
+    here, there = (
+        kilodelta.merge(base, tmp_path / "task.kd", tmp_path / name)
+        for base, name in ((made, "here"), ("hf:org/base", "there"))
+    )
+    assert here.result == there.result
 
 
 def test_a_release_signs_the_tokenizer_of_a_base_on_the_hub(cache: Path, tmp_path: Path) -> None:

@@ -230,6 +230,20 @@ def test_a_repository_of_a_stranger_leads_nowhere(
     assert outside.read_text() == "the user's own"
 
 
+def test_a_folder_of_something_else_becomes_no_repository(tmp_path: Path, key: Any) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"base is no repository and holds config\.json"):
+        publish([], base, key=key.private)
+    assert [place.name for place in base.iterdir()] == ["config.json"]
+
+
+def test_a_file_that_is_not_there_is_not_called_unsigned(tmp_path: Path, key: Any) -> None:
+    with pytest.raises(InputError, match=r"nothing\.kd does not exist"):
+        publish([tmp_path / "nothing.kd"], tmp_path / "repo", key=key.private)
+
+
 def test_two_publications_at_once(tmp_path: Path, key: Any) -> None:
     import filelock
 

@@ -16,6 +16,7 @@ from kilodelta.device.update.trust import pins_from, provision
 from kilodelta.errors import InputError, require
 from kilodelta.export.manifest.facts import Sizes
 from kilodelta.export.options import SHORT, read_sizes
+from kilodelta.export.quantised.checks import refuse_blocks
 from kilodelta.export.quantised.graph import settled
 from kilodelta.export.tensorrt.flavour import AUTO, RTX
 from kilodelta.files import staging
@@ -194,6 +195,8 @@ def bundle(
     settled(blocks, for_engines=bool(engine))
     if is_quantised(source):  # before an engine is asked for; one of a hub is looked at later
         refuse_refit(settings.mode, source)
+    elif Path(source).exists():
+        refuse_blocks(blocks, source)
     _check_together(settings)
     pins = pins_from(trust, threshold=threshold, task=task, kind=kind)
     mirror_root = None if mirror is None else first_root(mirror)
@@ -276,6 +279,12 @@ def _check_together(settings: Settings) -> None:
         raise InputError(
             "refit mode keeps the base's own head, so --config has no use there",
             fix="take --mode adapter for fine-tunes that bring a head, or leave --config out",
+        )
+    if not settings.capabilities and (settings.flavour != AUTO or settings.keep_onnx):
+        option = "--onnx" if settings.keep_onnx else "--flavour"
+        raise InputError(
+            f"{option} is of an engine, and none was asked for",
+            fix=f"give --engine with GPUs such as sm86,sm89, or leave {option} out",
         )
     if mode != "adapter" and settings.whole:
         raise InputError(

@@ -32,6 +32,9 @@ from kilodelta.trust.statement import MAX_VERSION
 
 log = logging.getLogger(__name__)
 
+ROWS = 2
+"""Rows of a probe where nobody says how many."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Released:
@@ -72,7 +75,7 @@ def release(
     *,
     version: int,
     inputs: str | None = None,
-    rows: int = 2,
+    rows: int = ROWS,
     model: str | None = None,
     config: str | None = None,
     outputs: Sequence[str] = (),
@@ -147,6 +150,11 @@ def release(
         )
     if rows < 1:
         raise InputError(f"a probe of {rows} rows probes nothing", fix="give --rows 1 or more")
+    if inputs is None and rows != ROWS:
+        raise InputError(
+            f"--rows {rows} counts rows of a probe, and there are no inputs for one",
+            fix="give --inputs, or leave --rows out",
+        )
     if os.path.lexists(place):
         raise OutputError(f"{place} exists already", fix="give a new name, or remove this file")
     delta = load(locate_delta(file))

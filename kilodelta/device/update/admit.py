@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -142,6 +143,7 @@ def verified(folder: DeviceFolder, file: Path, standing: State) -> Statements | 
         what enough pinned keys have signed; None on a device that pins none.
 
     Raises:
+        FileError: there is no such file.
         SignatureError: it is missing, damaged, or by too few of the keys.
         DeviceError: `trust.json` is damaged.
         MissingPackageError: `securesystemslib` is not installed.
@@ -149,6 +151,8 @@ def verified(folder: DeviceFolder, file: Path, standing: State) -> Statements | 
     pins = folder.pins
     if pins is None:
         return None
+    if not os.path.lexists(file):
+        raise FileError(f"{file} cannot be opened: No such file or directory", fix="check the path")
     data = read_signature(file)
     if data is None:
         raise SignatureError(

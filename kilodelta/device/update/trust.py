@@ -11,7 +11,7 @@ from typing import Any
 
 from kilodelta.device.folder.change import changing
 from kilodelta.device.folder.device_folder import DeviceFolder
-from kilodelta.errors import DeviceError, InputError
+from kilodelta.errors import DeviceError, InputError, SignatureError
 from kilodelta.files import plain, staging
 from kilodelta.rehearsal import begin_work
 from kilodelta.trust.envelope import MAX_ENVELOPE
@@ -197,13 +197,16 @@ def _made(
 
 
 def _read_signed(path: str | os.PathLike[str]) -> bytes:
+    fix = "give a file that kilodelta trust -o wrote"
     try:
-        return plain.read(Path(path), MAX_ENVELOPE, follow=True)
+        data = plain.read(Path(path), MAX_ENVELOPE, follow=True)
     except OSError as problem:
         raise InputError(
-            f"{os.fspath(path)} {problem.strerror or problem}",
-            fix="give a file that kilodelta trust -o wrote",
+            f"{os.fspath(path)} cannot be read: {problem.strerror or problem}", fix=fix
         ) from None
+    if not data.lstrip().startswith(b"{"):
+        raise SignatureError(f"{os.fspath(path)} is no signed change of pins", fix=fix)
+    return data
 
 
 def pull(
