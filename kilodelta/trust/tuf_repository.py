@@ -214,12 +214,12 @@ def _require_plain(place: Path) -> None:
             f"{odd[0]} {plain.kind(odd[0])}", fix="remove it; publish itself makes none"
         )
     if place.is_dir() and not (place / "metadata" / "1.root.json").exists():
-        others = sorted(
+        foreign = sorted(
             {entry.name for entry in place.iterdir()} - {"metadata", "targets", ".lock"}
         )
-        if others:
+        if foreign:
             raise OutputError(
-                f"{place} is no repository and holds {others[0]}",
+                f"{place} is no repository and holds {foreign[0]}",
                 fix="give the repository's folder, or a new one",
             )
 
