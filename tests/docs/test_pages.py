@@ -22,7 +22,7 @@ from click.testing import CliRunner
 from kilodelta.cli import main
 from kilodelta.compress import Options
 from tests.support import desk
-from tests.support.pages import MADE, PAGES, Block, Line, blocks
+from tests.support.pages import MADE, PAGES, Block, Line, blocks, heads
 from tests.support.processes import ROOT
 
 STEPS = 8
@@ -153,7 +153,10 @@ class Session:
     def line(self, line: Line) -> None:
         at = f"{line.block.page}, the block at line {line.block.line}: {line.text}"
         assert line.is_ours, f"{at}\nis not kilodelta's: give a reason in NOT_RUN"
-        run(line.text, at, error=line.error)
+        printed = run(line.text, at, error=line.error)
+        if line.prints and not line.error:
+            shown = heads(line.prints)
+            assert heads(printed.splitlines()) == shown, f"{at}\nprints other facts than it shows"
 
 
 def described(line: Line) -> None:
@@ -164,8 +167,12 @@ def described(line: Line) -> None:
     assert named <= known, f"{line.block.page}: {line.text} names {named - known}"
 
 
-def run(text: str, at: str, *, error: str = "") -> None:
-    """Run a command, which succeeds, or fails with the error that the page shows."""
+def run(text: str, at: str, *, error: str = "") -> str:
+    """Run a command, which succeeds, or fails with the error that the page shows.
+
+    Returns:
+        what it prints to standard output.
+    """
     result = CliRunner().invoke(
         main, shlex.split(text)[1:], default_map={"compress": {"steps": STEPS}}
     )
@@ -176,6 +183,7 @@ def run(text: str, at: str, *, error: str = "") -> None:
         assert error in result.stderr, f"{at}\n{result.stderr}"
     else:
         assert result.exit_code == 0, f"{at}\n{result.output}"
+    return result.stdout
 
 
 SLOW = {"deploy.md", "export.md", "python.md", "security.md", "serving.md", "verify.md"}
@@ -230,6 +238,11 @@ def test_a_command_that_fails_is_found(made: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(made)
     block = Block(page="x.md", line=1, language="", text="kilodelta inspect nothing.kd\n")
     with pytest.raises(AssertionError, match=r"x\.md, the block at line 1"):
+        Session(made).block(block)
+    file = "tests/golden/0.1.0/nola-8.kd"
+    shown = f"$ kilodelta inspect {file}\nfile  {file}, 1.9 KB\nbase  golden\n"
+    block = Block(page="x.md", line=1, language="", text=shown)
+    with pytest.raises(AssertionError, match="prints other facts"):
         Session(made).block(block)
     with pytest.raises(AssertionError, match="give a reason"):
         Session(made).block(Block(page="x.md", line=1, language="", text="rm -r x\n"))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from tests.support.processes import ROOT
@@ -42,20 +43,22 @@ class Block:
             bare = re.sub(r"(^|\s+)#.*", "", row.strip())
             if self.is_transcript and not bare.startswith("$ "):
                 continue
-            prints = rows[number + 1] if self.is_transcript and number + 1 < len(rows) else ""
-            error = prints if prints.startswith("error: ") else ""
+            prints = _until_command(rows[number + 1 :]) if self.is_transcript else []
+            error = prints[0] if prints and prints[0].startswith("error: ") else ""
             for part in bare.removeprefix("$ ").split(" && "):
                 if part.strip():
-                    yield Line(block=self, text=part.strip(), error=error)
+                    yield Line(block=self, text=part.strip(), error=error, prints=tuple(prints))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One command as it is written; `error` is the error that the page shows below it."""
+    """One command as it is written; `prints` is what a transcript shows below it, and `error` the
+    error among that."""
 
     block: Block
     text: str
     error: str = ""
+    prints: tuple[str, ...] = ()
 
     @property
     def is_ours(self) -> bool:
@@ -66,6 +69,23 @@ class Line:
     def is_usage(self) -> bool:
         """Whether it describes a command, with brackets or dots for what may stand there."""
         return self.text.startswith("kilodelta ") and bool(USAGE.search(self.text))
+
+
+def _until_command(rows: list[str]) -> list[str]:
+    return list(takewhile(lambda row: not row.startswith("$ "), rows))
+
+
+def heads(rows: Iterable[str]) -> list[str]:
+    """Return the first column of what a command prints, up to the first empty line.
+
+    Values differ from model to model; which facts are told does not.
+
+    Example:
+        >>> heads(["out", "file        size", "a  b  4 KB", "result proved  sha256:1", "", "x"])
+        ['out', 'file', 'a', 'result proved']
+    """
+    told = takewhile(str.strip, rows)
+    return [re.split(r"\s{2,}", row.strip())[0].rstrip("/") for row in told]
 
 
 def blocks(page: Path) -> list[Block]:
