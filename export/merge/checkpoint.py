@@ -137,7 +137,7 @@ def merge(
             return _merge_one_file(model, opened, place, min_changed, threads, progress)
     else:
         model = None
-        if min_changed != MIN_CHANGED:
+        if min_changed not in (0, MIN_CHANGED):  # 0 takes any result, also a float base's
             raise InputError(
                 f"--min-changed {min_changed:g} is a share of codes, and a float base has none",
                 fix="leave --min-changed out",

@@ -106,9 +106,8 @@ def make_plan(
     plan = PatchPlan(model=model, patch_map=patch_map, delta=bound, rest=rest)
     names = changed_names(bound)
     _refuse(plan, [f"{n}: {why}" for n in names if (why := _no_place(plan, n))], "has no place")
-    _refuse(
-        plan, [f"{n}: {why}" for n in bound.extras if (why := _misfit(plan, n))], "does not fit"
-    )
+    misfits = [f"{n}: {why}" for n in bound.extras if (why := _misfit(plan, n))]
+    _refuse(plan, misfits, "does not fit", fix="" if patch_map.kind == "engine" else OF_THIS_SHAPE)
     _require_heads(plan)
     plain = [n for n in bound.tensors if n not in patch_map.codes]
     lacking = [n for n in plain if patch_map.exact(n) is None and n not in (rest or ())]
@@ -130,6 +129,12 @@ def _require_base(model: Path, delta: Delta, patch_map: PatchMap) -> None:
 
 WAY_OUT = "take a device folder in refit or adapter mode for it: kilodelta bundle --mode refit"
 """For what an engine cannot be patched with."""
+
+OF_THIS_SHAPE = (
+    "bundle or export the base with --config and a fine-tune of this shape; or bundle --mode"
+    " adapter, where heads may differ in their number of labels"
+)
+"""For a graph whose tensors, such as a head's, have other shapes than a fine-tune's."""
 
 WAY_OUT_OF_CODES = (
     "take a device folder in adapter mode, which leaves the codes alone: kilodelta bundle --mode"
@@ -182,5 +187,6 @@ def _require_heads(plan: PatchPlan) -> None:
         raise ExportError(
             f"{plan.model.name} computes with a head that every file brings, and this one brings "
             f"no {', '.join(missing[:SHOWN])}",
-            fix=f"give the {plan.patch_map.kind} of the base itself, exported without --config",
+            fix=f"give the {plan.patch_map.kind} of the base itself, or a device folder, made"
+            " without --config",
         )

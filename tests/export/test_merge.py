@@ -155,6 +155,7 @@ def test_existing_and_impossible_outputs(tmp_path: Path) -> None:
         merge(base, made, tmp_path / "no" / "folder")
     with pytest.raises(InputError, match=r"--min-changed 0\.5 is a share of codes"):
         merge(base, made, tmp_path / "out", min_changed=0.5)
+    assert merge(base, made, tmp_path / "any", min_changed=0).targets  # 0 takes any result
     with pytest.raises(InputError, match="has 2 shards"):
         merge(base, made, tmp_path / "one.safetensors")
     assert leftovers(tmp_path) == []

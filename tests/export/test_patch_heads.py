@@ -156,14 +156,15 @@ def test_files_that_do_not_fit_the_head_are_refused_by_name(tmp_path: Path) -> N
     of = case()
     path, places = exported(of, tmp_path / "base")
     zeros = RawTensor.copy_of(np.zeros(3, np.float32))
-    for extras, said in (
-        ({}, r"brings no classifier\.bias, classifier\.weight"),
-        ({"classifier.weight": head()["classifier.weight"]}, r"brings no classifier\.bias"),
-        (head(4), r"classifier\.bias: its shape is \(4,\), the file's \(5,\)"),
-        ({**head(), "other": zeros}, "other: the base has no tensor of that name"),
+    for extras, said, way in (
+        ({}, r"brings no classifier\.bias, classifier\.weight", "made without --config"),
+        ({"classifier.weight": head()["classifier.weight"]}, r"brings no classifier\.bias", ""),
+        (head(4), r"classifier\.bias: its shape is \(4,\), the file's \(5,\)", "of this shape"),
+        ({**head(), "other": zeros}, "other: the base has no tensor of that name", ""),
     ):
-        with pytest.raises(ExportError, match=said):
+        with pytest.raises(ExportError, match=said) as refused:
             patch(path, fine_tune(of, extras), tmp_path / "t.onnx", places=places, base=of.base)
+        assert way in refused.value.fix
     assert not (tmp_path / "t.onnx").exists()
 
 
