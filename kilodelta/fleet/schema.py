@@ -112,7 +112,10 @@ def read_fleet(path: str | Path) -> Fleet:
         data = plain.read(place, MAX_BYTES, follow=True)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         why = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"{place} cannot be read: {why}", fix="give a fleet.toml") from None
+        raise InputError(
+            f"{place} cannot be read: {why}",
+            fix="give a fleet.toml, or of `fleet status` and `report` the folder of results",
+        ) from None
     try:
         return _fleet(place, _parse(data))
     except FieldError as error:

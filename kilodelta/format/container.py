@@ -89,9 +89,8 @@ def read(path: Path) -> tuple[Manifest, dict[str, RawTensor]]:
     Raises:
         FileError: the file breaks a rule, or a bit of it has changed.
     """
-    kind = kind_of_folder(path) if path.is_dir() else None
-    if kind is not None:
-        raise FileError(f"{path} is {kind.what}", fix=kind.fix)
+    if path.is_dir():
+        raise _folder(path)
     source = SourceFile(path, error=FileError)
     layout = read_layout(source, limit=HEADER_LIMIT)
     if MANIFEST not in layout.metadata:
@@ -118,6 +117,25 @@ def read(path: Path) -> tuple[Manifest, dict[str, RawTensor]]:
     manifest = manifests.parse(text)
     _check_tensors(path, manifest, tensors)
     return manifest, tensors
+
+
+def _folder(path: Path) -> FileError:
+    """Say what a folder is that stands where a `.kd` file is wanted."""
+    try:
+        kind = kind_of_folder(path)
+        files = sorted(entry.name for entry in path.iterdir())
+    except OSError as problem:
+        return FileError(f"{path} cannot be read: {problem.strerror}", fix="check the path")
+    own = [name for name in files if name.endswith(".kd")]
+    if kind is not None:
+        return FileError(f"{path} is {kind.what}", fix=kind.fix)
+    if any(name.endswith(".safetensors") for name in files):
+        return FileError(
+            f"{path} is the folder of a model, no .kd file",
+            fix=f"of a model: kilodelta digest {path}; a .kd file stands behind its BASE",
+        )
+    fix = f"give {path / own[0]}" if len(own) == 1 else "give the .kd file itself"
+    return FileError(f"{path} is a folder, no .kd file", fix=fix)
 
 
 def _fault(path: Path, what: str) -> FileError:

@@ -27,6 +27,10 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "old" / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "model").mkdir()
+    shutil.copy(BASE, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "many").mkdir()
+    shutil.copy(FILE, tmp_path / "many" / "task.kd")
     shutil.copy(BASE, tmp_path / "base.safetensors")
     shutil.copy(FILE, tmp_path / "task.kd")
     monkeypatch.chdir(tmp_path)
@@ -43,6 +47,10 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("inspect texts.txt", "it is a text file", "given as --inputs"),
         ("inspect adapter", "the folder of a PEFT adapter", "kilodelta import adapter --base BASE"),
         ("inspect base.safetensors", "no .kd file", "kilodelta digest base.safetensors"),
+        ("inspect model", "the folder of a model, no .kd file", "kilodelta digest model"),
+        ("merge task.kd model -o x", "the folder of a model", "stands behind its BASE"),
+        ("inspect many", "many is a folder, no .kd file", "give many/task.kd"),
+        ("fleet status nothing", "cannot be read", "the folder of results"),
         ("merge base.safetensors adapter -o x", "a PEFT adapter", "kilodelta import adapter"),
         (
             "compress base.safetensors adapter -o x.kd --inputs texts.txt",
