@@ -10,7 +10,7 @@ from kilodelta.errors import InputError
 from kilodelta.export.manifest.facts import Sizes
 from kilodelta.export.tensorrt.flavour import AUTO
 from kilodelta.files.dtypes import PRECISIONS
-from kilodelta.merging.in_grid import MIN_CHANGED
+from kilodelta.merging.quantised import MIN_CHANGED
 
 SHORT: Mapping[str, str] = MappingProxyType({row.short: row.long for row in PRECISIONS.values()})
 """Precisions as file names and the command line write them."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kilodelta import memory
-from kilodelta.errors import InputError
+from kilodelta.errors import InputError, OutputError
 from kilodelta.files import staging
 from kilodelta.files.staging.stage import explained
 from kilodelta.fleet.gpus import gpus_for
@@ -135,7 +135,11 @@ def run(
     made = FleetRun(out=plan.out, answers=ordered, skipped=skipped, done_before=before)
     name = ANSWERS if shard is None else f"run-{shard[0]}-of-{shard[1]}.json"
     text = json.dumps(made.to_json(), indent=1, ensure_ascii=False)
-    staging.write(plan.out / name, text.encode("utf-8") + b"\n")
+    try:
+        staging.write(plan.out / name, text.encode("utf-8") + b"\n")
+    except OutputError:
+        if not made.failed:  # else a full disk has failed tasks, and those are to be named
+            raise
     return made
 
 

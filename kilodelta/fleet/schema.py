@@ -25,12 +25,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kilodelta.device.folder.bundle import MODES
+from kilodelta.device.make.settings import settings_from
 from kilodelta.errors import InputError
-from kilodelta.export.quantised.graph import FORMS
 from kilodelta.files import plain
 from kilodelta.files.dtypes import PRECISIONS
 from kilodelta.files.untrusted import FieldError, short
@@ -45,8 +47,11 @@ from kilodelta.fleet.fields import (
     typed,
     typed_fields,
 )
+from kilodelta.models.entry import is_entry
 
 VERSION = 1
+DELTA = "delta"
+"""The folder of a fine-tune's compressed file, beside those of its targets."""
 MAX_BYTES = 1 << 20
 MAX_FINE_TUNES = 100_000
 COMPRESS = {
@@ -95,7 +100,6 @@ BUNDLE = {
 }
 """Options of `kilodelta bundle` for the device folder that a target's releases go to."""
 NEEDS_INPUTS = {"release"}
-MODES = ("adapter", "patch", "refit")
 DTYPES = tuple(row.short for row in PRECISIONS.values())
 _CAPABILITY = re.compile(r"sm[1-9][0-9]{1,2}\Z")
 
@@ -137,6 +141,8 @@ def _parse(data: bytes) -> dict[str, Any]:
 
 def _fleet(place: Path, table: dict[str, Any]) -> Fleet:
     refuse_unknown(table, "", {"version", "base", "fine-tunes", "target"})
+    if "version" not in table:
+        raise FieldError(f"version is missing: version = {VERSION}")
     if table.get("version") != VERSION or table.get("version") is True:
         raise FieldError(f"version is {table.get('version')!r:.40}, not {VERSION}")
     root = place.parent
@@ -148,6 +154,11 @@ def _fleet(place: Path, table: dict[str, Any]) -> Fleet:
     if not isinstance(groups, list) or not groups:
         raise FieldError("there are no [[fine-tunes]]")
     tunes = [t for i, g in enumerate(groups) for t in _group(root, f"fine-tunes[{i}]", g, bases)]
+    compresses = any(tune.tuned for tune in tunes)
+    if not targets and not compresses:
+        raise FieldError("there is no [target.NAME], and nothing to compress")
+    if compresses and DELTA in {target.name for target in targets}:
+        raise FieldError(f"target.{DELTA}: compressed files lie under that name; take another one")
     names: dict[str, FineTune] = {}
     for tune in tunes:
         if tune.name in names:
@@ -176,16 +187,28 @@ def _base(root: Path, name: str, table: dict[str, Any]) -> FleetBase:
         name=name,
         path=path,
         inputs=None if inputs is None else present(root / inputs, f"{where}.inputs"),
-        model=typed(table, where, "model", str, ""),
+        model=_entry(table, where),
     )
+
+
+def _entry(table: dict[str, Any], where: str) -> str:
+    """Take the function that builds a model; "" where none is named."""
+    entry: str = typed(table, where, "model", str, "")
+    if "model" in table and not is_entry(entry):
+        raise FieldError(f"{where}.model is {entry!r:.80}, not package.module:function")
+    return entry
 
 
 def _target(name: str, table: dict[str, Any]) -> FleetTarget:
     where = f"target.{name}"
     kind = typed(table, where, "kind", str, None)
+    if kind is None:
+        raise FieldError(f"{where}.kind is missing: one of {', '.join(KINDS)}")
     if kind not in KINDS:
         raise FieldError(f"{where}.kind is {kind!r:.60}, not one of {', '.join(KINDS)}")
     resources = typed(table, where, "resources", dict, {})
+    if "" in resources:
+        raise FieldError(f"{where}.resources has a resource without a name")
     for key, value in resources.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
             raise FieldError(f"{where}.resources.{key!s:.60} is {value!r:.40}, no positive number")
@@ -197,26 +220,20 @@ def _target(name: str, table: dict[str, Any]) -> FleetTarget:
         _require_capabilities(checked.get("for"), f"{where}.for")
     if "bundle" in checked:
         inner = typed_fields(checked["bundle"], f"{where}.bundle", BUNDLE)
-        if inner.get("mode") not in MODES:
-            raise FieldError(
-                f"{where}.bundle.mode is {inner.get('mode')!r:.40}, not one of {', '.join(MODES)}"
-            )
-        _require_precision(inner, f"{where}.bundle", PRECISIONS)
-        _require_counts(inner, f"{where}.bundle")
-        if inner.get("blocks", FORMS[0]) not in FORMS:
-            raise FieldError(
-                f"{where}.bundle.blocks is {inner['blocks']!r:.40}, not one of {', '.join(FORMS)}"
-            )
+        if "mode" not in inner:
+            raise FieldError(f"{where}.bundle.mode is missing: one of {', '.join(MODES)}")
         if "engine" in inner:
             _require_capabilities(inner["engine"], f"{where}.bundle.engine")
+        with _explained(f"{where}.bundle"):
+            settings_from(**inner)
     if kind == "release" and not checked.get("version", 0) > 0:
         raise FieldError(f"{where}.version is missing: a whole number from 1 on")
     return FleetTarget(name=name, kind=kind, options=checked, resources=resources)
 
 
-def _require_precision(options: Mapping[str, Any], where: str, long: Collection[str] = ()) -> None:
+def _require_precision(options: Mapping[str, Any], where: str) -> None:
     dtype = options.get("dtype", DTYPES[0])
-    if dtype not in (*DTYPES, *long):
+    if dtype not in DTYPES:
         raise FieldError(f"{where}.dtype is {dtype!r:.40}, not one of {', '.join(DTYPES)}")
 
 
@@ -237,8 +254,15 @@ def _require_capabilities(names: Any, where: str) -> None:
 
 
 def _require_options(table: Mapping[str, Any], where: str, *, learns: bool) -> None:
-    try:
+    with _explained(where):
         compression_options(table, learns=learns)
+
+
+@contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Say in which field options are that a command refuses."""
+    try:
+        yield
     except InputError as error:
         raise FieldError(f"{where}: {error.what}; {error.fix}") from None
 
@@ -249,6 +273,8 @@ def _group(root: Path, where: str, table: Any, bases: Mapping[str, FleetBase]) -
     refuse_unknown(table, where, {"base", "tuned", "deltas", "inputs", "labels", "compress"})
     only = next(iter(bases)) if len(bases) == 1 else None
     base = typed(table, where, "base", str, only)
+    if base is None:
+        raise FieldError(f"{where}.base is missing: one of {', '.join(bases)}")
     if base not in bases:
         raise FieldError(f"{where}.base is {base!r:.60}, not one of {', '.join(bases)}")
     if ("tuned" in table) == ("deltas" in table):

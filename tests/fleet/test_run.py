@@ -24,7 +24,7 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("transformers")
 import kilodelta
 from kilodelta import memory
-from kilodelta.errors import ExportError, InputError
+from kilodelta.errors import ExportError, InputError, OutputError
 from kilodelta.export import one_graph, pipeline
 from kilodelta.export.pipeline import export
 from kilodelta.export.tensorrt import build as engines
@@ -286,6 +286,29 @@ def test_a_failed_run_prints_one_json_document(
     done = CliRunner().invoke(main, given)
     assert done.exit_code == 17
     assert len(json.loads(done.stdout)["failed"]) == 2 * COUNT + 1
+
+
+@pytest.mark.parametrize("status", ["failed", "done"])
+def test_a_full_disk_does_not_hide_which_tasks_failed(
+    status: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's own note cannot be written either; where nothing else failed, that is the fault."""
+
+    def answering(self: Any, task: Any, stop: Any) -> dict[str, Any]:
+        answer = {"id": task.id, "name": task.name, "seconds": 0.0, "exit_code": 8}
+        return {**answer, "status": status, "error": "No space left on device", "fix": "y"}
+
+    def full(path: Path, data: bytes) -> None:
+        raise OutputError(f"{path} cannot be written: No space left on device", fix="make room")
+
+    monkeypatch.setattr(Children, "do", answering)
+    monkeypatch.setattr("kilodelta.files.staging.write", full)
+    plan = plan_of(world, tmp_path / "out")
+    if status == "done":
+        with pytest.raises(OutputError, match=r"run\.json cannot be written: No space"):
+            run(plan, jobs=1)
+    else:
+        assert {a["name"] for a in run(plan, jobs=1).failed} >= {"t0/merged", "t1/merged"}
 
 
 def test_a_killed_child_costs_its_own_task(

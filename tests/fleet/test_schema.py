@@ -75,7 +75,7 @@ def test_a_fleet_is_read(folder: Path) -> None:
     [
         ("version = 1", "version = 2", "version is 2, not 1"),
         ("version = 1", "version = true", "version is True"),
-        ("version = 1", "", "version is None"),
+        ("version = 1", "", "version is missing"),
         ("version = 1", "version = 1\nname = 'x'", "name is no field"),
         ('path = "base"', 'path = "none"', r"base\.mini\.path: .*none is missing"),
         ('path = "base"', 'path = "base"\nx = 1', r"base\.mini\.x is no field"),
@@ -99,7 +99,21 @@ def test_a_fleet_is_read(folder: Path) -> None:
         ('["ready/*.kd"]', "[]", r"fine-tunes\[1\]\.deltas is an empty list"),
         (ONNX16, "kind = 'peft'\nsvd = 0", r"target\.onnx16\.svd is 0, not a whole number"),
         (ONNX16, "kind = 'release'\nversion = -1", r"target\.onnx16\.version is -1"),
-        (ONNX16, f"{ORIN}mode = 'adapter', rank = 0 }}", r"onnx16\.bundle\.rank is 0"),
+        (ONNX16, f"{ORIN}mode = 'adapter', rank = 0 }}", r"onnx16\.bundle: --rank is 0"),
+        (ONNX16, f"{ORIN}mode = 'adapter', slots = -3 }}", r"onnx16\.bundle: --slots is -3"),
+        (ONNX16, f"{ORIN}mode = 'patch', slots = 2 }}", r"onnx16\.bundle: patch mode computes"),
+        (ONNX16, f"{ORIN}mode = 'adapter', provider = 'x' }}", r"bundle: --provider is 'x'"),
+        (ONNX16, f"{ORIN}mode = 'adapter', flavour = 'x' }}", r"bundle: --flavour is 'x'"),
+        (ONNX16, f"{ORIN}mode = 'adapter', profile = ['x'] }}", r"bundle: 'x' is no profile"),
+        (ONNX16, f"{ORIN}rank = 8 }}", r"onnx16\.bundle\.mode is missing: one of adapter"),
+        ('kind = "onnx"', "", r"target\.onnx16\.kind is missing: one of merge"),
+        ("resources = { sm86 = 1 }", "resources = { '' = 1 }", "a resource without a name"),
+        ("[target.onnx16]", "[target.delta]", "compressed files lie under that name"),
+        (
+            'path = "base"',
+            'path = "base"\nmodel = "nope"',
+            r"base\.mini\.model is 'nope', not",
+        ),
         ('base = "mini"', 'base = "other"', r"fine-tunes\[1\]\.base is 'other'"),
         ('deltas = ["ready/*.kd"]', 'deltas = ["ready/*.kd"]\ncompress = {}', "for tuned models"),
         ('kind = "onnx"', 'kind = "onx"', r"target\.onnx16\.kind is 'onx', not one of merge"),
@@ -113,14 +127,14 @@ def test_a_fleet_is_read(folder: Path) -> None:
         (
             'kind = "onnx"\ndtype = "fp16"',
             f"{ORIN}mode = 'patched' }}",
-            "bundle.mode is 'patched', not",
+            "bundle: --mode is 'patched'",
         ),
         (
             'kind = "onnx"\ndtype = "fp16"',
             f"{ORIN}mode = 'patch', keep = 1 }}",
             "bundle.keep is no field",
         ),
-        ('kind = "onnx"\ndtype = "fp16"', f"{ORIN}engine = ['sm86'] }}", "bundle.mode is None"),
+        ('kind = "onnx"\ndtype = "fp16"', f"{ORIN}engine = ['sm86'] }}", "bundle.mode is missing"),
         (
             'kind = "onnx"\ndtype = "fp16"',
             f"{ORIN}mode = 'patch', engine = ['orin'] }}",
@@ -129,12 +143,12 @@ def test_a_fleet_is_read(folder: Path) -> None:
         (
             'kind = "onnx"\ndtype = "fp16"',
             f"{ORIN}mode = 'patch', dtype = 'fp8' }}",
-            "bundle.dtype is 'fp8'",
+            "bundle: --dtype is 'fp8'",
         ),
         (
             'kind = "onnx"\ndtype = "fp16"',
             f"{ORIN}mode = 'patch', blocks = 'rows' }}",
-            "bundle.blocks is 'rows', not one of auto, qdq, matmulnbits",
+            "bundle: 'rows' is no form of blocks; give auto, qdq, matmulnbits",
         ),
     ],
 )
@@ -142,6 +156,15 @@ def test_faults_are_named(folder: Path, old: str, new: str, words: str) -> None:
     assert old in GOOD
     with pytest.raises(InputError, match=words):
         read(folder, GOOD.replace(old, new, 1))
+
+
+def test_a_fleet_that_makes_nothing(folder: Path) -> None:
+    """Deltas alone give nothing without a target; tuned models give deltas."""
+    no_targets = GOOD.partition("[target.")[0]
+    assert read(folder, no_targets).targets == ()
+    tuned = no_targets[no_targets.index("[[fine") : no_targets.rindex("[[fine")]
+    with pytest.raises(InputError, match=r"there is no \[target\.NAME\], and nothing to compress"):
+        read(folder, no_targets.replace(tuned, ""))
 
 
 def test_two_fine_tunes_of_one_name(folder: Path) -> None:

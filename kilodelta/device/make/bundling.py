@@ -13,7 +13,8 @@ from kilodelta.device.folder.bundle import Bundle
 from kilodelta.device.folder.device_folder import DeviceFolder
 from kilodelta.device.golden import golden, reference
 from kilodelta.device.make import engines
-from kilodelta.device.make.build import Settings, refuse_refit
+from kilodelta.device.make.build import refuse_refit
+from kilodelta.device.make.settings import Settings
 from kilodelta.device.modes import patch, refit, runtime
 from kilodelta.export.adapter.graph import with_adapter
 from kilodelta.export.architecture import open_headed
