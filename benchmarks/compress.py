@@ -1,8 +1,8 @@
 """Compress before and now: memory, seconds per step, and time to equal agreement.
 
-    python benchmarks/compress.py [--parts decoder sets] [--old COMMIT] [--threads N] [--json FILE]
-        [--trees old new] [--layers 30] [--dtypes fp32 bf16] [--kinds compress peft]
-        [--sets trec6 banking77] [--seeds 0 1] [--tried 800 400 267]
+    python benchmarks/compress.py [--parts decoder memory sets] [--old COMMIT] [--threads N]
+        [--json FILE] [--trees old new] [--layers 30] [--dtypes fp32 mixed bf16]
+        [--kinds compress peft] [--sets trec6 banking77] [--seeds 0 1] [--tried 800 400 267]
 
 `decoder`: a Llama-shaped decoder of 135M random weights in bfloat16 (30 layers, 49,152 words), on
 4 x 128 tokens: the build of `--old` from a git worktree, this one in float32 and in bfloat16, and
@@ -11,9 +11,15 @@ what the system counted, before the first step and in all. That holds the pages 
 which the system takes back where memory is short; `peak_anonymous_gb` is the peak without them, of
 samples 20 ms apart.
 
+`memory`: what this build's run on the same decoder holds beside the packages and the activations
+of a step, over the checkpoint's bytes, and the peak of each stage. Packages are counted with the
+model's code imported; activations are what a step keeps for its backward pass, as `plan` counts it.
+
 `sets`: all-MiniLM-L6-v2 on the sets of `--data` at 12 KB: agreement on held-out inputs and seconds
 of the old build's 800 steps, and of this one's at the numbers of steps that `--tried` names, for
-each seed of teacher and compression.
+each seed of teacher and compression. `--dtypes` names the types: float32 alone by default here,
+float32 and bfloat16 for the decoder, whose base is stored in bfloat16, so that `mixed` is not for
+it. The old build knew float32 only.
 
 Runs that `--json` holds already are not run again, so that an interrupted benchmark goes on.
 
@@ -32,7 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from importlib import import_module
@@ -50,7 +56,7 @@ OLD = "44d725c"
 """The build before compress was made to scale, and faster."""
 ROWS, TOKENS, WORDS = 4, 128, 49_152
 SETS = ("trec6", "banking77")
-DTYPES = ("fp32", "bf16")
+DTYPES = ("fp32", "mixed", "bf16")
 TREES = ("old", "new")
 KINDS = ("compress", "peft")
 SAMPLED_S = 0.02
@@ -61,7 +67,7 @@ def main() -> None:
     """Run what is asked for, and print one line per process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--parts", nargs="+", choices=("decoder", "sets"), default=("decoder",))
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=("decoder",))
     parser.add_argument("--old", default=OLD, help="commit of the build to compare with")
     parser.add_argument(
         "--trees", nargs="+", choices=TREES, default=TREES, help="builds that are run"
@@ -70,7 +76,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="of the decoder")
     parser.add_argument("--layers", type=int, default=30, help="of the decoder")
     parser.add_argument(
-        "--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of the decoder"
+        "--dtypes", nargs="+", choices=DTYPES, help="types of the frozen base (see above)"
     )
     parser.add_argument(
         "--kinds", nargs="+", choices=KINDS, default=KINDS, help="trainings of the decoder"
@@ -94,7 +100,7 @@ def main() -> None:
     done = {_key(run) for run in found["runs"]}
     with _worktree(options.old) if "old" in options.trees else nullcontext(ROOT) as old:
         for part in options.parts:
-            for job in (_decoder if part == "decoder" else _sets)(options):
+            for job in PARTS[part](options):
                 if _key(job) in done:
                     continue
                 tree = old if job.get("tree") == "old" else ROOT
@@ -157,23 +163,46 @@ def _run(job: Mapping[str, Any], tree: Path, threads: int) -> dict[str, Any]:
 
 def _decoder(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the decoder's runs, its files made first."""
+    common = _decoder_files(options)
+    chosen = _decoder_options(options)
+    dtypes = _narrow_base(options.dtypes or ("fp32", "bf16"))
+    # Of old and new in turns, so that a machine that slows down slows both.
+    old = [("compress", "old", "fp32")]  # it knew no other type
+    now = [(kind, "new", dtype) for kind in options.kinds for dtype in dtypes]
+    for kind, tree, dtype in [*old, *now]:
+        if tree not in options.trees:
+            continue
+        job = {**common, "kind": kind, "tree": tree, "options": {**chosen, "dtype": dtype}}
+        yield {**job, "dtype": dtype, "part": "decoder", "layers": options.layers}
+
+
+def _memory_apart(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the runs that say what memory is held, and in which stage."""
+    for dtype in _narrow_base(options.dtypes or ("bf16",)):
+        job = {**_decoder_files(options), "kind": "memory", "tree": "new", "dtype": dtype}
+        chosen = {**_decoder_options(options), "dtype": dtype}
+        yield {**job, "part": "memory", "layers": options.layers, "options": chosen}
+
+
+def _narrow_base(dtypes: Sequence[str]) -> list[str]:
+    """Leave out the type that is for a base in float32."""
+    return [dtype for dtype in dtypes if dtype != "mixed"]
+
+
+def _decoder_files(options: argparse.Namespace) -> dict[str, str]:
+    """Make the decoder's files where they are missing; say where they lie."""
     work = options.work.resolve()
     base, tuned, inputs = work / "base", work / "tuned", work / "tokens.npz"
     if not (tuned / "config.json").exists():
         _make_decoder(base, tuned, options.layers)
     draws = np.random.default_rng(0)
     np.savez(inputs, input_ids=draws.integers(0, WORDS, (24, TOKENS)))
+    return {"base": str(base), "tuned": str(tuned), "inputs": str(inputs), "out": str(work)}
+
+
+def _decoder_options(options: argparse.Namespace) -> dict[str, Any]:
     steps = 2 if options.quick else options.steps
-    common = {"base": str(base), "tuned": str(tuned), "inputs": str(inputs), "out": str(work)}
-    chosen = {"budget": 50_000, "steps": steps, "batch": ROWS, "held_out": ROWS}
-    # Of old and new in turns, so that a machine that slows down slows both.
-    old = [("compress", "old", "fp32")]  # it knew no other type
-    now = [(kind, "new", dtype) for kind in options.kinds for dtype in options.dtypes]
-    for kind, tree, dtype in [*old, *now]:
-        if tree not in options.trees:
-            continue
-        job = {**common, "kind": kind, "tree": tree, "options": {**chosen, "dtype": dtype}}
-        yield {**job, "dtype": dtype, "part": "decoder", "layers": options.layers}
+    return {"budget": 50_000, "steps": steps, "batch": ROWS, "held_out": ROWS}
 
 
 def _make_decoder(base: Path, tuned: Path, layers: int) -> None:
@@ -220,20 +249,29 @@ def _sets(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         }
         labels = str(place / "labels.txt")
         fixed = {"labels": labels, "max_length": 48, "budget": 12_000, "seed": seed}
-        runs = [("old", 800), *(("new", steps) for steps in options.tried)]
-        for tree, steps in (("old", 2), ("new", 2)) if options.quick else runs:
+        old, tried = (2, [2]) if options.quick else (800, options.tried)
+        new = [("new", *one) for one in product(tried, options.dtypes or ["fp32"])]
+        for tree, steps, dtype in [("old", old, "fp32"), *new]:
             if tree not in options.trees:
                 continue
-            job = {**common, "kind": "compress", "tree": tree, "part": name}
-            yield {**job, "seed": seed, "steps": steps, "options": {**fixed, "steps": steps}}
+            job = {**common, "kind": "compress", "tree": tree, "part": name, "dtype": dtype}
+            # Results from before there was a choice do not name the type, which was float32.
+            typed = {} if dtype == "fp32" else {"dtype": dtype}
+            chosen = {**fixed, "steps": steps, **typed}
+            yield {**job, "seed": seed, "steps": steps, "options": chosen}
 
 
 def _child(job: Mapping[str, Any]) -> None:
     """Do one job, and print its numbers as the last line."""
-    # Right after fork a child counts its parent's peak as its own; this forgets it.
-    Path("/proc/self/clear_refs").write_text("5")
+    _forget_peak()  # right after fork a child counts its parent's peak as its own
     sys.path.insert(0, str(Path(__file__).parent))
-    print(json.dumps(_compress(job) if job["kind"] == "compress" else _peft(job)))
+    kinds = {"compress": _compress, "peft": _peft, "memory": _memory_of_stages}
+    print(json.dumps(kinds[job["kind"]](job)))
+
+
+def _forget_peak() -> None:
+    """Let the system count this process's peak of resident memory anew."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak() -> float:
@@ -262,7 +300,8 @@ def _compress(job: Mapping[str, Any]) -> dict[str, Any]:
     Options, compress = _compress_of_build()
     imported = _peak()
     known = {field.name for field in fields(Options)}
-    options = Options(**{k: v for k, v in job["options"].items() if k in known})
+    chosen = {"dtype": job["dtype"], **job["options"]}
+    options = Options(**{k: v for k, v in chosen.items() if k in known})
     times: list[float] = []
     busy: list[float] = []
     before: list[float] = []
@@ -291,6 +330,48 @@ def _compress(job: Mapping[str, Any]) -> dict[str, Any]:
         "agreement": report.after.agreement if report.after else None,
         "divergence": report.after.divergence if report.after else None,
     }
+
+
+def _memory_of_stages(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Compress, and say what was held beside packages and activations."""
+    from transformers.models.llama import modeling_llama  # noqa: F401  (what opening would import)
+
+    from kilodelta.compress import Options, compress, plan
+
+    peaks: dict[str, float] = {}
+    imported, stage = _memory("VmRSS", "self"), "begin"
+
+    def watch(event: Any) -> None:
+        nonlocal stage
+        if event.stage != stage:
+            _close(peaks, stage)
+            stage = event.stage
+
+    _forget_peak()
+    options = Options(**job["options"])
+    out = Path(job["out"]) / f"memory-{os.getpid()}.kd"
+    models, inputs = (job["base"], job["tuned"]), job["inputs"]
+    compress(*models, out, inputs=inputs, options=options, progress=watch)
+    _close(peaks, stage)
+    out.unlink()
+    estimate = plan(*models, inputs=inputs, options=options).to_json()["estimate"]
+    activations = estimate["activations_bytes"] / 1e9
+    checkpoint = sum(f.stat().st_size for f in Path(job["base"]).glob("*.safetensors")) / 1e9
+    peak = max(peaks.values())
+    return {
+        "imports_gb": round(imported, 3),
+        "peak_gb": peak,
+        "activations_gb": round(activations, 3),
+        "checkpoint_gb": round(checkpoint, 3),
+        "held_of_checkpoint": round((peak - imported - activations) / checkpoint, 2),
+        "peaks_by_stage_gb": peaks,
+    }
+
+
+def _close(peaks: dict[str, float], stage: str) -> None:
+    """Note the peak of a stage that has ended; one that comes again keeps its larger peak."""
+    peaks[stage] = max(peaks.get(stage, 0.0), round(_peak(), 3))
+    _forget_peak()
 
 
 def _median(seconds: list[float]) -> float:
@@ -327,6 +408,8 @@ def _peft(job: Mapping[str, Any]) -> dict[str, Any]:
         "step_processor_s": _median(busy),
     }
 
+
+PARTS = {"decoder": _decoder, "memory": _memory_apart, "sets": _sets}
 
 if __name__ == "__main__":
     main()

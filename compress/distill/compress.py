@@ -302,6 +302,7 @@ def schedule_of(job: Job) -> Schedule:
         batch=options.batch,
         bits=job.bits,
         seed=options.seed,
+        narrow=job.pair.narrow,
     )
 
 

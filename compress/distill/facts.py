@@ -63,7 +63,8 @@ def run_facts(
         "outputs": json.dumps(outputs),
         **({"--for": ",".join(job.precisions)} if job.precisions else {}),
         **({"start in the grid": str(START)} if IN_GRID in job.precisions else {}),
-        **{f"--{key}": str(value) for key, value in asdict(schedule).items()},
+        **({"products": "bfloat16"} if schedule.narrow else {}),
+        **{f"--{key}": str(value) for key, value in asdict(schedule).items() if key != "narrow"},
     }
 
 

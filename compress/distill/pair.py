@@ -49,6 +49,7 @@ class Pair:
         names: checkpoint name to state name, of both models' tensors.
         note: why there is no module; empty where there is one.
         device: where both are to compute.
+        narrow: whether training multiplies in bfloat16 with their float32 weights.
     """
 
     base: Checkpoint
@@ -61,6 +62,7 @@ class Pair:
     names: Mapping[str, str]
     note: str = ""
     device: torch.device = CPU
+    narrow: bool = False
 
 
 def open_pair(
@@ -103,7 +105,8 @@ def open_pair(
         if learns or model is not None or _is_quantised(before) or _is_quantised(after):
             raise
         return _by_names(before, after, problem.what)
-    return replace(_by_modules(before, after, student, teacher), device=placement.device)
+    pair = _by_modules(before, after, student, teacher)
+    return replace(pair, device=placement.device, narrow=placement.narrow)
 
 
 def _open(source: str, weights: Checkpoint, placement: Placement) -> LoadedModel:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,6 +17,8 @@ from kilodelta.files.dtypes import TARGETS, nbytes
 from kilodelta.models.weights import TORCH
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MIXED = "mixed"
+"""Float32, but for the products of a training with frozen weights, which are in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,15 +26,22 @@ class Placement:
     """Where models compute, and in which type their frozen weights are.
 
     Coefficients, their gradients and the optimiser are float32 everywhere.
+
+    Attributes:
+        device: of both models.
+        dtype: of frozen weights in memory, and of what is computed with them.
+        narrow: whether training multiplies in bfloat16 with weights that are float32.
     """
 
     device: torch.device
     dtype: torch.dtype
+    narrow: bool = False
 
     @property
     def name(self) -> str:
         """The type as users type it."""
-        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        known = (name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        return MIXED if self.narrow else next(known)
 
 
 def choose_placement(device: str, dtype: str, base: Checkpoint) -> Placement:
@@ -42,7 +53,7 @@ def choose_placement(device: str, dtype: str, base: Checkpoint) -> Placement:
 
     Args:
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        dtype: `auto`, `fp32`, `bf16` or `fp16`.
+        dtype: `auto`, `fp32`, `mixed`, `bf16` or `fp16`.
         base: the base model's files.
 
     Raises:
@@ -60,6 +71,9 @@ def choose_placement(device: str, dtype: str, base: Checkpoint) -> Placement:
                 f"{torch.cuda.get_device_name(chosen)} does not compute in bfloat16",
                 fix="give --dtype fp16 or fp32",
             )
+        if dtype == MIXED:
+            _require_mixed(chosen, base)
+            return Placement(device=chosen, dtype=torch.float32, narrow=True)
         return Placement(device=chosen, dtype=DTYPES[dtype])
     stored = stored_type(base)
     return Placement(device=chosen, dtype=stored if _is_fast(stored, chosen) else torch.float32)
@@ -136,9 +150,37 @@ def _is_fast(dtype: torch.dtype, device: torch.device) -> bool:
         return dtype == torch.float16 or torch.cuda.is_bf16_supported()
     if device.type == "mps":
         return dtype == torch.float16
-    return dtype == torch.bfloat16 and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
+    return dtype == torch.bfloat16 and _cpu_has_bfloat16()
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Return whether this processor multiplies bfloat16: by AVX512-BF16, AMX, or ARM's units."""
+    known: dict[str, Any] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # an older torch has none
+    if known.get("architecture") in ("aarch64", "arm64"):
+        # torch's builds for macOS multiply bfloat16 without these units.
+        return sys.platform == "linux" and bool(known.get("bf16"))
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _require_mixed(device: torch.device, base: Checkpoint) -> None:
+    """Check that products in bfloat16 beside float32 weights are worth anything.
+
+    Raises:
+        InputError: the device is slow at them, or the base is not stored in float32.
+    """
+    if not _is_fast(torch.bfloat16, device):
+        raise InputError(
+            "--dtype mixed multiplies in bfloat16, for which this device has no units",
+            fix="give --dtype fp32 or auto",
+        )
+    if (stored := stored_type(base)) != torch.float32:
+        name = Placement(device=device, dtype=stored).name
+        raise InputError(
+            f"--dtype mixed is for a base in float32, and {base.path} is stored in {name}",
+            fix="give --dtype auto, fp32 or bf16",
+        )
 
 
 def _device(name: str) -> torch.device:

@@ -23,6 +23,7 @@ class Schedule:
         rounded: share of the steps, at the end, that run with rounded coefficients.
         bits: bits of a rounded coefficient.
         seed: decides batches and draws.
+        narrow: whether steps multiply in bfloat16 with frozen float32 weights.
     """
 
     steps: int
@@ -32,6 +33,7 @@ class Schedule:
     rounded: float = 0.25
     bits: int = 4
     seed: int = 0
+    narrow: bool = False
 
     def factor(self, step: int) -> float:
         """Return the rate at a step as a share of `rate`.

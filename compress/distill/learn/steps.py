@@ -26,6 +26,7 @@ from kilodelta.compress.distill.learn.pieces import backward, is_out_of_memory
 from kilodelta.compress.distill.learn.schedule import BestState, Distilled, Look, Schedule
 from kilodelta.compress.distill.learn.watch import SHORT, Watch
 from kilodelta.compress.training import train
+from kilodelta.compress.training.narrowing import can_narrow, narrowed
 from kilodelta.errors import InputError
 from kilodelta.models import LoadedModel
 from kilodelta.progress import Event, Progress
@@ -74,6 +75,7 @@ class Run:
         self.piece = piece or schedule.batch
         """Rows computed at a time; fewer than a batch has where memory ran out."""
         self.step = 0
+        self._narrow = can_narrow(loaded.module) if schedule.narrow else []
         self._rewound = False
         """Whether the batches begin anew with the next step."""
         self.spent = 0.0
@@ -251,10 +253,13 @@ class Run:
         while True:
             self.loaded.module.zero_grad()
             try:
-                if is_shared:
-                    loss = backward_shared(ranks, compute, loss_of, count, self.trained, self.piece)
-                else:
-                    loss = backward(compute, loss_of, count, self.piece)
+                with narrowed(self._narrow):
+                    if is_shared:
+                        loss = backward_shared(
+                            ranks, compute, loss_of, count, self.trained, self.piece
+                        )
+                    else:
+                        loss = backward(compute, loss_of, count, self.piece)
                 return loss / self.scale.scale
             except RuntimeError as error:
                 if not is_out_of_memory(error):
