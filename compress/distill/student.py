@@ -20,7 +20,7 @@ from kilodelta.compress.distill.learn.late_head import LOGITS, LateTopClasses, f
 from kilodelta.compress.distill.learn.outputs import run
 from kilodelta.compress.training import train
 from kilodelta.compress.training.conversion import quantised
-from kilodelta.compress.training.widening import can_widen, widened
+from kilodelta.compress.training.products.widening import can_widen, widened
 from kilodelta.format.delta import Delta
 from kilodelta.format.methods import Lora
 from kilodelta.memory import give_back

@@ -20,10 +20,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from kilodelta.compress.training.products.widening import weight_of
 from kilodelta.compress.training.sites import AttachedTarget, Site
 from kilodelta.compress.training.through_grid import TargetGrid
 from kilodelta.compress.training.update import FactoredUpdate
-from kilodelta.compress.training.widening import weight_of
 from kilodelta.models.layers import is_conv1d
 
 _SHARDED = "_kilodelta_sharded"

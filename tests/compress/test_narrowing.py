@@ -16,8 +16,8 @@ from torch import nn
 from kilodelta.compress import Options, Report, compress
 from kilodelta.compress.distill import placement
 from kilodelta.compress.distill.placement import choose_placement
-from kilodelta.compress.training import narrowing
-from kilodelta.compress.training.narrowing import can_narrow, narrowed
+from kilodelta.compress.training.products import narrowing
+from kilodelta.compress.training.products.narrowing import can_narrow, narrowed
 from kilodelta.errors import InputError
 from kilodelta.files.checkpoint import Checkpoint
 from tests.support import pico

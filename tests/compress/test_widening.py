@@ -23,7 +23,7 @@ from kilodelta.compress.distill.processes.ranks import ALONE
 from kilodelta.compress.distill.student import weights_as_stored
 from kilodelta.compress.training import train
 from kilodelta.compress.training.layers import sum_is_cheaper
-from kilodelta.compress.training.widening import can_widen, widened
+from kilodelta.compress.training.products.widening import can_widen, widened
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.models.loaded import LoadedModel
 from tests.support import pico

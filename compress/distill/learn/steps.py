@@ -26,7 +26,7 @@ from kilodelta.compress.distill.learn.pieces import backward, is_out_of_memory
 from kilodelta.compress.distill.learn.schedule import BestState, Distilled, Look, Schedule
 from kilodelta.compress.distill.learn.watch import SHORT, Watch
 from kilodelta.compress.training import train
-from kilodelta.compress.training.narrowing import can_narrow, narrowed
+from kilodelta.compress.training.products.narrowing import can_narrow, narrowed
 from kilodelta.errors import InputError
 from kilodelta.models import LoadedModel
 from kilodelta.progress import Event, Progress
