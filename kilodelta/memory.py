@@ -116,6 +116,27 @@ def give_back() -> None:
 
 
 @contextmanager
+def uncollected() -> Iterator[None]:
+    """Let this block of code make objects without looking through all of them for garbage.
+
+    For the loading of a large library, which makes a hundred thousand objects and little garbage:
+    the collector took a fifth of numba's time.
+
+    Example:
+        >>> with uncollected():
+        ...     gc.isenabled()
+        False
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextmanager
 def mapped_apart() -> Iterator[None]:
     """Let large blocks of memory be mapped separately in this block of code (glibc).
 

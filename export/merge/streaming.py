@@ -17,7 +17,7 @@ from kilodelta import parallel
 from kilodelta.errors import BaseMismatchError, ProofError
 from kilodelta.export.merge.plan import FilePlan, Piece
 from kilodelta.export.merge.tensor import require_result
-from kilodelta.files import identity
+from kilodelta.files import identity, system
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.copying import pwrite
 from kilodelta.files.identity import Identity
@@ -51,7 +51,7 @@ class MergeStream:
             meter.add(sum(len(plan.header) for plan in plans))
             jobs = [(files[plan.path], piece) for plan in plans for piece in plan.pieces]
             digests = parallel.run(
-                lambda job: self._write_piece(*job, meter),
+                lambda job: self._write_and_push(*job, meter),
                 jobs,
                 meter,
                 weight=lambda job: job[1].nbytes,
@@ -68,6 +68,12 @@ class MergeStream:
     def target_of(self, stored: str) -> str:
         """Return the target whose merged bytes a stored tensor holds: the one of its name."""
         return stored
+
+    def _write_and_push(self, descriptor: int, piece: Piece, meter: Meter) -> str:
+        """Write one tensor, and start it towards the disk while the next ones are merged."""
+        digest = self._write_piece(descriptor, piece, meter)
+        system.begin_sync(descriptor, piece.begin, piece.nbytes)
+        return digest
 
     def _write_piece(self, descriptor: int, piece: Piece, meter: Meter) -> str:
         """Write one tensor; returns the digest of what was written, empty for an extra."""

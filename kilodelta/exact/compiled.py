@@ -18,11 +18,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numba
-from numba.core import config
-from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
-
 from kilodelta.files import digest_cache
+from kilodelta.memory import uncollected
+
+with uncollected():
+    import numba
+    from numba.core import config
+    from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
 
 SOURCES = Path(__file__).parent
 

@@ -10,8 +10,6 @@ import numpy.typing as npt
 from kilodelta.exact.compiled import kernel
 
 _FIRST_BITS, _LOW_HALVES = np.uint64(0x1111111111111111), np.uint64(0x0F0F0F0F0F0F0F0F)
-_FOLD = 64
-"""Words whose changed nibbles, at most two in each byte, are summed in bytes."""
 
 
 def halves(matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -89,31 +87,20 @@ def join_bytes(low, high, out):  # type: ignore[no-untyped-def]
 @kernel
 def count_changed(old, new):  # type: ignore[no-untyped-def]
     """Count the nibbles in which two rows of bytes differ, uint8 (n,)."""
-    words, count = old.size // 8, np.int64(0)
+    words, count = old.size // 8, np.uint64(0)
     first, second = old[: words * 8].view(np.uint64), new[: words * 8].view(np.uint64)
-    for start in range(0, words, _FOLD):
-        sums = np.uint64(0)  # in each of its bytes
-        for k in range(start, min(start + _FOLD, words)):
-            bits = first[k] ^ second[k]
-            bits |= bits >> np.uint64(1)
-            bits |= bits >> np.uint64(2)  # the first bit of a nibble: whether any of its four is
-            bits &= _FIRST_BITS
-            sums += (bits + (bits >> np.uint64(4))) & _LOW_HALVES
-        for k in range(8):
-            count += np.int64((sums >> np.uint64(8 * k)) & np.uint64(255))
-    for j in range(words * 8, old.size):
-        bits = old[j] ^ new[j]
-        count += np.int64((bits & np.uint8(15)) != 0) + np.int64((bits >> np.uint8(4)) != 0)
-    return count
-
-
-@kernel
-def any_of(flags):  # type: ignore[no-untyped-def]
-    """Return whether any byte is not zero, uint8 (n,)."""
-    words = flags.size // 8
-    whole, union = flags[: words * 8].view(np.uint64), np.uint64(0)
     for k in range(words):
-        union |= whole[k]
-    for j in range(words * 8, flags.size):
-        union |= np.uint64(flags[j])
-    return union != 0
+        bits = first[k] ^ second[k]
+        bits |= bits >> np.uint64(1)
+        bits |= bits >> np.uint64(2)  # the first bit of a nibble: whether any of its four is
+        bits &= _FIRST_BITS
+        sums = (bits + (bits >> np.uint64(4))) & _LOW_HALVES  # of each byte
+        sums += sums >> np.uint64(8)
+        sums += sums >> np.uint64(16)
+        sums += sums >> np.uint64(32)
+        count += sums & np.uint64(255)
+    more = np.int64(count)
+    for j in range(words * 8, old.size):
+        bits8 = old[j] ^ new[j]
+        more += np.int64((bits8 & np.uint8(15)) != 0) + np.int64((bits8 >> np.uint8(4)) != 0)
+    return more

@@ -18,7 +18,7 @@ from kilodelta.merging.quantised import MIN_CHANGED as MIN_CHANGED
 
 BAND = 1 << 20
 """Elements whose update is in memory at a time."""
-BYTES_BAND = 1 << 18
+BYTES_BAND = 1 << 19
 """As many where two codes share a byte: they stay near until they are hashed and written."""
 
 

@@ -226,6 +226,15 @@ def test_garbage_is_collected_where_the_process_has_grown(monkeypatch: pytest.Mo
     assert times[-1] == 0
 
 
+def test_nothing_is_collected_while_libraries_are_loaded() -> None:
+    with memory.uncollected():
+        assert not gc.isenabled()
+        with memory.uncollected():
+            pass
+        assert not gc.isenabled()  # the outer one goes on
+    assert gc.isenabled()
+
+
 def test_large_blocks_are_mapped_apart_where_memory_is_short(
     models: tuple[Path, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

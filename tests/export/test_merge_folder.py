@@ -13,6 +13,7 @@ import pytest
 
 from kilodelta.errors import InputError
 from kilodelta.export.merge.checkpoint import Merged, merge
+from kilodelta.files import system
 from kilodelta.files.checkpoint import INDEX, Checkpoint
 from kilodelta.files.staging import sidecars
 from kilodelta.files.staging.sidecars import HOLDS_WEIGHTS, LEADS_OUT, TOO_LARGE
@@ -412,3 +413,20 @@ def test_the_inner_configuration_of_a_multimodal_model_is_untied(tmp_path: Path)
     found = json.loads((tmp_path / "out" / "config.json").read_bytes())
     assert found["text_config"]["tie_word_embeddings"] is False
     assert found["tie_word_embeddings"] is False
+
+
+def test_a_tensor_starts_towards_the_disk_once_it_is_written(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them, in whole: what is left to the end is waited for with the cores idle."""
+    pushed: list[tuple[int, int]] = []
+
+    def begin_sync(descriptor: int, begin: int, count: int) -> None:
+        assert any(os.pread(descriptor, count, begin))
+        pushed.append((begin, begin + count))
+
+    monkeypatch.setattr(system, "begin_sync", begin_sync)
+    merged(base)
+    shard = Checkpoint.open(base.parent / "out").shards[0]
+    entries = {(entry.begin, entry.begin + entry.nbytes) for entry in shard.layout.entries}
+    assert sorted(pushed) == sorted(entries)
