@@ -19,13 +19,14 @@ from click.testing import CliRunner, Result
 
 from kilodelta.cli import main
 from kilodelta.compress import Options, plan
-from kilodelta.compress.distill.baselines import SVD
+from kilodelta.compress.distill.baselines import LORA, SVD
 from kilodelta.compress.distill.planning import curve as curves
 from kilodelta.compress.distill.planning import estimate as estimating
 from kilodelta.compress.distill.planning.curve import parse_budgets
 from kilodelta.compress.distill.planning.estimate import Estimate
 from kilodelta.compress.distill.planning.memory import available, counting_kept
 from kilodelta.compress.distill.processes import settle as settling
+from kilodelta.compress.distill.report import Size
 from kilodelta.errors import InputError, OutputError
 from kilodelta.format.methods import Lora
 from kilodelta.memory import resident
@@ -187,6 +188,16 @@ def test_a_curve_goes_on_where_it_ended(here: Path) -> None:
     sizes = [tuple(size.values()) for size in result["curve"]["beside"]]
     assert len(sizes) == 1  # rank 3, the classifier's, is all that any budget buys: said once
     assert (here / "out" / "3000.kd").stat().st_mtime_ns == before
+
+
+def test_what_stands_beside_a_curve_is_joined_by_its_bytes() -> None:
+    """Each budget measures several; in that order a picture's line would go to and fro."""
+    found = [(SVD, 2584), (LORA, 3900), (SVD, 11944), (SVD, 7248), (LORA, 900), (SVD, 7248)]
+    sizes = [Size(name=name, nbytes=nbytes, agreement=0.5) for name, nbytes in found]
+    assert [(size.name, size.nbytes) for size in curves._in_order(sizes)] == [
+        *((SVD, nbytes) for nbytes in (2584, 7248, 11944)),
+        *((LORA, nbytes) for nbytes in (900, 3900)),
+    ]
 
 
 POINT = {

@@ -202,8 +202,18 @@ def _with(curve: Curve, report: Report, budget: int) -> Curve:
         tuned_bytes=report.tuned_bytes,
         points=(*curve.points, *([] if report.interrupted else [point])),
         interrupted=report.interrupted,
-        # Neighbouring budgets may have an SVD of the same rank.
-        beside=tuple(dict.fromkeys((*curve.beside, *report.sizes[1:]))),
+        beside=_in_order((*curve.beside, *report.sizes[1:])),
+    )
+
+
+def _in_order(sizes: Sequence[Size]) -> tuple[Size, ...]:
+    """Order what stands beside the points by its bytes, way by way, as a picture joins it.
+
+    Each budget brings several sizes of a way, and neighbouring ones may share a rank.
+    """
+    ways = list(dict.fromkeys(size.name for size in sizes))
+    return tuple(
+        sorted(dict.fromkeys(sizes), key=lambda size: (ways.index(size.name), size.nbytes))
     )
 
 
