@@ -10,7 +10,12 @@ go the way of `exact.quotients`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from kilodelta.exact.byte_integers import decide_integers, round_integers
 from kilodelta.exact.compiled import kernel
@@ -28,6 +33,7 @@ from kilodelta.exact.quotients import (
 
 TILE = 2048
 """Bytes of a row at a time: some dozen views are counted for each, which takes 0.2 us."""
+_EIGHT = 8
 
 
 @kernel(error_model="numpy")
@@ -44,6 +50,24 @@ def _group_ratios(steps, scale, out):  # type: ignore[no-untyped-def]
         out[k] = ratio if step != 0.0 else np.float32(0)
         still += np.int64(step == 0.0)
     return still
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _store_eight(context: Any, array: Any, index: Any, value: Any) -> Any:
+    """Store one float32 eight times from an index on: a loop over few of them is not made one."""
+    vector, lane = ir.VectorType(ir.FloatType(), _EIGHT), ir.IntType(32)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data, at, number = arguments
+        begin = context.make_array(signature.args[0])(context, builder, data).data
+        nothing = ir.Constant(vector, ir.Undefined)
+        first = builder.insert_element(nothing, number, ir.Constant(lane, 0))
+        zeros = ir.Constant(ir.VectorType(lane, _EIGHT), [0] * _EIGHT)
+        place = builder.bitcast(builder.gep(begin, [at]), vector.as_pointer())
+        builder.store(builder.shuffle_vector(first, nothing, zeros), place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.float32), generate
 
 
 @kernel
@@ -65,9 +89,17 @@ def fill_byte_ratios(steps, row, scale, groups, half, start, room, out):  # type
         return fill_ratios(steps, row, scale, groups, half, start, out)
     first, count = start // half, (out.size + half - 1) // half
     still = _group_ratios(steps[row, first : first + count], scale, room[:count])
-    for k in range(out.size // half):
-        out[k * half : (k + 1) * half] = room[k]
-    out[out.size // half * half :] = room[count - 1]
+    whole = out.size // half
+    if half % _EIGHT:
+        for k in range(whole):
+            out[k * half : (k + 1) * half] = room[k]
+    else:
+        at = 0
+        for k in range(whole):
+            for _ in range(half // _EIGHT):
+                _store_eight(out, at, room[k])
+                at += _EIGHT
+    out[whole * half :] = room[count - 1]
     return still > 0
 
 
