@@ -41,6 +41,8 @@ SIZES = {
 }
 """In place of what `rtx_patch.py` takes: multiples of the 32 columns that share a scale, and one
 layer, for every row is built seven times or more."""
+WIDE = {"albert": {"embedding_size": 32}, "convbert": {"hidden_size": 64, "embedding_size": 64}}
+"""Sizes of models whose other ones lead to fewer than 32 columns."""
 
 
 def packed(codes: Any, kind: str) -> bytes:
@@ -134,6 +136,7 @@ def quantised(kind: str, precision: str, dtype: str, folder: Path) -> Path:
     from kilodelta.models.layers import layer_weights
 
     own = {name: SIZES.get(name, value) for name, value in MODELS[kind].items()}
+    own |= WIDE.get(kind, {})
     base = make_model(kind, folder / "floats", own)
     loaded = open_model(str(base))
     shapes = loaded.module.state_dict()
@@ -183,7 +186,8 @@ def survey_one(kind: str, precision: str, dtype: str) -> dict[str, Any]:
     from kilodelta.export.merge.checkpoint import merge
     from kilodelta.export.onnx.make import export_template
     from kilodelta.export.patching.engine.build import engine_builder
-    from kilodelta.export.patching.engine.map import EngineBuilds, make_engine_map
+    from kilodelta.export.patching.engine.builds import EngineBuilds
+    from kilodelta.export.patching.engine.map import make_engine_map
     from kilodelta.export.patching.make_map import write_rest
     from kilodelta.export.patching.rewrite import patch
     from kilodelta.export.quantised.checks import require_grids

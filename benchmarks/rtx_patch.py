@@ -194,7 +194,7 @@ class Engine:
         """Bytes in which the fine-tune's engine differs from a build, and a build's seconds."""
         import numpy as np
 
-        from kilodelta.export.patching.engine.map import PROOFS
+        from kilodelta.export.patching.engine.builds import PROOFS
 
         tensors, fewest, seconds = self.merged(delta), len(patched), []
         for number in range(PROOFS):

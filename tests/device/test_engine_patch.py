@@ -32,6 +32,8 @@ from kilodelta.export.onnx.make import export_template
 from kilodelta.export.onnx.save import save
 from kilodelta.export.onnx.template import fill_template
 from kilodelta.export.patching.map_file import read_map
+from kilodelta.files import safetensors
+from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.file import load
 from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Patterns
@@ -81,7 +83,7 @@ def test_an_engine_is_bundled_released_and_patched(
     assert file_fact(tmp_path / "stage" / "model.engine").sha256 in digests.values()
     assert mode.trial(load(done.path, base)).run({}) != mode.open(None).run({})
     with pytest.raises(ExportError, match="was not released for this device's engine"):
-        Device(device).run({}, tmp_path / "task.kd")
+        Device(device).run(golden.read(device / "base" / golden.FILE).inputs, tmp_path / "task.kd")
     forged = dataclasses.replace(
         load(done.path),
         manifest=dataclasses.replace(
@@ -142,14 +144,22 @@ def test_an_engine_of_a_quantised_base_is_bundled_released_and_patched(
     base, floats = tmp_path / "base", pico.sentence_bert(tmp_path / "floats", width=32, layers=1)
     linear = [f"encoder.layer.0.attention.self.{part}.weight" for part in ("query", "value")]
     linear += ["encoder.layer.0.intermediate.dense.weight", "pooler.dense.weight"]
-    quantise_folder(floats, base, precision, linear.__contains__)
+    # The key equals the query, which alone is tuned, and so does the output, so two stay equal.
+    layer = "encoder.layer.0.attention"
+    alike = {f"{layer}.self.key.weight": linear[0], f"{layer}.output.dense.weight": linear[0]}
+    held = Checkpoint.open(floats)
+    tensors = {name: held.raw(alike.get(name, name)) for name in held.names}
+    (floats / "model.safetensors").unlink()
+    safetensors.write(floats / "model.safetensors", tensors)
+    quantised = {*linear, *alike}
+    quantise_folder(floats, base, precision, quantised.__contains__)
     device = tmp_path / "device"
     made = bundle(base, device, mode="patch", engine=[gpu])
     assert (made.mode, made.runtime) == ("patch", "tensorrt_rtx")
     places = read_map(device / "base" / "model.map.json")
-    assert set(linear) == places.codes.keys()
-    held = {one.codes.file for name in linear[:3] for one in places.codes[name]}
-    assert held == {"model.engine"}  # the pooler feeds nothing: its codes lie beside the engine
+    assert quantised == places.codes.keys()
+    where = {one.codes.file for name in linear[:3] for one in places.codes[name]}
+    assert where == {"model.engine"}  # the pooler feeds nothing: its codes lie beside the engine
 
     random, lora, own = np.random.default_rng(1), Lora(rank=2), {}
     for name in linear:
@@ -170,7 +180,7 @@ def test_an_engine_of_a_quantised_base_is_bundled_released_and_patched(
     assert file_fact(patched).sha256 == stated != engine.sha256
     assert patched.stat().st_size == engine.nbytes
     with pytest.raises(ExportError, match="was not released for this device's engine"):
-        Device(device).run({}, tmp_path / "task.kd")
+        Device(device).run(golden.read(device / "base" / golden.FILE).inputs, tmp_path / "task.kd")
 
 
 def test_a_folder_without_a_patched_engine_is_refused(bench: Bench, tmp_path: Path) -> None:

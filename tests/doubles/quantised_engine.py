@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,14 +28,23 @@ SHAPES: Mapping[str, tuple[int, int]] = {
 BIAS = np.linspace(-1, 1, 12, dtype=np.float32)
 
 
-def write_base(folder: Path, precision: str) -> QuantisedModel:
-    """Write a quantised model whose weights the double lays out in different ways."""
+def write_base(
+    folder: Path, precision: str, copies: Mapping[str, str] = MappingProxyType({})
+) -> QuantisedModel:
+    """Write a quantised model whose weights the double lays out in different ways.
+
+    Args:
+        folder: for it.
+        precision: as `quantise_folder` takes it.
+        copies: names of further weights, which equal those that they lead to.
+    """
     random = np.random.default_rng(3)
     floats = {n: random.normal(size=shape).astype(np.float32) for n, shape in SHAPES.items()}
+    floats |= {name: floats[source] for name, source in copies.items()}
     floats["bias"] = BIAS
     tensors = {n: ("F32", a.shape, a.tobytes()) for n, a in floats.items()}
     base = making.folder(folder / "floats", tensors)
-    chosen = [n for n in SHAPES if precision == "fp8" or n != "few.weight"]
+    chosen = [n for n in (*SHAPES, *copies) if precision == "fp8" or n != "few.weight"]
     quantise_folder(base, folder / "base", precision, chosen.__contains__)
     return open_quantised(folder / "base")
 
@@ -69,10 +79,14 @@ class Compiler:
 
 
 def engine(own: Mapping[str, Matrix], bias: bytes = BIAS.tobytes(), number: int = 7) -> bytes:
-    """Compile weights; `number` is that of an internal value in this build."""
+    """Compile weights, equal codes once; `number` is that of an internal value in this build."""
     parts = [f"engine of __mye{number}".encode(), bias]
+    seen: set[bytes] = set()
     for name, matrix in own.items():
         codes, bits, steps = matrix.codes, matrix.kind.bits, matrix.steps.astype(np.float32)
+        if stream(codes, bits) in seen:
+            continue
+        seen.add(stream(codes, bits))
         match name.split(".")[0]:
             case "plain" | "few":
                 parts += [stream(codes, bits), steps.tobytes()]

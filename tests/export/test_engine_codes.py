@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ from kilodelta.errors import (
 )
 from kilodelta.export.merge.checkpoint import merge
 from kilodelta.export.patching.codes.places import CodePlaces
+from kilodelta.export.patching.engine.apart import require_built
+from kilodelta.export.patching.engine.builds import EngineBuilds
 from kilodelta.export.patching.engine.map import make_engine_map
 from kilodelta.export.patching.make_map import write_rest
 from kilodelta.export.patching.map import PatchMap
@@ -31,7 +35,7 @@ from kilodelta.format.targets import Patterns
 from kilodelta.grid import QuantisedModel, open_quantised
 from kilodelta.grid.layouts import DequantizeLinear
 from kilodelta.merging.build import Recipe, build, quantise_target
-from tests.doubles.quantised_engine import Compiler, engine, write_base
+from tests.doubles.quantised_engine import Compiler, engine, stream, write_base
 from tests.support.processes import BLOCKED, run
 
 PLACED = ("plain.weight", "turned.weight", "twice.weight")
@@ -62,9 +66,14 @@ class Case:
         return not (self.folder / "tuned.engine").exists()
 
 
-def mapped(folder: Path, precision: str, spoil: Any = lambda data, own: data) -> Case:
+def mapped(
+    folder: Path,
+    precision: str,
+    spoil: Any = lambda data, own: data,
+    copies: Mapping[str, str] = MappingProxyType({}),
+) -> Case:
     folder.mkdir(exist_ok=True)
-    base = write_base(folder, precision)
+    base = write_base(folder, precision, copies)
     places = make_engine_map(
         folder / "model.engine",
         base,
@@ -156,6 +165,51 @@ def test_a_weight_that_is_also_in_another_form_refutes_the_map(tmp_path: Path) -
     with pytest.raises(ExportError, match=r"a further fine-tune none is the patched") as error:
         mapped(tmp_path, "int4-g32", spoil)
     assert "--mode adapter" in error.value.fix
+
+
+def test_weights_of_equal_codes_have_a_place_each(tmp_path: Path) -> None:
+    case = mapped(tmp_path, "int4-g32", copies={"turned.copy.weight": "turned.weight"})
+    base = case.base
+    own = {name: base.matrix(name) for name in base.stored}
+    assert np.array_equal(own["turned.weight"].codes, own["turned.copy.weight"].codes)
+    [one], [other] = (case.places.codes[n] for n in ("turned.weight", "turned.copy.weight"))
+    held = case.model.read_bytes()
+    codes = [held[p.codes.begin : p.codes.begin + p.codes.nbytes] for p in (one, other)]
+    assert one.codes.begin != other.codes.begin
+    assert codes == [stream(own["turned.weight"].codes.T, 4)] * 2
+    delta = tune(case)  # of all but the copy
+    wanted, stated = built(case, delta)
+    assert case.patch(delta, promised=stated) == wanted
+
+
+def test_a_fine_tune_that_leaves_equal_codes_alone_is_proved_with_them_apart(
+    tmp_path: Path,
+) -> None:
+    case = mapped(tmp_path, "int4-g32", copies={"turned.copy.weight": "turned.weight"})
+    delta = tune(case, ("plain.weight",))
+    merge(case.base.path, delta, tmp_path / "merged")
+    merged = open_quantised(tmp_path / "merged")
+    builds = EngineBuilds(Compiler(merged, lambda data, own: data), tmp_path)
+    patched = case.patch(delta)
+    with pytest.raises(ExportError, match="a build has"):  # it holds the two once
+        builds.require_build({}, patched, "it")
+    require_built(builds, patched, case.places, merged, "F32")
+    for name in ("plain.weight", "turned.weight", "turned.copy.weight"):
+        wrong = bytearray(patched)
+        wrong[case.places.codes[name][0].codes.begin] ^= 1
+        with pytest.raises(ExportError, match="the map is refuted"):
+            require_built(builds, bytes(wrong), case.places, merged, "F32")
+
+
+def test_equal_codes_without_a_place_are_refused_both(tmp_path: Path) -> None:
+    case = mapped(tmp_path, "int4-g32", copies={"swizzled.copy.weight": "swizzled.weight"})
+    assert case.places.refused["swizzled.weight"] == (
+        "its values equal those of swizzled.copy.weight, and TensorRT keeps equal ones once"
+    )
+    with pytest.raises(ExportError, match=r"swizzled\.copy\.weight: its values equal those of sw"):
+        case.patch(tune(case, (*PLACED, "swizzled.copy.weight")))
+    wanted, stated = built(case, tune(case))
+    assert case.patch(tune(case), promised=stated) == wanted
 
 
 def test_a_map_is_read_as_it_was_written(case: Case) -> None:

@@ -16,7 +16,8 @@ pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
 import tensorrt_rtx as rtx
 
 from kilodelta.export.merge.checkpoint import merge
-from kilodelta.export.patching.engine.map import EngineBuilds, make_engine_map
+from kilodelta.export.patching.engine.builds import EngineBuilds
+from kilodelta.export.patching.engine.map import make_engine_map
 from kilodelta.export.patching.make_map import write_rest
 from kilodelta.export.patching.rewrite import patch
 from kilodelta.export.tensorrt.build import build

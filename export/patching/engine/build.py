@@ -9,7 +9,7 @@ from typing import Any
 
 from kilodelta.export.onnx.save import save
 from kilodelta.export.onnx.template import Template, fill_template
-from kilodelta.export.patching.engine.map import Build
+from kilodelta.export.patching.engine.builds import Build
 from kilodelta.export.patching.engine.twin import Value
 from kilodelta.export.quantised.graph import QDQ, put_codes
 from kilodelta.export.tensorrt.build import build

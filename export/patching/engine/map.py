@@ -6,7 +6,8 @@ twin is built, whose weights are random values that no other weight has, and eac
 for in its bytes (`locate.py`). At last one further fine-tune, of other values, is built, and must
 be, byte for byte, what the map makes of the base's engine. A weight that was folded, quantised or
 reordered has no place, and a fine-tune that changes it is refused by name. Of a quantised base the
-twin's codes are random, and scales stay the base's.
+twin's codes are random, and scales stay the base's. Weights of equal values are made different
+meanwhile (`apart.py`).
 """
 
 from __future__ import annotations
@@ -20,16 +21,14 @@ from types import MappingProxyType
 from kilodelta.errors import ExportError
 from kilodelta.export.manifest.artefacts import file_fact
 from kilodelta.export.patching.codes.streams import in_rest
+from kilodelta.export.patching.engine.apart import equals, told_apart, value_of
+from kilodelta.export.patching.engine.builds import Build, EngineBuilds, Places
 from kilodelta.export.patching.engine.codes import code_places
 from kilodelta.export.patching.engine.places import (
-    OTHERWISE,
-    difference,
-    is_stated,
-    located,
     written,
 )
-from kilodelta.export.patching.engine.twin import Value, perturbed, twin_of, unsearchable
-from kilodelta.export.patching.map import FilePlace, PatchMap
+from kilodelta.export.patching.engine.twin import Value, twin_of, unsearchable
+from kilodelta.export.patching.map import PatchMap
 from kilodelta.export.patching.plan import WAY_OUT, WAY_OUT_OF_CODES
 from kilodelta.files import staging
 from kilodelta.files.checkpoint import Checkpoint
@@ -38,26 +37,11 @@ from kilodelta.files.model_digest import digest
 from kilodelta.files.tensor import RawTensor
 from kilodelta.grid.model import QuantisedModel
 from kilodelta.merging.outline import outline_of
-from kilodelta.progress import Event, Progress, silent
-
-Build = Callable[[Mapping[str, Value], Path], object]
-"""Builds the base's engine with some of its weights replaced, into a new file."""
-
-Places = dict[str, tuple[FilePlace, ...]]
-
-TRIES = 8
-"""Builds of the same weights. Measured with TensorRT-RTX 1.7: five or six in ten are the usual one,
-whose internal values have their usual numbers."""
-
-AGREEING = 3
-"""Equal builds of the base that are waited for."""
-
-PROOFS = 16
-"""Builds of a fine-tune until one is the patched engine: at one in four, one map in a hundred is
-refused by chance; it can be made again."""
+from kilodelta.progress import Progress, silent
 
 STATED = "texts in the engine state its values, and would go on stating the base's"
 ELSEWHERE = "the engine also holds something that was computed from it"
+EQUAL = "its values equal those of {}, and TensorRT keeps equal ones once"
 
 NOTHING: Mapping[str, RawTensor] = MappingProxyType({})
 
@@ -91,27 +75,20 @@ def make_engine_map(
         OutputError: a file cannot be written.
     """
     source = base.source if isinstance(base, QuantisedModel) else base
-    tensors = {name: heads.get(name) or _own(base, name) for name in weights}
+    tensors = {name: heads.get(name) or value_of(base, name) for name in weights}
     way_out = WAY_OUT_OF_CODES if isinstance(base, QuantisedModel) else WAY_OUT
     with staging.scratch(engine) as work:
-        builder = EngineBuilds(build, work, progress, way_out=way_out)
-        held = builder.reproducible()
+
+        def builder(apart: Mapping[str, Value]) -> EngineBuilds:
+            return EngineBuilds(build, work, progress, way_out=way_out, apart=apart)
+
+        held, places, refused = _mapped(builder, tensors, dtype, engine.name)
         engine.write_bytes(held)
-        refused = {name: why for name, tensor in tensors.items() if (why := unsearchable(tensor))}
-        searched = {name: t for name, t in tensors.items() if name not in refused}
-        stated = builder.stated(twin_of(searched))
-        refused |= dict.fromkeys(stated, STATED)
-        searched = {name: t for name, t in searched.items() if name not in stated}
-        places, why_not = builder.located(held, searched, dtype, engine.name)
-        refused |= why_not
-        if not places:
-            [(why, _)] = Counter(refused.values()).most_common(1)
-            raise ExportError(
-                f"none of {len(tensors)} weights stands in the engine as it is: {why}", fix=way_out
-            )
-        kept = builder.proved(held, places, searched)
-        refused |= dict.fromkeys(places.keys() - kept, ELSEWHERE)
-        places = {name: own for name, own in places.items() if name in kept}
+    if not places:
+        [(why, _)] = Counter(refused.values()).most_common(1)
+        raise ExportError(
+            f"none of {len(tensors)} weights stands in the engine as it is: {why}", fix=way_out
+        )
     identity = base.stored_identity() if isinstance(base, QuantisedModel) else digest(base)
     floats = PatchMap(
         files=(file_fact(engine),),
@@ -128,10 +105,48 @@ def make_engine_map(
     return floats
 
 
-def _own(base: Checkpoint | QuantisedModel, name: str) -> Value:
-    if isinstance(base, QuantisedModel):
-        return base.matrix(name) if name in base.stored else base.source.raw(name)
-    return base.raw(name)
+def _mapped(
+    builder: Callable[[Mapping[str, Value]], EngineBuilds],
+    tensors: Mapping[str, Value],
+    dtype: str,
+    file: str,
+) -> tuple[bytes, Places, dict[str, str]]:
+    """Return the base's engine, the proved places of its weights, and why some have none.
+
+    Matrices that equal another are told apart (`apart.py`), so that each has a place. Where one of
+    them has none, it stays as it is and is refused with those that it equals, and so are vectors.
+
+    Args:
+        builder: returns what builds the base with some weights made different.
+        tensors: the network's weights.
+        dtype: its precision.
+        file: the engine's name.
+    """
+    unsearched = {name: why for name, tensor in tensors.items() if (why := unsearchable(tensor))}
+    searchable = {name: t for name, t in tensors.items() if name not in unsearched}
+    groups = equals(searchable, dtype)
+    once = [group for group in groups if any(len(tensors[n].shape) < 2 for n in group)]
+    while True:
+        apart = told_apart(tensors, [group for group in groups if group not in once])
+        refused = unsearched | {n: EQUAL.format(group[0]) for group in once for n in group[1:]}
+        refused |= {group[0]: EQUAL.format(group[1]) for group in once}
+        searched = {n: apart.get(n, t) for n, t in tensors.items() if n not in refused}
+        builds = builder(apart)
+        held = builds.reproducible()
+        stated = builds.stated(twin_of(searched))
+        refused |= dict.fromkeys(stated, STATED)
+        searched = {name: t for name, t in searched.items() if name not in stated}
+        places, why_not = builds.located(held, searched, dtype, file)
+        refused |= why_not
+        lacking = [group for group in groups if group not in once and set(group) - places.keys()]
+        if not lacking:
+            break
+        once += lacking
+    if places:
+        kept = builds.proved(held, places, searched)
+        refused |= dict.fromkeys(places.keys() - kept, ELSEWHERE)
+        places = {name: own for name, own in places.items() if name in kept}
+    return written(held, places, {name: tensors[name] for name in apart}), places, refused
 
 
 def _with_codes(
@@ -148,132 +163,3 @@ def _with_codes(
             codes[name] = (in_rest(name, base.matrix(name)),)
     outline = outline_of(base, base.identity())
     return replace(floats, outline=outline, codes=codes)
-
-
-class EngineBuilds:
-    """Builds engines into a scratch folder, as often as it takes.
-
-    Args:
-        build: builds one.
-        work: a folder for them; each is removed when it was read.
-        progress: called after each build.
-        way_out: what to do where the engine cannot be patched.
-    """
-
-    def __init__(
-        self, build: Build, work: Path, progress: Progress = silent, *, way_out: str = WAY_OUT
-    ) -> None:
-        self._build, self._work, self._progress, self._count = build, work, progress, 0
-        self._way_out = way_out
-
-    def build(self, changed: Mapping[str, Value]) -> bytes:
-        """Build an engine with some weights replaced, and return its bytes."""
-        path = self._work / "trial.engine"
-        self._build(changed, path)
-        self._count += 1
-        self._progress(Event(stage="map: engines", done=self._count, total=0, unit="builds"))
-        data = path.read_bytes()
-        path.unlink()
-        return data
-
-    def reproducible(self) -> bytes:
-        """Return the base's engine that builds give most often: the first one to come three times.
-
-        The first to come twice may be a rare one, which builds of a fine-tune then do not hit: of
-        14 builds of a small ALBERT in float32, TensorRT-RTX 1.7.1 gave 7, 4, 2 and 1 of four
-        engines, which differ in the order of the two outputs and in the numbers of internal values.
-
-        Raises:
-            ExportError: all builds differ.
-        """
-        seen: Counter[bytes] = Counter()
-        for _ in range(TRIES):
-            data = self.build({})
-            seen[data] += 1
-            if seen[data] == AGREEING:
-                return data
-        [(data, count)] = seen.most_common(1)
-        if count > 1:
-            return data
-        raise ExportError(
-            f"{TRIES} builds of the base gave {TRIES} different engines, so none can be patched",
-            fix=self._way_out,
-        )
-
-    def stated(self, twin: Mapping[str, Value]) -> set[str]:
-        """Return the tensors whose first values the engine's texts state."""
-        data = self.build(twin)
-        return {name for name, tensor in twin.items() if is_stated(data, tensor)}
-
-    def located(
-        self, held: bytes, own: Mapping[str, Value], dtype: str, file: str
-    ) -> tuple[Places, dict[str, str]]:
-        """Return the places of all tensors, and why some have none.
-
-        A twin of another layout than the base's engine is built again, for the layout may be one
-        of TensorRT's unusual ones; at last only matrices are replaced in it.
-
-        Args:
-            held: the base's engine.
-            own: the base's values, which `held` must have in the same places.
-            dtype: the network's precision.
-            file: the engine's name.
-        """
-        matrices = {name: tensor for name, tensor in own.items() if len(tensor.shape) > 1}
-        best: tuple[Places, dict[str, str]] = ({}, {})
-        for asked in (own, matrices):
-            twin = twin_of(asked)
-            for _ in range(TRIES):
-                found = located(held, self.build(twin), twin, own, dtype, file)
-                if OTHERWISE not in found[1].values():
-                    return found[0], dict.fromkeys(own.keys() - asked, OTHERWISE) | found[1]
-                best = max(best, found, key=lambda pair: len(pair[0]))
-        return best
-
-    def proved(
-        self,
-        held: bytes,
-        places: Mapping[str, tuple[FilePlace, ...]],
-        own: Mapping[str, Value],
-    ) -> set[str]:
-        """Build one further fine-tune, and return the tensors that patching gets right in it.
-
-        Those are all, or the matrices alone, where a vector is also part of something that was
-        computed from it.
-
-        Raises:
-            ExportError: patching does not give what a build of the matrices gives.
-        """
-        matrices = {name for name in places if len(own[name].shape) > 1}
-        for kept in (set(places), matrices):
-            other = {n: perturbed(own[n], seed) for seed, n in enumerate(places) if n in kept}
-            try:
-                self.require_build(other, written(held, places, other), "a further fine-tune")
-            except ExportError:
-                if kept == matrices or not matrices:
-                    raise
-                continue
-            return kept
-        raise AssertionError("the last attempt returns or raises")
-
-    def require_build(self, changed: Mapping[str, Value], wanted: bytes, what: str) -> None:
-        """See that a build with these tensors replaced is, in every byte, what is wanted.
-
-        Args:
-            changed: the tensors.
-            wanted: a patched engine.
-            what: what is built, for the message.
-
-        Raises:
-            ExportError: none of several builds is.
-        """
-        last = ""
-        for _ in range(PROOFS):
-            data = self.build(changed)
-            if data == wanted:
-                return
-            last = difference(data, wanted)
-        raise ExportError(
-            f"the map is refuted: of {PROOFS} builds of {what} none is the patched engine; {last}",
-            fix=self._way_out,
-        )

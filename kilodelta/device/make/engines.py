@@ -27,8 +27,10 @@ from kilodelta.export.merge.checkpoint import merge
 from kilodelta.export.onnx.make import export_template
 from kilodelta.export.onnx.template import Template
 from kilodelta.export.patching import rewrite
+from kilodelta.export.patching.engine.apart import require_built
 from kilodelta.export.patching.engine.build import engine_builder
-from kilodelta.export.patching.engine.map import Build, EngineBuilds, make_engine_map
+from kilodelta.export.patching.engine.builds import Build, EngineBuilds
+from kilodelta.export.patching.engine.map import make_engine_map
 from kilodelta.export.patching.map import PatchMap
 from kilodelta.export.patching.map_file import read_map
 from kilodelta.export.patching.plan import WAY_OUT, WAY_OUT_OF_CODES
@@ -40,6 +42,7 @@ from kilodelta.files.dtypes import named
 from kilodelta.files.untrusted import FieldError
 from kilodelta.format.delta import Delta
 from kilodelta.grid.dequantise import float_folder
+from kilodelta.grid.model import QuantisedModel
 from kilodelta.grid.open import is_quantised, open_quantised
 from kilodelta.models import LoadedModel
 from kilodelta.progress import Progress, silent
@@ -190,9 +193,14 @@ def built_digests(
                 build = _again(device, template, merged, work, room)
                 way_out = WAY_OUT if places.outline is None else WAY_OUT_OF_CODES
                 builds = EngineBuilds(build, work, progress, way_out=way_out)
-                builds.require_build({}, patched.read_bytes(), "this fine-tune")
+                dtype = named(device.bundle.dtype).name
+                require_built(builds, patched.read_bytes(), places, _opened(merged), dtype)
         made[f"{patch.BUILT}{places.files[0].sha256}"] = fact.sha256
     return made
+
+
+def _opened(model: Path) -> Checkpoint | QuantisedModel:
+    return open_quantised(model) if is_quantised(model) else Checkpoint.open(model)
 
 
 def _rest(device: DeviceFolder) -> Path | None:
