@@ -10,6 +10,7 @@ from kilodelta.export.quantised.constants import (
     fits_nbits,
     require_exact,
     require_no_minima,
+    require_runnable,
 )
 from kilodelta.export.quantised.engines import require_engine
 from kilodelta.export.quantised.graph import AUTO, NBITS, settled
@@ -103,13 +104,16 @@ def require_grids(
         form: the operators, `matmulnbits` or `qdq`.
 
     Raises:
-        ExportError: a weight cannot be held exactly, or no engine be built of it.
+        ExportError: a weight cannot be held exactly, no engine be built of it, or without engines
+            no ONNX Runtime run it.
     """
     for name in base.stored:
         matrix = base.matrix(name)
+        if capabilities:  # first, for its reasons are the plainer ones
+            require_engine(name, matrix, capabilities)
+        else:
+            require_runnable(name, matrix)
         for dtype in dtypes:
             require_exact(name, matrix, dtype)
             if form != NBITS or dtype == "bfloat16" or not fits_nbits(matrix):
                 require_no_minima(name, matrix)
-        if capabilities:
-            require_engine(name, matrix, capabilities)

@@ -6,6 +6,7 @@ DequantizeLinear, opsets 21 (INT4, blocks) and 23 (FLOAT4E2M1).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kilodelta.errors import ExportError
+from kilodelta.export.quantised.nvfp4 import scale_pairs
 from kilodelta.grid.bits import pack_bits
 from kilodelta.grid.layouts.base import nibbles, uncentred
 from kilodelta.grid.layouts.onnx_blocks import in_blocks
@@ -20,7 +22,7 @@ from kilodelta.grid.matrix import Floats, Matrix
 
 Bytes = npt.NDArray[np.uint8]
 
-TYPES = {"int4": "INT4", "int8": "INT8", "e4m3": "FLOAT8E4M3FN"}
+TYPES = {"int4": "INT4", "int8": "INT8", "e4m3": "FLOAT8E4M3FN", "e2m1": "FLOAT4E2M1"}
 """Kinds of codes, and ONNX's names of the types that DequantizeLinear takes them in."""
 _ONNX = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
 NBITS = (4, 8)
@@ -45,6 +47,7 @@ class Constants:
     Attributes:
         codes: `B` of MatMulNBits, `x` of DequantizeLinear.
         scales: in the type that the graph computes in.
+        whole: of E2M1 codes, the one number that their scales, E4M3 numbers, are times.
         zeros: zero points; None where all are zero.
         minima: (blocks, out), what each weight of a block has beside its scaled code; None if it
             is nothing. No operator takes them: products of theirs are added.
@@ -53,6 +56,7 @@ class Constants:
 
     codes: Constant
     scales: Constant
+    whole: Constant | None = None
     zeros: Constant | None = None
     minima: Constant | None = None
     attributes: dict[str, int] = field(default_factory=dict)
@@ -73,8 +77,7 @@ def require_exact(name: str, matrix: Matrix, dtype: str) -> None:
     kind, zeros = matrix.kind, matrix.zeros
     if kind.name not in TYPES:
         raise ExportError(
-            f"{name} holds {kind.name} codes, of which no ONNX operator that ONNX Runtime runs on a"
-            " CPU makes weights",
+            f"{name} holds {kind.name} codes, of which no ONNX operator makes weights",
             fix="quantise to int4, int8 or fp8 (`kilodelta.grid.quantise`), or merge into the"
             " checkpoint for a server that reads it",
         )
@@ -95,11 +98,38 @@ def require_exact(name: str, matrix: Matrix, dtype: str) -> None:
             f"{name} has zero points from {zeros.min()} to {zeros.max()}, outside {kind.name}",
             fix="quantise anew: its writer let zero points leave the range of the codes",
         )
+    if kind.name == "e2m1":
+        if next(_pairs(matrix, dtype), None) is None:
+            raise ExportError(
+                f"{name} has NVFP4 scales that are not E4M3 numbers times one number of {dtype},"
+                " as a graph holds them",
+                fix="export with --dtype fp32, or quantise by kilodelta.grid.quantise to nvfp4",
+            )
+        if dtype == "float32":
+            return  # a product of the two is rounded once, as every weight is
     if not are_floats(matrix.steps, dtype):
         raise ExportError(
             f"{name} has scales that are no numbers of {dtype}, so the graph would compute with"
             " other weights",
             fix="export with --dtype fp32, or quantise with scales in that type",
+        )
+
+
+def require_runnable(name: str, matrix: Matrix) -> None:
+    """Check that ONNX Runtime computes with a weight's codes on a CPU.
+
+    Args:
+        name: the weight's.
+        matrix: the weight, for which `require_exact` holds.
+
+    Raises:
+        ExportError: they are E2M1 numbers, of which only engines are built.
+    """
+    if matrix.kind.name == "e2m1":
+        raise ExportError(
+            f"{name} holds NVFP4 codes, with which ONNX Runtime computes on no CPU",
+            fix="build an engine (--tensorrt sm120), quantise to int4, int8 or fp8"
+            " (`kilodelta.grid.quantise`), or merge into the checkpoint for a server that reads it",
         )
 
 
@@ -191,6 +221,8 @@ def dequantize_linear(matrix: Matrix, dtype: str) -> Constants:
         dtype: of the scales, and so of what comes out.
     """
     kind, type_ = matrix.kind, TYPES[matrix.kind.name]
+    if kind.name == "e2m1":
+        return _two_levels(matrix, dtype)
     steps, attributes = _by_axis(matrix, matrix.steps)
     zeros = None
     if matrix.zeros is not None and matrix.zeros.any():
@@ -203,6 +235,23 @@ def dequantize_linear(matrix: Matrix, dtype: str) -> Constants:
         zeros=zeros,
         attributes=attributes,
     )
+
+
+def _two_levels(matrix: Matrix, dtype: str) -> Constants:
+    codes, whole = next(_pairs(matrix, dtype))
+    scales, attributes = _by_axis(matrix, codes)
+    return Constants(
+        codes=_packed(TYPES["e2m1"], matrix.codes, 4),
+        scales=_constant(TYPES["e4m3"], scales.shape, scales),
+        whole=_scales(np.array(whole), dtype),
+        attributes=attributes,
+    )
+
+
+def _pairs(matrix: Matrix, dtype: str) -> Iterator[tuple[Bytes, float]]:
+    """Yield the ways to write NVFP4's steps as E4M3 codes times one number of a dtype."""
+    pairs = scale_pairs(matrix.steps) if (matrix.steps >= 0).all() else iter(())
+    return (pair for pair in pairs if pair[1] and are_floats(np.array(pair[1]), dtype))
 
 
 def _by_axis(matrix: Matrix, values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], dict[str, int]]:

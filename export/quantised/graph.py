@@ -32,10 +32,10 @@ from kilodelta.grid.matrix import Matrix
 
 AUTO, QDQ, NBITS = "auto", "qdq", "matmulnbits"
 FORMS = (AUTO, QDQ, NBITS)
-OPSET = 21
-"""The first with INT4 and with blocks."""
-_IR = 10
-"""The version of ONNX's file format that has INT4."""
+OPSET, OPSET_OF_E2M1 = 21, 23
+"""The first with INT4 and with blocks, and the first with FLOAT4E2M1."""
+_IR = {OPSET: 10, OPSET_OF_E2M1: 11}
+"""The version of ONNX's file format that has the types of an opset."""
 _DOMAIN = "com.microsoft"
 
 
@@ -93,7 +93,8 @@ def put_codes(
     """
     held = model.graph.initializers
     names = tuple(name for name in merged.stored if name in held and name not in leave)
-    _raise_opset(model)
+    has_e2m1 = any(merged.matrix(name).kind.name == "e2m1" for name in names)
+    _raise_opset(model, OPSET_OF_E2M1 if has_e2m1 else OPSET)
     for name in names:
         matrix = merged.matrix(name)
         require_exact(name, matrix, dtype)
@@ -108,13 +109,13 @@ def put_codes(
     return names
 
 
-def _raise_opset(model: Any) -> None:
-    """Bring a graph to the first opset that has blocks; its other operators mean the same there."""
+def _raise_opset(model: Any, opset: int) -> None:
+    """Bring a graph to an opset that has the types; its other operators mean the same there."""
     from onnxscript import version_converter
 
-    if model.opset_imports[""] < OPSET:
-        version_converter.convert_version(model, OPSET)
-    model.ir_version = max(model.ir_version, _IR)
+    if model.opset_imports[""] < opset:
+        version_converter.convert_version(model, opset)
+    model.ir_version = max(model.ir_version, _IR[opset])
 
 
 def _products(value: Any) -> Iterator[Any]:
@@ -200,9 +201,19 @@ def _dequantise(model: Any, value: Any, made: Constants, matrix: Matrix) -> None
 
     name, graph = value.name, model.graph
     inputs = _register(graph, f"{name}_DQ_Q{matrix.kind.bits}", name, made)
+    if made.whole is not None:
+        whole = _value(f"{name}_scale_of_scales", made.whole)
+        graph.register_initializer(whole)
+        inner = ir.node("DequantizeLinear", [inputs[1], whole])
+        inner.outputs[0].name = f"{name}_scales_dequantized"
+        graph.insert_before(graph[0], inner)
+        inputs[1] = inner.outputs[0]
     result = ir.Value(name=f"{name}_dequantized", shape=value.shape, type=value.type)
     node = ir.node("DequantizeLinear", inputs, made.attributes, outputs=[result])
-    graph.insert_before(graph[0], node)
+    if made.whole is None:
+        graph.insert_before(graph[0], node)
+    else:
+        graph.insert_after(inner, node)
     value.replace_all_uses_with(result, replace_graph_outputs=True)
 
 

@@ -27,20 +27,27 @@ from kilodelta.files.staging.sidecars import copy_sidecars
 from kilodelta.files.tensor import RawTensor, TensorInfo
 from kilodelta.grid.bits import pack_bits
 from kilodelta.grid.codes import E2M1, E4M3, Kind, e4m3_values, integer_kind
+from kilodelta.grid.dequantise import float_folder
 from kilodelta.grid.layouts.base import uncentred
 from kilodelta.grid.matrix import Floats, Matrix, Shape
+from kilodelta.grid.open import is_quantised, open_named
 from kilodelta.grid.steps import float_grid
 
 Tensors = dict[str, RawTensor]
+
+FLOAT32 = "float32"
+SCALES = (FLOAT32, "float16")
+"""Types of scales; a graph that computes in float16 has to have float16 ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
     """One way to quantise: `make` from float64 weights (out, in) to the matrix, `store` to its
-    stored tensors by their last names, and the configuration of the folder."""
+    stored tensors by their last names, and the configuration of the folder. Both are told the
+    dtype of scales, which NVFP4 leaves alone: its scales are E4M3 numbers."""
 
-    make: Callable[[Floats], Matrix]
-    store: Callable[[Matrix], Tensors]
+    make: Callable[..., Matrix]
+    store: Callable[..., Tensors]
     config: Mapping[str, Any]
     group: int
     """Columns that share a scale; a weight's columns have to be a multiple. 1: no condition."""
@@ -95,22 +102,29 @@ def _largest(values: Floats, group: int) -> Floats:
     return largest
 
 
+def _as_scales(steps: Floats, dtype: str) -> Floats:
+    """Round steps to the dtype that they are stored in."""
+    with np.errstate(over="ignore"):  # an infinity is refused, by the weight's name
+        rounded: Floats = steps.astype(dtype).astype(np.float64)
+    return rounded
+
+
 def _matrix(kind: Kind, values: Floats, steps: Floats, block: Shape) -> Matrix:
     blank = Matrix(kind=kind, codes=np.zeros(values.shape, kind.dtype), steps=steps, block=block)
     return with_steps(blank, values)
 
 
 def _int4(group: int) -> Precision:
-    def make(values: Floats) -> Matrix:
-        steps = (_largest(values, group) / 7).astype(np.float32).astype(np.float64)
+    def make(values: Floats, scales: str = FLOAT32) -> Matrix:
+        steps = _as_scales(_largest(values, group) / 7, scales)
         return _matrix(integer_kind(4), values, steps, (1, group))
 
-    def store(matrix: Matrix) -> Tensors:
+    def store(matrix: Matrix, scales: str = FLOAT32) -> Tensors:
         rows, columns = matrix.shape
         words = pack_bits(uncentred(matrix.codes, 4), 4, -(-columns // 8) * 4)
         return {
             "weight_packed": RawTensor.of(words.view("<i4")),
-            "weight_scale": RawTensor.of(matrix.steps.astype(np.float32)),
+            "weight_scale": RawTensor.of(matrix.steps.astype(scales)),
             "weight_shape": RawTensor.of(np.array([rows, columns], np.int64)),
         }
 
@@ -124,7 +138,7 @@ def _int4(group: int) -> Precision:
 
 
 def _nvfp4() -> Precision:
-    def make(values: Floats) -> Matrix:
+    def make(values: Floats, scales: str = FLOAT32) -> Matrix:
         top = float(np.abs(values).max(initial=0.0))
         # A power of two, so that ModelOpt's spelling and compressed-tensors' are one model.
         whole = 2.0 ** np.ceil(np.log2(top / (6 * 448))) if top else 1.0
@@ -132,17 +146,17 @@ def _nvfp4() -> Precision:
         steps = e4m3_values(codes) * whole
         return _matrix(E2M1, values, steps, (1, 16))
 
-    def store(matrix: Matrix) -> Tensors:
+    def store(matrix: Matrix, scales: str = FLOAT32) -> Tensors:
         largest = float(matrix.steps.max(initial=0.0))
         # Any power of two under which every step is an E4M3 number will do: of the largest one.
         whole = 2.0 ** np.ceil(np.log2(largest / 448)) if largest else 1.0
-        scales = nearest_codes(E4M3, matrix.steps / whole)
-        if not np.array_equal(e4m3_values(scales) * whole, matrix.steps):
+        steps = nearest_codes(E4M3, matrix.steps / whole)
+        if not np.array_equal(e4m3_values(steps) * whole, matrix.steps):
             whole = whole * 2.0
-            scales = nearest_codes(E4M3, matrix.steps / whole)
+            steps = nearest_codes(E4M3, matrix.steps / whole)
         return {
             "weight_packed": RawTensor.of(pack_bits(matrix.codes, 4, matrix.shape[1] // 2)),
-            "weight_scale": RawTensor(dtype="F8_E4M3", shape=scales.shape, data=scales.reshape(-1)),
+            "weight_scale": RawTensor(dtype="F8_E4M3", shape=steps.shape, data=steps.reshape(-1)),
             "weight_global_scale": RawTensor.of(np.array([1 / whole], np.float32)),
         }
 
@@ -152,16 +166,15 @@ def _nvfp4() -> Precision:
 
 
 def _fp8() -> Precision:
-    def make(values: Floats) -> Matrix:
-        top = np.abs(values).max(initial=0.0, keepdims=True)
-        steps = (top / 448).astype(np.float32).astype(np.float64)
+    def make(values: Floats, scales: str = FLOAT32) -> Matrix:
+        steps = _as_scales(np.abs(values).max(initial=0.0, keepdims=True) / 448, scales)
         return _matrix(E4M3, values, steps, values.shape)
 
-    def store(matrix: Matrix) -> Tensors:
+    def store(matrix: Matrix, scales: str = FLOAT32) -> Tensors:
         codes = matrix.codes.reshape(-1)
         return {
             "weight": RawTensor(dtype="F8_E4M3", shape=matrix.shape, data=codes),
-            "weight_scale": RawTensor.of(matrix.steps.reshape(1).astype(np.float32)),
+            "weight_scale": RawTensor.of(matrix.steps.reshape(1).astype(scales)),
         }
 
     args = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"}
@@ -195,24 +208,29 @@ def quantise_folder(
     out: str | os.PathLike[str],
     precision: str,
     names: Callable[[str], bool],
+    *,
+    scales: str = FLOAT32,
 ) -> int:
-    """Write a quantised copy of a float model as a compressed-tensors folder.
+    """Write a quantised copy of a model as a compressed-tensors folder.
 
     The folder holds one safetensors file, the configuration, and what lies beside the base's
-    weights (tokenizer, pooling, processor). The weights that are not chosen stay as they are.
+    weights (tokenizer, pooling, processor). The weights that are not chosen stay as they are. Of a
+    quantised model its values are quantised anew, and those that are not chosen become float32.
 
     Args:
-        base: a folder or a `.safetensors` file.
+        base: a float model, a folder or a `.safetensors` file; or a quantised one, a folder or a
+            `.gguf` file, whose float32 values lie beside `out` for as long as this runs.
         out: a new folder.
         precision: one of `PRECISIONS`.
         names: says of a weight's name whether it is quantised; those that are chosen have to be
             matrices named `*.weight`.
+        scales: "float32" or "float16", the type of scales; NVFP4's are E4M3 whatever is given.
 
     Returns:
         how many weights are quantised.
 
     Raises:
-        InputError: no such precision, or a chosen weight cannot be quantised so.
+        InputError: no such precision or scales, or a chosen weight cannot be quantised so.
         CheckpointError: the base cannot be read, or a chosen weight holds NaN or infinity.
         OutputError: `out` cannot be written.
 
@@ -227,6 +245,11 @@ def quantise_folder(
         raise InputError(
             f"{precision!r} is no precision to quantise to", fix=f"one of {', '.join(PRECISIONS)}"
         )
+    if scales not in SCALES:
+        raise InputError(f"{scales!r} is no type of scales", fix=f"one of {', '.join(SCALES)}")
+    if is_quantised(base):
+        with float_folder(open_named(base), beside=Path(out)) as floats:
+            return quantise_folder(floats, out, precision, names, scales=scales)
     chosen, checkpoint = PRECISIONS[precision], Checkpoint.open(base)
     tensors: Tensors = {}
     count = 0
@@ -234,9 +257,9 @@ def quantise_folder(
         if not names(name):
             tensors[name] = checkpoint.raw(name)
             continue
-        matrix = quantised_weight(checkpoint, name, precision)
+        matrix = quantised_weight(checkpoint, name, precision, scales)
         module = name.removesuffix("weight")
-        tensors |= {f"{module}{role}": part for role, part in chosen.store(matrix).items()}
+        tensors |= {f"{module}{role}": part for role, part in chosen.store(matrix, scales).items()}
         count += 1
     with staging.new_folder(Path(out)) as stage:
         safetensors.write(stage / SINGLE, tensors)
@@ -253,13 +276,16 @@ def can_quantise(info: TensorInfo, precision: str) -> bool:
     return fits and all(info.shape) and not info.shape[1] % PRECISIONS[precision].group
 
 
-def quantised_weight(checkpoint: Checkpoint, name: str, precision: str) -> Matrix:
+def quantised_weight(
+    checkpoint: Checkpoint, name: str, precision: str, scales: str = FLOAT32
+) -> Matrix:
     """Quantise one weight of a float model.
 
     Args:
         checkpoint: the model.
         name: the weight's.
         precision: one of `PRECISIONS`.
+        scales: one of `SCALES`.
 
     Raises:
         InputError: it cannot be quantised so.
@@ -276,7 +302,12 @@ def quantised_weight(checkpoint: Checkpoint, name: str, precision: str) -> Matri
     values = FLOATS[raw.dtype].widen(raw.data).astype(np.float64).reshape(raw.shape)
     if not np.isfinite(values).all():
         raise CheckpointError(f"{name} holds NaN or infinity", fix="repair the base")
-    return chosen.make(values)
+    matrix = chosen.make(values, scales)
+    if not np.isfinite(matrix.steps).all():
+        raise InputError(
+            f"{name} needs scales beyond {scales}", fix="leave it out, or take float32 scales"
+        )
+    return matrix
 
 
 def _json(folder: Path) -> dict[str, Any]:

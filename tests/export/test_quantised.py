@@ -19,20 +19,27 @@ import onnx_ir as ir
 import onnxruntime as ort
 from click.testing import CliRunner, Result
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from kilodelta.cli import main
+from kilodelta.device import bundle
 from kilodelta.errors import BaseMismatchError, ExportError, InputError, ProofError, QualityError
 from kilodelta.export.merge.checkpoint import merge
 from kilodelta.export.onnx.save import save
 from kilodelta.export.pipeline import export
-from kilodelta.export.quantised.constants import require_exact, require_no_minima
+from kilodelta.export.quantised.constants import (
+    require_exact,
+    require_no_minima,
+    require_runnable,
+)
 from kilodelta.export.quantised.engines import require_engine
 from kilodelta.export.quantised.graph import put_codes, settled
+from kilodelta.export.quantised.nvfp4 import scale_pairs
 from kilodelta.export.quantised.proof import prove_codes
 from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Patterns
 from kilodelta.grid import Matrix, QuantisedModel, open_quantised
-from kilodelta.grid.codes import E2M1, E4M3, integer_kind
+from kilodelta.grid.codes import E2M1, E4M3, e4m3_values, integer_kind
 from kilodelta.grid.identity import matrix_digest
 from kilodelta.grid.quantise import quantise_folder
 from kilodelta.merging.build import Recipe, build, quantise_target
@@ -47,13 +54,14 @@ EXACT = 1e-6  # relative L2: float32 rounds each of 64 products and sums to 6e-8
 
 def quantised(place: Path, case: str, columns: int = COLUMNS) -> QuantisedModel:
     """A model of one weight `w.weight` (48, columns)."""
-    if case == "fp8":
+    if case in ("fp8", "nvfp4"):
         values = np.random.default_rng(2).normal(size=(ROWS, columns)).astype(np.float32)
+        values[0] = 0  # of NVFP4 four blocks without a scale
         floats = making.folder(
             place / "floats", {"w.weight": ("F32", values.shape, values.tobytes())}
         )
-        quantise_folder(floats, place / "fp8", "fp8", "w.weight".__eq__)
-        return open_quantised(place / "fp8")
+        quantise_folder(floats, place / case, case, "w.weight".__eq__)
+        return open_quantised(place / case)
     bits, zeros = (8 if case == "int8" else 4), case == "asymmetric"
     config = grids.ct_config(num_bits=bits, symmetric=not zeros)
     numbers = Numbers(ROWS, columns, 32, bits=bits, zeros=zeros)
@@ -221,13 +229,22 @@ def test_a_graph_that_holds_other_numbers_is_noticed(
 FLAT = Matrix(
     kind=integer_kind(4), codes=np.ones((4, 64), np.int8), steps=np.ones((4, 2)), block=(1, 32)
 )
+NVFP4: dict[str, Any] = {
+    "kind": E2M1,
+    "codes": np.ones((4, 64), np.uint8),
+    "steps": np.ones((4, 4)),
+    "block": (1, 16),
+}
 
 
 @pytest.mark.parametrize(
     ("change", "dtype", "text"),
     [
         ({"kind": integer_kind(3)}, "float32", "holds int3 codes"),
-        ({"kind": E2M1}, "float32", "holds e2m1 codes"),
+        ({**NVFP4, "steps": NVFP4["steps"] * 0.1}, "float32", "NVFP4 scales that are not E4M3"),
+        ({**NVFP4, "steps": -NVFP4["steps"]}, "float32", "NVFP4 scales that are not E4M3"),
+        ({**NVFP4, "steps": NVFP4["steps"] * (1 + 2.0**-20)}, "float16", "one number of float16"),
+        ({**NVFP4, "steps": NVFP4["steps"] * 2.0**-40}, "float16", "one number of float16"),
         ({"order": np.zeros(64, np.int32)}, "float32", "act-order"),
         ({"minima": np.full((4, 2), 0.1)}, "float32", "minima that are no numbers of float32"),
         ({"zeros": np.full((4, 2), 8, np.int16)}, "float32", "from 8 to 8, outside int4"),
@@ -259,7 +276,13 @@ def test_minima_have_no_place_in_dequantize_linear() -> None:
         ({"zeros": np.ones((4, 2), np.int16)}, ("sm89",), "quantised asymmetrically"),
         ({"codes": np.ones((4, 56), np.int8)}, ("sm89",), "56 columns in blocks of 32"),
         ({"block": (1, 8), "steps": np.ones((4, 8))}, ("sm89",), "INT4 blocks of 8 columns"),
-        ({"kind": E2M1}, ("sm120",), "e2m1 codes"),
+        ({"kind": integer_kind(3)}, ("sm120",), "int3 codes"),
+        (
+            NVFP4,
+            ("sm120", "sm89"),
+            "NVFP4 codes, which TensorRT builds from sm120 on, not for sm89",
+        ),
+        ({**NVFP4, "block": (1, 64)}, ("sm120",), "NVFP4 blocks of 64 columns"),
         (
             {"kind": integer_kind(8), "steps": -FLAT.steps},
             ("sm89",),
@@ -282,6 +305,53 @@ def test_grids_without_an_engine_are_refused_by_their_reason(
     assert "float16" in caught.value.fix
 
 
+def test_minima_have_no_engine_and_the_message_says_what_to_do() -> None:
+    minima = replace(FLAT, minima=np.ones((4, 2)))
+    with pytest.raises(ExportError, match=r"w has blocks with minima .* TensorRT takes neith") as e:
+        require_engine("w", minima, ("sm89",))
+    assert "quantise_folder(" in e.value.fix
+    assert "rebase" in e.value.fix
+
+
+def test_onnx_runtime_runs_no_nvfp4() -> None:
+    require_runnable("w", FLAT)
+    with pytest.raises(ExportError, match="w holds NVFP4 codes, with which ONNX Runtime") as error:
+        require_runnable("w", replace(FLAT, **NVFP4))
+    assert "--tensorrt sm120" in error.value.fix
+
+
+@pytest.mark.parametrize("whole", [2.0**-12, 3.0, 0.015625 * 1.9999, float(np.float32(0.0123))])
+def test_nvfp4_scales_are_taken_apart_exactly(whole: float) -> None:
+    codes = np.random.default_rng(0).integers(0, 0x7F, (8, 40)).astype(np.uint8)
+    codes[0, 0] = 0x7E  # 448: what a quantiser makes the largest
+    steps = e4m3_values(codes) * np.float64(np.float32(whole))
+    pairs = list(scale_pairs(steps))
+    assert float(np.float32(whole)) in [one for _, one in pairs]
+    for scales, one in pairs:
+        assert (e4m3_values(scales) * one == steps).all()
+
+
+def test_a_graph_holds_nvfp4_in_two_levels(tmp_path: Path) -> None:
+    model = quantised(tmp_path, "nvfp4")
+    path = written(tmp_path, model, "qdq")
+    graph = onnx.load(path)
+    assert graph.opset_import[0].version == 23
+    assert graph.ir_version == 11
+    outer, inner = (
+        next(node for node in graph.graph.node if node.input[0] == name)
+        for name in ("w.weight_DQ_Q4", "w.weight_scales")
+    )
+    assert outer.input[1] == inner.output[0]
+    types = {one.name: one.data_type for one in graph.graph.initializer}
+    assert types["w.weight_DQ_Q4"] == TensorProto.FLOAT4E2M1
+    assert types["w.weight_scales"] == TensorProto.FLOAT8E4M3FN
+    assert types[inner.input[1]] == TensorProto.FLOAT
+    x = np.random.default_rng(1).normal(size=(5, COLUMNS)).astype(np.float32)
+    [y] = ReferenceEvaluator(str(path)).run(None, {"x": x})
+    wanted = x.astype(np.float64) @ model.matrix("w.weight").values().T
+    assert np.linalg.norm(y - wanted) <= EXACT * np.linalg.norm(wanted)
+
+
 def test_the_form_suits_what_the_graph_is_for() -> None:
     assert settled("auto", for_engines=False) == "matmulnbits"
     assert settled("auto", for_engines=True) == "qdq"
@@ -292,7 +362,8 @@ def test_the_form_suits_what_the_graph_is_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "gpu"), [("symmetric", "sm80"), ("int8", "sm86"), ("fp8", "sm89")]
+    ("case", "gpu"),
+    [("symmetric", "sm80"), ("int8", "sm86"), ("fp8", "sm89"), ("nvfp4", "sm120")],
 )
 def test_an_engine_is_built_and_holds_the_codes(tmp_path: Path, case: str, gpu: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
@@ -306,10 +377,10 @@ def test_an_engine_is_built_and_holds_the_codes(tmp_path: Path, case: str, gpu: 
     shapes = ((1, COLUMNS), (4, COLUMNS), (8, COLUMNS))
     engine, trt = tmp_path / "model.engine", choose(RTX, (gpu,), ("float32",))
     build_engine(trt, path, engine, capabilities=(gpu,), profile={"x": shapes})
-    # INT4 codes lie in an engine as (out, in), those of a byte as (in, out).
+    # INT4 codes lie in an engine as (out, in), the others as (in, out).
     codes = matrix.codes if case == "symmetric" else matrix.codes.T
     flat = np.ascontiguousarray(codes).view(np.uint8).reshape(-1)
-    packed = flat[0::2] & 15 | (flat[1::2] & 15) << 4 if case == "symmetric" else flat
+    packed = flat[0::2] & 15 | (flat[1::2] & 15) << 4 if matrix.kind.bits == 4 else flat
     assert packed.tobytes() in engine.read_bytes()
 
 
@@ -366,6 +437,33 @@ def test_an_export_is_proved_and_verified(place: Path, tmp_path: Path) -> None:
     assert call("merge", place / "int4", place / "task.kd", "-o", tmp_path / "m").exit_code == 0
     merged = open_quantised(tmp_path / "m").identity().weights
     assert graph.identity().weights == merged
+
+
+def test_an_nvfp4_base_becomes_an_engine_for_gpus_that_have_its_codes(
+    place: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    base, file, out = tmp_path / "nvfp4", tmp_path / "task.kd", tmp_path / "out"
+    quantise_folder(place / "base", base, "nvfp4", is_linear)
+    save_file(base, file)
+    for gpus, text in (
+        (["sm120", "sm89"], "from sm120 on, not for sm89"),
+        ([], "computes on no CPU"),
+    ):
+        with pytest.raises(ExportError, match=text):
+            export(base, file, out, tensorrt=gpus)
+        assert not out.exists()
+    done = export(base, file, out, onnx=True, tensorrt="sm120")
+    assert [one.kind for one in done.manifest.artefacts] == ["onnx", "engine"]
+    assert call("merge", base, file, "-o", tmp_path / "merged").exit_code == 0
+    graph = open_quantised(out / "model.fp32.onnx").identity()
+    assert graph.weights == open_quantised(tmp_path / "merged").identity().weights
+    checked = call("verify", base, file, out, "--inputs", place / "texts.txt", "--json")
+    assert checked.exit_code == 0, checked.output
+    assert "kernel" in checked.output or "implementation" in checked.output  # none on a CPU
+    for mode in ("patch", "adapter"):
+        with pytest.raises(ExportError, match="of which no device folder is made"):
+            bundle(base, tmp_path / "device", mode=mode, engine=["sm120"])
 
 
 def test_messages_name_the_quantised_base(place: Path, tmp_path: Path) -> None:
@@ -432,8 +530,6 @@ def test_blocks_of_a_float_base_are_refused(tmp_path: Path) -> None:
 
 
 def test_blocks_of_a_float_base_have_no_place_in_a_bundle(tmp_path: Path) -> None:
-    from kilodelta.device import bundle
-
     base = Path("tests/golden/0.1.0/base.safetensors")
     with pytest.raises(InputError, match=r"--blocks matmulnbits chooses .* is a float model"):
         bundle(base, tmp_path / "out", mode="patch", blocks="matmulnbits")

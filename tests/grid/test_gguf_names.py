@@ -19,14 +19,17 @@ from safetensors.torch import load_file, save_file
 
 import kilodelta
 from kilodelta.device import release
-from kilodelta.errors import CheckpointError, InputError
+from kilodelta.errors import CheckpointError, ExportError, InputError
 from kilodelta.export import export
+from kilodelta.export.options import Options
+from kilodelta.export.quantised.checks import check_quantised, require_grids
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Patterns
 from kilodelta.grid import open_quantised
 from kilodelta.grid.dequantise import float_folder
 from kilodelta.grid.open import open_named
+from kilodelta.grid.quantise import quantise_folder
 from kilodelta.merging import build
 from kilodelta.merging.rebase import rebase
 from kilodelta.verify import verify
@@ -220,3 +223,23 @@ def test_a_release_states_probes_of_both_ways(
     release(base, made[1], tmp_path / "r.kd", version=1, inputs=str(inputs))
     probes = kilodelta.load(tmp_path / "r.kd").probes
     assert {"output.logits", "beside.output.logits"} <= set(probes)
+
+
+def test_a_model_with_minima_has_engines_by_a_symmetric_grid(
+    base: Path, made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Q4_1 has none; its values quantised anew do, and the file is rebased to them."""
+    with pytest.raises(
+        ExportError, match=r"has blocks with minima .* TensorRT takes neith"
+    ) as error:
+        check_quantised(open_named(base), kilodelta.load(made[1]), Options(capabilities=("sm89",)))
+    assert "quantise_folder(BASE" in error.value.fix
+    int4, task = tmp_path / "int4", tmp_path / "new.kd"
+    quantise_folder(
+        base, int4, "int4-g32", lambda name: name.endswith("_proj.weight"), scales="float16"
+    )
+    rebase(int4, made[1], task)
+    merged = kilodelta.merge(int4, task, tmp_path / "merged", min_changed=0)
+    assert merged.codes_changed > 0
+    model = open_quantised(tmp_path / "merged")
+    require_grids(model, ("float16",), ("sm89",), form="qdq")

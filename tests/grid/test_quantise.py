@@ -120,6 +120,41 @@ def test_steps_are_those_of_the_text() -> None:
     assert nvfp4.steps[5, 1] == float(scale) * whole
 
 
+@pytest.mark.parametrize("precision", ["int4-g32", "fp8"])
+def test_scales_are_float16_where_they_are_asked_for(tmp_path: Path, precision: str) -> None:
+    base = float_folder(tmp_path / "base")
+    quantise_folder(base, tmp_path / "q", precision, chosen, scales="float16")
+    model = open_quantised(tmp_path / "q")
+    assert model.parts("a.weight")["weight_scale"].dtype == "F16"
+    found, values = model.matrix("a.weight"), WEIGHT.astype(np.float64)
+    largest = np.abs(values[5, 32:64]).max() / 7 if precision == "int4-g32" else None
+    if largest:
+        assert found.steps[5, 1] == float(np.float16(largest))
+    assert np.array_equal(found.codes, with_steps(found, values).codes)  # of the rounded scales
+    assert not np.array_equal(found.steps, PRECISIONS[precision].make(values).steps)
+
+
+def test_scales_that_are_none_or_too_large_are_refused(tmp_path: Path) -> None:
+    base = grids.folder(tmp_path / "base", None, {"a.weight": np.full((2, 32), 1e6, np.float32)})
+    for scales, said in (("float64", "'float64' is no type"), ("float16", "a.weight needs scales")):
+        with pytest.raises(InputError, match=said):
+            quantise_folder(base, tmp_path / "q", "int4-g32", lambda _: True, scales=scales)
+        assert not (tmp_path / "q").exists()
+    assert quantise_folder(base, tmp_path / "q", "int4-g32", lambda _: True) == 1
+
+
+def test_a_quantised_model_is_quantised_anew_from_its_values(tmp_path: Path) -> None:
+    base = float_folder(tmp_path / "base")
+    quantise_folder(base, tmp_path / "fp8", "fp8", chosen)
+    quantise_folder(tmp_path / "fp8", tmp_path / "int4", "int4-g32", "a.weight".__eq__)
+    first, second = open_quantised(tmp_path / "fp8"), open_quantised(tmp_path / "int4")
+    floats = first.matrix("a.weight").values().astype(np.float32)
+    wanted = PRECISIONS["int4-g32"].make(floats.astype(np.float64))
+    assert np.array_equal(second.matrix("a.weight").values(), wanted.values())
+    kept = first.matrix("b.weight").values().astype(np.float32)
+    assert np.array_equal(second.plain_raw("b.weight").values(), kept)
+
+
 def test_both_spellings_of_our_nvfp4_are_one_model(tmp_path: Path) -> None:
     quantise_folder(float_folder(tmp_path / "base"), tmp_path / "q", "nvfp4", chosen)
     model = open_quantised(tmp_path / "q")

@@ -178,8 +178,8 @@ class DequantizeLinear(Layout):
         rows, columns = self.shape
         grid = (-(-rows // self.block[0]), -(-columns // self.block[1]))
         steps = self._upright(float_values(scales), grid)
-        if "x_scale_scale" in parts:  # NVFP4: the E4M3 scales are dequantised by one float32
-            whole = part(parts, "x_scale_scale", self.name, ("F32",))
+        if "x_scale_scale" in parts:  # NVFP4: the E4M3 scales are dequantised by one float
+            whole = part(parts, "x_scale_scale", self.name, SCALES)
             sized(whole, "x_scale_scale", self.name, ((), (1,)))
             steps = steps * float_values(whole).reshape(())
         zeros = self._zeros(parts, grid)
