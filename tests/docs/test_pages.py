@@ -77,6 +77,7 @@ NOT_RUN = {
     ("quantised.md", "kilodelta merge    base-w4a16/"): _SMALL,
     ("quantised.md", "kilodelta verify base-w4a16/"): _SMALL,
     ("quantised.md", "kilodelta export base-w4a16/"): _SMALL,
+    ("quantised.md", "kilodelta export base-anew/"): _SMALL,
     ("quantised.md", "kilodelta apply   codes/"): _SMALL,
     ("quantised.md", "kilodelta release base-w4a16/ task-w4a16.kd -o task-8.kd"): _SMALL,
     ("quantised.md", "kilodelta apply   rtx/"): _SMALL,
