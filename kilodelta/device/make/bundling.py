@@ -177,7 +177,6 @@ def _check_quantised(base: QuantisedModel, settings: Settings) -> None:
     """Refuse, before anything is made, what a device folder cannot do with a quantised base."""
     require_folder(base, "a device folder")
     refuse_refit(settings.mode, base.path)
-    require_grids(base, (settings.dtype,), settings.capabilities)
     for name in base.stored:
         if base.matrix(name).kind.name == "e2m1":
             raise ExportError(
@@ -185,6 +184,7 @@ def _check_quantised(base: QuantisedModel, settings: Settings) -> None:
                 fix="export an engine of each fine-tune (`kilodelta export --tensorrt sm120`), or"
                 " quantise to int4 or fp8",
             )
+    require_grids(base, (settings.dtype,), settings.capabilities)
 
 
 def _adapter(job: BundleJob, template: Template, base: Path) -> None:
