@@ -37,7 +37,7 @@ from kilodelta.merging.build import Recipe, build
 
 EXPECTED = Path(__file__).with_name("grids.json")
 PATTERNS = Patterns(include=("*.weight",))
-NAMED = (("a", (16, 64)), ("b", (8, 2208)))
+NAMED = (("a", (16, 64)), ("b", (8, 4512)))
 """Both weights of a base; the second one is wider than a tile of any kernel."""
 
 
