@@ -15,6 +15,7 @@ from kilodelta.errors import InputError
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import TARGETS, nbytes
 from kilodelta.models.weights import TORCH
+from kilodelta.report.plots import byte_label
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIXED = "mixed"
@@ -109,8 +110,8 @@ def require_weights_fit(base: Checkpoint, placement: Placement) -> None:
     stored = Placement(device=placement.device, dtype=stored_type(base)).name
     can_map = placement.device.type == "cpu" and stored not in (placement.name, "fp16")
     raise InputError(
-        f"the weights of {base.path} take {copied / 1e9:.3g} GB in {placement.name}, and"
-        f" {free / 1e9:.3g} GB are free",
+        f"the weights of {base.path} take {byte_label(copied)} in {placement.name}, and"
+        f" {byte_label(free)} are free",
         fix=f"give --dtype {stored}, the type of the files, which are then mapped and not copied"
         if can_map
         else "give --device cpu, or a device with more memory",

@@ -247,7 +247,7 @@ def _short(value: float) -> str:
 def byte_label(nbytes: float) -> str:
     """Return bytes in the unit a reader expects: 950 B, 12 KB, 90.9 MB (powers of 1,000)."""
     for unit in ("B", "KB", "MB", "GB"):
-        if abs(nbytes) < 1000 or unit == "GB":
+        if abs(nbytes) < 999.5 or unit == "GB":  # 999.9 would be written 1e+03
             return f"{nbytes:.3g} {unit}"
         nbytes /= 1000
     raise AssertionError("unreachable")

@@ -255,7 +255,13 @@ def test_tensors_stand_by_layer_and_place() -> None:
 
 @pytest.mark.parametrize(
     ("nbytes", "text"),
-    [(950, "950 B"), (11984, "12 KB"), (90_900_000, "90.9 MB"), (7e12, "7e+03 GB")],
+    [
+        (950, "950 B"),
+        (11984, "12 KB"),
+        (90_900_000, "90.9 MB"),
+        (999_900_000, "1 GB"),
+        (7e12, "7e+03 GB"),
+    ],
 )
 def test_bytes_are_shown_in_powers_of_a_thousand(nbytes: float, text: str) -> None:
     assert plots.byte_label(nbytes) == text

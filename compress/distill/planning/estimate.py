@@ -34,6 +34,7 @@ from kilodelta.memory import resident
 from kilodelta.models import LoadedModel
 from kilodelta.models.inputs.sources import Source
 from kilodelta.progress import Event, Progress
+from kilodelta.report.plots import byte_label
 
 PROBES = 2
 """Timed steps."""
@@ -92,9 +93,9 @@ class Estimate:
             return []
         assert self.available_bytes is not None  # otherwise it fits
         return [
-            f"a step may take {self.peak_bytes / 1e9:.3g} GB at its peak"
+            f"a step may take {byte_label(self.peak_bytes)} at its peak"
             + ("" if self.processes == 1 else f" in each of {self.processes} processes")
-            + f", and {self.available_bytes / 1e9:.3g} GB are free: give a smaller --batch or"
+            + f", and {byte_label(self.available_bytes)} are free: give a smaller --batch or"
             " --max-length, or --gradient-checkpointing"
             + (", or more --processes" if self.sharded else "")
         ]

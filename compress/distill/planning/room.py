@@ -15,6 +15,7 @@ from kilodelta.compress.distill.learn.outputs import run
 from kilodelta.compress.distill.planning.memory import available, counting_kept
 from kilodelta.errors import InputError
 from kilodelta.models import LoadedModel
+from kilodelta.report.plots import byte_label
 
 
 def rows_that_fit(student: LoadedModel, data: Data, batch: int) -> int:
@@ -38,8 +39,8 @@ def rows_that_fit(student: LoadedModel, data: Data, batch: int) -> int:
     count = int((free - (one - each)) // each)
     if count < 1:
         raise InputError(
-            f"a step on one input of {data.rows.length(longest)} tokens takes {one / 1e9:.3g} GB,"
-            f" and {free / 1e9:.3g} GB are free",
+            f"a step on one input of {data.rows.length(longest)} tokens takes {byte_label(one)},"
+            f" and {byte_label(free)} are free",
             fix="give a smaller --max-length, --gradient-checkpointing, or a machine with more"
             " memory",
         )

@@ -28,6 +28,7 @@ from kilodelta.compress.training.activations import blocks_of
 from kilodelta.compress.training.layers import mark_sharded
 from kilodelta.errors import InputError, one_line
 from kilodelta.models.weights import local
+from kilodelta.report.plots import byte_label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +186,7 @@ def require_room(parts: Parts, ranks: Ranks, device: torch.device) -> None:
     if free is not None and needed > free:
         whose = "the machine's processes take" if device.type == "cpu" else "a process takes"
         raise InputError(
-            f"{whose} {needed / 1e9:.3g} GB of sharded weights, and {free / 1e9:.3g} GB are free",
+            f"{whose} {byte_label(needed)} of sharded weights, and {byte_label(free)} are free",
             fix="start more processes on more GPUs, or give --dtype bf16"
             if device.type != "cpu"
             else "give --shard never: a CPU maps one base for all processes",

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kilodelta.errors import InputError, OutputError
 from kilodelta.files import plain, staging
+from kilodelta.report.plots import byte_label
 
 VERSION = 1
 INDEX = "teacher.json"
@@ -225,8 +226,8 @@ def require_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if needed > free:
         raise OutputError(
-            f"the teacher's outputs take {needed / 1e9:.3g} GB, and {place} has"
-            f" {free / 1e9:.3g} GB free",
+            f"the teacher's outputs take {byte_label(needed)}, and {place} has"
+            f" {byte_label(free)} free",
             fix="give a folder on a larger disk with --teacher-cache, fewer inputs with --limit,"
             " or shorter ones with --max-length",
         )
