@@ -324,6 +324,36 @@ def test_how_often_an_engine_of_codes_has_a_map() -> None:
     assert f"linear layers, {len(models)} were measured" in page
 
 
+EXPORTED = result("quantised-export-2026-11-29-epyc-busy")
+
+
+@pytest.mark.parametrize(
+    ("step", "start"),
+    [
+        ("export --onnx", "`export --onnx` of the GGUF file: 114.3 MB, `MatMulNBits` with minima"),
+        ("verify", "`verify` on ONNX Runtime, float32"),
+        ("quantise anew", "`quantise_folder`, INT4 in groups of 32"),
+        ("rebase", "`rebase`"),
+        (
+            "export --tensorrt sm89",
+            "`export --onnx --tensorrt sm89 --dtype fp16`: 141.7 MB",
+        ),
+        ("verify of the engine's graph", "`verify` of its graph on ONNX Runtime, float16"),
+    ],
+)
+def test_a_packaged_decoder_to_graph_and_engine(step: str, start: str) -> None:
+    line = row(GUIDE, start)
+    (one,) = (one for one in EXPORTED["steps"] if one["step"] == step)
+    assert f"| {one['processor_seconds']:.1f} | {one['peak_mb'] / 1000:.1f} GB |" in line
+    for ran in one.get("parity", ()):
+        if ran["artefact"].endswith(".onnx") and ran["status"] == "passed":
+            assert line.endswith(f"| {ran['error']:.1e} ({ran['limit']:.1e}) |")
+    sizes = {name: f"{size / 1e6:.1f} MB" for name, size in EXPORTED["bytes"].items()}
+    if step.startswith("export"):
+        engine = "tensorrt" in step
+        assert sizes["rtx/model.fp16.engine" if engine else "onnx/model.fp32.onnx"] in line
+
+
 @pytest.mark.parametrize(
     ("name", "start"),
     [
