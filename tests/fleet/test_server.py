@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,22 @@ def test_a_server_that_is_killed_is_started_again() -> None:
         assert second.exit_code(patient=True) == 0
     finally:
         server.close()
+
+
+def test_a_server_ends_also_where_others_hold_its_socket() -> None:
+    """A fork of the process that runs a fleet inherits it, and may live on."""
+    server = Server([])
+    server.start()
+    assert server._control is not None
+    process, held = server._process, os.dup(server._control.fileno())
+    assert process is not None
+    closing = threading.Thread(target=server.close)
+    closing.start()
+    closing.join(30)
+    process.kill()
+    os.close(held)
+    closing.join()
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize("start", [start_anew, None])

@@ -89,6 +89,9 @@ class Server:
     def close(self) -> None:
         """Hang up, and wait for the server's end; children that work go on."""
         if self._control is not None and self._process is not None:
+            with contextlib.suppress(OSError):  # it has ended
+                # Also where a fork of this process, by other threads of it, holds the socket.
+                self._control.shutdown(socket.SHUT_RDWR)
             self._control.close()
             self._process.wait()
         self._control = self._process = None
