@@ -355,26 +355,34 @@ def test_a_packaged_decoder_to_graph_and_engine(step: str, start: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "start"),
+    ("name", "dtype", "start"),
     [
         (
             "mapped",
+            "fp32",
             "`--dtype fp32`, weights in the mapped file"
             " (`compress-decoder-2026-11-29-epyc-mapped.json`)",
         ),
-        ("mapped-again", "the same, run again (`...-mapped-again.json`)"),
-        ("memory", "`--dtype fp32`, weights copied, before (`...-memory.json`)"),
+        ("mapped-again", "fp32", "the same, run again (`...-mapped-again.json`)"),
+        ("memory", "fp32", "`--dtype fp32`, weights copied, before (`...-memory.json`)"),
         (
             "memory-apart",
+            "fp32",
             "`--dtype fp32`, weights copied, blocks mapped apart, before (`...-memory-apart.json`)",
         ),
+        ("avx512", "bf16", "`--dtype bf16`, with units for it, idle (`...-avx512.json`)"),
+        ("avx512", "fp32", "`--dtype fp32`, the same machine, idle (`...-avx512.json`)"),
     ],
 )
-def test_memory_of_a_decoder_beside_peft(name: str, start: str) -> None:
-    ours, peft = result(f"compress-decoder-2026-11-29-epyc-{name}")["runs"]
+def test_memory_of_a_decoder_beside_peft(name: str, dtype: str, start: str) -> None:
+    runs = result(f"compress-decoder-2026-11-29-epyc-{name}")["runs"]
+    ours, peft = (run for run in runs if run["dtype"] == dtype)
     line = row(NUMBERS, start)
     times = ours["step_processor_s"] / peft["step_processor_s"]
     assert f"{ours['step_processor_s']:.1f} s, {times:.2f} times PEFT's" in line
     share = ours["peak_gb"] / peft["peak_gb"]
     assert f"{ours['peak_gb']:.2f} GB, {share:.2f} times PEFT's" in line
     assert line.endswith(f"| {ours['peak_anonymous_gb']:.2f} GB |")
+    if name == "avx512":
+        clock = f"{ours['step_s']:.2f} s in {'bfloat16' if dtype == 'bf16' else 'float32'}"
+        assert f"{clock}, {ours['step_s'] / peft['step_s']:.2f} times" in NUMBERS.read_text()
