@@ -386,3 +386,16 @@ def test_memory_of_a_decoder_beside_peft(name: str, dtype: str, start: str) -> N
     if name == "avx512":
         clock = f"{ours['step_s']:.2f} s in {'bfloat16' if dtype == 'bf16' else 'float32'}"
         assert f"{clock}, {ours['step_s'] / peft['step_s']:.2f} times" in NUMBERS.read_text()
+
+
+def test_what_a_decoder_s_run_holds_beside_its_activations() -> None:
+    (run,) = result("compress-memory-2026-11-29-epyc-avx512-busy")["runs"]
+    page = " ".join(NUMBERS.read_text().split())
+    imports, kept, files = (run[f"{n}_gb"] for n in ("imports", "activations", "checkpoint"))
+    assert (
+        f"the peak is {run['peak_gb']:.2f} GB: packages and the model's code take {imports:.2f} GB,"
+        f" what a step keeps for its backward pass {kept:.2f} GB, and the rest is"
+        f" {run['held_of_checkpoint']} times the {files:.2f} GB of the checkpoint"
+    ) in page
+    held = (run["peak_gb"] - imports - kept) / files
+    assert abs(held - run["held_of_checkpoint"]) < 0.02
