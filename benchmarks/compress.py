@@ -11,9 +11,10 @@ what the system counted, before the first step and in all. That holds the pages 
 which the system takes back where memory is short; `peak_anonymous_gb` is the peak without them, of
 samples 20 ms apart.
 
-`memory`: what this build's run on the same decoder holds beside the packages and the activations
-of a step, over the checkpoint's bytes, and the peak of each stage. Packages are counted with the
-model's code imported; activations are what a step keeps for its backward pass, as `plan` counts it.
+`memory`: what this build's run on the same decoder holds beside packages and activations, over the
+checkpoint's bytes. Activations are what grows with the rows of a step: the peaks of several batches
+lie on a line, and what it says of none is held whatever the batch. Of that, packages are the peak
+of the same run on a decoder of a few kilobytes, which loads the same libraries and kernels.
 
 `sets`: all-MiniLM-L6-v2 on the sets of `--data` at 12 KB: agreement on held-out inputs and seconds
 of the old build's 800 steps, and of this one's at the numbers of steps that `--tried` names, for
@@ -55,6 +56,10 @@ DATA = ROOT.parent / "shared" / "data"
 OLD = "44d725c"
 """The build before compress was made to scale, and faster."""
 ROWS, TOKENS, WORDS = 4, 128, 49_152
+ROWS_TRIED = (2, 4, 6, 8)
+"""Of a step, to tell what grows with them."""
+SMALL = 256
+"""Words of the decoder that is too small to count."""
 SETS = ("trec6", "banking77")
 DTYPES = ("fp32", "mixed", "bf16")
 TREES = ("old", "new")
@@ -108,6 +113,10 @@ def main() -> None:
                 print(json.dumps({k: v for k, v in result.items() if k != "options"}), flush=True)
                 found["runs"].append(result)
                 _write(options.json, found)  # after each run: a whole one takes an hour
+    runs = [run for run in found["runs"] if run["part"] == "memory" and "error" not in run]
+    for dtype in sorted({run["dtype"] for run in runs}):
+        times = held_of_checkpoint([run for run in runs if run["dtype"] == dtype])
+        print(f"{dtype}: {times:.2f} times the checkpoint beside packages and activations")
 
 
 def _without_paths(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,7 +172,7 @@ def _run(job: Mapping[str, Any], tree: Path, threads: int) -> dict[str, Any]:
 
 def _decoder(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the decoder's runs, its files made first."""
-    common = _decoder_files(options)
+    common = _decoder_files(options, options.layers)
     chosen = _decoder_options(options)
     dtypes = _narrow_base(options.dtypes or ("fp32", "bf16"))
     # Of old and new in turns, so that a machine that slows down slows both.
@@ -179,9 +188,23 @@ def _decoder(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def _memory_apart(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the runs that say what memory is held, and in which stage."""
     for dtype in _narrow_base(options.dtypes or ("bf16",)):
-        job = {**_decoder_files(options), "kind": "memory", "tree": "new", "dtype": dtype}
-        chosen = {**_decoder_options(options), "dtype": dtype}
-        yield {**job, "part": "memory", "layers": options.layers, "options": chosen}
+        for layers, rows in ((0, 1), *((options.layers, rows) for rows in ROWS_TRIED)):
+            job = {**_decoder_files(options, layers), "kind": "memory", "tree": "new"}
+            chosen = {**_decoder_options(options), "batch": rows, "held_out": rows, "dtype": dtype}
+            yield {**job, "dtype": dtype, "part": "memory", "layers": layers, "options": chosen}
+
+
+def held_of_checkpoint(runs: Sequence[Mapping[str, Any]]) -> float:
+    """Return what is held beside packages and activations, over the checkpoint's bytes.
+
+    Args:
+        runs: those of the part `memory` in one type.
+    """
+    small = next(run for run in runs if not run["layers"])
+    large = [run for run in runs if run["layers"]]
+    rows = [run["options"]["batch"] for run in large]
+    _, held = np.polyfit(rows, [run["peak_gb"] for run in large], 1)
+    return float((held - small["peak_gb"]) / large[0]["checkpoint_gb"])
 
 
 def _narrow_base(dtypes: Sequence[str]) -> list[str]:
@@ -189,14 +212,20 @@ def _narrow_base(dtypes: Sequence[str]) -> list[str]:
     return [dtype for dtype in dtypes if dtype != "mixed"]
 
 
-def _decoder_files(options: argparse.Namespace) -> dict[str, str]:
-    """Make the decoder's files where they are missing; say where they lie."""
-    work = options.work.resolve()
+def _decoder_files(options: argparse.Namespace, layers: int) -> dict[str, str]:
+    """Make the decoder's files where they are missing; say where they lie.
+
+    Args:
+        options: of the command line.
+        layers: of the decoder; 0 for one of a few kilobytes.
+    """
+    work = options.work.resolve() / ("" if layers else "small")
+    work.mkdir(exist_ok=True)
     base, tuned, inputs = work / "base", work / "tuned", work / "tokens.npz"
     if not (tuned / "config.json").exists():
-        _make_decoder(base, tuned, options.layers)
+        _make_decoder(base, tuned, layers)
     draws = np.random.default_rng(0)
-    np.savez(inputs, input_ids=draws.integers(0, WORDS, (24, TOKENS)))
+    np.savez(inputs, input_ids=draws.integers(0, WORDS if layers else SMALL, (24, TOKENS)))
     return {"base": str(base), "tuned": str(tuned), "inputs": str(inputs), "out": str(work)}
 
 
@@ -209,11 +238,11 @@ def _make_decoder(base: Path, tuned: Path, layers: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=WORDS,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
+        vocab_size=WORDS if layers else SMALL,
+        hidden_size=576 if layers else 48,
+        intermediate_size=1536 if layers else 128,
+        num_hidden_layers=layers or 1,
+        num_attention_heads=9 if layers else 3,
         num_key_value_heads=3,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
@@ -333,13 +362,11 @@ def _compress(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _memory_of_stages(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Compress, and say what was held beside packages and activations."""
-    from transformers.models.llama import modeling_llama  # noqa: F401  (what opening would import)
-
-    from kilodelta.compress import Options, compress, plan
+    """Compress, and say what was held in each stage."""
+    from kilodelta.compress import Options, compress
 
     peaks: dict[str, float] = {}
-    imported, stage = _memory("VmRSS", "self"), "begin"
+    stage = "begin"
 
     def watch(event: Any) -> None:
         nonlocal stage
@@ -350,20 +377,13 @@ def _memory_of_stages(job: Mapping[str, Any]) -> dict[str, Any]:
     _forget_peak()
     options = Options(**job["options"])
     out = Path(job["out"]) / f"memory-{os.getpid()}.kd"
-    models, inputs = (job["base"], job["tuned"]), job["inputs"]
-    compress(*models, out, inputs=inputs, options=options, progress=watch)
+    compress(job["base"], job["tuned"], out, inputs=job["inputs"], options=options, progress=watch)
     _close(peaks, stage)
     out.unlink()
-    estimate = plan(*models, inputs=inputs, options=options).to_json()["estimate"]
-    activations = estimate["activations_bytes"] / 1e9
     checkpoint = sum(f.stat().st_size for f in Path(job["base"]).glob("*.safetensors")) / 1e9
-    peak = max(peaks.values())
     return {
-        "imports_gb": round(imported, 3),
-        "peak_gb": peak,
-        "activations_gb": round(activations, 3),
+        "peak_gb": max(peaks.values()),
         "checkpoint_gb": round(checkpoint, 3),
-        "held_of_checkpoint": round((peak - imported - activations) / checkpoint, 2),
         "peaks_by_stage_gb": peaks,
     }
 
