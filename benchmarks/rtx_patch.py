@@ -9,6 +9,8 @@ of DistilBERT's size with random weights. Printed, ratios first:
 - a rebuild of the fine-tune's engine over patching it, in one run (wanted: 50), from the same
   files: the `.kd` file is merged and the engine built, without exporting the graph, which exists;
   or read with the map, and the engine patched as a device does it. Also without the merge;
+- an export over patching: what `kilodelta export --tensorrt` does for the same fine-tune, which
+  merges, opens the model, traces it and builds, in a process that has done so before;
 - the floor: the same bytes copied, hashed by a second thread, synced and named, and nothing
   computed, by the calls that patching uses; what a rebuild is over that no patch can exceed. With
   `--folder` on a memory file system (/dev/shm) the disk is left out;
@@ -329,9 +331,11 @@ def beside_a_build(base: Path, dtype: str, place: Path | None = None) -> dict[st
             on_device(engine, folder, "memory", promised)
             memory = peak() - before
         assert (folder / "0.engine").read_bytes() == data
+        exports = [exported(base, folder / "task.kd", folder / f"e{n}", dtype) for n in range(2)]
     return {
         "rebuild_over_patch": (merged + build) / min(seconds),
         "build_over_patch": build / min(seconds),
+        "export_over_patch": exports[-1] / min(seconds),
         "rebuild_over_floor": (merged + build) / min(floors),
         "patch_over_floor": min(seconds) / min(floors),
         "memory_over_engine": memory / len(data),
@@ -343,13 +347,25 @@ def beside_a_build(base: Path, dtype: str, place: Path | None = None) -> dict[st
         "floor_seconds": min(floors),
         "build_seconds": build,
         "merge_seconds": merged,
+        "export_seconds": exports[-1],
         "in_the_clock_of_the_patch": "map and .kd read, base and delta matched, weights computed, "
         "engine written, every byte hashed against the stated digest, fsync, name given",
         "in_the_clock_of_the_rebuild": "the same .kd merged into a checkpoint; its weights put "
         "into the ONNX graph that exists, and the engine built; the least of the builds",
+        "in_the_clock_of_the_export": "the same .kd and base to an engine, by "
+        "kilodelta.export.export; the second time, with all libraries loaded",
         "builds_for_the_map": engine.builds,
         "dtype": dtype,
     }
+
+
+def exported(base: Path, delta: Path, out: Path, dtype: str) -> float:
+    """Export a fine-tune to an engine as the command does, and return the seconds."""
+    from kilodelta.export import export
+
+    began = time.perf_counter()
+    export(base, delta, out, tensorrt=CAPABILITIES, dtype=dtype)
+    return time.perf_counter() - began
 
 
 def on_device(engine: Engine, folder: Path, name: str, promised: str) -> float:
@@ -414,6 +430,7 @@ def main() -> None:
     print(
         f"a rebuild over patching {found['rebuild_over_patch']:.0f}x (wanted 50), "
         f"without merging {found['build_over_patch']:.0f}x\n"
+        f"an export to an engine over patching {found['export_over_patch']:.0f}x\n"
         f"a rebuild over copying, hashing and syncing alone {found['rebuild_over_floor']:.0f}x, "
         f"which a patch takes {found['patch_over_floor']:.1f} times\n"
         f"memory over the engine's bytes {found['memory_over_engine']:.2f} (at most 1.2)\n"

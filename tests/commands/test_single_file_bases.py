@@ -26,7 +26,7 @@ def call(*words: object) -> Result:
 
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
-    """A graph `base.onnx` of one weight, a file for it, a folder `tuned` and inputs."""
+    """A graph `base.onnx` of one weight, a file for it, folders `tuned` and `adapter`, inputs."""
     graph = grids.matmul_graph(tmp_path / "base.onnx", {"w.weight": grids.Numbers(16, 32, 32)})
     rng, lora = np.random.default_rng(1), Lora(rank=2)
     own = {"A": rng.normal(size=(2, 32)) * 0.2, "B": rng.normal(size=(16, 2)) * 0.2}
@@ -35,6 +35,8 @@ def here(tmp_path: Path) -> Path:
     build.build(graph, recipe, numbers).save(tmp_path / "f.kd")
     grids.folder(tmp_path / "tuned", None, {"w.weight": np.zeros((16, 32), np.float32)})
     (tmp_path / "texts.txt").write_text("rain\n" * 8)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
     (tmp_path / "base.gguf").write_bytes(b"GGUF" + b"\0" * 32)
     return tmp_path
 
@@ -66,7 +68,7 @@ def test_what_takes_a_graph_as_base(here: Path) -> None:
         (("export-peft", "BASE", "f.kd", "-o", "OUT"), CHECKPOINT),
         (("export-gguf", "BASE", "f.kd", "-o", "OUT"), CHECKPOINT),
         (("export-edge-llm", "BASE", "f.kd", "-o", "OUT"), CHECKPOINT),
-        (("import", "tuned", "--base", "BASE", "-o", "OUT"), CHECKPOINT),
+        (("import", "adapter", "--base", "BASE", "-o", "OUT"), CHECKPOINT),
         (("bundle", "BASE", "-o", "OUT", "--mode", "patch"), "kilodelta merge"),
         (("bundle", "BASE", "-o", "OUT", "--mode", "adapter"), "kilodelta merge"),
         (

@@ -207,7 +207,7 @@ def test_the_agreement_is_measured_on_the_rounded_weights(tmp_path: Path) -> Non
     rewritten(tuned, lambda t: trained(t, "", size=0.3))
     ids = np.random.default_rng(0).integers(4, 40, (60, 6))
     np.savez(tmp_path / "ids.npz", input_ids=ids)
-    options = Options(method=Lora(rank=1), steps=8, batch=16, held_out=40)
+    options = Options(method=Lora(rank=1), steps=8, batch=16, held_out=40, dtype="fp32")
     report = compress(base, tuned, tmp_path / "a.kd", inputs=tmp_path / "ids.npz", options=options)
     kilodelta.merge(base, tmp_path / "a.kd", tmp_path / "merged")
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0)).tolist()[:40]

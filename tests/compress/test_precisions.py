@@ -268,7 +268,8 @@ def test_float16_refuses_a_weight_beyond_its_range(place: Path, tmp_path: Path) 
 def test_a_quantised_base_without_inputs_is_fitted_to_its_weights(
     place: Path, tmp_path: Path
 ) -> None:
-    report = compress(place / "int4", place / "tuned", tmp_path / "task.kd", options=OPTIONS)
+    options = replace(OPTIONS, rate=None)
+    report = compress(place / "int4", place / "tuned", tmp_path / "task.kd", options=options)
     assert report.fidelity == ()
     assert kilodelta.load(tmp_path / "task.kd").manifest.grid is not None
     assert kilodelta.merge(place / "int4", tmp_path / "task.kd", tmp_path / "out").codes_changed
@@ -290,8 +291,9 @@ def test_a_damaged_scale_is_named(place: Path, tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors["pooler.dense.weight_scale"][0, 0] = float("nan")
     save_file(tensors, file)
+    options = replace(OPTIONS, rate=None)
     with pytest.raises(CheckpointError, match=r"pooler\.dense\.weight: the scale .* nan"):
-        compress(tmp_path / "int4", place / "tuned", tmp_path / "task.kd", options=OPTIONS)
+        compress(tmp_path / "int4", place / "tuned", tmp_path / "task.kd", options=options)
     assert not (tmp_path / "task.kd").exists()
 
 
