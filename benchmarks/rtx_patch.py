@@ -364,7 +364,7 @@ def exported(base: Path, delta: Path, out: Path, dtype: str) -> float:
     from kilodelta.export import export
 
     began = time.perf_counter()
-    export(base, delta, out, tensorrt=CAPABILITIES, dtype=dtype)
+    export(base, delta, out, tensorrt=CAPABILITIES, dtype={"float16": "fp16"}.get(dtype, "fp32"))
     return time.perf_counter() - began
 
 
