@@ -74,7 +74,7 @@ def check(base: Path, kind: str, config: Any, tmp_path: Path, count: int) -> Non
     """Import an adapter and compare the merged weights with PEFT's."""
     wrapped = adapters.wrap(base, kind, config)
     folder = adapters.save(wrapped, tmp_path / "adapter")
-    bits = {"bits": 16} if config.peft_type == "LORA" else {}  # the others stay floats
+    bits: dict[str, Any] = {"bits": 16} if config.peft_type == "LORA" else {}  # others stay floats
     done = import_adapter(folder, base, tmp_path / "task.kd", **bits)
     assert done.targets == count
     kilodelta.merge(base, tmp_path / "task.kd", tmp_path / "out")
