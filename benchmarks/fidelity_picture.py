@@ -21,6 +21,7 @@ from typing import Any
 from kilodelta.report import plots
 from kilodelta.report.html import DARK, LIGHT
 from kilodelta.report.plots import Series
+from kilodelta.sizes import byte_label
 
 SET = "banking77"
 TICKS = (4e3, 12e3, 25e3, 50e3, 120e3, 500e3)
@@ -35,7 +36,7 @@ def picture(result: Mapping[str, Any]) -> str:
     small = min(ours)
     alt = (
         f"Accuracy on Banking77 by bytes of the file: kilodelta reaches {ours[small]:.1f} % at "
-        f"{plots.byte_label(small)} and {max(ours.values()):.1f} % at 50 KB, a truncated SVD "
+        f"{byte_label(small)} and {max(ours.values()):.1f} % at 50 KB, a truncated SVD "
         f"{svd[max(svd)]:.1f} % at 500 KB, "
         f"a LoRA trained alike {lora[min(lora)]:.1f} % at 22 KB; "
         f"the full fine-tune of 90.9 MB has {tuned:.1f} %, the base {base:.1f} %."

@@ -362,9 +362,10 @@ def beside_a_build(base: Path, dtype: str, place: Path | None = None) -> dict[st
 def exported(base: Path, delta: Path, out: Path, dtype: str) -> float:
     """Export a fine-tune to an engine as the command does, and return the seconds."""
     from kilodelta.export import export
+    from kilodelta.export.options import short
 
     began = time.perf_counter()
-    export(base, delta, out, tensorrt=CAPABILITIES, dtype={"float16": "fp16"}.get(dtype, "fp32"))
+    export(base, delta, out, tensorrt=CAPABILITIES, dtype=short(dtype))
     return time.perf_counter() - began
 
 

@@ -15,7 +15,7 @@ from kilodelta.errors import InputError
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import TARGETS, nbytes
 from kilodelta.models.weights import TORCH
-from kilodelta.report.plots import byte_label
+from kilodelta.sizes import byte_label
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIXED = "mixed"
@@ -156,9 +156,8 @@ def _is_fast(dtype: torch.dtype, device: torch.device) -> bool:
 
 def _cpu_has_bfloat16() -> bool:
     """Return whether this processor multiplies bfloat16: by AVX512-BF16, AMX, or ARM's units."""
-    known: dict[str, Any] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # an older torch has none
+    ask = getattr(torch.cpu, "get_capabilities", dict)  # an older torch has none
+    known: dict[str, Any] = ask()
     if known.get("architecture") in ("aarch64", "arm64"):
         # torch's builds for macOS multiply bfloat16 without these units.
         return sys.platform == "linux" and bool(known.get("bf16"))

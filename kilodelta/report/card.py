@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kilodelta.errors import InputError
-from kilodelta.report.plots import byte_label
+from kilodelta.sizes import byte_label
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?\Z")
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}\Z")

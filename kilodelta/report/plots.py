@@ -16,6 +16,7 @@ from html import escape
 from typing import Any
 
 from kilodelta.errors import require
+from kilodelta.sizes import byte_label
 
 # Matplotlib wants real colours; these stand for the page's variables and are replaced in the SVG.
 VARIABLES = {
@@ -242,15 +243,6 @@ def _square(x: int, y: int, colour: Any) -> Any:
 def _short(value: float) -> str:
     """Write a share in a cell's width: .05, -.05, 1.2."""
     return f"{value:.2f}".replace("0.", ".", 1) if 0 < abs(value) < 0.995 else f"{value:.2g}"
-
-
-def byte_label(nbytes: float) -> str:
-    """Return bytes in the unit a reader expects: 950 B, 12 KB, 90.9 MB (powers of 1,000)."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if abs(nbytes) < 999.5 or unit == "GB":  # 999.9 would be written 1e+03
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    raise AssertionError("unreachable")
 
 
 def apart(values: Sequence[float], least: float = 0.12) -> list[float]:

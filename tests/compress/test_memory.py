@@ -50,11 +50,7 @@ def models(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    words = pico.WORDS.split()
-    lines = [" ".join(words[(i * j) % len(words)] for j in range(1, 4 + i % 5)) for i in range(32)]
-    path = tmp_path / "texts.txt"
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return pico.texts(tmp_path / "texts.txt", 32)
 
 
 def make(models: tuple[Path, Path], texts: Path, out: Path, **options: Any) -> Report:

@@ -52,11 +52,7 @@ def models(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    some = pico.WORDS.split()
-    lines = [" ".join(some[(i * j) % len(some)] for j in range(1, 4 + i % 5)) for i in range(64)]
-    path = tmp_path / "texts.txt"
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return pico.texts(tmp_path / "texts.txt", 64)
 
 
 def make(models: tuple[Path, Path], texts: Path, out: Path, **chosen: Any) -> Report:

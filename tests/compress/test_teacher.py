@@ -283,11 +283,7 @@ def models(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    some = pico.WORDS.split()
-    lines = [" ".join(some[(i * j) % len(some)] for j in range(1, 4 + i % 5)) for i in range(48)]
-    path = tmp_path / "texts.txt"
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return pico.texts(tmp_path / "texts.txt", 48)
 
 
 def test_one_module_is_base_and_tuned_in_turn(

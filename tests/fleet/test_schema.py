@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kilodelta.device import bundle
+from kilodelta.device.make.settings import settings_from
 from kilodelta.errors import InputError
 from kilodelta.fleet import Fleet, schema
 from kilodelta.fleet.schema import read_fleet
@@ -201,6 +202,12 @@ def test_a_release_says_how_its_folder_holds_codes(folder: Path) -> None:
     target = read(folder, GOOD.replace('kind = "onnx"\ndtype = "fp16"', table, 1)).targets[0]
     assert target.options["bundle"] == {"mode": "patch", "blocks": "qdq"}
     assert set(schema.BUNDLE) <= set(inspect.signature(bundle).parameters)
+
+
+def test_what_a_file_leaves_out_is_checked_as_bundle_fills_it_in() -> None:
+    """A fleet checks by `settings_from`, and its tasks call `bundle`: their defaults are one."""
+    ours, theirs = (inspect.signature(f).parameters for f in (settings_from, bundle))
+    assert {name: p.default for name, p in ours.items()} == {n: theirs[n].default for n in ours}
 
 
 def test_a_plan_needs_no_kernels(tmp_path: Path) -> None:

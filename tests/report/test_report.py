@@ -17,6 +17,7 @@ from kilodelta.errors import InputError, MissingPackageError
 from kilodelta.report import plots, verdict_of, write_report
 from kilodelta.report.html import Cell, Column, Page, Section, table
 from kilodelta.report.verdict import kept_share
+from kilodelta.sizes import byte_label
 
 pytest.importorskip("matplotlib")
 
@@ -264,7 +265,7 @@ def test_tensors_stand_by_layer_and_place() -> None:
     ],
 )
 def test_bytes_are_shown_in_powers_of_a_thousand(nbytes: float, text: str) -> None:
-    assert plots.byte_label(nbytes) == text
+    assert byte_label(nbytes) == text
 
 
 @pytest.mark.parametrize(

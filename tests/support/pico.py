@@ -309,6 +309,16 @@ def _randomise(model: torch.nn.Module) -> None:
             tensor.normal_(0.0, 0.1 if tensor.ndim == 1 else 0.2)
 
 
+def texts(path: Path, count: int) -> Path:
+    """Write texts of 4 to 8 of the tokenizer's words, one a line, which differ."""
+    words = WORDS.split()
+    lines = [
+        " ".join(words[(i * j) % len(words)] for j in range(1, 4 + i % 5)) for i in range(count)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
 def tokenizer() -> Any:
     """A word-level tokenizer over `WORDS`, which frames a text as BERT does."""
     from tokenizers import Tokenizer

@@ -34,7 +34,7 @@ from kilodelta.memory import resident
 from kilodelta.models import LoadedModel
 from kilodelta.models.inputs.sources import Source
 from kilodelta.progress import Event, Progress
-from kilodelta.report.plots import byte_label
+from kilodelta.sizes import byte_label
 
 PROBES = 2
 """Timed steps."""

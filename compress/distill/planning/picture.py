@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from kilodelta.report import plots
-from kilodelta.report.plots import Series, byte_label
+from kilodelta.report.plots import Series
+from kilodelta.sizes import byte_label
 
 COLOURS = {
     "--ink": "#1b1f24",

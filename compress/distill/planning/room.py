@@ -15,7 +15,7 @@ from kilodelta.compress.distill.learn.outputs import run
 from kilodelta.compress.distill.planning.memory import available, counting_kept
 from kilodelta.errors import InputError
 from kilodelta.models import LoadedModel
-from kilodelta.report.plots import byte_label
+from kilodelta.sizes import byte_label
 
 
 def rows_that_fit(student: LoadedModel, data: Data, batch: int) -> int:

@@ -28,7 +28,7 @@ from kilodelta.compress.training.activations import blocks_of
 from kilodelta.compress.training.layers import mark_sharded
 from kilodelta.errors import InputError, one_line
 from kilodelta.models.weights import local
-from kilodelta.report.plots import byte_label
+from kilodelta.sizes import byte_label
 
 
 @dataclass(frozen=True, kw_only=True)

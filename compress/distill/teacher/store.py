@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kilodelta.errors import InputError, OutputError
 from kilodelta.files import plain, staging
-from kilodelta.report.plots import byte_label
+from kilodelta.sizes import byte_label
 
 VERSION = 1
 INDEX = "teacher.json"

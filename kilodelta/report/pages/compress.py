@@ -8,8 +8,9 @@ from pathlib import Path
 from kilodelta.report import plots
 from kilodelta.report.html import Cell, Column, Page, Section, figure, paragraph, table
 from kilodelta.report.pages.parts import Json, again, facts_table, legend, number_cell
-from kilodelta.report.plots import Series, byte_label
+from kilodelta.report.plots import Series
 from kilodelta.report.verdict import verdict_of
+from kilodelta.sizes import byte_label
 
 ALIKE = (
     "The LoRA starts from the SVD of the change and is trained on the same inputs, steps, batch and"

@@ -6,7 +6,7 @@ from kilodelta.report import plots
 from kilodelta.report.html import Cell, Column, Page, Section, commands, figure, table
 from kilodelta.report.pages.parts import Json
 from kilodelta.report.pages.verify import verify_page
-from kilodelta.report.plots import byte_label
+from kilodelta.sizes import byte_label
 
 
 def demo_page(result: Json) -> Page:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kilodelta.report.html import Cell, Column, Page, Section, table
 from kilodelta.report.pages.parts import Json, again, digests
-from kilodelta.report.plots import byte_label
+from kilodelta.sizes import byte_label
 
 
 def export_page(result: Json) -> Page:

@@ -6,8 +6,8 @@ from urllib.parse import quote
 
 from kilodelta.report.html import Cell, Column, Page, Section, table
 from kilodelta.report.pages.parts import Json, legend, status_cell
-from kilodelta.report.plots import byte_label
 from kilodelta.report.verdict import AMBER, GREEN, RED, Level, Verdict
+from kilodelta.sizes import byte_label
 
 
 def _link(result: Json, row: Json) -> str:
