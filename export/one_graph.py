@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from kilodelta.errors import ExportError
+from kilodelta.errors import ExportError, require
 from kilodelta.export.manifest import artefacts
 from kilodelta.export.manifest.artefacts import file_fact
 from kilodelta.export.manifest.describe import export_manifest
@@ -50,7 +50,9 @@ def export_shared(
     Raises:
         ExportError: the model cannot be exported.
         InputError: it does not say what its inputs look like.
+        MissingPackageError: torch or onnxscript is needed.
     """
+    require("torch", extra="onnx", why="export models")
     from kilodelta.export.onnx.make import export_template
     from kilodelta.export.onnx.save import save
     from kilodelta.export.onnx.template import fill_template

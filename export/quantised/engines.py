@@ -25,8 +25,9 @@ _WAYS += " runs the graph"
 
 _ANEW = (
     "leave --tensorrt out: ONNX Runtime runs the graph; or quantise its values anew, symmetrically,"
-    " by kilodelta.grid.quantise.quantise_folder(BASE, 'base-int4/', 'int4-g32', NAMES,"
-    " scales='float16'), and kilodelta rebase base-int4/ FILE -o NEW.kd"
+    " by kilodelta.grid.quantise.quantise_folder(BASE, 'base-int4/', 'int4-g32', CHOOSES,"
+    " scales='float16'), where CHOOSES says of a weight's name whether to, and kilodelta rebase"
+    " base-int4/ FILE -o NEW.kd (docs/quantised.md)"
 )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kilodelta.errors import require
 from kilodelta.fleet.task import DEVICE, PAGE
 
 Params = Mapping[str, Any]
@@ -38,6 +39,7 @@ def preload(kinds: set[str]) -> list[str]:
 
 def compress(p: Params, out: Path) -> dict[str, Any]:
     """Distil a tuned model; the record holds what `kilodelta compress --json` prints."""
+    require("torch", extra="hf", why="train a delta's coefficients")
     from kilodelta.compress.distill.compress import compress
     from kilodelta.fleet.compression import compression_options
 
@@ -93,6 +95,7 @@ def tensorrt(p: Params, out: Path) -> dict[str, Any]:
 
 
 def _exported(p: Params, out: Path, gpus: Sequence[str]) -> dict[str, Any]:
+    require("torch", extra="onnx", why="export models")
     from kilodelta.export.pipeline import export
 
     made = export(

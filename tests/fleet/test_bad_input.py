@@ -20,7 +20,7 @@ from kilodelta.fleet import child, make_plan, read_fleet, run, work
 from kilodelta.fleet.status import PLANNED, remember
 from kilodelta.format.file import load
 from kilodelta.format.methods import Lora
-from tests.support import grids, making
+from tests.support import grids, making, processes
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "0.1.0"
 FLEET = """
@@ -132,6 +132,30 @@ def test_a_missing_package_is_those_tasks_failure(
         )
         assert "'.[gguf]'" in answer["fix"]
     assert {a["status"] for a in answers(plan, "merge").values()} == {"done"}
+
+
+WITHOUT_TORCH = """
+from pathlib import Path
+from kilodelta.errors import MissingPackageError
+from kilodelta.fleet import work
+params = {
+    "base": "base.safetensors", "dtype": "fp32", "model": None, "inputs": None, "options": {},
+    "tuned": "tuned.safetensors", "labels": None, "name": "one", "delta": "nola-8.kd",
+}
+for kind in ("onnx-base", "compress", "onnx"):
+    try:
+        work.WORK[kind](params, Path())
+    except MissingPackageError as error:
+        print(error.what, error.fix)
+"""
+
+
+def test_work_that_needs_torch_says_what_to_install() -> None:
+    lines = processes.run(processes.BLOCKED + WITHOUT_TORCH).splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert line.startswith("torch is not installed; it is needed to"), line
+        assert "pip install" in line
 
 
 def test_results_of_another_fleet_are_not_mixed_in(folder: Path) -> None:

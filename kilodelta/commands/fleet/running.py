@@ -111,6 +111,8 @@ def _show_run(done: FleetRun, as_json: bool) -> None:
     if report["failed"]:
         if as_json:  # the report is the one document
             click.get_current_context().exit(FleetError.exit_code)
+        count = len(report["failed"])
         raise FleetError(
-            f"{len(report['failed'])} tasks failed", fix="mend what is named and run it again"
+            f"{count} {'task' if count == 1 else 'tasks'} failed",
+            fix="mend what is named and run it again",
         )
