@@ -26,8 +26,10 @@ from kilodelta.export.out_folder import out_folder, require_out
 from kilodelta.export.precision import Maker
 from kilodelta.export.quantised.checks import check_quantised, refuse_blocks
 from kilodelta.export.quantised.graph import settled
+from kilodelta.export.room import needs_of_export
 from kilodelta.export.tensorrt.flavour import AUTO, choose
 from kilodelta.export.triton.repository import Repository, require_servable, write_repository
+from kilodelta.files import staging
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
@@ -241,6 +243,8 @@ def _export(
         refuse_blocks(options.blocks, base)
         tuned = tuned.bind(place)
     require_out(out, force=options.force)
+    source = grid or Checkpoint.open(place)
+    staging.require_room(*needs_of_export(source, tuned, out, options.dtypes))
     files = ", ".join((*map(short, options.dtypes), *options.capabilities))
     begin_work(out, targets=f"{len(tuned.targets)} tensors, by {tuned.method.name}", files=files)
     log.info("export %s over %s: %s", delta, base, files)

@@ -31,6 +31,7 @@ from kilodelta.compress.distill.options import Options as Options
 from kilodelta.compress.distill.options import check
 from kilodelta.compress.distill.options import options_from as options_from
 from kilodelta.compress.distill.placement import on_threads
+from kilodelta.compress.distill.planning.disk import FIX, needs_of, require_place
 from kilodelta.compress.distill.planning.room import rows_that_fit
 from kilodelta.compress.distill.precisions.fidelity import measure_each
 from kilodelta.compress.distill.precisions.grids import Grids
@@ -153,6 +154,7 @@ def compress(
         models = agree(lambda: find_models(base, tuned))
         agree(lambda: check_outputs(Path(out), models, force=force, resume=resume, learns=learns))
         agree(lambda: check_cache(options, models))
+        agree(lambda: require_place(Path(out), options))
         source, labels = agree(lambda: open_inputs(inputs, options))
         options = agree(lambda: for_processes(options, models["the base"], ranks, learns=learns))
         ranks = replace(ranks, in_step=learns and ranks.any(options.shard == "always"))
@@ -172,6 +174,8 @@ def compress(
         give_back()  # what opening and comparing took
         grids = Grids(job)
         agree(grids.check)
+        needs = needs_of(job, learns=learns)
+        agree(lambda: staging.require_room(*needs, fix=FIX))
         _announce(job, learns=learns)
         beside = baselines_of(options, drawn=report is not None)
         progress = progress if ranks.writes else silent
@@ -255,6 +259,7 @@ def _distil(
             facts=lambda: teacher_facts(job),
             scratch=lambda: ending.enter_context(staging.scratch(job.out)),
             ranks=ranks,
+            beside=needs_of(job, learns=True),
         )
         data = gather(
             source, student, as_tuned(pair, job.changes), plan_of(job, labels), progress, shelf

@@ -25,6 +25,7 @@ from kilodelta.export.merge.in_grid import (
 )
 from kilodelta.export.merge.onnx_file import require_grid_only, staged, write_onnx
 from kilodelta.export.merge.plan import FilePlan, merged_index, plan_files
+from kilodelta.export.merge.room import merged_need
 from kilodelta.export.merge.streaming import MergeStream
 from kilodelta.files import staging
 from kilodelta.files.baseline import require_base
@@ -146,6 +147,7 @@ def merge(
     single = place.suffix == ".safetensors"
     _require_place(checkpoint, place, single)
     given = None if config is None else _read_config(Path(config), single)
+    staging.require_room(merged_need(place, checkpoint, opened))
     # Remembered digests suffice: each byte is hashed on its way, against these or the result.
     bound, stream = _stream(checkpoint, opened, model, merge_target, threads, progress)
     if not single:
@@ -217,6 +219,7 @@ def _merge_one_file(
     progress: Progress,
 ) -> Merged:
     """Merge into a copy of a GGUF file or an ONNX graph."""
+    staging.require_room(merged_need(place, model, opened))
     stored = require_grid_base(model, opened.manifest, threads=threads, progress=progress)
     bound = opened.bind(model)
     if isinstance(model.source, OnnxSource):

@@ -38,6 +38,7 @@ def save(
         raise InputError(
             f"{size} bytes of weights do not fit into one ONNX file", fix="allow external data"
         )
+    staging.require_room(staging.Need(path=path, nbytes=size, what=path.name))
     beside = f"{path.name}.data" if external or size > ONE_FILE else None
     names = [path.name] if beside is None else [beside, path.name]
     with staging.new_files(*(path.parent / name for name in names)) as stage:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
+
+import numpy as np
 
 from kilodelta.errors import InputError
 from kilodelta.files import safetensors, staging
@@ -41,6 +45,13 @@ def dequantised(model: QuantisedModel, dtype: str = "float32") -> dict[str, RawT
     }
 
 
+def float_bytes(model: QuantisedModel, dtype: str = "float32") -> int:
+    """Count the bytes of `dequantised`."""
+    weights = sum(prod(stored.shape) for stored in model.stored.values())
+    plain = sum(model.plain_info(name).nbytes for name in model.plain)
+    return weights * np.dtype(dtype).itemsize + plain
+
+
 @contextmanager
 def float_folder(
     model: QuantisedModel,
@@ -72,6 +83,9 @@ def float_folder(
             fix="give the quantised model as a Hugging Face folder; into this file itself merges"
             " `kilodelta merge`",
         )
+    place = (Path(tempfile.gettempdir()) if beside is None else beside.parent) / "values"
+    values = "the values of the quantised base as floats"
+    staging.require_room(staging.Need(path=place, nbytes=float_bytes(model, dtype), what=values))
     with staging.scratch(beside) as room:
         place = room / f"{model.path.name}-dequantised"
         place.mkdir()

@@ -53,6 +53,11 @@ class OnnxSource:
             self.tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
             self.names = in_name_order(self.tensors)
 
+    @property
+    def external_bytes(self) -> int:
+        """Bytes of the weights that lie beside the graph's own file."""
+        return sum(len(t.raw_data) for t in self.tensors.values()) if self.external else 0
+
     def type_of(self, name: str) -> str:
         """Return ONNX's name of an initializer's type."""
         return str(self._onnx.TensorProto.DataType.Name(self.tensors[name].data_type))

@@ -15,6 +15,9 @@ from kilodelta.errors import InputError, OutputError, require
 from kilodelta.report.pages import PAGES
 from kilodelta.report.pages.parts import Json
 
+USUAL = 200_000
+"""Bytes that a disk is asked for before the work: a page with its pictures and its JSON."""
+
 
 def write_report(path: str | os.PathLike[str], kind: str, result: Json) -> Path:
     """Write a result as an HTML page, and as JSON beside it.
@@ -53,13 +56,19 @@ def require_page(path: Path) -> None:
 
     Raises:
         InputError: the name does not end in `.html`.
-        OutputError: its folder is missing.
+        OutputError: its folder is missing or cannot be written to, or its disk is full.
         MissingPackageError: matplotlib is not installed.
     """
+    from kilodelta.files import staging
+
     if path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{path} is no HTML file", fix="give a name that ends in .html")
     if not path.absolute().parent.is_dir():
         raise OutputError(f"{path} lies in no folder", fix="make the folder first")
+    staging.require_room(
+        staging.Need(path=path, nbytes=USUAL, what="the report"),
+        fix="give --report a place on a larger disk that you may write to",
+    )
     require("matplotlib", extra="report", why="draw the report's pictures")
 
 

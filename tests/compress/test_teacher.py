@@ -239,7 +239,7 @@ def test_a_damaged_cache_is_computed_anew(tmp_path: Path, damage: str) -> None:
 def test_a_disk_without_room_is_said_before_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(OutputError, match=r"take 1e\+09 GB, and .* free") as caught:
+    with pytest.raises(OutputError, match=r"1e\+09 GB are needed .* free") as caught:
         require_disk(tmp_path / "later" / "cache", 10**18)
     assert "--limit" in caught.value.fix
     model, rows = words(), some_rows()
@@ -256,7 +256,7 @@ def test_a_cache_that_cannot_be_written_to_is_said_before_work(
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     require_disk(tmp_path, 0)  # nothing is missing in it
-    with pytest.raises(OutputError, match="cannot be written to, and lacks outputs"):
+    with pytest.raises(OutputError, match="cannot be written to, and the teacher's outputs would"):
         require_disk(tmp_path, 1)
 
 
@@ -268,7 +268,7 @@ def test_a_cache_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def _with_free(free: int) -> Any:
-    def check(folder: Path, needed: int) -> None:
+    def check(folder: Path, needed: int, beside: Any = ()) -> None:
         if needed > free:
             raise OutputError("no room", fix="make some")
 

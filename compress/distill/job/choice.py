@@ -94,6 +94,21 @@ def choose_method(
     return choice
 
 
+def file_bytes(job: Job) -> int:
+    """Count the most bytes that a job's file takes: its header, extras and coefficients."""
+    overhead = _Overhead(
+        base=job.pair.base,
+        targets=job.targets,
+        patterns=job.patterns,
+        parts=job.split,
+        config=job.config,
+        options=job.options,
+        bits=job.bits,
+        quantised=job.quantised,
+    )
+    return overhead.of(job.method) + budgets.size_of(job.method, job.targets, job.bits)
+
+
 def require_budget(job: Job, budget: int) -> None:
     """Check that another budget than the job's buys a file as well.
 

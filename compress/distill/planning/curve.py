@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 from kilodelta.compress.distill import budget as budgets
 from kilodelta.compress.distill.compress import compress
 from kilodelta.compress.distill.options import Options
+from kilodelta.compress.distill.planning.disk import FIX
 from kilodelta.compress.distill.planning.picture import picture
 from kilodelta.compress.distill.report import Report, Size
 from kilodelta.errors import InputError, OutputError
@@ -105,11 +106,18 @@ def parse_budgets(text: str) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def check_folder(folder: Path, *, force: bool, resume: bool) -> None:
+def check_folder(folder: Path, budgets_: Sequence[int] = (), *, force: bool, resume: bool) -> None:
     """Check that a curve may be written to a folder, before any work.
 
+    Args:
+        folder: of the curve.
+        budgets_: bytes of its files.
+        force: whether a curve there is replaced.
+        resume: whether it goes on.
+
     Raises:
-        OutputError: it is a file, or holds a curve already.
+        OutputError: it is a file, cannot be written to, or holds a curve already; or its disk has
+            no room for the files.
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is no folder", fix="give a folder with -o")
@@ -118,6 +126,8 @@ def check_folder(folder: Path, *, force: bool, resume: bool) -> None:
             f"{folder} holds a curve already",
             fix="go on with it by --resume, begin anew by --force, or give another folder with -o",
         )
+    files = staging.Need(path=folder / TABLE, nbytes=sum(budgets_), what="the curve's files")
+    staging.require_room(files, fix=FIX)
 
 
 def draw_curve(

@@ -13,6 +13,7 @@ from kilodelta.compress.distill.job.choice import require_budget
 from kilodelta.compress.distill.options import Options, check
 from kilodelta.compress.distill.placement import on_threads
 from kilodelta.compress.distill.planning.curve import Curve, check_folder, draw_curve, parse_budgets
+from kilodelta.compress.distill.planning.disk import FIX, needs_of_curve
 from kilodelta.compress.distill.planning.estimate import Estimate, estimate_job
 from kilodelta.compress.distill.precisions.grids import Grids
 from kilodelta.compress.distill.precisions.opened import float_copy
@@ -21,6 +22,7 @@ from kilodelta.compress.distill.processes.ranks import Ranks
 from kilodelta.compress.distill.processes.settle import check_together
 from kilodelta.compress.distill.request import as_given, check_cache, find_models, open_inputs
 from kilodelta.errors import InputError, require
+from kilodelta.files import staging
 from kilodelta.progress import Progress, silent
 
 DEFAULTS = Options()
@@ -103,7 +105,7 @@ def plan(
         )
     sizes = _sizes(curve, options)
     if sizes:
-        check_folder(Path(out), force=force, resume=resume)
+        check_folder(Path(out), sizes, force=force, resume=resume)
         require("matplotlib", extra="report", why="draw the curve")
         options = replace(options, budget=sizes[-1], baselines=baselines_of(options, drawn=True))
     check(options, learns=True)
@@ -134,6 +136,7 @@ def plan(
         estimate = estimate_job(
             job, source, plan_of(job, labels), schedule_of(job), progress, processes
         )
+        needs = needs_of_curve(Path(out), job, sizes, estimate.teacher_bytes)
     each = estimate.total_seconds - estimate.teacher_seconds
     each *= 2 if sizes and "lora" in (options.baselines or ()) else 1
     planned = Planned(
@@ -151,6 +154,7 @@ def plan(
             fix="give a smaller --batch or --max-length, or --gradient-checkpointing, and look at"
             " the plan without --curve",
         )
+    staging.require_room(*needs, fix=FIX)
     del job, source  # the models are opened again for each budget
     drawn = draw_curve(
         base,

@@ -25,6 +25,7 @@ from kilodelta.compress.distill.teacher.store import (
 )
 from kilodelta.compress.distill.teacher.top_k import LARGEST, TOP_K, shorten
 from kilodelta.errors import InputError
+from kilodelta.files import staging
 from kilodelta.models import LoadedModel
 from kilodelta.progress import Event, Progress
 
@@ -47,12 +48,14 @@ class Shelf:
         facts: what the outputs depend on, beside what `ask` adds; asked for where `cache` is given.
         scratch: makes a folder that ends with the run.
         ranks: this process among those that share the work. Several keep the outputs on disk.
+        beside: what else the run writes, perhaps on the disk where outputs are kept.
     """
 
     cache: Path | None
     facts: Callable[[], Facts]
     scratch: Callable[[], Path]
     ranks: Ranks = ALONE
+    beside: tuple[staging.Need, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +172,7 @@ def _store(rows: Rows, survey: Survey, need: Need, shelf: Shelf | None) -> Store
         return MemoryStore(len(rows))
     if shelf.cache is None:
         folder = shelf.ranks.first(shelf.scratch)
-        shelf.ranks.agree(partial(require_disk, folder, need.kept))
+        shelf.ranks.agree(partial(require_disk, folder, need.kept, shelf.beside))
         return shelf.ranks.agree(partial(DiskStore, folder, {}, len(rows)))
     outputs = [[o.name, o.kind, o.axis, o.size, o.kept] for o in survey.matched]
     facts = {**shelf.facts(), "inputs": rows.digest(), "outputs": str(outputs)}
@@ -177,7 +180,7 @@ def _store(rows: Rows, survey: Survey, need: Need, shelf: Shelf | None) -> Store
     # All have read what is kept before one writes more.
     store = shelf.ranks.agree(partial(DiskStore, folder, facts, len(rows)))
     needed = need.kept * len(store.missing()) // len(rows)
-    shelf.ranks.agree(partial(require_disk, shelf.cache, needed))
+    shelf.ranks.agree(partial(require_disk, shelf.cache, needed, shelf.beside))
     return store
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from kilodelta.errors import InputError, OutputError
 from kilodelta.files import plain, staging
-from kilodelta.sizes import byte_label
+from kilodelta.files.staging import Need, require_room
 
 VERSION = 1
 INDEX = "teacher.json"
@@ -207,30 +205,23 @@ def folder_of(cache: Path, facts: Facts) -> Path:
     return cache / hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def require_disk(folder: Path, needed: int) -> None:
+def require_disk(folder: Path, needed: int, beside: Sequence[Need] = ()) -> None:
     """Check that a disk has room, before any work.
 
     Args:
         folder: where files are to lie; it need not exist.
         needed: bytes.
+        beside: what else the run writes, perhaps on the same disk.
 
     Raises:
         OutputError: it has less, or the folder is read-only.
     """
-    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if needed and not os.access(place, os.W_OK):
-        raise OutputError(
-            f"{place} cannot be written to, and lacks outputs of the teacher",
-            fix="give another folder with --teacher-cache",
-        )
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise OutputError(
-            f"the teacher's outputs take {byte_label(needed)}, and {place} has"
-            f" {byte_label(free)} free",
-            fix="give a folder on a larger disk with --teacher-cache, fewer inputs with --limit,"
-            " or shorter ones with --max-length",
-        )
+    outputs = Need(path=folder / INDEX, nbytes=needed, what="the teacher's outputs")
+    require_room(
+        *((outputs, *beside) if needed else ()),
+        fix="give a folder on a larger disk that you may write to with --teacher-cache, fewer"
+        " inputs with --limit, or shorter ones with --max-length",
+    )
 
 
 def padded(parts: Sequence[Tensor]) -> Tensor:

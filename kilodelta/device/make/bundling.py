@@ -27,8 +27,10 @@ from kilodelta.export.patching.map_file import write_map
 from kilodelta.export.quantised import prove_codes, put_codes
 from kilodelta.export.quantised.checks import refuse_blocks, require_folder, require_grids
 from kilodelta.export.quantised.graph import settled
+from kilodelta.export.room import needs_of_bundle
 from kilodelta.export.tensorrt import build
 from kilodelta.export.tensorrt.flavour import choose
+from kilodelta.files import staging
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.model_digest import digest
 from kilodelta.files.safetensors import write_stream
@@ -72,6 +74,9 @@ class BundleJob:
         else:
             refuse_blocks(settings.blocks, folder)
         self.base = self.values = Checkpoint.open(folder)
+        if room is not None:
+            held = self.quantised or self.base
+            staging.require_room(*needs_of_bundle(held, room, settings.dtype))
         if self.quantised is not None:
             copy = float_folder(self.quantised, beside=room)
             self.values = Checkpoint.open(self._room.enter_context(copy))
