@@ -1,15 +1,18 @@
-"""Whether a TensorRT-RTX engine keeps the codes of quantised weights: INT4, INT8 and FP8.
+"""Whether a TensorRT-RTX engine keeps the codes of quantised weights: INT4, INT8, FP8, NVFP4.
 
     nice python benchmarks/rtx_codes.py [--json FILE]
-    nice python benchmarks/rtx_codes.py --survey [--only NAME,NAME] [--dtypes float16] [--json FILE]
+    nice python benchmarks/rtx_codes.py --survey [--only NAME,NAME] [--codes nvfp4]
+        [--dtypes float16] [--json FILE]
 
 The first form builds two matrices of random codes behind `DequantizeLinear` and `MatMul` into an
-engine, and looks for their packed bytes in it: as they are, or transposed.
+engine, and looks for their packed bytes in it, and for those of their scales where these lie in
+blocks: as they are, or transposed.
 
 The survey quantises all linear layers of small models of many architectures, to INT4 in groups of
-32 and to FP8, maps their engines for sm89 as `bundle --mode patch --engine` does, and patches a
-fine-tune of all weights that have a place: how many have one, and in how many bytes the patched
-engine differs from a build of the fine-tune. Each row is a process of its own. No GPU is needed.
+32, to FP8 and to NVFP4, maps their engines for sm89 or sm120 as `bundle --mode patch --engine`
+does, and patches a fine-tune of all weights that have a place: how many have one, and in how many
+bytes the patched engine differs from a build of the fine-tune. Each row is a process of its own. No
+GPU is needed.
 """
 
 from __future__ import annotations
@@ -29,12 +32,12 @@ from rtx_patch import MODELS, example, in_a_process, make_model, write_results
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-SIZE, BLOCK = 256, 64
-KINDS = ("int4", "int8", "fp8")
-CAPABILITIES = ("sm86", "sm89")
+SIZE, BLOCK, NVFP4_BLOCK = 256, 64, 16
+KINDS = ("int4", "int8", "fp8", "nvfp4")
+CAPABILITIES = ("sm86", "sm89", "sm120")
 DTYPES = ("float16", "float32")
-PRECISIONS = ("int4-g32", "fp8")
-SURVEYED = "sm89"
+PRECISIONS = {"int4-g32": "sm89", "fp8": "sm89", "nvfp4": "sm120"}
+"""What is surveyed, and the GPU that its engines are built for."""
 SIZES = {
     **{"intermediate_size": 64, "hidden_dim": 64, "ffn_dim": 64, "hidden_sizes": [32, 64]},
     **{"num_hidden_layers": 1, "n_layers": 1, "n_layer": 1},
@@ -46,15 +49,15 @@ WIDE = {"albert": {"embedding_size": 32}, "convbert": {"hidden_size": 64, "embed
 
 
 def packed(codes: Any, kind: str) -> bytes:
-    """A matrix of codes as ONNX keeps it: INT4 two to a byte, the first one low."""
-    if kind != "int4":
+    """A matrix of codes as ONNX keeps it: of four bits two to a byte, the first one low."""
+    if kind not in ("int4", "nvfp4"):
         return bytes(np.ascontiguousarray(codes).tobytes())
     flat = codes.reshape(-1)
     return bytes(((flat[0::2] & 15) | ((flat[1::2] & 15) << 4)).astype(np.uint8).tobytes())
 
 
-def write_model(path: Path, kind: str, dtype: str) -> list[Any]:
-    """Write `relu(x W0) W1` with quantised weights, and return their codes."""
+def write_model(path: Path, kind: str, dtype: str) -> list[tuple[Any, Any]]:
+    """Write `relu(x W0) W1` with quantised weights, and return their codes and scales."""
     import onnx
     from onnx import TensorProto, helper
 
@@ -64,32 +67,46 @@ def write_model(path: Path, kind: str, dtype: str) -> list[Any]:
         "int4": TensorProto.INT4,
         "int8": TensorProto.INT8,
         "fp8": TensorProto.FLOAT8E4M3FN,
+        "nvfp4": TensorProto.FLOAT4E2M1,
     }
     shapes: dict[str, tuple[int, ...]] = {"int4": (SIZE // BLOCK, SIZE), "int8": (SIZE,), "fp8": ()}
     options = {"int4": {"axis": 0, "block_size": BLOCK}, "int8": {"axis": 1}, "fp8": {}}
-    nodes, held, codes, source = [], [], [], "x"
+    options["nvfp4"] = {"axis": 0, "block_size": NVFP4_BLOCK}
+    nodes, held, weights, source = [], [], [], "x"
     for number in range(2):
-        lowest, highest = (-8, 8) if kind == "int4" else (-127, 127)
+        lowest, highest = (-8, 8) if kind in ("int4", "nvfp4") else (-127, 127)
         drawn = random.integers(lowest, highest, (SIZE, SIZE)).astype(np.int8)
         if kind == "fp8":
             drawn[(drawn & 127) == 127] = 0  # NaN
-        scales = np.asarray(random.random(shapes[kind]) * 0.01 + 0.01, dtype)
         names = f"codes{number}", f"scales{number}", f"weight{number}", f"y{number}"
+        if kind == "nvfp4":  # E4M3 numbers from 0.5 to 8, times one float
+            scales = random.integers(0x30, 0x50, (SIZE // NVFP4_BLOCK, SIZE)).astype(np.uint8)
+            parts = f"eighths{number}", f"factor{number}"
+            factor = np.asarray(2.0**-9, dtype)
+            held.append(
+                helper.make_tensor(parts[0], types["fp8"], scales.shape, scales.tobytes(), raw=True)
+            )
+            held.append(helper.make_tensor(parts[1], real, (), factor.tobytes(), raw=True))
+            nodes.append(helper.make_node("DequantizeLinear", parts, [names[1]]))
+        else:
+            scales = np.asarray(random.random(shapes[kind]) * 0.01 + 0.01, dtype)
+            held.append(
+                helper.make_tensor(names[1], real, scales.shape, scales.tobytes(), raw=True)
+            )
         held.append(
             helper.make_tensor(names[0], types[kind], (SIZE, SIZE), packed(drawn, kind), raw=True)
         )
-        held.append(helper.make_tensor(names[1], real, scales.shape, scales.tobytes(), raw=True))
         nodes.append(helper.make_node("DequantizeLinear", names[:2], [names[2]], **options[kind]))
         nodes.append(helper.make_node("MatMul", [source, names[2]], [names[3]]))
         if number == 0:
             nodes.append(helper.make_node("Relu", [names[3]], ["between"]))
         source = "between"
-        codes.append(drawn)
+        weights.append((drawn, scales))
     ports = [helper.make_tensor_value_info(n, real, ["batch", SIZE]) for n in ("x", "y1")]
     graph = helper.make_graph(nodes, "graph", ports[:1], ports[1:], held)
-    opset = [helper.make_opsetid("", 21)]
-    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), path)
-    return codes
+    opset = [helper.make_opsetid("", 23)]  # the first with FLOAT4E2M1
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=11), path)
+    return weights
 
 
 def measure(kind: str, dtype: str, capability: str) -> dict[str, Any]:
@@ -100,7 +117,7 @@ def measure(kind: str, dtype: str, capability: str) -> dict[str, Any]:
     row: dict[str, Any] = {"codes": kind, "dtype": dtype, "for": capability}
     with tempfile.TemporaryDirectory() as temporary:
         onnx, engine = Path(temporary) / "model.onnx", Path(temporary) / "model.engine"
-        codes = write_model(onnx, kind, dtype)
+        weights = write_model(onnx, kind, dtype)
         try:
             trt = choose(RTX, (capability,), (dtype,))
             shapes = ((1, SIZE), (8, SIZE), (32, SIZE))
@@ -108,15 +125,16 @@ def measure(kind: str, dtype: str, capability: str) -> dict[str, Any]:
         except KiloDeltaError as error:
             return {**row, "refused": " ".join(error.what.split()).split(": ", 1)[-1][:160]}
         data = engine.read_bytes()
-    found = [
-        "as it is"
-        if packed(one, kind) in data
-        else "transposed"
-        if packed(one.T, kind) in data
-        else "nowhere"
-        for one in codes
-    ]
-    return {**row, "found": found}
+    row["found"] = [where(data, *(packed(m, kind) for m in (one, one.T))) for one, _ in weights]
+    if kind in ("int4", "nvfp4"):
+        scales = [(one, np.ascontiguousarray(one.T)) for _, one in weights]
+        row["scales"] = [where(data, *(own.tobytes() for own in pair)) for pair in scales]
+    return row
+
+
+def where(data: bytes, plain: bytes, turned: bytes) -> str:
+    """How an engine holds a matrix."""
+    return "as it is" if plain in data else "transposed" if turned in data else "nowhere"
 
 
 def quantised(kind: str, precision: str, dtype: str, folder: Path) -> Path:
@@ -151,7 +169,7 @@ def quantised(kind: str, precision: str, dtype: str, folder: Path) -> Path:
     held = Checkpoint.open(folder / "float32-scales")
     tensors = {name: held.raw(name) for name in held.names}
     for name, tensor in tensors.items():
-        if name.endswith("weight_scale"):
+        if name.endswith("weight_scale") and tensor.dtype == "F32":  # NVFP4's are E4M3 numbers
             scales = tensor.data.view(np.float32).reshape(tensor.shape)
             tensors[name] = RawTensor.of(scales.astype(dtype))
     (folder / "base").mkdir()
@@ -185,6 +203,7 @@ def survey_one(kind: str, precision: str, dtype: str) -> dict[str, Any]:
     from kilodelta.errors import KiloDeltaError
     from kilodelta.export.merge.checkpoint import merge
     from kilodelta.export.onnx.make import export_template
+    from kilodelta.export.patching.codes.places import REST
     from kilodelta.export.patching.engine.build import engine_builder
     from kilodelta.export.patching.engine.builds import EngineBuilds
     from kilodelta.export.patching.engine.map import make_engine_map
@@ -199,6 +218,7 @@ def survey_one(kind: str, precision: str, dtype: str) -> dict[str, Any]:
     from kilodelta.models import open_model
 
     row: dict[str, Any] = {"model": kind, "codes": precision, "dtype": dtype}
+    gpus = (PRECISIONS[precision],)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         base = quantised(kind, precision, dtype, folder)
@@ -211,16 +231,14 @@ def survey_one(kind: str, precision: str, dtype: str) -> dict[str, Any]:
         with float_folder(model, beside=folder / "values") as values:
             template = export_template(open_model(str(values)), example(kind), dtype=dtype)
             values_held = Checkpoint.open(values)
-        trt = choose(RTX, (SURVEYED,), (dtype,))
+        trt = choose(RTX, gpus, (dtype,))
 
         def builder(own: Any) -> Any:
-            return engine_builder(
-                trt, template, values_held, capabilities=(SURVEYED,), quantised=own
-            )
+            return engine_builder(trt, template, values_held, capabilities=gpus, quantised=own)
 
         engine = folder / "model.engine"
         try:
-            require_grids(model, (dtype,), (SURVEYED,))
+            require_grids(model, (dtype,), gpus)
             places = make_engine_map(
                 engine,
                 model,
@@ -240,7 +258,7 @@ def survey_one(kind: str, precision: str, dtype: str) -> dict[str, Any]:
             "weights_placed": len(placed),
             "copies": len(copies),
             "transposed": sum(getattr(copy.layout, "transposed", False) for copy in copies),
-            "scales_in_the_engine": sum(not copy.needs_rest for copy in copies),
+            "scales_in_the_engine": sum(copy.parts["x_scale"].file != REST for copy in copies),
             "others": len(template.weights) - len(weights),
             "others_placed": len(places.places),
             "builds": builds,
@@ -268,12 +286,13 @@ def survey_one(kind: str, precision: str, dtype: str) -> dict[str, Any]:
 
 
 def survey(
-    kinds: list[str], dtypes: list[str], results: Path | None, until: float
+    kinds: list[str], precisions: list[str], dtypes: list[str], results: Path | None, until: float
 ) -> list[dict[str, Any]]:
     """Map each model, grid and precision in a process of its own, which may fail alone.
 
     Args:
         kinds: architectures.
+        precisions: of `PRECISIONS`.
         dtypes: what engines compute in.
         results: a file that is written after each row; rows that it holds are not made again.
         until: by `time.monotonic`, after which no row is begun.
@@ -282,7 +301,7 @@ def survey(
     if results is not None and results.exists():
         rows = json.loads(results.read_text())["rows"]
     done = {(row["model"], row["codes"], row["dtype"]) for row in rows}
-    for dtype, precision, kind in itertools.product(dtypes, PRECISIONS, kinds):
+    for dtype, precision, kind in itertools.product(dtypes, precisions, kinds):
         if (kind, precision, dtype) in done or time.monotonic() > until:
             continue
         one = ["--one", kind, "--codes", precision, "--dtypes", dtype]
@@ -290,7 +309,7 @@ def survey(
         rows.append(row | in_a_process([sys.executable, __file__, *one]))
         print(json.dumps(rows[-1]), flush=True)
         if results is not None:
-            write_results(results, {"for": SURVEYED, "rows": rows})
+            write_results(results, {"for": PRECISIONS, "rows": rows})
     return rows
 
 
@@ -300,7 +319,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(kind for kind in MODELS if kind != "resnet"))
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--one", choices=MODELS)
-    parser.add_argument("--codes", choices=PRECISIONS)
+    parser.add_argument("--codes", default=",".join(PRECISIONS))
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no row after these")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -309,7 +328,10 @@ def main() -> None:
         return
     if given.survey:
         until = time.monotonic() + 60 * given.minutes
-        survey(given.only.split(","), given.dtypes.split(","), given.json, until)
+        kinds, precisions, dtypes = (
+            own.split(",") for own in (given.only, given.codes, given.dtypes)
+        )
+        survey(kinds, precisions, dtypes, given.json, until)
         return
     rows = [measure(k, d, c) for k in KINDS for d in DTYPES for c in CAPABILITIES]
     for row in rows:

@@ -128,8 +128,9 @@ def require_runnable(name: str, matrix: Matrix) -> None:
     if matrix.kind.name == "e2m1":
         raise ExportError(
             f"{name} holds NVFP4 codes, with which ONNX Runtime computes on no CPU",
-            fix="build an engine (--tensorrt sm120), quantise to int4, int8 or fp8"
-            " (`kilodelta.grid.quantise`), or merge into the checkpoint for a server that reads it",
+            fix="build an engine (export --tensorrt sm120, bundle --engine sm120), quantise to"
+            " int4, int8 or fp8 (`kilodelta.grid.quantise`), or merge into the checkpoint for a"
+            " server that reads it",
         )
 
 

@@ -136,7 +136,9 @@ def test_a_release_builds_images_in_the_sizes_of_the_bundle(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "gpu"), [("int4-g32", "sm86"), ("fp8", "sm89")])
+@pytest.mark.parametrize(
+    ("precision", "gpu"), [("int4-g32", "sm86"), ("fp8", "sm89"), ("nvfp4", "sm120")]
+)
 def test_an_engine_of_a_quantised_base_is_bundled_released_and_patched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, gpu: str
 ) -> None:
@@ -181,6 +183,9 @@ def test_an_engine_of_a_quantised_base_is_bundled_released_and_patched(
     assert patched.stat().st_size == engine.nbytes
     with pytest.raises(ExportError, match="was not released for this device's engine"):
         Device(device).run(golden.read(device / "base" / golden.FILE).inputs, tmp_path / "task.kd")
+    if precision == "nvfp4":
+        beside = bundle(base, tmp_path / "beside", mode="adapter", engine=[gpu])
+        assert {"adapter.json", "model.engine"} <= {file.file for file in beside.files}
 
 
 def test_a_folder_without_a_patched_engine_is_refused(bench: Bench, tmp_path: Path) -> None:

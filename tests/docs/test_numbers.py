@@ -325,6 +325,35 @@ def test_how_often_an_engine_of_codes_has_a_map() -> None:
     assert f"linear layers, {len(models)} were measured" in page
 
 
+CODES_FLOAT32 = result("rtx-codes-survey-float32-2026-11-29-epyc-avx512-busy")["rows"]
+
+
+def test_engines_of_codes_that_compute_in_float32() -> None:
+    page = PATCH.read_text()
+    mapped = [row for row in CODES_FLOAT32 if "refused" not in row]
+    every, placed = (sum(row[key] for row in mapped) for key in ("weights", "weights_placed"))
+    built = sum(row["bytes_that_differ"] == 0 for row in mapped)
+    rows = len(CODES_FLOAT32)
+    assert f"{len(mapped)} of {rows} engines have a map, {placed} of {every} weights a" in page
+    assert f"and {built} fine-tunes of {rows}, patched, are their builds" in page
+    names = sorted({row["model"] for row in CODES_FLOAT32})
+    assert ", ".join(f"`{name}`" for name in names[:-1]) + f" and `{names[-1]}`" in page
+
+
+KEPT = result("rtx-codes-2026-11-29-epyc-avx512-busy")["rows"]
+
+
+def test_an_engine_holds_nvfp4_as_bytes() -> None:
+    """The page says that codes and scales lie in the order of the network's own constants."""
+    rows = [row for row in KEPT if row["codes"] == "nvfp4" and "refused" not in row]
+    assert [(row["for"], row["dtype"]) for row in rows] == [
+        ("sm120", "float16"),
+        ("sm120", "float32"),
+    ]
+    assert {where for row in rows for where in (*row["found"], *row["scales"])} == {"as it is"}
+    assert "NVFP4 codes lie two to a byte, the first one low" in PATCH.read_text()
+
+
 EXPORTED = result("quantised-export-2026-11-29-epyc-busy")
 
 

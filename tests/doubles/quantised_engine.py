@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from kilodelta.files.tensor import RawTensor
@@ -78,12 +79,20 @@ class Compiler:
         self.builds += 1
 
 
+def scales(matrix: Matrix) -> Any:
+    """The scales that an engine holds: of NVFP4 the bytes of E4M3 numbers, without their factor."""
+    if matrix.kind.name != "e2m1":
+        return matrix.steps.astype(np.float32)
+    top = 2.0 ** np.ceil(np.log2(matrix.steps.max() / 448))  # our quantiser's factor
+    return (matrix.steps / top).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+
+
 def engine(own: Mapping[str, Matrix], bias: bytes = BIAS.tobytes(), number: int = 7) -> bytes:
     """Compile weights, equal codes once; `number` is that of an internal value in this build."""
     parts = [f"engine of __mye{number}".encode(), bias]
     seen: set[bytes] = set()
     for name, matrix in own.items():
-        codes, bits, steps = matrix.codes, matrix.kind.bits, matrix.steps.astype(np.float32)
+        codes, bits, steps = matrix.codes, matrix.kind.bits, scales(matrix)
         if stream(codes, bits) in seen:
             continue
         seen.add(stream(codes, bits))

@@ -21,8 +21,15 @@ from kilodelta.errors import (
 )
 from kilodelta.export.merge.checkpoint import merge
 from kilodelta.export.patching.codes.places import CodePlaces
+from kilodelta.export.patching.codes.streams import parts_in_rest, streams
 from kilodelta.export.patching.engine.apart import require_built
 from kilodelta.export.patching.engine.builds import EngineBuilds
+from kilodelta.export.patching.engine.codes import (
+    code_places,
+    find_codes,
+    moved_codes,
+    random_codes,
+)
 from kilodelta.export.patching.engine.map import make_engine_map
 from kilodelta.export.patching.make_map import write_rest
 from kilodelta.export.patching.map import PatchMap
@@ -32,7 +39,8 @@ from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Patterns
-from kilodelta.grid import QuantisedModel, open_quantised
+from kilodelta.grid import Matrix, QuantisedModel, open_quantised
+from kilodelta.grid.codes import E2M1, E4M3
 from kilodelta.grid.layouts import DequantizeLinear
 from kilodelta.merging.build import Recipe, build, quantise_target
 from tests.doubles.quantised_engine import Compiler, engine, stream, write_base
@@ -109,7 +117,7 @@ def built(case: Case, delta: Delta) -> tuple[bytes, str]:
     return data, f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-@pytest.fixture(params=["int4-g32", "fp8"])
+@pytest.fixture(params=["int4-g32", "fp8", "nvfp4"])
 def case(tmp_path: Path, request: pytest.FixtureRequest) -> Case:
     return mapped(tmp_path, request.param)
 
@@ -131,9 +139,15 @@ def test_layouts_are_told_apart_and_scales_are_read_where_they_are(case: Case) -
         "turned.weight": [True],
         "twice.weight": [False, True],
     }
-    scales = [one.parts["x_scale"].file for name in PLACED for one in case.places.codes[name]]
-    is_whole = case.base.matrix("plain.weight").kind.is_float  # one scale of four bytes
-    assert scales == [""] * 4 if is_whole else ["model.engine"] * 4
+    copies = [one.parts for name in PLACED for one in case.places.codes[name]]
+    scales = [parts["x_scale"].file for parts in copies]
+    kind = case.base.matrix("plain.weight").kind.name
+    engine = "model.engine"  # which is not searched for the four bytes of FP8's one scale
+    # The second copy of NVFP4's codes shares the scales of the first, in another order.
+    expected = {"int4": [engine] * 4, "e4m3": [""] * 4, "e2m1": [engine] * 3 + [""]}
+    assert scales == expected[kind]
+    factors = [parts["x_scale_scale"].file for parts in copies if "x_scale_scale" in parts]
+    assert factors == [""] * (4 if kind == "e2m1" else 0)
     [bias] = case.places.places["bias"]
     assert bias.dtype == "F32"
 
@@ -151,6 +165,40 @@ def test_what_has_no_place_is_refused_by_name(case: Case, name: str, why: str) -
     assert "--mode adapter" in error.value.fix
     assert "refit" not in error.value.fix
     assert case.is_clean()
+
+
+def test_scales_of_nvfp4_go_with_their_own_factor() -> None:
+    """Where float16 takes another factor than float32, its E4M3 numbers are not the rest's."""
+    random = np.random.default_rng(8)
+    eighths = random.integers(8, 16, size=(6, 4))  # 8 / 8 to 15 / 8: exact in E4M3
+    codes = random.integers(0, 8, size=(6, 64)).astype(np.uint8)
+    for exponent, is_shared in ((-3, True), (-30, False)):  # 2^-24 is float16's smallest
+        matrix = Matrix(kind=E2M1, codes=codes, steps=np.ldexp(eighths, exponent), block=(1, 16))
+        half = streams(matrix, "float16", transposed=True)[1]
+        held = b"|".join(half[role].data.tobytes() for role in ("x", "x_scale"))
+        [place] = find_codes(held, "w", matrix, "m.engine")
+        copy = code_places(held, matrix, place, "float16")
+        assert copy.parts["x_scale"].file == ("m.engine" if is_shared else "")
+        rest = {
+            role: parts_in_rest(copy, matrix)[part.name]
+            for role, part in copy.parts.items()
+            if part.file == ""
+        }
+        found = copy.layout.unpack({**half, **rest})
+        assert np.array_equal(found.steps, matrix.steps)
+        assert np.array_equal(found.codes, codes)
+
+
+def test_a_twin_of_a_float_kind_has_no_minus_zero() -> None:
+    """A merge writes none, so a build may not show where one would lie."""
+    for kind, minus_zero in ((E2M1, 8), (E4M3, 128)):
+        codes = np.full((32, 64), minus_zero, np.uint8)
+        codes[0] = np.arange(64) % (1 << kind.bits)
+        base = Matrix(kind=kind, codes=codes, steps=np.ones((32, 4)), block=(1, 16))
+        assert not (random_codes(base, 1).codes == minus_zero).any()
+        moved = moved_codes(base, 1).codes
+        assert (moved[codes != minus_zero] != minus_zero).all()
+        assert (moved != codes).mean() > 0.5
 
 
 def test_too_few_codes_are_not_looked_for(tmp_path: Path) -> None:

@@ -462,8 +462,12 @@ def test_an_nvfp4_base_becomes_an_engine_for_gpus_that_have_its_codes(
     assert checked.exit_code == 0, checked.output
     assert "kernel" in checked.output or "implementation" in checked.output  # none on a CPU
     for mode in ("patch", "adapter"):
-        with pytest.raises(ExportError, match="of which no device folder is made"):
-            bundle(base, tmp_path / "device", mode=mode, engine=["sm120"])
+        with pytest.raises(ExportError, match="computes on no CPU") as error:
+            bundle(base, tmp_path / "device", mode=mode)
+        assert "bundle --engine sm120" in error.value.fix
+        with pytest.raises(ExportError, match="from sm120 on, not for sm89"):
+            bundle(base, tmp_path / "device", mode=mode, engine=["sm89"])
+    assert not (tmp_path / "device").exists()
 
 
 def test_messages_name_the_quantised_base(place: Path, tmp_path: Path) -> None:

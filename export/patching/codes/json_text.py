@@ -18,7 +18,7 @@ from kilodelta.merging.outline import Outline, outline_to_json, parse_outline
 
 CODE_KEYS = ("quantised", "codes")
 """The keys that a map of a quantised base has besides all others."""
-TYPES = ("INT4", "UINT4", "INT8", "UINT8", "FLOAT8E4M3FN")
+TYPES = ("INT4", "UINT4", "INT8", "UINT8", "FLOAT8E4M3FN", "FLOAT4E2M1")
 """ONNX's types of codes whose bytes lie in one piece."""
 _LAYOUTS: Mapping[str, type[Layout]] = {
     "MatMulNBits": MatMulNBits,
@@ -26,7 +26,7 @@ _LAYOUTS: Mapping[str, type[Layout]] = {
 }
 _ROLES = {
     "MatMulNBits": ({"B", "scales"}, {"zero_points"}),
-    "DequantizeLinear": ({"x", "x_scale"}, {"x_zero_point"}),
+    "DequantizeLinear": ({"x", "x_scale"}, {"x_zero_point", "x_scale_scale"}),
 }
 Codes = Mapping[str, tuple[CodePlaces, ...]]
 

@@ -6,6 +6,8 @@ keep (out, in) or (in, out).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from kilodelta.export.patching.codes.places import REST, CodePlaces
@@ -49,6 +51,7 @@ def streams(
         shape=matrix.shape, type=made.codes.type, transposed=transposed, block=block
     )
     parts = {"x": _raw(made.codes), "x_scale": _raw(made.scales)}
+    whole = {} if made.whole is None else {"x_scale_scale": replace(_raw(made.whole), shape=(1,))}
     if made.zeros is not None:
         parts["x_zero_point"] = _raw(made.zeros)
     if transposed:
@@ -57,7 +60,7 @@ def streams(
             "x": layout.recode(parts, matrix.codes),
             "x_scale": _turned(parts["x_scale"], grid),
         }
-    return layout, parts
+    return layout, parts | whole
 
 
 def _turned(scales: RawTensor, grid: tuple[int, int]) -> RawTensor:

@@ -1,25 +1,27 @@
 """Find the codes of quantised weights in an engine's bytes, and make codes to look for.
 
-TensorRT-RTX 1.7 keeps INT4, INT8 and FP8 codes as one stream, of (out, in) or of (in, out). Which
-of the two differs from weight to weight, so both are looked for. A merge in the grid changes no
-scale: those are read from wherever the base's engine holds their bytes, or lie beside it.
+TensorRT-RTX 1.7 keeps INT4, INT8, FP8 and NVFP4 codes as one stream, of (out, in) or of (in, out).
+Which of the two differs from weight to weight, so both are looked for. A merge in the grid changes
+no scale: those are read from wherever the base's engine holds their bytes, or lie beside it.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kilodelta.export.patching.codes.places import CodePlaces
 from kilodelta.export.patching.codes.streams import rest_place, streams
 from kilodelta.export.patching.locate import RUN, occurrences
 from kilodelta.export.patching.map import FilePlace
 from kilodelta.files.tensor import Bytes
-from kilodelta.grid.codes import NOT_A_NUMBER
+from kilodelta.grid.codes import NOT_A_NUMBER, Kind
+from kilodelta.grid.layouts import Parts
+from kilodelta.grid.layouts.base import float_values
 from kilodelta.grid.matrix import Matrix
-
-_MINUS_ZERO = 0x80
 
 
 def packed(matrix: Matrix, *, transposed: bool) -> Bytes:
@@ -83,16 +85,32 @@ def code_places(held: bytes, matrix: Matrix, place: FilePlace, dtype: str) -> Co
     turned = place.transposed
     layout, parts = streams(matrix, dtype, transposed=turned)
     scales = parts["x_scale"]
+    exact = streams(matrix, "float32", transposed=turned)[1]
+    where = {
+        role: rest_place(place.name, role, part, transposed=turned)
+        for role, part in exact.items()
+        if role != layout.codes_in
+    }
     # A few bytes stand somewhere by chance, and would read as if they meant something there.
     begin = held.find(scales.data.tobytes()) if scales.nbytes >= RUN else -1
-    exact = streams(matrix, "float32", transposed=turned)[1]["x_scale"]
-    where = rest_place(place.name, "x_scale", exact, transposed=turned)
-    if begin >= 0:
-        where = replace(where, dtype=scales.dtype, shape=scales.shape, file=place.file, begin=begin)
+    if begin >= 0 and _share_factor(parts, exact):
+        where["x_scale"] = replace(
+            where["x_scale"], dtype=scales.dtype, shape=scales.shape, file=place.file, begin=begin
+        )
     own = replace(place, transposed=False)  # the layout says so
-    return CodePlaces(
-        layout=layout, block=matrix.block, parts={layout.codes_in: own, "x_scale": where}
-    )
+    return CodePlaces(layout=layout, block=matrix.block, parts={layout.codes_in: own, **where})
+
+
+def _share_factor(parts: Parts, exact: Parts) -> bool:
+    """Return whether scales go with the rest's factor: NVFP4's are E4M3 numbers times one number.
+
+    A type of few bits may need another factor than float32 for the same products, and with it
+    other E4M3 numbers.
+    """
+    if "x_scale_scale" not in parts:
+        return True
+    one, other = (float_values(own["x_scale_scale"]) for own in (parts, exact))
+    return np.array_equal(one, other)
 
 
 def random_codes(matrix: Matrix, seed: int) -> Matrix:
@@ -103,7 +121,7 @@ def random_codes(matrix: Matrix, seed: int) -> Matrix:
         codes = random.integers(kind.low, kind.high + 1, size=matrix.shape).astype(np.int8)
         return replace(matrix, codes=codes)
     every = np.arange(1 << kind.bits, dtype=np.uint8)
-    usable = every[(kind.integers(every) != NOT_A_NUMBER) & (every != _MINUS_ZERO)]
+    usable = every[_is_plain(kind, every)]
     return replace(matrix, codes=random.choice(usable, size=matrix.shape))
 
 
@@ -115,5 +133,11 @@ def moved_codes(matrix: Matrix, seed: int) -> Matrix:
         moved = matrix.codes + random.integers(-2, 3, size=matrix.shape)
         return replace(matrix, codes=np.clip(moved, kind.low, kind.high).astype(np.int8))
     flipped = matrix.codes ^ random.integers(0, 4, size=matrix.shape).astype(np.uint8)
-    is_number = (kind.integers(flipped) != NOT_A_NUMBER) & (flipped != _MINUS_ZERO)
-    return replace(matrix, codes=np.where(is_number, flipped, matrix.codes))
+    return replace(matrix, codes=np.where(_is_plain(kind, flipped), flipped, matrix.codes))
+
+
+def _is_plain(kind: Kind, codes: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Return which codes of a float kind stand for a number, and are not -0, as no merge writes."""
+    plain: npt.NDArray[np.bool_] = kind.plus_zero(codes) == codes
+    plain &= kind.integers(codes) != NOT_A_NUMBER
+    return plain

@@ -16,7 +16,6 @@ from kilodelta.device.make import engines
 from kilodelta.device.make.build import refuse_refit
 from kilodelta.device.make.settings import Settings
 from kilodelta.device.modes import patch, refit, runtime
-from kilodelta.errors import ExportError
 from kilodelta.export.adapter.graph import with_adapter
 from kilodelta.export.architecture import open_headed
 from kilodelta.export.onnx.make import export_template
@@ -182,13 +181,6 @@ def _check_quantised(base: QuantisedModel, settings: Settings) -> None:
     """Refuse, before anything is made, what a device folder cannot do with a quantised base."""
     require_folder(base, "a device folder")
     refuse_refit(settings.mode, base.path)
-    for name in base.stored:
-        if base.matrix(name).kind.name == "e2m1":
-            raise ExportError(
-                f"{name} holds NVFP4 codes, of which no device folder is made: only whole engines",
-                fix="export an engine of each fine-tune (`kilodelta export --tensorrt sm120`), or"
-                " quantise to int4 or fp8",
-            )
     require_grids(base, (settings.dtype,), settings.capabilities)
 
 
