@@ -44,7 +44,8 @@ from machine import describe
 import kilodelta
 from kilodelta.compress import Options, compress
 from kilodelta.grid import QuantisedModel, open_quantised
-from kilodelta.grid.quantise import PRECISIONS, quantise_folder, with_steps
+from kilodelta.grid.precisions import PRECISIONS, with_steps
+from kilodelta.grid.quantise import quantise_folder
 from kilodelta.merging.rebase import rebased
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

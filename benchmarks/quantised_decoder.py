@@ -26,7 +26,7 @@ import kilodelta
 from kilodelta.compress import Options, compress
 from kilodelta.grid import QuantisedModel
 from kilodelta.grid.open import open_named
-from kilodelta.grid.quantise import with_steps
+from kilodelta.grid.precisions import with_steps
 
 ROWS = (
     ("base", "the base"),

@@ -59,7 +59,7 @@ class Options:
             By default `svd` where a report or a curve is drawn, else none.
         precisions: what the file is to be good for, trained and measured each: of a quantised base
             `in-grid` and `beside` (both by default), of a float one `fp32`, `fp16` and those of
-            `kilodelta.grid.quantise`.
+            `kilodelta.grid.precisions`.
         seed: of the bases, the batches and the choice of held-out inputs.
         name: what the base is called; its folder's name by default.
         device: `auto` (the first CUDA GPU, else the CPU), `cpu`, `cuda`, `cuda:N` or `mps`.

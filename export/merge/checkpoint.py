@@ -34,7 +34,7 @@ from kilodelta.files.staging.sidecars import copy_sidecars
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.grid.model import QuantisedModel
-from kilodelta.grid.onnx_graph import OnnxSource
+from kilodelta.grid.onnx_source import OnnxSource
 from kilodelta.merging.devices import Merge, merger
 from kilodelta.merging.in_grid import MIN_CHANGED
 from kilodelta.merging.quantised import open_base, refuse_quantised, require_grid_base

@@ -14,7 +14,8 @@ from kilodelta.files import staging
 from kilodelta.files.identity import Identity
 from kilodelta.format.delta import Delta
 from kilodelta.grid.model import QuantisedModel
-from kilodelta.grid.onnx_graph import OnnxSource, every_copy
+from kilodelta.grid.onnx_graph import every_copy
+from kilodelta.grid.onnx_source import OnnxSource
 from kilodelta.progress import Meter, Progress
 
 

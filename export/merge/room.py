@@ -8,7 +8,7 @@ from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.staging import Need
 from kilodelta.format.delta import Delta
 from kilodelta.grid.model import QuantisedModel
-from kilodelta.grid.onnx_graph import OnnxSource
+from kilodelta.grid.onnx_source import OnnxSource
 
 
 def merged_need(place: Path, base: Checkpoint | QuantisedModel, delta: Delta) -> Need:

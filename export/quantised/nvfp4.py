@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from kilodelta.grid.codes import E4M3, e4m3_values
 from kilodelta.grid.matrix import Floats
-from kilodelta.grid.quantise import nearest_codes
+from kilodelta.grid.precisions import nearest_codes
 
 _ODD = (1, 3, 5, 7, 9, 11, 13, 15)
 """E4M3 numbers are these times powers of two: they have four significant bits."""

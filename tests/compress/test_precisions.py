@@ -33,7 +33,8 @@ from kilodelta.format.methods import Lora, UniLora
 from kilodelta.grid import Matrix, open_quantised
 from kilodelta.grid.codes import E2M1, E4M3, Kind, integer_kind
 from kilodelta.grid.dequantise import dequantised
-from kilodelta.grid.quantise import PRECISIONS, quantise_folder
+from kilodelta.grid.precisions import PRECISIONS
+from kilodelta.grid.quantise import quantise_folder
 from kilodelta.grid.reference import new_code
 from kilodelta.merging.rebase import rebase
 from kilodelta.progress import Event

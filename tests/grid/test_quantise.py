@@ -19,12 +19,8 @@ from kilodelta.grid import open_quantised
 from kilodelta.grid.codes import E2M1, E4M3, integer_kind
 from kilodelta.grid.dequantise import dequantised
 from kilodelta.grid.dequantise import float_folder as float_folder_of
-from kilodelta.grid.quantise import (
-    PRECISIONS,
-    nearest_codes,
-    quantise_folder,
-    with_steps,
-)
+from kilodelta.grid.precisions import PRECISIONS, nearest_codes, with_steps
+from kilodelta.grid.quantise import quantise_folder
 from kilodelta.grid.reference import new_code
 from kilodelta.merging.build import Recipe, build, quantise_target
 from kilodelta.merging.rebase import rebased

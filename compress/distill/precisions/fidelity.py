@@ -20,7 +20,7 @@ from kilodelta.compress.distill.precisions.wishes import BESIDE, IN_GRID, WAYS, 
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.grid.matrix import Matrix
-from kilodelta.grid.quantise import PRECISIONS
+from kilodelta.grid.precisions import PRECISIONS
 from kilodelta.merging.in_grid import MIN_CHANGED, regridded
 from kilodelta.models import LoadedModel
 from kilodelta.models.weights import values

@@ -13,7 +13,8 @@ from kilodelta.errors import InputError
 from kilodelta.files.dtypes import FLOATS as FLOAT_TYPES
 from kilodelta.files.dtypes import TARGETS
 from kilodelta.grid.matrix import Matrix
-from kilodelta.grid.quantise import PRECISIONS, can_quantise, quantised_weight
+from kilodelta.grid.precisions import PRECISIONS
+from kilodelta.grid.quantise import can_quantise, quantised_weight
 
 HALF_LARGEST = float(np.finfo(np.float16).max)
 """The largest float16."""

@@ -13,7 +13,7 @@ from kilodelta.compress.training.layers import takes_grid
 from kilodelta.compress.training.through_grid import TargetGrid, Way, Ways
 from kilodelta.errors import InputError
 from kilodelta.files.tensor import RawTensor
-from kilodelta.grid.quantise import PRECISIONS
+from kilodelta.grid.precisions import PRECISIONS
 from kilodelta.models.weights import values
 
 START = 0.15

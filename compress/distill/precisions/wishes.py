@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kilodelta.errors import InputError
-from kilodelta.grid.quantise import PRECISIONS
+from kilodelta.grid.precisions import PRECISIONS
 
 IN_GRID, BESIDE = "in-grid", "beside"
 WAYS = (IN_GRID, BESIDE)

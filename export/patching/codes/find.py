@@ -25,7 +25,8 @@ from kilodelta.grid.identity import matrix_digest
 from kilodelta.grid.layouts import DequantizeLinear
 from kilodelta.grid.matrix import Matrix
 from kilodelta.grid.model import QuantisedModel, Stored
-from kilodelta.grid.onnx_graph import OnnxSource, every_copy
+from kilodelta.grid.onnx_graph import every_copy
+from kilodelta.grid.onnx_source import OnnxSource
 from kilodelta.merging.outline import Outline
 
 Piece: TypeAlias = StoredBytes | PackedWeight
