@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 from machine import describe
-from rtx_patch import MODELS, example, in_a_process, make_model, write_results
+from rtx_patch import MODELS, example, in_a_process, make_model, minilm, write_results
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -38,6 +38,8 @@ CAPABILITIES = ("sm86", "sm89", "sm120")
 DTYPES = ("float16", "float32")
 PRECISIONS = {"int4-g32": "sm89", "fp8": "sm89", "nvfp4": "sm120"}
 """What is surveyed, and the GPU that its engines are built for."""
+REAL = "all-MiniLM-L6-v2"
+"""Surveyed where it is named in `--only`: the real model, with all its layers."""
 SIZES = {
     **{"intermediate_size": 64, "hidden_dim": 64, "ffn_dim": 64, "hidden_sizes": [32, 64]},
     **{"num_hidden_layers": 1, "n_layers": 1, "n_layer": 1},
@@ -138,7 +140,7 @@ def where(data: bytes, plain: bytes, turned: bytes) -> str:
 
 
 def quantised(kind: str, precision: str, dtype: str, folder: Path) -> Path:
-    """Write a small model of an architecture, its linear layers quantised.
+    """Write a small model of an architecture, or the real one, its linear layers quantised.
 
     Args:
         kind: the architecture.
@@ -153,9 +155,12 @@ def quantised(kind: str, precision: str, dtype: str, folder: Path) -> Path:
     from kilodelta.models import open_model
     from kilodelta.models.layers import layer_weights
 
-    own = {name: SIZES.get(name, value) for name, value in MODELS[kind].items()}
-    own |= WIDE.get(kind, {})
-    base = make_model(kind, folder / "floats", own)
+    if kind == REAL:
+        base = minilm()
+    else:
+        own = {name: SIZES.get(name, value) for name, value in MODELS[kind].items()}
+        own |= WIDE.get(kind, {})
+        base = make_model(kind, folder / "floats", own)
     loaded = open_model(str(base))
     shapes = loaded.module.state_dict()
     chosen = {
@@ -229,7 +234,8 @@ def survey_one(kind: str, precision: str, dtype: str) -> dict[str, Any]:
             builds = event.done
 
         with float_folder(model, beside=folder / "values") as values:
-            template = export_template(open_model(str(values)), example(kind), dtype=dtype)
+            batch = None if kind == REAL else example(kind)
+            template = export_template(open_model(str(values)), batch, dtype=dtype)
             values_held = Checkpoint.open(values)
         trt = choose(RTX, gpus, (dtype,))
 
@@ -318,7 +324,7 @@ def main() -> None:
     parser.add_argument("--survey", action="store_true")
     parser.add_argument("--only", default=",".join(kind for kind in MODELS if kind != "resnet"))
     parser.add_argument("--dtypes", default=",".join(DTYPES))
-    parser.add_argument("--one", choices=MODELS)
+    parser.add_argument("--one", choices=(*MODELS, REAL))
     parser.add_argument("--codes", default=",".join(PRECISIONS))
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no row after these")
     parser.add_argument("--json", type=Path)

@@ -26,11 +26,12 @@ from kilodelta.device.modes import patch as patch_mode
 from kilodelta.device.modes import runtime
 from kilodelta.device.serving import Device
 from kilodelta.device.update.apply import apply
-from kilodelta.errors import DeviceError, ExportError, InputError, ProofError
+from kilodelta.errors import DeviceError, ExportError, InputError, OutputError, ProofError
 from kilodelta.export.manifest.artefacts import file_fact
 from kilodelta.export.onnx.make import export_template
 from kilodelta.export.onnx.save import save
 from kilodelta.export.onnx.template import fill_template
+from kilodelta.export.patching import rewrite
 from kilodelta.export.patching.map_file import read_map
 from kilodelta.files import safetensors
 from kilodelta.files.checkpoint import Checkpoint
@@ -43,6 +44,8 @@ from kilodelta.merging.build import Recipe, build, quantise_target
 from kilodelta.models import open_model
 from tests.support import making, pico
 from tests.support.devices import Bench
+from tests.support.disks import with_free
+from tests.support.processes import GOLDEN
 
 LAYERS = Patterns(include=("encoder.*.weight",), exclude=("*LayerNorm*",))
 
@@ -186,6 +189,28 @@ def test_an_engine_of_a_quantised_base_is_bundled_released_and_patched(
     if precision == "nvfp4":
         beside = bundle(base, tmp_path / "beside", mode="adapter", engine=[gpu])
         assert {"adapter.json", "model.engine"} <= {file.file for file in beside.files}
+
+
+def test_a_release_asks_for_room_before_it_builds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("the work began")
+
+    (tmp_path / "model.engine").write_bytes(bytes(4000))
+    device = SimpleNamespace(base=tmp_path)
+    places = SimpleNamespace(outline=None)
+    monkeypatch.setattr(engines, "DeviceFolder", SimpleNamespace(open=lambda folder: device))
+    monkeypatch.setattr(engines, "_require_patched", lambda device, delta: places)
+    monkeypatch.setattr(rewrite, "patch", never)
+    base, delta = Checkpoint.open(GOLDEN / "base.safetensors"), load(GOLDEN / "nola-8.kd")
+    with_free(monkeypatch, 8100)
+    with pytest.raises(OutputError, match=r"engine, twice \(8 KB\), the merged weights") as error:
+        engines.built_digests([tmp_path], base, delta)
+    assert "TMPDIR" in error.value.fix
+    with_free(monkeypatch, 10**6)
+    with pytest.raises(AssertionError, match="began"):
+        engines.built_digests([tmp_path], base, delta)
 
 
 def test_a_folder_without_a_patched_engine_is_refused(bench: Bench, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from kilodelta.export.architecture import open_headed
 from kilodelta.export.manifest.artefacts import file_fact
 from kilodelta.export.manifest.facts import Sizes
 from kilodelta.export.merge.checkpoint import merge
+from kilodelta.export.merge.room import merged_need
 from kilodelta.export.onnx.make import export_template
 from kilodelta.export.onnx.template import Template
 from kilodelta.export.patching import rewrite
@@ -181,6 +182,7 @@ def built_digests(
         with staging.scratch() as work:
             patched = work / runtime.ENGINE
             engine = device.base / runtime.ENGINE
+            staging.require_room(*_needs_of(work, engine, base, delta))
             rest = base if places.outline is None else _rest(device)
             rewrite.patch(engine, delta, patched, places=places, base=rest)
             fact = file_fact(patched)
@@ -197,6 +199,15 @@ def built_digests(
                 require_built(builds, patched.read_bytes(), places, _opened(merged), dtype)
         made[f"{patch.BUILT}{places.files[0].sha256}"] = fact.sha256
     return made
+
+
+def _needs_of(work: Path, engine: Path, base: Checkpoint, delta: Delta) -> list[staging.Need]:
+    """List what the patched engine, a build of it and the merged weights take at least."""
+    both = 2 * engine.stat().st_size
+    return [
+        staging.Need(path=work / runtime.ENGINE, nbytes=both, what="the fine-tune's engine, twice"),
+        merged_need(work / "merged", base, delta),
+    ]
 
 
 def _opened(model: Path) -> Checkpoint | QuantisedModel:
