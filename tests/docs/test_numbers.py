@@ -296,12 +296,14 @@ def test_on_a_device() -> None:
 
 PATCH = ROOT / "docs" / "patch.md"
 CODES = result("rtx-codes-survey-2026-11-29-epyc-busy")["rows"]
+CODES_NVFP4 = result("rtx-codes-survey-nvfp4-2026-11-29-epyc-avx512-busy")["rows"]
 
 
 @pytest.mark.parametrize("model", sorted({row["model"] for row in CODES}))
 def test_which_codes_of_an_engine_have_a_place(model: str) -> None:
-    rows = {row["codes"]: row for row in CODES if row["model"] == model}
-    shown = [placed_of(rows.get(codes)) for codes in ("int4-g32", "fp8")]
+    of_halves = [*CODES, *(row for row in CODES_NVFP4 if row["dtype"] == "float16")]
+    rows = {row["codes"]: row for row in of_halves if row["model"] == model}
+    shown = [placed_of(rows.get(codes)) for codes in ("int4-g32", "fp8", "nvfp4")]
     cells = [cell.strip() for cell in row(PATCH, f"`{model}`").strip("|").split("|")]
     is_build = all(row.get("bytes_that_differ", 0) == 0 for row in rows.values())
     assert cells[1:] == [*shown, "0" if is_build else "refuted"]
@@ -338,6 +340,19 @@ def test_engines_of_codes_that_compute_in_float32() -> None:
     assert f"and {built} fine-tunes of {rows}, patched, are their builds" in page
     names = sorted({row["model"] for row in CODES_FLOAT32})
     assert ", ".join(f"`{name}`" for name in names[:-1]) + f" and `{names[-1]}`" in page
+
+
+def test_engines_of_nvfp4_codes() -> None:
+    page, rows = PATCH.read_text(), len(CODES_NVFP4)
+    mapped = [row for row in CODES_NVFP4 if "refused" not in row]
+    keys = ("weights", "weights_placed", "copies", "transposed", "scales_in_the_engine")
+    every, placed, copies, turned, scales = (sum(row[key] for row in mapped) for key in keys)
+    halves = sum(row["dtype"] == "float16" for row in CODES_NVFP4)
+    assert f"{len(mapped)} of {rows} engines have a map ({halves} in float16" in page
+    assert f"{rows - halves} in float32), {placed} of {every} weights a place" in page
+    built = sum(row["bytes_that_differ"] == 0 for row in mapped)
+    assert f"{built} fine-tunes of {rows}, patched, are their builds." in page
+    assert f"{turned} of {copies} lie transposed, and the scales of {scales} are read" in page
 
 
 KEPT = result("rtx-codes-2026-11-29-epyc-avx512-busy")["rows"]
