@@ -342,6 +342,17 @@ def test_engines_of_codes_that_compute_in_float32() -> None:
     assert ", ".join(f"`{name}`" for name in names[:-1]) + f" and `{names[-1]}`" in page
 
 
+@pytest.mark.parametrize(
+    "one", result("rtx-codes-minilm-float32-2026-11-29-epyc-avx512-busy")["rows"]
+)
+def test_the_real_model_s_engine_of_codes(one: Any) -> None:
+    called = {"int4-g32": "INT4", "fp8": "FP8", "nvfp4": "NVFP4"}[one["codes"]]
+    assert (
+        f"in {called} {one['weights_placed']} of {one['weights']} weights have a place and"
+        f" {one['bytes_that_differ']} of {one['engine_bytes']:,} bytes differ"
+    ) in PATCH.read_text()
+
+
 def test_engines_of_nvfp4_codes() -> None:
     page, rows = PATCH.read_text(), len(CODES_NVFP4)
     mapped = [row for row in CODES_NVFP4 if "refused" not in row]
