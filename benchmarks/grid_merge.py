@@ -237,4 +237,6 @@ def anonymous(pid: int) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # What is installed has its byte code beside it; else each start would compile the sources.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     main()

@@ -20,6 +20,7 @@ def run(
     *,
     weight: Callable[[T], int],
     threads: int | None = None,
+    count: Callable[[T], int] = lambda _: 1,
 ) -> list[R]:
     """Call a function with every item, in threads; return the results in the items' order.
 
@@ -30,6 +31,7 @@ def run(
         meter: counts finished items here, and the work in between.
         weight: how much work an item is, in any unit; the heaviest items are begun first.
         threads: how many; one for each core by default. With 1, none is started.
+        count: how many finished items one counts as.
 
     Raises:
         Exception: the first one that a call raised.
@@ -39,11 +41,12 @@ def run(
         >>> run(lambda n: n * n, [1, 2, 3], Meter("square", 3, "numbers", silent), weight=abs)
         [1, 4, 9]
     """
-    meter.expect(len(items))
+    meter.expect(sum(map(count, items)))
 
     def work(item: T) -> R:
         result = function(item)
-        meter.finish()
+        for _ in range(count(item)):
+            meter.finish()
         return result
 
     if threads == 1:  # starting one would be felt in work of milliseconds

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from kilodelta.errors import BaseMismatchError, ProofError, QualityError
+from kilodelta.exact import sha256
+from kilodelta.export.merge.pairs import Hashing
 from kilodelta.export.merge.plan import FilePlan, Piece
 from kilodelta.export.merge.streaming import MergeStream
 from kilodelta.files import identity
@@ -26,7 +28,7 @@ from kilodelta.files.copying import pwrite
 from kilodelta.files.identity import Identity
 from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
-from kilodelta.grid.identity import matrix_digest, matrix_hash
+from kilodelta.grid.identity import matrix_digest, matrix_parts
 from kilodelta.grid.layouts.base import Codes, Layout, Parts, RowLayout, Stream
 from kilodelta.grid.matrix import Matrix
 from kilodelta.grid.model import QuantisedModel
@@ -163,13 +165,18 @@ class GridStream(MergeStream):
         """Return the target whose codes, or merged bytes, a stored tensor holds."""
         return self.weights.get(stored, stored)
 
-    def _write_piece(self, descriptor: int, piece: Piece, meter: Meter) -> str:
+    def _may_share(self, piece: Piece) -> bool:
         if piece.name not in self.weights:
-            return super()._write_piece(descriptor, piece, meter)
+            return super()._may_share(piece)
+        return isinstance(self.model.of(self.weights[piece.name]).layout, RowLayout)
+
+    def _write_piece(self, descriptor: int, piece: Piece, meter: Meter) -> Hashing[str]:
+        if piece.name not in self.weights:
+            return (yield from super()._write_piece(descriptor, piece, meter))
         name = self.weights[piece.name]
         layout = self.model.of(name).layout
         if isinstance(layout, RowLayout):
-            return self._write_rows(descriptor, piece, layout, name, meter)
+            return (yield from self._write_rows(descriptor, piece, layout, name, meter))
         parts = proved_parts(self.model, self.identity, name)
         packed, digest = merge_weight(self.delta, self.model, name, parts, self.tally)
         pwrite(descriptor, packed.data.data, piece.begin)
@@ -178,7 +185,7 @@ class GridStream(MergeStream):
 
     def _write_rows(
         self, descriptor: int, piece: Piece, layout: RowLayout, name: str, meter: Meter
-    ) -> str:
+    ) -> Hashing[str]:
         """Merge a weight some rows at a time; return the logical digest of what was written."""
         info, source = self.checkpoint.info(piece.name), self.checkpoint.tensor(piece.name)
         codes = RawTensor(dtype=info.dtype, shape=info.shape, data=np.empty(0, np.uint8))
@@ -194,16 +201,18 @@ class GridStream(MergeStream):
         # Where all that is read shows in the logical digest, the result's root proves it as well.
         base = None
         if not (packed_rows and _shows_all(grid)):
-            base = identity.tensor_hash(piece.name, info.dtype, info.shape)
-        state, nbytes = matrix_hash(name, grid), piece.nbytes // grid.shape[0]
+            base = identity.tensor_hash(piece.name, info.dtype, info.shape, sha256.new)
+        state, nbytes = sha256.new(), piece.nbytes // grid.shape[0]
+        for part in matrix_parts(name, grid):
+            yield state, part
         changed, steps = 0, 0.0
         for rows, left in regridder.bands(recode.BAND):
             begin, stop = rows.start * nbytes, rows.stop * nbytes
             stream = source[begin:stop].reshape(len(rows), nbytes)
             if base is not None:
-                base.update(stream.data)
+                yield base, stream.data
             packed, written, count, sum_ = recode(rows, left, stream)
-            state.update(np.ascontiguousarray(grid.kind.plus_zero(written)).data)
+            yield state, np.ascontiguousarray(grid.kind.plus_zero(written)).data
             pwrite(descriptor, packed.reshape(-1).data, piece.begin + begin)
             meter.add(packed.size)
             changed, steps = changed + count, steps + sum_ * 2.0**grid.kind.unit

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from kilodelta import parallel
 from kilodelta.errors import BaseMismatchError, ProofError
+from kilodelta.exact import sha256
+from kilodelta.export.merge.pairs import Hashing, finish, paired
 from kilodelta.export.merge.plan import FilePlan, Piece
 from kilodelta.export.merge.tensor import require_result
 from kilodelta.files import identity, system
@@ -22,6 +24,7 @@ from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.copying import pwrite
 from kilodelta.files.identity import Identity
 from kilodelta.format.delta import Delta
+from kilodelta.memory import kept
 from kilodelta.merging.devices import Merge
 from kilodelta.merging.tensors import merged_whole
 from kilodelta.progress import Meter, Progress
@@ -47,42 +50,63 @@ class MergeStream:
             ProofError: the merged targets are not the ones that the delta promises.
         """
         meter = Meter("merge", sum(plan.size for plan in plans), "B", progress)
-        with _opened(plans) as files:
+        with _opened(plans) as files, kept():
             meter.add(sum(len(plan.header) for plan in plans))
-            jobs = [(files[plan.path], piece) for plan in plans for piece in plan.pieces]
-            digests = parallel.run(
-                lambda job: self._write_and_push(*job, meter),
-                jobs,
+            written = self._write_pieces(
+                [(files[plan.path], piece) for plan in plans for piece in plan.pieces],
                 meter,
-                weight=lambda job: job[1].nbytes,
-                threads=threads,
+                threads,
             )
-        pairs = zip((piece for _, piece in jobs), digests, strict=True)
-        merged = {piece.name: digest for piece, digest in pairs if piece.kind == "merge"}
+        merged = {piece.name: digest for piece, digest in written if piece.kind == "merge"}
         try:
             require_result(self.delta, {self.target_of(name): merged[name] for name in merged})
         except ProofError:
             self._require_unchanged(merged)  # says so if it was the base that changed
             raise
 
+    def _write_pieces(
+        self, jobs: list[tuple[int, Piece]], meter: Meter, threads: int | None
+    ) -> list[tuple[Piece, str]]:
+        """Write pieces into their files, some at a time, two of them by turns in each thread."""
+        batches = paired(
+            jobs,
+            weight=lambda job: job[1].nbytes,
+            fits=lambda job: self._may_share(job[1]),
+            threads=threads or os.cpu_count() or 1,
+        )
+        digests = parallel.run(
+            lambda batch: finish([self._write_and_push(*job, meter) for job in batch]),
+            batches,
+            meter,
+            weight=lambda batch: sum(piece.nbytes for _, piece in batch),
+            threads=threads,
+            count=len,
+        )
+        pieces = (piece for batch in batches for _, piece in batch)
+        return list(zip(pieces, (d for batch in digests for d in batch), strict=True))
+
     def target_of(self, stored: str) -> str:
         """Return the target whose merged bytes a stored tensor holds: the one of its name."""
         return stored
 
-    def _write_and_push(self, descriptor: int, piece: Piece, meter: Meter) -> str:
+    def _may_share(self, piece: Piece) -> bool:
+        """Return whether a piece may be written by turns with another: it takes little memory."""
+        return piece.kind != "merge"
+
+    def _write_and_push(self, descriptor: int, piece: Piece, meter: Meter) -> Hashing[str]:
         """Write one tensor, and start it towards the disk while the next ones are merged."""
-        digest = self._write_piece(descriptor, piece, meter)
+        digest = yield from self._write_piece(descriptor, piece, meter)
         system.begin_sync(descriptor, piece.begin, piece.nbytes)
         return digest
 
-    def _write_piece(self, descriptor: int, piece: Piece, meter: Meter) -> str:
+    def _write_piece(self, descriptor: int, piece: Piece, meter: Meter) -> Hashing[str]:
         """Write one tensor; returns the digest of what was written, empty for an extra."""
         if piece.kind == "store":
             pwrite(descriptor, self.delta.extras[piece.name].data.data, piece.begin)
             meter.add(piece.nbytes)
             return ""
         info, position = self.checkpoint.info(piece.name), piece.begin
-        state = identity.tensor_hash(piece.name, info.dtype, info.shape)
+        state = identity.tensor_hash(piece.name, info.dtype, info.shape, sha256.new)
         source = self.checkpoint.tensor(piece.name)
         parts = (
             merged_whole(self.delta, piece.name, source, self.merge)
@@ -90,7 +114,7 @@ class MergeStream:
             else source.chunks()
         )
         for part in parts:
-            state.update(part.data)
+            yield state, part.data
             pwrite(descriptor, part.data, position)
             position += part.nbytes
             meter.add(part.nbytes)

@@ -25,6 +25,7 @@ with uncollected():
     import numba
     from numba.core import config
     from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+    from numba.core.runtime import rtsys
 
 SOURCES = Path(__file__).parent
 
@@ -127,8 +128,16 @@ class _KernelCache(FunctionCache):  # type: ignore[misc]
     _impl_class = _Impl
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Load a function's code, without all that numba needs to compile another one.
+
+        numba's own way makes everything ready for that first, which takes most of the time of a
+        short merge. Code that is loaded needs numba's memory alone; where nothing can be loaded,
+        numba makes the rest ready as it compiles.
+        """
         try:
-            return super().load_overload(sig, target_context)
+            with uncollected():
+                rtsys.initialize(target_context)
+                return self._load_overload(sig, target_context)
         except Exception:  # unpickling garbage raises anything
             with contextlib.suppress(Exception):
                 self.flush()

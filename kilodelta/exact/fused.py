@@ -62,6 +62,48 @@ def multiply_row(left, right, start, acc):  # type: ignore[no-untyped-def]
         k += 1
 
 
+@kernel(fastmath={"contract"})
+def multiply_two_rows(left, right, start, acc):  # type: ignore[no-untyped-def]
+    """Compute what `multiply_row` does for two rows at once: the right factor is read only once.
+
+    Args:
+        left: two rows of the left factor, float64 or float32 (2, K).
+        right: of the same type (K, d).
+        start: the first column.
+        acc: of the same type (2, n), contiguous.
+    """
+    size, columns = acc.shape[1], slice(start, start + acc.shape[1])
+    both, first, second = acc.reshape(-1), left[0], left[1]  # one array: it aliases itself
+    k = 0
+    if first.size >= 4:
+        r0, r1, r2, r3 = right[0, columns], right[1, columns], right[2, columns], right[3, columns]
+        l0, l1, l2, l3 = first[0], first[1], first[2], first[3]
+        m0, m1, m2, m3 = second[0], second[1], second[2], second[3]
+        for j in range(size):
+            a, b, c, d = r0[j], r1[j], r2[j], r3[j]
+            both[j] = l0 * a + l1 * b + l2 * c + l3 * d
+            both[size + j] = m0 * a + m1 * b + m2 * c + m3 * d
+        k = 4
+    else:
+        both[:] = 0.0
+    while k + 4 <= first.size:
+        r0, r1 = right[k, columns], right[k + 1, columns]
+        r2, r3 = right[k + 2, columns], right[k + 3, columns]
+        l0, l1, l2, l3 = first[k], first[k + 1], first[k + 2], first[k + 3]
+        m0, m1, m2, m3 = second[k], second[k + 1], second[k + 2], second[k + 3]
+        for j in range(size):
+            a, b, c, d = r0[j], r1[j], r2[j], r3[j]
+            both[j] += l0 * a + l1 * b + l2 * c + l3 * d
+            both[size + j] += m0 * a + m1 * b + m2 * c + m3 * d
+        k += 4
+    while k < first.size:
+        r0, l0, m0 = right[k, columns], first[k], second[k]
+        for j in range(size):
+            both[j] += l0 * r0[j]
+            both[size + j] += m0 * r0[j]
+        k += 1
+
+
 @kernel
 def merge_f32(left, right, weights, factor, scale, out):  # type: ignore[no-untyped-def]
     """Compute `out` (rows, d) = weights + 2^e C left @ right; return whether any is not finite.

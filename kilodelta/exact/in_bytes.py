@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 
 from kilodelta.exact.byte_integers import decide_integers, round_integers
 from kilodelta.exact.compiled import kernel
-from kilodelta.exact.fused import multiply_row
+from kilodelta.exact.fused import multiply_row, multiply_two_rows
 from kilodelta.exact.nibbles import count_changed, decode_bytes, join_bytes, split_bytes
 from kilodelta.exact.quotients import (
     LANES,
@@ -158,15 +158,19 @@ def _share(rows, every):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _update(left, right, i, start, low, high):  # type: ignore[no-untyped-def]
-    """Compute the update of a tile of row i, from its factors or as it is at hand."""
-    if right.shape[0]:
-        multiply_row(left[i], right, start, low)
-        multiply_row(left[i], right, right.shape[1] // 2 + start, high)
+def _update(left, right, i, start, lows, highs):  # type: ignore[no-untyped-def]
+    """Compute the update of a tile of rows i and i + 1, from its factors or as it is at hand."""
+    size, second = lows.shape[1], right.shape[1] // 2 + start
+    if right.shape[0] == 0:
+        last = min(i + 2, left.shape[0])
+        lows[: last - i] = left[i:last, start : start + size]
+        highs[: last - i] = left[i:last, second : second + size]
+    elif i + 1 < left.shape[0]:
+        multiply_two_rows(left[i : i + 2], right, start, lows)
+        multiply_two_rows(left[i : i + 2], right, second, highs)
     else:
-        low[:] = left[i, start : start + low.size]
-        second = right.shape[1] // 2 + start
-        high[:] = left[i, second : second + high.size]
+        multiply_row(left[i], right, start, lows[0])
+        multiply_row(left[i], right, second, highs[0])
 
 
 @kernel
@@ -191,14 +195,20 @@ def merge_integers(left, right, factor, stream, first, zeros, steps, every, out,
         how many codes changed, and the sum of |delta / step|, roughly.
     """
     changed, sums, width = 0, np.zeros(LANES), stream.shape[1]
-    numbers, room = np.empty((2, TILE), right.dtype), np.empty((2, TILE), np.float32)
+    numbers, room = np.empty((2, 2 * TILE), right.dtype), np.empty((2, TILE), np.float32)
     flags = np.empty(TILE, np.uint8)
     for start in range(0, width, TILE):
         size = min(TILE, width - start)
-        stop, low, high = start + size, numbers[0, :size], numbers[1, :size]
+        stop = start + size
+        lows, highs = (
+            numbers[0, : 2 * size].reshape(2, size),
+            numbers[1, : 2 * size].reshape(2, size),
+        )
         own = (room[0, :size], room[1, :size])  # rows of a cut array would not be contiguous
         for i in range(stream.shape[0]):
-            _update(left, right, i, start, low, high)
+            if i % 2 == 0:
+                _update(left, right, i, start, lows, highs)
+            low, high = lows[i % 2], highs[i % 2]
             changed += _round_integers(
                 low, high, factor, stream[i, start:stop], start, zeros, steps,
                 (first + i) // steps[5], own, flags[:size], out[i, start:stop],
@@ -223,15 +233,21 @@ def merge_floats(left, right, factor, stream, first, grid, steps, every, out, co
         as `merge_integers`; a change between -0 and +0 counts as none.
     """
     changed, sums, width = 0, np.zeros(LANES), stream.shape[1]
-    numbers, room = np.empty((2, TILE), right.dtype), np.empty((ROOM, TILE), np.float32)
+    numbers, room = np.empty((2, 2 * TILE), right.dtype), np.empty((ROOM, TILE), np.float32)
     halves_ = np.empty((4, TILE), np.uint8)
     for start in range(0, width, TILE):
         size = min(TILE, width - start)
-        stop, low, high = start + size, numbers[0, :size], numbers[1, :size]
+        stop = start + size
+        lows, highs = (
+            numbers[0, : 2 * size].reshape(2, size),
+            numbers[1, : 2 * size].reshape(2, size),
+        )
         own = (room[0, :size], room[1, :size], room[2, :size], room[3, :size])
         split = (halves_[0, :size], halves_[1, :size], halves_[2, :size], halves_[3, :size])
         for i in range(stream.shape[0]):
-            _update(left, right, i, start, low, high)
+            if i % 2 == 0:
+                _update(left, right, i, start, lows, highs)
+            low, high = lows[i % 2], highs[i % 2]
             changed += _round_floats(
                 low, high, factor, stream[i, start:stop], start, grid, steps,
                 (first + i) // steps[5], own, split, out[i, start:stop],

@@ -7,9 +7,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from kilodelta.files.checkpoint import in_name_order
 from kilodelta.files.tensor import RawTensor
@@ -23,11 +23,26 @@ class Identity:
     tensors: Mapping[str, str]
 
 
-def tensor_hash(name: str, dtype: str, shape: tuple[int, ...]) -> hashlib._Hash:
-    """Start a SHA-256 with a tensor's name, dtype and shape; its bytes are to follow."""
+class Hash(Protocol):
+    """A hash that is being computed: one of hashlib's, or of `kilodelta.exact.sha256`."""
+
+    def update(self, data: Any, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
+def tensor_hash(
+    name: str, dtype: str, shape: tuple[int, ...], new: Callable[[bytes], Hash] = hashlib.sha256
+) -> Hash:
+    """Start a SHA-256 with a tensor's name, dtype and shape; its bytes are to follow.
+
+    Args:
+        name, dtype, shape: of the tensor.
+        new: starts a SHA-256.
+    """
     # Zero bytes between the parts: no name, dtype or shape holds one, so no two tensors collide.
     decimals = ",".join(map(str, shape))
-    return hashlib.sha256(b"\0".join((name.encode(), dtype.encode(), decimals.encode(), b"")))
+    return new(b"\0".join((name.encode(), dtype.encode(), decimals.encode(), b"")))
 
 
 def tensor_digest(name: str, dtype: str, shape: tuple[int, ...], data: Any) -> str:

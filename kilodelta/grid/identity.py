@@ -8,7 +8,7 @@ and codes that pad a row or a block are not there (docs/format.md, section 10).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from kilodelta.errors import CheckpointError, one_line
 from kilodelta.files import canonical
+from kilodelta.files.identity import Hash
 from kilodelta.grid.matrix import Matrix
 
 DOMAIN = b"kilodelta grid 1"
@@ -23,7 +24,7 @@ _PIECE = 1 << 14
 """Steps hashed at a time: they stay in the second cache."""
 
 
-def matrix_digest(name: str, matrix: Matrix, state: hashlib._Hash | None = None) -> str:
+def matrix_digest(name: str, matrix: Matrix, state: Hash | None = None) -> str:
     """Compute the logical digest of one weight under its name, `sha256:<hex>`.
 
     Args:
@@ -47,6 +48,14 @@ def matrix_digest(name: str, matrix: Matrix, state: hashlib._Hash | None = None)
 
 def matrix_hash(name: str, matrix: Matrix) -> hashlib._Hash:
     """Start the hash of a weight with everything but its codes, which follow row by row."""
+    state = hashlib.sha256()
+    for part in matrix_parts(name, matrix):
+        state.update(part)
+    return state
+
+
+def matrix_parts(name: str, matrix: Matrix) -> Iterator[bytes | memoryview]:
+    """Yield what is hashed of a weight before its codes, piece by piece."""
     rows, columns = matrix.shape
     block = (min(matrix.block[0], rows), min(matrix.block[1], columns))
     order = matrix.order
@@ -57,16 +66,15 @@ def matrix_hash(name: str, matrix: Matrix) -> hashlib._Hash:
         f"{block[0]},{block[1]}".encode(),
         _state(matrix.zeros) + _state(matrix.minima) + (b"0" if order is None else b"1"), b"",
     )  # fmt: skip
-    state = hashlib.sha256(b"\0".join(head))
+    yield b"\0".join(head)
     steps = matrix.steps.reshape(-1)
     for start in range(0, steps.size, _PIECE):  # a copy of all of them would take new memory
-        state.update(_bytes(steps[start : start + _PIECE], "<f8"))
+        yield _bytes(steps[start : start + _PIECE], "<f8")
     for values, dtype in ((matrix.zeros, "<i2"), (matrix.minima, "<f8")):
         if values is not None and values.any():
-            state.update(_bytes(values, dtype))
+            yield _bytes(values, dtype)
     if order is not None:
-        state.update(_bytes(order, "<i4"))
-    return state
+        yield _bytes(order, "<i4")
 
 
 def kind_text(matrix: Matrix) -> str:

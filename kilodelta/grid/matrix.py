@@ -172,7 +172,7 @@ class Matrix:
     @property
     def still(self) -> int:
         """How many blocks have a step of zero, whose weights no code can change."""
-        return int((self.steps == 0).sum())
+        return int(np.count_nonzero(self.steps == 0))
 
     @property
     def still_weights(self) -> int:

@@ -231,6 +231,26 @@ def test_nothing_is_collected_while_libraries_are_loaded() -> None:
     assert gc.isenabled()
 
 
+def test_freed_memory_is_kept_within_a_block_and_given_back_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def options(*given: int) -> int:
+        asked.append(given)
+        return 1
+
+    monkeypatch.setattr(memory, "_options", lambda: options)
+    monkeypatch.setattr(memory, "_trim", lambda: lambda pad: asked.append((pad,)))
+    with memory.kept():
+        assert asked == [(-3, 32 << 20), (-1, memory.KEPT)]
+    assert asked[2:] == [(-1, 64 << 20), (0,)]
+    monkeypatch.setattr(memory, "_options", lambda: None)
+    with memory.kept():  # another C library
+        pass
+    assert len(asked) == 4
+
+
 def test_large_blocks_are_mapped_apart_where_memory_is_short(
     models: tuple[Path, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,3 +95,15 @@ def test_numbas_own_setting_is_obeyed(
 ) -> None:
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path / "numba"))
     assert compiled.cache_folder() == tmp_path / "numba" / "kilodelta"
+
+
+def test_code_that_is_loaded_does_not_make_numba_ready_to_compile(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That took most of the time of a command that merges little."""
+    from numba.core.registry import cpu_target
+
+    compiled.kernel(three_times)(4)
+    again = compiled.kernel(three_times)
+    monkeypatch.setattr(cpu_target.target_context, "refresh", None)
+    assert again(5) == 15

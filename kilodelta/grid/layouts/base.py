@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -153,15 +152,13 @@ def float_values(tensor: RawTensor) -> Floats:
     """Return the values of a tensor of floats, exactly, float64 in its shape."""
     if tensor.dtype == "F8_E4M3":
         return e4m3_values(tensor.data).reshape(tensor.shape)
-    if tensor.dtype == "F16" and tensor.data.size > 1 << 16:  # looked up is faster than converted
-        return _halves()[tensor.data.view(np.uint16)].reshape(tensor.shape)
+    if tensor.dtype == "F16" and tensor.data.size > 1 << 16:
+        from kilodelta.exact.float16 import widen  # loads numba, which takes a while
+
+        wide = np.empty(tensor.shape, np.float64)
+        widen(tensor.data.view(np.uint16), wide.reshape(-1).view(np.uint64))
+        return wide
     return FLOATS[tensor.dtype].widen(tensor.data).astype(np.float64).reshape(tensor.shape)
-
-
-@lru_cache(maxsize=1)
-def _halves() -> Floats:
-    """List every float16's value by its bits, float64 (65536,)."""
-    return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
 
 
 SCALES = ("F32", "F16", "BF16")
