@@ -18,10 +18,10 @@ import numpy.typing as npt
 
 from kilodelta import parallel
 from kilodelta.errors import ExportError
-from kilodelta.exact.lowrank import product_error, product_norm
 from kilodelta.files.dtypes import FLOATS
 from kilodelta.format.delta import Delta
 from kilodelta.merging.low_rank import truncated
+from kilodelta.merging.lowrank import product_error, product_norm
 from kilodelta.progress import Meter, Progress
 
 Matrix = npt.NDArray[Any]

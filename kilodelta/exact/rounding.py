@@ -133,5 +133,14 @@ def add_f16(weights, numbers, factor, scale, out):  # type: ignore[no-untyped-de
     return bad
 
 
+@kernel
+def widen_f16(bits, out):  # type: ignore[no-untyped-def]
+    """Compute float64 values of float16: uint16 (n,) to float64 (n,)."""
+    for j in range(bits.size):
+        half = np.uint32(bits[j])
+        is_nan = np.uint32(half & np.uint32(0x7FFF)) > np.uint32(0x7C00)
+        out[j] = np.nan if is_nan else np.float64(from_half(half))
+
+
 ADD = {"F32": (np.float32, add_f32), "F16": (np.uint16, add_f16), "BF16": (np.uint16, add_bf16)}
 """By safetensors dtype: how the raw weights are viewed, and the kernel."""

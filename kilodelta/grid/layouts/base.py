@@ -153,10 +153,10 @@ def float_values(tensor: RawTensor) -> Floats:
     if tensor.dtype == "F8_E4M3":
         return e4m3_values(tensor.data).reshape(tensor.shape)
     if tensor.dtype == "F16" and tensor.data.size > 1 << 16:
-        from kilodelta.exact.float16 import widen  # loads numba, which takes a while
+        from kilodelta.exact.rounding import widen_f16  # loads numba, which takes a while
 
         wide = np.empty(tensor.shape, np.float64)
-        widen(tensor.data.view(np.uint16), wide.reshape(-1).view(np.uint64))
+        widen_f16(tensor.data.view(np.uint16), wide.reshape(-1))
         return wide
     return FLOATS[tensor.dtype].widen(tensor.data).astype(np.float64).reshape(tensor.shape)
 
