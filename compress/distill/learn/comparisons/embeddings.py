@@ -15,7 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from kilodelta.compress.distill.learn.comparisons.kinds import Classes, States
-from kilodelta.compress.distill.learn.comparisons.scores import cosine, kl, weighted_mean
+from kilodelta.compress.distill.learn.comparisons.scores import (
+    cosine,
+    kl,
+    softened,
+    weighted_mean,
+)
 
 SHARPNESS = 20.0
 """Cosines are multiplied by this before they become a distribution, as retrieval models do."""
@@ -65,7 +70,8 @@ class Head(Classes):
         self, student: Tensor, teacher: Tensor, weights: Tensor, generator: torch.Generator
     ) -> Tensor:
         apart = weighted_mean(1 - cosine(student, teacher), weights)
-        return weighted_mean(self.divergence(student, teacher), weights) + self.pull * apart
+        near = softened(self.logits(student), self.logits(teacher))
+        return weighted_mean(near, weights) + self.pull * apart
 
     def agreement(self, student: Tensor, teacher: Tensor) -> Tensor:
         return super().agreement(self.logits(student), self.logits(teacher))

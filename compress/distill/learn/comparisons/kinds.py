@@ -1,6 +1,7 @@
 """Compare outputs of each kind that needs nothing but the two outputs.
 
-Logits are compared as distributions (KL divergence, Hinton et al., arXiv 1503.02531), states by
+Logits are compared as distributions (KL divergence, Hinton et al., arXiv 1503.02531; over a fixed
+set of classes also a softened one, `scores.softened`, to train on), states by
 their normalised mean square, numbers by the coefficient of determination.
 """
 
@@ -15,6 +16,7 @@ from kilodelta.compress.distill.learn.comparisons.scores import (
     IMPOSSIBLE,
     cosine,
     kl,
+    softened,
     top1,
     weighted_mean,
 )
@@ -29,7 +31,7 @@ class Classes(Averaged):
     def loss(
         self, student: Tensor, teacher: Tensor, weights: Tensor, generator: torch.Generator
     ) -> Tensor:
-        return weighted_mean(kl(student, teacher), weights)
+        return weighted_mean(softened(student, teacher), weights)
 
     def agreement(self, student: Tensor, teacher: Tensor) -> Tensor:
         return top1(student, teacher)
