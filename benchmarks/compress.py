@@ -3,6 +3,7 @@
     python benchmarks/compress.py [--parts decoder memory sets] [--old COMMIT] [--threads N]
         [--json FILE] [--trees old new] [--layers 30] [--dtypes fp32 mixed bf16]
         [--kinds compress peft] [--sets trec6 banking77] [--seeds 0 1] [--tried 800 400 267]
+        [--batch 32]
 
 `decoder`: a Llama-shaped decoder of 135M random weights in bfloat16 (30 layers, 49,152 words), on
 4 x 128 tokens: the build of `--old` from a git worktree, this one in float32 and in bfloat16, and
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0,), help="of the sets")
     parser.add_argument("--tried", nargs="+", type=int, default=(800, 400, 267), help="steps")
+    parser.add_argument("--batch", type=int, help="rows of a step of this build, on the sets")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--work", type=Path, default=Path("compress-benchmark"))
     parser.add_argument("--quick", action="store_true")
@@ -292,7 +294,8 @@ def _sets(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             job = {**common, "kind": "compress", "tree": tree, "part": name, "dtype": dtype}
             # Results from before there was a choice do not name the type, which was float32.
             typed = {} if dtype == "fp32" else {"dtype": dtype}
-            chosen = {**fixed, "steps": steps, **typed}
+            rows = {"batch": options.batch} if options.batch and tree == "new" else {}
+            chosen = {**fixed, "steps": steps, **typed, **rows}
             yield {**job, "seed": seed, "steps": steps, "options": chosen}
 
 

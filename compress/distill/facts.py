@@ -11,6 +11,8 @@ import json
 from dataclasses import asdict
 
 from kilodelta.compress.distill.job import Job
+from kilodelta.compress.distill.learn.comparisons import Classes, TopClasses
+from kilodelta.compress.distill.learn.comparisons.scores import TEMPERATURE
 from kilodelta.compress.distill.learn.data import Data
 from kilodelta.compress.distill.learn.schedule import Schedule
 from kilodelta.compress.distill.precisions.ways import START
@@ -64,8 +66,16 @@ def run_facts(
         **({"--for": ",".join(job.precisions)} if job.precisions else {}),
         **({"start in the grid": str(START)} if IN_GRID in job.precisions else {}),
         **({"products": "bfloat16"} if schedule.narrow else {}),
+        # What an earlier version began with the plain divergence is another training.
+        **({"loss": f"half at temperature {TEMPERATURE:g}"} if _is_softened(data) else {}),
         **{f"--{key}": str(value) for key, value in asdict(schedule).items() if key != "narrow"},
     }
+
+
+def _is_softened(data: Data) -> bool:
+    """Return whether the loss of some output is partly over softened distributions."""
+    each = data.objective.comparisons
+    return any(isinstance(c, Classes) and not isinstance(c, TopClasses) for c in each)
 
 
 def _short_digest(text: str) -> str:

@@ -50,7 +50,8 @@ def choose_placement(device: str, dtype: str, base: Checkpoint) -> Placement:
 
     `auto` takes the first CUDA GPU where there is one. Its type is the one that most of the base is
     stored in, where the device multiplies that type in hardware, and float32 otherwise: then no
-    weight is rounded, and what is measured is the merged file's values.
+    weight is rounded, and what is measured is the merged file's values. Of a float32 base on a CPU
+    with units for bfloat16, the products of the training are `mixed`.
 
     Args:
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
@@ -77,7 +78,13 @@ def choose_placement(device: str, dtype: str, base: Checkpoint) -> Placement:
             return Placement(device=chosen, dtype=torch.float32, narrow=True)
         return Placement(device=chosen, dtype=DTYPES[dtype])
     stored = stored_type(base)
-    return Placement(device=chosen, dtype=stored if _is_fast(stored, chosen) else torch.float32)
+    # On a GPU float32 products are fast enough by themselves, and nothing was measured.
+    narrow = stored == torch.float32 and chosen.type == "cpu" and _cpu_has_bfloat16()
+    return Placement(
+        device=chosen,
+        dtype=stored if _is_fast(stored, chosen) else torch.float32,
+        narrow=narrow,
+    )
 
 
 def stored_type(base: Checkpoint) -> torch.dtype:

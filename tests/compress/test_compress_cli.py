@@ -18,6 +18,7 @@ import kilodelta
 from kilodelta.cli import main
 from kilodelta.commands.compress import modes
 from kilodelta.compress import Options, Report, compress
+from kilodelta.compress.distill import facts
 from kilodelta.compress.distill.foreign import refuse_foreign
 from kilodelta.compress.distill.options import check, options_from
 from kilodelta.errors import CheckpointError, InputError, OutputError
@@ -268,7 +269,7 @@ def test_ctrl_c_keeps_the_state_and_resume_ends_at_the_same_file(step: int, here
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_a_run_is_known_by_all_that_makes_it(here: Path) -> None:
+def test_a_run_is_known_by_all_that_makes_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """48 of 64 held-out inputs had been trained on, where `--held-out` was not in the key."""
     learn(progress=stop_at(3))
     for options, named in [
@@ -280,6 +281,10 @@ def test_a_run_is_known_by_all_that_makes_it(here: Path) -> None:
     ]:
         with pytest.raises(InputError, match=f"belongs to a run with other .*{named}"):
             learn(resume=True, options=options)
+    with monkeypatch.context() as other_version:
+        other_version.setattr(facts, "TEMPERATURE", 3.0)
+        with pytest.raises(InputError, match=r"other .*loss"):
+            learn(resume=True, options={"classes": {"logits": -1}})
     ids = np.random.default_rng(1).integers(0, 20, (40, 6))
     np.savez("ids.npz", input_ids=ids)
     with pytest.raises(InputError, match=r"other inputs \("):
