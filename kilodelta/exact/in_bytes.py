@@ -29,6 +29,7 @@ from kilodelta.exact.quotients import (
     decide_floats,
     fill_ratios,
     float_tile,
+    magnitude_of_all,
 )
 
 TILE = 2048
@@ -152,12 +153,6 @@ def _measure(low, high, ratios, sums):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _share(rows, every):  # type: ignore[no-untyped-def]
-    """Return by what a sum over every so many rows is multiplied to stand for all of them."""
-    return rows / ((rows + every - 1) // every)
-
-
-@kernel
 def _update(left, right, i, start, lows, highs):  # type: ignore[no-untyped-def]
     """Compute the update of a tile of rows i and i + 1, from its factors or as it is at hand."""
     size, second = lows.shape[1], right.shape[1] // 2 + start
@@ -216,7 +211,7 @@ def merge_integers(left, right, factor, stream, first, zeros, steps, every, out,
             decode_bytes(out[i, start:stop], np.uint8(8), codes[i, 2 * start : 2 * stop])
             if i % every == 0:
                 _measure(low, high, own[0], sums)
-    return changed, sums.sum() * _share(stream.shape[0], every)
+    return changed, magnitude_of_all(sums, stream.shape[0], every)
 
 
 @kernel
@@ -255,7 +250,7 @@ def merge_floats(left, right, factor, stream, first, grid, steps, every, out, co
             decode_bytes(out[i, start:stop], np.uint8(0), codes[i, 2 * start : 2 * stop])
             if i % every == 0:
                 _measure(low, high, own[0], sums)
-    return changed, sums.sum() * _share(stream.shape[0], every)
+    return changed, magnitude_of_all(sums, stream.shape[0], every)
 
 
 MERGE = (merge_integers, merge_floats)

@@ -21,18 +21,13 @@ from kilodelta.exact.quotients import (
     fill_zeros,
     float_tile,
     integer_tile,
+    magnitude_of_all,
 )
 
 
 @kernel
 def _room(whole, columns):  # type: ignore[no-untyped-def]
     return whole[0][:columns], whole[1][:columns], whole[2][:columns], whole[3][:columns]
-
-
-@kernel
-def _share(rows, every):  # type: ignore[no-untyped-def]
-    """Return by what a sum over every so many rows is multiplied to stand for all of them."""
-    return rows / ((rows + every - 1) // every)
 
 
 @kernel
@@ -93,7 +88,7 @@ def round_integers(numbers, factor, codes, first, zeros, steps, limits, every, o
             )  # fmt: skip
             if i % every == 0:
                 add_magnitudes(room[3], sums)
-    return changed, sums.sum() * _share(codes.shape[0], every)
+    return changed, magnitude_of_all(sums, codes.shape[0], every)
 
 
 @kernel
@@ -121,7 +116,7 @@ def merge_integers(left, right, factor, codes, first, zeros, steps, limits, ever
             )  # fmt: skip
             if i % every == 0:
                 add_magnitudes(room[3], sums)
-    return changed, sums.sum() * _share(codes.shape[0], every)
+    return changed, magnitude_of_all(sums, codes.shape[0], every)
 
 
 @kernel
@@ -148,7 +143,7 @@ def round_floats(numbers, factor, codes, first, grid, steps, every, out):  # typ
             )  # fmt: skip
             if i % every == 0:
                 add_magnitudes(room[3], sums)
-    return changed, sums.sum() * _share(codes.shape[0], every)
+    return changed, magnitude_of_all(sums, codes.shape[0], every)
 
 
 @kernel
@@ -175,7 +170,7 @@ def merge_floats(left, right, factor, codes, first, grid, steps, every, out):  #
             )  # fmt: skip
             if i % every == 0:
                 add_magnitudes(room[3], sums)
-    return changed, sums.sum() * _share(codes.shape[0], every)
+    return changed, magnitude_of_all(sums, codes.shape[0], every)
 
 
 ROUND = (round_integers, round_floats)

@@ -129,6 +129,19 @@ def add_magnitudes(quotients, sums):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def magnitude_of_all(sums, rows, every):  # type: ignore[no-untyped-def]
+    """Add up LANES sums over every so many rows, and let them stand for all rows.
+
+    In a loop: code that calls numba's own sum of an array cannot be loaded without scipy's linear
+    algebra, which takes a tenth of a second of a merge.
+    """
+    total = 0.0
+    for lane in range(LANES):
+        total += sums[lane]
+    return total * (rows / ((rows + every - 1) // every))
+
+
+@kernel
 def integer_tile(numbers, codes, limits, room, out):  # type: ignore[no-untyped-def]
     """Round a tile of one row to equally spaced numbers, as far as the quotients are certain.
 

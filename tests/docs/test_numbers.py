@@ -149,6 +149,24 @@ def test_the_triple_of_a_packaged_decoder() -> None:
     assert packaged in " ".join(README.read_text().split())
 
 
+def test_a_merge_in_the_grid_beside_a_copy() -> None:
+    found = result("grid-merge-2026-11-29-epyc-avx512-2gb-pairs")
+    page = " ".join(GUIDE.read_text().split())
+    assert f"{found['times a copy']['merge']['seconds']} times a plain copy" in page
+    seconds = " / ".join(f"{run['merge']['seconds']:.1f}" for run in found["runs"])
+    assert f"took {seconds} s on an idle machine" in page
+    for name, key, words in (
+        ("merge before", "seconds", "the version before, by turns, took"),
+        ("merge", "processor seconds", "In processor seconds it was"),
+        ("merge before", "processor seconds", "after"),
+        ("merge of floats", "seconds", "of float16 took"),
+    ):
+        values = [run[name][key] for run in found["runs"]]
+        assert f"{words} {min(values):.1f} to {max(values):.1f}" in page
+    most = max(run["merge"]["anonymous MB"] for run in found["runs"])
+    assert f"with {most:.0f} MB of anonymous memory" in page
+
+
 def kept(seeds: Any, name: str, figure: str = "score") -> list[str]:
     """Bytes, figures and shares of the fine-tune's gain as a table shows them: one per seed."""
     runs = [cells for cells in seeds.values() if name in cells]

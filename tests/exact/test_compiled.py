@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,3 +108,26 @@ def test_code_that_is_loaded_does_not_make_numba_ready_to_compile(
     again = compiled.kernel(three_times)
     monkeypatch.setattr(cpu_target.target_context, "refresh", None)
     assert again(5) == 15
+
+
+def test_no_kernel_calls_what_loads_scipy() -> None:
+    """numba's reductions of arrays live in its module `np.arraymath`, which loads scipy's linear
+    algebra: a tenth of a second of every merge, the cached code's loading included."""
+    reductions = {"all", "any", "cumsum", "dot", "max", "mean", "min", "prod", "sum"}
+    found, kernels = [], 0
+    for path in sorted(Path(compiled.__file__).parent.glob("*.py")):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef) or not any(
+                "kernel" in ast.unparse(decorator) for decorator in function.decorator_list
+            ):
+                continue
+            kernels += 1
+            found += [
+                f"{path.name}: {ast.unparse(node)}"
+                for node in ast.walk(function)
+                if isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr in reductions
+            ]
+    assert kernels > 30
+    assert not found
