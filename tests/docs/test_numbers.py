@@ -464,6 +464,27 @@ def test_memory_of_a_decoder_beside_peft(name: str, dtype: str, start: str) -> N
         assert f"{clock}, {ours['step_s'] / peft['step_s']:.2f} times" in NUMBERS.read_text()
 
 
+def test_half_the_steps_beside_the_build_before() -> None:
+    runs = result("compress-sets-seed-1-2026-11-29-epyc-avx512")["runs"]
+    for part, name in (("trec6", "TREC-6"), ("banking77", "Banking77")):
+        old, *new = (run for run in runs if run["part"] == part)
+        for run in (old, *new):
+            times = [
+                f", {run[key] / old[key]:.2f} times" if run is not old else ""
+                for key in ("train_s", "step_s")
+            ]
+            made = "the build before, 800" if run is old else "this one, 500"
+            start = f"{name}, {made} steps" + ("" if run is old else f", `{run['dtype']}`")
+            cells = [cell.strip() for cell in row(NUMBERS, start).strip("|").split("|")]
+            assert cells[1:] == [
+                f"{run['train_s']:.0f} s{times[0]}",
+                f"{run['step_s']:.3f} s{times[1]}",
+                f"{100 * run['agreement']:.1f} %",
+                f"{run['test_agreement']:.1f} %",
+                f"{run['test_divergence']:.3f}",
+            ]
+
+
 def test_what_a_decoder_s_run_holds_beside_its_activations() -> None:
     runs = result("compress-memory-rows-2026-11-29-epyc-avx512-busy")["runs"]
     (small,) = (run for run in runs if not run["layers"])
