@@ -96,6 +96,20 @@ def test_what_a_grid_keeps(page: Any, start: str, key: str, floats: str | None) 
     assert cells[1:] == shown
 
 
+def test_what_a_grid_loses_with_a_softened_loss() -> None:
+    sets = result("quantised-banking77-seed-1-2026-11-29-epyc-avx512-busy")["sets"]
+    run = sets["banking77"]["1"]
+    page = " ".join(GUIDE.read_text().split())
+    lost = [
+        " and ".join(
+            f"{run['float']['12KB'] - run[precision][way]:.2f}"
+            for precision in ("int4-g32", "nvfp4")
+        )
+        for way in ("in-grid", "beside")
+    ]
+    assert f"that seed loses {lost[0]} in the grids and {lost[1]} beside" in page
+
+
 SMOLLM2 = list(
     result("quantised-smollm2-150-steps-2026-11-29-epyc-avx512-busy")["sets"]["smollm2"].values()
 )
