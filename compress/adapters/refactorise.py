@@ -14,7 +14,7 @@ import numpy as np
 from kilodelta.format.methods import Lora
 from kilodelta.format.quantise import Floats, Quantised
 from kilodelta.merging.build import quantise_target
-from kilodelta.merging.lowrank import product_error, product_norm
+from kilodelta.merging.thin_factors import product_error, product_norm
 
 Pair = tuple[Floats, Floats]
 """B (out, r) and A (r, in), float64."""

@@ -11,8 +11,6 @@ import json
 from dataclasses import asdict
 
 from kilodelta.compress.distill.job import Job
-from kilodelta.compress.distill.learn.comparisons import Classes, TopClasses
-from kilodelta.compress.distill.learn.comparisons.scores import TEMPERATURE
 from kilodelta.compress.distill.learn.data import Data
 from kilodelta.compress.distill.learn.schedule import Schedule
 from kilodelta.compress.distill.precisions.ways import START
@@ -51,6 +49,7 @@ def run_facts(
     """
     held_out = json.dumps([list(data.held_out), list(data.learned)])
     outputs = [[o.name, o.kind, o.weight, o.axis] for o in data.survey.matched]
+    hottest = max(comparison.temperature for comparison in data.objective.comparisons)
     return {
         "base model": digest(job.pair.base).root,
         "tuned model": digest(job.pair.tuned).root,
@@ -67,15 +66,9 @@ def run_facts(
         **({"start in the grid": str(START)} if IN_GRID in job.precisions else {}),
         **({"products": "bfloat16"} if schedule.narrow else {}),
         # What an earlier version began with the plain divergence is another training.
-        **({"loss": f"half at temperature {TEMPERATURE:g}"} if _is_softened(data) else {}),
+        **({"loss": f"half at temperature {hottest:g}"} if hottest > 1 else {}),
         **{f"--{key}": str(value) for key, value in asdict(schedule).items() if key != "narrow"},
     }
-
-
-def _is_softened(data: Data) -> bool:
-    """Return whether the loss of some output is partly over softened distributions."""
-    each = data.objective.comparisons
-    return any(isinstance(c, Classes) and not isinstance(c, TopClasses) for c in each)
 
 
 def _short_digest(text: str) -> str:

@@ -21,7 +21,7 @@ from kilodelta.errors import ExportError
 from kilodelta.files.dtypes import FLOATS
 from kilodelta.format.delta import Delta
 from kilodelta.merging.low_rank import truncated
-from kilodelta.merging.lowrank import product_error, product_norm
+from kilodelta.merging.thin_factors import product_error, product_norm
 from kilodelta.progress import Meter, Progress
 
 Matrix = npt.NDArray[Any]

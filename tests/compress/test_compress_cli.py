@@ -18,8 +18,8 @@ import kilodelta
 from kilodelta.cli import main
 from kilodelta.commands.compress import modes
 from kilodelta.compress import Options, Report, compress
-from kilodelta.compress.distill import facts
 from kilodelta.compress.distill.foreign import refuse_foreign
+from kilodelta.compress.distill.learn.comparisons import Classes
 from kilodelta.compress.distill.options import check, options_from
 from kilodelta.errors import CheckpointError, InputError, OutputError
 from kilodelta.format.methods import Lora, RandLora
@@ -282,7 +282,7 @@ def test_a_run_is_known_by_all_that_makes_it(here: Path, monkeypatch: pytest.Mon
         with pytest.raises(InputError, match=f"belongs to a run with other .*{named}"):
             learn(resume=True, options=options)
     with monkeypatch.context() as other_version:
-        other_version.setattr(facts, "TEMPERATURE", 3.0)
+        other_version.setattr(Classes, "temperature", 3.0)
         with pytest.raises(InputError, match=r"other .*loss"):
             learn(resume=True, options={"classes": {"logits": -1}})
     ids = np.random.default_rng(1).integers(0, 20, (40, 6))

@@ -62,7 +62,7 @@ def needs_of(job: Job, *, learns: bool) -> tuple[Need, ...]:
 
 def state_bytes(job: Job) -> int:
     """Count the most bytes that the state of an interrupted run takes."""
-    extras = [change for change in job.split.extras]
+    extras = job.split.extras
     numbers = job.coefficients + sum(prod(change.shape) for change in extras)
     tensors = len(job.targets) + len(extras) + 8
     return 4 * NUMBERS * numbers + TENSOR * 4 * tensors + TEXTS

@@ -70,7 +70,7 @@ class Head(Classes):
         self, student: Tensor, teacher: Tensor, weights: Tensor, generator: torch.Generator
     ) -> Tensor:
         apart = weighted_mean(1 - cosine(student, teacher), weights)
-        near = softened(self.logits(student), self.logits(teacher))
+        near = softened(self.logits(student), self.logits(teacher), self.temperature)
         return weighted_mean(near, weights) + self.pull * apart
 
     def agreement(self, student: Tensor, teacher: Tensor) -> Tensor:

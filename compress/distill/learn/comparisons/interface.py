@@ -36,6 +36,8 @@ class Comparison(ABC):
 
     counts: ClassVar[str]
     """What agreement counts, in a word."""
+    temperature: ClassVar[float] = 1.0
+    """Of half of the loss, where it compares distributions; 1 where the loss is plain."""
 
     @abstractmethod
     def loss(

@@ -14,6 +14,7 @@ from torch.nn import functional
 from kilodelta.compress.distill.learn.comparisons.interface import Averaged, Measures
 from kilodelta.compress.distill.learn.comparisons.scores import (
     IMPOSSIBLE,
+    TEMPERATURE,
     cosine,
     kl,
     softened,
@@ -27,11 +28,12 @@ class Classes(Averaged):
     """Distributions over classes, or over the tokens of a span."""
 
     counts = "top-1"
+    temperature = TEMPERATURE
 
     def loss(
         self, student: Tensor, teacher: Tensor, weights: Tensor, generator: torch.Generator
     ) -> Tensor:
-        return weighted_mean(softened(student, teacher), weights)
+        return weighted_mean(softened(student, teacher, self.temperature), weights)
 
     def agreement(self, student: Tensor, teacher: Tensor) -> Tensor:
         return top1(student, teacher)
@@ -42,6 +44,8 @@ class Classes(Averaged):
 
 class TopClasses(Classes):
     """Distributions over a vocabulary, the teacher's shortened to its most likely classes."""
+
+    temperature = 1.0
 
     def loss(
         self, student: Tensor, teacher: Tensor, weights: Tensor, generator: torch.Generator

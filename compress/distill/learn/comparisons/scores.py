@@ -43,7 +43,7 @@ def kl(student: Tensor, teacher: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def softened(student: Tensor, teacher: Tensor) -> Tensor:
+def softened(student: Tensor, teacher: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     """Compute a loss for two distributions over known classes: half `kl`, half of it softened.
 
     A tuned model is sure of most inputs, and what it thinks of the classes that come second and
@@ -56,7 +56,7 @@ def softened(student: Tensor, teacher: Tensor) -> Tensor:
         >>> softened(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]))
         tensor(0.)
     """
-    soft = TEMPERATURE**2 * kl(student / TEMPERATURE, teacher / TEMPERATURE)
+    soft = temperature**2 * kl(student / temperature, teacher / temperature)
     return (1 - SOFT) * kl(student, teacher) + SOFT * soft
 
 
