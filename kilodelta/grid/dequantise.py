@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -20,10 +21,7 @@ from kilodelta.files.tensor import RawTensor
 from kilodelta.grid.gguf.configuration import describe
 from kilodelta.grid.gguf.file import GgufSource
 from kilodelta.grid.model import QuantisedModel
-from kilodelta.grid.open import CONFIG_FILES
-
-_QUANTISATION = ("quantization_config", "compression_config")
-"""Keys of `config.json` that say that a model is quantised."""
+from kilodelta.grid.open import CONFIG_FILES, QUANTISATION
 
 
 def dequantised(model: QuantisedModel, dtype: str = "float32") -> dict[str, RawTensor]:
@@ -98,9 +96,14 @@ def float_folder(
 
 
 def _copy_config(checkpoint: Checkpoint, place: Path) -> None:
-    table = dict(read_config(checkpoint))
-    for key in _QUANTISATION:
-        table.pop(key, None)
+    table = _without(read_config(checkpoint))
+    if isinstance(table.get("text_config"), dict):
+        table["text_config"] = _without(table["text_config"])
     if table:
         (place / "config.json").write_text(json.dumps(table))
     copy_sidecars(checkpoint.folder, place, frozenset(CONFIG_FILES))
+
+
+def _without(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what says that a model is quantised."""
+    return {key: value for key, value in table.items() if key not in QUANTISATION}

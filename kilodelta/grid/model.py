@@ -268,6 +268,12 @@ def described(
             fix="give the model that was quantised, all shards; of a float model the checkpoint"
             " itself",
         )
+    for weight in stored:
+        if min(weight.shape) < 1:
+            raise CheckpointError(
+                f"{path}: {weight.name} has shape {list(weight.shape)}, which holds no weight",
+                fix="the file is damaged, or written by a tool that failed: fetch it again",
+            )
     by_name = {weight.name: weight for weight in stored}
     if len(by_name) != len(stored):
         raise CheckpointError(

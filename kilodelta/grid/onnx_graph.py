@@ -63,7 +63,7 @@ def every_copy(source: OnnxSource) -> list[Stored]:
         elif node.op_type == "DequantizeLinear":
             weight = _dequantised(node, source, readers)
         if weight is not None:
-            stored.setdefault(weight.codes, weight)
+            _require_alike(stored.setdefault(weight.codes, weight), weight)
     return list(stored.values())
 
 
@@ -86,12 +86,38 @@ def _integers(node: Any, *names: str) -> dict[str, int]:
     return given
 
 
+def _require_alike(first: Stored, weight: Stored) -> None:
+    """Refuse codes that two nodes read with other scales: they are two weights, which stay so."""
+    if first.parts != weight.parts:
+        differ = {name for role, name in weight.parts.items() if first.parts.get(role) != name}
+        raise CheckpointError(
+            f"{weight.codes:.200} holds the codes of two weights: one node reads them with"
+            f" {', '.join(sorted(differ)) or 'fewer constants':.200}, another without",
+            fix="export the graph with constants of its own for each weight",
+        )
+
+
+def _made(name: str, role: str, given: str) -> CheckpointError:
+    return CheckpointError(
+        f"{name:.200}: its {role} {given!r:.200} is no initializer of the graph but an input of it,"
+        " or made by a node",
+        fix="fold the graph's constants into initializers, and give that graph",
+    )
+
+
 def _named(name: str, layout: Any, node: Any, roles: dict[str, int], source: OnnxSource) -> Stored:
+    """Name the constants of a weight.
+
+    Raises:
+        CheckpointError: an input of the node is no initializer, so that its numbers are not known.
+    """
     parts = {}
     for role, index in roles.items():
         given = node.input[index] if len(node.input) > index else ""
         if given in source.tensors:
             parts[role] = given
+        elif given:
+            raise _made(name, role, given)
     return Stored(name=SUFFIX.sub("", name), layout=layout, parts=parts)
 
 
@@ -114,9 +140,16 @@ def _matmul(node: Any, source: OnnxSource) -> Stored | None:
         raise CheckpointError(
             f"{name:.200}: bits of MatMulNBits is {bits}, not 1 to 8", fix="export the graph anew"
         )
-    if given["block_size"] < 1:
+    missing = [attribute for attribute in ("N", "K", "block_size") if attribute not in given]
+    if missing:
         raise CheckpointError(
-            f"{name:.200}: block_size of MatMulNBits is {given['block_size']}, not 1 or more",
+            f"{name:.200}: its MatMulNBits has no {' and no '.join(missing)}",
+            fix="export the graph anew",
+        )
+    if given["block_size"] < 1 or given["block_size"] * bits % 8:
+        raise CheckpointError(
+            f"{name:.200}: block_size of MatMulNBits is {given['block_size']}, which is no whole"
+            f" number of bytes of {bits} bits",
             fix="export the graph anew",
         )
     layout = MatMulNBits(shape=(given["N"], given["K"]), bits=bits, group=given["block_size"])
@@ -175,11 +208,19 @@ def _dequantised(
     inner = None
     if scale not in source.tensors:
         inner = next((n for n in source.model.graph.node if scale in n.output), None)
-        if inner is None or inner.op_type != "DequantizeLinear":
-            return None
-        scale = inner.input[0]
-    axis = given.get("axis", 1) % 2
-    by_axis = _block(shape, source.shape_of(scale), axis, given.get("block_size", 0))
+        if inner is not None and inner.op_type == "DequantizeLinear":
+            scale = inner.input[0]
+        if scale not in source.tensors:
+            raise _made(name, "scale", scale)
+    axis = given.get("axis", 1)
+    if not -2 <= axis <= 1:
+        raise CheckpointError(
+            f"{name:.200}: axis of its DequantizeLinear is {axis}, and it has two",
+            fix="export the graph anew",
+        )
+    scales = source.shape_of(scale)
+    by_axis = _block(name, shape, scales, axis % 2, given.get("block_size", 0))
+    _require_points(node, source, scales)
     block = (by_axis[1], by_axis[0]) if transposed else by_axis
     upright = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
     layout = DequantizeLinear(
@@ -202,10 +243,50 @@ def _is_transposed(value: str, readers: dict[str, list[tuple[Any, int]]]) -> boo
     return False
 
 
-def _block(shape: tuple[int, ...], scales: tuple[int, ...], axis: int, size: int) -> Shape:
-    """Return how many rows and columns of the constant share a scale."""
+def _block(
+    name: str, shape: tuple[int, ...], scales: tuple[int, ...], axis: int, size: int
+) -> Shape:
+    """Return how many rows and columns of the constant share a scale.
+
+    Raises:
+        CheckpointError: there are more scales or fewer.
+    """
+    if scales in ((), (1,)) and not size:
+        return shape[0], shape[1]
     if size:
-        return (size, 1) if axis == 0 else (1, size)
-    if len(scales) == 1 and scales[0] == shape[axis] and scales != (1,):
-        return (1, shape[1]) if axis == 0 else (shape[0], 1)
-    return shape[0], shape[1]
+        block = (size, 1) if axis == 0 else (1, size)
+        wanted = tuple(-(-n // max(many, 1)) for n, many in zip(shape, block, strict=True))
+    else:
+        block, wanted = ((1, shape[1]) if axis == 0 else (shape[0], 1)), (shape[axis],)
+    if size < 0 or scales != wanted:
+        raise CheckpointError(
+            f"{name:.200}: its DequantizeLinear has scales {list(scales)} along axis {axis} in"
+            f" blocks of {size}, and {list(wanted)} belong to a constant {list(shape)}",
+            fix="export the graph anew",
+        )
+    return block
+
+
+def _require_points(node: Any, source: OnnxSource, scales: tuple[int, ...]) -> None:
+    """Check that zero points are of the constant's type and of the scales' shape.
+
+    Raises:
+        CheckpointError: they are not, or those of a float type, which ONNX wants to be zero, are
+            not zero.
+    """
+    name, points = node.input[0], node.input[2] if len(node.input) > 2 else ""
+    if points not in source.tensors:
+        return
+    kind, shape = source.type_of(points), source.shape_of(points)
+    alike = shape == scales or {shape, scales} <= {(), (1,)}
+    if kind != source.type_of(name) or not alike:
+        raise CheckpointError(
+            f"{name:.200} is {source.type_of(name)} with scales {list(scales)}, and its zero points"
+            f" are {kind} {list(shape)}",
+            fix="export the graph anew",
+        )
+    if kind.startswith("FLOAT") and source.raw(points).data.any():
+        raise CheckpointError(
+            f"{name:.200} is {kind} with zero points that are not zero, which ONNX does not define",
+            fix="export the graph anew",
+        )

@@ -41,6 +41,7 @@ def weights(config: Config, source: Source) -> tuple[str, list[Stored]]:
     EXPRESSIONS.set(Expressions("the quantisation configuration", error=CheckpointError))
     for module, roles in _modules(source).items():
         _refuse_prepacked(module, roles)
+        _refuse_stacks(module, roles)
         weight = reader(Module(name=module, roles=roles, config=config, source=source))
         if weight is None:
             _refuse_left_parts(module, roles, str(method))
@@ -51,6 +52,7 @@ def weights(config: Config, source: Source) -> tuple[str, list[Stored]]:
                 f" as {weight.codes}",
                 fix=AGAIN,
             )
+        _refuse_unread_parts(weight, roles, source)
         found.append(weight)
     return str(method), found
 
@@ -61,6 +63,45 @@ _PARTS = (
     *("qweight", "qzeros"),
 )
 """Tensors that belong to a quantised weight and to nothing else."""
+_ENDS = (
+    *("_weight_scale_inv", "_weight_scale_2", "_weight_scale", "_scale_inv", "_scale_2"),
+    *("_scale", "_scales", "_zero_point"),
+)
+"""What is appended to the name of a tensor of codes that is not called `weight`."""
+_CODES = ("U8", "I8", "I32", "F8_E4M3", "F8_E5M2", "F4")
+"""Types that codes are stored in."""
+
+
+def _refuse_unread_parts(weight: Stored, roles: Roles, source: Source) -> None:
+    """Refuse a weight with a part that its layout does not read: it has other values then.
+
+    Zero points of zero change none, and some writers store them.
+    """
+    read = set(weight.parts.values())
+    for role in (*_PARTS, "scales", "g_idx"):
+        if role not in roles or roles[role].name in read:
+            continue
+        name = roles[role].name
+        if role == "weight_zero_point" and not source.raw(name).data.any():
+            continue
+        raise CheckpointError(
+            f"{name} belongs to a weight in the layout {weight.layout.name}, which has no"
+            f" {role}: so its values are not known",
+            fix="quantise to a layout of docs/quantised.md",
+        )
+
+
+def _refuse_stacks(module: str, roles: Roles) -> None:
+    """Refuse codes that are a parameter of a module of their own, as experts are stacked."""
+    for role, info in roles.items():
+        stem = next((role.removesuffix(end) for end in _ENDS if role.endswith(end)), "weight")
+        if stem != "weight" and stem in roles and roles[stem].dtype in _CODES:
+            codes = roles[stem]
+            raise CheckpointError(
+                f"{codes.name} is {codes.dtype} {list(codes.shape)} with {info.name}: stacked"
+                " experts are not read",
+                fix="give a model whose experts are stored one by one",
+            )
 
 
 def _refuse_left_parts(module: str, roles: Roles, method: str) -> None:

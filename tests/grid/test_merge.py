@@ -364,7 +364,10 @@ def test_another_grid_is_refused_naming_what_differs(file: Path, tmp_path: Path,
         tensors |= grids.pack_quantized("b", B, zeros=True)
     if what == "group":
         groups = {
-            name: {"targets": [name], "weights": {"num_bits": 4, "group_size": size}}
+            name: {
+                "targets": [name],
+                "weights": {"num_bits": 4, "group_size": size, "symmetric": False},
+            }
             for name, size in (("a", 16), ("b", 32))
         }
         config = {"quant_method": "compressed-tensors", "config_groups": groups}

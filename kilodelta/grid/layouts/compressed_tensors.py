@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from kilodelta.errors import CheckpointError
 from kilodelta.files.tensor import RawTensor
 from kilodelta.grid.bits import replace_bits, unpack_bits, unpack_signed
 from kilodelta.grid.codes import E2M1, integer_kind
@@ -38,6 +39,8 @@ class PackQuantized(RowLayout):
     bits: int
     group: int
     """Columns that share a scale; `in` for one scale per row."""
+    symmetric: bool = False
+    """Whether the configuration says that there are no zero points."""
 
     @property
     def nibble_offset(self) -> int | None:
@@ -80,7 +83,14 @@ class PackQuantized(RowLayout):
         sized(zeros, "weight_zero_point", self.name, ((words, groups),))
         by_group = np.ascontiguousarray(zeros.values().T).view(np.uint8).reshape(groups, -1)
         stored = unpack_bits(by_group, self.bits)[:, :rows]
-        return np.ascontiguousarray(centred(stored, self.bits).astype(np.int16).T)
+        points = np.ascontiguousarray(centred(stored, self.bits).astype(np.int16).T)
+        if self.symmetric and points.any():
+            raise CheckpointError(
+                f"{self.name}: weight_zero_point holds zero points, and the configuration says"
+                " symmetric",
+                fix="the configuration is of another checkpoint: fetch both again",
+            )
+        return points
 
     def decode(self, stream: Stream) -> Codes:
         return unpack_signed(stream, self.bits, self.shape[1])
@@ -112,6 +122,12 @@ class Nvfp4Packed(RowLayout):
         sized(scales, "weight_scale", self.name, ((rows, -(-columns // self.GROUP)),))
         whole = part(parts, "weight_global_scale", self.name, ("F32",))
         sized(whole, "weight_global_scale", self.name, ((1,), ()))
+        if not np.isfinite(whole.values()).all():  # a division by infinity would hide it
+            raise CheckpointError(
+                f"{self.name}: weight_global_scale is {whole.values().reshape(())}, so the weights"
+                " have no value",
+                fix="the file is damaged, or written by a tool that failed: fetch it again",
+            )
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             # float32 / float32 in numpy is one IEEE division
             steps = float_values(scales).astype(np.float32) / whole.values().reshape(())

@@ -81,3 +81,60 @@ def refuse_swizzled(scale: TensorInfo | None, plain: Shape) -> None:
     tiled = (-(-plain[0] // 128) * 128, -(-plain[1] // 4) * 4)
     if scale is not None and scale.shape != plain and scale.shape == tiled:
         raise bound_to_kernel(scale.name, "swizzled into tiles of 128 x 4 scales")
+
+
+def weight_args(module: str, config: Config, kind: str, bits: int = 0) -> Mapping[str, Any]:
+    """Return the `weights` of the group of `config_groups` that a module belongs to.
+
+    A module's stored types say of which kind its group is. A group names modules, by name or
+    expression, or else classes, such as `Linear`.
+
+    Args:
+        module: its name.
+        config: the quantisation configuration.
+        kind: of its codes, `int` or `float`; groups of the other count where there are no others.
+        bits: of its codes, where the stored types say that as well.
+
+    Raises:
+        CheckpointError: several groups may be meant, and they differ.
+    """
+    groups = config_groups(config)
+    refuse_marlin(module, config)
+    fit = [g for g in groups if _is_of(g.get("weights"), kind, bits)] or groups
+    named = [g for g in fit if any(_names(target, module) for target in _targets(g))]
+    classes = [g for g in fit if any(str(target)[:1].isupper() for target in _targets(g))]
+    chosen = named or classes or fit
+    distinct = {str(g.get("weights")) for g in chosen}
+    if len(distinct) != 1 or not isinstance(chosen[0].get("weights"), dict):
+        raise CheckpointError(
+            f"{module}: config_groups do not say with which of {len(groups)} schemes it was"
+            " quantised",
+            fix="name the modules in the targets of config_groups, by name or re:",
+        )
+    found: Mapping[str, Any] = chosen[0]["weights"]
+    return found
+
+
+def refuse_marlin(module: str, config: Config) -> None:
+    for name in (config.get("format"), *(group.get("format") for group in config_groups(config))):
+        if "marlin" in str(name):
+            raise bound_to_kernel(module, f"in the layout {name}")
+
+
+def _is_of(weights: Any, kind: str, bits: int) -> bool:
+    if not isinstance(weights, dict) or weights.get("type", "int") != kind:
+        return False
+    return not bits or weights.get("num_bits", bits) == bits
+
+
+def _targets(group: dict[str, Any]) -> list[Any]:
+    targets = group.get("targets")
+    return targets if isinstance(targets, list) else []
+
+
+def _names(target: Any, module: str) -> bool:
+    if not isinstance(target, str):
+        return False
+    if not target.startswith("re:"):
+        return target == module
+    return EXPRESSIONS.get().begins(target[3:], target, module)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from kilodelta.errors import CheckpointError
 from kilodelta.grid.layouts.compressed_tensors import Nvfp4Packed, PackQuantized
 from kilodelta.grid.model import Stored
 from kilodelta.grid.readers.common import (
     AGAIN,
-    EXPRESSIONS,
-    Config,
     Module,
-    bound_to_kernel,
-    config_groups,
     group_size,
     matrix_shape,
+    refuse_marlin,
     refuse_swizzled,
+    weight_args,
 )
 from kilodelta.grid.readers.fp8 import read_fp8
 
@@ -33,7 +28,7 @@ def read_compressed_tensors(module: Module) -> Stored | None:
         return read_fp8(module)
     packed = roles["weight_packed"]
     rows, width = matrix_shape(packed)
-    args = _weight_args(module.name, module.config)
+    refuse_marlin(module.name, module.config)
     if packed.dtype == "U8":
         scale = roles.get("weight_scale")
         if "weight_global_scale" not in roles and scale is not None and scale.dtype == "U8":
@@ -44,6 +39,7 @@ def read_compressed_tensors(module: Module) -> Stored | None:
         refuse_swizzled(scale, (rows, -(-2 * width // Nvfp4Packed.GROUP)))
         layout = Nvfp4Packed(shape=(rows, 2 * width))
         return module.stored(layout, ("weight_packed", "weight_scale", "weight_global_scale"))
+    args = weight_args(module.name, module.config, "int")
     if "weight_shape" not in roles:
         raise CheckpointError(f"{module.name}: weight_packed has no weight_shape", fix=AGAIN)
     shape = tuple(map(int, module.source.raw(roles["weight_shape"].name).values().reshape(-1)))
@@ -54,43 +50,21 @@ def read_compressed_tensors(module: Module) -> Stored | None:
             f" weight_packed {list(packed.shape)}",
             fix=AGAIN,
         )
+    if args.get("type", "int") != "int":
+        raise CheckpointError(
+            f"{module.name}: packed codes of type {args.get('type')!r:.20} are not read; integers"
+            " are",
+            fix="quantise to integers, or to nvfp4-pack-quantized",
+        )
     if args.get("symmetric") is False and "weight_zero_point" not in roles:
         raise CheckpointError(
             f"{module.name}: asymmetric, but there is no weight_zero_point", fix=AGAIN
         )
-    integers = PackQuantized(shape=(rows, shape[1]), bits=bits, group=group_size(args, shape[1]))
+    integers = PackQuantized(
+        shape=(rows, shape[1]),
+        bits=bits,
+        group=group_size(args, shape[1]),
+        symmetric=args.get("symmetric", True) is not False,
+    )
     wanted = ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape")
     return module.stored(integers, wanted)
-
-
-def _weight_args(module: str, config: Config) -> Mapping[str, Any]:
-    """Return the `weights` of the group of `config_groups` that a module belongs to."""
-    groups = config_groups(config)
-    for name in (config.get("format"), *(group.get("format") for group in groups)):
-        if "marlin" in str(name):
-            raise bound_to_kernel(module, f"in the layout {name}")
-    named = [g for g in groups if any(_names(target, module) for target in _targets(g))]
-    classes = [g for g in groups if any("." not in str(target) for target in _targets(g))]
-    chosen = named or (classes if len(classes) == 1 else groups)
-    distinct = {str(g.get("weights")) for g in chosen}
-    if len(distinct) != 1 or not isinstance(chosen[0].get("weights"), dict):
-        raise CheckpointError(
-            f"{module}: config_groups do not say with which of {len(groups)} schemes it was"
-            " quantised",
-            fix="name the modules in the targets of config_groups, by name or re:",
-        )
-    found: Mapping[str, Any] = chosen[0]["weights"]
-    return found
-
-
-def _targets(group: dict[str, Any]) -> list[Any]:
-    targets = group.get("targets")
-    return targets if isinstance(targets, list) else []
-
-
-def _names(target: Any, module: str) -> bool:
-    if not isinstance(target, str):
-        return False
-    if not target.startswith("re:"):
-        return target == module
-    return EXPRESSIONS.get().begins(target[3:], target, module)

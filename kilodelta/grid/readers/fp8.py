@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kilodelta.errors import CheckpointError
 from kilodelta.grid.layouts.fp8 import Fp8
 from kilodelta.grid.matrix import Shape
 from kilodelta.grid.model import Stored
 from kilodelta.grid.readers.common import (
     AGAIN,
-    Config,
     Module,
     config_groups,
     matrix_shape,
+    weight_args,
 )
 
 
@@ -21,7 +23,7 @@ def read_fp8(module: Module) -> Stored | None:
     Raises:
         CheckpointError: the layout is recognised and not read, or a part is missing.
     """
-    roles, config = module.roles, module.config
+    roles = module.roles
     weight = roles.get("weight")
     if weight is None or weight.dtype != "F8_E4M3":
         return None
@@ -36,16 +38,25 @@ def read_fp8(module: Module) -> Stored | None:
             f"{roles[scale].name} is F8_E8M0, and such scales are not read",
             fix="give the model with float32 scales",
         )
-    block = _fp8_block(shape, roles[scale].shape, config)
+    block = _fp8_block(module, shape, roles[scale].shape)
     return module.stored(Fp8(shape=shape, scale=scale, block=block), ("weight", scale))
 
 
-def _fp8_block(shape: Shape, scales: tuple[int, ...], config: Config) -> Shape:
-    size = config.get("weight_block_size")
-    if size is None:
-        args = [g["weights"] for g in config_groups(config) if isinstance(g.get("weights"), dict)]
-        size = next((a["block_structure"] for a in args if a.get("block_structure")), None)
-    if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size):
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _fp8_block(module: Module, shape: Shape, scales: tuple[int, ...]) -> Shape:
+    size = module.config.get("weight_block_size")
+    if size is None and config_groups(module.config):
+        size = weight_args(module.name, module.config, "float", bits=8).get("block_structure")
+    if size is not None:
+        if not (isinstance(size, list) and len(size) == 2 and all(map(_is_size, size))):
+            raise CheckpointError(
+                f"{module.name}: the configuration states blocks of {size!r:.40}, not of rows and"
+                " columns",
+                fix=AGAIN,
+            )
         return size[0], size[1]
     if scales in ((shape[0], 1), (shape[0],)) and shape[0] > 1:
         return 1, shape[1]

@@ -37,6 +37,12 @@ def read_gptq(module: Module) -> Stored | None:
             fix="quantise to 4 or 8 bits",
         )
     words, rows = matrix_shape(roles["qweight"])
+    if rows * bits % 32:
+        raise CheckpointError(
+            f"{module.name}: {rows} rows are no multiple of {32 // bits}, which zero points of"
+            f" {bits} bits are packed by",
+            fix="quantise to compressed-tensors' pack-quantized, or leave this module out",
+        )
     columns = words * 32 // bits
     layout = Gptq(
         shape=(rows, columns), bits=bits, group=group_size(config, columns), v1=form == "gptq"
