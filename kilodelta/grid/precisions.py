@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from types import MappingProxyType
 from typing import Any
 
@@ -41,6 +42,22 @@ class Precision:
     config: Mapping[str, Any]
     group: int
     """Columns that share a scale; a weight's columns have to be a multiple. 1: no condition."""
+    bits: int
+    """Of a code."""
+    scale_bytes: int = 0
+    """Of a scale, where it has one type whatever is given; 0 where it is given."""
+
+    def nbytes(self, shape: tuple[int, ...], scales: str = FLOAT32) -> int:
+        """Count the bytes of a stored weight, but for the few of its shape or global scale.
+
+        Args:
+            shape: (out, in).
+            scales: one of `SCALES`.
+        """
+        weights = prod(shape)
+        count = weights // self.group if self.group > 1 else 1  # or one scale for all
+        width = self.scale_bytes or np.dtype(scales).itemsize
+        return weights * self.bits // 8 + count * width
 
 
 def nearest_codes(kind: Kind, quotients: Floats) -> npt.NDArray[Any]:
@@ -124,6 +141,7 @@ def _int4(group: int) -> Precision:
         store=store,
         config=_config("pack-quantized", {**args, "group_size": group}),
         group=group,
+        bits=4,
     )
 
 
@@ -152,7 +170,7 @@ def _nvfp4() -> Precision:
 
     args = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
     config = _config("nvfp4-pack-quantized", {**args, "symmetric": True})
-    return Precision(make=make, store=store, config=config, group=16)
+    return Precision(make=make, store=store, config=config, group=16, bits=4, scale_bytes=1)
 
 
 def _fp8() -> Precision:
@@ -168,7 +186,8 @@ def _fp8() -> Precision:
         }
 
     args = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"}
-    return Precision(make=make, store=store, config=_config("float-quantized", args), group=1)
+    config = _config("float-quantized", args)
+    return Precision(make=make, store=store, config=config, group=1, bits=8)
 
 
 def _config(form: str, weights: dict[str, Any]) -> dict[str, Any]:

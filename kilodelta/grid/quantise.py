@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from kilodelta.files.checkpoint import SINGLE, Checkpoint
 from kilodelta.files.dtypes import FLOATS, TARGETS
 from kilodelta.files.staging.sidecars import copy_sidecars
 from kilodelta.files.tensor import TensorInfo
-from kilodelta.grid.dequantise import float_folder
+from kilodelta.grid.dequantise import float_bytes, float_folder
 from kilodelta.grid.matrix import Matrix
+from kilodelta.grid.model import QuantisedModel
 from kilodelta.grid.open import is_quantised, open_named
 from kilodelta.grid.precisions import FLOAT32, PRECISIONS, SCALES, Tensors
 
@@ -51,7 +53,8 @@ def quantise_folder(
     Raises:
         InputError: no such precision or scales, or a chosen weight cannot be quantised so.
         CheckpointError: the base cannot be read, or a chosen weight holds NaN or infinity.
-        OutputError: `out` cannot be written.
+        OutputError: `out` is there already, cannot be written, or its disk has less room than
+            the copy takes; that is said before any weight is read.
 
     Example:
         >>> import tempfile
@@ -66,10 +69,15 @@ def quantise_folder(
         )
     if scales not in SCALES:
         raise InputError(f"{scales!r} is no type of scales", fix=f"one of {', '.join(SCALES)}")
+    place = Path(out)
+    staging.require_free(place)
     if is_quantised(base):
-        with float_folder(open_named(base), beside=Path(out)) as floats:
-            return quantise_folder(floats, out, precision, names, scales=scales)
+        model = open_named(base)
+        staging.require_room(*needs_of_copy(model, place, precision, names, scales))
+        with float_folder(model, beside=place) as floats:
+            return quantise_folder(floats, place, precision, names, scales=scales)
     chosen, checkpoint = PRECISIONS[precision], Checkpoint.open(base)
+    staging.require_room(*needs_of_copy(checkpoint, place, precision, names, scales))
     tensors: Tensors = {}
     count = 0
     for name in checkpoint.names:
@@ -80,13 +88,45 @@ def quantise_folder(
         module = name.removesuffix("weight")
         tensors |= {f"{module}{role}": part for role, part in chosen.store(matrix, scales).items()}
         count += 1
-    with staging.new_folder(Path(out)) as stage:
+    with staging.new_folder(place) as stage:
         safetensors.write(stage / SINGLE, tensors)
         config = {**_json(checkpoint.folder), "quantization_config": dict(chosen.config)}
         (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if checkpoint.path.is_dir():
             copy_sidecars(checkpoint.folder, stage, frozenset({"config.json"}))
     return count
+
+
+def needs_of_copy(
+    base: Checkpoint | QuantisedModel,
+    out: Path,
+    precision: str,
+    names: Callable[[str], bool],
+    scales: str = FLOAT32,
+) -> list[staging.Need]:
+    """List what `quantise_folder` puts beside and into its folder: the weights, and of a quantised
+    base its float32 values.
+
+    Args:
+        base: the model.
+        out: the new folder.
+        precision, names, scales: as of `quantise_folder`.
+    """
+    what = f"the copy in {precision}"
+    if isinstance(base, QuantisedModel):
+        values = "the values of the quantised base as floats"
+        sizes = {name: (stored.shape, 4 * prod(stored.shape)) for name, stored in
+                 base.stored.items()}  # fmt: skip
+        infos = [base.plain_info(name) for name in base.plain]
+        needs = [staging.Need(path=out, nbytes=float_bytes(base), what=values)]
+    else:
+        sizes, needs, infos = {}, [], [base.info(name) for name in base.names]
+    sizes |= {info.name: (info.shape, info.nbytes) for info in infos}
+    nbytes = sum(
+        PRECISIONS[precision].nbytes(shape, scales) if names(name) else size
+        for name, (shape, size) in sizes.items()
+    )
+    return [*needs, staging.Need(path=out, nbytes=nbytes, what=what)]
 
 
 def can_quantise(info: TensorInfo, precision: str) -> bool:

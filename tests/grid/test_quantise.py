@@ -12,19 +12,21 @@ import numpy as np
 import pytest
 
 import kilodelta
-from kilodelta.errors import CheckpointError, InputError
+from kilodelta.errors import CheckpointError, InputError, OutputError
+from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Patterns
-from kilodelta.grid import open_quantised
+from kilodelta.grid import open_quantised, quantise
 from kilodelta.grid.codes import E2M1, E4M3, integer_kind
 from kilodelta.grid.dequantise import dequantised
 from kilodelta.grid.dequantise import float_folder as float_folder_of
 from kilodelta.grid.precisions import PRECISIONS, nearest_codes, with_steps
-from kilodelta.grid.quantise import quantise_folder
+from kilodelta.grid.quantise import needs_of_copy, quantise_folder
 from kilodelta.grid.reference import new_code
 from kilodelta.merging.build import Recipe, build, quantise_target
 from kilodelta.merging.rebase import rebased
 from tests.support import grids
+from tests.support.disks import with_free
 
 RNG = np.random.default_rng(5)
 WEIGHT = (RNG.normal(size=(24, 128)) / 20).astype(np.float32)
@@ -219,3 +221,38 @@ def test_a_float_file_goes_into_the_grid(tmp_path: Path, precision: str) -> None
     c, e = on_grid.scale("a.weight")
     exact = old.values() + np.ldexp(c * on_grid.expand("a.weight").astype(np.float64), e)
     assert np.array_equal(with_steps(old, exact).values(), new.values())
+
+
+@pytest.mark.parametrize(
+    ("precision", "scales"), [("int4-g32", "float16"), ("nvfp4", "float32"), ("fp8", "float16")]
+)
+def test_room_is_asked_for_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, scales: str
+) -> None:
+    base, made, again = float_folder(tmp_path / "base"), tmp_path / "q", tmp_path / "again"
+    quantise_folder(base, made, precision, chosen, scales=scales)
+    checkpoint = Checkpoint.open(made)
+    written = sum(checkpoint.info(name).nbytes for name in checkpoint.names)
+    needs = {
+        base: needs_of_copy(Checkpoint.open(base), again, precision, chosen, scales),
+        made: needs_of_copy(open_quantised(made), again, precision, chosen, scales),
+    }
+    assert written - 40 <= needs[base][0].nbytes <= written  # of each: shape, or global scale
+    assert [need.nbytes for need in needs[made]] == [40 * 128 * 4 + 32, needs[base][0].nbytes]
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(quantise, "quantised_weight", never)
+    for place, asked in needs.items():
+        with_free(monkeypatch, sum(need.nbytes for need in asked) - 1)
+        with pytest.raises(OutputError, match=f"the copy in {precision}"):
+            quantise_folder(place, again, precision, chosen, scales=scales)
+    assert not again.exists()
+
+
+def test_a_folder_that_is_there_is_said_before_the_work(tmp_path: Path) -> None:
+    base = float_folder(tmp_path / "base")
+    quantise_folder(base, tmp_path / "q", "fp8", chosen)
+    with pytest.raises(OutputError, match="exists already"):
+        quantise_folder(tmp_path / "absent", tmp_path / "q", "fp8", chosen)
