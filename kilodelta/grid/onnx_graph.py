@@ -218,19 +218,20 @@ def _dequantised(
             f"{name:.200}: axis of its DequantizeLinear is {axis}, and it has two",
             fix="export the graph anew",
         )
-    scales = source.shape_of(scale)
-    by_axis = _block(name, shape, scales, axis % 2, given.get("block_size", 0))
-    _require_points(node, source, scales)
+    grid = source.shape_of(scale)
+    by_axis = _block(name, shape, grid, axis % 2, given.get("block_size", 0))
+    _require_points(node, source, grid)
     block = (by_axis[1], by_axis[0]) if transposed else by_axis
     upright = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
     layout = DequantizeLinear(
         shape=upright, type=source.type_of(name), transposed=transposed, block=block
     )
-    found = _named(name, layout, node, {"x": 0, "x_scale": 1, "x_zero_point": 2}, source)
     if inner is None:
-        return found
-    parts = {**found.parts, "x_scale": scale, "x_scale_scale": inner.input[1]}
-    return Stored(name=found.name, layout=layout, parts=parts)
+        return _named(name, layout, node, {"x": 0, "x_scale": 1, "x_zero_point": 2}, source)
+    found = _named(name, layout, node, {"x": 0, "x_zero_point": 2}, source)
+    scales = _named(scale, layout, inner, {"x_scale": 0, "x_scale_scale": 1}, source)
+    _require_points(inner, source, source.shape_of(inner.input[1]))
+    return replace(found, parts={**found.parts, **scales.parts})
 
 
 def _is_transposed(value: str, readers: dict[str, list[tuple[Any, int]]]) -> bool:

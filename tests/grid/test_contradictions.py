@@ -6,6 +6,7 @@ Each of these was read once, with values that were not the model's.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,30 @@ def _attribute(name: str, value: int) -> Any:
 def test_a_graph_that_contradicts_itself(tmp_path: Path, change: Any, said: str) -> None:
     with pytest.raises(CheckpointError, match=said):
         open_quantised(_graph(tmp_path / "m.onnx", change))
+
+
+def test_scales_that_are_dequantised_themselves(tmp_path: Path) -> None:
+    """NVFP4: the inner scales come out of a node, of which each constant is an initializer."""
+
+    def change(graph: Any, made: str = "") -> None:
+        from onnx import TensorProto, helper, numpy_helper
+
+        codes = helper.make_tensor("w", TensorProto.FLOAT4E2M1, (64, 6), [1.5] * 384)
+        scales = helper.make_tensor("t", TensorProto.FLOAT8E4M3FN, (4, 6), [2.0] * 24)
+        whole = numpy_helper.from_array(np.array(0.25, np.float32), "g")
+        del graph.initializer[:]
+        graph.initializer.extend([codes, scales, whole])
+        graph.node[0].input[:] = ["w", "s"]
+        graph.node.insert(0, helper.make_node("DequantizeLinear", ["t", "g"], ["s"]))
+        if made:
+            _made_by_a_node(graph, made)
+
+    model = open_quantised(_graph(tmp_path / "m.onnx", change))
+    assert (model.matrix("w").values() == 0.75).all()
+    for made, role in (("t", "scale"), ("g", "x_scale_scale")):
+        place = _graph(tmp_path / "m.onnx", partial(change, made=made))
+        with pytest.raises(CheckpointError, match=f"its {role} '{made}' is no initializer"):
+            open_quantised(place)
 
 
 def test_the_graph_itself_is_read(tmp_path: Path) -> None:
