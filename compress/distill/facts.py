@@ -25,8 +25,19 @@ def teacher_facts(job: Job) -> dict[str, str]:
         "base model": digest(job.pair.base, cached=True).root,
         "tuned model": digest(job.pair.tuned, cached=True).root,
         "computed in": _computed_in(job),
-        "module": job.options.model or json.dumps(read_config(job.pair.tuned), sort_keys=True),
+        **_module(job),
     }
+
+
+def _module(job: Job) -> dict[str, str]:
+    """Say what computes with the weights: the user's function, or configuration and pooling."""
+    teacher = job.pair.teacher
+    assert teacher is not None  # the caller has inputs
+    built_by = {str(files.path): files for files in (job.pair.base, job.pair.tuned)}
+    # A tuned model that is a bare file is opened by the base's configuration.
+    config = read_config(built_by.get(teacher.source, job.pair.tuned))
+    pooling = {} if teacher.pooling is None else {"pooling": str(teacher.pooling)}
+    return {"module": job.options.model or json.dumps(config, sort_keys=True), **pooling}
 
 
 def _computed_in(job: Job) -> str:
@@ -57,6 +68,7 @@ def run_facts(
         "held-out inputs (--held-out, --seed)": _short_digest(held_out),
         "--labels": _short_digest("\n".join(labels or ())),
         "--model": job.options.model or "",
+        "configuration": _short_digest(json.dumps(_module(job), sort_keys=True)),
         "--dtype": _computed_in(job),
         "method": json.dumps(job.method.to_manifest(), sort_keys=True),
         "targets": json.dumps(asdict(job.patterns), sort_keys=True),

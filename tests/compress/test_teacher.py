@@ -23,7 +23,7 @@ from kilodelta.compress.distill.learn.comparisons import comparison_for, kl
 from kilodelta.compress.distill.learn.objective import Measures, Objective
 from kilodelta.compress.distill.learn.outputs import Output, Wanted
 from kilodelta.compress.distill.learn.rows import Rows
-from kilodelta.compress.distill.learn.survey import Survey, survey
+from kilodelta.compress.distill.learn.survey import survey
 from kilodelta.compress.distill.teacher import ask as asking
 from kilodelta.compress.distill.teacher import store as stores
 from kilodelta.compress.distill.teacher.ask import Need, Shelf, ask, estimate
@@ -178,10 +178,17 @@ def test_a_cache_is_reused_and_a_stopped_one_is_gone_on_with(
     done: list[int] = []
     ask(model, rows, seen, lambda event: done.append(event.done), shelf(tmp_path))
     assert done == [128, 192, 200]
-    monkeypatch.setattr(model.module.head, "forward", None)  # nothing is computed again
-    seen_again = Survey(matched=seen.matched, ignored={}, one_row=False, padded=False)
+    computed: list[int] = []
+
+    def compute(*given: Any) -> Mapping[str, Tensor]:
+        computed.extend(given[3])
+        return compute_rows(*given)
+
+    compute_rows = asking._compute
+    monkeypatch.setattr(asking, "_compute", compute)
     monkeypatch.setattr(asking, "estimate", lambda *given: Need(whole=1, kept=1, shortened={}))
-    teacher, _ = ask(model, rows, seen_again, silent, shelf(tmp_path))
+    teacher, _ = ask(model, rows, seen, silent, shelf(tmp_path))
+    assert computed == [0]  # to see that the model is the one whose outputs are kept
     whole, _ = ask(words(), rows, seen, silent)
     for index in (0, 63, 64, 199):
         assert torch.equal(teacher([index])["logits"], whole([index])["logits"])
@@ -200,6 +207,16 @@ def test_a_cache_of_another_model_is_never_taken(tmp_path: Path) -> None:
     (folder / stores.INDEX).write_text(json.dumps(index))
     with pytest.raises(InputError, match="outputs of another run: model"):
         DiskStore(folder, {**index["facts"], "model": "x"}, 10)
+
+
+def test_a_cache_of_other_code_is_refused(tmp_path: Path) -> None:
+    """Facts are equal where a function that builds the module was edited."""
+    rows = some_rows()
+    seen = survey(words(), rows, Wanted())
+    ask(words(), rows, seen, silent, shelf(tmp_path))
+    ask(words(), rows, seen, silent, shelf(tmp_path))
+    with pytest.raises(InputError, match="another logits than the tuned model puts out now"):
+        ask(words(seed=5), rows, seen, silent, shelf(tmp_path))
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "gone", "index", "facts", "text", "deep", "pipe"])

@@ -166,9 +166,11 @@ def to_rows(batches: Sequence[Batch], pad_token: int) -> Rows:
     """
     _check_alike(batches)
     along = _along_tokens(batches)
-    rows = tuple(row for batch in batches for row in _split(batch, along))
+    rows: list[Batch] = []
+    for batch in batches:
+        rows += _split(batch, along, len(rows))
     fills = {"input_ids": pad_token}
-    return Rows(rows, {name: torch.tensor(fills.get(name, 0)) for name in along})
+    return Rows(tuple(rows), {name: torch.tensor(fills.get(name, 0)) for name in along})
 
 
 def _check_alike(batches: Sequence[Batch]) -> None:
@@ -202,23 +204,23 @@ def _is_image(values: Tensor) -> bool:
     return values.dim() >= 4 and values.is_floating_point()
 
 
-def _split(batch: Batch, along: Sequence[str]) -> list[Batch]:
+def _split(batch: Batch, along: Sequence[str], before: int) -> list[Batch]:
     count = len(next(iter(batch.values())))
     if not along:
         return [{name: values[i] for name, values in batch.items()} for i in range(count)]
-    kept = [_kept(mask) for mask in batch[MASK]]
+    kept = [_kept(mask, number) for number, mask in enumerate(batch[MASK], before + 1)]
     return [
         {name: v[i][: kept[i]] if name in along else v[i] for name, v in batch.items()}
         for i in range(count)
     ]
 
 
-def _kept(mask: Tensor) -> int:
+def _kept(mask: Tensor, number: int) -> int:
     """Count the positions up to the last that counts."""
     places = mask.nonzero()
     if not len(places):
         raise InputError(
-            "a row of the inputs has an attention_mask of zeros: nothing in it counts",
-            fix="leave the row out",
+            f"input {number} has no tokens that count: its attention_mask is zero everywhere",
+            fix="leave it out; an empty text is such an input where the tokenizer adds no frame",
         )
     return int(places[-1]) + 1

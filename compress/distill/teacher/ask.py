@@ -14,6 +14,7 @@ from kilodelta.compress.distill.learn.outputs import Output, run
 from kilodelta.compress.distill.learn.rows import Rows
 from kilodelta.compress.distill.learn.survey import Survey
 from kilodelta.compress.distill.processes.ranks import ALONE, Ranks
+from kilodelta.compress.distill.teacher.same import require_same
 from kilodelta.compress.distill.teacher.store import (
     DiskStore,
     Facts,
@@ -114,14 +115,20 @@ def ask(
         The outputs, and the survey with `kept` set on each output that is shortened.
 
     Raises:
-        InputError: an output is not finite, or the cache holds those of another run.
+        InputError: an output is not finite, or the cache holds those of another run or model.
         OutputError: the disk has no room for them.
     """
     need = estimate(loaded, rows, survey)
+    whole = survey
     matched = tuple(replace(o, kept=need.shortened.get(o.name, 0)) for o in survey.matched)
     survey = replace(survey, matched=matched)
     ranks = ALONE if shelf is None else shelf.ranks
     store = _store(rows, survey, need, shelf)
+    if isinstance(store, DiskStore) and 0 not in store.missing():
+        now = ranks.agree(partial(_compute, loaded, rows, whole, [0]))
+        first = store.row(0)
+        check = partial(require_same, str(store.folder), matched, now, first, rows.mask([0]))
+        ranks.agree(check)
     _fill(store, loaded, rows, survey, progress, ranks)
     ranks.gather(None)  # the first process has written everything
     if isinstance(store, DiskStore) and not ranks.writes:

@@ -82,7 +82,7 @@ class DiskStore:
     """
 
     def __init__(self, folder: Path, facts: Facts, count: int) -> None:
-        self._folder, self._facts, self._count = folder, dict(facts), count
+        self.folder, self._facts, self._count = folder, dict(facts), count
         self._places: dict[int, dict[str, Tensor]] = {}
         self._parts: list[dict[str, Any]] = []
         self._waiting: dict[int, Row] = {}
@@ -100,7 +100,7 @@ class DiskStore:
     def reopen(self) -> None:
         """Take up the parts that the folder lists now: another process may have written them."""
         self._parts, self._places = [], {}
-        for part in _read_index(self._folder, self._facts):
+        for part in _read_index(self.folder, self._facts):
             self._take(part)
 
     def missing(self) -> list[int]:
@@ -115,10 +115,10 @@ class DiskStore:
         if not self._waiting:
             return
         rows, self._waiting = self._waiting, {}
-        part = _write_part(self._folder, rows)
+        part = _write_part(self.folder, rows)
         self._parts.append(part)
         text = {"version": VERSION, "facts": self._facts, "parts": self._parts}
-        staging.write(self._folder / INDEX, json.dumps(text, indent=1).encode())
+        staging.write(self.folder / INDEX, json.dumps(text, indent=1).encode())
         self._map(part)
 
     def row(self, index: int) -> Row:
@@ -127,7 +127,7 @@ class DiskStore:
     def _take(self, part: Any) -> None:
         """Use a part that an earlier run wrote, unless it is damaged."""
         try:
-            if _sha256(self._folder / _name(part["file"])) != part["sha256"]:
+            if _sha256(self.folder / _name(part["file"])) != part["sha256"]:
                 raise ValueError("other bytes")
             self._map(part)
         except Exception:  # torch, zipfile and a JSON of any shape raise unrelated classes
@@ -136,7 +136,7 @@ class DiskStore:
             self._parts.append(part)
 
     def _map(self, part: Mapping[str, Any]) -> None:
-        flat = torch.load(self._folder / part["file"], mmap=True, weights_only=True)
+        flat = torch.load(self.folder / part["file"], mmap=True, weights_only=True)
         rows: list[dict[str, Tensor]] = [{} for _ in part["rows"]]
         for name, shapes in part["shapes"].items():
             pieces = flat[name].split([math.prod(shape) for shape in shapes])
