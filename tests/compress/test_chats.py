@@ -21,6 +21,7 @@ from kilodelta.errors import InputError
 from kilodelta.models import open_model, open_source, read_inputs
 from kilodelta.models.chats.records import Chat, Message, read_chats
 from kilodelta.models.chats.tokens import encode
+from kilodelta.models.generation.prompts import read_prompts
 from kilodelta.models.inputs.sources import ChatSource
 from kilodelta.models.loaded import LoadedModel
 from tests.support import pico
@@ -36,6 +37,20 @@ MARKED = (
 )
 DATED = "{{ 'rain' if messages | length > 2 else 'roof' }} " + TEMPLATE
 """A header that changes with every turn."""
+SILENT = DATED.replace("m['content']", "m['content'] | length")
+"""The same, without the words."""
+FORGETFUL = (
+    "{% for m in messages %}{{ m['role'] }} "
+    "{% if m['role'] == 'assistant' and loop.last %}old mill {% endif %}"
+    "{{ m['content'] }} [SEP] {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+)
+"""Frames the last answer otherwise than those before, as Qwen3's thoughts are."""
+TOOLED = (
+    "{% for t in tools or [] %}{{ t['name'] }} {% endfor %}"
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}"
+    "{% for c in m['tool_calls'] or [] %}{{ c['name'] }} {% endfor %} roof {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +90,39 @@ def test_the_assistant_s_words_and_their_ends_count(folder: Path, template: str)
     assert found == ["seven", "birds", "roof", "rain", "roof"]
 
 
+def test_words_are_found_where_a_turn_changes_what_stands_before_it(folder: Path) -> None:
+    assert answered(model(folder, DATED), TWO_TURNS) == ["seven", "birds", "rain", "roof"]
+    forgetful = answered(model(folder, FORGETFUL), TWO_TURNS)
+    assert forgetful == ["seven", "birds", "[SEP]", "old", "mill", "rain", "[SEP]"]
+
+
+def test_what_frames_an_assistant_s_first_turn_is_not_its_words(folder: Path) -> None:
+    chat = conversation(("assistant", "seven birds"), ("user", "all"), ("assistant", "rain"))
+    for template in (TEMPLATE, MARKED):
+        found = answered(model(folder, "garden " + template), chat)
+        assert found == ["seven", "birds", "roof", "rain", "roof"]
+
+
+def test_tools_and_their_calls_are_the_template_s_to_read(folder: Path, tmp_path: Path) -> None:
+    asked = {"role": "user", "content": "who", "tool_calls": None, "name": ""}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "mill"}]}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": [asked, call], "tools": [{"name": "birds"}]}))
+    [chat] = read_chats(path)
+    assert chat.has_answer
+    assert chat.messages[0].more == {}
+    loaded = model(folder, TOOLED)
+    ids, mask = encode(loaded.tokenizer, chat, source="m", limit=None)
+    assert words(loaded, ids)[:3] == ["birds", "[UNK]", "who"]
+    assert answered(loaded, chat) == ["mill", "roof"]
+    assert read_prompts(path, loaded)[0].ids == tuple(ids[: mask.index(1)])
+    path.write_text(json.dumps({"messages": [asked, call], "tools": '[{"name": "birds"}]'}))
+    with pytest.raises(InputError, match=r"a\.jsonl:1: tools is text, not a list of objects"):
+        read_chats(path)
+
+
 def test_a_template_that_tells_nothing_is_refused_with_a_way_on(folder: Path) -> None:
-    loaded = model(folder, DATED)
+    loaded = model(folder, SILENT)
     with pytest.raises(InputError, match="does not tell which tokens are the assistant's") as why:
         encode(loaded.tokenizer, TWO_TURNS, source="m", limit=None)
     assert "--loss-on all" in why.value.fix
@@ -159,7 +205,7 @@ def test_a_mixture_and_a_chat_without_answers_are_refused(tmp_path: Path) -> Non
     path.write_text('{"messages": [{"role": "user", "content": "c"}]}\n' * 20)
     source = open_source(path)
     assert isinstance(source, ChatSource)
-    with pytest.raises(InputError, match=r"a\.jsonl:1 holds no answer") as why:
+    with pytest.raises(InputError, match=r"a\.jsonl:1 holds no answer .*roles: user\)") as why:
         check_answers(source)
     assert "--loss-on all" in why.value.fix
     # Before any model: neither folder exists.

@@ -37,8 +37,10 @@ def check_answers(source: ChatSource) -> None:
     """
     for chat in source.chats:
         if not chat.has_answer:
+            roles = ", ".join(dict.fromkeys(one.role for one in chat.messages))
             raise InputError(
-                f"{chat.place} holds no answer of the assistant, so nothing in it would count",
+                f"{chat.place} holds no answer of the assistant"
+                f"{f' (its roles: {roles:.80})' if roles else ''}, so nothing in it would count",
                 fix=f"remove the line, or {WAY_ON}",
             )
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kilodelta.errors import InputError
-from kilodelta.models.chats.records import ASSISTANT, Message, read_messages
+from kilodelta.models.chats.records import ASSISTANT, Message, read_messages, read_tools
 from kilodelta.models.chats.tokens import render
 from kilodelta.models.inputs.texts import parse_record, read_lines
 from kilodelta.models.loaded import Batch, LoadedModel
@@ -90,7 +90,9 @@ def _ids(
 ) -> tuple[int, ...]:
     asked = _turns(record, field, place) if isinstance(record, dict) else ()
     if asked:
-        ids = tuple(render(loaded.tokenizer, asked, place=place, source=loaded.source, prompt=True))
+        tools = read_tools(record, place) if isinstance(record, dict) else ()
+        source, tokenizer = loaded.source, loaded.tokenizer
+        ids = tuple(render(tokenizer, asked, place=place, source=source, prompt=True, tools=tools))
     else:
         ids = _text_ids(_text(record, field, place), loaded, place)
     if not ids:
