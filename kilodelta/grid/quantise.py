@@ -112,21 +112,21 @@ def needs_of_copy(
         out: the new folder.
         precision, names, scales: as of `quantise_folder`.
     """
-    what = f"the copy in {precision}"
+    sizes: dict[str, tuple[tuple[int, ...], int]] = {}
+    needs: list[staging.Need] = []
     if isinstance(base, QuantisedModel):
-        values = "the values of the quantised base as floats"
-        sizes = {name: (stored.shape, 4 * prod(stored.shape)) for name, stored in
-                 base.stored.items()}  # fmt: skip
+        sizes = {name: (one.shape, 4 * prod(one.shape)) for name, one in base.stored.items()}
         infos = [base.plain_info(name) for name in base.plain]
+        values = "the values of the quantised base as floats"
         needs = [staging.Need(path=out, nbytes=float_bytes(base), what=values)]
     else:
-        sizes, needs, infos = {}, [], [base.info(name) for name in base.names]
+        infos = [base.info(name) for name in base.names]
     sizes |= {info.name: (info.shape, info.nbytes) for info in infos}
     nbytes = sum(
         PRECISIONS[precision].nbytes(shape, scales) if names(name) else size
         for name, (shape, size) in sizes.items()
     )
-    return [*needs, staging.Need(path=out, nbytes=nbytes, what=what)]
+    return [*needs, staging.Need(path=out, nbytes=nbytes, what=f"the copy in {precision}")]
 
 
 def can_quantise(info: TensorInfo, precision: str) -> bool:
