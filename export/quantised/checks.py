@@ -109,12 +109,12 @@ def require_grids(
     """
     for name in base.stored:
         matrix = base.matrix(name)
+        if not capabilities:  # whatever its scales are
+            require_runnable(name, matrix)
         for dtype in dtypes:
             require_exact(name, matrix, dtype)
         if capabilities:  # before minima, whose way out is another one for engines
             require_engine(name, matrix, capabilities)
-        else:
-            require_runnable(name, matrix)
         for dtype in dtypes:
             if form != NBITS or dtype == "bfloat16" or not fits_nbits(matrix):
                 require_no_minima(name, matrix)

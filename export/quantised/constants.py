@@ -91,7 +91,7 @@ def require_exact(name: str, matrix: Matrix, dtype: str) -> None:
         raise ExportError(
             f"{name} has minima that are no numbers of {dtype}, so the graph would compute with"
             " other weights",
-            fix="export with --dtype fp32",
+            fix=_in_fp32(dtype, "quantise its values anew (docs/quantised.md)"),
         )
     if zeros is not None and (zeros.min() < kind.low or zeros.max() > kind.high):
         raise ExportError(
@@ -103,7 +103,7 @@ def require_exact(name: str, matrix: Matrix, dtype: str) -> None:
             raise ExportError(
                 f"{name} has NVFP4 scales that are not E4M3 numbers times one number of {dtype},"
                 " as a graph holds them",
-                fix="export with --dtype fp32, or quantise by kilodelta.grid.quantise to nvfp4",
+                fix=_in_fp32(dtype, "quantise by kilodelta.grid.quantise to nvfp4"),
             )
         if dtype == "float32":
             return  # a product of the two is rounded once, as every weight is
@@ -111,8 +111,13 @@ def require_exact(name: str, matrix: Matrix, dtype: str) -> None:
         raise ExportError(
             f"{name} has scales that are no numbers of {dtype}, so the graph would compute with"
             " other weights",
-            fix="export with --dtype fp32, or quantise with scales in that type",
+            fix=_in_fp32(dtype, "quantise with scales in that type"),
         )
+
+
+def _in_fp32(dtype: str, other: str) -> str:
+    """Say what to do where a type holds less than float32 does."""
+    return other if dtype == "float32" else f"export with --dtype fp32, or {other}"
 
 
 def require_runnable(name: str, matrix: Matrix) -> None:
@@ -120,7 +125,7 @@ def require_runnable(name: str, matrix: Matrix) -> None:
 
     Args:
         name: the weight's.
-        matrix: the weight, for which `require_exact` holds.
+        matrix: the weight.
 
     Raises:
         ExportError: they are E2M1 numbers, of which only engines are built.

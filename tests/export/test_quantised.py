@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -27,6 +28,7 @@ from kilodelta.errors import BaseMismatchError, ExportError, InputError, ProofEr
 from kilodelta.export.merge.checkpoint import merge
 from kilodelta.export.onnx.save import save
 from kilodelta.export.pipeline import export
+from kilodelta.export.quantised.checks import require_grids
 from kilodelta.export.quantised.constants import (
     require_exact,
     require_no_minima,
@@ -260,6 +262,18 @@ def test_what_a_graph_cannot_hold_is_refused(change: dict[str, Any], dtype: str,
     with pytest.raises(ExportError, match=text) as caught:
         require_exact("w", replace(FLAT, **change), dtype)
     assert caught.value.what.startswith("w ")
+    assert "no number" not in text or ("--dtype fp32" in caught.value.fix) == (dtype != "float32")
+
+
+def test_nvfp4_without_an_engine_is_refused_as_that_whatever_its_scales(tmp_path: Path) -> None:
+    tensors = {
+        "a.weight_packed": np.zeros((2, 8), np.uint8),
+        "a.weight_scale": np.ones((2, 1), ml_dtypes.float8_e4m3fn),
+        "a.weight_global_scale": np.full(1, 13248, np.float32),
+    }
+    base = open_quantised(grids.folder(tmp_path / "m", grids.NVFP4, tensors))
+    with pytest.raises(ExportError, match="NVFP4 codes, with which ONNX Runtime computes on no"):
+        require_grids(base, ("float32",))
 
 
 def test_minima_have_no_place_in_dequantize_linear() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from kilodelta.export.quantised.constants import require_exact
 from kilodelta.files.tensor import RawTensor
 from kilodelta.grid import QuantisedModel, open_quantised
 from kilodelta.grid.bits import pack_bits, replace_bits, unpack_bits
@@ -137,6 +138,25 @@ def test_actorder_gives_each_column_its_group(tmp_path: Path) -> None:
     tensors["a.weight_g_idx"] = np.full(64, -1, np.int32)  # the natural order
     found = open_quantised(grids.folder(tmp_path / "n", config, tensors)).matrix("a.weight")
     assert np.array_equal(found.values(), n.values() + 0.0)
+
+
+def test_the_natural_order_that_writers_store_is_none(tmp_path: Path) -> None:
+    """GPTQ's files hold `g_idx` always; ONNX operators and kernels take consecutive columns."""
+    n = Numbers(8, 64, 32, zeros=True)
+    order = np.repeat(np.arange(2), 32).astype(np.int32)
+    config = grids.ct_config(symmetric=False)
+    stored = {
+        "g_idx": (grids.GPTQ, grids.gptq("a", n)),
+        "weight_g_idx": (config, grids.pack_quantized("a", n, zeros=True)),
+    }
+    for role, (config, tensors) in stored.items():
+        for given in (order, order[::-1].copy()):
+            tensors[f"a.{role}"] = given
+            place = grids.folder(tmp_path / f"{role}{given[0]}", config, tensors)
+            matrix = open_quantised(place).matrix("a.weight")
+            assert (matrix.order is None) == (given is order)
+            if given is order:
+                require_exact("a.weight", matrix, "float32")
 
 
 def nvfp4(rows: int, columns: int, whole: float) -> dict[str, Any]:

@@ -183,6 +183,22 @@ def from_columns(rows: npt.NDArray[np.uint8], like: RawTensor) -> RawTensor:
     return RawTensor(dtype=like.dtype, shape=like.shape, data=flat)
 
 
+def order_of(groups: npt.NDArray[np.int32], size: int) -> npt.NDArray[np.int32] | None:
+    """Return the group of each column, or None where columns follow each other in groups.
+
+    Many writers store the natural order as well, which kernels and ONNX operators need not be told.
+
+    Args:
+        groups: the stored order, int32 (in,).
+        size: columns of a group.
+
+    Example:
+        >>> order_of(np.array([0, 0, 1, 1], np.int32), 2) is None
+        True
+    """
+    return None if np.array_equal(groups, np.arange(groups.size) // size) else groups
+
+
 def centred(stored: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int8]:
     """Turn unsigned codes into signed ones: a stored u is u - 2^(bits-1)."""
     return (stored - np.uint8(1 << (bits - 1))).view(np.int8)  # modulo 256

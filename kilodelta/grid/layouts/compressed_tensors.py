@@ -23,6 +23,7 @@ from kilodelta.grid.layouts.base import (
     centred,
     float_values,
     no_codes,
+    order_of,
     part,
     sized,
 )
@@ -57,7 +58,8 @@ class PackQuantized(RowLayout):
             g_idx = part(parts, "weight_g_idx", self.name, ("I32",))
             sized(g_idx, "weight_g_idx", self.name, ((columns,),))
             # Older writers leave -1 everywhere where the order is the natural one.
-            order = None if (g_idx.values() == -1).all() else g_idx.values()
+            given = g_idx.values()
+            order = None if (given == -1).all() else order_of(given, self.group)
         return Matrix(
             kind=integer_kind(self.bits),
             codes=no_codes(integer_kind(self.bits), self.shape),

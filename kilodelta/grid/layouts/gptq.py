@@ -24,6 +24,7 @@ from kilodelta.grid.layouts.base import (
     columns_as_rows,
     float_values,
     from_columns,
+    order_of,
     part,
     rows_of,
     sized,
@@ -61,7 +62,7 @@ class Gptq(Layout):
         if "g_idx" in parts:
             g_idx = part(parts, "g_idx", self.name, ("I32",))
             sized(g_idx, "g_idx", self.name, ((columns,),))
-            order = g_idx.values()
+            order = order_of(g_idx.values(), self.group)
         return Matrix(
             kind=integer_kind(self.bits),
             codes=centred(stored, self.bits),
