@@ -104,8 +104,9 @@ def _codes_map(
     outline = outline_of(base, base.identity(threads=threads, progress=progress))
     codes, without_codes = find_codes(file, base, outline)
     if not codes:
+        name, why = next(iter(without_codes.items()))
         raise InputError(
-            f"{file.path} holds no codes of {base.path}",
+            f"{file.path} holds no codes of {base.path}: of {name}, {why}",
             fix="give the quantised model that the ONNX file was exported from",
         )
     wanted = {name: base.source.raw(name) for name in base.plain} | dict(heads)

@@ -361,6 +361,47 @@ def test_a_single_file_is_no_base_of_a_folder(root: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("precision", ["fp8", "int4-g32"])
+def test_any_graph_with_the_codes_is_mapped_and_patched(tmp_path: Path, precision: str) -> None:
+    """One DequantizeLinear, made by hand: of FP8 codes as well."""
+    weight = {"a.weight": np.random.default_rng(4).normal(size=(24, 64)).astype(np.float32)}
+    floats = grids.folder(tmp_path / "floats", None, weight)
+    quantise_folder(floats, tmp_path / "base", precision, "a.weight".__eq__)
+    matrix = open_quantised(tmp_path / "base").matrix("a.weight")
+    kind, name = (1, "INT4") if precision != "fp8" else (0, "FLOAT8E4M3FN")
+    data = matrix.codes.astype(np.uint8) & 15 if kind else matrix.codes
+    data = data.reshape(-1)[::2] | (data.reshape(-1)[1::2] << 4) if kind else data
+    number = getattr(onnx.TensorProto, name)
+    constants = [
+        onnx.helper.make_tensor("w", number, [24, 64], data.tobytes(), raw=True),
+        onnx.numpy_helper.from_array(
+            matrix.steps.astype(np.float32).reshape((24, 2) if kind else ()), "s"
+        ),
+    ]
+    block = {"axis": 1, "block_size": 32} if kind else {}
+    nodes = [onnx.helper.make_node("DequantizeLinear", ["w", "s"], ["d"], **block),
+             onnx.helper.make_node("Gemm", ["x", "d"], ["y"], transB=1)]  # fmt: skip
+    x, y = (onnx.helper.make_tensor_value_info(v, 1, None) for v in "xy")
+    graph = onnx.helper.make_graph(nodes, "g", [x], [y], constants)
+    sets = [onnx.helper.make_opsetid("", 21)]
+    path = tmp_path / "m.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=sets, ir_version=10), path)
+    file = save_file(tmp_path / "base", tmp_path / "a.kd", 5)
+    patch(path, file, tmp_path / "a.onnx", places=make_map(path, tmp_path / "base"))
+    merge(tmp_path / "base", file, tmp_path / "merged")
+    new = open_quantised(tmp_path / "merged").matrix("a.weight").codes
+    assert np.array_equal(open_quantised(tmp_path / "a.onnx").matrix("w").codes, new)
+    assert not np.array_equal(new, matrix.codes)
+
+
+def test_a_graph_of_another_base_says_what_it_lacks(root: Path, tmp_path: Path) -> None:
+    other = {"a.weight": np.eye(32, dtype=np.float32)}
+    floats = grids.folder(tmp_path / "floats", None, other)
+    quantise_folder(floats, tmp_path / "base", "int4-g32", "a.weight".__eq__)
+    with pytest.raises(InputError, match=r"holds no codes of .*: of a\.weight, no operator of the"):
+        make_map(root / "qdq" / "base" / "model.onnx", tmp_path / "base")
+
+
 @pytest.mark.parametrize("kind", ["matmulnbits", "qdq"])
 def test_codes_in_external_data_are_patched(root: Path, tmp_path: Path, kind: str) -> None:
     shutil.copytree(root / kind, tmp_path / "device")
