@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from kilodelta import terminal
 from kilodelta.commands.common import Command, as_json, with_progress
 from kilodelta.commands.compress import INTERRUPTED
 from kilodelta.commands.compress_options import how_to_compress
-from kilodelta.errors import require
+from kilodelta.errors import InputError, require
 
 if TYPE_CHECKING:
     from kilodelta.compress.distill.planning.plan import Planned
@@ -73,6 +74,8 @@ def plan(
     """
     from kilodelta.compress.distill.options import check, options_from
 
+    if curve is None:
+        _refuse_a_curve_s()
     options = options_from(**given)
     check(options, learns=True)  # a slip is answered before torch is imported
     require("torch", extra="hf", why="train a delta's coefficients")
@@ -92,6 +95,21 @@ def plan(
         progress=progress,
     )
     return lambda: _end(made, as_json=as_json)
+
+
+def _refuse_a_curve_s() -> None:
+    """Refuse options that say where a curve lies where none was asked for.
+
+    Raises:
+        InputError: one was typed; ignored, it would seem to have written something.
+    """
+    context = click.get_current_context()
+    for name, spelled in (("out", "-o"), ("force", "--force"), ("resume", "--resume")):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise InputError(
+                f"{spelled} belongs to --curve: a plan alone writes nothing",
+                fix="leave it away, or add --curve 4KB,12KB",
+            )
 
 
 def _warn(planned: Planned) -> None:

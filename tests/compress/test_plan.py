@@ -190,6 +190,30 @@ def test_a_curve_goes_on_where_it_ended(here: Path) -> None:
     assert (here / "out" / "3000.kd").stat().st_mtime_ns == before
 
 
+def test_points_of_another_run_are_not_kept(here: Path) -> None:
+    assert typed("--curve", "3KB", "-o", "out").exit_code == 0
+    written = (here / "out" / "curve.json").read_text()
+    other = typed("--curve", "3KB,5KB", "-o", "out", "--resume", "--seed", "4", "--lr", "0.1")
+    assert other.exit_code == 9
+    assert "out holds a curve of a run with other --lr, --seed" in other.stderr
+    texts = (here / "texts.txt").read_text()
+    (here / "texts.txt").write_text(texts + "seven birds sing\n")
+    assert "run with other inputs" in typed("--curve", "3KB", "-o", "out", "--resume").stderr
+    assert (here / "out" / "curve.json").read_text() == written
+    (here / "texts.txt").write_text(texts)
+    elsewhere = typed(
+        "--curve", "3KB", "-o", "out", "--resume", "--device", "cpu", "--threads", "1"
+    )
+    assert elsewhere.exit_code == 0, elsewhere.stderr
+
+
+def test_what_says_where_a_curve_lies_is_refused_without_one() -> None:
+    for given in (["-o", "out"], ["--force"], ["--resume"]):
+        answer = typed(*given)
+        assert answer.exit_code == 9
+        assert f"{given[0]} belongs to --curve" in answer.stderr
+
+
 def test_what_stands_beside_a_curve_is_joined_by_its_bytes() -> None:
     """Each budget measures several; in that order a picture's line would go to and fro."""
     found = [(SVD, 2584), (LORA, 3900), (SVD, 11944), (SVD, 7248), (LORA, 900), (SVD, 7248)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -68,15 +68,17 @@ class Curve:
         points: one per budget that is done, the smallest first.
         interrupted: whether Ctrl-C ended it before the last budget.
         beside: what other ways keep in about as many bytes (`Options.baselines`).
+        run: what makes two curves the same run (`same_run`).
     """
 
     folder: Path
-    kind: str
-    base_agreement: float
-    tuned_bytes: int
-    points: tuple[Point, ...]
-    interrupted: bool
+    kind: str = ""
+    base_agreement: float = 0.0
+    tuned_bytes: int = 0
+    points: tuple[Point, ...] = ()
+    interrupted: bool = False
     beside: tuple[Size, ...] = ()
+    run: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; `sizes` holds the points."""
@@ -130,6 +132,14 @@ def check_folder(folder: Path, budgets_: Sequence[int] = (), *, force: bool, res
     staging.require_room(files, fix=FIX)
 
 
+def run_of(folder: Path) -> Mapping[str, Any] | None:
+    """Return what run the points in a folder are of, as it was written; None without points."""
+    if not _points_of(folder):
+        return None
+    run = _table(folder).get("run")
+    return run if isinstance(run, dict) else {}
+
+
 def draw_curve(
     base: str | Path,
     tuned: str | Path,
@@ -138,6 +148,7 @@ def draw_curve(
     *,
     inputs: str | Path,
     options: Options,
+    facts: Mapping[str, str],
     force: bool = False,
     resume: bool = False,
     progress: Progress,
@@ -149,6 +160,7 @@ def draw_curve(
         folder: made where it is missing; holds `teacher/` where the options name no cache.
         budgets_: bytes of each file.
         options: all but the budget.
+        facts: what makes two curves the same run.
         force: begin anew.
         resume: keep the budgets that are done, and go on with the one that was interrupted.
         progress: told about every stage.
@@ -158,11 +170,9 @@ def draw_curve(
     """
     folder.mkdir(parents=True, exist_ok=True)
     cache = options.teacher_cache or str(folder / "teacher")
-    curve = Curve(
-        folder=folder, kind="", base_agreement=0.0, tuned_bytes=0, points=(), interrupted=False
-    )
     done = _points_of(folder) if resume else {}
-    curve = replace(curve, beside=_beside_of(folder) if done else ())
+    beside = _beside_of(folder) if done else ()
+    curve = Curve(folder=folder, beside=beside, run=facts)
     for place, budget in enumerate(sorted(budgets_)):
         file = folder / f"{budget}.kd"
         found = done.get(budget)

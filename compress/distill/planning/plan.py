@@ -12,9 +12,16 @@ from kilodelta.compress.distill.job import prepare
 from kilodelta.compress.distill.job.choice import require_budget
 from kilodelta.compress.distill.options import Options, check
 from kilodelta.compress.distill.placement import on_threads
-from kilodelta.compress.distill.planning.curve import Curve, check_folder, draw_curve, parse_budgets
+from kilodelta.compress.distill.planning.curve import (
+    Curve,
+    check_folder,
+    draw_curve,
+    parse_budgets,
+    run_of,
+)
 from kilodelta.compress.distill.planning.disk import FIX, needs_of_curve
 from kilodelta.compress.distill.planning.estimate import Estimate, estimate_job
+from kilodelta.compress.distill.planning.same_run import curve_facts, require_same_run
 from kilodelta.compress.distill.precisions.grids import Grids
 from kilodelta.compress.distill.precisions.opened import float_copy
 from kilodelta.compress.distill.processes.launch import require_alone
@@ -87,8 +94,8 @@ def plan(
         progress: told about every stage.
 
     Raises:
-        InputError: inputs or options make no sense, memory does not hold a step of the curve, or
-            torchrun has started several processes.
+        InputError: inputs or options make no sense, memory does not hold a step of the curve, the
+            curve to go on with is of another run, or torchrun has started several processes.
         OutputError: the folder holds a curve, or cannot be written.
         KiloDeltaError: as `compress`.
 
@@ -131,8 +138,11 @@ def plan(
             quantised=stored,
         )
         Grids(job).check()
+        facts = curve_facts(job, inputs, options) if sizes else {}
         if sizes:  # the smallest is the first to be made, after the estimate of the largest
             require_budget(job, sizes[0])
+            if resume and (kept := run_of(Path(out))) is not None:
+                require_same_run(Path(out), facts, kept)
         estimate = estimate_job(
             job, source, plan_of(job, labels), schedule_of(job), progress, processes
         )
@@ -163,6 +173,7 @@ def plan(
         sizes,
         inputs=inputs,
         options=options,
+        facts=facts,
         force=force,
         resume=resume,
         progress=progress,
