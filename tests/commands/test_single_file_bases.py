@@ -62,7 +62,7 @@ def test_what_takes_a_graph_as_base(here: Path) -> None:
             ("compress", "BASE", "tuned", "-o", "OUT", "--inputs", "texts.txt"),
             CHECKPOINT,
         ),
-        (("plan", "BASE", "tuned", "-o", "OUT", "--inputs", "texts.txt"), CHECKPOINT),
+        (("plan", "BASE", "tuned", "--inputs", "texts.txt"), CHECKPOINT),
         (("export", "BASE", "f.kd", "-o", "OUT"), "kilodelta merge"),
         (("export-adapter", "BASE", "f.kd", "-o", "OUT"), CHECKPOINT),
         (("export-peft", "BASE", "f.kd", "-o", "OUT"), CHECKPOINT),
