@@ -330,7 +330,8 @@ def blocks(kind: str, rows: int, columns: int) -> npt.NDArray[np.uint8]:
     """Rows of blocks of random bytes whose float16 steps are finite."""
     block = TYPES[kind]
     data = RNG.integers(0, 256, (rows * columns // block.weights, block.nbytes), np.uint8)
-    for begin in {"Q4_0": [0], "Q8_0": [0], "Q4_1": [0, 2], "Q4_K": [0, 2], "Q6_K": [208]}[kind]:
+    places = {"Q2_K": [80, 82], "Q3_K": [108], "Q6_K": [208]}
+    for begin in places.get(kind, [0, 2] if block.has_minimum else [0]):
         steps = (RNG.normal(size=len(data)) / 50).astype(np.float16)
         data[:, begin : begin + 2] = steps.view(np.uint8).reshape(-1, 2)
     return data.reshape(rows, -1)
@@ -354,7 +355,7 @@ def test_gguf_blocks_as_the_gguf_package_reads_them(kind: str) -> None:
         assert np.array_equal(again.minima, found.minima)
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_a_gguf_file_that_gguf_wrote(tmp_path: Path, kind: str) -> None:
     gguf = pytest.importorskip("gguf")
     weight = RNG.normal(size=(16, 256)).astype(np.float32)

@@ -217,17 +217,45 @@ def test_a_type_of_gguf_that_is_not_read(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     path = tmp_path / "m.gguf"
     writer = gguf.GGUFWriter(path, "llama")
-    number = gguf.GGMLQuantizationType.Q5_0
+    number = gguf.GGMLQuantizationType.MXFP4
     data = gguf.quants.quantize(np.ones((4, 32), np.float32), number)
     writer.add_tensor("blk.0.ffn_up.weight", data, raw_dtype=number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match=r"blk\.0\.ffn_up\.weight is Q5_0"):
+    with pytest.raises(CheckpointError, match=r"blk\.0\.ffn_up\.weight is MXFP4"):
         open_quantised(path)
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(CheckpointError, match="its header ends"):
+        open_quantised(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("split.count", 2, "is one of the 2 parts of a model"),
+        ("general.type", "adapter", "is a GGUF file of the type 'adapter', and no model"),
+    ],
+)
+def test_a_gguf_file_that_is_no_whole_model(
+    tmp_path: Path, key: str, value: Any, said: str
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    if isinstance(value, int):
+        writer.add_uint16(key, value)
+    else:
+        writer.add_string(key, value)
+    number = gguf.GGMLQuantizationType.Q8_0
+    data = gguf.quants.quantize(np.ones((4, 32), np.float32), number)
+    writer.add_tensor("a.weight", data, raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=said):
         open_quantised(path)
 
 

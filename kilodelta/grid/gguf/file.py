@@ -23,7 +23,7 @@ _PLAIN = {"F32": "F32", "F16": "F16", "BF16": "BF16", "F64": "F64"} | {
 }
 """GGUF's types of plain numbers, and their safetensors names."""
 
-FIX = "convert it to Q4_0, Q4_1, Q8_0, Q4_K or Q6_K with llama.cpp's llama-quantize"
+FIX = f"convert it to one of {', '.join(TYPES)} with llama.cpp's llama-quantize"
 
 
 class GgufSource:
@@ -108,6 +108,7 @@ def open_gguf(path: Path) -> QuantisedModel:
         MissingPackageError: `gguf` is not installed.
     """
     source = GgufSource(path)
+    _require_whole_model(path, source)
     stored, types = [], {}
     for name in source.names:
         kind = source.type_of(name)
@@ -129,3 +130,22 @@ def open_gguf(path: Path) -> QuantisedModel:
         stored.append(Stored(name=name, layout=layout, parts={"blocks": name}))
     config = {"quant_method": "gguf", "types": types}
     return described(path, "gguf", config, stored, source)
+
+
+def _require_whole_model(path: Path, source: GgufSource) -> None:
+    """Refuse a part of a model, and what is none: an adapter, a projector, an importance matrix.
+
+    Raises:
+        CheckpointError: the metadata say that it is that.
+    """
+    count, kind = source.values.get("split.count", 1), source.values.get("general.type", "model")
+    if count not in (0, 1):
+        raise CheckpointError(
+            f"{path} is one of the {count!s:.20} parts of a model",
+            fix="join them with llama.cpp's llama-gguf-split --merge, and give the whole",
+        )
+    if kind != "model":
+        raise CheckpointError(
+            f"{path} is a GGUF file of the type {kind!r:.40}, and no model",
+            fix="give the file of the model",
+        )

@@ -1,4 +1,4 @@
-"""Read GGUF's blocks: Q4_0, Q4_1, Q8_0, Q4_K and Q6_K.
+"""Read GGUF's blocks: Q4_0 to Q8_0, and the K-quants.
 
 Source: ggml's `ggml-quants.c` and the `gguf` package. A row is a sequence of blocks, each with its
 steps inside; so a merge rewrites the codes between them.
@@ -17,10 +17,31 @@ import numpy.typing as npt
 from kilodelta.files.tensor import RawTensor
 from kilodelta.grid.codes import integer_kind
 from kilodelta.grid.layouts.base import Codes, Layout, Parts, centred, part, sized, uncentred
+from kilodelta.grid.layouts.gguf_codes import (
+    Blocks,
+    read_q2_k,
+    read_q3_k,
+    read_q4_0,
+    read_q4_1,
+    read_q4_k,
+    read_q5_0,
+    read_q5_1,
+    read_q5_k,
+    read_q6_k,
+    read_q8_0,
+    write_q2_k,
+    write_q3_k,
+    write_q4_0,
+    write_q4_1,
+    write_q4_k,
+    write_q5_0,
+    write_q5_1,
+    write_q5_k,
+    write_q6_k,
+    write_q8_0,
+)
 from kilodelta.grid.matrix import Floats, Matrix
 
-Blocks = npt.NDArray[np.uint8]
-"""uint8 (blocks, bytes of a block)."""
 Rows = npt.NDArray[np.int64]
 
 
@@ -49,98 +70,47 @@ class BlockType:
     has_minimum: bool = False
 
 
-def _half(blocks: Blocks, begin: int) -> Floats:
-    """Read one float16 of each block, float64 (n, 1)."""
-    words = np.ascontiguousarray(blocks[:, begin : begin + 2]).view("<f2")
-    return words.astype(np.float64)
-
-
-def _split(nibbles: Blocks) -> Codes:
-    """Low nibbles, then high ones, of runs: (..., m) to (..., 2m)."""
-    return np.concatenate([nibbles & 15, nibbles >> 4], axis=-1)
-
-
-def _joined(codes: Codes) -> Blocks:
-    """Undo `_split`."""
-    half = codes.shape[-1] // 2
-    joined: Blocks = codes[..., :half] | (codes[..., half:] << np.uint8(4))
-    return joined
-
-
-def _read_q4_0(blocks: Blocks) -> tuple[Codes, Floats, None]:
-    return _split(blocks[:, 2:]), _half(blocks, 0), None
-
-
-def _write_q4_0(blocks: Blocks, codes: Codes) -> None:
-    blocks[:, 2:] = _joined(codes)
-
-
-def _read_q4_1(blocks: Blocks) -> tuple[Codes, Floats, Floats]:
-    return _split(blocks[:, 4:]), _half(blocks, 0), _half(blocks, 2)
-
-
-def _write_q4_1(blocks: Blocks, codes: Codes) -> None:
-    blocks[:, 4:] = _joined(codes)
-
-
-def _read_q8_0(blocks: Blocks) -> tuple[Codes, Floats, None]:
-    return blocks[:, 2:].view(np.int8), _half(blocks, 0), None
-
-
-def _write_q8_0(blocks: Blocks, codes: Codes) -> None:
-    blocks[:, 2:] = codes.view(np.uint8)
-
-
-def _read_q4_k(blocks: Blocks) -> tuple[Codes, Floats, Floats]:
-    packed = blocks[:, 4:16].astype(np.int64)
-    low, high, rest = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
-    scales = np.concatenate([low & 63, (rest & 15) | (low >> 6 << 4)], axis=1)
-    minima = np.concatenate([high & 63, (rest >> 4) | (high >> 6 << 4)], axis=1)
-    codes = _split(blocks[:, 16:].reshape(-1, 4, 32)).reshape(-1, 256)
-    return codes, _half(blocks, 0) * scales, -_half(blocks, 2) * minima
-
-
-def _write_q4_k(blocks: Blocks, codes: Codes) -> None:
-    blocks[:, 16:] = _joined(codes.reshape(-1, 4, 64)).reshape(-1, 128)
-
-
-def _read_q6_k(blocks: Blocks) -> tuple[Codes, Floats, None]:
-    low = blocks[:, :128].reshape(-1, 2, 2, 32)
-    high = blocks[:, 128:192].reshape(-1, 2, 1, 32)
-    fours = np.concatenate([low & 15, low >> 4], axis=2)
-    twos = (high >> np.array([0, 2, 4, 6], np.uint8).reshape(4, 1)) & 3
-    codes = centred((fours | (twos << np.uint8(4))).reshape(-1, 256), 6)
-    steps = blocks[:, 192:208].view(np.int8).astype(np.float64)
-    return codes, _half(blocks, 208) * steps, None
-
-
-def _write_q6_k(blocks: Blocks, codes: Codes) -> None:
-    stored = uncentred(codes, 6).reshape(-1, 2, 4, 32)
-    fours, twos = stored & 15, stored >> 4
-    blocks[:, :128] = (fours[:, :, :2] | (fours[:, :, 2:] << np.uint8(4))).reshape(-1, 128)
-    shifted = twos << np.array([0, 2, 4, 6], np.uint8).reshape(4, 1)
-    blocks[:, 128:192] = np.bitwise_or.reduce(shifted, axis=2).reshape(-1, 64)
-
-
 TYPES: Mapping[str, BlockType] = MappingProxyType(
     {
         "Q4_0": BlockType(
-            number=2, bits=4, weights=32, nbytes=18, group=32, read=_read_q4_0, write=_write_q4_0
+            number=2, bits=4, weights=32, nbytes=18, group=32,
+            read=read_q4_0, write=write_q4_0,
         ),
         "Q4_1": BlockType(
-            number=3, bits=4, weights=32, nbytes=20, group=32, read=_read_q4_1, write=_write_q4_1,
-            has_minimum=True,
+            number=3, bits=4, weights=32, nbytes=20, group=32,
+            read=read_q4_1, write=write_q4_1, has_minimum=True,
+        ),
+        "Q5_0": BlockType(
+            number=6, bits=5, weights=32, nbytes=22, group=32,
+            read=read_q5_0, write=write_q5_0,
+        ),
+        "Q5_1": BlockType(
+            number=7, bits=5, weights=32, nbytes=24, group=32,
+            read=read_q5_1, write=write_q5_1, has_minimum=True,
         ),
         "Q8_0": BlockType(
-            number=8, bits=8, weights=32, nbytes=34, group=32, read=_read_q8_0, write=_write_q8_0
+            number=8, bits=8, weights=32, nbytes=34, group=32,
+            read=read_q8_0, write=write_q8_0,
+        ),
+        "Q2_K": BlockType(
+            number=10, bits=2, weights=256, nbytes=84, group=16,
+            read=read_q2_k, write=write_q2_k, has_minimum=True,
+        ),
+        "Q3_K": BlockType(
+            number=11, bits=3, weights=256, nbytes=110, group=16,
+            read=read_q3_k, write=write_q3_k,
         ),
         "Q4_K": BlockType(
-            number=12, bits=4, weights=256, nbytes=144, group=32, read=_read_q4_k,
-            write=_write_q4_k, has_minimum=True,
+            number=12, bits=4, weights=256, nbytes=144, group=32,
+            read=read_q4_k, write=write_q4_k, has_minimum=True,
+        ),
+        "Q5_K": BlockType(
+            number=13, bits=5, weights=256, nbytes=176, group=32,
+            read=read_q5_k, write=write_q5_k, has_minimum=True,
         ),
         "Q6_K": BlockType(
-            number=14, bits=6, weights=256, nbytes=210, group=16, read=_read_q6_k,
-            write=_write_q6_k,
+            number=14, bits=6, weights=256, nbytes=210, group=16,
+            read=read_q6_k, write=write_q6_k,
         ),
     }
 )  # fmt: skip
@@ -189,13 +159,13 @@ class GgufBlocks(Layout):
         rows, columns = self.shape
         stored, steps, minima = kind.read(self._blocks(parts))
         signed = stored.dtype == np.int8
-        codes: Any = stored if signed else centred(stored, kind.bits)
+        centre: Any = stored if signed else centred(stored, kind.bits)
         grid = (rows, columns // kind.group)
         # A block with a minimum counts from the least code, which is stored as 0.
         zeros = np.full(grid, -(1 << (kind.bits - 1)), np.int16) if kind.has_minimum else None
         return Matrix(
             kind=integer_kind(kind.bits),
-            codes=self._read(codes.reshape(rows, columns)),
+            codes=self._read(centre.reshape(rows, columns)),
             steps=self._read(steps.reshape(grid)),
             block=(1, kind.group),
             zeros=zeros,
