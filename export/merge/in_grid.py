@@ -34,6 +34,7 @@ from kilodelta.grid.matrix import Matrix
 from kilodelta.grid.model import QuantisedModel
 from kilodelta.merging.devices import Merge
 from kilodelta.merging.in_grid import BAND, BYTES_BAND, Regridder, fits_bytes, regridded
+from kilodelta.merging.quantised import MIN_CHANGED
 from kilodelta.progress import Meter
 
 AT_ONCE = 1 << 26
@@ -88,11 +89,12 @@ class Tally:
             QualityError: fewer did; says the size of the update against the grid's step.
         """
         if self.weights and self.share < least:
+            almost = self.share < MIN_CHANGED
             raise QualityError(
                 f"the merge in the grid changes {self.changed} of {self.weights} codes"
                 f" ({100 * self.share:.2g} %): the update is {self.steps / self.weights:.2g} of a"
-                " step of the grid on average, and what is below half a step rounds away. The"
-                " result would be the base",
+                " step of the grid on average, and what is below half a step rounds away. "
+                + ("The result would be the base" if almost else f"{100 * least:.2g} % are wanted"),
                 fix=fix,
             )
 

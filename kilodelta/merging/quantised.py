@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from kilodelta.errors import BaseMismatchError
 from kilodelta.files.baseline import explain
@@ -41,10 +42,15 @@ def open_base(
         CheckpointError: it cannot be read.
     """
     if not is_quantised(base):
-        place = base.path if isinstance(base, Checkpoint) else base
+        place = Path(base.path if isinstance(base, Checkpoint) else base)
+        what = f"the file was made for a quantised base, and {place} is none"
+        if place.is_file() and is_quantised(place.parent):
+            raise BaseMismatchError(
+                f"{what}, but a part of one",
+                fix=f"give the folder {place.parent}, which says how it is quantised",
+            )
         raise BaseMismatchError(
-            f"the file was made for a quantised base, and {place} is none",
-            fix=f"give {manifest.base.name or 'the quantised model'} that it was made for",
+            what, fix=f"give {manifest.base.name or 'the quantised model'} that it was made for"
         )
     return named_for(open_quantised(base), manifest)
 

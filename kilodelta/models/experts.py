@@ -5,7 +5,8 @@ Their default, `grouped_mm`, multiplies by an operator that knows neither float6
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 from torch import nn
 
@@ -22,7 +23,18 @@ def use(module: nn.Module, implementation: Literal["batched_mm", "eager"]) -> No
 
     Modules without experts, and experts that offer no choice, stay as they are.
     """
+    for part in _with_choice(module):
+        part.set_experts_implementation(implementation)
+
+
+def are(module: nn.Module, implementation: Literal["batched_mm", "eager"]) -> bool:
+    """Return whether all experts in `module` that offer a choice compute by an implementation."""
+    configs = [part.config for part in _with_choice(module)]
+    return all(getattr(c, "_experts_implementation", None) == implementation for c in configs)
+
+
+def _with_choice(module: nn.Module) -> Iterator[Any]:
     for part in module.modules():
         can_set = getattr(part, "_can_set_experts_implementation", None)
         if can_set is not None and can_set():
-            part.set_experts_implementation(implementation)  # type: ignore[operator]
+            yield part

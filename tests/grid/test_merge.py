@@ -320,6 +320,10 @@ def test_an_update_below_the_grid_fails_loudly(base: Path, tmp_path: Path) -> No
     with pytest.raises(QualityError) as caught:
         kilodelta.merge(base, tmp_path / "small.kd", tmp_path / "out")
     assert "changes 0 of 1792 codes (0 %)" in caught.value.what
+    assert caught.value.what.endswith("The result would be the base")
+    made(base).save(tmp_path / "large.kd")
+    with pytest.raises(QualityError, match=r"changes \d+ of 1792 codes .* rounds away\. 99 % are"):
+        kilodelta.merge(base, tmp_path / "large.kd", tmp_path / "large", min_changed=0.99)
     assert "of a step of the grid on average" in caught.value.what
     assert "--min-changed 0" in caught.value.fix
     assert not (tmp_path / "out").exists()
@@ -391,6 +395,9 @@ def test_a_float_base_and_a_quantised_one_are_told_apart(
     ):
         with pytest.raises(BaseMismatchError, match=r"was made for a quantised base, and .* is no"):
             call()
+    with pytest.raises(BaseMismatchError, match="is none, but a part of one") as e:
+        kilodelta.merge(base / "model.safetensors", file, tmp_path / "out")
+    assert str(base) in e.value.fix
     rng, lora = np.random.default_rng(1), Lora(rank=1)
     values = {
         name: quantise_target(

@@ -6,6 +6,7 @@ machine with a GPU the tests marked `gpu` build and run a real engine.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,6 +110,10 @@ def test_experts_are_computed_in_float64() -> None:
         TorchRunner(model, ["logits"], precision=p, device="cpu").run(batch)["logits"]
         for p in ("float64", "float32")
     )
+    wide = copy.deepcopy(model).double()  # as the exact values of a quantised base are
+    again = TorchRunner(wide, ["logits"], precision="float64", device="cpu").run(batch)["logits"]
+    assert np.array_equal(again, exact)
+    assert wide.config._experts_implementation == model.config._experts_implementation
     assert exact.dtype == np.float64
     assert model.config._experts_implementation != "batched_mm"  # the model given is left alone
     np.testing.assert_allclose(plain, exact, atol=1e-5)

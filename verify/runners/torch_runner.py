@@ -105,6 +105,8 @@ class TorchRunner:
 
     def _is_ready(self) -> bool:
         state = self._source.state_dict().values()
+        if self.precision == "float64" and not experts.are(self._source, experts.EXACT):
+            return False  # one that is float64 already as well: see `_converted`
         return not self._source.training and all(
             tensor.device.type == self._device
             and (tensor.dtype == self._dtype or not tensor.is_floating_point())
