@@ -105,10 +105,10 @@ def gather(
         InputError: too few inputs, inputs or outputs that do not fit, or labels for a model that
             embeds nothing.
     """
-    rows = read_rows(source, student, plan)
-    learned, held_out = _halves(rows, plan)
     with tuned as model:
         model = model.choosing(tuple(plan.wanted.weights))
+        rows = read_rows(source, model, plan)
+        learned, held_out = _halves(rows, plan)
         seen = survey(model, rows, plan.wanted)
         rows = rows if seen.padded else rows.unpadded()
         teacher, seen = ask(model, rows, seen, progress, shelf)
@@ -125,20 +125,24 @@ def gather(
     )
 
 
-def read_rows(source: Source, student: LoadedModel, plan: Plan) -> Rows:
+def read_rows(source: Source, tuned: LoadedModel, plan: Plan) -> Rows:
     """Read the inputs as single rows.
+
+    Args:
+        source: the inputs, opened.
+        tuned: the tuned model, which writes the targets that the inputs of an encoder-decoder lack:
+            what is to be learnt follows its own texts, not the base's.
+        plan: how the inputs are used.
 
     Raises:
         InputError: too few, or inputs that the model does not take.
     """
     if isinstance(source, ChatSource):
-        rows = chat_rows(
-            source, student, max_length=plan.max_length, all_tokens=plan.all_tokens
-        ).rows
+        rows = chat_rows(source, tuned, max_length=plan.max_length, all_tokens=plan.all_tokens).rows
         check_count(len(rows), source.spec, plan.held_out, plan.batch)
         return rows
-    batches = read_inputs(source, student, batch_size=READ, max_length=plan.max_length)
-    rows = to_rows(batches, getattr(student.tokenizer, "pad_token_id", None) or 0)
+    batches = read_inputs(source, tuned, batch_size=READ, max_length=plan.max_length)
+    rows = to_rows(batches, getattr(tuned.tokenizer, "pad_token_id", None) or 0)
     check_count(len(rows), source.spec, plan.held_out, plan.batch)
     return rows
 

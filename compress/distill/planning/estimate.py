@@ -129,10 +129,10 @@ def estimate_job(
     pair = job.pair
     assert pair.student is not None  # the caller has inputs, so the models were opened to compute
     student = pair.student.choosing(tuple(plan.wanted.weights))
-    rows = read_rows(source, student, plan)
     parts = _parts(job, processes)
     with as_tuned(pair, job.changes) as model:
         model = model.choosing(tuple(plan.wanted.weights))
+        rows = read_rows(source, model, plan)
         seen = survey(model, rows, plan.wanted)
         rows = rows if seen.padded else rows.unpadded()
         need = estimate(model, rows, seen)

@@ -19,6 +19,7 @@ from kilodelta.models.quiet import quiet
 TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 """Inputs of text models: integers of shape (batch, tokens)."""
 IMAGES = "pixel_values"
+DECODER = "decoder_input_ids"
 _LARGEST = 2**63 - 1
 _PLAIN = {"f": np.float32, "i": np.int64, "u": np.int64}
 """By the kind of numpy's dtype: what a model computes with."""
@@ -128,6 +129,13 @@ def _cannot_compute(row: Batch, loaded: LoadedModel, origin: str, problem: Excep
     given = ", ".join(
         f"{name} {str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in row.items()
     )
+    if "input_ids" in row and DECODER in loaded.accepts and DECODER not in row:
+        return InputError(
+            f"{origin} says nothing of what the decoder of {loaded.source} writes:"
+            f" {one_line(problem)}",
+            fix='write lines like {"text": "...", "target": "..."}, or {"text": "...", "target":'
+            " null} for what the model itself writes",
+        )
     return InputError(
         f"{origin}: {loaded.source} cannot compute with {given}: {one_line(problem)}",
         fix="give what the model was trained on: floats as float32 (pixels scaled and"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kilodelta.errors import InputError, one_line, require
+from kilodelta.models.inputs.check import DECODER
 from kilodelta.models.loaded import Batch, LoadedModel
 from kilodelta.models.media.images import read_image
 from kilodelta.models.media.processor_fit import check_made, check_stated
@@ -23,7 +24,6 @@ from kilodelta.models.media.records import Record, RecordSource
 from kilodelta.models.media.sounds import read_sound
 from kilodelta.models.quiet import quiet
 
-DECODER = "decoder_input_ids"
 _WRITTEN = 64
 """Tokens that a model writes at most where a record has no target."""
 
