@@ -42,7 +42,7 @@ def open_base(
         CheckpointError: it cannot be read.
     """
     if not is_quantised(base):
-        place = Path(base.path if isinstance(base, Checkpoint) else base)
+        place = Path(base) if isinstance(base, str | os.PathLike) else base.path
         what = f"the file was made for a quantised base, and {place} is none"
         if place.is_file() and is_quantised(place.parent):
             raise BaseMismatchError(

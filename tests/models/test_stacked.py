@@ -19,8 +19,13 @@ from kilodelta.compress import Options, compress
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.format.file import load
 from kilodelta.format.methods import Lora
+from kilodelta.format.targets import Patterns
+from kilodelta.grid import open_quantised
+from kilodelta.grid.quantise import quantise_folder
+from kilodelta.merging.build import Recipe, build, quantise_target
 from kilodelta.models import experts, open_model, outputs
 from kilodelta.models.stacked import Stacked, unstack
+from kilodelta.verify import verify
 from tests.support import pico
 
 SIZES: dict[str, Any] = {
@@ -45,6 +50,25 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     config = transformers.AutoConfig.for_model(request.param, **SIZES)
     make = transformers.AutoModelForCausalLM.from_config
     return pico.save(lambda: make(config), tmp_path_factory.mktemp("moe") / request.param)
+
+
+def test_codes_of_experts_are_verified_against_their_exact_values(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The reference computes in float64, which transformers' own product of experts does not."""
+    quantise_folder(folder, tmp_path / "q", "fp8", lambda name: ".experts." in name)
+    lora, base = Lora(rank=1), open_quantised(tmp_path / "q")
+    values = {
+        name: quantise_target(
+            lora, {"A": np.ones((1, one.shape[1])), "B": np.ones((one.shape[0], 1))}, 8
+        )
+        for name, one in base.stored.items()
+    }
+    patterns = Patterns(include=tuple(values), exclude=())
+    build(tmp_path / "q", Recipe(method=lora, patterns=patterns), values).save(tmp_path / "a.kd")
+    np.savez(tmp_path / "x.npz", **{name: ids.numpy() for name, ids in BATCH.items()})
+    done = verify(tmp_path / "q", tmp_path / "a.kd", inputs=tmp_path / "x.npz")
+    assert done.failure is None
 
 
 def theirs(folder: Path) -> torch.Tensor:

@@ -21,7 +21,7 @@ from kilodelta.format.file import load
 from kilodelta.grid.dequantise import float_folder
 from kilodelta.grid.open import open_named
 from kilodelta.merging.quantised import open_base
-from kilodelta.models import LoadedModel, fill, open_model, outputs, read_texts, tokenize
+from kilodelta.models import LoadedModel, experts, fill, open_model, outputs, read_texts, tokenize
 from kilodelta.models.heads import EMBEDDING
 from kilodelta.progress import Progress
 from kilodelta.verify.options import Subject, VerifyOptions
@@ -86,6 +86,7 @@ def _open_quantised_pair(
             source=subject.place,
         )
         exact = copy.deepcopy(merged.module).double()
+        experts.use(exact, experts.EXACT)  # the only way of theirs that is in float64
         fill(exact, opened, merged.names)  # opening has rounded to float32
         unmerged = copy.deepcopy(exact)
         held = set(Checkpoint.open(before).names)
