@@ -20,11 +20,12 @@ BLOCKS = (16, 32, 64, 128)
 """Columns of an INT4 block."""
 NVFP4_BLOCK = 16
 """Columns of an NVFP4 block, by its definition."""
-_WAYS = "quantise to FP8 (symmetric), export a float16 model, or leave --tensorrt out: ONNX Runtime"
-_WAYS += " runs the graph"
-
+_WAYS = (
+    "quantise to FP8 (symmetric, one scale), export a float16 model, or leave the engine out: ONNX"
+    " Runtime runs the graph"
+)
 _ANEW = (
-    "leave --tensorrt out: ONNX Runtime runs the graph; or quantise its values anew, symmetrically,"
+    "leave the engine out: ONNX Runtime runs the graph; or quantise its values anew, symmetrically,"
     " by kilodelta.grid.quantise.quantise_folder(BASE, 'base-int4/', 'int4-g32', CHOOSES,"
     " scales='float16'), where CHOOSES says of a weight's name whether to, and kilodelta rebase"
     " base-int4/ FILE -o NEW.kd (docs/quantised.md)"

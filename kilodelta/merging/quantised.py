@@ -43,6 +43,8 @@ def open_base(
     """
     if not is_quantised(base):
         place = Path(base) if isinstance(base, str | os.PathLike) else base.path
+        if not place.exists():
+            Checkpoint.open(place)  # says so
         what = f"the file was made for a quantised base, and {place} is none"
         if place.is_file() and is_quantised(place.parent):
             raise BaseMismatchError(

@@ -398,6 +398,8 @@ def test_a_float_base_and_a_quantised_one_are_told_apart(
     with pytest.raises(BaseMismatchError, match="is none, but a part of one") as e:
         kilodelta.merge(base / "model.safetensors", file, tmp_path / "out")
     assert str(base) in e.value.fix
+    with pytest.raises(KiloDeltaError, match="absent cannot be opened"):
+        kilodelta.merge(tmp_path / "absent", file, tmp_path / "out")
     rng, lora = np.random.default_rng(1), Lora(rank=1)
     values = {
         name: quantise_target(
