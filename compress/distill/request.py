@@ -99,7 +99,7 @@ def open_inputs(
     """Read and judge the inputs and the labels, before any model is opened.
 
     Raises:
-        InputError: they cannot be read, or are too few.
+        InputError: they cannot be read, or are too few; or there is one label only.
     """
     if inputs is None:
         return None, None
@@ -108,4 +108,14 @@ def open_inputs(
         check_answers(source)
     if source.rows is not None:
         check_count(source.rows, source.spec, options.held_out, options.batch)
-    return source, tuple(read_texts(options.labels)) if options.labels is not None else None
+    return source, None if options.labels is None else _read_labels(options.labels)
+
+
+def _read_labels(path: str) -> tuple[str, ...]:
+    labels = tuple(read_texts(path))
+    if len(set(labels)) < 2:
+        raise InputError(
+            f"{path} holds one label, which every input is nearest to",
+            fix="give two labels or more, one per line",
+        )
+    return labels

@@ -109,6 +109,7 @@ def test_places_that_take_no_file(out: str, expected: str, here: Path) -> None:
         (("--inputs", "ids.npz", "--held-out", "40"), "40 of 40 inputs cannot be held out"),
         (("--inputs", "ids.npz", "--batch", "296"), "40 inputs are too few for batches of 296"),
         (("--inputs", "ids.npz", "--labels", "no.txt"), "no.txt cannot be read"),
+        (("--inputs", "ids.npz", "--labels", "one.txt"), "one.txt holds one label"),
     ],
 )
 def test_slips_are_answered_before_a_model_is_opened(
@@ -119,6 +120,7 @@ def test_slips_are_answered_before_a_model_is_opened(
 
     monkeypatch.setattr("kilodelta.compress.distill.pair.open_model", never)
     np.savez("few.npz", input_ids=np.zeros((5, 6), int))
+    Path("one.txt").write_text("rain\nrain\n")
     result = typed(*arguments)
     assert result.exit_code == InputError.exit_code, result.stderr
     assert expected in result.stderr
