@@ -30,7 +30,7 @@ from kilodelta.compress.distill.merged import fill_merged
 from kilodelta.compress.distill.options import Options as Options
 from kilodelta.compress.distill.options import check
 from kilodelta.compress.distill.options import options_from as options_from
-from kilodelta.compress.distill.placement import on_threads
+from kilodelta.compress.distill.placement import own_settings
 from kilodelta.compress.distill.planning.disk import FIX, needs_of, require_place
 from kilodelta.compress.distill.planning.room import rows_that_fit
 from kilodelta.compress.distill.precisions.fidelity import measure_each
@@ -147,7 +147,7 @@ def compress(
     learns = inputs is not None
     check(options, learns=learns)
     with ExitStack() as stack:
-        stack.enter_context(on_threads(options.threads))
+        stack.enter_context(own_settings(options.threads))
         ranks = stack.enter_context(joined())
         stack.enter_context(one_voice(ranks))
         agree = ranks.agree

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -216,11 +216,33 @@ def _device(name: str) -> torch.device:
 
 
 @contextmanager
-def on_threads(count: int | None) -> Iterator[None]:
-    """Compute on so many threads in this block; on as many as before where `count` is None."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if count is None else count)
+def own_settings(threads: int | None) -> Iterator[None]:
+    """Compute in this block as kilodelta does, whatever the caller has told torch.
+
+    A notebook may have turned gradients off, or computing in bfloat16 on: the first would end a
+    training, the second change its result and every number that is measured.
+
+    Args:
+        threads: cores to compute on; as many as before where it is None.
+    """
+    cores, dtype, device = (
+        torch.get_num_threads(), torch.get_default_dtype(), torch.get_default_device()
+    )  # fmt: skip
+    moved = device.type != "cpu"
+    torch.set_num_threads(cores if threads is None else threads)
+    torch.set_default_dtype(torch.float32)
+    if moved:
+        torch.set_default_device(None)
     try:
-        yield
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            for kind in ("cpu", "cuda", "mps"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(cores)
+        torch.set_default_dtype(dtype)
+        if moved:
+            torch.set_default_device(device)

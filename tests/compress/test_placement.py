@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from kilodelta.compress.distill.learn.objective import Objective
 from kilodelta.compress.distill.learn.outputs import Output, run
 from kilodelta.compress.distill.learn.pieces import backward, is_out_of_memory
 from kilodelta.compress.distill.options import check
-from kilodelta.compress.distill.placement import choose_placement, on_threads, stored_type
+from kilodelta.compress.distill.placement import choose_placement, own_settings, stored_type
 from kilodelta.compress.distill.teacher.top_k import shorten
 from kilodelta.errors import InputError
 from kilodelta.files.checkpoint import Checkpoint
@@ -104,11 +106,47 @@ def test_what_is_no_device_is_refused(name: str, models: tuple[Path, Path]) -> N
 
 def test_threads_are_as_before_afterwards() -> None:
     before = torch.get_num_threads()
-    with on_threads(3):
+    with own_settings(3):
         assert torch.get_num_threads() == 3
     assert torch.get_num_threads() == before
-    with on_threads(None):
+    with own_settings(None):
         assert torch.get_num_threads() == before
+
+
+@contextmanager
+def default(dtype: torch.dtype, device: str) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        partial(torch.autocast, "cpu", dtype=torch.bfloat16),
+        partial(default, torch.bfloat16, "meta"),
+    ],
+)
+def test_what_a_caller_has_told_torch_changes_nothing(
+    told: Callable[[], AbstractContextManager[Any]],
+    models: tuple[Path, Path],
+    texts: Path,
+    tmp_path: Path,
+) -> None:
+    alone = make(models, texts, tmp_path / "a.kd")
+    with told():
+        before = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+        report = make(models, texts, tmp_path / "b.kd")
+        after = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+    assert after == before
+    assert (tmp_path / "b.kd").read_bytes() == (tmp_path / "a.kd").read_bytes()
+    assert report.after == alone.after
 
 
 def test_what_is_measured_in_bfloat16_is_the_merged_model(

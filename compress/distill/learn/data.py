@@ -194,8 +194,8 @@ def _halves(rows: Rows, plan: Plan) -> tuple[list[int], list[int]]:
     if not learned:
         raise InputError(
             "every input equals one that is held out, so there is nothing to learn from",
-            fix="give inputs that differ from each other, within --max-length and by tokens that the"
-            " tokenizer knows",
+            fix="give inputs that differ from each other, within --max-length and by tokens that"
+            " the tokenizer knows",
         )
     return learned, held_out
 

@@ -11,7 +11,7 @@ from kilodelta.compress.distill.compress import baselines_of, for_base, plan_of,
 from kilodelta.compress.distill.job import prepare
 from kilodelta.compress.distill.job.choice import require_budget
 from kilodelta.compress.distill.options import Options, check
-from kilodelta.compress.distill.placement import on_threads
+from kilodelta.compress.distill.placement import own_settings
 from kilodelta.compress.distill.planning.curve import (
     Curve,
     check_folder,
@@ -128,7 +128,7 @@ def plan(
     place, given = Path(out) / "plan.kd", models["the base"]
     planned_ranks = Ranks(rank=0, count=processes)
     check_together(options, given, planned_ranks, fix="give --processes N, or leave --shard out")
-    with on_threads(options.threads), float_copy(given, Path(out)) as (floats, stored):
+    with own_settings(options.threads), float_copy(given, Path(out)) as (floats, stored):
         job = prepare(
             floats,
             models["the tuned model"],
