@@ -37,6 +37,7 @@ def weights(config: Config, source: Source) -> tuple[str, list[Stored]]:
             f"the quantisation configuration states {what}; these are read: {', '.join(READERS)}",
             fix="give the model before quantisation, or quantised by one of them",
         )
+    _refuse_rotated(config)
     found = []
     EXPRESSIONS.set(Expressions("the quantisation configuration", error=CheckpointError))
     for module, roles in _modules(source).items():
@@ -117,6 +118,22 @@ def _refuse_left_parts(module: str, roles: Roles, method: str) -> None:
         fix="fetch the checkpoint again, all shards; if it is whole, quantise to a layout of"
         " docs/quantised.md",
     )
+
+
+def _refuse_rotated(config: Config) -> None:
+    """Refuse a model whose weights are products with rotations, some of them applied at run time.
+
+    Sources: compressed-tensors' `transform_config` (QuIP, SpinQuant), GPTQModel's `rotation`.
+    """
+    transforms = config.get("transform_config")
+    groups = transforms.get("config_groups", transforms) if isinstance(transforms, dict) else None
+    for key, given in (("transform_config", groups), ("rotation", config.get("rotation"))):
+        if given:
+            raise CheckpointError(
+                f"the quantisation configuration states {key}: weights were rotated before they"
+                " were quantised, so they are not those of the float model",
+                fix="quantise without rotations",
+            )
 
 
 def _modules(source: Source) -> dict[str, dict[str, TensorInfo]]:

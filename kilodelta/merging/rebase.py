@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kilodelta.errors import OutputError
+from kilodelta.errors import InputError, OutputError
 from kilodelta.exact.selftest import require_good_kernels
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
@@ -73,7 +73,7 @@ def rebase(
 
     Raises:
         BaseMismatchError: the targets are not those of the quantised model.
-        InputError: the file is of a compatibility form.
+        InputError: the file is of a compatibility form, or the model was quantised by AWQ.
         CheckpointError: `base` cannot be read, or is not quantised.
         FileError: the file breaks a rule.
         OutputError: `out` exists or cannot be written.
@@ -124,6 +124,25 @@ def rebased(
         BaseMismatchError, InputError, CheckpointError: as `rebase`.
     """
     require_good_kernels()
+    _require_its_columns(delta, model)
     base = replace(delta.manifest.base, name=delta.manifest.base.name if name is None else name)
     draft = replace(delta, manifest=replace(delta.manifest, base=base))
     return with_results(draft, model, threads=threads, progress=progress)
+
+
+def _require_its_columns(delta: Delta, model: QuantisedModel) -> None:
+    """Refuse AWQ's model of another base: its columns are not those that the update is for.
+
+    Source: Lin et al., arXiv 2306.00978, section 3.2: columns are scaled by what activations are
+    like, and the inverse goes into the norm or the layer before.
+
+    Raises:
+        InputError: it is one.
+    """
+    grid = delta.manifest.grid
+    if model.method == "awq" and (grid is None or grid.logical != model.identity().root):
+        raise InputError(
+            f"{model.path} was quantised by AWQ, which scales columns and folds the inverse into"
+            " norms and layers before them: an update of the float model fits neither",
+            fix="train against this model: kilodelta compress BASE TUNED; or quantise without AWQ",
+        )

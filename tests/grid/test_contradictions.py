@@ -146,6 +146,26 @@ def test_schemes_are_told_apart_by_name_and_by_kind_of_code(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
+    ("config", "tensors"),
+    [
+        (
+            {**ASYMMETRIC, "transform_config": {"config_groups": {"u": {"type": "hadamard"}}}},
+            PACKED,
+        ),
+        ({**grids.GPTQ, "rotation": "hadamard"}, grids.gptq("a", N)),
+    ],
+)
+def test_weights_that_were_rotated_are_refused(
+    tmp_path: Path, config: dict[str, Any], tensors: Any
+) -> None:
+    with pytest.raises(CheckpointError, match="weights were rotated before"):
+        read(tmp_path / "m", config, tensors)
+    none: dict[str, Any] = {"transform_config": {"config_groups": {}}, "rotation": None}
+    read(tmp_path / "n", {**config, **none}, tensors)
+    read(tmp_path / "o", {**config, **none, "transform_config": {}}, tensors)
+
+
+@pytest.mark.parametrize(
     ("config", "tensors", "file", "other", "said"),
     [
         (

@@ -415,6 +415,11 @@ def test_a_float_base_and_a_quantised_one_are_told_apart(
         kilodelta.merge(base, delta, tmp_path / "out")
     assert "rebase" in e.value.fix
     assert not (tmp_path / "out").exists()
+    alike = {**grids.awq("a", A), **grids.awq("b", B), **NORM}
+    awq = open_quantised(grids.folder(tmp_path / "awq", grids.AWQ, alike))
+    with pytest.raises(InputError, match="was quantised by AWQ, which scales columns"):
+        rebased(delta, awq)
+    rebased(kilodelta.load(file), awq)  # made for the same numbers
     on_grid, _ = rebased(delta, open_quantised(base))
     assert on_grid.manifest.base.name == "float"
     assert np.array_equal(on_grid.blob, delta.blob)
