@@ -152,7 +152,9 @@ def compress(
         stack.enter_context(one_voice(ranks))
         agree = ranks.agree
         models = agree(lambda: find_models(base, tuned))
-        agree(lambda: check_outputs(Path(out), models, force=force, resume=resume, learns=learns))
+        tunes = options.tune is not None
+        asked = {"force": force, "resume": resume, "learns": learns, "tunes": tunes}
+        agree(lambda: check_outputs(Path(out), models, **asked))
         agree(lambda: check_cache(options, models))
         agree(lambda: require_place(Path(out), options))
         source, labels = agree(lambda: open_inputs(inputs, options))

@@ -43,7 +43,13 @@ def find_models(base: str | Path, tuned: str | Path) -> dict[str, Path]:
 
 
 def check_outputs(
-    out: Path, models: Mapping[str, Path], *, force: bool, resume: bool, learns: bool
+    out: Path,
+    models: Mapping[str, Path],
+    *,
+    force: bool,
+    resume: bool,
+    learns: bool,
+    tunes: bool = False,
 ) -> None:
     """Check that the result may be written, and that a run towards it is gone on with or forgotten.
 
@@ -53,15 +59,19 @@ def check_outputs(
         force: whether `out` and an interrupted run towards it may be replaced.
         resume: whether the interrupted run goes on.
         learns: whether there are inputs to learn from.
+        tunes: whether a search for a rate comes first. One that was interrupted in its first trial
+            has left nothing, and goes on from there.
 
     Raises:
-        InputError: a run without inputs is to be resumed.
+        InputError: a run without inputs is to be resumed, or one that left no state.
         OutputError: `out` cannot be written, exists, or has an interrupted run.
     """
     check_place(out, models, force=force, resume=resume)
     kept = states.place_of(out)
     if resume and not learns:
         raise InputError("only a run with inputs can be resumed", fix="give its --inputs")
+    if resume and not tunes:
+        states.require(kept)
     for left in (kept, tune.place_of(out)):
         if left.exists() and not resume and not force:
             raise OutputError(

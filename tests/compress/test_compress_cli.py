@@ -102,6 +102,7 @@ def test_places_that_take_no_file(out: str, expected: str, here: Path) -> None:
         ((*FIT, "--held-out", "8"), "--held-out keeps nothing back without inputs"),
         ((*FIT, "--limit", "8"), "--limit and --max-length cut nothing without inputs"),
         ((*FIT, "--resume"), "only a run with inputs can be resumed"),
+        (("--inputs", "ids.npz", "--resume"), ".kd.resume does not exist"),
         (("--classes", "logits=x"), "'logits=x' does not say which output"),
         (("--inputs", "ids.csv"), "ids.csv is no kind of input"),
         (("--inputs", "absent.npz"), "absent.npz is no file"),

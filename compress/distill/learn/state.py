@@ -47,6 +47,16 @@ def save(path: Path, facts: Facts, state: Mapping[str, Any]) -> None:
         torch.save({"version": VERSION, "facts": dict(facts), **state}, stage)
 
 
+def require(path: Path) -> None:
+    """Check that a run has left its state.
+
+    Raises:
+        InputError: it has not.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist", fix="start without --resume")
+
+
 def load(path: Path, facts: Facts) -> dict[str, Any]:
     """Read a run's state and see that it is of the same run.
 
@@ -58,8 +68,7 @@ def load(path: Path, facts: Facts) -> dict[str, Any]:
         InputError: there is none, it is damaged, or it belongs to another run; the facts that
             differ are named.
     """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist", fix="start without --resume")
+    require(path)
     with explained(path):
         found: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     whole = isinstance(found, dict) and found.keys() >= _FIELDS

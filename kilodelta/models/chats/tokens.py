@@ -46,7 +46,8 @@ def encode(
     if tokenizer is None:
         raise InputError(
             f"{source} has no tokenizer, so it cannot read {chat.place}",
-            fix="give token ids in a .npz file, or a folder with a tokenizer",
+            fix="copy tokenizer.json and tokenizer_config.json of its base into the folder, or give"
+            " token ids in a .npz file",
         )
     if not chat.messages:
         ids, mask = _completion(tokenizer, chat)
@@ -170,7 +171,8 @@ def render(
     if getattr(tokenizer, "chat_template", None) is None:
         raise InputError(
             f"{place} is a conversation, and the tokenizer of {source} has no chat template",
-            fix="give texts, as text or as prompt and completion, or a folder with a chat template",
+            fix="copy chat_template.jinja of its base into the folder, or give texts, as text or as"
+            " prompt and completion",
         )
     try:
         ids = tokenizer.apply_chat_template(

@@ -104,7 +104,8 @@ def tokenize(loaded: LoadedModel, texts: Sequence[str], *, max_length: int | Non
     if loaded.tokenizer is None:
         raise InputError(
             f"{loaded.source} has no tokenizer, so it cannot read texts",
-            fix="give token ids in a .npz file, or a folder with a tokenizer",
+            fix="copy tokenizer.json and tokenizer_config.json of its base into the folder, or give"
+            " token ids in a .npz file",
         )
     limit = length_limit(loaded, max_length)
     try:

@@ -189,7 +189,8 @@ def _tokens(text: str, record: Record, loaded: LoadedModel, *, target: bool = Fa
     if loaded.tokenizer is None:
         raise InputError(
             f"{loaded.source} has no tokenizer, so it cannot read texts",
-            fix="give token ids in a .npz file, or a folder with a tokenizer",
+            fix="copy tokenizer.json and tokenizer_config.json of its base into the folder, or give"
+            " token ids in a .npz file",
         )
     encoded = loaded.tokenizer(text_target=text) if target else loaded.tokenizer(text)
     ids = encoded["input_ids"]
