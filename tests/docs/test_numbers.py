@@ -330,7 +330,11 @@ def test_on_a_device() -> None:
 
 PATCH = ROOT / "docs" / "patch.md"
 CODES = result("rtx-codes-survey-2026-11-29-epyc-busy")["rows"]
-CODES_NVFP4 = result("rtx-codes-survey-nvfp4-2026-11-29-epyc-avx512-busy")["rows"]
+CODES_NVFP4 = [
+    one
+    for name in ("nvfp4", "nvfp4-rest")
+    for one in result(f"rtx-codes-survey-{name}-2026-11-29-epyc-avx512-busy")["rows"]
+]
 
 
 @pytest.mark.parametrize("model", sorted({row["model"] for row in CODES}))
@@ -377,7 +381,12 @@ def test_engines_of_codes_that_compute_in_float32() -> None:
 
 
 @pytest.mark.parametrize(
-    "one", result("rtx-codes-minilm-float32-2026-11-29-epyc-avx512-busy")["rows"]
+    "one",
+    [
+        one
+        for name in ("float32", "float32-fp8-nvfp4")
+        for one in result(f"rtx-codes-minilm-{name}-2026-11-29-epyc-avx512-busy")["rows"]
+    ],
 )
 def test_the_real_model_s_engine_of_codes(one: Any) -> None:
     called = {"int4-g32": "INT4", "fp8": "FP8", "nvfp4": "NVFP4"}[one["codes"]]
