@@ -430,6 +430,7 @@ def test_none_stores_nothing_and_exclude_leaves_alone(tmp_path: Path) -> None:
     left = sorted_by(Wishes(exclude=("head", "norm*"), extras="all"), tmp_path, head=head)
     assert left["dropped"] == ["head", "norm.weight"]
     assert sorted_by(Wishes(extras="norm*,head"), tmp_path, head=head)["dropped"] == []
+    assert sorted_by(Wishes(extras="*"), tmp_path, head=head)["extras"] == ["head", "norm.weight"]
 
 
 @pytest.mark.parametrize(
@@ -438,6 +439,7 @@ def test_none_stores_nothing_and_exclude_leaves_alone(tmp_path: Path) -> None:
         (Wishes(targets=("layer.b*",)), r"--targets 'layer.b\*' matches no tensor"),
         (Wishes(exclude=("nom.weight",)), "--exclude 'nom.weight' matches no tensor"),
         (Wishes(extras="norm*,haed"), "--extras 'haed' matches no tensor"),
+        (Wishes(extras="norm*,layer*"), r"--extras 'layer\*' names what coefficients change"),
         (Wishes(targets=("norm*",)), "leave no changed matrix to compress; 1 changed, such as"),
         (Wishes(exclude=("*",)), "leave no changed matrix to compress"),
     ],

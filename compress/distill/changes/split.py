@@ -68,7 +68,7 @@ def split(
 
     Raises:
         InputError: a pattern matches nothing, nothing is left to be a target, a chosen target has
-            no place in the module, or tied tensors are torn apart.
+            no place in the module, tied tensors are torn apart, or extras are targets.
     """
     _check_patterns(wishes, names)
     chosen = {c.name for c in changes if c.is_matrix and _is_target(c.name, wishes, structure)}
@@ -78,6 +78,7 @@ def split(
         raise _nothing_left(changes, wishes)
     _check_places(chosen, structure)
     rest = [change for change in changes if change.name not in chosen]
+    _check_extras(wishes, chosen, rest)
     whole = {change.name for change in rest if _is_extra(change, wishes, structure)}
     return Split(
         targets=tuple(change for change in changes if change.name in chosen),
@@ -117,6 +118,17 @@ def _check_patterns(wishes: Wishes, names: Collection[str]) -> None:
                     f"{option} {glob!r} matches no tensor of the models",
                     fix=f"patterns match whole names, such as {', '.join(near)}",
                 )
+
+
+def _check_extras(wishes: Wishes, chosen: Collection[str], rest: Sequence[Change]) -> None:
+    """Refuse a pattern that names targets alone, which are not stored whole."""
+    for glob in () if wishes.extras in POLICIES else wishes.extras.split(","):
+        named = sorted(name for name in chosen if matches(name, (glob,)))
+        if named and not any(matches(change.name, (glob,)) for change in rest):
+            raise InputError(
+                f"--extras {glob!r} names what coefficients change, such as {named[0]}",
+                fix="leave it out; or, to store these whole, name the others by --targets",
+            )
 
 
 def _check_ties(
