@@ -168,6 +168,19 @@ class Ways:
         self.now: Way | None = None
         self._own = {p: p.data for way in ways for p in way.weights}
 
+    def at(self, step: int) -> Way | None:
+        """Return the way that a step is computed in; None where there are none.
+
+        Every other step goes through a grid, where there are grids and other ways: the others
+        differ from each other by a base's rounding alone, and what teaches one teaches all of them.
+        """
+        through = [way for way in self.all if way.grids]
+        others = [way for way in self.all if not way.grids]
+        if through and others:
+            chosen = others if step % 2 else through
+            return chosen[step // 2 % len(chosen)]
+        return self.all[step % len(self.all)] if self.all else None
+
     def take(self, way: Way | None) -> None:
         """Compute in a way from now on; None: with the module's own weights, and no grid."""
         given = {} if way is None else way.weights

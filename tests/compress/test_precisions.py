@@ -349,6 +349,17 @@ def test_updates_that_begin_at_zero_do_so_in_a_grid() -> None:
     assert not any(attachment.update(index).matrix().any() for index in range(3))
 
 
+def test_every_other_step_goes_through_a_grid() -> None:
+    grids = {0: TargetGrid.of(PRECISIONS["int4-g32"].make(np.eye(32)))}
+    int4, nvfp4 = (Way(name=name, grids=grids) for name in ("int4-g32", "nvfp4"))
+    a, b, c = (Way(name=name) for name in ("float", "int4-g32.beside", "nvfp4.beside"))
+    five = Ways((a, int4, b, nvfp4, c))
+    assert [five.at(step) for step in range(6)] == [int4, a, nvfp4, b, int4, c]
+    assert [Ways((int4, nvfp4)).at(step) for step in range(3)] == [int4, nvfp4, int4]
+    assert [Ways((a, b)).at(step) for step in range(3)] == [a, b, a]
+    assert Ways().at(0) is None
+
+
 def on_grids(method: Any) -> Attachment:
     """Attach a method to three layers, the first two of which train through a grid as well."""
     torch.manual_seed(0)

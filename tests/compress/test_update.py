@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kilodelta.compress.distill.learn.rows import MASK, Rows
 from kilodelta.compress.training import train
 from kilodelta.compress.training.update import SKINNY, FactoredUpdate
 from kilodelta.format.methods import UniLora
@@ -87,16 +86,3 @@ def test_uni_lora_gathers_its_factors_once_per_step(monkeypatch: pytest.MonkeyPa
     for step in (1, 2):
         model(torch.randn(5, 24)).square().sum().backward()
         assert calls["prepare"] == step
-
-
-def test_few_positions_of_a_step_are_padding() -> None:
-    """Texts of 3 to 40 tokens: rows of a batch are nearly of one length."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(3, 41, (2048,), generator=generator).tolist()
-    rows = Rows(tuple({MASK: torch.ones(n)} for n in lengths), {MASK: torch.tensor(0)})
-    order = rows.shuffled(32, generator)
-    batches = [next(order) for _ in range(64)]
-    used = [lengths[index] for batch in batches for index in batch]
-    padded = sum(32 * max(lengths[index] for index in batch) for batch in batches)
-    assert sorted(index for batch in batches for index in batch) == list(range(2048))
-    assert padded < 1.04 * sum(used)

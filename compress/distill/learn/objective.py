@@ -66,6 +66,27 @@ class Objective:
         ]
         return torch.stack(parts).sum()
 
+    @property
+    def hard_first(self) -> bool:
+        """Whether rows that a student has wrong are drawn more often once all have been seen."""
+        return all(comparison.hard_first for comparison in self.comparisons)
+
+    def off(
+        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], mask: Tensor | None
+    ) -> Tensor | None:
+        """Return how far each row is from its teacher, (rows,), over all outputs by their weights.
+
+        None where a comparison does not ask; see `loss` for the arguments.
+        """
+        if not self.hard_first:
+            return None
+        parts = [
+            comparison.off(*self._pair(output, comparison, student, teacher, mask))
+            for output, comparison in zip(self.outputs, self.comparisons, strict=True)
+        ]
+        weighed = zip(self.outputs, parts, strict=True)
+        return torch.stack([o.weight * part for o, part in weighed if part is not None]).sum(0)
+
     def sums(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], mask: Tensor | None
     ) -> list[Tensor]:

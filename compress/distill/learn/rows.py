@@ -1,4 +1,4 @@
-"""Inputs as single rows, shuffled into batches of like length: no padding that need not be."""
+"""Inputs as single rows, put together into batches of like length: little of one is padding."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from torch import Tensor
 from kilodelta.errors import InputError
 from kilodelta.models import Batch
 
-POOL = 64
-"""Batches whose rows are sorted by length together. With single sentences 2 % of the positions are
-then padding; with pools of 16 batches it is 8 to 9 %."""
 MASK = "attention_mask"
 
 Key: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
@@ -84,8 +81,8 @@ class Rows:
     def _keys(self) -> list[Key]:
         return [self.key(index) for index in range(len(self))]
 
-    def _groups(self, order: Sequence[int]) -> Iterator[list[int]]:
-        """Rows by key, the keys as they first occur in the data, the rows in the order given."""
+    def groups(self, order: Sequence[int]) -> Iterator[list[int]]:
+        """Yield rows by key, the keys as they first occur in the data, rows in the order given."""
         found: dict[Key, list[int]] = {key: [] for key in self._keys}
         for index in order:
             found[self._keys[index]].append(index)
@@ -93,30 +90,10 @@ class Rows:
 
     def in_order(self, size: int) -> Iterator[list[int]]:
         """Yield every row once, `size` at a time, rows of like length together."""
-        for group in self._groups(range(len(self))):
+        for group in self.groups(range(len(self))):
             order = sorted(group, key=self.length)
             for start in range(0, len(order), size):
                 yield order[start : start + size]
-
-    def shuffled(self, size: int, generator: torch.Generator) -> Iterator[list[int]]:
-        """Yield batches without end: each pass shuffles, sorts pools by length, shuffles batches.
-
-        Args:
-            size: rows in a batch; fewer only where fewer rows have a key.
-            generator: decides the order.
-        """
-        while True:
-            order = torch.randperm(len(self), generator=generator).tolist()
-            batches: list[list[int]] = []
-            for group in self._groups(order):
-                batches += self._pooled(group, min(size, len(group)))
-            for index in torch.randperm(len(batches), generator=generator).tolist():
-                yield batches[index]
-
-    def _pooled(self, order: list[int], size: int) -> Iterator[list[int]]:
-        for start in range(0, len(order), size * POOL):
-            pool = sorted(order[start : start + size * POOL], key=self.length)
-            yield from (pool[i : i + size] for i in range(0, len(pool) - size + 1, size))
 
     def digest(self) -> str:
         """Return the SHA-256 of all rows, hexadecimal: what was read, from any source."""

@@ -17,10 +17,10 @@ import torch
 from kilodelta.errors import InputError, one_line
 from kilodelta.files import staging
 
-VERSION = 4
+VERSION = 5
 _FIELDS = {
     "version", "facts", "step", "spent", "state", "optimiser", "masters", "best", "measures",
-    "curve", "watch",
+    "curve", "watch", "order",
 }  # fmt: skip
 
 Facts = Mapping[str, str]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +21,7 @@ from kilodelta.compress.distill.learn.data import Data
 from kilodelta.compress.distill.learn.loss_scale import SMALLEST, LossScale
 from kilodelta.compress.distill.learn.measure import measure
 from kilodelta.compress.distill.learn.objective import Measures, mean_of
+from kilodelta.compress.distill.learn.order import Order
 from kilodelta.compress.distill.learn.outputs import run
 from kilodelta.compress.distill.learn.pieces import backward, is_out_of_memory
 from kilodelta.compress.distill.learn.schedule import BestState, Distilled, Look, Schedule
@@ -76,8 +77,9 @@ class Run:
         """Rows computed at a time; fewer than a batch has where memory ran out."""
         self.step = 0
         self._narrow = can_narrow(loaded.module) if schedule.narrow else []
+        self._order = self._new_order()
         self._rewound = False
-        """Whether the batches begin anew with the next step."""
+        """Whether a step went back to the first one, and is not counted."""
         self.spent = 0.0
         self.best = BestState()
         self.curve: list[Look] = []
@@ -87,31 +89,24 @@ class Run:
         began, written = time.monotonic() - self.spent, time.monotonic()
         if math.isnan(self.watch.start):
             self.watch.start = self.data.objective.overall(self._measure()).divergence
-        order = self._batches()
         while self.step < self.schedule.steps and not self.data.ranks.any(stopped.is_set()):
-            loss = self.take(next(order))
+            loss = self.take(self._order.next())
             self.step += 0 if self._rewound else 1
             self.spent = time.monotonic() - began
             self._look()
             self._tell(loss)
             self._judge()
-            if self._rewound:
-                order, self._rewound = self._batches(), False
+            self._rewound = False
             if time.monotonic() - written > KEPT_EVERY_S:
                 keep()
                 written = time.monotonic()
         if self.step < self.schedule.steps:
             keep()
 
-    def _batches(self) -> Iterator[list[int]]:
-        """Yield the batches from the current step on, in the order of the whole run."""
-        generator = torch.Generator().manual_seed(self.schedule.seed)
-        learned = self.data.rows.subset(self.data.learned)
-        order = learned.shuffled(self.schedule.batch, generator)
-        for _ in range(self.step):
-            next(order)
-        for chosen in order:
-            yield [self.data.learned[i] for i in chosen]
+    def _new_order(self) -> Order:
+        """Return the order of the whole run's batches."""
+        data, schedule = self.data, self.schedule
+        return Order(data.rows, data.learned, schedule.batch, schedule.seed, data.ranks)
 
     def take(self, chosen: Sequence[int]) -> float:
         """Take one step on some rows, without counting it; return its loss."""
@@ -145,7 +140,7 @@ class Run:
         """Compute this step in the next of the ways that the delta trains for."""
         ways = train.attached(self.loaded.module).ways
         if ways.all:
-            ways.take(ways.all[self.step % len(ways.all)])
+            ways.take(ways.at(self.step))
 
     def _leads_away(self, loss: float) -> bool:
         """Ask the held-out rows whether a training whose loss grew leads away from the teacher.
@@ -216,7 +211,7 @@ class Run:
         """Restore the first coefficients; a short training takes all its steps anew."""
         kept: dict[str, Tensor] = {}
         if self.schedule.steps < SHORT:
-            self.step, self._rewound = 0, True
+            self.step, self._rewound, self._order = 0, True, self._new_order()
             self.curve.clear()
         else:  # the steps go on being counted, with rounding where it has begun
             now = self._coefficients()
@@ -246,6 +241,7 @@ class Run:
             seed = (self.schedule.seed * 1_000_003 + self.step) % 2**63
             draws = torch.Generator().manual_seed(seed)
             loss = self.data.objective.loss(outputs, wanted, mask, draws)
+            self._note(chosen, outputs, wanted, mask)
             return loss * self.scale.scale if self.scale.active else loss
 
         ranks, count = self.data.ranks, len(chosen)
@@ -265,6 +261,19 @@ class Run:
                 if not is_out_of_memory(error):
                     raise
                 self._halve(min(self.piece, -(-count // ranks.count) if is_shared else count))
+
+    @torch.no_grad()
+    def _note(
+        self,
+        chosen: Sequence[int],
+        outputs: Mapping[str, Tensor],
+        wanted: Mapping[str, Tensor],
+        mask: Tensor | None,
+    ) -> None:
+        """Let the order of later batches know how far off the student is on each row."""
+        off = self.data.objective.off(outputs, wanted, mask)
+        if off is not None:
+            self._order.note(chosen, off)
 
     def _halve(self, piece: int) -> None:
         """Compute half as many rows at a time from now on."""
@@ -346,6 +355,7 @@ class Run:
             "watch": self.watch.state(),
             "scale": self.scale.state(),
             "masters": [m.detach() for m in self.masters],
+            "order": self._order.state(),
             "best": self.best.state,
             "measures": {"divergence": self.best.divergence, "each": pairs},
             "curve": [asdict(look) for look in self.curve],
@@ -361,6 +371,7 @@ class Run:
         self.watch = Watch.of(found["watch"])
         self.scale = LossScale.of(found["scale"]) if "scale" in found else self.scale
         self.step, self.spent = found["step"], found["spent"]
+        self._order.restore(found["order"])
         each = tuple(Measures(agreement=a, divergence=d) for a, d in found["measures"]["each"])
         self.best = BestState(found["measures"]["divergence"], each, found["best"])
         self.curve = [Look(**look) for look in found["curve"]]

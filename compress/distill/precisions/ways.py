@@ -21,7 +21,7 @@ START = 0.15
 
 
 def train_for(job: Job, grids: Grids) -> None:
-    """Give the attached student the ways that it trains for: one step in each, by turns.
+    """Give the attached student the ways that it trains for; `Ways.at` says which step takes which.
 
     A quantised precision of a float base is two ways: merged in the grid, and beside the quantised
     base. Float precisions are one, the base as it is.

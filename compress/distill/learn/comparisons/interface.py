@@ -38,6 +38,8 @@ class Comparison(ABC):
     """What agreement counts, in a word."""
     temperature: ClassVar[float] = 1.0
     """Of half of the loss, where it compares distributions; 1 where the loss is plain."""
+    hard_first: ClassVar[bool] = False
+    """Whether rows that a student has wrong are drawn more often once all have been seen."""
 
     @abstractmethod
     def loss(
@@ -51,6 +53,10 @@ class Comparison(ABC):
             weights: (rows, ...), 1 where a position counts.
             generator: draws what a loss draws.
         """
+
+    def off(self, student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor | None:
+        """Return how far each row is from its teacher, (rows,); None where that is not asked."""
+        return None
 
     @abstractmethod
     def sums(self, student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
@@ -71,6 +77,13 @@ class Averaged(Comparison):
     @abstractmethod
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Compute the divergence of each position, (rows, ...)."""
+
+    def off(self, student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor | None:
+        if not self.hard_first:
+            return None
+        count = len(weights)
+        apart = (self.divergence(student, teacher) * weights).reshape(count, -1).sum(1)
+        return apart / weights.reshape(count, -1).sum(1).clamp(min=1)
 
     def sums(self, student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
         # On the CPU, because Metal GPUs have no float64.

@@ -29,6 +29,7 @@ class Classes(Averaged):
 
     counts = "top-1"
     temperature = TEMPERATURE
+    hard_first = True
 
     def loss(
         self, student: Tensor, teacher: Tensor, weights: Tensor, generator: torch.Generator
@@ -46,6 +47,7 @@ class TopClasses(Classes):
     """Distributions over a vocabulary, the teacher's shortened to its most likely classes."""
 
     temperature = 1.0
+    hard_first = False
 
     def loss(
         self, student: Tensor, teacher: Tensor, weights: Tensor, generator: torch.Generator
