@@ -56,7 +56,7 @@ def test_few_positions_of_a_step_are_padding() -> None:
 def test_without_a_measure_every_pass_takes_every_row_once() -> None:
     learned = [7, 3, 11, 0, 5, 2]
     order = Order(texts(*[4] * 12), learned, 2, seed=1)
-    passes = [sum(take(order, 3), []) for _ in range(3)]
+    passes = [[row for batch in take(order, 3) for row in batch] for _ in range(3)]
     assert [sorted(one) for one in passes] == [sorted(learned)] * 3
     assert passes[0] != passes[1]
 
@@ -110,7 +110,7 @@ def test_a_student_that_is_right_everywhere_still_gets_batches() -> None:
     order = Order(texts(*[4] * 8), range(8), 4, seed=5)
     take(order, 2)
     see_all(order, torch.zeros(8))
-    assert sorted(sum(take(order, 2), [])) == list(range(8))
+    assert sorted(row for batch in take(order, 2) for row in batch) == list(range(8))
 
 
 @pytest.mark.parametrize("before", [0, 3, 10, 80])
