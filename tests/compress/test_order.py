@@ -1,4 +1,4 @@
-"""The order of a training's rows: passes first, then draws by what the student has wrong."""
+"""The order of a training's rows: passes first, then draws by divergence."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def take(order: Order, batches: int) -> list[list[int]]:
     return [order.next() for _ in range(batches)]
 
 
-def see_all(order: Order, off: Tensor) -> None:
-    """Let an order know how far the student is off on rows 0, 1, ... of one batch."""
-    order.note(range(len(off)), off)
+def see_all(order: Order, divergences: Tensor) -> None:
+    """Let an order know the divergences of rows 0, 1, ... as of one batch."""
+    order.note(range(len(divergences)), divergences)
 
 
 def test_few_positions_of_a_step_are_padding() -> None:
@@ -71,15 +71,15 @@ def test_the_first_pass_takes_every_row_once_whatever_is_noted() -> None:
 
 @pytest.mark.parametrize("rows", [texts(*[5] * 30), images(*[3] * 6, *[4] * 24)])
 def test_rows_are_drawn_in_proportion(rows: Rows) -> None:
-    """Half of the draws are uniform, half go by how far the student was off."""
-    off = torch.linspace(0, 3, 30) ** 2
+    """Half of the draws are uniform, half go by divergence."""
+    divergences = torch.linspace(0, 3, 30) ** 2
     order = Order(rows, range(30), 6, seed=3)
     take(order, 5)  # the first pass
-    see_all(order, off)
+    see_all(order, divergences)
     batches = take(order, 64 * 60)
     assert all(len({rows.key(row) for row in batch}) == 1 for batch in batches)
     counts = Counter(row for batch in batches for row in batch)
-    expected = HARD * off / off.mean() + 1 - HARD
+    expected = HARD * divergences / divergences.mean() + 1 - HARD
     for row in range(30):
         share = counts[row] / (6 * len(batches)) * 30
         assert share == pytest.approx(expected[row].item(), abs=0.12), row
@@ -116,11 +116,11 @@ def test_a_student_that_is_right_everywhere_still_gets_batches() -> None:
 @pytest.mark.parametrize("before", [0, 3, 10, 80])
 def test_a_restored_order_goes_on_alike(before: int) -> None:
     rows = images(*[3] * 20, *[4] * 20)
-    off = torch.rand(40, generator=torch.Generator().manual_seed(6))
+    divergences = torch.rand(40, generator=torch.Generator().manual_seed(6))
 
     def step(order: Order) -> list[int]:
         batch = order.next()
-        order.note(batch, off[batch])
+        order.note(batch, divergences[batch])
         return batch
 
     order, other = (Order(rows, range(40), 4, seed=6) for _ in range(2))
@@ -133,7 +133,7 @@ def test_a_restored_order_goes_on_alike(before: int) -> None:
     assert [step(order) for _ in range(200)] == [step(other) for _ in range(200)]
 
 
-def test_how_far_a_row_is_off() -> None:
+def test_the_divergence_of_a_row() -> None:
     """The mean divergence over a row's positions that count, over the outputs by weight."""
     torch.manual_seed(7)
     shapes = {"a": (3, 4), "b": (3, 5, 4)}
@@ -141,7 +141,9 @@ def test_how_far_a_row_is_off() -> None:
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
     a = Output(name="a", kind="classes", weight=0.25, axis=1, size=4, token_axes=())
     b = Output(name="b", kind="classes", weight=0.75, axis=2, size=4, token_axes=(1,))
-    found = Objective(outputs=[a, b], comparisons=[Classes()] * 2).off(student, teacher, mask)
+    found = Objective(outputs=[a, b], comparisons=[Classes()] * 2).row_divergences(
+        student, teacher, mask
+    )
     assert found is not None
     for row, count in enumerate((5, 2, 1)):
         t, s = (part["b"][row, :count].double().log_softmax(-1) for part in (teacher, student))
@@ -158,4 +160,4 @@ def test_only_known_classes_tell_rows_apart(other: States | TopClasses) -> None:
         Output(name=n, kind="states", weight=0.5, axis=1, size=4, token_axes=()) for n in values
     ]
     objective = Objective(outputs=outputs, comparisons=[Classes(), other])
-    assert objective.off(values, values, None) is None
+    assert objective.row_divergences(values, values, None) is None

@@ -67,21 +67,21 @@ class Objective:
         return torch.stack(parts).sum()
 
     @property
-    def hard_first(self) -> bool:
-        """Whether rows that a student has wrong are drawn more often once all have been seen."""
-        return all(comparison.hard_first for comparison in self.comparisons)
+    def by_divergence(self) -> bool:
+        """Whether rows are drawn by their divergence once all have been seen (`order.py`)."""
+        return all(comparison.by_divergence for comparison in self.comparisons)
 
-    def off(
+    def row_divergences(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], mask: Tensor | None
     ) -> Tensor | None:
-        """Return how far each row is from its teacher, (rows,), over all outputs by their weights.
+        """Return each row's divergence, (rows,), over all outputs by their weights.
 
-        None where a comparison does not ask; see `loss` for the arguments.
+        None where a comparison draws no rows by it; see `loss` for the arguments.
         """
-        if not self.hard_first:
+        if not self.by_divergence:
             return None
         parts = [
-            comparison.off(*self._pair(output, comparison, student, teacher, mask))
+            comparison.row_divergences(*self._pair(output, comparison, student, teacher, mask))
             for output, comparison in zip(self.outputs, self.comparisons, strict=True)
         ]
         weighed = zip(self.outputs, parts, strict=True)

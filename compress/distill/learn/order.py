@@ -1,9 +1,9 @@
-"""Order the rows of a training: every row once, then rows on which the student is far off.
+"""Order the rows of a training: every row once, then those of a large divergence more often.
 
 Rows that the student has right teach it little a second time. So where a training passes over its
-rows again, they are drawn: half of the draws are equally likely for all, half in proportion to how
-far the student was off when it last saw a row, beside what it was off on all at that time. Without
-that measure every pass is a shuffle. Rows of like length share a batch, as padding costs time.
+rows again, they are drawn: half of the draws are equally likely for all, half in proportion to a
+row's divergence when the student last saw it, over the mean divergence at that time. Where none is
+noted, every pass is a shuffle. Rows of like length share a batch, as padding costs time.
 
 Drawing by loss: Katharopoulos and Fleuret, arXiv 1803.00942. There each drawn row is weighted by
 one over its chance, so that the mean loss stays the same. Here it is not, on purpose: what is
@@ -26,7 +26,7 @@ POOL = 64
 """Batches whose rows are sorted by length together, and that are drawn at a time. With single
 sentences 2 % of the positions are then padding; with pools of 16 batches it is 8 to 9 %."""
 HARD = 0.5
-"""The share of the draws, after the first pass, that goes by how far the student was off."""
+"""The share of the draws, after the first pass, that goes by divergence."""
 FOLLOWS = 0.05
 """How far a batch moves the mean to which its rows are compared: the student learns meanwhile, and
 a row that it saw early is not harder for that."""
@@ -52,8 +52,8 @@ class Order:
         self._groups = [torch.tensor(group) for group in self._rows.groups(range(len(learned)))]
         self._generator = torch.Generator().manual_seed(seed)
         self._waiting: list[list[int]] = []
-        self._off = torch.full((len(learned),), torch.nan)
-        """How far the student was off, over the mean at that time; NaN of rows not seen."""
+        self._relative = torch.full((len(learned),), torch.nan)
+        """A row's divergence over the mean at that time; NaN of rows not seen."""
         self._mean = torch.tensor(torch.nan)
 
     def next(self) -> list[int]:
@@ -62,20 +62,23 @@ class Order:
             self._waiting = self._drawn() if self._knows else self._shuffled()
         return [self._learned[place] for place in self._waiting.pop(0)]
 
-    def note(self, chosen: Sequence[int], off: Tensor) -> None:
-        """Take up how far the student was off on the rows of a batch, (rows,), 0 and more."""
-        off = off.detach().float().cpu()
-        if not off.isfinite().all():
+    def note(self, chosen: Sequence[int], divergences: Tensor) -> None:
+        """Take up the divergences of a batch's rows, (rows,), 0 and more.
+
+        A batch with one that is not finite is left out.
+        """
+        divergences = divergences.detach().float().cpu()
+        if not divergences.isfinite().all():
             return
-        mean = off.mean()
+        mean = divergences.mean()
         self._mean = mean if self._mean.isnan() else self._mean.lerp(mean, FOLLOWS)
         if self._mean > 0:
-            self._off[[self._places[row] for row in chosen]] = off / self._mean
+            self._relative[[self._places[row] for row in chosen]] = divergences / self._mean
 
     @property
     def _knows(self) -> bool:
         """Whether a pass has told enough to draw by; batches of one size may leave rows out."""
-        return int(self._off.isnan().sum()) < max(self._size, len(self._off) // 2)
+        return int(self._relative.isnan().sum()) < max(self._size, len(self._relative) // 2)
 
     def _shuffled(self) -> list[list[int]]:
         """Return the batches of a pass over all rows, shuffled."""
@@ -93,9 +96,9 @@ class Order:
         Each batch first draws the rows that may share it (those of one shape, where nothing is
         padded), by the weights of all of them.
         """
-        self._ranks.copy_first([self._off])
-        off = self._off.double().nan_to_num(1.0)
-        weights = HARD * off / off.mean().clamp(min=1e-300) + 1 - HARD
+        self._ranks.copy_first([self._relative])
+        relative = self._relative.double().nan_to_num(1.0)
+        weights = HARD * relative / relative.mean().clamp(min=1e-300) + 1 - HARD
         totals = torch.stack([weights[group].sum() for group in self._groups])
         batches: list[list[int]] = []
         counts = Counter(self._draw(totals, POOL).tolist())
@@ -125,7 +128,7 @@ class Order:
         """Return what a later run needs to go on with the same batches."""
         return {
             "waiting": [list(batch) for batch in self._waiting],
-            "off": self._off,
+            "relative": self._relative,
             "mean": self._mean,
             "generator": self._generator.get_state(),
         }
@@ -133,7 +136,7 @@ class Order:
     def restore(self, found: Mapping[str, Any]) -> None:
         """Go on where `state` was asked."""
         self._waiting = [list(batch) for batch in found["waiting"]]
-        if len(found["off"]) != len(self._off):
+        if len(found["relative"]) != len(self._relative):
             raise ValueError("rows of another run")
-        self._off, self._mean = found["off"].clone(), found["mean"].clone()
+        self._relative, self._mean = found["relative"].clone(), found["mean"].clone()
         self._generator.set_state(found["generator"])

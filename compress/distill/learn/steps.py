@@ -270,10 +270,10 @@ class Run:
         wanted: Mapping[str, Tensor],
         mask: Tensor | None,
     ) -> None:
-        """Let the order of later batches know how far off the student is on each row."""
-        off = self.data.objective.off(outputs, wanted, mask)
-        if off is not None:
-            self._order.note(chosen, off)
+        """Let the order of later batches know each row's divergence."""
+        divergences = self.data.objective.row_divergences(outputs, wanted, mask)
+        if divergences is not None:
+            self._order.note(chosen, divergences)
 
     def _halve(self, piece: int) -> None:
         """Compute half as many rows at a time from now on."""

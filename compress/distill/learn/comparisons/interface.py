@@ -38,8 +38,8 @@ class Comparison(ABC):
     """What agreement counts, in a word."""
     temperature: ClassVar[float] = 1.0
     """Of half of the loss, where it compares distributions; 1 where the loss is plain."""
-    hard_first: ClassVar[bool] = False
-    """Whether rows that a student has wrong are drawn more often once all have been seen."""
+    by_divergence: ClassVar[bool] = False
+    """Whether rows are drawn by their divergence once all have been seen (`order.py`)."""
 
     @abstractmethod
     def loss(
@@ -54,8 +54,8 @@ class Comparison(ABC):
             generator: draws what a loss draws.
         """
 
-    def off(self, student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor | None:
-        """Return how far each row is from its teacher, (rows,); None where that is not asked."""
+    def row_divergences(self, student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor | None:
+        """Return each row's divergence, (rows,); None where rows are not drawn by it."""
         return None
 
     @abstractmethod
@@ -78,8 +78,8 @@ class Averaged(Comparison):
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Compute the divergence of each position, (rows, ...)."""
 
-    def off(self, student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor | None:
-        if not self.hard_first:
+    def row_divergences(self, student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor | None:
+        if not self.by_divergence:
             return None
         count = len(weights)
         apart = (self.divergence(student, teacher) * weights).reshape(count, -1).sum(1)

@@ -29,7 +29,7 @@ class Classes(Averaged):
 
     counts = "top-1"
     temperature = TEMPERATURE
-    hard_first = True
+    by_divergence = True
 
     def loss(
         self, student: Tensor, teacher: Tensor, weights: Tensor, generator: torch.Generator
@@ -47,7 +47,7 @@ class TopClasses(Classes):
     """Distributions over a vocabulary, the teacher's shortened to its most likely classes."""
 
     temperature = 1.0
-    hard_first = False
+    by_divergence = False
 
     def loss(
         self, student: Tensor, teacher: Tensor, weights: Tensor, generator: torch.Generator
