@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kilodelta.compress.distill.learn import loss_scale, state, steps, watch
+from kilodelta.compress.distill.learn import state, steps, watch
 from kilodelta.compress.distill.learn.data import Data
+from kilodelta.compress.distill.learn.gradient import loss_scale
 from kilodelta.compress.distill.learn.loop import distill
 from kilodelta.compress.distill.learn.measure import measure
 from kilodelta.compress.distill.learn.objective import Measures

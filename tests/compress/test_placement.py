@@ -25,9 +25,9 @@ from kilodelta.compress.distill.learn.comparisons import (
     Relational,
     comparison_for,
 )
+from kilodelta.compress.distill.learn.gradient.pieces import backward, is_out_of_memory
 from kilodelta.compress.distill.learn.objective import Objective
 from kilodelta.compress.distill.learn.outputs import Output, run
-from kilodelta.compress.distill.learn.pieces import backward, is_out_of_memory
 from kilodelta.compress.distill.options import check
 from kilodelta.compress.distill.placement import choose_placement, own_settings, stored_type
 from kilodelta.compress.distill.teacher.top_k import shorten

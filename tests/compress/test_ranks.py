@@ -28,7 +28,7 @@ from kilodelta.cli import main
 from kilodelta.compress import Options, compress
 from kilodelta.compress.distill import compress as compressing
 from kilodelta.compress.distill import placement
-from kilodelta.compress.distill.learn.collective import backward_shared
+from kilodelta.compress.distill.learn.gradient.collective import backward_shared
 from kilodelta.compress.distill.placement import Placement, wants_shards
 from kilodelta.compress.distill.processes import shards
 from kilodelta.compress.distill.processes.launch import check_share, device_of, joined

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kilodelta.compress.distill.learn.collective import backward_shared
 from kilodelta.compress.distill.learn.data import Data
-from kilodelta.compress.distill.learn.loss_scale import SMALLEST, LossScale
+from kilodelta.compress.distill.learn.gradient.collective import backward_shared
+from kilodelta.compress.distill.learn.gradient.loss_scale import SMALLEST, LossScale
+from kilodelta.compress.distill.learn.gradient.pieces import backward, is_out_of_memory
 from kilodelta.compress.distill.learn.measure import measure
 from kilodelta.compress.distill.learn.objective import Measures, mean_of
 from kilodelta.compress.distill.learn.order import Order
 from kilodelta.compress.distill.learn.outputs import run
-from kilodelta.compress.distill.learn.pieces import backward, is_out_of_memory
 from kilodelta.compress.distill.learn.schedule import BestState, Distilled, Look, Schedule
 from kilodelta.compress.distill.learn.watch import SHORT, Watch
 from kilodelta.compress.training import train

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from kilodelta.compress.distill.learn.pieces import Outputs, is_out_of_memory
+from kilodelta.compress.distill.learn.gradient.pieces import Outputs, is_out_of_memory
 from kilodelta.compress.distill.processes.ranks import Ranks
 from kilodelta.errors import InputError
 
