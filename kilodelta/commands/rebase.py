@@ -63,3 +63,10 @@ def _show(done: Any) -> None:
             "almost no code changes: merge refuses this file without --min-changed; apply it"
             " beside the base"
         )
+    if done.others:
+        shown = ", ".join(done.others[:3])
+        terminal.print_warning(
+            f"{len(done.others)} tensors that are not quantised are not the float base's ({shown}):"
+            " if a quantiser folded scales into them, as AWQ and SmoothQuant do, the update does"
+            " not fit; test the merged model, or compress against this base"
+        )

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kilodelta.errors import InputError, OutputError
 from kilodelta.exact.selftest import require_good_kernels
+from kilodelta.files.checkpoint import in_name_order
+from kilodelta.files.dtypes import FLOATS, TARGETS
+from kilodelta.files.identity import raw_digest
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.delta import Delta
 from kilodelta.format.file import load
 from kilodelta.format.grid_names import named_for
+from kilodelta.format.manifest import Base
 from kilodelta.grid.model import QuantisedModel
 from kilodelta.grid.open import open_quantised
 from kilodelta.merging.grid_results import GridResult, bound_to, with_results
@@ -31,6 +39,8 @@ class Rebased:
         codes: codes that the merge in the grid could change.
         codes_changed: how many it does.
         steps: the mean size of the update, in steps of the grid.
+        others: tensors that are not quantised and are known not to be the float base's, such as
+            norms into which a quantiser folded scales; the update may not fit then.
     """
 
     path: Path
@@ -40,10 +50,12 @@ class Rebased:
     codes: int
     codes_changed: int
     steps: float
+    others: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {**vars(self), "path": str(self.path), "kinds": list(self.kinds)}
+        lists = {"kinds": list(self.kinds), "others": list(self.others)}
+        return {**vars(self), "path": str(self.path), **lists}
 
 
 def rebase(
@@ -97,6 +109,7 @@ def rebase(
         codes=found.weights,
         codes_changed=found.changed,
         steps=found.steps,
+        others=() if delta.manifest.grid else other_tensors(model, delta.manifest.base),
     )
 
 
@@ -128,6 +141,42 @@ def rebased(
     base = replace(delta.manifest.base, name=delta.manifest.base.name if name is None else name)
     draft = replace(delta, manifest=replace(delta.manifest, base=base))
     return with_results(draft, model, threads=threads, progress=progress)
+
+
+def other_tensors(model: QuantisedModel, base: Base) -> tuple[str, ...]:
+    """Name the tensors of a quantised copy, of those that are not quantised, that its float base
+    has otherwise, by the two bytes that a file keeps of each; a copy in another float type counts
+    as the same.
+
+    Args:
+        model: the quantised copy.
+        base: what the file says of the float model; of one with other tensors nothing is known.
+
+    Raises:
+        CheckpointError: a tensor cannot be read.
+    """
+    names = in_name_order([*model.stored, *model.plain])
+    marks = [base.fingerprints[i : i + 2] for i in range(0, len(base.fingerprints), 2)]
+    if [mark[:1] for mark in marks] != [hashlib.sha256(n.encode()).digest()[:1] for n in names]:
+        return ()
+    plain = set(model.plain)
+    return tuple(
+        name
+        for name, mark in zip(names, marks, strict=True)
+        if name in plain and mark[1:] not in _marks(name, model.plain_raw(name))
+    )
+
+
+def _marks(name: str, tensor: RawTensor) -> set[bytes]:
+    """Return the first byte of a tensor's digest in each type that its values may be stored in."""
+    spelled = [tensor]
+    if tensor.dtype in TARGETS:
+        values = FLOATS[tensor.dtype].widen(tensor.data)
+        spelled += [
+            replace(tensor, dtype=dtype, data=FLOATS[dtype].narrow(values).view(np.uint8))
+            for dtype in TARGETS
+        ]
+    return {bytes.fromhex(raw_digest(name, one)[7:9]) for one in spelled}
 
 
 def _require_its_columns(delta: Delta, model: QuantisedModel) -> None:

@@ -10,10 +10,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import kilodelta
+from kilodelta.cli import main
 from kilodelta.errors import CheckpointError, InputError, OutputError
+from kilodelta.files import safetensors
 from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.files.tensor import RawTensor
 from kilodelta.format.methods import Lora
 from kilodelta.format.targets import Patterns
 from kilodelta.grid import open_quantised, quantise
@@ -256,3 +260,28 @@ def test_a_folder_that_is_there_is_said_before_the_work(tmp_path: Path) -> None:
     quantise_folder(base, tmp_path / "q", "fp8", chosen)
     with pytest.raises(OutputError, match="exists already"):
         quantise_folder(tmp_path / "absent", tmp_path / "q", "fp8", chosen)
+
+
+@pytest.mark.parametrize(
+    ("norm", "said"), [(np.float32(1), False), (np.float16(1), False), (np.float32(2), True)]
+)
+def test_norms_into_which_a_quantiser_folded_scales_are_noted(
+    tmp_path: Path, norm: Any, said: bool
+) -> None:
+    base = float_folder(tmp_path / "base")
+    quantise_folder(base, tmp_path / "q", "fp8", chosen)
+    weights = tmp_path / "q" / "model.safetensors"
+    tensors = {name: Checkpoint.open(tmp_path / "q").raw(name) for name in
+               Checkpoint.open(tmp_path / "q").names}  # fmt: skip
+    weights.unlink()
+    safetensors.write(weights, {**tensors, "norm.weight": RawTensor.of(np.full(8, norm))})
+    values = {
+        name: quantise_target(Lora(rank=1), {"A": np.ones((1, 128)), "B": np.ones((rows, 1))}, 8)
+        for name, rows in (("a.weight", 24), ("b.weight", 16))
+    }
+    recipe = Recipe(method=Lora(rank=1), patterns=Patterns(include=("[ab].weight",)))
+    build(base, recipe, values).save(tmp_path / "a.kd")
+    command = ["rebase", str(tmp_path / "q"), str(tmp_path / "a.kd"), "-o", str(tmp_path / "b.kd")]
+    shown = CliRunner().invoke(main, command)
+    assert shown.exit_code == 0, shown.output
+    assert ("not the float base's (norm.weight)" in " ".join(shown.output.split())) == said
