@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import click
 
-from kilodelta import __version__, terminal
+from kilodelta import __version__, memory, terminal
 from kilodelta.commands import (
     compare,
     compress,
@@ -35,8 +35,12 @@ from kilodelta.commands import (
     verify,
 )
 from kilodelta.commands.common import JSON
-from kilodelta.errors import InputError, KiloDeltaError
+from kilodelta.errors import InputError, KiloDeltaError, one_line
 
+_SMALLER = (
+    "end other programs or use a machine with more memory; of what the command offers, give a"
+    " smaller --batch, --max-length or --limit, or --dtype bf16"
+)
 SECTIONS = {
     "Start": (demo.demo,),
     "Make a .kd file": (compress.compress, plan.plan, import_.import_adapter, rebase.rebase),
@@ -109,6 +113,10 @@ class _Commands(click.Group):
                     terminal.print_json({"error": what, "fix": fix})
                 terminal.print_error(what, fix)
             raise SystemExit(128 + number) from None
+        except (MemoryError, RuntimeError) as error:
+            if not memory.has_run_out(error):
+                raise
+            _refuse(ctx, InputError(f"memory ran out: {one_line(error)}"[:200], fix=_SMALLER))
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(141) from None

@@ -54,7 +54,7 @@ def available(otherwise: int = UNKNOWN) -> int:
 
 def stated() -> int | None:
     """Return what `available` does, or None where the system does not say."""
-    amounts = [*_free(), *_left()]
+    amounts = [*_free(), *_left(), *_allowed()]
     return max(1, min(amounts)) if amounts else None
 
 
@@ -74,6 +74,35 @@ def _left() -> Iterable[int]:
             yield int(limit.read_text()) - int(current.read_text())
         except (OSError, ValueError):  # no such group, or "max"
             continue
+
+
+def _allowed() -> Iterable[int]:
+    """What `ulimit -v` leaves: of address space, which mapped files take as well."""
+    try:
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        taken = int(_STATM.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    except (ImportError, OSError, ValueError, IndexError):  # not Linux
+        return
+    if limit != resource.RLIM_INFINITY:
+        yield limit - taken
+
+
+WORDS = ("can't allocate memory", "not enough memory", "out of memory")
+"""What torch's allocators, of which a CPU's raises a plain RuntimeError, and oneDNN say."""
+
+
+def has_run_out(error: BaseException) -> bool:
+    """Return whether an error says that a GPU or the machine ran out of memory.
+
+    Example:
+        >>> has_run_out(RuntimeError("CUDA out of memory")), has_run_out(RuntimeError("no such op"))
+        (True, False)
+    """
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in WORDS)
 
 
 def resident() -> int:

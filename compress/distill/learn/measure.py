@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from kilodelta.compress.distill.learn.data import Data
 from kilodelta.compress.distill.learn.objective import Measures
 from kilodelta.compress.distill.learn.outputs import run
+from kilodelta.compress.distill.learn.pieces import by_halves
 from kilodelta.compress.distill.teacher.ask import batch_rows
 from kilodelta.models import LoadedModel
 
@@ -31,11 +33,13 @@ def measure(loaded: LoadedModel, data: Data, chosen: Sequence[int]) -> tuple[Mea
     mine: list[list[torch.Tensor]] = []
     try:
         for part, is_own in data.ranks.turns(parts):
-            rows = [chosen[i] for i in part]
-            batch = data.rows.batch(rows)
-            found = run(loaded, batch, one_row=data.survey.one_row)
+            own: list[list[torch.Tensor]] = by_halves(
+                [chosen[i] for i in part],
+                partial(_sums, loaded, data, is_own=is_own),
+                in_step=data.ranks.in_step,
+            )
             if is_own:
-                mine.append(data.objective.sums(found, data.teacher(rows), data.rows.mask(rows)))
+                mine.append([sum(sums[1:], sums[0]) for sums in zip(*own, strict=True)])
     finally:
         loaded.module.train(training)
     # Added in the order of the batches, so that the number of processes does not matter.
@@ -45,3 +49,11 @@ def measure(loaded: LoadedModel, data: Data, chosen: Sequence[int]) -> tuple[Mea
         sums = shares[index % data.ranks.count][index // data.ranks.count]
         totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
     return data.objective.measures(totals)
+
+
+def _sums(
+    loaded: LoadedModel, data: Data, rows: Sequence[int], *, is_own: bool
+) -> list[torch.Tensor]:
+    """Compute a batch, and add up what its rows say; nothing of another process's."""
+    found = run(loaded, data.rows.batch(rows), one_row=data.survey.one_row)
+    return data.objective.sums(found, data.teacher(rows), data.rows.mask(rows)) if is_own else []

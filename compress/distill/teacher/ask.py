@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kilodelta.compress.distill.learn.outputs import Output, run
+from kilodelta.compress.distill.learn.pieces import by_halves
 from kilodelta.compress.distill.learn.rows import Rows
 from kilodelta.compress.distill.learn.survey import Survey
 from kilodelta.compress.distill.processes.ranks import ALONE, Ranks
@@ -207,8 +208,10 @@ def _fill(
     ]
     try:
         for chosen, is_own in ranks.turns(parts):
-            values = ranks.agree(partial(_compute, loaded, rows, survey, chosen))
-            for found in ranks.gather(_rows(values, chosen, rows, survey) if is_own else {}):
+            make = partial(_rows, loaded, rows, survey)
+            made = ranks.agree(partial(by_halves, chosen, make, in_step=ranks.in_step))
+            own = {index: row for part in made for index, row in part.items()} if is_own else {}
+            for found in ranks.gather(own):
                 done += len(found)
                 if ranks.writes:
                     store.add(found)
@@ -255,9 +258,10 @@ def _shorten(logits: Tensor, k: int) -> Tensor:
 
 
 def _rows(
-    values: Mapping[str, Tensor], chosen: Sequence[int], rows: Rows, survey: Survey
+    loaded: LoadedModel, rows: Rows, survey: Survey, chosen: Sequence[int]
 ) -> dict[int, Mapping[str, Tensor]]:
-    """Take a batch's outputs apart, without the positions that its padding added."""
+    """Compute a batch, and take its outputs apart, without the positions that padding added."""
+    values = _compute(loaded, rows, survey, chosen)
     return {
         index: {
             output.name: _cut(output, values[output.name][place], rows.length(index), rows)

@@ -11,10 +11,15 @@ price of one more forward pass, and the activations of one piece at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from kilodelta.errors import InputError
+from kilodelta.memory import has_run_out
+
+T = TypeVar("T")
 Outputs = Mapping[str, Tensor]
 
 
@@ -67,8 +72,36 @@ def _slices(count: int, piece: int) -> Iterator[slice]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that a GPU or the machine ran out of memory."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    # The CPU's allocator and oneDNN raise a plain RuntimeError.
-    words: Sequence[str] = ("can't allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return isinstance(error, torch.OutOfMemoryError) or has_run_out(error)
+
+
+def by_halves(
+    chosen: Sequence[int], make: Callable[[Sequence[int]], T], *, in_step: bool = False
+) -> list[T]:
+    """Make something of some rows; of halves of them, and so on, where memory runs out.
+
+    Args:
+        chosen: the rows.
+        make: what is made of rows of a batch, without a graph.
+        in_step: whether other processes compute the same rows, so that none can go its own way.
+
+    Returns:
+        What was made of each part, in the order of the rows.
+
+    Raises:
+        InputError: memory ran out on a single row, or on rows that cannot be divided.
+    """
+    try:
+        return [make(chosen)]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if in_step or len(chosen) == 1:
+            raise InputError(
+                f"memory ran out on {'a single input' if len(chosen) == 1 else 'a batch'}",
+                fix="give a smaller --max-length, --dtype bf16, or a device with more memory",
+            ) from error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = -(-len(chosen) // 2)
+    return [*by_halves(chosen[:half], make), *by_halves(chosen[half:], make)]
