@@ -17,8 +17,8 @@ from torch import Tensor
 from kilodelta import memory
 from kilodelta.cli import main
 from kilodelta.compress.distill.learn.data import Data
+from kilodelta.compress.distill.learn.gradient.pieces import by_halves
 from kilodelta.compress.distill.learn.measure import measure
-from kilodelta.compress.distill.learn.pieces import by_halves
 from kilodelta.compress.distill.teacher.ask import ask
 from kilodelta.errors import InputError
 from kilodelta.models.loaded import LoadedModel

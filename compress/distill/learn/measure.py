@@ -8,9 +8,9 @@ from functools import partial
 import torch
 
 from kilodelta.compress.distill.learn.data import Data
+from kilodelta.compress.distill.learn.gradient.pieces import by_halves
 from kilodelta.compress.distill.learn.objective import Measures
 from kilodelta.compress.distill.learn.outputs import run
-from kilodelta.compress.distill.learn.pieces import by_halves
 from kilodelta.compress.distill.teacher.ask import batch_rows
 from kilodelta.models import LoadedModel
 

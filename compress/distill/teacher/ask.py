@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kilodelta.compress.distill.learn.gradient.pieces import by_halves
 from kilodelta.compress.distill.learn.outputs import Output, run
-from kilodelta.compress.distill.learn.pieces import by_halves
 from kilodelta.compress.distill.learn.rows import Rows
 from kilodelta.compress.distill.learn.survey import Survey
 from kilodelta.compress.distill.processes.ranks import ALONE, Ranks
