@@ -341,7 +341,7 @@ def test_grids_that_no_engine_holds_are_refused_before_anything(
     base = grids.folder(tmp_path / "base", config, grids.pack_quantized("w", numbers, **options))
     with pytest.raises(ExportError, match=text) as caught:
         bundle(base, tmp_path / "device", mode=mode, engine=["sm89"])
-    assert "quantise to FP8 (symmetric), export a float16 model" in caught.value.fix
+    assert "quantise to FP8 (symmetric, one scale), export a float16 model" in caught.value.fix
     assert not (tmp_path / "device").exists()
 
 
