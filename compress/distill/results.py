@@ -146,7 +146,8 @@ def _warnings(
         found.append(f"interrupted after {done.steps} steps: --resume goes on")
     if done is not None and done.again:
         found.append(
-            f"the training led away from the tuned model and began again {done.again} times, at"
+            "the training led away from the tuned model and began again"
+            f" {'once' if done.again == 1 else f'{done.again} times'}, at"
             f" last with {SLOWER**-done.again:.2g} of the learning rate"
         )
     if done is not None and done.trials == 1:
@@ -162,13 +163,12 @@ def _warnings(
     if data is not None:
         found += [f"output {name} {why}: not matched" for name, why in data.survey.ignored.items()]
         if data.repeated:
-            found.append(
-                f"{data.repeated} inputs equal one that is held out and were not learnt from"
-            )
+            equal = "input equals" if data.repeated == 1 else "inputs equal"
+            found.append(f"{data.repeated} {equal} one that is held out: not learnt from")
         if data.left_out:
+            cut = "conversation was" if data.left_out == 1 else "conversations were"
             found.append(
-                f"{data.left_out} conversations were cut before an answer and are left out; see"
-                " --max-length"
+                f"{data.left_out} {cut} cut before an answer, and left out; see --max-length"
             )
         if data.survey.one_row:
             found.append("the model computes one row at a time, so a step takes longer")

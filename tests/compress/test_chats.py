@@ -238,7 +238,7 @@ def test_only_answers_are_learnt_from_and_measured(folder: Path, tmp_path: Path)
     path.write_text("\n".join(map(json.dumps, records)) + "\n")
     options = Options(steps=4, batch=8, budget=4000, max_length=8)
     answers = compress(folder, tuned, tmp_path / "a.kd", inputs=path, options=options)
-    assert any("1 conversations were cut before an answer" in w for w in answers.warnings)
+    assert any("1 conversation was cut before an answer" in w for w in answers.warnings)
     every = Options(steps=4, batch=8, budget=4000, max_length=8, loss_on="all")
     whole = compress(folder, tuned, tmp_path / "b.kd", inputs=path, options=every)
     assert answers.before is not None

@@ -302,6 +302,14 @@ def test_a_watch_needs_some_losses_and_forgets_them() -> None:
     assert watch.Watch.of(one.state()) == one or one.state()["again"] == 1
 
 
+def test_a_model_that_is_the_tuned_one_is_not_led_away_by_rounding() -> None:
+    """An SVD may begin at divergence 0, which no rounded coefficients have."""
+    one = watch.Watch(start=0.0)
+    assert not one.has_harmed(1e-6)
+    assert one.has_harmed(1e-4)
+    assert watch.Watch(start=1e-4).has_harmed(1e-4)
+
+
 FEW = Schedule(steps=6, rate=0.1, batch=4, bits=8, seed=5)
 """At this rate six steps bring a tuned model that is far nearer, and lead away from a near one."""
 

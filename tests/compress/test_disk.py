@@ -124,6 +124,7 @@ def test_a_teacher_cache_is_asked_for_with_what_lies_on_its_disk(
     ) as caught:
         squeeze(budget=6000, teacher_cache="cache")
     assert "--teacher-cache" in caught.value.fix
+    assert not list(Path("cache").glob("*"))
     with_free(monkeypatch, asked[0] + 100_000)
     with pytest.raises(AssertionError, match=r"began"):
         squeeze(budget=6000, teacher_cache="cache")

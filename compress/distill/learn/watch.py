@@ -26,6 +26,10 @@ SHORT = 100
 """Steps below which a training is judged at its end as well, by the held-out inputs: it has no time
 to come back from where the first large steps lead. It begins again from its first step."""
 
+NEAR = 1e-5
+"""A divergence up to which a model is the tuned one as far as anybody can tell, wherever the
+training began: an SVD may begin at what it should end with, and rounded coefficients differ."""
+
 
 @dataclass
 class Watch:
@@ -64,7 +68,7 @@ class Watch:
 
     def has_harmed(self, divergence: float) -> bool:
         """Return whether a state of this held-out divergence is no nearer than the beginning."""
-        return not math.isnan(self.start) and not divergence < self.start
+        return not (math.isnan(self.start) or divergence < self.start or divergence <= NEAR)
 
     def was_wrong(self) -> None:
         """Go on in spite of a growth, of which the next doubt is counted."""

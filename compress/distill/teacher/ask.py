@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from kilodelta.compress.distill.teacher.store import (
     require_disk,
 )
 from kilodelta.compress.distill.teacher.top_k import LARGEST, TOP_K, shorten
-from kilodelta.errors import InputError
+from kilodelta.errors import InputError, OutputError
 from kilodelta.files import staging
 from kilodelta.models import LoadedModel
 from kilodelta.progress import Event, Progress
@@ -188,7 +189,13 @@ def _store(rows: Rows, survey: Survey, need: Need, shelf: Shelf | None) -> Store
     # All have read what is kept before one writes more.
     store = shelf.ranks.agree(partial(DiskStore, folder, facts, len(rows)))
     needed = need.kept * len(store.missing()) // len(rows)
-    shelf.ranks.agree(partial(require_disk, shelf.cache, needed, shelf.beside))
+    try:
+        shelf.ranks.agree(partial(require_disk, shelf.cache, needed, shelf.beside))
+    except OutputError:
+        if shelf.ranks.writes:
+            with suppress(OSError):  # it holds what an earlier run kept
+                folder.rmdir()
+        raise
     return store
 
 
