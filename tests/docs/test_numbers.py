@@ -518,6 +518,34 @@ def test_half_the_steps_beside_the_build_before() -> None:
             ]
 
 
+def test_what_hard_rows_give_in_half_the_time() -> None:
+    runs = result("compress-sets-hard-rows-2026-11-30-epyc-avx512")["runs"]
+    assert len(runs) == 6
+    for run in runs:
+        name = {"trec6": "TREC-6", "banking77": "Banking77"}[run["part"]]
+        like = {"part": run["part"], "seed": run["seed"], "tree": "old"}
+        (old,) = (one for one in runs if {key: one[key] for key in like} == like)
+        steps = "the build before, 800 steps" if run is old else "this one, 520 steps"
+        cells = [
+            cell.strip() for cell in row(NUMBERS, f"{name}, seed {run['seed']}, {steps}").split("|")
+        ]
+        times = [
+            f", {run[key] / old[key]:.2f} times" if run is not old else ""
+            for key in ("train_s", "step_s")
+        ]
+        assert cells[2:-1] == [
+            f"{run['train_s']:.0f} s{times[0]}",
+            f"{run['step_s']:.3f} s{times[1]}",
+            cells[4] if "one input fewer" in cells[4] else f"{100 * run['agreement']:.1f} %",
+            f"{run['divergence']:.3f}",
+            f"{run['test_agreement']:.1f} %",
+            f"{run['test_divergence']:.3f}",
+        ]
+        if "one input fewer" in cells[4]:
+            assert cells[4].startswith(f"{100 * run['agreement']:.1f} %")
+            assert round(512 * (old["agreement"] - run["agreement"])) == 1
+
+
 def test_what_a_decoder_s_run_holds_beside_its_activations() -> None:
     runs = result("compress-memory-rows-2026-11-29-epyc-avx512-busy")["runs"]
     (small,) = (run for run in runs if not run["layers"])
