@@ -182,11 +182,12 @@ def test_pieces_of_shared_rows_have_the_whole_gradient_in_equally_many_passes(pi
         assert torch.allclose(gradient, weight.grad, rtol=1e-12)
 
 
-def test_memory_that_runs_out_in_one_process_ran_out_in_all() -> None:
+@pytest.mark.parametrize("problem", [torch.OutOfMemoryError("no room"), MemoryError()])
+def test_memory_that_runs_out_in_one_process_ran_out_in_all(problem: Exception) -> None:
     def work(ranks: Ranks) -> str:
         def compute(rows: slice) -> dict[str, Tensor]:
             if ranks.rank == 1:
-                raise torch.OutOfMemoryError("no room")
+                raise problem
             return {"y": torch.ones(rows.stop - rows.start, requires_grad=True)}
 
         with pytest.raises(torch.OutOfMemoryError):

@@ -257,7 +257,7 @@ class Run:
                     else:
                         loss = backward(compute, loss_of, count, self.piece)
                 return loss / self.scale.scale
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 self._halve(min(self.piece, -(-count // ranks.count) if is_shared else count))

@@ -107,7 +107,7 @@ def _together(ranks: Ranks, work: Callable[[], T]) -> T:
     ran_out = False
     try:
         made = work()
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         ran_out = True
