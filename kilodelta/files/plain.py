@@ -8,6 +8,7 @@ snapshots are links into its own blobs.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ JSON_LIMIT = 16 << 20
 """Bytes of a configuration, manifest or other description."""
 INDEX_LIMIT = 64 << 20
 """Bytes of a sharded checkpoint's index."""
+_PIECE = 1 << 20
+"""Bytes hashed at a time."""
 
 
 class NotPlainError(OSError):
@@ -114,6 +117,36 @@ def read_model_file(path: Path, limit: int = JSON_LIMIT) -> bytes:
         OSError: it cannot be read.
     """
     return _read_all(open_model_file(path), path, limit)
+
+
+def sha256(path: Path, *, follow: bool = False) -> bytes:
+    """Return the SHA-256 of a regular file, 32 bytes.
+
+    Raises:
+        NotPlainError: as `open_file`.
+        OSError: it cannot be read.
+    """
+    state = hashlib.sha256()
+    with open_reader(path, follow=follow) as reader:
+        while piece := reader.read(_PIECE):
+            state.update(piece)
+    return state.digest()
+
+
+def digest(path: Path) -> str:
+    """Return `sha256:<hex>` of a file that the user named, or of a folder's files and their names.
+
+    Raises:
+        NotPlainError: as `open_file`.
+        OSError: it cannot be read.
+    """
+    if not path.is_dir():
+        return f"sha256:{sha256(path, follow=True).hex()}"
+    state = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        state.update(str(file.relative_to(path)).encode("utf-8", "surrogateescape"))
+        state.update(b"\0" + sha256(file, follow=True))
+    return f"sha256:{state.hexdigest()}"
 
 
 def is_file(path: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ MODELS = ("base", "tuned")
 """Keys of a task that hold a model's root, and parameters that hold its path."""
 FILES = ("inputs", "labels", "delta")
 """Likewise of files and their digests."""
-_BLOCK = 1 << 20
-"""Bytes hashed at a time."""
 
 
 def require_unchanged(task: Mapping[str, Any]) -> None:
@@ -60,18 +57,7 @@ def file_digest(path: Path) -> str:
     Raises:
         InputError: it cannot be read.
     """
-    total = hashlib.sha256()
     try:
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        for file in files:
-            with plain.open_reader(file, follow=True) as opened:
-                one = hashlib.sha256()
-                while block := opened.read(_BLOCK):
-                    one.update(block)
-            if not path.is_dir():
-                return f"sha256:{one.hexdigest()}"
-            total.update(str(file.relative_to(path)).encode("utf-8", "surrogateescape"))
-            total.update(b"\0" + one.digest())
+        return plain.digest(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}", fix="check the path") from None
-    return f"sha256:{total.hexdigest()}"

@@ -66,11 +66,6 @@ class Objective:
         ]
         return torch.stack(parts).sum()
 
-    @property
-    def by_divergence(self) -> bool:
-        """Whether rows are drawn by their divergence once all have been seen (`order.py`)."""
-        return all(comparison.by_divergence for comparison in self.comparisons)
-
     def row_divergences(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], mask: Tensor | None
     ) -> Tensor | None:
@@ -78,14 +73,14 @@ class Objective:
 
         None where a comparison draws no rows by it; see `loss` for the arguments.
         """
-        if not self.by_divergence:
+        if not all(comparison.by_divergence for comparison in self.comparisons):
             return None
         parts = [
-            comparison.row_divergences(*self._pair(output, comparison, student, teacher, mask))
+            output.weight
+            * comparison.row_divergences(*self._pair(output, comparison, student, teacher, mask))
             for output, comparison in zip(self.outputs, self.comparisons, strict=True)
         ]
-        weighed = zip(self.outputs, parts, strict=True)
-        return torch.stack([o.weight * part for o, part in weighed if part is not None]).sum(0)
+        return torch.stack(parts).sum(0)
 
     def sums(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], mask: Tensor | None

@@ -127,7 +127,7 @@ class DiskStore:
     def _take(self, part: Any) -> None:
         """Use a part that an earlier run wrote, unless it is damaged."""
         try:
-            if _sha256(self.folder / _name(part["file"])) != part["sha256"]:
+            if plain.sha256(self.folder / _name(part["file"])).hex() != part["sha256"]:
                 raise ValueError("other bytes")
             self._map(part)
         except Exception:  # torch, zipfile and a JSON of any shape raise unrelated classes
@@ -157,7 +157,7 @@ def _write_part(folder: Path, rows: Mapping[int, Row]) -> dict[str, Any]:
         "file": place.name,
         "rows": indices,
         "shapes": {name: [list(rows[i][name].shape) for i in indices] for name in names},
-        "sha256": _sha256(place),
+        "sha256": plain.sha256(place).hex(),
     }
 
 
@@ -184,14 +184,6 @@ def _name(value: Any) -> str:
     if not isinstance(value, str) or "/" in value or "\\" in value:
         raise ValueError("no file name")
     return value
-
-
-def _sha256(path: Path) -> str:
-    state = hashlib.sha256()
-    with plain.open_reader(path) as file:
-        while piece := file.read(PART):
-            state.update(piece)
-    return state.hexdigest()
 
 
 def folder_of(cache: Path, facts: Facts) -> Path:

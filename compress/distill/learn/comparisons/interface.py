@@ -54,9 +54,9 @@ class Comparison(ABC):
             generator: draws what a loss draws.
         """
 
-    def row_divergences(self, student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor | None:
-        """Return each row's divergence, (rows,); None where rows are not drawn by it."""
-        return None
+    @abstractmethod
+    def row_divergences(self, student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+        """Return each row's divergence, (rows,): the mean over its positions that count."""
 
     @abstractmethod
     def sums(self, student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
@@ -78,9 +78,7 @@ class Averaged(Comparison):
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Compute the divergence of each position, (rows, ...)."""
 
-    def row_divergences(self, student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor | None:
-        if not self.by_divergence:
-            return None
+    def row_divergences(self, student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
         count = len(weights)
         apart = (self.divergence(student, teacher) * weights).reshape(count, -1).sum(1)
         return apart / weights.reshape(count, -1).sum(1).clamp(min=1)
