@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 from pathlib import Path
@@ -199,3 +200,20 @@ def test_a_cache_names_a_snapshot_inside_itself(tmp_path: Path, text: str) -> No
         Checkpoint.open(tmp_path / "hub")
     (tmp_path / "hub" / "refs" / "main").write_text("abc\n")
     assert Checkpoint.open(tmp_path / "hub").names
+
+
+def test_a_digest_is_of_bytes_and_names(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"one")
+    (tmp_path / "link").symlink_to(folder / "a.png")
+    assert plain.digest(folder / "a.png") == plain.digest(tmp_path / "link")
+    assert plain.digest(folder / "a.png") == f"sha256:{hashlib.sha256(b'one').hexdigest()}"
+    with pytest.raises(plain.NotPlainError):
+        plain.sha256(tmp_path / "link")
+    seen = {plain.digest(folder)}
+    (folder / "a.png").write_bytes(b"two")  # of the same size
+    seen.add(plain.digest(folder))
+    (folder / "a.png").rename(folder / "b.png")
+    seen.add(plain.digest(folder))
+    assert len(seen) == 3
