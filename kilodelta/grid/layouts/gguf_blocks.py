@@ -16,9 +16,30 @@ import numpy.typing as npt
 
 from kilodelta.files.tensor import RawTensor
 from kilodelta.grid.codes import integer_kind
-from kilodelta.grid.layouts import gguf_codes
 from kilodelta.grid.layouts.base import Codes, Layout, Parts, centred, part, sized, uncentred
-from kilodelta.grid.layouts.gguf_codes import Blocks
+from kilodelta.grid.layouts.gguf_codes import (
+    Blocks,
+    read_q2_k,
+    read_q3_k,
+    read_q4_0,
+    read_q4_1,
+    read_q4_k,
+    read_q5_0,
+    read_q5_1,
+    read_q5_k,
+    read_q6_k,
+    read_q8_0,
+    write_q2_k,
+    write_q3_k,
+    write_q4_0,
+    write_q4_1,
+    write_q4_k,
+    write_q5_0,
+    write_q5_1,
+    write_q5_k,
+    write_q6_k,
+    write_q8_0,
+)
 from kilodelta.grid.matrix import Floats, Matrix
 
 Rows = npt.NDArray[np.int64]
@@ -53,43 +74,43 @@ TYPES: Mapping[str, BlockType] = MappingProxyType(
     {
         "Q4_0": BlockType(
             number=2, bits=4, weights=32, nbytes=18, group=32,
-            read=gguf_codes.read_q4_0, write=gguf_codes.write_q4_0,
+            read=read_q4_0, write=write_q4_0,
         ),
         "Q4_1": BlockType(
             number=3, bits=4, weights=32, nbytes=20, group=32,
-            read=gguf_codes.read_q4_1, write=gguf_codes.write_q4_1, has_minimum=True,
+            read=read_q4_1, write=write_q4_1, has_minimum=True,
         ),
         "Q5_0": BlockType(
             number=6, bits=5, weights=32, nbytes=22, group=32,
-            read=gguf_codes.read_q5_0, write=gguf_codes.write_q5_0,
+            read=read_q5_0, write=write_q5_0,
         ),
         "Q5_1": BlockType(
             number=7, bits=5, weights=32, nbytes=24, group=32,
-            read=gguf_codes.read_q5_1, write=gguf_codes.write_q5_1, has_minimum=True,
+            read=read_q5_1, write=write_q5_1, has_minimum=True,
         ),
         "Q8_0": BlockType(
             number=8, bits=8, weights=32, nbytes=34, group=32,
-            read=gguf_codes.read_q8_0, write=gguf_codes.write_q8_0,
+            read=read_q8_0, write=write_q8_0,
         ),
         "Q2_K": BlockType(
             number=10, bits=2, weights=256, nbytes=84, group=16,
-            read=gguf_codes.read_q2_k, write=gguf_codes.write_q2_k, has_minimum=True,
+            read=read_q2_k, write=write_q2_k, has_minimum=True,
         ),
         "Q3_K": BlockType(
             number=11, bits=3, weights=256, nbytes=110, group=16,
-            read=gguf_codes.read_q3_k, write=gguf_codes.write_q3_k,
+            read=read_q3_k, write=write_q3_k,
         ),
         "Q4_K": BlockType(
             number=12, bits=4, weights=256, nbytes=144, group=32,
-            read=gguf_codes.read_q4_k, write=gguf_codes.write_q4_k, has_minimum=True,
+            read=read_q4_k, write=write_q4_k, has_minimum=True,
         ),
         "Q5_K": BlockType(
             number=13, bits=5, weights=256, nbytes=176, group=32,
-            read=gguf_codes.read_q5_k, write=gguf_codes.write_q5_k, has_minimum=True,
+            read=read_q5_k, write=write_q5_k, has_minimum=True,
         ),
         "Q6_K": BlockType(
             number=14, bits=6, weights=256, nbytes=210, group=16,
-            read=gguf_codes.read_q6_k, write=gguf_codes.write_q6_k,
+            read=read_q6_k, write=write_q6_k,
         ),
     }
 )  # fmt: skip
