@@ -24,6 +24,7 @@ from kilodelta.compress.distill.learn.measure import measure
 from kilodelta.compress.distill.learn.objective import Measures
 from kilodelta.compress.distill.learn.outputs import Wanted
 from kilodelta.compress.distill.learn.schedule import Schedule
+from kilodelta.compress.distill.learn.suiting import suiting
 from kilodelta.compress.distill.learn.tune import Tuned, tune
 from kilodelta.compress.distill.learn.tune import place_of as trials_of
 from kilodelta.compress.distill.merged import fill_merged
@@ -266,15 +267,15 @@ def _distil(
         data = gather(
             source, student, as_tuned(pair, job.changes), plan_of(job, labels), progress, shelf
         )
+        products = suiting(student, data, pair.products)
         data = ending.enter_context(late_logits(job, student, data))
         give_back()  # the teacher's activations and logits
         if options.gradient_checkpointing:
             ending.enter_context(checkpointed(student.module))
-        report = _learn(job, grids, student, data, labels, resume, progress)
+        schedule = replace(schedule_of(job), products=products)
+        report = _learn(job, grids, student, data, schedule, labels, resume, progress)
         if baselines and not report.interrupted:
-            report = with_baselines(
-                report, baselines, job, student, data, schedule_of(job), progress
-            )
+            report = with_baselines(report, baselines, job, student, data, schedule, progress)
         return report
 
 
@@ -309,7 +310,6 @@ def schedule_of(job: Job) -> Schedule:
         batch=options.batch,
         bits=job.bits,
         seed=options.seed,
-        narrow=job.pair.narrow,
     )
 
 
@@ -318,6 +318,7 @@ def _learn(
     grids: Grids,
     student: LoadedModel,
     data: Data,
+    schedule: Schedule,
     labels: tuple[str, ...] | None,
     resume: bool,
     progress: Progress,
@@ -328,7 +329,6 @@ def _learn(
     attach_student(job)
     train_for(job, grids)
     give_back()  # what measuring, and decomposing every change, took
-    schedule = schedule_of(job)
     facts = run_facts(job, data, schedule, labels)
     searched: Tuned | None = None
     with weights_as_stored(job, student, data):

@@ -15,6 +15,7 @@ from kilodelta.compress.distill.learn.data import Data
 from kilodelta.compress.distill.learn.schedule import Schedule
 from kilodelta.compress.distill.precisions.ways import START
 from kilodelta.compress.distill.precisions.wishes import IN_GRID
+from kilodelta.compress.training.products.rounded import FLOAT32
 from kilodelta.files.checkpoint import read_config
 from kilodelta.files.model_digest import digest
 
@@ -76,10 +77,10 @@ def run_facts(
         "outputs": json.dumps(outputs),
         **({"--for": ",".join(job.precisions)} if job.precisions else {}),
         **({"start in the grid": str(START)} if IN_GRID in job.precisions else {}),
-        **({"products": "bfloat16"} if schedule.narrow else {}),
+        **({"products": schedule.products} if schedule.products != FLOAT32 else {}),
         # What an earlier version began with the plain divergence is another training.
         **({"loss": f"half at temperature {hottest:g}"} if hottest > 1 else {}),
-        **{f"--{key}": str(value) for key, value in asdict(schedule).items() if key != "narrow"},
+        **{f"--{key}": str(value) for key, value in asdict(schedule).items() if key != "products"},
     }
 
 

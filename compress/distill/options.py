@@ -18,7 +18,7 @@ from kilodelta.errors import InputError
 from kilodelta.format.methods import METHODS, Method
 from kilodelta.format.packing import BITS
 
-DTYPES = ("auto", "fp32", "mixed", "bf16", "fp16")
+DTYPES = ("auto", "fp32", "mixed", "mixed-int8", "bf16", "fp16")
 LOSS_ON = ("assistant", "all")
 SHARD = ("auto", "always", "never")
 BASELINES = ("svd", "lora")
@@ -65,7 +65,7 @@ class Options:
         device: `auto` (the first CUDA GPU, else the CPU), `cpu`, `cuda`, `cuda:N` or `mps`.
         dtype: of the frozen base: `fp32`, `bf16`, `fp16`, or `auto`, the type that the base is
             stored in where the device multiplies it in hardware, else float32. `mixed` is float32
-            but for the products of a training, in bfloat16.
+            but for the products of a training, in bfloat16; `mixed-int8` has these in 8 bits.
         threads: cores to compute on; torch's choice by default.
         shard: among several processes, whether each holds a part of the base (`always`) or all of
             it (`never`); `auto` shards where the base would take more than half of a GPU's memory.

@@ -23,6 +23,7 @@ from kilodelta.compress.distill.placement import (
     choose_placement,
     require_weights_fit,
 )
+from kilodelta.compress.training.products.rounded import FLOAT32
 from kilodelta.errors import CheckpointError, InputError, KiloDeltaError
 from kilodelta.files.checkpoint import Checkpoint, read_config
 from kilodelta.files.dtypes import TARGETS
@@ -49,7 +50,8 @@ class Pair:
         names: checkpoint name to state name, of both models' tensors.
         note: why there is no module; empty where there is one.
         device: where both are to compute.
-        narrow: whether training multiplies in bfloat16 with their float32 weights.
+        products: the types in which training may multiply with their float32 weights, the fastest
+            first.
     """
 
     base: Checkpoint
@@ -62,7 +64,7 @@ class Pair:
     names: Mapping[str, str]
     note: str = ""
     device: torch.device = CPU
-    narrow: bool = False
+    products: tuple[str, ...] = (FLOAT32,)
 
 
 def open_pair(
@@ -106,7 +108,7 @@ def open_pair(
             raise
         return _by_names(before, after, problem.what)
     pair = _by_modules(before, after, student, teacher)
-    return replace(pair, device=placement.device, narrow=placement.narrow)
+    return replace(pair, device=placement.device, products=placement.products)
 
 
 def _open(source: str, weights: Checkpoint, placement: Placement) -> LoadedModel:

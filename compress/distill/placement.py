@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from kilodelta.compress.distill.planning.memory import available
+from kilodelta.compress.training.products.rounded import FLOAT32
 from kilodelta.errors import InputError
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import TARGETS, nbytes
@@ -18,8 +19,8 @@ from kilodelta.models.weights import TORCH
 from kilodelta.sizes import byte_label
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MIXED = "mixed"
-"""Float32, but for the products of a training with frozen weights, which are in bfloat16."""
+MIXED = {"mixed": "bfloat16", "mixed-int8": "int8"}
+"""Float32, but for the products of a training with frozen weights, which are in these types."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,18 +32,20 @@ class Placement:
     Attributes:
         device: of both models.
         dtype: of frozen weights in memory, and of what is computed with them.
-        narrow: whether training multiplies in bfloat16 with weights that are float32.
+        products: the types in which training may multiply with weights that are float32, the
+            fastest first; the first that suits the model is taken.
     """
 
     device: torch.device
     dtype: torch.dtype
-    narrow: bool = False
+    products: tuple[str, ...] = (FLOAT32,)
 
     @property
     def name(self) -> str:
         """The type as users type it."""
         known = (name for name, dtype in DTYPES.items() if dtype == self.dtype)
-        return MIXED if self.narrow else next(known)
+        mixed = (name for name, products in MIXED.items() if products == self.products[0])
+        return next(mixed, None) or next(known)
 
 
 def choose_placement(device: str, dtype: str, base: Checkpoint) -> Placement:
@@ -50,12 +53,13 @@ def choose_placement(device: str, dtype: str, base: Checkpoint) -> Placement:
 
     `auto` takes the first CUDA GPU where there is one. Its type is the one that most of the base is
     stored in, where the device multiplies that type in hardware, and float32 otherwise: then no
-    weight is rounded, and what is measured is the merged file's values. Of a float32 base on a CPU
-    with units for bfloat16, the products of the training are `mixed`.
+    weight is rounded, and what is measured is the merged file's values. Of a float32 base on a CPU,
+    the products of the training are in what the CPU has units for: 8-bit integers where that suits
+    the model (`learn/suiting.py`), else bfloat16.
 
     Args:
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        dtype: `auto`, `fp32`, `mixed`, `bf16` or `fp16`.
+        dtype: `auto`, `fp32`, `mixed`, `mixed-int8`, `bf16` or `fp16`.
         base: the base model's files.
 
     Raises:
@@ -73,17 +77,19 @@ def choose_placement(device: str, dtype: str, base: Checkpoint) -> Placement:
                 f"{torch.cuda.get_device_name(chosen)} does not compute in bfloat16",
                 fix="give --dtype fp16 or fp32",
             )
-        if dtype == MIXED:
-            _require_mixed(chosen, base)
-            return Placement(device=chosen, dtype=torch.float32, narrow=True)
+        if dtype in MIXED:
+            _require_mixed(dtype, chosen, base)
+            return Placement(device=chosen, dtype=torch.float32, products=(MIXED[dtype],))
         return Placement(device=chosen, dtype=DTYPES[dtype])
     stored = stored_type(base)
     # On a GPU float32 products are fast enough by themselves, and nothing was measured.
-    narrow = stored == torch.float32 and chosen.type == "cpu" and _cpu_has_bfloat16()
+    fast = [name for name in ("int8", "bfloat16") if _has_units(name, chosen)]
+    if stored != torch.float32 or chosen.type != "cpu":
+        fast = []
     return Placement(
         device=chosen,
         dtype=stored if _is_fast(stored, chosen) else torch.float32,
-        narrow=narrow,
+        products=(*fast, FLOAT32),
     )
 
 
@@ -163,29 +169,55 @@ def _is_fast(dtype: torch.dtype, device: torch.device) -> bool:
 
 def _cpu_has_bfloat16() -> bool:
     """Return whether this processor multiplies bfloat16: by AVX512-BF16, AMX, or ARM's units."""
-    ask = getattr(torch.cpu, "get_capabilities", dict)  # an older torch has none
-    known: dict[str, Any] = ask()
+    known = _capabilities()
     if known.get("architecture") in ("aarch64", "arm64"):
         # torch's builds for macOS multiply bfloat16 without these units.
         return sys.platform == "linux" and bool(known.get("bf16"))
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _require_mixed(device: torch.device, base: Checkpoint) -> None:
-    """Check that products in bfloat16 beside float32 weights are worth anything.
+def _capabilities() -> dict[str, Any]:
+    """Return what torch knows of the processor; an older one knows less, and says nothing."""
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return known
+
+
+def _cpu_has_int8() -> bool:
+    """Return whether this processor adds up 8-bit products exactly and fast: x86-64 with VNNI.
+
+    Without it oneDNN, which multiplies them, adds in 16 bits, where sums can saturate.
+    """
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not hasattr(torch, "_int_mm") or not has_onednn:
+        return False
+    known = _capabilities()
+    if known:
+        return any(known.get(units) for units in ("avx512_vnni", "avx_vnni", "amx_int8"))
+    return torch.cpu._is_vnni_supported()
+
+
+def _has_units(products: str, device: torch.device) -> bool:
+    """Return whether a device has units for products of a type that is narrower than float32."""
+    if products == "int8":
+        return device.type == "cpu" and _cpu_has_int8()
+    return _is_fast(torch.bfloat16, device)
+
+
+def _require_mixed(dtype: str, device: torch.device, base: Checkpoint) -> None:
+    """Check that products in a narrow type beside float32 weights are worth anything.
 
     Raises:
         InputError: the device is slow at them, or the base is not stored in float32.
     """
-    if not _is_fast(torch.bfloat16, device):
+    if not _has_units(MIXED[dtype], device):
         raise InputError(
-            "--dtype mixed multiplies in bfloat16, for which this device has no units",
+            f"--dtype {dtype} multiplies in {MIXED[dtype]}, for which this device has no units",
             fix="give --dtype fp32 or auto",
         )
     if (stored := stored_type(base)) != torch.float32:
         name = Placement(device=device, dtype=stored).name
         raise InputError(
-            f"--dtype mixed is for a base in float32, and {base.path} is stored in {name}",
+            f"--dtype {dtype} is for a base in float32, and {base.path} is stored in {name}",
             fix="give --dtype auto, fp32 or bf16",
         )
 

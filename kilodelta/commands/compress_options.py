@@ -81,9 +81,9 @@ OPTIONS = (
     click.option(
         "--dtype",
         default="auto",
-        type=click.Choice(["auto", "fp32", "mixed", "bf16", "fp16"]),
+        type=click.Choice(["auto", "fp32", "mixed", "mixed-int8", "bf16", "fp16"]),
         help="Type of the frozen base; auto is its own where the device is fast in it, mixed is"
-        " fp32 that trains with products in bfloat16.",
+        " fp32 that trains with products in bfloat16, mixed-int8 in 8 bits.",
     ),
     threads,
     click.option(

@@ -74,8 +74,13 @@ def test_auto_is_the_base_s_type_where_it_is_fast(
     for fast, wanted in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
         assert choose_placement("cpu", "auto", bf16).dtype == wanted
         assert choose_placement("cpu", "auto", fp32).name == ("mixed" if fast else "fp32")
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+        products = choose_placement("cpu", "auto", fp32).products
+        assert products == (("int8", "bfloat16", "float32") if fast else ("int8", "float32"))
+        assert choose_placement("cpu", "auto", bf16).products == ("float32",)
     with pytest.raises(InputError, match="training in float16 needs a GPU") as caught:
         choose_placement("cpu", "fp16", fp32)
     assert caught.value.fix == "give --dtype bf16, fp32 or auto"

@@ -19,6 +19,7 @@ from kilodelta.compress.distill.job.job import Job
 from kilodelta.compress.distill.job.warnings import warnings_for
 from kilodelta.compress.distill.options import Options
 from kilodelta.compress.distill.pair import Pair, open_pair, require_own_memory, untie
+from kilodelta.compress.training.products.rounded import INT8
 from kilodelta.errors import InputError
 from kilodelta.format.targets import Patterns, Target, select
 from kilodelta.grid.model import QuantisedModel
@@ -60,6 +61,9 @@ def prepare(
         dtype=options.dtype if learns else "fp32",
         sharded=sharded,
     )
+    if options.precisions and len(pair.products) > 1:
+        # A base's values on a grid are rounded already; rounding them once more was not measured.
+        pair = replace(pair, products=tuple(name for name in pair.products if name != INT8))
     changes = compare(pair.base, pair.tuned, pair.repeats)
     structure = pair.structure if learns else _without_places(pair.structure)
     parts = split(

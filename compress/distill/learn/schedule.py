@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from kilodelta.compress.distill.learn.objective import Measures
+from kilodelta.compress.training.products.rounded import FLOAT32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class Schedule:
         rounded: share of the steps, at the end, that run with rounded coefficients.
         bits: bits of a rounded coefficient.
         seed: decides batches and draws.
-        narrow: whether steps multiply in bfloat16 with frozen float32 weights.
+        products: the type in which steps multiply with frozen float32 weights.
     """
 
     steps: int
@@ -33,7 +34,7 @@ class Schedule:
     rounded: float = 0.25
     bits: int = 4
     seed: int = 0
-    narrow: bool = False
+    products: str = FLOAT32
 
     def factor(self, step: int) -> float:
         """Return the rate at a step as a share of `rate`.

@@ -10,6 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -27,7 +28,7 @@ from kilodelta.compress.distill.learn.outputs import run
 from kilodelta.compress.distill.learn.schedule import BestState, Distilled, Look, Schedule
 from kilodelta.compress.distill.learn.watch import SHORT, Watch
 from kilodelta.compress.training import train
-from kilodelta.compress.training.products.narrowing import can_narrow, narrowed
+from kilodelta.compress.training.products.narrowing import Narrowed
 from kilodelta.errors import InputError
 from kilodelta.models import LoadedModel
 from kilodelta.progress import Event, Progress
@@ -76,7 +77,7 @@ class Run:
         self.piece = piece or schedule.batch
         """Rows computed at a time; fewer than a batch has where memory ran out."""
         self.step = 0
-        self._narrow = can_narrow(loaded.module) if schedule.narrow else []
+        self._narrow = Narrowed.of(loaded.module, schedule.products)
         self._order = self._new_order()
         self._rewound = False
         """Whether a step went back to the first one, and is not counted."""
@@ -249,7 +250,7 @@ class Run:
         while True:
             self.loaded.module.zero_grad()
             try:
-                with narrowed(self._narrow):
+                with self._narrow.used() if self._narrow else nullcontext():
                     if is_shared:
                         loss = backward_shared(
                             ranks, compute, loss_of, count, self.trained, self.piece

@@ -21,6 +21,7 @@ from kilodelta.compress.distill.learn.measure import measure
 from kilodelta.compress.distill.learn.outputs import run as outputs_of
 from kilodelta.compress.distill.learn.schedule import Schedule
 from kilodelta.compress.distill.learn.steps import EVALUATIONS, LOOKED_AT, Run
+from kilodelta.compress.distill.learn.suiting import suiting
 from kilodelta.compress.distill.learn.survey import survey
 from kilodelta.compress.distill.placement import choose_placement, wants_shards
 from kilodelta.compress.distill.planning.memory import available, counting_kept
@@ -30,6 +31,7 @@ from kilodelta.compress.distill.teacher.ask import compute, estimate
 from kilodelta.compress.distill.teacher.swap import as_tuned
 from kilodelta.compress.training import train
 from kilodelta.compress.training.activations import checkpointed
+from kilodelta.compress.training.products.rounded import FLOAT32
 from kilodelta.memory import resident
 from kilodelta.models import LoadedModel
 from kilodelta.models.inputs.sources import Source
@@ -154,6 +156,9 @@ def estimate_job(
         held_out=[places[i] for i in usual],
         repeated=0,
     )
+    # A sharded weight is whole only while its layer computes.
+    products = suiting(student, data, job.pair.products) if parts is None else FLOAT32
+    schedule = replace(schedule, products=products)
     with ExitStack() as stack:
         data = stack.enter_context(late_logits(job, student, data))
         if job.options.gradient_checkpointing:

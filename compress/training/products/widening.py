@@ -116,5 +116,5 @@ class _Widened(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grown: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         back = grown @ ctx.stored.to(grown.dtype) if ctx.needs_input_grad[0] else None
-        over = tuple(range(grown.dim() - 1))
-        return back, None, grown.sum(over) if ctx.needs_input_grad[2] else None
+        needs_bias = ctx.needs_input_grad[2]
+        return back, None, grown.reshape(-1, grown.shape[-1]).sum(0) if needs_bias else None
