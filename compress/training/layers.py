@@ -20,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from kilodelta.compress.training.products.narrowing import BESIDE, Beside
 from kilodelta.compress.training.products.widening import weight_of
 from kilodelta.compress.training.sites import AttachedTarget, Site
 from kilodelta.compress.training.through_grid import TargetGrid
@@ -118,13 +119,18 @@ class AddLinear(LayerHook):
             left, right = reversed(update.pair()) if self.transposed else update.pair()
             # One fused product, W + left right^T: dW alone is never held.
             module.__dict__["weight"] = weight_of(module).addmm(left, right.t())
-        else:
-            module.__dict__[_UPDATE] = update
+            return
+        module.__dict__[_UPDATE] = update
+        left, right = update.left, update.right
+        if update.is_thin and not dense_is_cheaper(given.numel() // given.shape[-1], left, right):
+            module.__dict__[BESIDE] = Beside(left, right)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         was_hidden = self.show_weight()
         update = module.__dict__.pop(_UPDATE, None)
-        if was_hidden or output is None:  # None: the layer has raised an error
+        beside: Beside | None = module.__dict__.pop(BESIDE, None)
+        is_added = was_hidden or (beside is not None and beside.added)
+        if is_added or output is None:  # None: the layer has raised an error
             return output
         given = _input(args, kwargs)
         update = update or self.update(given)

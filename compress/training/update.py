@@ -32,6 +32,11 @@ class FactoredUpdate:
     rows: Tensor | None = None
     """(out,)."""
 
+    @property
+    def is_thin(self) -> bool:
+        """Whether it is left right^T with few columns, and nothing else."""
+        return self.inner is None and self.rows is None and self.left.shape[1] <= SKINNY
+
     def map(self, function: Callable[[Tensor], Tensor]) -> FactoredUpdate:
         """Return the same product of other tensors, each changed by a function."""
         inner = None if self.inner is None else function(self.inner)

@@ -16,11 +16,14 @@ from torch import nn
 from kilodelta.compress import Options, Report, compress
 from kilodelta.compress.distill import placement
 from kilodelta.compress.distill.placement import choose_placement
+from kilodelta.compress.training import layers, train
 from kilodelta.compress.training.products import narrowing
-from kilodelta.compress.training.products.narrowing import Narrowed, can_narrow
+from kilodelta.compress.training.products.narrowing import Beside, Narrowed, can_narrow
 from kilodelta.compress.training.products.rounded import LONGEST, Bfloat16, Int8, Products
+from kilodelta.compress.training.update import FactoredUpdate
 from kilodelta.errors import InputError
 from kilodelta.files.checkpoint import Checkpoint
+from kilodelta.format.methods import Lora, Method, UniLora, Vera
 from tests.support import pico
 
 
@@ -122,7 +125,9 @@ def test_a_row_that_is_not_finite_stays_so(bad: float) -> None:
 
 
 @pytest.mark.parametrize("how", [Bfloat16, Int8])
-def test_an_input_is_rounded_once_for_all_layers_that_take_it(how: type[Products]) -> None:
+def test_an_input_is_rounded_once_for_all_layers_that_take_it(
+    how: type[Products], monkeypatch: pytest.MonkeyPatch
+) -> None:
     layers = [frozen(5, 4, bias=False) for _ in range(3)]
     given = torch.randn(2, 4)
     apart = []
@@ -132,7 +137,12 @@ def test_an_input_is_rounded_once_for_all_layers_that_take_it(how: type[Products
     asked = how()
     seen: list[torch.Tensor] = []
     real = asked.rounded
-    asked.rounded = lambda rows: seen.append(rows) or real(rows)  # type: ignore[method-assign, func-returns-value]
+
+    def watched(rows: torch.Tensor) -> Any:
+        seen.append(rows)
+        return real(rows)
+
+    monkeypatch.setattr(asked, "rounded", watched)
     with Narrowed(layers, asked).used():
         together = [layer(given) for layer in layers]
         assert all(map(torch.equal, together, apart))
@@ -170,6 +180,84 @@ def test_a_layer_with_w_plus_dw_in_its_place_keeps_float32() -> None:
     made.sum().backward()
     assert torch.equal(made, given @ total.t())
     assert total.grad is not None
+
+
+@pytest.mark.parametrize("how", [Bfloat16, Int8])
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_update_beside_a_product_is_added_with_its_gradients(
+    how: type[Products], bias: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = frozen(11, 7, bias=bias)
+    given, grown = torch.randn(2, 3, 7, requires_grad=True), torch.randn(2, 3, 11)
+    left, right = torch.randn(11, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    trained = [given, left, right, *([layer.bias] if bias else [])]
+    with Narrowed([layer], how()).used():
+        apart = layer(given) + given @ right @ left.t()
+        wanted = torch.autograd.grad(apart, trained, grown)
+        beside = layer.__dict__[narrowing.BESIDE] = Beside(left, right)
+        made = layer(given)
+    del layer.__dict__[narrowing.BESIDE]
+    assert beside.added
+    torch.testing.assert_close(made, apart)
+    found = torch.autograd.grad(made, trained, grown)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kept", ["given", "left", "right"])
+def test_a_gradient_that_nobody_asks_for_is_left_out(kept: str) -> None:
+    layer, tensors = frozen(5, 4, bias=False), {}
+    for name, shape in {"given": (3, 4), "left": (5, 2), "right": (4, 2)}.items():
+        tensors[name] = torch.randn(shape, requires_grad=name == kept)
+    layer.__dict__[narrowing.BESIDE] = Beside(tensors["left"], tensors["right"])
+    with Narrowed([layer], Bfloat16()).used():
+        layer(tensors["given"]).sum().backward()
+    assert [name for name, t in tensors.items() if t.grad is not None] == [kept]
+
+
+@pytest.mark.parametrize(
+    "method", [UniLora(rank=2, bases=50), Lora(rank=2), Vera(rank=2)], ids=lambda m: m.name
+)
+@pytest.mark.parametrize("how", [Bfloat16, Int8])
+def test_an_attached_update_is_added_once(
+    method: Method, how: type[Products], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the product, or by a hook where it has diagonals (VeRA's)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 20))
+    given = torch.randn(64, 40)
+    train.attach(model, method, "*.weight", seed=1)
+    monkeypatch.setattr(narrowing, "SMALLEST", 1)
+    with torch.no_grad():
+        for parameter in train.attached(model).parameters():
+            parameter.add_(torch.randn(parameter.shape) / 10)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    narrow = Narrowed.of(model, how.name)
+    assert narrow is not None
+    assert len(narrow.layers) == 2
+    added: list[bool] = []
+
+    def run() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        with narrow.used():
+            made = model(given)
+        return made, torch.autograd.grad(made.square().sum(), trained)
+
+    real = narrowing.Beside
+
+    def offered(left: torch.Tensor, right: torch.Tensor) -> narrowing.Beside:
+        added.append(True)
+        return real(left, right)
+
+    monkeypatch.setattr(layers, "Beside", offered)
+    made, slopes = run()
+    assert bool(added) is (method.name != "vera")
+    monkeypatch.setattr(FactoredUpdate, "is_thin", False)
+    wanted, wanted_slopes = run()
+    torch.testing.assert_close(made, wanted)
+    for ours, theirs in zip(slopes, wanted_slopes, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert not any(name.startswith("_kilodelta") for m in model for name in m.__dict__)
 
 
 @pytest.fixture

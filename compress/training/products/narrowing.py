@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,9 +24,26 @@ from kilodelta.compress.training.products.rounded import FLOAT32, PRODUCTS, Prod
 SMALLEST = 1 << 16
 """Weights of a layer from which narrow products pay: below, converting costs what they save.
 Measured on Zen 4: 256 x 256 with 128 rows takes 0.7 of the time in float32, 128 x 128 all of it."""
+BESIDE = "_kilodelta_beside"
+"""The attribute of a layer with the update that its product may add by itself."""
 _FORWARD = "forward"
 _HIDDEN = "weight"
 """Where W + dW stands in the place of W, as an attribute of the instance."""
+
+
+@dataclass
+class Beside:
+    """An update of few columns, left right^T, that is offered to a layer's product.
+
+    Attributes:
+        left: (out, K), float32.
+        right: (in, K), float32.
+        added: whether the product has added it.
+    """
+
+    left: Tensor
+    right: Tensor
+    added: bool = False
 
 
 def can_narrow(module: nn.Module, products: Products) -> list[nn.Linear]:
@@ -124,32 +142,59 @@ class _Last:
 def _forward(layer: nn.Linear, last: _Last, input: Tensor) -> Tensor:
     if _HIDDEN in layer.__dict__ or input.dtype != torch.float32:
         return linear(input, layer.weight, layer.bias)
+    left = right = None
+    if (beside := layer.__dict__.get(BESIDE)) is not None:
+        left, right, beside.added = beside.left, beside.right, True
     result: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-        input, layer.weight, layer.bias, last
+        input, layer.weight, layer.bias, left, right, last
     )
     return result
 
 
 class _Product(torch.autograd.Function):
-    """Compute a linear layer with a frozen weight."""
+    """Compute a linear layer with a frozen weight, and the update beside it, in one node.
+
+    y = x W^T + b + (x right) left^T: as separate nodes the update costs another pass over y, over
+    the gradient of x, and some twenty calls.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, given: Tensor, weight: Tensor, bias: Tensor | None, last: _Last
+        ctx: Any,
+        given: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        left: Tensor | None,
+        right: Tensor | None,
+        last: _Last,
     ) -> Tensor:
         ctx.weight, ctx.products = weight, last.products  # no activation: it is there anyway
         made = last.products.forward(last.rounded(given), weight)
         if bias is not None:
             made.add_(bias)
+        if left is not None and right is not None:
+            # Along the long axis, as `FactoredUpdate` lays them out.
+            ups, downs = left.t().contiguous(), right.t().contiguous()
+            rows = given.reshape(-1, given.shape[-1])
+            hidden = rows @ downs.t()
+            made.addmm_(hidden, ups)
+            ctx.save_for_backward(rows, hidden, ups, downs)
         return made.view(*given.shape[:-1], made.shape[-1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grown: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
-        back, products = None, ctx.products
-        if ctx.needs_input_grad[0]:
-            rows = products.rounded(grown.reshape(-1, grown.shape[-1]))
-            back = products.backward(rows, ctx.weight)
+    def backward(ctx: Any, grown: Tensor) -> tuple[Tensor | None, ...]:
+        needs_given, _, needs_bias, needs_left, needs_right, _ = ctx.needs_input_grad
+        flat = grown.reshape(-1, grown.shape[-1])
+        back = left = right = None
+        if ctx.saved_tensors:
+            rows, hidden, ups, downs = ctx.saved_tensors
+            through = flat @ ups.t()
+            left = (hidden.t() @ flat).t() if needs_left else None
+            right = (through.t() @ rows).t() if needs_right else None
+        if needs_given:
+            back = ctx.products.backward(ctx.products.rounded(flat), ctx.weight)
+            if ctx.saved_tensors:
+                back.addmm_(through, downs)
             back = back.view(*grown.shape[:-1], back.shape[-1])
-        needs_bias = ctx.needs_input_grad[2]
-        return back, None, grown.reshape(-1, grown.shape[-1]).sum(0) if needs_bias else None, None
+        return back, None, flat.sum(0) if needs_bias else None, left, right, None
