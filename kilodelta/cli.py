@@ -108,7 +108,7 @@ class _Commands(click.Group):
         except KeyboardInterrupt as stop:
             number = getattr(stop, "signal", signal.SIGINT)
             if terminal.speaks():
-                what, fix = _ended_by(number)
+                what, fix = _ended_by(number, self.commands.get(ctx.invoked_subcommand or ""))
                 if ctx.meta.get(JSON):
                     terminal.print_json({"error": what, "fix": fix})
                 terminal.print_error(what, fix)
@@ -143,15 +143,18 @@ def _refuse(ctx: click.Context, error: KiloDeltaError) -> NoReturn:
     raise SystemExit(error.exit_code) from None
 
 
-def _ended_by(number: int) -> tuple[str, str]:
-    """Say what a signal did, and what to do next."""
+def _ended_by(number: int, command: click.Command | None) -> tuple[str, str]:
+    """Say what a signal did to a command, and what to do next."""
     if terminal.has_others() and number == signal.SIGTERM:
         return (
             "stopped from outside, as torchrun does with all processes when one has ended",
             "look at what that one said; give --resume where a .resume file lies beside the output,"
             " else start again: nothing half-done was left behind",
         )
-    return "interrupted", "nothing half-done was left behind; start again"
+    again = "nothing half-done was left behind; start again"
+    if command is not None and any(option.name == "resume" for option in command.params):
+        again += ", with --resume if it had begun to train"
+    return "interrupted", again
 
 
 class _Stopped(KeyboardInterrupt):

@@ -249,6 +249,20 @@ class TestEnds:
         assert "error: interrupted" in result.stderr
         assert json.loads(result.stdout)["error"] == "interrupted"
 
+    @pytest.mark.parametrize("resumes", [True, False])
+    def test_what_can_be_resumed_is_said_to_be(
+        self, resumes: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def stop(**named: object) -> None:
+            raise KeyboardInterrupt
+
+        options = [click.Option(["--resume"], is_flag=True)] if resumes else []
+        probe = Command("probe", callback=stop, params=options, short_help="Probe.")
+        monkeypatch.setitem(main.commands, "probe", probe)
+        result = CliRunner().invoke(main, ["probe"])
+        assert result.exit_code == 130
+        assert ("--resume" in result.stderr) is resumes
+
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
     def test_a_signal_ends_a_command_as_ctrl_c_does(
         self, ending: Any, number: int, code: int

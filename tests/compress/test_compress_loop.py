@@ -6,6 +6,7 @@ import itertools
 import math
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kilodelta.compress.distill.learn import state, steps, watch
+from kilodelta.compress.distill.learn import loop, state, steps, watch
 from kilodelta.compress.distill.learn.data import Data
 from kilodelta.compress.distill.learn.gradient import loss_scale
 from kilodelta.compress.distill.learn.loop import distill
 from kilodelta.compress.distill.learn.measure import measure
 from kilodelta.compress.distill.learn.objective import Measures
 from kilodelta.compress.distill.learn.schedule import Distilled, Schedule
+from kilodelta.compress.distill.processes.ranks import Ranks
 from kilodelta.compress.training import train
 from kilodelta.errors import InputError
 from kilodelta.format.methods import Nola
@@ -187,6 +189,49 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         distill(student, data, SCHEDULE, twice, kept=tmp_path / "a.kd.resume")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """SIGTERM interrupts the program, as at the command line."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("ctrl_c", "heard")
+def test_a_signal_that_ends_the_program_lets_the_step_end_and_keeps_the_state(
+    tmp_path: Path,
+) -> None:
+    whole, data = task()
+    distill(whole, data, SCHEDULE, silent)
+    kept = tmp_path / "a.kd.resume"
+    seen: list[int] = []
+
+    def stop(event: Event) -> None:
+        seen.append(event.done)
+        if event.done == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    first, data = task()
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt) as ended:
+        distill(first, data, SCHEDULE, stop, kept=kept, facts=FACTS)
+    assert ended.value.args == (signal.SIGTERM,)
+    assert seen == [1, 2, 3]
+    assert signal.getsignal(signal.SIGTERM) is handler
+    again, data = task()
+    distill(again, data, SCHEDULE, silent, kept=kept, facts=FACTS, resume=True)
+    assert equal(coefficients(again), coefficients(whole))
+
+
+def test_one_of_several_processes_ends_at_once() -> None:
+    assert loop._signals(Ranks(count=2)) == ("SIGINT",)
+    assert "SIGTERM" in loop._signals(Ranks())
 
 
 def test_a_thread_may_distil() -> None:
