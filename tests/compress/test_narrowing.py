@@ -114,6 +114,23 @@ def test_the_longest_sum_of_8_bit_products_is_exact() -> None:
         assert made.item() == sign * LONGEST * 127**2
 
 
+@pytest.mark.parametrize("stride", [0, 1, 7, 64])
+def test_a_single_row_may_have_any_stride(stride: int) -> None:
+    torch.manual_seed(0)
+    for layer in (frozen(64, 7, bias=False), frozen(1, 7, bias=False)):
+        given = torch.randn(7).as_strided((1, 7), (stride, 1))
+        grown = torch.ones(layer.out_features).as_strided((1, layer.out_features), (stride, 1))
+        leaf = given.requires_grad_()
+        with Narrowed([layer], Int8()).used():
+            made = layer(leaf)
+        (back,) = torch.autograd.grad(made, leaf, grown)
+        weight = layer.weight.detach()
+        exact = rounded(given.detach()) @ rounded(weight).t()
+        torch.testing.assert_close(made.double(), exact, rtol=1e-6, atol=1e-6)
+        wanted = rounded(grown) @ rounded(weight.t()).t()
+        torch.testing.assert_close(back.double(), wanted, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_row_that_is_not_finite_stays_so(bad: float) -> None:
     layer = frozen(4, 3, bias=False)

@@ -126,7 +126,7 @@ class Int8(Products):
         largest.clamp_(min=_SMALLEST)
         # The sum's lowest byte is the nearest integer, in two's complement (ties to even).
         whole = torch.addcmul(rows.new_tensor(_WHOLE), rows, LARGEST / largest)
-        return Coded(whole.view(torch.int32).to(torch.int8), largest.mul_(1 / LARGEST))
+        return Coded(_laid_out(whole.view(torch.int32)), largest.mul_(1 / LARGEST))
 
     def forward(self, rows: Coded, weight: Tensor) -> Tensor:
         return self._product(rows, self._coded(weight, back=False))
@@ -143,8 +143,21 @@ class Int8(Products):
         found = self._weights.get(key)
         if found is None:
             coded = self.rounded(weight.detach().t() if back else weight.detach())
-            found = self._weights[key] = _Weight(coded.codes.t(), coded.scales.squeeze(1))
+            codes = coded.codes.t()
+            if 1 in codes.shape:
+                codes = _laid_out(codes)
+            found = self._weights[key] = _Weight(codes, coded.scales.squeeze(1))
         return found
+
+
+def _laid_out(codes: Tensor) -> Tensor:
+    """Copy codes into new memory, int8, row after row.
+
+    The stride of an axis of length 1 may be any number, also in a tensor that calls itself
+    contiguous. oneDNN believes it, and torch does not hear that it has refused to multiply
+    (https://github.com/pytorch/pytorch/pull/194682).
+    """
+    return torch.empty(codes.shape, dtype=torch.int8, device=codes.device).copy_(codes)
 
 
 PRODUCTS: dict[str, type[Products]] = {each.name: each for each in (Bfloat16, Int8)}
