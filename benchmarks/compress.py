@@ -1,7 +1,7 @@
 """Compress before and now: memory, seconds per step, and time to equal agreement.
 
     python benchmarks/compress.py [--parts decoder memory sets] [--old COMMIT] [--threads N]
-        [--json FILE] [--trees old new] [--layers 30] [--dtypes fp32 mixed bf16]
+        [--json FILE] [--trees old new] [--layers 30] [--dtypes fp32 mixed mixed-int8 bf16]
         [--kinds compress peft] [--sets trec6 banking77] [--seeds 0 1] [--tried 800 400 267]
         [--batch 32]
 
@@ -64,7 +64,7 @@ ROWS_TRIED = (2, 4, 6, 8)
 SMALL = 256
 """Words of the decoder that is too small to count."""
 SETS = ("trec6", "banking77")
-DTYPES = ("fp32", "mixed", "bf16")
+DTYPES = ("fp32", "mixed", "mixed-int8", "bf16")
 TREES = ("old", "new")
 KINDS = ("compress", "peft")
 FILE = "run.kd"

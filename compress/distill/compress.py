@@ -267,7 +267,7 @@ def _distil(
         data = gather(
             source, student, as_tuned(pair, job.changes), plan_of(job, labels), progress, shelf
         )
-        products = suiting(student, data, pair.products)
+        products = suiting(student, data, pair.products, options.batch)
         data = ending.enter_context(late_logits(job, student, data))
         give_back()  # the teacher's activations and logits
         if options.gradient_checkpointing:

@@ -95,6 +95,30 @@ def test_a_base_whose_large_activations_leave_the_others_no_codes_does_not(
     assert chosen == ["bfloat16", "float32", "int8"]
 
 
+@pytest.mark.parametrize("batch", [4, 8, 64])
+def test_a_type_is_tried_on_no_more_rows_than_a_step_has(
+    batch: int,
+    models: Pair,
+    texts: Path,
+    tmp_path: Path,
+    chosen: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is not a number is no small number."""
+    tried: list[int] = []
+
+    def moved(student: Any, data: Any, products: str, rows: Any) -> float:
+        tried.append(len(rows))
+        return float("nan")
+
+    monkeypatch.setattr(suiting, "moved_by", moved)
+    options = Options(steps=8, batch=batch, budget=4000, held_out=48, device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        compress(*models, tmp_path / "a.kd", inputs=texts, options=options)
+    assert tried == [min(32, batch)]
+    assert chosen == ["bfloat16"]
+
+
 def test_what_is_for_grids_is_rounded_once(
     models: Pair, texts: Path, tmp_path: Path, chosen: list[str]
 ) -> None:

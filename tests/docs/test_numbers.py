@@ -518,16 +518,23 @@ def test_half_the_steps_beside_the_build_before() -> None:
             ]
 
 
-def test_what_hard_rows_give_in_half_the_time() -> None:
-    runs = result("compress-sets-hard-rows-2026-11-30-epyc-avx512")["runs"]
-    assert len(runs) == 6
+@pytest.mark.parametrize(
+    ("name", "count", "before", "now"),
+    [
+        ("hard-rows", 6, "the build before, 800 steps", "this one, 520 steps"),
+        ("int8", 8, "the build before, run again", "this one, 700 steps"),
+    ],
+)
+def test_what_half_the_time_gives(name: str, count: int, before: str, now: str) -> None:
+    runs = result(f"compress-sets-{name}-2026-11-30-epyc-avx512")["runs"]
+    assert len(runs) == count
     for run in runs:
-        name = {"trec6": "TREC-6", "banking77": "Banking77"}[run["part"]]
+        task = {"trec6": "TREC-6", "banking77": "Banking77"}[run["part"]]
         like = {"part": run["part"], "seed": run["seed"], "tree": "old"}
         (old,) = (one for one in runs if {key: one[key] for key in like} == like)
-        steps = "the build before, 800 steps" if run is old else "this one, 520 steps"
+        steps = before if run is old else now
         cells = [
-            cell.strip() for cell in row(NUMBERS, f"{name}, seed {run['seed']}, {steps}").split("|")
+            cell.strip() for cell in row(NUMBERS, f"{task}, seed {run['seed']}, {steps}").split("|")
         ]
         times = [
             f", {run[key] / old[key]:.2f} times" if run is not old else ""

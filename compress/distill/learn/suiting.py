@@ -26,19 +26,20 @@ from kilodelta.progress import silent
 from kilodelta.sizes import byte_label
 
 TRIED = 32
-"""The most held-out rows that a type is tried on."""
+"""The most held-out rows that a type is tried on; no more than a step has, so that it costs one."""
 SHARE = 0.01
 """The most that rounding may move the base, as a share of its divergence from the tuned model."""
 
 
 @torch.no_grad()
-def suiting(student: LoadedModel, data: Data, products: Sequence[str]) -> str:
+def suiting(student: LoadedModel, data: Data, products: Sequence[str], batch: int) -> str:
     """Return the first of some types that suits a base.
 
     Args:
         student: the base; nothing is attached to it yet.
         data: what is learnt from; a few held-out rows are computed where there is a choice.
         products: the types, the fastest first. A single one is taken as it is.
+        batch: rows of a step.
 
     Returns:
         A name of `kilodelta.compress.training.products.rounded`, the same in every process.
@@ -55,13 +56,14 @@ def suiting(student: LoadedModel, data: Data, products: Sequence[str]) -> str:
         held, free = _room(student, name)
         if data.ranks.any(held > free // 2):
             continue
-        if not held or not data.ranks.any(moved_by(student, data, name) > SHARE):
-            return name
+        chosen = data.held_out[: min(TRIED, batch)]
+        if not held or not data.ranks.any(not moved_by(student, data, name, chosen) <= SHARE):
+            return name  # NaN is not less
     return products[-1]
 
 
 @torch.no_grad()
-def moved_by(student: LoadedModel, data: Data, products: str) -> float:
+def moved_by(student: LoadedModel, data: Data, products: str, chosen: Sequence[int]) -> float:
     """Measure how far a base in a narrow type is from itself, over its divergence from the teacher.
 
     Both are divergences of the outputs that are matched, over the same rows.
@@ -70,8 +72,8 @@ def moved_by(student: LoadedModel, data: Data, products: str) -> float:
         student: the base; nothing is attached to it yet.
         data: its processes share the rows.
         products: the type.
+        chosen: indices of the rows that it is measured on.
     """
-    chosen = list(data.held_out[:TRIED])
     teacher = measure(student, data, chosen)
     rows = data.rows.subset(chosen)
     itself = replace(data, rows=rows, teacher=compute(student, rows, data.survey, silent))

@@ -157,7 +157,9 @@ def estimate_job(
         repeated=0,
     )
     # A sharded weight is whole only while its layer computes.
-    products = suiting(student, data, job.pair.products) if parts is None else FLOAT32
+    products = FLOAT32
+    if parts is None:
+        products = suiting(student, data, job.pair.products, schedule.batch)
     schedule = replace(schedule, products=products)
     with ExitStack() as stack:
         data = stack.enter_context(late_logits(job, student, data))
