@@ -101,7 +101,7 @@ class Run:
             if time.monotonic() - written > KEPT_EVERY_S:
                 keep()
                 written = time.monotonic()
-        if self.step < self.schedule.steps:
+        if self.step < self.schedule.steps or stopped.is_set():
             keep()
 
     def _new_order(self) -> Order:
