@@ -2,8 +2,8 @@
 # torch._int_mm on a CPU, the int8 product under torchao's dynamic quantisation, multiplies a row that is
 # a transposed column (1, k), strides (1, 1), wrongly, without an error: oneDNN refuses a leading dimension
 # below k, and nobody reads its answer. torch calls such a row contiguous, and `contiguous()` returns it as
-# it is. One guesses: integer products are exact, whatever the strides. torch 2.13.0 (pytorch PR 194682
-# mends it). Met by whoever multiplies codes of one token, or of a layer with one output.
+# it is. One guesses: integer products are exact, whatever the strides. torch 2.13.0 (pytorch PR 194682, open,
+# is about it). Met by whoever multiplies codes of one token, or of a layer with one output.
 set -euo pipefail
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/env"
