@@ -62,6 +62,7 @@ from kilodelta.compress.distill.teacher.ask import Shelf
 from kilodelta.compress.distill.teacher.swap import as_tuned
 from kilodelta.compress.training import train
 from kilodelta.compress.training.activations import checkpointed
+from kilodelta.compress.training.products.rounded import FLOAT32
 from kilodelta.files import staging
 from kilodelta.grid.model import QuantisedModel
 from kilodelta.memory import give_back, mapped_apart
@@ -267,12 +268,12 @@ def _distil(
         data = gather(
             source, student, as_tuned(pair, job.changes), plan_of(job, labels), progress, shelf
         )
-        products = suiting(student, data, pair.products, options.batch)
+        products = suiting(student, data, pair.placement.products, options.batch)
         data = ending.enter_context(late_logits(job, student, data))
         give_back()  # the teacher's activations and logits
         if options.gradient_checkpointing:
             ending.enter_context(checkpointed(student.module))
-        schedule = replace(schedule_of(job), products=products)
+        schedule = schedule_of(job, products)
         report = _learn(job, grids, student, data, schedule, labels, resume, progress)
         if baselines and not report.interrupted:
             report = with_baselines(report, baselines, job, student, data, schedule, progress)
@@ -301,8 +302,8 @@ def plan_of(job: Job, labels: tuple[str, ...] | None) -> Plan:
     )
 
 
-def schedule_of(job: Job) -> Schedule:
-    """Say how long and how fast a job trains."""
+def schedule_of(job: Job, products: str = FLOAT32) -> Schedule:
+    """Say how long and how fast a job trains, and in which type its steps multiply."""
     options = job.options
     return Schedule(
         steps=options.steps,
@@ -310,6 +311,7 @@ def schedule_of(job: Job) -> Schedule:
         batch=options.batch,
         bits=job.bits,
         seed=options.seed,
+        products=products,
     )
 
 

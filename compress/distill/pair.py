@@ -23,13 +23,13 @@ from kilodelta.compress.distill.placement import (
     choose_placement,
     require_weights_fit,
 )
-from kilodelta.compress.training.products.rounded import FLOAT32
 from kilodelta.errors import CheckpointError, InputError, KiloDeltaError
 from kilodelta.files.checkpoint import Checkpoint, read_config
 from kilodelta.files.dtypes import TARGETS
 from kilodelta.models import LoadedModel, open_model
 
 CPU = torch.device("cpu")
+ON_CPU = Placement(device=CPU, dtype=torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,7 @@ class Pair:
             shapes it shares the student's module, which `teacher.swap` fills in turn.
         names: checkpoint name to state name, of both models' tensors.
         note: why there is no module; empty where there is one.
-        device: where both are to compute.
-        products: the types in which training may multiply with their float32 weights, the fastest
-            first.
+        placement: where both are to compute, and in which types.
     """
 
     base: Checkpoint
@@ -63,8 +61,7 @@ class Pair:
     teacher: LoadedModel | None = None
     names: Mapping[str, str]
     note: str = ""
-    device: torch.device = CPU
-    products: tuple[str, ...] = (FLOAT32,)
+    placement: Placement = ON_CPU
 
 
 def open_pair(
@@ -108,7 +105,7 @@ def open_pair(
             raise
         return _by_names(before, after, problem.what)
     pair = _by_modules(before, after, student, teacher)
-    return replace(pair, device=placement.device, products=placement.products)
+    return replace(pair, placement=placement)
 
 
 def _open(source: str, weights: Checkpoint, placement: Placement) -> LoadedModel:

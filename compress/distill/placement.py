@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kilodelta.compress.distill.planning.memory import available
-from kilodelta.compress.training.products.rounded import FLOAT32
+from kilodelta.compress.training.products.rounded import FLOAT32, INT8
 from kilodelta.errors import InputError
 from kilodelta.files.checkpoint import Checkpoint
 from kilodelta.files.dtypes import TARGETS, nbytes
@@ -19,7 +19,7 @@ from kilodelta.models.weights import TORCH
 from kilodelta.sizes import byte_label
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MIXED = {"mixed": "bfloat16", "mixed-int8": "int8"}
+MIXED = {"mixed": "bfloat16", "mixed-int8": INT8}
 """Float32, but for the products of a training with frozen weights, which are in these types."""
 
 
@@ -83,9 +83,8 @@ def choose_placement(device: str, dtype: str, base: Checkpoint) -> Placement:
         return Placement(device=chosen, dtype=DTYPES[dtype])
     stored = stored_type(base)
     # On a GPU float32 products are fast enough by themselves, and nothing was measured.
-    fast = [name for name in ("int8", "bfloat16") if _has_units(name, chosen)]
-    if stored != torch.float32 or chosen.type != "cpu":
-        fast = []
+    may_narrow = stored == torch.float32 and chosen.type == "cpu"
+    fast = [name for name in (INT8, "bfloat16") if may_narrow and _has_units(name, chosen)]
     return Placement(
         device=chosen,
         dtype=stored if _is_fast(stored, chosen) else torch.float32,
@@ -187,8 +186,7 @@ def _cpu_has_int8() -> bool:
 
     Without it oneDNN, which multiplies them, adds in 16 bits, where sums can saturate.
     """
-    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if not hasattr(torch, "_int_mm") or not has_onednn:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     known = _capabilities()
     if known:
@@ -198,7 +196,7 @@ def _cpu_has_int8() -> bool:
 
 def _has_units(products: str, device: torch.device) -> bool:
     """Return whether a device has units for products of a type that is narrower than float32."""
-    if products == "int8":
+    if products == INT8:
         return device.type == "cpu" and _cpu_has_int8()
     return _is_fast(torch.bfloat16, device)
 

@@ -61,9 +61,10 @@ def prepare(
         dtype=options.dtype if learns else "fp32",
         sharded=sharded,
     )
-    if options.precisions and len(pair.products) > 1:
+    if options.precisions and len(pair.placement.products) > 1:
         # A base's values on a grid are rounded already; rounding them once more was not measured.
-        pair = replace(pair, products=tuple(name for name in pair.products if name != INT8))
+        products = tuple(name for name in pair.placement.products if name != INT8)
+        pair = replace(pair, placement=replace(pair.placement, products=products))
     changes = compare(pair.base, pair.tuned, pair.repeats)
     structure = pair.structure if learns else _without_places(pair.structure)
     parts = split(

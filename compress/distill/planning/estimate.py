@@ -159,7 +159,7 @@ def estimate_job(
     # A sharded weight is whole only while its layer computes.
     products = FLOAT32
     if parts is None:
-        products = suiting(student, data, job.pair.products, schedule.batch)
+        products = suiting(student, data, pair.placement.products, schedule.batch)
     schedule = replace(schedule, products=products)
     with ExitStack() as stack:
         data = stack.enter_context(late_logits(job, student, data))

@@ -166,9 +166,9 @@ def shard_pair(pair: Pair, ranks: Ranks, kept: Collection[str]) -> Pair:
     student, teacher = pair.student, pair.teacher
     assert student is not None  # a pair that learns has both
     assert teacher is not None
-    shard(student.module, ranks, pair.device, kept)
+    shard(student.module, ranks, pair.placement.device, kept)
     if teacher.module is not student.module:
-        shard(teacher.module, ranks, pair.device)
+        shard(teacher.module, ranks, pair.placement.device)
     return replace(
         pair, student=replace(student, mapped=None), teacher=replace(teacher, mapped=None)
     )
