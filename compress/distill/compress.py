@@ -277,7 +277,7 @@ def _distil(
         report = _learn(job, grids, student, data, schedule, labels, resume, progress)
         if baselines and not report.interrupted:
             report = with_baselines(report, baselines, job, student, data, schedule, progress)
-        return report
+        return replace(report, dtype=pair.placement.training_in(products))
 
 
 def baselines_of(options: Options, *, drawn: bool) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,16 @@ class Placement:
         known = (name for name, dtype in DTYPES.items() if dtype == self.dtype)
         mixed = (name for name, products in MIXED.items() if products == self.products[0])
         return next(mixed, None) or next(known)
+
+    def training_in(self, products: str) -> str:
+        """Name the type, as users type it, of a training that multiplies in one of `products`.
+
+        Example:
+            >>> placement = Placement(device=torch.device("cpu"), dtype=torch.float32)
+            >>> placement.training_in("int8"), placement.training_in("float32")
+            ('mixed-int8', 'fp32')
+        """
+        return replace(self, products=(products,)).name
 
 
 def choose_placement(device: str, dtype: str, base: Checkpoint) -> Placement:

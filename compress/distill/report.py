@@ -89,6 +89,7 @@ class Report:
         fidelity: what it keeps in each precision that was asked for.
         quantised: whether the base is.
         warnings: what a user should hear of, a sentence each.
+        dtype: what `--dtype` was, or what its `auto` became; empty without inputs.
         sizes: for a report's picture, what this many bytes keep by this file and by other ways.
     """
 
@@ -120,6 +121,7 @@ class Report:
     sizes: tuple[Size, ...] = ()
     fidelity: tuple[Fidelity, ...] = ()
     quantised: bool = False
+    dtype: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

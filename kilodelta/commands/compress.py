@@ -136,7 +136,7 @@ def show(report: Report, *, as_json: bool) -> None:
         ("verdict", _verdict(report)),
         *_beside(report),
         ("weights", f"error {report.weight_error:.3f} of the whole change (1 is the base's)"),
-        ("time", f"{report.seconds:.0f} s, {report.steps} steps"),
+        ("time", _time(report)),
         *(("bytes", f"{count:>9}  {part}") for part, count in report.nbytes.items()),
     ]
     if report.config:
@@ -157,6 +157,11 @@ def show(report: Report, *, as_json: bool) -> None:
 
 def _tensors(count: int) -> str:
     return "1 changed tensor" if count == 1 else f"{count} changed tensors"
+
+
+def _time(report: Report) -> str:
+    steps = f"{report.seconds:.0f} s, {report.steps} steps"
+    return f"{steps} in {report.dtype}" if report.dtype else steps
 
 
 def _verdict(report: Report) -> str:

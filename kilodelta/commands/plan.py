@@ -156,6 +156,7 @@ def show(planned: Planned, *, as_json: bool) -> None:
                 "time",
                 f"{minutes(planned.total_seconds)}: {minutes(estimate.teacher_seconds)} for the"
                 f" tuned model's outputs, {estimate.steps} steps of {estimate.step_seconds:.3g} s"
+                + (f" in {estimate.dtype}" if estimate.dtype else "")
                 + (f", for each of {len(planned.budgets)} budgets" if planned.budgets else "")
                 + ("; what processes exchange comes on top" if each else ""),
             ),

@@ -155,7 +155,22 @@ def test_an_estimate_takes_its_steps_in_the_same_type(
 
     monkeypatch.setattr(estimate, "Run", watched)
     options = Options(steps=8, batch=8, budget=4000, held_out=16, device="cpu")
-    plan(*models, inputs=texts, options=options)
+    before = plan(*models, inputs=texts, options=options)
     with_outliers(models)
-    plan(*models, inputs=texts, options=options)
+    after = plan(*models, inputs=texts, options=options)
     assert seen == ["int8", "bfloat16"]
+    assert [made.estimate.dtype for made in (before, after)] == ["mixed-int8", "mixed"]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "mixed-int8", "mixed", "fp32", "bf16"])
+def test_a_report_says_what_it_was_trained_in(
+    dtype: str, models: Pair, texts: Path, tmp_path: Path
+) -> None:
+    """So that a file can be made again on a processor where `auto` is another type."""
+    options = Options(steps=8, batch=8, budget=4000, held_out=16, device="cpu", dtype=dtype)
+    report = compress(*models, tmp_path / "a.kd", inputs=texts, options=options)
+    assert report.dtype == ("mixed-int8" if dtype == "auto" else dtype)
+    assert report.to_json()["dtype"] == report.dtype
+    again = Options(steps=8, batch=8, budget=4000, held_out=16, device="cpu", dtype=report.dtype)
+    compress(*models, tmp_path / "b.kd", inputs=texts, options=again)
+    assert (tmp_path / "b.kd").read_bytes() == (tmp_path / "a.kd").read_bytes()

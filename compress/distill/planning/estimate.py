@@ -66,6 +66,7 @@ class Estimate:
         processes: among how many the work is shared out; memory is then that of one of them, and
             what they exchange takes time beside.
         sharded: whether each of them holds a part of the base.
+        dtype: what `--dtype` is, or what its `auto` becomes.
     """
 
     peak_bytes: int
@@ -83,6 +84,7 @@ class Estimate:
     coefficients: int
     processes: int = 1
     sharded: bool = False
+    dtype: str = ""
 
     @property
     def fits(self) -> bool:
@@ -204,6 +206,7 @@ def estimate_job(
         coefficients=coefficients,
         processes=processes,
         sharded=parts is not None,
+        dtype=pair.placement.training_in(products),
     )
 
 
